@@ -1,0 +1,404 @@
+"""The pool of ranks: what it promises, and what it leaves behind when something goes wrong."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import cloudpickle
+import numpy as np
+import psutil
+import pytest
+import torch
+import torch.distributed as dist
+
+from moekit import ranks
+from moekit.ranks import RankError, start
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # as if these functions stood in a notebook
+HERE = Path(ranks.__file__).parents[1]
+
+
+def pid(rank):
+    return os.getpid()
+
+
+def gone(pids, within=5.0):
+    """Whether all these processes have ended within so many seconds."""
+    end = time.monotonic() + within
+    while time.monotonic() < end:
+        if not any(psutil.pid_exists(p) and psutil.Process(p).status() != "zombie" for p in pids):
+            return True
+        time.sleep(0.02)
+    return False
+
+
+@pytest.fixture(scope="module")
+def three():
+    with start(3, "cpu", timeout=60) as pool:
+        yield pool
+
+
+@pytest.fixture
+def temp(tmp_path, monkeypatch):
+    """The folder for temporary files, empty."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+def test_results_come_in_rank_order(three):
+    def work(rank, base, *, step):
+        time.sleep(0.05 * (2 - rank.rank))  # the last rank answers first
+        return base + step * rank.rank, rank.world_size, str(rank.device)
+
+    assert three.call(work, 10, step=5) == [(10, 3, "cpu"), (15, 3, "cpu"), (20, 3, "cpu")]
+    assert len(set(three.call(pid)) | {os.getpid()}) == 4
+
+
+def test_state_lives_between_calls(three):
+    def count(rank):
+        rank.state["n"] = rank.state.get("n", rank.rank) + 1
+        return rank.state["n"]
+
+    assert three.call(count) == [1, 2, 3]
+    assert three.call(count) == [2, 3, 4]
+
+
+def test_all_reduce(three):
+    def total(rank):
+        x = torch.tensor([10.0**rank.rank])
+        dist.all_reduce(x)
+        return x
+
+    assert [x.tolist() for x in three.call(total)] == [[111.0]] * 3
+
+
+def test_reports_arrive_during_the_call(three, tmp_path):
+    flag = tmp_path / "seen"
+
+    def work(rank):
+        for step in range(3):
+            rank.report({"step": step})
+        while rank.rank == 2 and not flag.exists():  # ends only if the driver saw a report before the result
+            time.sleep(0.01)
+
+    seen = []
+
+    def on_report(rank, message):
+        seen.append((rank, message["step"]))
+        flag.touch()
+
+    three.call(work, on_report=on_report, timeout=20)
+    assert sorted(seen) == [(r, s) for r in range(3) for s in range(3)]
+    assert [s for r, s in seen if r == 1] == [0, 1, 2]
+    assert three.call(work, timeout=20) == [None] * 3  # nobody listens: no harm
+
+
+def test_a_call_inside_a_call_is_refused(three):
+    def on_report(rank, message):
+        with pytest.raises(RuntimeError, match="busy"):
+            three.call(pid)
+        refused.append(rank)
+
+    refused = []
+    three.call(lambda rank: rank.report("hello"), on_report=on_report)
+    assert sorted(refused) == [0, 1, 2]
+
+
+def test_a_bad_argument_harms_no_rank(three):
+    before = three.call(pid)
+    with pytest.raises(TypeError, match="pickle"):
+        three.call(pid, threading.Lock())
+    assert three.call(pid) == before
+
+
+def test_big_arguments_and_results_pass(three):
+    def times(rank, x):
+        return x * rank.rank
+
+    x = np.ones(25_000_000)  # 200 MB
+    results = three.call(times, x)
+    assert [r.sum() for r in results] == [0, 25e6, 50e6]
+
+
+def test_cores_are_dealt_and_output_is_kept_away(three, capfd):
+    def threads(rank):
+        print("from python")
+        os.system("echo from a child")
+        return torch.get_num_threads(), sys.stdin.read()
+
+    assert three.call(threads) == [(max(1, ranks.usable_cores() // 3), "")] * 3
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="macOS shows no one's sockets")
+def test_nothing_listens_beyond_loopback(three):
+    three.call(lambda rank: dist.barrier())
+    for p in three.call(pid):
+        connections = psutil.Process(p).net_connections("inet")
+        assert connections  # gloo's
+        assert all(c.laddr.ip in ("127.0.0.1", "::1") for c in connections)
+
+
+def boom(rank):
+    raise ValueError("boom at the gate")
+
+
+def die(rank):
+    print("last words")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class CutShort:
+    """Pickles as 100 MB of which the process lives to send a part."""
+
+    def __reduce__(self):
+        threading.Timer(0.3, os._exit, [7]).start()
+        time.sleep(0.29)
+        return bytes, (bytes(100_000_000),)
+
+
+@pytest.mark.parametrize(
+    "act, said, raised",
+    [
+        (boom, ["raised ValueError: boom at the gate", "Traceback", "in boom"], ValueError),
+        (die, ["SIGKILL", "out-of-memory", "last words"], None),
+        (lambda rank: os.kill(os.getpid(), signal.SIGSEGV), ["SIGSEGV", "Fatal Python error"], None),
+        (lambda rank: sys.exit(3), ["raised SystemExit: 3"], SystemExit),
+        (lambda rank: os._exit(3), ["exit code 3"], None),
+        (lambda rank: threading.Lock(), ["raised TypeError", "pickle"], TypeError),
+        (lambda rank: CutShort(), ["exit code 7"], None),
+    ],
+    ids=["raises", "killed", "crashes", "sys.exit", "os._exit", "unpicklable", "dies in its answer"],
+)
+def test_one_rank_fails_while_the_others_sit_in_a_collective(temp, act, said, raised):
+    def work(rank):
+        if rank.rank == 1:
+            time.sleep(0.2)
+            return act(rank)
+        dist.all_reduce(torch.ones(1))
+
+    pool = start(3 if act is die else 2, "cpu")  # peers of a rank that dies raise, too: 3 make it more likely
+    pids = pool.call(pid)
+    began = time.monotonic()
+    with pytest.raises(RankError) as caught:
+        pool.call(work, timeout=60)
+    assert time.monotonic() - began < 20  # of the 1800 that the collective would wait
+    assert caught.value.rank == 1 and str(caught.value).startswith("rank 1 ")
+    assert all(words in str(caught.value) for words in said)
+    assert type(caught.value.__cause__) is (raised or type(None))
+    assert gone(pids) and not list(temp.iterdir())
+    with pytest.raises(RuntimeError, match="ranks are gone .*rank 1.* load the model again"):
+        pool.call(pid)
+    pool.close()
+
+
+def test_a_rank_that_died_between_calls_is_named():
+    with start(2, "cpu") as pool:
+        pids = pool.call(pid)
+        os.kill(pids[1], signal.SIGKILL)
+        with pytest.raises(RankError, match="rank 1 was ended by SIGKILL"):
+            pool.call(pid)
+        assert gone(pids)
+
+
+def test_a_death_is_seen_though_a_child_holds_the_pipe():
+    def orphan(rank):
+        if rank.rank == 0 or os.fork() == 0:
+            time.sleep(60)
+        else:
+            os._exit(4)
+
+    with start(2, "cpu") as pool, pytest.raises(RankError, match="rank 1 ended with exit code 4"):
+        pool.call(orphan, timeout=30)
+
+
+def test_timeout_names_the_late_ranks():
+    pool = start(2, "cpu")
+    pids = pool.call(pid)
+    with pytest.raises(TimeoutError, match=r"ranks \[1\] in 0.5 s"):
+        pool.call(lambda rank: time.sleep(60 * rank.rank), timeout=0.5)
+    assert gone(pids)
+
+
+def test_an_error_in_the_listener_ends_the_call():
+    def refuse(rank, message):
+        raise KeyError("listener")
+
+    def work(rank):
+        rank.report(1)
+        time.sleep(60)
+
+    pool = start(2, "cpu")
+    pids = pool.call(pid)
+    with pytest.raises(KeyError, match="listener"):
+        pool.call(work, on_report=refuse)
+    assert gone(pids)
+
+
+def test_a_rank_that_dies_at_the_start_is_named(temp, monkeypatch):
+    def join(rank, *_):
+        if rank.rank == 1:
+            os._exit(9)
+        time.sleep(60)
+
+    monkeypatch.setattr(ranks, "_join", join)
+    with pytest.raises(RankError, match="rank 1 ended with exit code 9"):
+        start(2, "cpu")
+    assert not list(temp.iterdir())
+
+
+def test_the_start_has_a_limit(temp, monkeypatch):
+    monkeypatch.setattr(ranks, "START_LIMIT", 0.01)
+    with pytest.raises(TimeoutError, match=r"ranks \[0, 1\]"):
+        start(2, "cpu")
+    assert not list(temp.iterdir())
+
+
+def test_closing_leaves_nothing(temp):
+    pool = start(2, "cpu")
+    pids = pool.call(pid)
+    assert list(temp.iterdir())
+    with pool:
+        pass
+    assert gone(pids, within=0.1) and not list(temp.iterdir())
+    pool.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        pool.call(pid)
+
+
+def test_a_forgotten_pool_leaves_nothing(temp):
+    pool = start(2, "cpu")
+    pids = pool.call(pid)
+    del pool
+    assert gone(pids, within=0.1) and not list(temp.iterdir())
+
+
+DRIVER = """
+import os, time, torch, torch.distributed as dist
+from moekit.ranks import start
+
+def total(rank):
+    x = torch.ones(1)
+    dist.all_reduce(x)
+    return os.getpid() if x.item() == 2 else None
+
+def stuck(rank):
+    rank.report("stuck")
+    if rank.rank == 0:
+        dist.all_reduce(torch.ones(1))
+    while True:
+        pass
+
+ranks = start(2, "cpu")
+print(*ranks.call(total), flush=True)
+"""
+STUCK = DRIVER + "ranks.call(stuck, on_report=lambda rank, message: print(message, flush=True))\n"
+
+
+def drive(temp, *python, **options):
+    """A driver in a process of its own, away from this repository, that finds moekit by a path alone."""
+    environment = os.environ | {"PYTHONPATH": str(HERE), "TMPDIR": str(temp)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": temp}
+    return subprocess.Popen([sys.executable, *python], env=environment, **pipes, **options)
+
+
+@pytest.mark.parametrize("how", ["source on stdin", "script without main guard or stdin"])
+def test_any_kind_of_driver(tmp_path, how):
+    temp, script = tmp_path / "temp", tmp_path / "script.py"
+    temp.mkdir()
+    script.write_text(DRIVER)
+    if how == "source on stdin":
+        with open(script) as source:
+            driver = drive(temp, "-", stdin=source)
+    else:
+        driver = drive(temp, script, preexec_fn=lambda: os.close(0))
+    out, err = driver.communicate(timeout=60)
+    assert driver.returncode == 0, err
+    assert gone([int(p) for p in out.split()], within=0.1) and len(out.split()) == 2
+    assert not list(temp.iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_no_rank_outlives_its_driver(tmp_path, number):
+    driver = drive(tmp_path, "-c", STUCK, start_new_session=True)
+    try:
+        pids = [int(p) for p in driver.stdout.readline().split()]
+        assert len(pids) == 2, driver.stderr.read()
+        assert [driver.stdout.readline(), driver.stdout.readline()] == ["stuck\n"] * 2
+    finally:
+        os.killpg(driver.pid, number)
+    _, err = driver.communicate(timeout=20)
+    assert gone(pids)
+    if number == signal.SIGINT:
+        last = err.strip().split("\n")[-1]
+        assert last.startswith("KeyboardInterrupt: interrupted") and last.endswith("load the model again")
+    time.sleep(0.1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_rank_outlives_its_driver_though_a_child_of_the_driver_holds_the_pipes(tmp_path):
+    fork = "child = os.fork()\nif child:\n    print(child, flush=True)\ntime.sleep(30)\nos._exit(0)\n"
+    driver = drive(tmp_path, "-c", DRIVER + fork)
+    pids = [int(p) for p in driver.stdout.readline().split()]
+    child = int(driver.stdout.readline())
+    driver.kill()
+    assert len(pids) == 2 and gone(pids)
+    os.kill(child, signal.SIGKILL)
+    driver.communicate(timeout=20)
+
+
+def test_a_single_rank_is_this_process():
+    reports = []
+    with start(1, "cpu") as pool:
+        assert (pool.world_size, pool.devices) == (1, [torch.device("cpu")])
+        assert pool.call(pid) == [os.getpid()]
+        assert not dist.is_initialized()
+
+        def work(rank, x):
+            rank.report("half")
+            rank.state["x"] = x
+            return rank.world_size
+
+        assert pool.call(work, 3, on_report=lambda *report: reports.append(report)) == [1]
+        assert pool.call(work, 4) == [1]  # no listener is left over from the call before
+        assert reports == [(0, "half")]
+        with pytest.raises(RankError, match="rank 0 raised ValueError: boom") as caught:
+            pool.call(boom)
+        assert isinstance(caught.value.__cause__, ValueError) and caught.value.rank == 0
+        with pytest.raises(RankError, match="SystemExit"):
+            pool.call(lambda rank: sys.exit(1))
+        assert pool.call(lambda rank: rank.state["x"]) == [4]
+    pool.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        pool.call(pid)
+
+
+@pytest.mark.parametrize(
+    "gpus, world_size, device, said",
+    [
+        (0, 0, "cpu", "world_size is 0"),
+        (0, 2.0, "cpu", "world_size is 2.0"),
+        (0, True, "cpu", "world_size is True"),
+        (0, 2, "gpu", "device is 'gpu'"),
+        (0, 1, "cuda", 'torch sees 0: use device="cpu"'),
+        (1, 4, "auto", 'torch sees 1: use world_size=1 or device="cpu"'),
+    ],
+)
+def test_what_cannot_be_is_refused(monkeypatch, gpus, world_size, device, said):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    with pytest.raises(ValueError) as caught:
+        start(world_size, device)
+    assert said in str(caught.value)
+
+
+def test_devices(monkeypatch):
+    assert ranks.choose_devices(2, "cpu") == [torch.device("cpu")] * 2
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert ranks.choose_devices(2, "auto") == [torch.device("cuda", 0), torch.device("cuda", 1)]
