@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import cloudpickle
 import torch
@@ -100,7 +100,7 @@ class Ranks(ABC):
     def close(self) -> None:
         """Stop the ranks and forget what they hold."""
 
-    def __enter__(self) -> "Ranks":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -355,11 +355,11 @@ def _answer(me: Rank, job: bytes) -> bytes:
     try:
         fn, args, kwargs = cloudpickle.loads(job)
         return cloudpickle.dumps(("result", fn(me, *args, **kwargs)))
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001 - the driver decides
         text = f"{_headline(error)}\n\n{''.join(traceback.format_exception(error)).strip()}"
         try:
             cloudpickle.loads(cloudpickle.dumps(error))
-        except Exception:
+        except Exception:  # noqa: BLE001 - whatever keeps it from being pickled
             return cloudpickle.dumps(("error", (text, None)))
         return cloudpickle.dumps(("error", (text, error)))
 
