@@ -1,0 +1,154 @@
+"""What is scored, and in which order: fairseq's own ``language_modeling`` task, data sets and batches.
+
+fairseq is imported here, when it is needed, and nowhere near the model.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from moekit.config import PAD
+
+MAX_TOKENS = 36_000  # fairseq_cli/eval_lm.py: the tokens a batch may have, whatever its batch_size
+BREAK_MODES = ("none", "complete", "complete_doc", "eos")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One forward call of fairseq, the unit in which it routes.
+
+    Attributes:
+        index: its place in fairseq's order.
+        ids: [B], the samples' ids.
+        tokens: [B, T] int32, the input, padded on the right with ``PAD``.
+        targets: [B, T] int32, the next tokens, ``PAD`` where there is none to predict.
+        starts: [B], where a sample's own targets begin: after its context (``context_window``).
+    """
+
+    index: int
+    ids: np.ndarray
+    tokens: np.ndarray
+    targets: np.ndarray
+    starts: np.ndarray
+
+    def padded(self) -> bool:
+        return bool((self.tokens == PAD).any())
+
+    def scored(self, row: int) -> np.ndarray:
+        """[T] bool: the targets of a sample that count, in fairseq's ``SequenceScorer`` (padding is cut out)."""
+        real = self.targets[row] != PAD
+        real[: self.starts[row]] = False
+        return real
+
+
+class Batches:
+    """fairseq's batches of a data set, in its order; iterate to get them, any number of times."""
+
+    def __init__(self, task, dataset, max_positions: int, batch_size: int, context_window: int):
+        from fairseq.data.data_utils import numpy_seed
+
+        self.task, self.dataset, self.context_window = task, dataset, context_window
+        with numpy_seed(1):  # the branch's seed; released fairseqs add the epoch to it and get another order
+            order = self._contextual().ordered_indices()
+        order = task.filter_indices_by_size(order, dataset, max_positions, ignore_invalid_inputs=True)
+        self.order = dataset.batch_by_size(order, max_tokens=MAX_TOKENS, max_sentences=batch_size)
+
+    @property
+    def dictionary(self):
+        """The ``fairseq.data.Dictionary`` of the data."""
+        return self.task.target_dictionary
+
+    def _contextual(self):
+        """The data set; with a context window, one that remembers what came before and so serves one pass."""
+        if not self.context_window:
+            return self.dataset
+        from fairseq.data import LMContextWindowDataset
+
+        size, pad = self.task.args.tokens_per_sample, self.dictionary.pad()
+        return LMContextWindowDataset(self.dataset, size, self.context_window, pad)
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __iter__(self) -> Iterator[Batch]:
+        # One shard whatever the world size, so that no batch and no context depends on it.
+        dataset = self._contextual()
+        for index, members in enumerate(self.order):
+            sample = dataset.collater([dataset[i] for i in members])
+            tokens = sample["net_input"]["src_tokens"].numpy().astype(np.int32)
+            targets = sample["target"].numpy().astype(np.int32)
+            starts = np.asarray(sample.get("start_indices", [0] * len(tokens)))
+            yield Batch(index, sample["id"].numpy(), tokens, targets, starts)
+
+
+def open_data(
+    data: str | Path,
+    subset: str,
+    *,
+    tokens_per_sample: int,
+    batch_size: int,
+    max_positions: int,
+    sample_break_mode: str = "none",
+    context_window: int = 0,
+    add_bos: bool = False,
+) -> Batches:
+    """Open binarised data as ``fairseq_cli.eval_lm --is-moe`` does.
+
+    Args:
+        data: the folder with ``dict.txt``, ``{subset}.bin`` and ``{subset}.idx``; ``"demo"`` is the demo's.
+        tokens_per_sample: tokens of a block, its context included.
+        max_positions: tokens the model can take.
+
+    Raises:
+        ValueError: a file is missing, or an option makes no sense.
+    """
+    folder = data_folder(data)
+    if sample_break_mode not in BREAK_MODES:
+        raise ValueError(f"sample_break_mode={sample_break_mode!r}; expected {', '.join(BREAK_MODES)}")
+    if not 0 <= context_window < tokens_per_sample:
+        raise ValueError(
+            f"context_window={context_window} leaves no room in tokens_per_sample={tokens_per_sample}: "
+            "expected 0 <= context_window < tokens_per_sample"
+        )
+    if tokens_per_sample > max_positions:
+        raise ValueError(
+            f"tokens_per_sample={tokens_per_sample} is more than the model's {max_positions} positions"
+        )
+    for name in ("dict.txt", f"{subset}.bin", f"{subset}.idx"):
+        if not (folder / name).is_file():
+            there = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else "no such folder"
+            raise ValueError(
+                f"{folder} has no {name} (it has: {there}); prepare_data.ipynb makes such a folder"
+            )
+
+    task = _language_modeling(
+        data=str(folder),
+        tokens_per_sample=tokens_per_sample - context_window,  # eval_lm.py counts the context in
+        sample_break_mode=sample_break_mode,
+        add_bos_token=add_bos,
+        pad_to_fixed_length=True,  # eval_lm.py always does for mixtures of experts: padding is routed too
+    )
+    task.load_dataset(subset)
+    return Batches(task, task.dataset(subset), max_positions, batch_size, context_window)
+
+
+def data_folder(data: str | Path) -> Path:
+    if str(data) == "demo":
+        return Path(__file__).parent / "demo" / "data" / "data-bin"
+    return Path(data).expanduser()
+
+
+def _language_modeling(**options: object):
+    logging.getLogger("fairseq").setLevel(logging.WARNING)
+    from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
+
+    defaults = {"max_target_positions": options["tokens_per_sample"], "seed": 1, "batch_size": None}
+    defaults |= {"batch_size_valid": None, "dataset_impl": None, "data_buffer_size": 0, "tpu": False}
+    defaults |= {"use_plasma_view": False, "plasma_path": "/tmp/plasma"}
+    config = LanguageModelingConfig(**(defaults | options))
+    return LanguageModelingTask.setup_task(config)

@@ -1,0 +1,153 @@
+"""Train the demo model: ``python -m moekit.demo.train --data DIR --out moekit/demo/model``.
+
+``DIR`` is what ``python -m moekit.demo.corpus --out DIR`` writes. The model is moekit's own, so the demo also proves
+that the code that runs checkpoints can make one. The objective is fairseq's ``moe_cross_entropy``: cross-entropy
+plus 0.01 times the sum of the layers' balance losses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from moekit.config import ModelConfig
+from moekit.export import save
+from moekit.gate import balance_loss
+from moekit.model import Attention, Pass, Transformer
+
+BLOCK = 256  # tokens
+FILES = 8
+GATE_LOSS_WEIGHT = 0.01  # moe_gate_loss_wt
+
+
+def demo_config(vocab: int) -> ModelConfig:
+    return ModelConfig(
+        layers=6,
+        dim=128,
+        ffn_dim=512,
+        heads=4,
+        vocab_rows=vocab,
+        input_dim=128,
+        output_dim=128,
+        max_positions=BLOCK,
+        activation="gelu",
+        pre_norm=True,
+        share_output=True,
+        moe_freq=2,
+        experts=16,
+        gate_fp32=True,
+        second_expert="all",
+    )
+
+
+def initialize(model: Transformer) -> None:
+    """fairseq's initialisation of the decoder, layer by layer."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for module in model.modules():
+        if isinstance(module, Attention):
+            for part in module.qkv.weight.data.chunk(3):
+                nn.init.xavier_uniform_(part, gain=1 / math.sqrt(2))
+    for layer in model.config.moe_layers:
+        experts = model.layers[layer].moe.experts
+        for weight, bias in ((experts.w1, experts.b1), (experts.w2, experts.b2)):
+            for w, b in zip(weight.data, bias.data, strict=True):
+                nn.init.xavier_uniform_(w)
+                nn.init.zeros_(b)
+    nn.init.normal_(model.embed.weight, std=model.config.input_dim**-0.5)
+
+
+def sample(tokens: Tensor, batch: int, rng: np.random.Generator, device: str) -> tuple[Tensor, Tensor]:
+    """``batch`` random blocks and what follows each of their tokens: two [B, T] int64."""
+    starts = rng.integers(0, len(tokens) - BLOCK - 1, size=batch)
+    blocks = torch.stack([tokens[s : s + BLOCK + 1] for s in starts]).long().to(device)
+    return blocks[:, :-1], blocks[:, 1:]
+
+
+@torch.no_grad()
+def bits_a_token(model: Transformer, tokens: Tensor, device: str) -> float:
+    """Mean bits a token over consecutive blocks."""
+    model.eval()
+    blocks = tokens[: (len(tokens) - 1) // BLOCK * BLOCK + 1].long().to(device)
+    inputs, targets = blocks[:-1].view(-1, BLOCK), blocks[1:].view(-1, BLOCK)
+    total = 0.0
+    for x, y in zip(inputs.split(16), targets.split(16), strict=True):
+        total += F.cross_entropy(model.logits(model(x)).flatten(0, 1), y.flatten(), reduction="sum").item()
+    model.train()
+    return total / targets.numel() / math.log(2)
+
+
+def train(data: Path, out: Path, *, steps: int, batch: int, rate: float, device: str, seed: int) -> None:
+    """Train for ``steps`` steps of ``batch`` blocks with peak learning rate ``rate``, then write the checkpoint."""
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    meta = json.loads((data / "meta.json").read_text())
+    splits = {
+        name: torch.from_numpy(np.load(data / f"{name}.npy").astype(np.int32)) for name in ("train", "valid")
+    }
+    model = Transformer(demo_config(meta["vocabulary"])).to(device)
+    initialize(model)
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), fused=True)
+    warmup = max(1, steps // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda i: min((i + 1) / warmup, max(0.02, (steps - i) / (steps - warmup)))
+    )
+    autocast = torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
+    start = time.perf_counter()
+    with tqdm(
+        total=steps * batch * BLOCK, unit=" tokens", unit_scale=True, desc="training", mininterval=10
+    ) as bar:
+        for step in range(steps):
+            x, y = sample(splits["train"], batch, rng, device)
+            routings = []
+            with autocast:
+                features = model(x, Pass(record=lambda _, routing: routings.append(routing)))  # noqa: B023
+                loss = F.cross_entropy(model.logits(features).flatten(0, 1).float(), y.flatten())
+                total = loss + GATE_LOSS_WEIGHT * sum(map(balance_loss, routings))
+            optimizer.zero_grad(set_to_none=True)
+            total.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            bar.update(y.numel())
+            if (step + 1) % 250 == 0 or step + 1 == steps:
+                bits = bits_a_token(model, splits["valid"], device)
+                bar.write(
+                    f"step {step + 1}: train {loss.item() / math.log(2):.3f}, valid {bits:.3f} bits a token"
+                )
+                save(
+                    model,
+                    out,
+                    FILES,
+                    dropout=0.0,
+                    attention_dropout=0.0,
+                    moe_eval_capacity_token_fraction=-1.0,
+                )
+    print(f"trained for {time.perf_counter() - start:.0f} s; wrote {out}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--batch", type=int, default=16, help="blocks of 256 tokens a step")
+    parser.add_argument("--rate", type=float, default=3e-3, help="peak learning rate")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=1)
+    train(**vars(parser.parse_args()))

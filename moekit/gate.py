@@ -1,0 +1,165 @@
+"""The gate: which experts a token goes to, with what weight, and what a full buffer drops.
+
+The rules are those of fairseq's ``moe`` branch (fairseq/modules/moe/top1gate.py and top2gate.py at ebea0072), after
+GShard (arXiv 2006.16668, algorithm 1): first choices take their places in an expert's buffer before any second
+choice does, each in token order; whoever finds the buffer full is dropped.
+
+Shape letters: G routing groups, S tokens of a group, E experts, K choices a token (1 or 2).
+A routing group is what fairseq routes together: the tokens of one forward call on one rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moekit.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What the gate decided, and exactly what the dispatch uses.
+
+    Attributes:
+        probs: [G, S, E], softmax of the gate's logits, float32 (or the model's dtype without ``gate_fp32``).
+        experts: [G, S, K] int64, the chosen experts, best first.
+        gate_probs: [G, S, K], ``probs`` of the chosen experts.
+        kept: [G, S, K] bool, False where the choice was not dispatched: its expert's buffer was full, the second
+            expert was sampled away, or the token is masked padding.
+        weights: [G, S, K] in the model's dtype, the combine weights, zero where not kept.
+        capacity: places a group has in an expert's buffer; None when nothing is dropped.
+    """
+
+    probs: Tensor
+    experts: Tensor
+    gate_probs: Tensor
+    kept: Tensor
+    weights: Tensor
+    capacity: int | None
+
+
+def capacity(tokens: int, config: ModelConfig, fraction: float | None) -> int | None:
+    """Places a routing group of ``tokens`` tokens has in each expert's buffer.
+
+    ``None`` drops nothing. ``fraction > 0``: ``ceil(fraction * tokens)``. Otherwise the training's rule,
+    ``ceil(tokens / experts)`` places for top-1 and twice that for top-2.
+    """
+    if fraction is None:
+        return None
+    if fraction > 0:
+        return math.ceil(fraction * tokens)
+    return config.top_k * math.ceil(tokens / config.experts)
+
+
+def places(chosen: Tensor, experts: int) -> Tensor:
+    """Rank of each token among the tokens of its group that chose the same expert.
+
+    Args:
+        chosen: [G, S] int64, the expert of each token in order of service; ``experts`` for "none".
+
+    Returns:
+        [G, S] int64: 0 for the first token that an expert gets. Sorted, not one-hot: memory is O(G S), not O(G S E).
+    """
+    _, order = chosen.sort(dim=1, stable=True)
+    ordered = chosen.gather(1, order)
+    index = torch.arange(chosen.shape[1], device=chosen.device).expand_as(chosen)
+    starts = torch.searchsorted(ordered, ordered)  # where each run of equal experts begins
+    return torch.empty_like(chosen).scatter_(1, order, index - starts)
+
+
+def counts(chosen: Tensor, experts: int) -> Tensor:
+    """How many tokens of each group chose each expert: [G, S] -> [G, experts]; ``experts`` stands for "none"."""
+    total = torch.zeros(chosen.shape[0], experts + 1, dtype=torch.long, device=chosen.device)
+    return total.scatter_add_(1, chosen, torch.ones_like(chosen))[:, :experts]
+
+
+def route(
+    logits: Tensor,
+    config: ModelConfig,
+    *,
+    fraction: float | None,
+    padding: Tensor | None = None,
+    noise: Callable[[str, Tensor], Tensor] | None = None,
+) -> Routing:
+    """Route the tokens of each group.
+
+    Args:
+        logits: [G, S, E], the gate's output in the model's dtype.
+        fraction: ``capacity_token_fraction``, see :func:`capacity`.
+        padding: [G, S] bool, tokens that are not routed (only with ``config.mask_padding``).
+        noise: draws what ``second_expert`` "sampling" and "random" need: ``noise("gumbel" or "uniform", like)``
+            returns a tensor of the shape, dtype and device of ``like``.
+
+    Returns:
+        The routing, with K = ``config.top_k``.
+    """
+    dtype, experts = logits.dtype, logits.shape[-1]
+    if config.gate_fp32:
+        logits = logits.float()
+    probs = F.softmax(logits, dim=-1)
+    first = probs.argmax(dim=-1)  # of the probabilities, as fairseq does: float32's ties fall alike
+    chosen = [first]
+    gate_probs = [probs.gather(-1, first[..., None])[..., 0]]
+    kept = [torch.ones_like(first, dtype=torch.bool)]
+
+    if not config.top1:
+        rest = logits
+        if config.second_expert == "sampling":
+            rest = logits + noise("gumbel", logits)
+        second = rest.scatter(-1, first[..., None], float("-inf")).argmax(dim=-1)
+        chosen.append(second)
+        gate_probs.append(probs.gather(-1, second[..., None])[..., 0])
+        kept.append(torch.ones_like(first, dtype=torch.bool))
+
+    weights = list(gate_probs)
+    if config.normalize_before_dropping and not config.top1:
+        weights = _normalize(weights)
+    if config.second_expert == "random" and not config.top1:
+        kept[1] = 2 * weights[1] > noise("uniform", weights[1])
+    if padding is not None:
+        kept = [k & ~padding for k in kept]
+
+    room = capacity(logits.shape[1], config, fraction)
+    if room is not None:
+        served = [torch.where(k, c, experts) for c, k in zip(chosen, kept, strict=True)]
+        order = None
+        if config.batch_prioritized and not config.top1:  # the branch's top-1 gate has no such option
+            order = (-probs.amax(dim=-1)).argsort(dim=1, stable=True)
+        taken = 0
+        for k, choice in enumerate(served):
+            if order is None:
+                place = places(choice, experts)
+            else:
+                place = torch.empty_like(choice).scatter_(1, order, places(choice.gather(1, order), experts))
+            if k > 0:  # second choices queue behind all first choices
+                place = place + taken.gather(1, choice.clamp(max=experts - 1))
+            kept[k] = kept[k] & (place < room)
+            taken = counts(choice, experts)
+
+    if not config.top1 and not config.normalize_before_dropping:
+        weights = _normalize([w * k for w, k in zip(weights, kept, strict=True)])
+    kept = torch.stack(kept, dim=-1)
+    weights = torch.stack(weights, dim=-1) * kept
+    return Routing(probs, torch.stack(chosen, -1), torch.stack(gate_probs, -1), kept, weights.to(dtype), room)
+
+
+def _normalize(weights: list[Tensor]) -> list[Tensor]:
+    total = sum(weights).clamp(min=torch.finfo(weights[0].dtype).eps)
+    return [w / total for w in weights]
+
+
+def balance_loss(routing: Routing) -> Tensor:
+    """fairseq's auxiliary loss of one layer: E * sum over experts of (mean gate probability * share of first choices).
+
+    GShard's l_aux (arXiv 2006.16668, section 2.2; ``l_aux`` in fairseq/modules/moe/top2gate.py). 1 when balanced.
+    """
+    probs = routing.probs.flatten(0, 1)  # [N, E]
+    experts = probs.shape[1]
+    first = routing.experts[..., 0].flatten()
+    share = torch.bincount(first, minlength=experts).to(probs.dtype) / len(first)
+    return experts * (probs.mean(dim=0) * share).sum()

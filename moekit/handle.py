@@ -1,0 +1,286 @@
+"""``moekit.load`` and the handle it returns: a model on its ranks, ready for any number of calls."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from tqdm import tqdm
+
+from moekit import batches as data_order
+from moekit import checkpoint, ranks, worker
+from moekit.batches import Batch
+from moekit.config import ModelConfig
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+TOKENS_A_PASS = {"cpu": 4096, "cuda": 65_536}  # how many tokens pay off in one forward pass
+STEPS_A_CALL = 8
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What :meth:`Model.evaluate` found.
+
+    Attributes:
+        loss_base2: mean negative log-probability a token, in bits.
+        perplexity: ``2 ** loss_base2``.
+        ntokens: tokens scored.
+        seconds: scoring alone, without loading.
+        tokens_per_second: ``ntokens / seconds``.
+        tokens: a row a token, sorted by sample and position: ``sample_id``, ``position`` (in the sample, from 0),
+            ``token`` (dictionary id), ``logprob`` (natural log, float32).
+    """
+
+    loss_base2: float
+    perplexity: float
+    ntokens: int
+    seconds: float
+    tokens_per_second: float
+    tokens: pd.DataFrame
+
+
+class Model:
+    """A model on its ranks; made by :func:`load`. A context manager: leaving it stops the ranks.
+
+    Attributes:
+        config: the model's :class:`~moekit.config.ModelConfig`.
+        files: where it came from.
+        world_size, device, dtype: how it runs.
+        parts: a dict a rank: ``files``, ``experts``, ``parameters``, ``bytes``, ``seconds`` of its load.
+        load_seconds: from the call to ready.
+    """
+
+    def __init__(self, plan: checkpoint.Plan, files: checkpoint.Files, pool: ranks.Ranks, dtype: torch.dtype):
+        self.config: ModelConfig = plan.config
+        self.plan, self.files, self.ranks, self.dtype = plan, files, pool, dtype
+        self.parts: list[dict] = []
+        self.load_seconds = math.nan
+
+    @property
+    def world_size(self) -> int:
+        return self.ranks.world_size
+
+    @property
+    def device(self) -> str:
+        return self.ranks.devices[0].type
+
+    def __repr__(self) -> str:
+        c = self.config
+        return (
+            f"<moekit model {self.files.shared.parent}: {c.layers} layers, {len(c.moe_layers)} with {c.experts} experts, "
+            f"{str(self.dtype).removeprefix('torch.')} on {self.world_size} x {self.device}>"
+        )
+
+    def evaluate(
+        self,
+        data: str | Path,
+        subset: str = "valid",
+        tokens_per_sample: int | None = None,
+        batch_size: int = 1,
+        capacity_token_fraction: float | None = None,
+        sample_break_mode: str = "none",
+        context_window: int = 0,
+        max_batches: int | None = None,
+        seed: int = 1,
+        progress: bool = True,
+    ) -> Evaluation:
+        """Score binarised data as ``fairseq_cli.eval_lm --is-moe`` does; the result does not depend on the world size.
+
+        Args:
+            data: folder with ``dict.txt`` and ``{subset}.bin/.idx``, or "demo".
+            tokens_per_sample: tokens of a block, context included; None: as many as the model has positions.
+            batch_size: samples that are routed together. With a capacity this changes the result, as in fairseq.
+            capacity_token_fraction: None drops nothing. F > 0 gives each expert ``ceil(F * tokens)`` places a batch,
+                any other number the training's rule (:func:`moekit.gate.capacity`).
+            sample_break_mode: "none", "complete", "complete_doc" or "eos", as in fairseq.
+            context_window: tokens of context that are not scored again.
+            max_batches: stop after so many batches.
+            seed: of gates that sample their second expert.
+            progress: show a bar.
+
+        Raises:
+            ValueError: an argument makes no sense, or a file is missing.
+            moekit.ranks.RankError: a rank failed.
+        """
+        check_positive("batch_size", batch_size)
+        if max_batches is not None:
+            check_positive("max_batches", max_batches)
+        if tokens_per_sample is not None:
+            check_positive("tokens_per_sample", tokens_per_sample)
+        fraction = check_fraction(capacity_token_fraction)
+        batches = data_order.open_data(
+            data,
+            subset,
+            tokens_per_sample=tokens_per_sample or self.config.max_positions,
+            batch_size=batch_size,
+            max_positions=self.config.max_positions,
+            sample_break_mode=sample_break_mode,
+            context_window=context_window,
+            add_bos=self.config.add_bos,
+        )
+        vocab = len(batches.dictionary)
+        if vocab > self.config.vocab_rows:
+            raise ValueError(
+                f"{data}: its dict.txt has {vocab} types, the model knows {self.config.vocab_rows}: "
+                "use the data that was binarised with the model's own dict.txt"
+            )
+        total = len(batches) if max_batches is None else min(len(batches), max_batches)
+        chosen = list(itertools.islice(batches, total))
+        start = time.perf_counter()
+        scores = self.score_batches(chosen, fraction=fraction, vocab=vocab, seed=seed, progress=progress)
+        seconds = time.perf_counter() - start
+        return summarize(chosen, scores, seconds, skip_first=self.config.add_bos)
+
+    def score_batches(
+        self, batches: Sequence[Batch], *, fraction: float | None, vocab: int, seed: int, progress: bool
+    ) -> dict:
+        """Score batches on all ranks: batch index -> float32 [B, T] log-probabilities of its targets."""
+        scores = {}
+        targets = sum(int((b.targets != data_order.PAD).sum()) for b in batches)
+        with tqdm(
+            total=targets, unit=" tokens", unit_scale=True, disable=not progress, desc="scoring"
+        ) as bar:
+            steps = plan_steps(batches, self.world_size, TOKENS_A_PASS[self.device])
+            while some := list(itertools.islice(steps, STEPS_A_CALL)):
+                found = self.ranks.call(
+                    worker.score,
+                    some,
+                    fraction=fraction,
+                    vocab=vocab,
+                    seed=seed,
+                    on_report=lambda rank, tokens: bar.update(tokens),
+                )
+                scores.update(pair for part in found for pair in part)
+        return scores
+
+    def close(self) -> None:
+        """Stop the ranks and free their memory."""
+        self.ranks.close()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def load(
+    checkpoint_path: str | Path,
+    world_size: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    dictionary: str | Path | None = None,
+    progress: bool = True,
+) -> Model:
+    """Load a checkpoint of fairseq's ``moe`` branch onto ``world_size`` ranks.
+
+    Args:
+        checkpoint_path: a folder, ``model.pt``, ``model-shared.pt``, any ``model-rank-N.pt``, or "demo"; all name the
+            same model (:func:`moekit.checkpoint.find`).
+        world_size: ranks, each with a share of the experts; any number, whatever the number of files. None: one for
+            every GPU, one on the CPU.
+        device: "cuda" (a GPU a rank), "cpu", or "auto": GPUs where there are any.
+        dtype: "float32", "float16", "bfloat16", or "auto": the checkpoint's own on GPUs, float32 on the CPU.
+        dictionary: ``dict.txt`` or its folder; rows of the matrices beyond it are not loaded. None: the one beside the
+            checkpoint, if there is one; else all rows are loaded, and each data set's dictionary decides.
+        progress: show a bar.
+
+    Raises:
+        ValueError: the checkpoint is incomplete or not what it should be, or an argument makes no sense.
+        moekit.ranks.RankError: a rank failed.
+    """
+    start = time.perf_counter()
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r}; expected auto, {', '.join(DTYPES)}")
+    if world_size is None:
+        world_size = max(1, torch.cuda.device_count()) if device != "cpu" else 1
+    devices = ranks.choose_devices(world_size, device)
+    files = checkpoint.find(checkpoint_path)
+    plan = checkpoint.survey(files, dictionary_size(files, dictionary))
+    kind = DTYPES.get(dtype) or (torch.float32 if devices[0].type == "cpu" else plan.dtype)
+
+    pool = ranks.start(world_size, devices[0].type)
+    try:
+        model = Model(plan, files, pool, kind)
+        total = sum(path.stat().st_size for path in files.all)
+        with tqdm(total=total, unit="B", unit_scale=True, disable=not progress, desc="loading") as bar:
+            model.parts = pool.call(worker.load, plan, kind, on_report=lambda rank, n: bar.update(n))
+        model.load_seconds = time.perf_counter() - start
+    except BaseException:
+        pool.close()
+        raise
+    return model
+
+
+def dictionary_size(files: checkpoint.Files, dictionary: str | Path | None) -> int | None:
+    """Types of the dictionary that ``load`` was given or finds beside the checkpoint; None if there is none."""
+    path = Path(dictionary).expanduser() if dictionary is not None else files.shared.parent
+    path = path / "dict.txt" if path.is_dir() else path
+    if not path.is_file():
+        if dictionary is not None:
+            raise ValueError(f"there is no dictionary {path}")
+        return None
+    symbols = {line.split(" ")[0] for line in path.read_text("utf-8").splitlines() if line}
+    return len(symbols | {"<s>", "<pad>", "</s>", "<unk>"})
+
+
+def plan_steps(batches: Iterable[Batch], world_size: int, tokens: int) -> Iterator[list[Batch]]:
+    """Pack batches into steps of up to about ``tokens`` tokens a rank; batches of a step are of one shape.
+
+    A step's batches go to the ranks in turn, each rank taking its own in one forward pass.
+    """
+    for _, alike in itertools.groupby(batches, key=lambda b: (b.tokens.shape, b.padded())):
+        alike = list(alike)
+        size = world_size * max(1, tokens // alike[0].tokens.size)
+        yield from (alike[i : i + size] for i in range(0, len(alike), size))
+
+
+def summarize(batches: Sequence[Batch], scores: dict, seconds: float, skip_first: bool) -> Evaluation:
+    """Put scored batches into fairseq's figures (``eval_lm`` in fairseq_cli/eval_lm.py).
+
+    Args:
+        skip_first: the first target of each sample is the begin-of-sentence symbol, which does not count.
+    """
+    import numpy as np
+    import pandas as pd
+
+    parts: dict[str, list] = {"sample_id": [], "position": [], "token": [], "logprob": []}
+    for batch in batches:
+        for row, sample in enumerate(batch.ids):
+            real = batch.scored(row)
+            token, logprob = (
+                batch.targets[row][real][skip_first:],
+                scores[batch.index][row][real][skip_first:],
+            )
+            parts["sample_id"].append(np.full(len(token), sample))
+            parts["position"].append(np.arange(skip_first, skip_first + len(token)))
+            parts["token"].append(token)
+            parts["logprob"].append(logprob)
+    if not any(len(part) for part in parts["token"]):
+        raise ValueError("the data has no tokens to score")
+    tokens = pd.DataFrame({name: np.concatenate(part) for name, part in parts.items()})
+    tokens = tokens.sort_values(["sample_id", "position"], kind="stable", ignore_index=True)
+    loss = -tokens["logprob"].to_numpy(np.float64).mean() / math.log(2)
+    return Evaluation(float(loss), float(2**loss), len(tokens), seconds, len(tokens) / seconds, tokens)
+
+
+def check_positive(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}={value!r}: expected a whole number of at least 1")
+
+
+def check_fraction(value: object) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"capacity_token_fraction={value!r}: expected None or a number, as in fairseq")
+    return float(value)

@@ -1,0 +1,243 @@
+"""The whole model: fairseq's ``transformer_lm`` decoder with mixture-of-experts layers, for inference and training.
+
+It knows no ranks: experts may live elsewhere, and ``dispatch`` takes rows to them (see dispatch.py). It reads top to
+bottom: ``Transformer`` -> ``Block`` -> ``Attention`` and ``DenseFFN`` or ``MoE``.
+
+Shape letters: B samples, T tokens of a sample, N = B T tokens, D model dim, H heads, V dictionary, E experts,
+K choices a token, G routing groups, S = N / G tokens of a group, R rows (a row is one kept choice of a token).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moekit import gate
+from moekit.config import PAD, ModelConfig
+from moekit.dispatch import Dispatch, Local
+from moekit.experts import Experts, activation_fn
+
+
+@dataclass
+class Pass:
+    """What one forward pass is asked to do besides computing.
+
+    Attributes:
+        fraction: ``capacity_token_fraction``, see :func:`moekit.gate.capacity`.
+        groups: G, how many routing groups the samples form; each takes B / G consecutive samples.
+        padding: [B, T] bool, or None where nothing is padding.
+        record: called with (layer, :class:`moekit.gate.Routing`) by every MoE layer, on the very tensors it uses.
+        noise: see :func:`moekit.gate.route`, with the layer in front.
+    """
+
+    fraction: float | None = None
+    groups: int = 1
+    padding: Tensor | None = None
+    record: Callable[[int, gate.Routing], None] | None = None
+    noise: Callable[[int, str, Tensor], Tensor] | None = None
+
+
+class Transformer(nn.Module):
+    """Decoder-only language model; ``held`` experts a layer live here, all of them by default."""
+
+    def __init__(self, config: ModelConfig, held: int | None = None, dispatch: Dispatch | None = None):
+        super().__init__()
+        self.config = config
+        held = config.experts if held is None else held
+        dispatch = dispatch or Local()
+        self.embed = nn.Embedding(config.vocab_rows, config.input_dim)
+        self.project_in = _bridge(config.input_dim, config.dim)
+        self.positions = Positions(config) if config.positions else None
+        self.embed_norm = nn.LayerNorm(config.dim) if config.embedding_norm else None
+        self.layers = nn.ModuleList(Block(config, i, held, dispatch) for i in range(config.layers))
+        self.norm = nn.LayerNorm(config.dim) if config.pre_norm and config.final_norm else None
+        self.project_out = _bridge(config.dim, config.output_dim)
+        self.output = (
+            None if config.share_output else nn.Linear(config.output_dim, config.vocab_rows, bias=False)
+        )
+
+    def forward(self, tokens: Tensor, step: Pass | None = None) -> Tensor:
+        """Features of every position.
+
+        Args:
+            tokens: [B, T] int64 dictionary ids; ``PAD`` is padding if ``step.padding`` says so.
+
+        Returns:
+            [B, T, output_dim], for :meth:`logits`.
+        """
+        step = step or Pass()
+        x = self.embed(tokens)
+        if self.config.scale_embedding:
+            x = x * math.sqrt(self.config.dim)
+        if self.project_in is not None:
+            x = self.project_in(x)
+        if self.positions is not None:
+            x = x + self.positions(tokens.shape[1], step.padding).to(x)
+        if self.embed_norm is not None:
+            x = self.embed_norm(x)
+        visible = attention_mask(step.padding)
+        for layer in self.layers:
+            x = layer(x, visible, step)
+        if self.norm is not None:
+            x = self.norm(x)
+        return x if self.project_out is None else self.project_out(x)
+
+    def serve(self) -> None:
+        """Take part in the exchanges of one forward pass with no tokens of one's own: others' experts may be here."""
+        for layer in self.layers:
+            if hasattr(layer, "moe"):
+                rows = self.embed.weight.new_empty(0, self.config.dim)
+                layer.moe.compute(
+                    rows, torch.zeros(self.config.experts, dtype=torch.long, device=rows.device)
+                )
+
+    def logits(self, features: Tensor, vocab: int | None = None) -> Tensor:
+        """[..., output_dim] -> [..., V] for the first ``vocab`` types: rows beyond the dictionary take no part."""
+        weight = self.embed.weight if self.output is None else self.output.weight
+        return F.linear(features, weight[:vocab])
+
+
+def _bridge(inner: int, outer: int) -> nn.Linear | None:
+    return nn.Linear(inner, outer, bias=False) if inner != outer else None
+
+
+def attention_mask(padding: Tensor | None) -> Tensor | None:
+    """[B, 1, T, T] bool, True where a query may look: back, and never at padding. None: causal is all there is."""
+    if padding is None:
+        return None
+    length = padding.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=padding.device).tril()
+    return causal & ~padding[:, None, None, :]
+
+
+class Positions(nn.Module):
+    """Positions count from ``PAD + 1`` and skip padding, which has position ``PAD`` (fairseq's ``make_positions``)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.dim = config.dim
+        self.weight = None
+        if config.learned_positions:
+            self.weight = nn.Parameter(torch.empty(config.max_positions + PAD + 1, config.dim))
+
+    def forward(self, length: int, padding: Tensor | None) -> Tensor:
+        """The positions of [B, T] tokens, T = ``length``: [B, T, D], or [T, D] where nothing is padding."""
+        table = sinusoids(length + PAD + 1, self.dim) if self.weight is None else self.weight
+        if padding is None:
+            return table[PAD + 1 : PAD + 1 + length]
+        real = (~padding).long()
+        return table.to(padding.device)[real.cumsum(dim=1) * real + PAD]
+
+
+@functools.lru_cache(maxsize=8)
+def sinusoids(rows: int, dim: int) -> Tensor:
+    """[rows, dim] float32: sines of geometric frequencies, then cosines; an odd last column and row ``PAD`` are zero.
+
+    fairseq/modules/sinusoidal_positional_embedding.py, which differs slightly from Vaswani et al. 2017, section 3.5.
+    """
+    half = dim // 2
+    frequency = torch.exp(torch.arange(half, dtype=torch.float) * -(math.log(10000) / (half - 1)))
+    angle = torch.arange(rows, dtype=torch.float)[:, None] * frequency
+    table = F.pad(torch.cat([angle.sin(), angle.cos()], dim=1), (0, dim % 2))
+    table[PAD] = 0
+    return table
+
+
+class Block(nn.Module):
+    """Attention, then a feed-forward network or experts, each with a residual and a norm before or after."""
+
+    def __init__(self, config: ModelConfig, index: int, held: int, dispatch: Dispatch):
+        super().__init__()
+        self.pre_norm = config.pre_norm
+        self.attn_norm = nn.LayerNorm(config.dim)
+        self.attn = Attention(config)
+        self.ffn_norm = nn.LayerNorm(config.dim)
+        if config.is_moe(index):
+            self.moe = MoE(config, index, held, dispatch)
+        else:
+            self.ffn = DenseFFN(config, index)
+
+    def forward(self, x: Tensor, visible: Tensor | None, step: Pass) -> Tensor:
+        feed_forward = (lambda h: self.moe(h, step)) if hasattr(self, "moe") else self.ffn
+        if self.pre_norm:
+            x = x + self.attn(self.attn_norm(x), visible)
+            return x + feed_forward(self.ffn_norm(x))
+        x = self.attn_norm(x + self.attn(x, visible))
+        return self.ffn_norm(x + feed_forward(x))
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention; ``qkv`` holds fairseq's three projections one below the other."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.heads = config.heads
+        self.qkv = nn.Linear(config.dim, 3 * config.dim)
+        self.out = nn.Linear(config.dim, config.dim)
+
+    def forward(self, x: Tensor, visible: Tensor | None) -> Tensor:
+        b, t, d = x.shape
+        q, k, v = (
+            self.qkv(x).view(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
+        )  # each [B, H, T, D/H]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None)
+        return self.out(y.transpose(1, 2).reshape(b, t, d))
+
+
+class DenseFFN(nn.Module):
+    def __init__(self, config: ModelConfig, index: int):
+        super().__init__()
+        self.fc1 = nn.Linear(config.dim, config.dense_dim(index))
+        self.fc2 = nn.Linear(config.dense_dim(index), config.dim)
+        self.activation = activation_fn(config.activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class MoE(nn.Module):
+    """Gate, dispatch, experts, combine."""
+
+    def __init__(self, config: ModelConfig, index: int, held: int, dispatch: Dispatch):
+        super().__init__()
+        self.config, self.index, self.dispatch = config, index, dispatch
+        self.gate = nn.Linear(config.dim, config.experts, bias=False)
+        self.experts = Experts(held, config.dim, config.ffn_dim, config.activation)
+
+    def forward(self, x: Tensor, step: Pass) -> Tensor:
+        """[B, T, D] -> [B, T, D]"""
+        rows = x.flatten(0, 1)  # [N, D]
+        routing = self.route(rows, step)
+        if step.record is not None:
+            step.record(self.index, routing)
+
+        # One row a choice; what was not kept sorts behind the last expert and is cut off.
+        none = self.config.experts
+        expert = torch.where(routing.kept, routing.experts, none).flatten()  # [N K]
+        counts = torch.bincount(expert, minlength=none + 1)[:none]
+        order = expert.argsort(stable=True)[: int(counts.sum())]  # [R] choices, sorted by expert
+        token = order // self.config.top_k
+
+        done = self.compute(rows[token], counts)
+        weight = routing.weights.flatten()[order, None]
+        return torch.zeros_like(rows).index_add(0, token, (done * weight).to(rows)).view_as(x)
+
+    def compute(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """Rows [R, D], sorted by expert, ``counts`` [E] of each -> what their experts make of them, wherever they are."""
+        rows, counts, ticket = self.dispatch.send(rows, counts)
+        return self.dispatch.back(self.experts(rows, counts), ticket)
+
+    def route(self, rows: Tensor, step: Pass) -> gate.Routing:
+        """[N, D] -> the routing of G groups of S tokens."""
+        logits = self.gate(rows).view(step.groups, -1, self.config.experts)
+        padding = None
+        if self.config.mask_padding and step.padding is not None:
+            padding = step.padding.reshape(step.groups, -1)
+        noise = None if step.noise is None else functools.partial(step.noise, self.index)
+        return gate.route(logits, self.config, fraction=step.fraction, padding=padding, noise=noise)
