@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moekit import gate
+from moekit.cache import Cache
 from moekit.config import PAD, ModelConfig
 from moekit.dispatch import Dispatch, Local
 from moekit.experts import Experts, activation_fn
@@ -34,6 +35,8 @@ class Pass:
         padding: [B, T] bool, or None where nothing is padding.
         record: called with (layer, :class:`moekit.gate.Routing`) by every MoE layer, on the very tensors it uses.
         noise: see :func:`moekit.gate.route`, with the layer in front.
+        cache: what came before the tokens, see :class:`moekit.cache.Cache`; without one they start a sample. With one,
+            padding (right of the real tokens) needs no mask: it stands where no real token looks.
     """
 
     fraction: float | None = None
@@ -41,6 +44,7 @@ class Pass:
     padding: Tensor | None = None
     record: Callable[[int, gate.Routing], None] | None = None
     noise: Callable[[int, str, Tensor], Tensor] | None = None
+    cache: Cache | None = None
 
 
 class Transformer(nn.Module):
@@ -78,10 +82,10 @@ class Transformer(nn.Module):
         if self.project_in is not None:
             x = self.project_in(x)
         if self.positions is not None:
-            x = x + self.positions(tokens.shape[1], step.padding).to(x)
+            x = x + self.positions(tokens.shape[1], step).to(x)
         if self.embed_norm is not None:
             x = self.embed_norm(x)
-        visible = attention_mask(step.padding)
+        visible = attention_mask(step.padding) if step.cache is None else step.cache.visible(tokens.shape[1])
         for layer in self.layers:
             x = layer(x, visible, step)
         if self.norm is not None:
@@ -126,13 +130,18 @@ class Positions(nn.Module):
         if config.learned_positions:
             self.weight = nn.Parameter(torch.empty(config.max_positions + PAD + 1, config.dim))
 
-    def forward(self, length: int, padding: Tensor | None) -> Tensor:
-        """The positions of [B, T] tokens, T = ``length``: [B, T, D], or [T, D] where nothing is padding."""
-        table = sinusoids(length + PAD + 1, self.dim) if self.weight is None else self.weight
-        if padding is None:
+    def forward(self, length: int, step: Pass) -> Tensor:
+        """The positions of [B, T] tokens, T = ``length``: [B, T, D], or [T, D] where all samples have the same."""
+        rows = length if step.cache is None else step.cache.keys.shape[3]
+        table = sinusoids(rows + PAD + 1, self.dim) if self.weight is None else self.weight
+        if step.cache is not None:
+            position = step.cache.positions(length) + PAD + 1
+        elif step.padding is not None:
+            real = (~step.padding).long()
+            position = real.cumsum(dim=1) * real + PAD
+        else:
             return table[PAD + 1 : PAD + 1 + length]
-        real = (~padding).long()
-        return table.to(padding.device)[real.cumsum(dim=1) * real + PAD]
+        return table.to(position.device)[position]
 
 
 @functools.lru_cache(maxsize=8)
@@ -156,7 +165,7 @@ class Block(nn.Module):
         super().__init__()
         self.pre_norm = config.pre_norm
         self.attn_norm = nn.LayerNorm(config.dim)
-        self.attn = Attention(config)
+        self.attn = Attention(config, index)
         self.ffn_norm = nn.LayerNorm(config.dim)
         if config.is_moe(index):
             self.moe = MoE(config, index, held, dispatch)
@@ -166,26 +175,28 @@ class Block(nn.Module):
     def forward(self, x: Tensor, visible: Tensor | None, step: Pass) -> Tensor:
         feed_forward = (lambda h: self.moe(h, step)) if hasattr(self, "moe") else self.ffn
         if self.pre_norm:
-            x = x + self.attn(self.attn_norm(x), visible)
+            x = x + self.attn(self.attn_norm(x), visible, step.cache)
             return x + feed_forward(self.ffn_norm(x))
-        x = self.attn_norm(x + self.attn(x, visible))
+        x = self.attn_norm(x + self.attn(x, visible, step.cache))
         return self.ffn_norm(x + feed_forward(x))
 
 
 class Attention(nn.Module):
     """Causal multi-head self-attention; ``qkv`` holds fairseq's three projections one below the other."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, index: int):
         super().__init__()
-        self.heads = config.heads
+        self.heads, self.index = config.heads, index
         self.qkv = nn.Linear(config.dim, 3 * config.dim)
         self.out = nn.Linear(config.dim, config.dim)
 
-    def forward(self, x: Tensor, visible: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, visible: Tensor | None, cache: Cache | None) -> Tensor:
         b, t, d = x.shape
         q, k, v = (
             self.qkv(x).view(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
         )  # each [B, H, T, D/H]
+        if cache is not None:
+            k, v = cache.extend(self.index, k, v)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None)
         return self.out(y.transpose(1, 2).reshape(b, t, d))
 
