@@ -222,9 +222,7 @@ class SpawnedRanks(Ranks):
             self._why_gone = f"stopped after {_headline(error)}"
             self.close()
             if isinstance(error, KeyboardInterrupt):
-                why = (
-                    "interrupted: no collective can be left, so the ranks were stopped; load the model again"
-                )
+                why = "interrupted, and the ranks stopped (no collective can be left): load the model again"
                 raise KeyboardInterrupt(why) from None
             raise
         finally:
