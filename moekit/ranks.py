@@ -353,11 +353,11 @@ def _answer(me: Rank, job: bytes) -> bytes:
     try:
         fn, args, kwargs = cloudpickle.loads(job)
         return cloudpickle.dumps(("result", fn(me, *args, **kwargs)))
-    except BaseException as error:  # noqa: BLE001 - the driver decides
+    except BaseException as error:
         text = f"{_headline(error)}\n\n{''.join(traceback.format_exception(error)).strip()}"
         try:
             cloudpickle.loads(cloudpickle.dumps(error))
-        except Exception:  # noqa: BLE001 - whatever keeps it from being pickled
+        except Exception:
             return cloudpickle.dumps(("error", (text, None)))
         return cloudpickle.dumps(("error", (text, error)))
 

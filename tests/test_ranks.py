@@ -182,7 +182,7 @@ def test_one_rank_fails_while_the_others_sit_in_a_collective(temp, act, said, ra
     assert all(words in str(caught.value) for words in said)
     assert type(caught.value.__cause__) is (raised or type(None))
     assert gone(pids) and not list(temp.iterdir())
-    with pytest.raises(RuntimeError, match="ranks are gone .*rank 1.* load the model again"):
+    with pytest.raises(RuntimeError, match=r"ranks are gone .*rank 1.* load the model again"):
         pool.call(pid)
     pool.close()
 
