@@ -132,10 +132,10 @@ def write_arrays(
 ) -> dict:
     """Write `{split}.npy` (flat uint16 fairseq indices) for each split; returns the figures of `meta.json`.
 
-    `text` and `encoded` hold documents in order, as (domain, lines), by split. Bytes count one line end a line,
-    as tokens count one </s>. The figures `unigram_..._bits_per_byte`, for the held-out splits and each
-    domain, are those of the add-one smoothed unigram models over tokens and over bytes, both counted on the
-    training split.
+    `text` and `encoded` hold documents in order, as (domain, lines), by split. Bytes count one line end a
+    line, as tokens count one </s>. The figures `unigram_..._bits_per_byte`, for the held-out splits and
+    each domain, are those of the add-one smoothed unigram models over tokens and over bytes, both counted
+    on the training split.
     """
     types = SPECIALS + sum(1 for _ in (folder / "dict.txt").open())
     token_counts: dict[str, dict[str, np.ndarray]] = {}
