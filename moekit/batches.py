@@ -9,6 +9,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -145,6 +146,8 @@ def data_folder(data: str | Path) -> Path:
 
 def _language_modeling(**options: object):
     logging.getLogger("fairseq").setLevel(logging.WARNING)
+    if not hasattr(np, "compat"):  # gone from NumPy 2.4; fairseq's "eos" blocks still ask it for its long
+        np.compat = SimpleNamespace(long=int)
     from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
 
     defaults = {"max_target_positions": options["tokens_per_sample"], "seed": 1, "batch_size": None}

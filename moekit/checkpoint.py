@@ -135,10 +135,6 @@ def read(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not a readable checkpoint file: {reason}") from error
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
         raise ValueError(f"{path} has no 'model' with tensors: it is no fairseq checkpoint")
-    if "shard_metadata" in state:
-        raise ValueError(
-            f"{path} was saved in FSDP shards (shard_metadata); consolidate it with fairseq first"
-        )
     return state
 
 
@@ -250,11 +246,14 @@ KEYS: dict[str, str | None] = {
     "decoder.output_projection.weight": "output.weight[rows]",
     # what files of earlier versions call them
     "decoder.embed_out": "output.weight[rows]",
+    "decoder.layers.{}.self_attn.in_proj_weight": "layers.{}.attn.qkv.weight[qkv]",
+    "decoder.layers.{}.self_attn.in_proj_bias": "layers.{}.attn.qkv.bias[qkv]",
     "decoder.layers.{}.layer_norms.0.weight": "layers.{}.attn_norm.weight",
     "decoder.layers.{}.layer_norms.0.bias": "layers.{}.attn_norm.bias",
     "decoder.layers.{}.layer_norms.2.weight": "layers.{}.ffn_norm.weight",
     "decoder.layers.{}.layer_norms.2.bias": "layers.{}.ffn_norm.bias",
 }
+OUTPUT_KEYS = {"decoder.output_projection.weight", "decoder.embed_out"}
 NUMBER = re.compile(r"(?<=\.layers\.)\d+|(?<=\.experts\.)\d+")
 
 
@@ -275,26 +274,29 @@ class Place:
         return parameter
 
 
-def place(key: str, expert_offset: int, share_output: bool, path: Path) -> Place | None:
-    """Where fairseq's ``key`` goes; None if it is dropped on purpose.
-
-    Args:
-        expert_offset: the number, overall, of the file's expert 0.
-        share_output: the output matrix is the embedding, which files hold twice.
+def places(
+    source: Source, found: dict[str, Tensor], config: ModelConfig
+) -> Iterator[tuple[str, Tensor, Place]]:
+    """Each (key, tensor) of a file and where it goes; without the keys that are dropped on purpose.
 
     Raises:
-        ValueError: the key is not in the table.
+        ValueError: a key is not in the table.
     """
-    numbers = [int(n) for n in NUMBER.findall(key)]
-    pattern = NUMBER.sub("{}", key)
-    if pattern not in KEYS:
-        raise ValueError(f"{path}: unknown key {key}; expected one of the keys in moekit.checkpoint.KEYS")
-    target = KEYS[pattern]
-    if target is None or (share_output and target.startswith("output.")):
-        return None
-    name, _, part = target.rstrip("]").partition("[")
-    expert = expert_offset + numbers[-1] if part == "expert" else 0
-    return Place(name.format(*numbers), part, expert)
+    for key, tensor in found.items():
+        numbers = [int(n) for n in NUMBER.findall(key)]
+        pattern = NUMBER.sub("{}", key)
+        if pattern not in KEYS:
+            raise ValueError(f"{source.path}: unknown key {key}; expected a key of moekit.checkpoint.KEYS")
+        target = KEYS[pattern]
+        if config.share_output and target == "output.weight[rows]":
+            target = "embed.weight[rows]"  # one matrix, which files hold twice; fairseq reads this one last
+        elif config.share_output and key == SHARED_KEY and not OUTPUT_KEYS.isdisjoint(found):
+            continue
+        if target is None or (target.startswith("norm.") and config.before_final_norm):
+            continue
+        name, _, part = target.rstrip("]").partition("[")
+        expert = source.experts.start + numbers[-1] if part == "expert" else 0
+        yield key, tensor, Place(name.format(*numbers), part, expert)
 
 
 # ---------------------------------------------------------------------------------- who reads what, and reading
@@ -340,15 +342,11 @@ def survey(files: Files, dictionary: int | None = None) -> Plan:
     """
     from moekit.model import Transformer
 
-    state = read(files.shared)
-    shared = tensors(state, files.shared)
-    options, task = cfg.options_of(state, str(files.shared))
+    shared = tensors(read(files.shared), files.shared)
+    first = (*files.ranks, files.shared)[0]  # fairseq heeds the config of rank 0's file
+    options, task = cfg.options_of(read(first), str(first))
     version = shared.get("decoder.version")
-    rows = min(
-        len(shared[k])
-        for k in (SHARED_KEY, "decoder.output_projection.weight", "decoder.embed_out")
-        if k in shared
-    )
+    rows = min(len(shared[key]) for key in {SHARED_KEY, *OUTPUT_KEYS} & set(shared))
     if dictionary is not None and dictionary > rows:
         raise ValueError(
             f"{files.shared}: {SHARED_KEY} has {rows} rows, too few for a dictionary of {dictionary} types"
@@ -358,29 +356,30 @@ def survey(files: Files, dictionary: int | None = None) -> Plan:
         task,
         vocab_rows=dictionary or rows,
         # files without a version, or of version 2 and less, are from before the final norm existed
-        final_norm=version is not None and float(version.flatten()[0]) > 2,
+        before_final_norm=version is None or float(version.flatten()[0]) <= 2,
     )
     with torch.device("meta"):
         model = Transformer(config)
     expected = dict(model.named_parameters())
 
-    sources, filled, offset = [], {}, 0
+    sources: list[Source] = []
+    filled: dict[Place, str] = {}
+    offset = 0
     for path in files.all:
         found = shared if path == files.shared else tensors(read(path), path)
         held = 1 + max((int(n) for key in found for n in NUMBER.findall(key)[1:]), default=-1)
         start = 0 if path == files.shared else offset
-        for key, tensor in found.items():
-            target = place(key, start, config.share_output, path)
-            if target is None:
-                continue
+        source = Source(path, range(start, start + held), path.stat().st_size, len(found))
+        for key, tensor, target in places(source, found, config):
             _check(path, key, tensor, target, expected, config)
-            if target in filled:
-                raise ValueError(
-                    f"{path}: {key} fills {_name(target)} for the second time; it was filled by {filled[target]}"
-                )
-            filled[target] = f"{path.name}: {key}"
-        sources.append(Source(path, range(start, start + held), path.stat().st_size, len(found)))
-        offset = start + held
+            for part in _unfold(target):
+                if part in filled:
+                    raise ValueError(
+                        f"{path}: {key} fills {_name(part)} for the second time, after {filled[part]}"
+                    )
+                filled[part] = f"{path.name}: {key}"
+        sources.append(source)
+        offset = source.experts.stop if path != files.shared else 0
 
     for name, parameter in expected.items():
         for target in _parts(name, parameter):
@@ -429,6 +428,11 @@ def _parts(name: str, parameter: Tensor) -> list[Place]:
     return [Place(name, "rows" if name in ("embed.weight", "output.weight") else "")]
 
 
+def _unfold(target: Place) -> list[Place]:
+    """Old files fill queries, keys and values with one tensor."""
+    return [Place(target.name, part) for part in target.part] if target.part == "qkv" else [target]
+
+
 def _key_of(target: Place) -> str:
     numbers = re.findall(r"(?<=layers\.)\d+", target.name)
     wanted = re.sub(r"(?<=layers\.)\d+", "{}", target.name) + (f"[{target.part}]" if target.part else "")
@@ -456,13 +460,12 @@ def fill(
     parameters = dict(model.named_parameters())
     filled: collections.Counter[Place] = collections.Counter()
     for source in plan.needed(held):
-        for key, tensor in tensors(read(source.path), source.path).items():
-            target = place(key, source.experts.start, plan.config.share_output, source.path)
-            if target is None or (target.part == "expert" and target.expert not in held):
+        for _, tensor, target in places(source, tensors(read(source.path), source.path), plan.config):
+            if target.part == "expert" and target.expert not in held:
                 continue
             view = target.of(parameters[target.name].data, held.start)
             view.copy_(tensor[: len(view)] if target.part == "rows" else tensor)
-            filled[target] += 1
+            filled.update(_unfold(target))
             if progress is not None:
                 progress(tensor.nbytes)
     for name, parameter in parameters.items():

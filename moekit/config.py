@@ -36,6 +36,7 @@ class ModelConfig:
     activation: str = "relu"
     pre_norm: bool = False
     final_norm: bool = True
+    before_final_norm: bool = False  # the file is older than the final norm: it has none, whatever it holds
     learned_positions: bool = False
     positions: bool = True
     scale_embedding: bool = True
@@ -140,24 +141,22 @@ def resolve(options: Mapping[str, Any], cfg: Mapping[str, Any]) -> dict[str, Any
 def options_of(state: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The (model options, task options) of a checkpoint file's top level.
 
-    ``cfg["model"]`` and ``cfg["task"]``; files older than ``cfg`` hold one flat ``args`` for both.
+    ``cfg["model"]`` and ``cfg["task"]``; older files hold one flat ``args`` for both, which wins if a file has both.
     """
-    if state.get("cfg") is not None:
-        cfg = to_dict(state["cfg"], f"cfg in {where}")
-        if cfg.get("model") is None:
-            raise ValueError(f"cfg in {where} has no 'model'; it has {', '.join(sorted(map(str, cfg)))}")
-        model, task = (
-            to_dict(cfg.get(part) or {}, f"cfg['{part}'] in {where}") for part in ("model", "task")
-        )
-        return resolve(model, cfg), resolve(task, cfg)
     if state.get("args") is not None:
         args = to_dict(state["args"], f"args in {where}")
         return args, args
-    raise ValueError(f"{where} has neither 'cfg' nor 'args', so the model's shape is unknown")
+    if state.get("cfg") is None:
+        raise ValueError(f"{where} has neither 'cfg' nor 'args', so the model's shape is unknown")
+    cfg = to_dict(state["cfg"], f"cfg in {where}")
+    if cfg.get("model") is None:
+        raise ValueError(f"cfg in {where} has no 'model'; it has {', '.join(sorted(map(str, cfg)))}")
+    model, task = (to_dict(cfg.get(part) or {}, f"cfg['{part}'] in {where}") for part in ("model", "task"))
+    return resolve(model, cfg), resolve(task, cfg)
 
 
 def from_fairseq(
-    model: Mapping[str, Any], task: Mapping[str, Any], *, vocab_rows: int, final_norm: bool
+    model: Mapping[str, Any], task: Mapping[str, Any], *, vocab_rows: int, before_final_norm: bool
 ) -> ModelConfig:
     """Translate fairseq's options.
 
@@ -166,7 +165,7 @@ def from_fairseq(
             (``TransformerLanguageModelConfig`` in fairseq/models/transformer_lm.py).
         task: the options of ``cfg["task"]``.
         vocab_rows: rows of ``decoder.embed_tokens.weight``, which no option tells.
-        final_norm: False for files of a version that had no final layer norm (see ``checkpoint``).
+        before_final_norm: the files are of a version that had no final layer norm (see ``checkpoint``).
 
     Raises:
         ValueError: an option is missing, malformed, or asks for what moekit does not have.
@@ -208,7 +207,8 @@ def from_fairseq(
         max_positions=number("max_target_positions", int(tokens_per_sample)),
         activation=activation,
         pre_norm=bool(model.get("decoder_normalize_before", False)),
-        final_norm=final_norm and not model.get("no_decoder_final_norm", False),
+        final_norm=not (before_final_norm or model.get("no_decoder_final_norm", False)),
+        before_final_norm=before_final_norm,
         learned_positions=bool(model.get("decoder_learned_pos", False)),
         positions=not model.get("no_token_positional_embeddings", False),
         scale_embedding=not model.get("no_scale_embedding", False),
