@@ -111,9 +111,9 @@ def code(path: Path) -> Iterator[Document]:
 def r_novels(path: Path) -> Iterator[Document]:
     """The chapters of novels kept as R character vectors (one string a printed line) in a lazy-load database.
 
-    A record is a length (4 bytes, big-endian) and a zlib stream holding one vector in R's XDR serialisation (R
-    Internals, section 1.8): 23 bytes of header, the type STRSXP, a count, then type, length and bytes of
-    each string.
+    A record is a length (4 bytes, big-endian) and a zlib stream holding one vector in R's XDR
+    serialisation (R Internals, section 1.8): 23 bytes of header, the type STRSXP, a count, then type,
+    length and bytes of each string.
     """
     data = path.read_bytes()
     novel = 0
