@@ -6,7 +6,7 @@ import itertools
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from moekit import batches as data_order
 from moekit import checkpoint, ranks, worker
+from moekit import trace as tracing
 from moekit.batches import Batch
 from moekit.config import ModelConfig
 
@@ -38,6 +39,7 @@ class Evaluation:
         tokens_per_second: ``ntokens / seconds``.
         tokens: a row a token, sorted by sample and position: ``sample_id``, ``position`` (in the sample, from 0),
             ``token`` (dictionary id), ``logprob`` (natural log, float32).
+        trace: what the router did, a :class:`moekit.trace.Trace`, if it was asked for.
     """
 
     loss_base2: float
@@ -46,6 +48,7 @@ class Evaluation:
     seconds: float
     tokens_per_second: float
     tokens: pd.DataFrame
+    trace: tracing.Trace | None = None
 
 
 class Model:
@@ -92,6 +95,7 @@ class Model:
         max_batches: int | None = None,
         seed: int = 1,
         progress: bool = True,
+        trace: bool | tracing.Options = False,
     ) -> Evaluation:
         """Score binarised data as ``fairseq_cli.eval_lm --is-moe`` does; the result does not depend on the world size.
 
@@ -106,21 +110,128 @@ class Model:
             max_batches: stop after so many batches.
             seed: of gates that sample their second expert.
             progress: show a bar.
+            trace: also record the routing; :class:`moekit.trace.Options` say what of it.
+
+        Raises:
+            ValueError: an argument makes no sense, or a file is missing.
+            moekit.ranks.RankError: a rank failed.
+        """
+        if max_batches is not None:
+            check_positive("max_batches", max_batches)
+        fraction = check_fraction(capacity_token_fraction)
+        asked = {
+            "data": str(data),
+            "subset": subset,
+            "tokens_per_sample": self.block(tokens_per_sample),
+            "batch_size": batch_size,
+            "sample_break_mode": sample_break_mode,
+            "context_window": context_window,
+        }
+        batches = self.open_data(**asked)
+        total = len(batches) if max_batches is None else min(len(batches), max_batches)
+        chosen = list(itertools.islice(batches, total))
+        collector = None
+        if trace:
+            options = tracing.Options() if trace is True else trace
+            collector = tracing.Collector(options.of(self.config))
+        start = time.perf_counter()
+        scores = self.score_batches(
+            chosen,
+            fraction=fraction,
+            vocab=len(batches.dictionary),
+            seed=seed,
+            progress=progress,
+            trace=collector,
+        )
+        seconds = time.perf_counter() - start
+        found = summarize(chosen, scores, seconds, skip_first=self.config.add_bos)
+        if collector is None:
+            return found
+        meta = tracing.describe_run(self, chosen, fraction, seed) | asked
+        return replace(found, trace=collector.trace(self.config.experts, meta))
+
+    def trace(
+        self,
+        data_or_texts: str | Path | Sequence[str] | Sequence[Sequence[int]],
+        subset: str = "valid",
+        tokens_per_sample: int | None = None,
+        batch_size: int = 1,
+        capacity_token_fraction: float | None = None,
+        *,
+        layers: Sequence[int] | None = None,
+        full: Sequence[int] = (),
+        predicted: bool = False,
+        max_tokens: int | None = None,
+        sample_break_mode: str = "none",
+        context_window: int = 0,
+        seed: int = 1,
+        progress: bool = True,
+    ) -> tracing.Trace:
+        """Record where the router sends every token; the result does not depend on the world size.
+
+        Args:
+            data_or_texts: a folder of binarised data or "demo", which take the path of :meth:`evaluate`; or a text, or
+                texts, or their ids: a sample each, routed ``batch_size`` at a time (:func:`moekit.trace.text_batches`).
+            layers, full, predicted: what to record (:class:`moekit.trace.Options`).
+            max_tokens: stop before the batch that would make the trace longer, but not before the first.
+
+        The other arguments are those of :meth:`evaluate`.
 
         Raises:
             ValueError: an argument makes no sense, or a file is missing.
             moekit.ranks.RankError: a rank failed.
         """
         check_positive("batch_size", batch_size)
-        if max_batches is not None:
-            check_positive("max_batches", max_batches)
-        if tokens_per_sample is not None:
-            check_positive("tokens_per_sample", tokens_per_sample)
         fraction = check_fraction(capacity_token_fraction)
+        options = tracing.Options(None if layers is None else tuple(layers), tuple(full), predicted)
+        collector = tracing.Collector(options.of(self.config))
+        if tracing.is_data(data_or_texts):
+            asked = {
+                "data": str(data_or_texts),
+                "subset": subset,
+                "tokens_per_sample": self.block(tokens_per_sample),
+                "batch_size": batch_size,
+                "sample_break_mode": sample_break_mode,
+                "context_window": context_window,
+            }
+            batches = self.open_data(**asked)
+            vocab = len(batches.dictionary)
+        else:
+            texts = [data_or_texts] if isinstance(data_or_texts, str) else data_or_texts
+            ids = [self.codec.encode(text) if isinstance(text, str) else text for text in texts]
+            batches = tracing.text_batches(ids, batch_size, self.config.max_positions)
+            vocab = self.config.vocab_rows
+            asked = {"texts": len(ids), "batch_size": batch_size}
+        if max_tokens is not None:
+            check_positive("max_tokens", max_tokens)
+            batches = tracing.up_to(batches, max_tokens)
+        chosen = list(batches)
+        self.score_batches(
+            chosen, fraction=fraction, vocab=vocab, seed=seed, progress=progress, trace=collector
+        )
+        meta = tracing.describe_run(self, chosen, fraction, seed) | asked
+        return collector.trace(self.config.experts, meta)
+
+    def block(self, tokens_per_sample: int | None) -> int:
+        """Tokens of a block: as many as the model has positions unless told."""
+        return self.config.max_positions if tokens_per_sample is None else tokens_per_sample
+
+    def open_data(
+        self,
+        data: str | Path,
+        subset: str,
+        tokens_per_sample: int,
+        batch_size: int,
+        sample_break_mode: str,
+        context_window: int,
+    ) -> data_order.Batches:
+        """Data for this model, see :meth:`evaluate`."""
+        check_positive("batch_size", batch_size)
+        check_positive("tokens_per_sample", tokens_per_sample)
         batches = data_order.open_data(
             data,
             subset,
-            tokens_per_sample=tokens_per_sample or self.config.max_positions,
+            tokens_per_sample=tokens_per_sample,
             batch_size=batch_size,
             max_positions=self.config.max_positions,
             sample_break_mode=sample_break_mode,
@@ -133,15 +244,17 @@ class Model:
                 f"{data}: its dict.txt has {vocab} types, the model knows {self.config.vocab_rows}: "
                 "use the data that was binarised with the model's own dict.txt"
             )
-        total = len(batches) if max_batches is None else min(len(batches), max_batches)
-        chosen = list(itertools.islice(batches, total))
-        start = time.perf_counter()
-        scores = self.score_batches(chosen, fraction=fraction, vocab=vocab, seed=seed, progress=progress)
-        seconds = time.perf_counter() - start
-        return summarize(chosen, scores, seconds, skip_first=self.config.add_bos)
+        return batches
 
     def score_batches(
-        self, batches: Sequence[Batch], *, fraction: float | None, vocab: int, seed: int, progress: bool
+        self,
+        batches: Sequence[Batch],
+        *,
+        fraction: float | None,
+        vocab: int,
+        seed: int,
+        progress: bool,
+        trace: tracing.Collector | None = None,
     ) -> dict:
         """Score batches on all ranks: batch index -> float32 [B, T] log-probabilities of its targets."""
         scores = {}
@@ -157,9 +270,13 @@ class Model:
                     fraction=fraction,
                     vocab=vocab,
                     seed=seed,
+                    trace=None if trace is None else trace.options,
                     on_report=lambda rank, tokens: bar.update(tokens),
                 )
-                scores.update(pair for part in found for pair in part)
+                for pairs, parts in found:
+                    scores.update(pairs)
+                    if trace is not None:
+                        trace.add(parts)
         return scores
 
     def close(self) -> None:

@@ -19,6 +19,7 @@ from moekit.config import PAD
 from moekit.dispatch import AllToAll, owned
 from moekit.model import Pass, Transformer
 from moekit.ranks import Rank
+from moekit.trace import Options, Recorder
 
 LOGIT_ROWS = 2048  # rows of logits that exist at a time: never tokens x dictionary
 
@@ -52,8 +53,14 @@ def load(rank: Rank, plan: checkpoint.Plan, dtype: torch.dtype) -> dict:
 
 @torch.inference_mode()
 def score(
-    rank: Rank, steps: Sequence[Sequence[Batch]], *, fraction: float | None, vocab: int, seed: int
-) -> list[tuple[int, np.ndarray]]:
+    rank: Rank,
+    steps: Sequence[Sequence[Batch]],
+    *,
+    fraction: float | None,
+    vocab: int,
+    seed: int,
+    trace: Options | None = None,
+) -> tuple[list[tuple[int, np.ndarray]], list[dict[str, np.ndarray]]]:
     """Log-probabilities of the targets of this rank's share of every step's batches.
 
     Args:
@@ -61,12 +68,14 @@ def score(
             batches than ranks leaves some with nothing but others' tokens to serve.
         vocab: types of the dictionary; the distribution is over these.
         seed: of the noise that some gates draw, together with the batch's index: alike at any world size.
+        trace: what to record of the routing, if anything.
 
     Returns:
-        (batch index, float32 [B, T]) pairs; what stands where a target is ``PAD`` means nothing.
+        (batch index, float32 [B, T]) pairs; what stands where a target is ``PAD`` means nothing. And the parts of
+        the trace, for :class:`moekit.trace.Collector`.
     """
     model: Transformer = rank.state["model"]
-    scores = []
+    scores, parts = [], []
     for step in steps:
         mine = step[rank.rank :: rank.world_size]
         if not mine:
@@ -79,13 +88,56 @@ def score(
             groups=len(mine),
             padding=tokens == PAD if mine[0].padded() else None,
             noise=Noise(seed, [b.index for b in mine]),
+            record=None if trace is None else Recorder(trace),
         )
-        found = log_probs(model, model(tokens, how), targets, vocab)
+        features = model(tokens, how)
+        found = log_probs(model, features, targets, vocab)
         scores += zip(
             [b.index for b in mine], found.cpu().numpy().reshape(len(mine), -1, tokens.shape[1]), strict=True
         )
+        if trace is not None:
+            samples = np.concatenate([b.ids for b in mine])
+            predicted = predictions(model, features, vocab) if trace.predicted else None
+            parts.append(trace_rows(how.record, samples, tokens, targets, found, predicted))
         rank.report(sum(int((b.targets != PAD).sum()) for b in mine))
-    return scores
+    return scores, parts
+
+
+def trace_rows(
+    recorder: Recorder,
+    samples: np.ndarray,
+    tokens: Tensor,
+    targets: Tensor,
+    logprobs: Tensor,
+    predicted: Tensor | None,
+) -> dict[str, np.ndarray]:
+    """What was recorded of one forward pass, with what is known of its tokens: a part of a trace without padding.
+
+    Args:
+        samples: [B] ids.
+        tokens, targets, logprobs, predicted: [B, T] each.
+    """
+    real = tokens != PAD
+    row, position = (index.cpu().numpy() for index in real.nonzero(as_tuple=True))
+    target, logprob = targets[real], logprobs[real]
+    return recorder.rows(real) | {
+        "sample": samples[row],
+        "position": position,
+        "token": tokens[real].cpu().numpy(),
+        "target": target.cpu().numpy(),
+        "generated": np.zeros(len(row), dtype=bool),
+        "logprob": logprob.masked_fill(target == PAD, float("nan")).cpu().numpy(),
+        "predicted": np.full(len(row), -1) if predicted is None else predicted[real].cpu().numpy(),
+    }
+
+
+def predictions(model: Transformer, features: Tensor, vocab: int) -> Tensor:
+    """[B, T, D] features -> [B, T] int64, the most probable next tokens of ``vocab`` types."""
+    rows = features.flatten(0, 1)
+    parts = [
+        model.logits(rows[i : i + LOGIT_ROWS], vocab).argmax(dim=-1) for i in range(0, len(rows), LOGIT_ROWS)
+    ]
+    return torch.cat(parts).view(features.shape[:2])
 
 
 def log_probs(model: Transformer, features: Tensor, targets: Tensor, vocab: int) -> Tensor:

@@ -1,0 +1,590 @@
+"""Traces: where the router sent each token, taken from the very tensors that the dispatch used.
+
+    trace = model.trace("demo", capacity_token_fraction=0.05)
+    trace.save("trace.parquet")
+    trace = Trace.load("trace.parquet")       # columns are read when they are touched
+
+A :class:`Recorder` sits in ``Pass.record`` on each rank and keeps what the MoE layers hand out; the driver merges the
+ranks' parts in the order of samples and positions, so that a trace does not depend on the world size.
+
+Shape letters: T tokens, L traced MoE layers, K choices a token, E experts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moekit.batches import Batch, data_folder
+from moekit.config import EOS, PAD, ModelConfig
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import torch
+
+    from moekit.gate import Routing
+    from moekit.handle import Model
+
+TOKEN_COLUMNS = {  # [T]
+    "sample": np.int32,
+    "position": np.int32,
+    "token": np.int32,
+    "target": np.int32,
+    "generated": np.bool_,
+    "logprob": np.float32,
+    "predicted": np.int32,
+}
+CHOICE_COLUMNS = {  # [T, L, K]
+    "experts": np.int16,
+    "probs": np.float32,
+    "weights": np.float32,
+    "kept": np.bool_,
+}
+FORMAT = 1  # of the Parquet file
+
+
+# ------------------------------------------------------------------------------------------------ what a trace is
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """What the router did to T real tokens in L MoE layers; padding is not here, but what it displaced shows.
+
+    Attributes:
+        sample, position: [T] int32, sorted by both; ``position`` counts from 0 within the sample.
+        token: [T] int32, the input token (dictionary id).
+        target: [T] int32, the next token, ``PAD`` if there is none.
+        generated: [T] bool, False for tokens of a prompt or of data.
+        logprob: [T] float32, natural logarithm, of the target; NaN if unknown.
+        predicted: [T] int32, the output's most probable next token; -1 if it was not recorded.
+        layers: the traced layers' numbers in the model, from 0.
+        experts: [T, L, K] int16, the router's choices, best first, dropped ones included.
+        probs: [T, L, K] float32, gate probability of each choice.
+        weights: [T, L, K] float32, combine weights: 0 where not kept.
+        kept: [T, L, K] bool, whether the choice was dispatched: False where capacity dropped it.
+        entropy: [T, L] float32, of the full gate distribution, in nats.
+        full: layer -> [T, E] float16, the full gate distribution of the layers that it was asked for.
+        num_experts: E.
+        meta: what ran: checkpoint, data, capacity, dtype, device, versions (see :func:`describe_run`).
+    """
+
+    sample: np.ndarray
+    position: np.ndarray
+    token: np.ndarray
+    target: np.ndarray
+    generated: np.ndarray
+    logprob: np.ndarray
+    predicted: np.ndarray
+    layers: tuple[int, ...]
+    experts: np.ndarray
+    probs: np.ndarray
+    weights: np.ndarray
+    kept: np.ndarray
+    entropy: np.ndarray
+    full: Mapping[int, np.ndarray]
+    num_experts: int
+    meta: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        tokens, depth, k = len(self.sample), len(self.layers), self.experts.shape[-1]
+        shapes = dict.fromkeys(TOKEN_COLUMNS, (tokens,)) | dict.fromkeys(CHOICE_COLUMNS, (tokens, depth, k))
+        dtypes = TOKEN_COLUMNS | CHOICE_COLUMNS | {"entropy": np.float32}
+        for name, shape in (shapes | {"entropy": (tokens, depth)}).items():
+            column = getattr(self, name)
+            if column.shape != shape or column.dtype != dtypes[name]:
+                wanted = f"{np.dtype(dtypes[name])} {list(shape)}"
+                raise ValueError(f"{name} is {column.dtype} {list(column.shape)}; expected {wanted}")
+        for layer, probs in self.full.items():
+            if layer not in self.layers or probs.shape != (tokens, self.num_experts):
+                raise ValueError(f"full[{layer}] has shape {list(probs.shape)}; the layers are {self.layers}")
+
+    def __len__(self) -> int:
+        return len(self.sample)
+
+    def __repr__(self) -> str:
+        return (
+            f"<trace of {len(self):,} tokens in {len(np.unique(self.sample)):,} samples, layers "
+            f"{', '.join(map(str, self.layers))}, {self.num_experts} experts, {self.top_k} choices a token>"
+        )
+
+    @property
+    def top_k(self) -> int:
+        """K, choices a token."""
+        return self.experts.shape[-1]
+
+    def at(self, layer: int) -> int:
+        """The place of model layer ``layer`` on the axis L."""
+        if layer not in self.layers:
+            raise ValueError(f"layer {layer} is not in the trace, whose layers are {list(self.layers)}")
+        return self.layers.index(layer)
+
+    def select(
+        self,
+        samples: int | Iterable[int] | None = None,
+        layers: int | Iterable[int] | None = None,
+        mask: np.ndarray | None = None,
+    ) -> Trace:
+        """The part of the trace with these samples, these model layers, and the tokens where ``mask`` ([T] bool) is true."""
+        chosen = np.ones(len(self), dtype=bool)
+        if samples is not None:
+            chosen &= np.isin(self.sample, np.atleast_1d(_listed(samples)))
+        if mask is not None:
+            mask = np.asarray(mask)
+            if mask.shape != chosen.shape or mask.dtype != bool:
+                raise ValueError(f"mask is {mask.dtype} {list(mask.shape)}; expected bool [{len(self)}]")
+            chosen &= mask
+        wanted = self.layers if layers is None else tuple(int(n) for n in np.atleast_1d(_listed(layers)))
+        places = [self.at(layer) for layer in wanted]
+        columns = {name: getattr(self, name)[chosen] for name in TOKEN_COLUMNS}
+        columns |= {name: getattr(self, name)[chosen][:, places] for name in (*CHOICE_COLUMNS, "entropy")}
+        full = {layer: self.full[layer][chosen] for layer in wanted if layer in self.full}
+        return Trace(**columns, layers=wanted, full=full, num_experts=self.num_experts, meta=self.meta)
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row a (token, layer): the token's columns, ``layer``, ``entropy``, and for each choice k ``expert_k``,
+        ``prob_k``, ``weight_k`` and ``kept_k``."""
+        import pandas as pd
+
+        depth = len(self.layers)
+        columns = {name: np.repeat(getattr(self, name), depth) for name in TOKEN_COLUMNS}
+        columns["layer"] = np.tile(np.array(self.layers, dtype=np.int16), len(self))
+        for k in range(self.top_k):
+            for name, short in zip(CHOICE_COLUMNS, ("expert", "prob", "weight", "kept"), strict=True):
+                columns[f"{short}_{k}"] = getattr(self, name)[:, :, k].ravel()
+        columns["entropy"] = self.entropy.ravel()
+        return pd.DataFrame(columns, copy=False)
+
+    def save(self, path: str | Path) -> None:
+        """Write one Parquet file, which any Parquet reader opens: a row a token.
+
+        Columns: those of the token; for each traced layer n and choice k ``experts.n.k``, ``probs.n.k``,
+        ``weights.n.k``, ``kept.n.k``; ``entropy.n``; and ``full.n``, the E float16 of the full distribution in one
+        binary value. The schema's metadata holds under "moekit.trace" a JSON object with ``format``, ``layers``,
+        ``top_k``, ``num_experts`` and ``meta``.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        columns = {name: pa.array(getattr(self, name)) for name in TOKEN_COLUMNS}
+        for place, layer in enumerate(self.layers):
+            for name in CHOICE_COLUMNS:
+                for k in range(self.top_k):
+                    column = np.ascontiguousarray(getattr(self, name)[:, place, k])
+                    columns[f"{name}.{layer}.{k}"] = pa.array(column)
+            columns[f"entropy.{layer}"] = pa.array(np.ascontiguousarray(self.entropy[:, place]))
+            if layer in self.full:
+                probs = np.ascontiguousarray(self.full[layer], dtype=np.float16)
+                kind = pa.binary(2 * self.num_experts)
+                columns[f"full.{layer}"] = pa.Array.from_buffers(kind, len(self), [None, pa.py_buffer(probs)])
+        head = {
+            "format": FORMAT,
+            "layers": self.layers,
+            "top_k": self.top_k,
+            "num_experts": self.num_experts,
+            "meta": self.meta,
+        }
+        table = pa.table(columns).replace_schema_metadata({"moekit.trace": json.dumps(head)})
+        part = Path(path).with_name(Path(path).name + ".part")
+        floats = [name for name, column in columns.items() if pa.types.is_floating(column.type)]
+        pq.write_table(
+            table,
+            part,
+            compression="zstd",
+            row_group_size=65_536,
+            use_dictionary=[name for name in columns if name.startswith("experts.")],
+            use_byte_stream_split=floats,
+        )
+        os.replace(part, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Trace:
+        """A trace that reads each column of the file ``path`` when it is first touched.
+
+        Raises:
+            ValueError: there is no such file, or it is no trace of this format.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        path = Path(path).expanduser()
+        if not path.is_file():
+            raise ValueError(f"there is no trace {path}")
+        try:
+            head = json.loads((pq.read_schema(path).metadata or {})[b"moekit.trace"])
+        except (KeyError, pa.ArrowInvalid):
+            raise ValueError(f"{path} is not a trace that moekit saved") from None
+        if head["format"] != FORMAT:
+            raise ValueError(f"{path} has format {head['format']}; this moekit reads format {FORMAT}")
+        columns = _Columns(path, tuple(head["layers"]), head["top_k"], head["num_experts"])
+        trace = cls.__new__(cls)  # without its arrays: __getattr__ fetches them
+        vars(trace).update(
+            _columns=columns,
+            layers=columns.layers,
+            num_experts=columns.num_experts,
+            meta=head["meta"],
+            full=_Full(columns),
+        )
+        return trace
+
+    def __getattr__(self, name: str) -> np.ndarray:
+        if name not in _ARRAYS or "_columns" not in vars(self):
+            raise AttributeError(name)
+        vars(self)[name] = self._columns.read(name)
+        return vars(self)[name]
+
+
+_ARRAYS = {f.name for f in fields(Trace)} - {"layers", "full", "num_experts", "meta"}
+
+
+def _listed(numbers: int | Iterable[int]) -> int | list[int]:
+    return numbers if isinstance(numbers, int) else list(numbers)
+
+
+class _Columns:
+    """The columns of a saved trace, by name."""
+
+    def __init__(self, path: Path, layers: tuple[int, ...], top_k: int, num_experts: int):
+        self.path, self.layers, self.top_k, self.num_experts = path, layers, top_k, num_experts
+        self.stamp = self._stamp()
+
+    def _stamp(self) -> tuple[int, int]:
+        stat = self.path.stat()
+        return stat.st_size, stat.st_mtime_ns
+
+    def read(self, name: str) -> np.ndarray:
+        if name in TOKEN_COLUMNS:
+            return self._read([name])[0].astype(TOKEN_COLUMNS[name], copy=False)
+        if name == "entropy":
+            return np.stack(self._read([f"entropy.{layer}" for layer in self.layers]), axis=1)
+        found = self._read([f"{name}.{layer}.{k}" for layer in self.layers for k in range(self.top_k)])
+        return np.stack(found, axis=1).reshape(-1, len(self.layers), self.top_k)
+
+    def full(self, layer: int) -> np.ndarray:
+        return self._read([f"full.{layer}"])[0]
+
+    def _read(self, names: list[str]) -> list[np.ndarray]:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        if self._stamp() != self.stamp:
+            raise ValueError(f"{self.path} has changed since the trace was loaded: load it again")
+        table = pq.read_table(self.path, columns=names)
+        arrays = [table[name].combine_chunks() for name in names]
+        return [
+            np.frombuffer(a.buffers()[1], np.float16).reshape(-1, self.num_experts)[
+                a.offset : a.offset + len(a)
+            ]
+            if pa.types.is_fixed_size_binary(a.type)
+            else a.to_numpy(zero_copy_only=False)
+            for a in arrays
+        ]
+
+
+class _Full(Mapping):
+    """``Trace.full`` of a saved trace: a layer's distribution is read when it is asked for, and not kept."""
+
+    def __init__(self, columns: _Columns):
+        import pyarrow.parquet as pq
+
+        names = set(pq.read_schema(columns.path).names)
+        self.columns, self.there = columns, [n for n in columns.layers if f"full.{n}" in names]
+
+    def __getitem__(self, layer: int) -> np.ndarray:
+        if layer not in self.there:
+            raise KeyError(layer)
+        return self.columns.full(layer)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.there)
+
+    def __len__(self) -> int:
+        return len(self.there)
+
+
+# --------------------------------------------------------------------------------------------- recording on a rank
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to record.
+
+    Attributes:
+        layers: MoE layers (model layer numbers); None: all of them.
+        full: layers whose full gate distribution is kept: T x E float16 each.
+        predicted: also the output's most probable next token, which costs about as much as scoring once more.
+    """
+
+    layers: tuple[int, ...] | None = None
+    full: tuple[int, ...] = ()
+    predicted: bool = False
+
+    def of(self, config: ModelConfig) -> Options:
+        """With the layers of a model filled in.
+
+        Raises:
+            ValueError: the model has no such MoE layer, or none at all.
+        """
+        there = config.moe_layers
+        if not there:
+            raise ValueError("the model has no mixture-of-experts layer to trace")
+        layers = tuple(there) if self.layers is None else tuple(sorted({*self.layers, *self.full}))
+        for layer in (*layers, *self.full):
+            if layer not in there:
+                raise ValueError(f"layer {layer} is not a mixture-of-experts layer; the model's are {there}")
+        return Options(layers, tuple(self.full), self.predicted)
+
+
+class Recorder:
+    """What ``Pass.record`` calls in one forward pass; keeps what it is handed, compactly, on its device.
+
+    A layer that never calls it is an error in :meth:`rows`: a trace cannot silently lack what an execution path
+    forgot to record.
+    """
+
+    def __init__(self, options: Options):
+        self.options = options
+        self.found: dict[int, dict[str, torch.Tensor]] = {}
+
+    def __call__(self, layer: int, routing: Routing) -> None:
+        import torch
+
+        if layer not in self.options.layers:
+            return
+        assert layer not in self.found, f"layer {layer} recorded twice in one forward pass"
+        probs = routing.probs.float().flatten(0, 1)
+        self.found[layer] = {
+            "experts": routing.experts.flatten(0, 1).to(torch.int16),
+            "probs": routing.gate_probs.flatten(0, 1).float(),
+            "weights": routing.weights.flatten(0, 1).float(),
+            "kept": routing.kept.flatten(0, 1),
+            "entropy": torch.special.entr(probs).sum(dim=-1),
+        }
+        if layer in self.options.full:
+            self.found[layer]["full"] = probs.half()
+
+    def rows(self, real: torch.Tensor) -> dict[str, np.ndarray]:
+        """What was recorded of the tokens where ``real`` ([B, T] bool) is true, B samples after one another.
+
+        Returns:
+            ``experts``, ``probs``, ``weights``, ``kept`` [n, L, K], ``entropy`` [n, L], ``full.{layer}`` [n, E].
+        """
+        import torch
+
+        missing = [layer for layer in self.options.layers if layer not in self.found]
+        assert not missing, f"layers {missing} took part in the forward pass and recorded nothing"
+        real = real.flatten()
+        table = {
+            name: torch.stack([self.found[layer][name][real] for layer in self.options.layers], dim=1)
+            for name in (*CHOICE_COLUMNS, "entropy")
+        }
+        table |= {f"full.{layer}": self.found[layer]["full"][real] for layer in self.options.full}
+        return {name: column.cpu().numpy() for name, column in table.items()}
+
+
+# ----------------------------------------------------------------------------------------------- merging the ranks
+
+
+class Collector:
+    """The driver's side: takes the ranks' parts as they come, and makes the trace of them."""
+
+    def __init__(self, options: Options):
+        self.options = options
+        self.parts: list[dict[str, np.ndarray]] = []
+
+    def add(self, parts: Iterable[dict[str, np.ndarray]]) -> None:
+        """Parts are tables with the token's columns and those of :meth:`Recorder.rows`."""
+        self.parts.extend(parts)
+
+    def trace(self, num_experts: int, meta: dict[str, Any]) -> Trace:
+        """All parts in one, sorted by sample and position."""
+        if not self.parts:
+            raise ValueError("the data has no tokens to trace")
+        key = [np.concatenate([part[name] for part in self.parts]) for name in ("position", "sample")]
+        order = np.lexsort(key)
+        dtypes = TOKEN_COLUMNS | CHOICE_COLUMNS | {"entropy": np.float32}
+        columns = {
+            name: np.concatenate([part[name] for part in self.parts])[order].astype(dtype, copy=False)
+            for name, dtype in dtypes.items()
+        }
+        full = {
+            layer: np.concatenate([part[f"full.{layer}"] for part in self.parts])[order]
+            for layer in self.options.full
+        }
+        return Trace(**columns, layers=self.options.layers, full=full, num_experts=num_experts, meta=meta)
+
+
+def text_batches(texts: Sequence[Sequence[int]], batch_size: int, max_positions: int) -> list[Batch]:
+    """Texts (their ids) as batches of ``batch_size``, in order: a sample a text, ``</s>`` first, as fairseq's blocks begin.
+
+    Position p predicts the text's token p; the last token is an input without a target. Padded on the right.
+
+    Raises:
+        ValueError: a text is longer than the model has positions for, or empty.
+    """
+    for number, ids in enumerate(texts):
+        if not 1 <= len(ids) < max_positions:
+            raise ValueError(
+                f"text {number} has {len(ids)} tokens; expected 1 to {max_positions - 1}, as </s> precedes them"
+            )
+    batches = []
+    for index, start in enumerate(range(0, len(texts), batch_size)):
+        some = texts[start : start + batch_size]
+        tokens = np.full((len(some), 1 + max(map(len, some))), PAD, dtype=np.int32)
+        targets = tokens.copy()
+        for row, ids in enumerate(some):
+            tokens[row, : len(ids) + 1] = [EOS, *ids]
+            targets[row, : len(ids)] = ids
+        ids = np.arange(start, start + len(some))
+        batches.append(Batch(index, ids, tokens, targets, np.zeros(len(some), dtype=np.int64)))
+    return batches
+
+
+def up_to(batches: Iterable[Batch], max_tokens: int) -> Iterator[Batch]:
+    """Batches until the next one would make it more than ``max_tokens`` real tokens, but at least one."""
+    total = 0
+    for batch in batches:
+        total += int((batch.tokens != PAD).sum())
+        if total > max_tokens and batch.index > 0:
+            return
+        yield batch
+
+
+def is_data(what: object) -> bool:
+    """Whether ``what`` names a folder of binarised data rather than being a text, texts or their ids.
+
+    Raises:
+        ValueError: it looks like a path, and nothing is there.
+    """
+    if isinstance(what, Path) or what == "demo":
+        return True
+    if not isinstance(what, str):
+        return False
+    if "\n" not in what and len(what) < 4096 and Path(what).expanduser().is_dir():
+        return True
+    if os.sep in what and not any(c.isspace() for c in what):
+        raise ValueError(f"there is no folder {what}; to trace it as a text, put it into a list")
+    return False
+
+
+def describe_run(model: Model, batches: Sequence[Batch], fraction: float | None, seed: int) -> dict[str, Any]:
+    """A trace's meta, but for what was asked of the data.
+
+    Returns:
+        ``checkpoint`` (``path``, ``files`` with name and size, ``fingerprint``, see :func:`fingerprint`),
+        ``capacity_token_fraction``, ``groups`` (routing
+        groups as [samples, tokens a sample, how many], padding included), ``seed``, ``intervention``, ``dtype``,
+        ``device``, ``world_size``, ``kernel``, ``versions``, ``created`` (UTC).
+    """
+    import platform
+    from datetime import UTC, datetime
+    from importlib import metadata
+
+    import torch
+
+    try:
+        own = metadata.version("moekit")
+    except metadata.PackageNotFoundError:  # run from a source tree
+        own = "source"
+    shapes = Counter(batch.tokens.shape for batch in batches)
+    return {
+        "checkpoint": {
+            "path": str(model.files.shared.parent.resolve()),
+            "files": [{"name": path.name, "bytes": path.stat().st_size} for path in model.files.all],
+            "fingerprint": fingerprint(model.files.all),
+        },
+        "capacity_token_fraction": fraction,
+        "groups": [[*shape, count] for shape, count in sorted(shapes.items())],
+        "seed": seed,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device,
+        "world_size": model.world_size,
+        "kernel": model.parts[0].get("kernel", "loop"),
+        "versions": {"moekit": own, "torch": torch.__version__, "python": platform.python_version()},
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def fingerprint(paths: Sequence[Path], edge: int = 65_536) -> str:
+    """A cheap identity of files: SHA-256 of their names, sizes, and first and last ``edge`` bytes, in hex."""
+    digest = hashlib.sha256()
+    for path in paths:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with open(path, "rb") as file:
+            digest.update(file.read(edge))
+            file.seek(max(0, size - edge))
+            digest.update(file.read(edge))
+    return digest.hexdigest()
+
+
+# --------------------------------------------------------------------------------------------------------- domains
+
+
+def domains_of(
+    trace: Trace, data: str | Path = "demo", subset: str | None = None, domains: str | Path | None = None
+) -> np.ndarray:
+    """The domain of each token's line in the text that was binarised.
+
+    Args:
+        trace: of binarised data cut into blocks (``sample_break_mode`` "none", no context window).
+        data: the folder with ``{subset}.bin`` and ``.idx``, or "demo".
+        subset: None: the one that the trace's meta names.
+        domains: a side file with a domain a line of the text. None: ``{subset}.domains.txt`` in ``data`` or in the
+            folder above.
+
+    Returns:
+        [T] array of strings. A token belongs to the line that it is read from; a ``</s>`` to the line that it ends,
+        and the one in front of the data to the first line.
+
+    Raises:
+        ValueError: a file is missing, or lines, tokens and trace do not fit each other.
+    """
+    subset = subset or trace.meta.get("subset")
+    if subset is None:
+        raise ValueError("the trace is not of binarised data; give the subset whose lines it holds")
+    folder = data_folder(data)
+    sides = [folder / f"{subset}.domains.txt", folder.parent / f"{subset}.domains.txt"]
+    side = (
+        Path(domains).expanduser()
+        if domains is not None
+        else next((s for s in sides if s.is_file()), sides[0])
+    )
+    if not side.is_file():
+        raise ValueError(f"there is no file {side} with a domain for each line of the text")
+    labels = np.array(side.read_text("utf-8").split("\n")[:-1])
+    sizes, ids = _lines(folder / subset)
+    if len(labels) != len(sizes):
+        raise ValueError(
+            f"{side} has {len(labels)} lines, the text {len(sizes)}: expected a domain for each line"
+        )
+
+    block = trace.meta.get("tokens_per_sample")
+    if block is None or trace.meta.get("sample_break_mode") != "none" or trace.meta.get("context_window"):
+        raise ValueError("domains are known for data in blocks: sample_break_mode='none', context_window=0")
+    place = trace.sample.astype(np.int64) * block + trace.position - 1  # in the text; inputs lag by one
+    fits = place < len(ids)
+    fits[fits] &= (ids[place[fits]] == trace.token[fits]) | (place[fits] < 0)
+    if not fits.all():
+        raise ValueError(
+            f"{int((~fits).sum())} of {len(trace)} tokens differ from {folder}/{subset}: it is not the trace's data"
+        )
+    line = np.repeat(np.arange(len(sizes)), sizes)
+    return labels[line[np.maximum(place, 0)]]
+
+
+def _lines(prefix: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The lengths of the lines and all ids of a binarised text."""
+    from fairseq.data.indexed_dataset import MMapIndexedDataset
+
+    if not prefix.with_name(prefix.name + ".idx").is_file():
+        raise ValueError(f"there is no file {prefix}.idx")
+    index = MMapIndexedDataset.Index(f"{prefix}.idx")
+    return np.asarray(index.sizes), np.fromfile(f"{prefix}.bin", dtype=index.dtype)
