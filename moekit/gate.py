@@ -43,6 +43,27 @@ class Routing:
     capacity: int | None
 
 
+@dataclass(frozen=True)
+class Edit:
+    """What an experiment changes in the gate's decision (see moekit/intervene.py).
+
+    Attributes:
+        mask: [E] bool, experts whose logits become -inf, or None.
+        forced: [G, S, K] int64, the choices in place of the gate's; -1 leaves one to the gate. Or None.
+        drop_second: second choices are not dispatched.
+    """
+
+    mask: Tensor | None = None
+    forced: Tensor | None = None
+    drop_second: bool = False
+
+    def choose(self, k: int, chosen: Tensor) -> Tensor:
+        """The k-th choices [G, S], those of the gate being ``chosen``."""
+        if self.forced is None:
+            return chosen
+        return torch.where(self.forced[..., k] >= 0, self.forced[..., k], chosen)
+
+
 def capacity(tokens: int, config: ModelConfig, fraction: float | None) -> int | None:
     """Places a routing group of ``tokens`` tokens has in each expert's buffer.
 
@@ -85,6 +106,7 @@ def route(
     fraction: float | None,
     padding: Tensor | None = None,
     noise: Callable[[str, Tensor], Tensor] | None = None,
+    edit: Edit = Edit(),
 ) -> Routing:
     """Route the tokens of each group.
 
@@ -94,6 +116,7 @@ def route(
         padding: [G, S] bool, tokens that are not routed (only with ``config.mask_padding``).
         noise: draws what ``second_expert`` "sampling" and "random" need: ``noise("gumbel" or "uniform", like)``
             returns a tensor of the shape, dtype and device of ``like``.
+        edit: an experiment's changes.
 
     Returns:
         The routing, with K = ``config.top_k``.
@@ -101,8 +124,10 @@ def route(
     dtype, experts = logits.dtype, logits.shape[-1]
     if config.gate_fp32:
         logits = logits.float()
+    if edit.mask is not None:
+        logits = logits.masked_fill(edit.mask, float("-inf"))
     probs = F.softmax(logits, dim=-1)
-    first = probs.argmax(dim=-1)  # of the probabilities, as fairseq does: float32's ties fall alike
+    first = edit.choose(0, probs.argmax(dim=-1))  # of the probabilities, as fairseq does: ties fall alike
     chosen = [first]
     gate_probs = [probs.gather(-1, first[..., None])[..., 0]]
     kept = [torch.ones_like(first, dtype=torch.bool)]
@@ -111,16 +136,16 @@ def route(
         rest = logits
         if config.second_expert == "sampling":
             rest = logits + noise("gumbel", logits)
-        second = rest.scatter(-1, first[..., None], float("-inf")).argmax(dim=-1)
+        second = edit.choose(1, rest.scatter(-1, first[..., None], float("-inf")).argmax(dim=-1))
         chosen.append(second)
         gate_probs.append(probs.gather(-1, second[..., None])[..., 0])
-        kept.append(torch.ones_like(first, dtype=torch.bool))
+        kept.append(torch.full_like(first, not edit.drop_second, dtype=torch.bool))
 
     weights = list(gate_probs)
     if config.normalize_before_dropping and not config.top1:
         weights = _normalize(weights)
     if config.second_expert == "random" and not config.top1:
-        kept[1] = 2 * weights[1] > noise("uniform", weights[1])
+        kept[1] = kept[1] & (2 * weights[1] > noise("uniform", weights[1]))
     if padding is not None:
         kept = [k & ~padding for k in kept]
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import EllipsisType
 from typing import TYPE_CHECKING
 
 import torch
 from tqdm import tqdm
 
 from moekit import batches as data_order
-from moekit import checkpoint, ranks, worker
+from moekit import checkpoint, intervene, ranks, worker
 from moekit import trace as tracing
 from moekit.batches import Batch
 from moekit.config import ModelConfig
@@ -60,6 +62,7 @@ class Model:
         world_size, device, dtype: how it runs.
         parts: a dict a rank: ``files``, ``experts``, ``parameters``, ``bytes``, ``seconds`` of its load.
         load_seconds: from the call to ready.
+        intervention: what :meth:`route` changes at the moment, or None.
     """
 
     def __init__(self, plan: checkpoint.Plan, files: checkpoint.Files, pool: ranks.Ranks, dtype: torch.dtype):
@@ -67,6 +70,7 @@ class Model:
         self.plan, self.files, self.ranks, self.dtype = plan, files, pool, dtype
         self.parts: list[dict] = []
         self.load_seconds = math.nan
+        self.intervention: intervene.Intervention | None = None
 
     @property
     def world_size(self) -> int:
@@ -212,6 +216,42 @@ class Model:
         meta = tracing.describe_run(self, chosen, fraction, seed) | asked
         return collector.trace(self.config.experts, meta)
 
+    @contextlib.contextmanager
+    def route(
+        self,
+        *,
+        mask: Mapping[int, Iterable[int]] | Iterable[tuple[int, int]] = (),
+        force: intervene.Force | Iterable[intervene.Force] = (),
+        drop_second: bool = False,
+        capacity_token_fraction: float | EllipsisType | None = ...,
+    ) -> Iterator[Model]:
+        """Change the routing of every call in the ``with`` block, on all ranks.
+
+        What each change does exactly stands at :class:`moekit.intervene.Intervention`.
+
+        Args:
+            mask: experts that get no token: ``{layer: [experts]}`` or ``[(layer, expert), ...]``.
+            force: tokens that go to chosen experts, see :class:`moekit.intervene.Force`.
+            drop_second: only first choices are dispatched.
+            capacity_token_fraction: in place of that of the calls, None too; ``...`` leaves them theirs.
+
+        Raises:
+            ValueError: no such layer or expert, too few experts left, a contradiction, or a block within a block.
+        """
+        if self.intervention is not None:
+            raise ValueError("this is inside another model.route(...) block: give all changes to one")
+        self.intervention = intervene.plan(
+            self.config,
+            mask=mask,
+            force=force,
+            drop_second=drop_second,
+            capacity_token_fraction=capacity_token_fraction,
+        )
+        try:
+            yield self
+        finally:
+            self.intervention = None
+
     def block(self, tokens_per_sample: int | None) -> int:
         """Tokens of a block: as many as the model has positions unless told."""
         return self.config.max_positions if tokens_per_sample is None else tokens_per_sample
@@ -271,6 +311,7 @@ class Model:
                     vocab=vocab,
                     seed=seed,
                     trace=None if trace is None else trace.options,
+                    intervention=self.intervention,
                     on_report=lambda rank, tokens: bar.update(tokens),
                 )
                 for pairs, parts in found:

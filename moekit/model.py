@@ -37,6 +37,7 @@ class Pass:
         noise: see :func:`moekit.gate.route`, with the layer in front.
         cache: what came before the tokens, see :class:`moekit.cache.Cache`; without one they start a sample. With one,
             padding (right of the real tokens) needs no mask: it stands where no real token looks.
+        edit: an experiment's changes to the gate's decision in a layer, see moekit/intervene.py.
     """
 
     fraction: float | None = None
@@ -45,6 +46,7 @@ class Pass:
     record: Callable[[int, gate.Routing], None] | None = None
     noise: Callable[[int, str, Tensor], Tensor] | None = None
     cache: Cache | None = None
+    edit: Callable[[int, ModelConfig], gate.Edit] | None = None
 
 
 class Transformer(nn.Module):
@@ -251,4 +253,7 @@ class MoE(nn.Module):
         if self.config.mask_padding and step.padding is not None:
             padding = step.padding.reshape(step.groups, -1)
         noise = None if step.noise is None else functools.partial(step.noise, self.index)
-        return gate.route(logits, self.config, fraction=step.fraction, padding=padding, noise=noise)
+        edit = gate.Edit() if step.edit is None else step.edit(self.index, self.config)
+        return gate.route(
+            logits, self.config, fraction=step.fraction, padding=padding, noise=noise, edit=edit
+        )

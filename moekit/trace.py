@@ -493,6 +493,7 @@ def describe_run(model: Model, batches: Sequence[Batch], fraction: float | None,
         own = metadata.version("moekit")
     except metadata.PackageNotFoundError:  # run from a source tree
         own = "source"
+    change = model.intervention
     shapes = Counter(batch.tokens.shape for batch in batches)
     return {
         "checkpoint": {
@@ -500,7 +501,8 @@ def describe_run(model: Model, batches: Sequence[Batch], fraction: float | None,
             "files": [{"name": path.name, "bytes": path.stat().st_size} for path in model.files.all],
             "fingerprint": fingerprint(model.files.all),
         },
-        "capacity_token_fraction": fraction,
+        "capacity_token_fraction": fraction if change is None else change.fraction(fraction),
+        "intervention": None if change is None else change.describe(),
         "groups": [[*shape, count] for shape, count in sorted(shapes.items())],
         "seed": seed,
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -523,6 +525,27 @@ def fingerprint(paths: Sequence[Path], edge: int = 65_536) -> str:
             file.seek(max(0, size - edge))
             digest.update(file.read(edge))
     return digest.hexdigest()
+
+
+def align(one: Trace, other: Trace) -> tuple[Trace, Trace]:
+    """The parts of two traces that cover the same samples and positions, in the same order.
+
+    Raises:
+        ValueError: they share no token, differ in a token's id, or are of other layers or another number of experts.
+    """
+    for name in ("layers", "num_experts", "top_k"):
+        if getattr(one, name) != getattr(other, name):
+            raise ValueError(f"the traces' {name} differ: {getattr(one, name)} and {getattr(other, name)}")
+    places = [t.sample.astype(np.int64) << 32 | t.position for t in (one, other)]
+    if not np.array_equal(*places):
+        common = np.intersect1d(*places, assume_unique=True)
+        one, other = (t.select(mask=np.isin(p, common)) for t, p in zip((one, other), places, strict=True))
+    if not len(one):
+        raise ValueError("the traces have no sample and position in common")
+    differ = int((one.token != other.token).sum())
+    if differ:
+        raise ValueError(f"{differ} of {len(one)} tokens differ: the traces are not of the same text")
+    return one, other
 
 
 # --------------------------------------------------------------------------------------------------------- domains

@@ -17,6 +17,7 @@ from moekit import checkpoint
 from moekit.batches import Batch
 from moekit.config import PAD
 from moekit.dispatch import AllToAll, owned
+from moekit.intervene import Intervention
 from moekit.model import Pass, Transformer
 from moekit.ranks import Rank
 from moekit.trace import Options, Recorder
@@ -60,6 +61,7 @@ def score(
     vocab: int,
     seed: int,
     trace: Options | None = None,
+    intervention: Intervention | None = None,
 ) -> tuple[list[tuple[int, np.ndarray]], list[dict[str, np.ndarray]]]:
     """Log-probabilities of the targets of this rank's share of every step's batches.
 
@@ -69,6 +71,7 @@ def score(
         vocab: types of the dictionary; the distribution is over these.
         seed: of the noise that some gates draw, together with the batch's index: alike at any world size.
         trace: what to record of the routing, if anything.
+        intervention: what to change in the routing, if anything.
 
     Returns:
         (batch index, float32 [B, T]) pairs; what stands where a target is ``PAD`` means nothing. And the parts of
@@ -90,13 +93,16 @@ def score(
             noise=Noise(seed, [b.index for b in mine]),
             record=None if trace is None else Recorder(trace),
         )
+        samples = np.concatenate([b.ids for b in mine])
+        if intervention is not None:
+            positions = torch.arange(tokens.shape[1], device=rank.device)
+            intervention.apply(how, torch.from_numpy(samples).to(rank.device), positions)
         features = model(tokens, how)
         found = log_probs(model, features, targets, vocab)
         scores += zip(
             [b.index for b in mine], found.cpu().numpy().reshape(len(mine), -1, tokens.shape[1]), strict=True
         )
         if trace is not None:
-            samples = np.concatenate([b.ids for b in mine])
             predicted = predictions(model, features, vocab) if trace.predicted else None
             parts.append(trace_rows(how.record, samples, tokens, targets, found, predicted))
         rank.report(sum(int((b.targets != PAD).sum()) for b in mine))

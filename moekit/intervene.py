@@ -1,0 +1,315 @@
+"""Interventions: change what the router does, and see what that changes.
+
+    before = model.trace(texts)
+    with model.route(mask={3: [7]}):
+        after = model.trace(texts)
+    compare(before, after).tokens
+
+Shape letters: B samples, T tokens of a sample, G routing groups, S tokens of a group, E experts, K choices a token.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import EllipsisType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moekit.config import ModelConfig
+from moekit.gate import Edit
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import pandas as pd
+
+    from moekit.handle import Model
+    from moekit.model import Pass
+    from moekit.trace import Trace
+
+
+@dataclass(frozen=True)
+class Force:
+    """Send some tokens of a sample to chosen experts.
+
+    Attributes:
+        experts: the choices, best first: one leaves the second choice to the gate (the best of the others), two fix
+            both. Weights are made as ever: their own gate probabilities, normalised as the gate does.
+        sample: the sample's id, as in a trace.
+        positions: a position, several (a range), or None for all.
+        layers: a MoE layer, several, or None for all.
+    """
+
+    experts: int | Sequence[int]
+    sample: int
+    positions: int | Iterable[int] | None = None
+    layers: int | Iterable[int] | None = None
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """What :meth:`moekit.handle.Model.route` changes; made by :func:`plan`.
+
+    Attributes:
+        mask: layer -> experts whose gate logits become -inf before the softmax: the other experts' probabilities grow
+            to sum to 1, and whoever would have gone there goes to the best of the others.
+        force: (layer, sample, positions or None for all, experts).
+        drop_second: second choices are not dispatched and take no place in a buffer; the first one's weight is what
+            the gate gives it then: 1, or its share of both with ``normalize_before_dropping``.
+        capacity_token_fraction: in place of the calls' own; ``...`` leaves that alone.
+    """
+
+    mask: Mapping[int, tuple[int, ...]]
+    force: tuple[tuple[int, int, tuple[int, ...] | None, tuple[int, ...]], ...]
+    drop_second: bool
+    capacity_token_fraction: float | EllipsisType | None
+
+    def fraction(self, asked: float | None) -> float | None:
+        """The capacity fraction that holds when a call asks for ``asked``."""
+        return asked if self.capacity_token_fraction is ... else self.capacity_token_fraction
+
+    def apply(self, step: Pass, samples: Tensor, positions: Tensor) -> None:
+        """Put the changes into ``step``, the pass of B samples with ids ``samples`` [B] and positions [T] or [B, T]."""
+        step.fraction = self.fraction(step.fraction)
+        step.edit = functools.partial(self.edit, step.groups, samples, positions)
+
+    def edit(self, groups: int, samples: Tensor, positions: Tensor, layer: int, config: ModelConfig) -> Edit:
+        """The changes in one layer."""
+        mask = forced = None
+        if experts := self.mask.get(layer):
+            mask = torch.zeros(config.experts, dtype=torch.bool, device=samples.device)
+            mask[list(experts)] = True
+        positions = positions.expand(len(samples), -1)
+        for where, sample, chosen, experts in self.force:
+            if where != layer:
+                continue
+            if forced is None:
+                forced = positions.new_full((*positions.shape, config.top_k), -1)
+            here = (samples == sample)[:, None].expand_as(positions)
+            if chosen is not None:
+                here = here & torch.isin(positions, positions.new_tensor(chosen))
+            for k, expert in enumerate(experts):
+                forced[..., k][here] = expert
+        if forced is not None:
+            forced = forced.view(groups, -1, config.top_k)
+        return Edit(mask, forced, self.drop_second)
+
+    def describe(self) -> dict[str, Any]:
+        """For a trace's meta: JSON."""
+        told: dict[str, Any] = {
+            "mask": [[layer, expert] for layer, experts in self.mask.items() for expert in experts],
+            "force": [[n, s, p if p is None else list(p), list(e)] for n, s, p, e in self.force],
+            "drop_second": self.drop_second,
+        }
+        if self.capacity_token_fraction is not ...:
+            told["capacity_token_fraction"] = self.capacity_token_fraction
+        return told
+
+
+def plan(
+    config: ModelConfig,
+    *,
+    mask: Mapping[int, Iterable[int]] | Iterable[tuple[int, int]] = (),
+    force: Force | Iterable[Force] = (),
+    drop_second: bool = False,
+    capacity_token_fraction: float | EllipsisType | None = ...,
+) -> Intervention:
+    """Check an intervention against the model; the arguments are those of :meth:`moekit.handle.Model.route`.
+
+    Raises:
+        ValueError: no such layer or expert, too few experts left, or a contradiction.
+    """
+    pairs = [(n, e) for n, some in mask.items() for e in some] if isinstance(mask, Mapping) else list(mask)
+    masked: dict[int, tuple[int, ...]] = {}
+    for layer, expert in pairs:
+        check(config, layer, expert)
+        masked[int(layer)] = tuple(sorted({*masked.get(layer, ()), int(expert)}))
+    for layer, experts in masked.items():
+        if config.experts - len(experts) < config.top_k:
+            raise ValueError(
+                f"mask leaves {config.experts - len(experts)} of the {config.experts} experts of layer {layer}; "
+                f"every token needs {config.top_k}"
+            )
+    forced = []
+    for one in [force] if isinstance(force, Force) else force:
+        experts = tuple(int(e) for e in np.atleast_1d(one.experts))
+        if not 1 <= len(experts) <= config.top_k or len(set(experts)) < len(experts):
+            raise ValueError(f"{one}: expected 1 to {config.top_k} different experts")
+        layers = (
+            config.moe_layers if one.layers is None else [int(n) for n in np.atleast_1d(_list(one.layers))]
+        )
+        positions = None
+        if one.positions is not None:
+            positions = tuple(int(p) for p in np.atleast_1d(_list(one.positions)))
+        for layer in layers:
+            for expert in experts:
+                check(config, layer, expert)
+                if expert in masked.get(layer, ()):
+                    raise ValueError(f"{one}: expert {expert} of layer {layer} is masked")
+            forced.append((layer, int(one.sample), positions, experts))
+    if drop_second and config.top_k < 2:
+        raise ValueError("drop_second: the model's gate makes one choice")
+    fraction = capacity_token_fraction
+    if fraction is not ... and fraction is not None and not math.isfinite(fraction):
+        raise ValueError(f"capacity_token_fraction={fraction}: expected None or a number")
+    return Intervention(masked, tuple(forced), bool(drop_second), fraction)
+
+
+def check(config: ModelConfig, layer: int, expert: int) -> None:
+    if layer not in config.moe_layers:
+        raise ValueError(
+            f"layer {layer} is not a mixture-of-experts layer; the model's are {config.moe_layers}"
+        )
+    if not 0 <= expert < config.experts:
+        raise ValueError(f"layer {layer} has no expert {expert}: they are 0 to {config.experts - 1}")
+
+
+def _list(numbers: int | Iterable[int]) -> int | list[int]:
+    return numbers if isinstance(numbers, int) else list(numbers)
+
+
+# ------------------------------------------------------------------------------------------------- what it changed
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two runs over the same tokens.
+
+    Attributes:
+        tokens: a row a token of both: ``sample``, ``position``, ``token``, ``target``, ``logprob_before``,
+            ``logprob_after``, ``delta`` (after - before, nats), ``layers_changed`` (layers where the set of chosen
+            experts differs), ``first_changed`` (the first such layer, -1 if none), ``drops_before``, ``drops_after``
+            (choices not dispatched, over all layers).
+        layers: a row a layer: shares of tokens whose set of experts (``experts_changed``), first choice
+            (``first_choice_changed``) or kept choices (``kept_changed``) differ, the shares of choices not dispatched
+            (``dropped_before``, ``dropped_after``), and the mean ``weight_change`` (half the sum over experts of
+            |weight before - after|: 1 is all of it).
+        delta: mean change of the log-probability, nats, over the tokens where both know it.
+    """
+
+    tokens: pd.DataFrame
+    layers: pd.DataFrame
+    delta: float
+
+
+def compare(before: Trace, after: Trace) -> Comparison:
+    """What differs between two traces of the same tokens: an intervention, another capacity, another checkpoint.
+
+    Raises:
+        ValueError: as :func:`moekit.trace.align`; or the layers or numbers of experts differ.
+    """
+    import pandas as pd
+
+    from moekit.trace import align
+
+    before, after = align(before, after)
+    sets = np.sort(before.experts, axis=2) != np.sort(after.experts, axis=2)
+    changed = sets.any(axis=2)  # [T, L]
+    first = np.where(changed.any(axis=1), np.array(before.layers)[changed.argmax(axis=1)], -1)
+    delta = after.logprob - before.logprob
+    tokens = pd.DataFrame(
+        {
+            "sample": before.sample,
+            "position": before.position,
+            "token": before.token,
+            "target": before.target,
+            "logprob_before": before.logprob,
+            "logprob_after": after.logprob,
+            "delta": delta,
+            "layers_changed": changed.sum(axis=1),
+            "first_changed": first,
+            "drops_before": (~before.kept).sum(axis=(1, 2)),
+            "drops_after": (~after.kept).sum(axis=(1, 2)),
+        }
+    )
+    kept = kept_by_expert(before) != kept_by_expert(after)
+    layers = pd.DataFrame(
+        {
+            "layer": before.layers,
+            "experts_changed": changed.mean(axis=0),
+            "first_choice_changed": (before.experts[:, :, 0] != after.experts[:, :, 0]).mean(axis=0),
+            "kept_changed": kept.any(axis=2).mean(axis=0),
+            "dropped_before": (~before.kept).mean(axis=(0, 2)),
+            "dropped_after": (~after.kept).mean(axis=(0, 2)),
+            "weight_change": weight_change(before, after).mean(axis=0),
+        }
+    )
+    known = delta[~np.isnan(delta)]
+    return Comparison(tokens, layers, float(known.mean(dtype=np.float64)) if len(known) else math.nan)
+
+
+def kept_by_expert(trace: Trace) -> np.ndarray:
+    """[T, L, K]: the experts that got the token in ascending order, -1 for each choice not dispatched."""
+    return np.sort(np.where(trace.kept, trace.experts, -1), axis=2)
+
+
+def weight_change(before: Trace, after: Trace) -> np.ndarray:
+    """[T, L]: half the L1 distance of the combine weights, taken over all experts."""
+    same = before.experts[..., :, None] == after.experts[..., None, :]  # [T, L, K, K]
+    met_before = (same * after.weights[..., None, :]).sum(axis=-1)
+    only_after = after.weights * ~same.any(axis=-2)
+    return (np.abs(before.weights - met_before).sum(axis=-1) + only_after.sum(axis=-1)) / 2
+
+
+@dataclass(frozen=True)
+class Invariance:
+    """How much scores depend on the company that a text is scored in.
+
+    Attributes:
+        summary: a row a setting: ``batch_size``, ``capacity_token_fraction``, ``loss_base2`` (bits a token), ``dropped``
+            (share of choices not dispatched), and against the same texts alone at the same capacity
+            ``experts_changed``, ``kept_changed`` (shares of tokens x layers), ``mean_abs_delta``, ``max_abs_delta``
+            (of the log-probability, nats), ``tokens_changed`` (share of tokens whose log-probability moved by more
+            than ``tolerance``).
+        traces: (batch_size, capacity_token_fraction) -> trace.
+    """
+
+    summary: pd.DataFrame
+    traces: dict[tuple[int, float | None], Trace]
+
+
+def batch_invariance(
+    model: Model,
+    texts: str | Path | Sequence[str] | Sequence[Sequence[int]],
+    batch_sizes: Sequence[int] = (1, 2, 4),
+    capacities: Sequence[float | None] = (None, 0.05),
+    tolerance: float = 1e-3,
+    **options: Any,
+) -> Invariance:
+    """Score the same texts alone, in batches and at several capacities.
+
+    Args:
+        texts: whatever :meth:`moekit.handle.Model.trace` takes; ``options`` are further arguments of it.
+        batch_sizes: texts routed together; "alone" (1) is always run.
+    """
+    import pandas as pd
+
+    sizes = sorted({1, *batch_sizes})
+    traces, rows = {}, []
+    for fraction in capacities:
+        for size in sizes:
+            traces[size, fraction] = trace = model.trace(
+                texts, batch_size=size, capacity_token_fraction=fraction, **options
+            )
+            change = compare(traces[1, fraction], trace)
+            moved = change.tokens["delta"].abs().dropna()
+            rows.append(
+                {
+                    "batch_size": size,
+                    "capacity_token_fraction": math.nan if fraction is None else fraction,
+                    "loss_base2": -float(np.nanmean(trace.logprob, dtype=np.float64)) / math.log(2),
+                    "dropped": float((~trace.kept).mean()),
+                    "experts_changed": float(change.layers["experts_changed"].mean()),
+                    "kept_changed": float(change.layers["kept_changed"].mean()),
+                    "mean_abs_delta": float(moved.mean()),
+                    "max_abs_delta": float(moved.max()),
+                    "tokens_changed": float((moved > tolerance).mean()),
+                }
+            )
+    return Invariance(pd.DataFrame(rows), traces)
