@@ -244,7 +244,9 @@ KEYS: dict[str, str | None] = {
     "decoder.layer_norm.bias": "norm.bias",
     "decoder.project_out_dim.weight": "project_out.weight",
     "decoder.output_projection.weight": "output.weight[rows]",
-    # what files of earlier versions call them
+}
+# What files of earlier versions call them.
+OLD_KEYS: dict[str, str] = {
     "decoder.embed_out": "output.weight[rows]",
     "decoder.layers.{}.self_attn.in_proj_weight": "layers.{}.attn.qkv.weight[qkv]",
     "decoder.layers.{}.self_attn.in_proj_bias": "layers.{}.attn.qkv.bias[qkv]",
@@ -285,9 +287,9 @@ def places(
     for key, tensor in found.items():
         numbers = [int(n) for n in NUMBER.findall(key)]
         pattern = NUMBER.sub("{}", key)
-        if pattern not in KEYS:
+        if pattern not in KEYS and pattern not in OLD_KEYS:
             raise ValueError(f"{source.path}: unknown key {key}; expected a key of moekit.checkpoint.KEYS")
-        target = KEYS[pattern]
+        target = KEYS[pattern] if pattern in KEYS else OLD_KEYS[pattern]
         if config.share_output and target == "output.weight[rows]":
             target = "embed.weight[rows]"  # one matrix, which files hold twice; fairseq reads this one last
         elif config.share_output and key == SHARED_KEY and not OUTPUT_KEYS.isdisjoint(found):

@@ -44,7 +44,7 @@ def save(
         "args": None,
         "cfg": fairseq_cfg(config, files, **options),
         "optimizer_history": HISTORY,
-        "extra_state": {},
+        "extra_state": {"epoch": 1},
     }
     _write(top | {"model": shared_part(parameters, config, dtype)}, folder / "model-shared.pt")
     for rank in range(files):
@@ -69,9 +69,9 @@ def shared_part(
     part = {"decoder.version": torch.tensor([3.0], dtype=dtype)}
     if config.positions and not config.learned_positions:
         part["decoder.embed_positions._float_tensor"] = torch.zeros(1, dtype=dtype)
-    for key, target in current_keys():
+    for key, target in KEYS.items():
         for layer in range(config.layers) if "{}" in key else [0]:
-            name, _, kind = target.format(layer).rstrip("]").partition("[")
+            name, _, kind = (target or "").format(layer).rstrip("]").partition("[")
             if kind != "expert" and name in parameters:
                 part[key.format(layer)] = Place(name, kind).of(parameters[name]).clone()
     if config.share_output:
@@ -89,15 +89,6 @@ def expert_part(parameters: dict[str, torch.Tensor], held: range) -> dict[str, t
             for local, expert in enumerate(held):
                 part[key.format(layer, local)] = stacked[expert].clone()
     return part
-
-
-def current_keys() -> list[tuple[str, str]]:
-    """The key table without what only files of earlier versions hold: the first name of each place."""
-    first = {}
-    for key, target in KEYS.items():
-        if target is not None:
-            first.setdefault(target, key)
-    return [(key, target) for target, key in first.items()]
 
 
 def fairseq_cfg(config: ModelConfig, files: int, **options: Any) -> dict[str, Any]:

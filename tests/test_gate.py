@@ -1,0 +1,146 @@
+"""The gate against hand-worked cases and against a slow, obvious version with one place at a time."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from branch_cases import BASE
+
+from moekit import gate
+from moekit.config import ModelConfig
+
+LOG = torch.log
+
+
+def config(**options) -> ModelConfig:
+    return ModelConfig(**{**vars(BASE), **options})
+
+
+def slow_route(logits, config, fraction, padding, noise):
+    """One group, token by token and place by place, as one would explain it; returns experts, kept, weights."""
+    tokens, experts = logits.shape
+    probs = torch.softmax(logits, -1)
+    choices = []
+    for t in range(tokens):
+        first = int(probs[t].argmax())
+        row = logits[t] + noise("gumbel", logits)[t] if config.second_expert == "sampling" else logits[t]
+        second = max((e for e in range(experts) if e != first), key=lambda e: (float(row[e]), -e))
+        choices.append([first] if config.top1 else [first, second])
+    k = config.top_k
+    weight = [[float(probs[t, e]) for e in choices[t]] for t in range(tokens)]
+    if not config.top1 and config.normalize_before_dropping:
+        weight = [[w / max(sum(row), torch.finfo(torch.float32).eps) for w in row] for row in weight]
+    kept = [[padding is None or not bool(padding[t])] * k for t in range(tokens)]
+    if not config.top1 and config.second_expert == "random":
+        uniform = noise("uniform", logits[:, 0])
+        for t in range(tokens):
+            kept[t][1] &= 2 * weight[t][1] > float(uniform[t])
+    if fraction is not None:
+        room = math.ceil(fraction * tokens) if fraction > 0 else k * math.ceil(tokens / experts)
+        order = list(range(tokens))
+        if config.batch_prioritized and not config.top1:
+            order.sort(key=lambda t: -float(probs[t].max()))
+        taken = [0] * experts
+        for choice, t in itertools.product(range(k), order):
+            if kept[t][choice]:
+                e = choices[t][choice]
+                kept[t][choice] = taken[e] < room
+                taken[e] += 1
+    if not config.top1 and not config.normalize_before_dropping:
+        for t in range(tokens):
+            row = [w * g for w, g in zip(weight[t], kept[t], strict=True)]
+            weight[t] = [w / max(sum(row), torch.finfo(torch.float32).eps) for w in row]
+    weight = [[w * g for w, g in zip(weight[t], kept[t], strict=True)] for t in range(tokens)]
+    return torch.tensor(choices), torch.tensor(kept), torch.tensor(weight)
+
+
+OPTIONS = [
+    dict(zip(("top1", "second_expert", "normalize_before_dropping", "batch_prioritized"), values, strict=True))
+    for values in itertools.product([False, True], ["all", "sampling", "random"], [False, True], [False, True])
+    if not (values[0] and values[1:] != ("all", False, False))
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
+@pytest.mark.parametrize("fraction", [None, -1.0, 0.05, 0.3, 1.0])
+@pytest.mark.parametrize("masked", [False, True])
+def test_equals_the_slow_way(options, fraction, masked):
+    generator = torch.Generator().manual_seed(len(str(options)) + int(100 * (fraction or 0)))
+    groups, tokens, experts = 3, 23, 8
+    logits = 2 * torch.randn(groups, tokens, experts, generator=generator)
+    drawn = {
+        "gumbel": torch.randn(groups, tokens, experts, generator=generator),
+        "uniform": torch.rand(groups, tokens, generator=generator),
+    }
+    padding = torch.rand(groups, tokens, generator=generator) < 0.3 if masked else None
+    cfg = config(experts=experts, **options)
+    found = gate.route(logits, cfg, fraction=fraction, padding=padding, noise=lambda kind, like: drawn[kind])
+    for g in range(groups):
+        experts_g, kept, weights = slow_route(
+            logits[g], cfg, fraction, None if padding is None else padding[g], lambda kind, _, g=g: drawn[kind][g]
+        )
+        assert found.experts[g].equal(experts_g)
+        assert found.kept[g].equal(kept)
+        torch.testing.assert_close(found.weights[g], weights, rtol=1e-6, atol=1e-7)
+
+
+def test_two_places_and_three_tokens_that_want_the_same_expert():
+    """Worked by hand. Each token: 0.6 for expert 0, 0.3 for expert 1, 0.1 for expert 2; 2/3 of 3 tokens: 2 places."""
+    logits = LOG(torch.tensor([0.6, 0.3, 0.1])).repeat(1, 3, 1)
+    found = gate.route(logits, config(experts=3), fraction=2 / 3)
+    assert found.capacity == 2
+    assert found.experts.tolist() == [[[0, 1]] * 3]
+    assert found.kept.tolist() == [[[True, True], [True, True], [False, False]]]
+    expected = torch.tensor([[[2 / 3, 1 / 3], [2 / 3, 1 / 3], [0.0, 0.0]]])
+    torch.testing.assert_close(found.weights, expected)
+
+
+def test_second_choices_queue_behind_all_first_choices():
+    """Token 0 wants A then B, tokens 1 and 2 want B first: with two places in B, token 0's second choice is out."""
+    probs = torch.tensor([[[0.6, 0.3, 0.1], [0.1, 0.7, 0.2], [0.1, 0.7, 0.2]]])
+    found = gate.route(LOG(probs), config(experts=3), fraction=0.5)
+    assert found.experts.tolist() == [[[0, 1], [1, 2], [1, 2]]]
+    assert found.kept.tolist() == [[[True, False], [True, True], [True, True]]]
+    # what is left of token 0 weighs 1 if normalised after dropping, 2/3 if before
+    assert found.weights[0, 0].tolist() == pytest.approx([1.0, 0.0])
+    before = gate.route(LOG(probs), config(experts=3, normalize_before_dropping=True), fraction=0.5)
+    assert before.weights[0, 0].tolist() == pytest.approx([2 / 3, 0.0])
+
+
+def test_the_surest_tokens_are_served_first_when_prioritized():
+    probs = torch.tensor([[[0.5, 0.3, 0.2], [0.8, 0.1, 0.1], [0.6, 0.3, 0.1]]])
+    found = gate.route(LOG(probs), config(experts=3, batch_prioritized=True), fraction=0.5)
+    assert found.kept[0, :, 0].tolist() == [False, True, True]
+
+
+def test_masked_padding_takes_no_place_and_gets_no_weight():
+    logits = LOG(torch.tensor([0.6, 0.3, 0.1])).repeat(1, 3, 1)
+    padding = torch.tensor([[True, False, False]])
+    found = gate.route(logits, config(experts=3), fraction=2 / 3, padding=padding)
+    assert found.kept.tolist() == [[[False, False], [True, True], [True, True]]]
+    assert found.weights[0, 0].tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "fraction", "top1", "places"),
+    [(64, 0.05, False, 4), (64, -1.0, False, 16), (64, 0.0, False, 16), (65, -1.0, False, 18), (65, -1.0, True, 9)],
+)
+def test_capacity(tokens, fraction, top1, places):
+    assert gate.capacity(tokens, config(experts=8, top1=top1), fraction) == places
+    assert gate.capacity(tokens, config(), None) is None
+
+
+def test_groups_do_not_compete():
+    logits = torch.randn(4, 16, 8, generator=torch.Generator().manual_seed(0))
+    together = gate.route(logits, config(), fraction=0.1)
+    for g in range(4):
+        alone = gate.route(logits[g : g + 1], config(), fraction=0.1)
+        assert together.kept[g].equal(alone.kept[0])
+
+
+def test_balance_loss_of_even_and_of_collapsed_routing():
+    even = gate.route(torch.eye(8)[None] * 50, config(), fraction=None)
+    assert float(gate.balance_loss(even)) == pytest.approx(1.0)
+    collapsed = gate.route(torch.eye(8)[:1].repeat(1, 9, 1) * 50, config(), fraction=None)
+    assert float(gate.balance_loss(collapsed)) == pytest.approx(8.0)
