@@ -1,0 +1,36 @@
+"""Data: from text, and from the web, to what a model reads.
+
+    codec = Codec.load("demo")          # text to ids and back
+    prepared = prepare(check_parameters({"source": "my/texts", "bpe": "demo"}))
+
+Pictures of what was prepared are in :mod:`moekit.data.plots`, which needs matplotlib.
+"""
+
+from moekit.data.binarise import Binarised, Summary, binarise
+from moekit.data.codec import Codec
+from moekit.data.download import Downloaded, DownloadError, NoSpace, Patience, download
+from moekit.data.encode import Encoded, encode_files
+from moekit.data.parameters import Settings, check_parameters
+from moekit.data.prepare import Prepared, prepare, verify_checkpoint
+from moekit.data.unpack import CorruptArchive, unpack
+
+__all__ = [
+    "Binarised",
+    "Codec",
+    "CorruptArchive",
+    "DownloadError",
+    "Downloaded",
+    "Encoded",
+    "NoSpace",
+    "Patience",
+    "Prepared",
+    "Settings",
+    "Summary",
+    "binarise",
+    "check_parameters",
+    "download",
+    "encode_files",
+    "prepare",
+    "unpack",
+    "verify_checkpoint",
+]

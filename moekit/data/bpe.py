@@ -1,0 +1,165 @@
+"""GPT-2's byte-level byte-pair encoding, with fairseq's result on every text.
+
+A text is first cut into pieces (a word with the space before it, a number, a run of signs, of blanks), then the bytes
+of each piece are merged pair by pair. ``tokenizers`` merges. Its own cutting is too slow, and its tables of letters
+years older than those of the ``regex`` library, which fairseq cuts with: it cuts at thousands of newer letters. So
+pieces are cut here, a whole text at once, by the tables of ``regex``.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+
+import numpy as np
+import regex
+from tokenizers.models import BPE
+
+LETTER, NUMBER, SIGN, BLANK, LINE_END = range(5)
+
+
+@functools.cache
+def kinds() -> np.ndarray:
+    """[0x110000] uint8: the kind of every code point, as ``regex`` has it."""
+    text = "".join(map(chr, range(0x110000)))
+    kind = np.full(len(text), SIGN, np.uint8)
+    for code, pattern in ((LETTER, r"\p{L}+"), (NUMBER, r"\p{N}+"), (BLANK, r"\s+")):
+        for run in regex.finditer(pattern, text):
+            kind[run.start() : run.end()] = code
+    kind[ord("\n")] = LINE_END
+    return kind
+
+
+def cut(text: str) -> tuple[bytes, np.ndarray]:
+    """Where the pieces of ``text`` begin.
+
+    The pieces are those of GPT-2's pattern: ``'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|
+    \\s+(?!\\S)|\\s+``. In words: runs of one kind; the last blank of a run belongs to what follows if it is a space,
+    else it is a piece; some endings after an apostrophe are one. A line end is a piece of its own and cuts all others.
+
+    Returns:
+        The text in UTF-8, and the offset of each piece's first byte in it, int64.
+
+    Raises:
+        UnicodeEncodeError: (a ValueError) it holds half a surrogate pair, which is no text.
+    """
+    data = text.encode()
+    if not data:
+        return data, np.zeros(0, np.int64)
+    ascii_only = len(data) == len(text)
+    points = np.frombuffer(
+        data if ascii_only else text.encode("utf-32-le"), np.uint8 if ascii_only else np.uint32
+    )
+    kind = kinds()[points]
+    begins = np.ones(len(points), bool)
+    begins[1:] = (kind[1:] != kind[:-1]) | (kind[1:] == LINE_END)
+
+    last_blanks = np.flatnonzero((kind[:-1] == BLANK) & (kind[1:] < BLANK))
+    begins[last_blanks] = True
+    begins[last_blanks[points[last_blanks] == ord(" ")] + 1] = False
+
+    apostrophes = np.flatnonzero((points == ord("'")) & begins)
+    ends = apostrophes + _ending(points, apostrophes)
+    begins[apostrophes[ends > apostrophes] + 1] = False
+    begins[ends[ends < len(points)]] = True
+
+    if ascii_only:
+        return data, np.flatnonzero(begins)
+    widths = 1 + (points > 0x7F) + (points > 0x7FF) + (points > 0xFFFF)
+    return data, (np.cumsum(widths) - widths)[begins]
+
+
+def _ending(points: np.ndarray, apostrophes: np.ndarray) -> np.ndarray:
+    """Characters of the English ending that begins at each apostrophe: 2 for 's 't 'm 'd, 3 for 'll 're 've, else 0."""
+    padded = np.append(points, [0, 0])
+    first, second = padded[apostrophes + 1], padded[apostrophes + 2]
+    two = np.isin(first, [ord(letter) for letter in "stmd"])
+    three = np.logical_or.reduce([(first == ord(a)) & (second == ord(b)) for a, b in ("ll", "re", "ve")])
+    return 2 * two + 3 * three
+
+
+def byte_symbols() -> dict[int, str]:
+    """The character that stands for each byte in GPT-2's files: itself if printable, else one from U+0100 on."""
+    symbols = {byte: chr(byte) for byte in (*range(33, 127), *range(161, 173), *range(174, 256))}
+    hidden = (byte for byte in range(256) if byte not in symbols)
+    return symbols | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
+
+
+class BytePairs:
+    """The encoding that ``encoder.json`` (symbol to id) and ``vocab.bpe`` (merges, the first one first) describe.
+
+    Raises:
+        ValueError: one of the files is not what its name says, or does not fit the other.
+    """
+
+    def __init__(self, encoder_json: str | Path, vocab_bpe: str | Path) -> None:
+        vocabulary = read_vocabulary(Path(encoder_json))
+        merges = read_merges(Path(vocab_bpe))
+        _check(vocabulary, merges, Path(encoder_json), Path(vocab_bpe))
+        self._model = BPE(vocab=vocabulary, merges=merges)
+        self._symbols = byte_symbols()
+        byte_of = {ord(symbol): byte for byte, symbol in self._symbols.items()}
+        self.bytes_of: dict[int, bytes] = {
+            number: symbol.translate(byte_of).encode("latin-1")
+            for symbol, number in vocabulary.items()
+            if all(ord(character) in byte_of for character in symbol)
+        }
+
+    def merge(self, piece: bytes) -> list[int]:
+        """GPT-2's ids of one piece."""
+        return [token.id for token in self._model.tokenize(piece.decode("latin-1").translate(self._symbols))]
+
+    def encode(self, text: str) -> list[int]:
+        """GPT-2's ids of ``text``, exactly as it is."""
+        data, starts = cut(text)
+        ends = [*starts[1:].tolist(), len(data)]
+        return [
+            i for start, end in zip(starts.tolist(), ends, strict=True) for i in self.merge(data[start:end])
+        ]
+
+
+def read_vocabulary(path: Path) -> dict[str, int]:
+    """``encoder.json``: a JSON object from symbols to ids."""
+    try:
+        vocabulary = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"there is no file {path}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not an encoder.json: {error}") from None
+    if not isinstance(vocabulary, dict) or not all(type(number) is int for number in vocabulary.values()):
+        raise ValueError(f"{path} is not an encoder.json: expected an object from symbols to whole numbers")
+    return vocabulary
+
+
+def read_merges(path: Path) -> list[tuple[str, str]]:
+    """``vocab.bpe``: a version line, then a merge a line. As in fairseq, a last line without an end is not read."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")[1:-1]
+    except FileNotFoundError:
+        raise ValueError(f"there is no file {path}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a vocab.bpe: {error}") from None
+    merges = [tuple(line.split()) for line in lines]
+    for number, merge in enumerate(merges, start=2):
+        if len(merge) != 2:
+            raise ValueError(f"{path}, line {number}: expected two symbols to merge, found {len(merge)}")
+    return merges
+
+
+def _check(vocabulary: dict[str, int], merges: list[tuple[str, str]], encoder: Path, vocab: Path) -> None:
+    lacking = [byte for byte, symbol in byte_symbols().items() if symbol not in vocabulary]
+    if lacking:
+        raise ValueError(f"{encoder} has no symbol for {len(lacking)} of the 256 bytes, such as {lacking[0]}")
+    last_made: dict[str, int] = {}
+    for line, merge in enumerate(merges, start=2):
+        last_made["".join(merge)] = line
+    for line, (left, right) in enumerate(merges, start=2):
+        if left + right not in vocabulary:
+            raise ValueError(f"{vocab}, line {line} makes {left + right!r}, which {encoder} does not have")
+        # Merging one pair after the other (tokenizers) and all equal pairs at once (fairseq) agree only if no merge
+        # can be followed by an earlier one.
+        if max(last_made.get(left, 0), last_made.get(right, 0)) > line:
+            raise ValueError(
+                f"{vocab}, line {line} merges {left!r} and {right!r} before a later line makes one of them"
+            )

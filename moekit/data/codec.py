@@ -1,0 +1,87 @@
+"""Text to a model's ids and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from moekit.data.bpe import BytePairs
+from moekit.data.dictionary import BOS, EOS, PAD, UNK, Dictionary
+
+FILES = ("encoder.json", "vocab.bpe", "dict.txt")
+DEMO = Path(__file__).parents[1] / "demo" / "gpt2_bpe"
+
+
+class Codec:
+    """What stands between text and a fairseq language model: GPT-2's byte-level BPE, then fairseq's dictionary.
+
+    The encoder never sees a line end: fairseq's tools encode line by line and end each line with ``</s>``. So does
+    this class, and turns ``</s>`` back into a line end.
+
+        codec = Codec.load("demo")
+        ids = codec.encode("Two lines.\\nHere.")     # no </s> at the end: the text ends in no line end
+        codec.decode(ids)                            # the text again
+        codec.pieces(ids)                            # ["Two", " lines", ".", "</s>", "Here", "."]
+
+    Args:
+        encoder_json, vocab_bpe: GPT-2's files: symbol to id, and merges.
+        dict_txt: fairseq's dictionary, whose symbols are GPT-2's ids in decimal.
+
+    Attributes:
+        bos, pad, eos, unk: ids of the special symbols, in every fairseq dictionary 0, 1, 2 and 3.
+
+    Raises:
+        ValueError: a file is missing or not what its name says.
+    """
+
+    bos, pad, eos, unk = BOS, PAD, EOS, UNK
+
+    def __init__(self, encoder_json: str | Path, vocab_bpe: str | Path, dict_txt: str | Path) -> None:
+        self.bpe = BytePairs(encoder_json, vocab_bpe)
+        self.dictionary = Dictionary(dict_txt)
+        self._ids = {number: self.dictionary.index.get(str(number), UNK) for number in self.bpe.bytes_of}
+        self._bytes = {self._ids[number]: text for number, text in self.bpe.bytes_of.items()}
+        self._bytes.pop(UNK, None)
+
+    @classmethod
+    def load(cls, folder: str | Path = "demo") -> Codec:
+        """The codec whose three files lie in ``folder``; "demo" is the demo model's."""
+        folder = DEMO if str(folder) == "demo" else Path(folder)
+        return cls(*(folder / name for name in FILES))
+
+    def __len__(self) -> int:
+        """Types of the dictionary, the special ones included: ids are below this."""
+        return len(self.dictionary)
+
+    def encode(self, text: str) -> list[int]:
+        """The dictionary's ids of ``text``, blanks at the ends of lines included; each line end becomes ``</s>``.
+
+        A line ends in ``\\n``, ``\\r\\n`` or ``\\r``. A piece that the dictionary lacks becomes ``<unk>``.
+        """
+        ids: list[int] = []
+        for number, line in enumerate(text.replace("\r\n", "\n").replace("\r", "\n").split("\n")):
+            if number:
+                ids.append(EOS)
+            ids.extend(self._ids[piece] for piece in self.bpe.encode(line))
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ``ids``. ``<s>`` and ``<pad>`` have none; bytes that are no text become U+FFFD."""
+        hidden = {BOS: b"", PAD: b"", EOS: b"\n"}
+        return b"".join(hidden.get(number, self._text(number)) for number in self._checked(ids)).decode(
+            errors="replace"
+        )
+
+    def pieces(self, ids: Iterable[int]) -> list[str]:
+        """Each id for the eye: its text, or its symbol (``</s>``); bytes of half a character as ``\\xe2``."""
+        return [self._text(number).decode(errors="backslashreplace") for number in self._checked(ids)]
+
+    def _text(self, number: int) -> bytes:
+        return self._bytes.get(number) or self.dictionary.symbols[number].encode()
+
+    def _checked(self, ids: Iterable[int]) -> list[int]:
+        numbers = [int(number) for number in ids]
+        for number in numbers:
+            if not 0 <= number < len(self):
+                raise ValueError(f"id {number} is outside the dictionary, whose ids are 0 to {len(self) - 1}")
+        return numbers

@@ -1,0 +1,295 @@
+"""Downloads that end with the right file or with one clear error, however often they are interrupted.
+
+What has arrived lies in ``NAME.part``; ``NAME.part.json`` says of which file of which server it is a part, so that a
+later run, or another process, asks for the rest only, and for the whole if the file has changed meanwhile. The whole
+file gets its name last; ``NAME.json`` then holds its origin, size and SHA-256.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from email.utils import formatdate
+from http.client import HTTPException, HTTPResponse
+from pathlib import Path
+
+from moekit.data import record
+from moekit.data.progress import bar
+
+AGENT = "Mozilla/5.0 (compatible; moekit)"  # one mirror turns away clients that do not look like a browser
+CHUNK = 1 << 20
+
+
+class DownloadError(OSError):
+    """No mirror gave the file; the message says what each of them answered."""
+
+
+class NoSpace(OSError):
+    """The disk is too small; the message says by how much."""
+
+
+class Refused(OSError):
+    """A mirror does not give the file."""
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long to go on.
+
+    Attributes:
+        drops: broken transfers in a row that brought nothing new; each one that did counts anew.
+        refusals: times in a row that no connection comes about, or the server says it has a problem.
+        stall: seconds without a byte after which a connection counts as broken.
+        pause: seconds before the first new attempt; then twice as long each time, up to ``longest``.
+    """
+
+    drops: int = 25
+    refusals: int = 4
+    stall: float = 30.0
+    pause: float = 0.5
+    longest: float = 10.0
+
+
+@dataclass(frozen=True)
+class Downloaded:
+    """Where a file came from and what it was; its record. ``mtime_ns`` is of the file on this disk."""
+
+    url: str
+    size: int
+    sha256: str
+    mtime_ns: int
+    etag: str | None = None
+    last_modified: str | None = None
+    finished: str | None = None
+
+
+def download(
+    urls: Sequence[str],
+    path: str | Path,
+    sha256: str | None = None,
+    spare: int = 0,
+    check: Callable[[Path], None] = lambda path: None,
+    patience: Patience = Patience(),
+) -> tuple[Downloaded, bool]:
+    """Get ``path`` from the first of ``urls`` that gives it; nothing to do if it is there and as recorded.
+
+    Args:
+        sha256: the file's hash where it is known; None: what arrives is trusted, and its hash recorded.
+        spare: bytes of disk space needed besides the file's own.
+        check: raises ValueError if a whole file is not what was asked for (a login page, say).
+
+    Returns:
+        The file's record, and whether anything was downloaded.
+
+    Raises:
+        DownloadError: no mirror gave it, or not with the known hash.
+        NoSpace: there is too little disk space; nothing was asked for, or no more than the length.
+        ValueError: ``path`` is there already, but not as this function left it.
+    """
+    path = Path(path)
+    known = verified(path, sha256)
+    if known is not None:
+        return known, False
+    if path.exists():
+        raise ValueError(
+            f"{path} is there, but not as moekit's record {_record_of(path).name} has it (or there is no record): it "
+            "may be incomplete or changed. Move it away, then run again"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = Part(path)
+    failures = []
+    for url in sorted(urls, key=lambda url: url != part.url):  # where a part lies already, that mirror first
+        try:
+            _fetch(url, part, spare, patience)
+            digest = sha256_of(part.path)
+            if sha256 is not None and digest != sha256:
+                raise Refused(f"the file's SHA-256 is {digest}, expected {sha256}")
+            check(part.path)
+        except (Refused, ValueError) as error:
+            failures.append(f"{url}: {error}")
+            if part.complete:
+                part.discard()
+        else:
+            return part.finish(digest), True
+    raise DownloadError(f"{path.name} could not be downloaded. " + "; ".join(failures))
+
+
+def verified(path: Path, sha256: str | None = None) -> Downloaded | None:
+    """The record of ``path`` if the file is there and still the one that was downloaded; else None.
+
+    Size and time of change are compared; only if the time differs (a copied folder) is the file read and hashed.
+    """
+    known, status = record.read(_record_of(path)), record.fingerprint(path)
+    if known is None or status is None or known["size"] != status["size"]:
+        return None
+    if sha256 not in (None, known["sha256"]):
+        return None
+    if known["mtime_ns"] != status["mtime_ns"]:
+        if sha256_of(path) != known["sha256"]:
+            return None
+        known["mtime_ns"] = status["mtime_ns"]
+        record.write(_record_of(path), known)
+    return Downloaded(**known)
+
+
+def discard(path: Path) -> None:
+    """Forget a downloaded file that turned out to be no good."""
+    path.unlink(missing_ok=True)
+    _record_of(path).unlink(missing_ok=True)
+
+
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file, bar(f"check {path.name}", path.stat().st_size) as progress:
+        while data := file.read(CHUNK):
+            digest.update(data)
+            progress.update(len(data))
+    return digest.hexdigest()
+
+
+def human(size: float) -> str:
+    """Bytes for people: ``27.3 GB``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
+
+
+def _record_of(path: Path) -> Path:
+    return path.with_name(path.name + ".json")
+
+
+class Part:
+    """What has arrived of a file, and of which file of which server it is a part."""
+
+    def __init__(self, final: Path) -> None:
+        self.final = final
+        self.path = final.with_name(final.name + ".part")
+        self._note_path = final.with_name(final.name + ".part.json")
+        self.note = record.read(self._note_path) or {}
+
+    @property
+    def url(self) -> str | None:
+        return self.note.get("url")
+
+    @property
+    def size(self) -> int:
+        return self.path.stat().st_size if self.path.exists() else 0
+
+    @property
+    def complete(self) -> bool:
+        return bool(self.note) and self.path.exists() and self.size == self.note["total"]
+
+    @property
+    def validator(self) -> str | None:
+        """What tells the server which version of the file the part is of; a weak tag does not tell that."""
+        tag = self.note.get("etag")
+        return tag if tag and not tag.startswith("W/") else self.note.get("last_modified")
+
+    def restart(self, note: dict[str, str | int | None]) -> None:
+        self.discard()
+        record.write(self._note_path, note)
+        self.note = note
+        self.path.touch()
+
+    def discard(self) -> None:
+        self.path.unlink(missing_ok=True)
+        self._note_path.unlink(missing_ok=True)
+        self.note = {}
+
+    def finish(self, sha256: str) -> Downloaded:
+        """Give the file its name. The record comes first: a file without one would not be trusted."""
+        done = Downloaded(
+            url=self.note["url"],
+            size=self.size,
+            sha256=sha256,
+            mtime_ns=self.path.stat().st_mtime_ns,
+            etag=self.note["etag"],
+            last_modified=self.note["last_modified"],
+            finished=formatdate(usegmt=True),
+        )
+        record.write(_record_of(self.final), asdict(done))
+        self.path.replace(self.final)
+        self._note_path.unlink()
+        return done
+
+
+def _fetch(url: str, part: Part, spare: int, patience: Patience) -> None:
+    """Make ``part`` whole from ``url``, going on after each failure as long as ``patience`` has it."""
+    drops = refusals = furthest = 0
+    while not (part.url == url and part.complete):
+        try:
+            _attempt(url, part, spare, patience.stall)
+            continue
+        except NoSpace:
+            raise
+        except urllib.error.HTTPError as error:
+            if error.code not in (408, 416, 425, 429) and error.code < 500:
+                raise Refused(f"the server answers {error.code} {error.reason}") from None
+            if error.code == 416:  # the part is longer than the file
+                part.discard()
+            reason, refusals = f"the server answers {error.code} {error.reason}", refusals + 1
+        except urllib.error.URLError as error:
+            reason, refusals = f"no connection ({error.reason})", refusals + 1
+        except TimeoutError:
+            reason, drops = f"nothing came for {patience.stall:g} s", drops + 1
+        except (OSError, HTTPException) as error:
+            reason, drops = f"the connection broke ({error})", drops + 1
+        arrived = part.size if part.url == url else 0
+        if arrived > furthest:
+            drops, refusals, furthest = 0, 0, arrived
+        if drops > patience.drops or refusals > patience.refusals:
+            raise Refused(f"{reason}, time after time; {human(arrived)} arrived")
+        time.sleep(min(patience.pause * 2 ** min(drops + refusals, 10), patience.longest))
+
+
+def _attempt(url: str, part: Part, spare: int, stall: float) -> None:
+    """Ask for what is missing, or for all, and write what comes; return if the part is whole."""
+    headers = {"User-Agent": AGENT}
+    if part.url == url and part.validator and part.size:
+        headers |= {"Range": f"bytes={part.size}-", "If-Range": part.validator}
+    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=stall) as answer:
+        first, total = _span(answer)
+        note = {
+            "url": url,
+            "total": total,
+            "etag": answer.headers["ETag"],
+            "last_modified": answer.headers["Last-Modified"],
+        }
+        if first == 0:
+            part.restart(note)
+        elif note != part.note or first != part.size:
+            part.discard()
+            raise ConnectionError("the server sent the rest of another file")
+        free = shutil.disk_usage(part.path.parent).free
+        if free < total - first + spare:
+            raise NoSpace(
+                f"{part.final.name} needs {human(total - first + spare)} more on disk, but {part.final.parent} has only "
+                f"{human(free)} free; choose another data_dir or make room (what has arrived is kept)"
+            )
+        with open(part.path, "ab") as file, bar(part.final.name, total, first) as progress:
+            while data := answer.read1(CHUNK):
+                file.write(data)
+                progress.update(len(data))
+    if not part.complete:
+        raise ConnectionError(f"it ended after {part.size} of {total} bytes")
+
+
+def _span(answer: HTTPResponse) -> tuple[int, int]:
+    """Where the bytes to come begin in the file, and how long the file is."""
+    if answer.status == 206:
+        found = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", answer.headers["Content-Range"] or "")
+    else:
+        found = re.fullmatch(r"()(\d+)", answer.headers["Content-Length"] or "")
+    if found is None:
+        raise Refused(
+            "the server does not say how long the file is, so nobody could tell whether it is whole"
+        )
+    return int(found[1] or 0), int(found[2])

@@ -1,0 +1,113 @@
+"""Big text files worked on in blocks of whole lines, by several processes, with bounded memory."""
+
+from __future__ import annotations
+
+import itertools
+import mmap
+import os
+import re
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+Result = TypeVar("Result")
+
+BLOCK = 1 << 19  # bytes: large against the cost of handing it to a process, small against memory and caches
+PATIENCE = 3600.0  # seconds for one block: far more than any takes, so that nothing waits for ever
+LINE_END = re.compile(rb"\r\n?|\n")
+
+
+class Block(NamedTuple):
+    """The bytes ``start`` to ``end`` of a file; both at the end of a line, or of the file."""
+
+    path: Path
+    start: int
+    end: int
+
+    def read(self) -> list[str]:
+        """The lines as fairseq sees them: without their ends, which are ``\\n``, ``\\r\\n`` or ``\\r`` and no other.
+
+        Raises:
+            ValueError: the file is not UTF-8, which fairseq does not read either; it names the line and the byte.
+        """
+        with open(self.path, "rb") as file:
+            file.seek(self.start)
+            data = file.read(self.end - self.start)
+        try:
+            text = data.decode()
+        except UnicodeDecodeError as error:
+            at = self.start + error.start
+            raise ValueError(
+                f"{self.path}, line {_line_number(self.path, at)}: byte {at} ({data[error.start]:#04x}) is not UTF-8; "
+                "convert the file (iconv -f <its encoding> -t utf-8), or drop such bytes (iconv -c -t utf-8)"
+            ) from None
+        lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+        if lines[-1] == "":  # what follows the last line end is no line
+            lines.pop()
+        return lines
+
+
+def blocks(path: Path, size: int = BLOCK) -> Iterator[Block]:
+    """``path`` cut at line ends into blocks of about ``size`` bytes; a longer line stays whole."""
+    length = path.stat().st_size
+    if length == 0:
+        return
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        start = 0
+        while start < length:
+            found = LINE_END.search(data, min(start + size, length))
+            end = found.end() if found else length
+            yield Block(path, start, end)
+            start = end
+
+
+def in_order(
+    work: Callable[[Block], Result], todo: Iterable[Block], workers: int
+) -> Iterator[tuple[Block, Result]]:
+    """Each block with ``work(block)``, in the order of ``todo``; at most a few results wait in memory.
+
+    Args:
+        work: a function that pickle can send to another process.
+        workers: processes; one block, or one worker, is worked on in this process.
+    """
+    todo = iter(todo)
+    first = list(itertools.islice(todo, 2))
+    todo = itertools.chain(first, todo)
+    if workers == 1 or len(first) < 2:
+        for block in todo:
+            yield block, work(block)
+        return
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_start_worker)
+    try:
+        waiting: deque = deque()
+        for block in todo:
+            waiting.append((block, pool.submit(work, block)))
+            if len(waiting) > 2 * workers:
+                block, result = waiting.popleft()
+                yield block, result.result(PATIENCE)
+        for block, result in waiting:
+            yield block, result.result(PATIENCE)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    """A worker leaves interrupts to its parent, and ends when the parent does, however that ended."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def end_with_parent() -> None:
+        parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def _line_number(path: Path, at: int) -> int:
+    """The number, from 1, of the line that holds byte ``at``."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return 1 + sum(1 for _ in LINE_END.finditer(data, 0, at))

@@ -1,0 +1,36 @@
+"""One notebook at a time in one folder."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+NAME = ".moekit.lock"
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold ``folder`` for this process; the system frees it when the process ends, however it ends.
+
+    Raises:
+        ValueError: someone else holds it; it says who.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / NAME, "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise ValueError(
+                f"{folder} is being prepared by {holder}; wait for it to finish, or choose another data_dir"
+            ) from None
+        file.seek(0)
+        file.truncate()
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield

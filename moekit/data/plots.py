@@ -1,0 +1,118 @@
+"""Pictures of prepared data, and a passage's way through the codec. matplotlib and pandas are imported where used."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from moekit.data.binarise import Binarised
+from moekit.data.codec import Codec
+from moekit.data.dictionary import SPECIAL, UNK
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from moekit.data.prepare import Prepared
+
+COUNTED_AT_ONCE = 1 << 22  # ids
+
+
+def picture(prepared: Prepared, top: int = 20) -> Figure:
+    """Three views of prepared data: how long documents are, which types are frequent, which types occur at all."""
+    import matplotlib.pyplot as plt
+
+    subsets = {name: prepared.binarised(name) for name in prepared.summaries}
+    counts = {name: type_counts(data, len(prepared.codec)) for name, data in subsets.items()}
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
+    plot_lengths(left, {name: document_lengths(data.sizes) for name, data in subsets.items()})
+    plot_frequent(middle, sum(counts.values()), prepared.codec, top)
+    unknown = {name: summary.unknown_types for name, summary in prepared.summaries.items()}
+    plot_types(right, counts, unknown)
+    return figure
+
+
+def document_lengths(sizes: np.ndarray) -> np.ndarray:
+    """Tokens a document. As fairseq's ``complete_doc`` has it, an empty line (one token, its ``</s>``) ends a document.
+
+    Text without empty lines, as when they were dropped, has a document a line.
+    """
+    sizes = np.asarray(sizes, np.int64)
+    empty = np.flatnonzero(sizes == 1)
+    if not len(empty):
+        return sizes
+    total = np.concatenate(([0], np.cumsum(sizes)))
+    starts, ends = np.concatenate(([0], empty + 1)), np.concatenate((empty, [len(sizes)]))
+    lengths = total[ends] - total[starts]
+    return lengths[lengths > 0]
+
+
+def type_counts(data: Binarised, types: int) -> np.ndarray:
+    """[types] how often each type of the dictionary occurs."""
+    counts = np.zeros(types, np.int64)
+    for start in range(0, len(data.ids), COUNTED_AT_ONCE):
+        counts += np.bincount(data.ids[start : start + COUNTED_AT_ONCE], minlength=types)
+    return counts
+
+
+def plot_lengths(axes: Axes, lengths: dict[str, np.ndarray]) -> None:
+    longest = max(int(of_subset.max()) for of_subset in lengths.values())
+    bins = np.unique(np.geomspace(1, longest + 1, 40).astype(int))
+    for name, of_subset in lengths.items():
+        label = f"{name}: {len(of_subset):,}, median {int(np.median(of_subset)):,}"
+        axes.hist(of_subset, bins, histtype="step", linewidth=1.5, label=label)
+    axes.set(xscale="log", xlabel="tokens a document", ylabel="documents", title="Document lengths")
+    axes.legend(frameon=False)
+
+
+def plot_frequent(axes: Axes, counts: np.ndarray, codec: Codec, top: int) -> None:
+    order = np.argsort(counts)[::-1][:top]
+    order = order[counts[order] > 0]
+    axes.barh(range(len(order)), 100 * counts[order] / counts.sum())
+    axes.set_yticks(range(len(order)), [_label(piece) for piece in codec.pieces(order)], family="monospace")
+    axes.invert_yaxis()
+    axes.set(xlabel="% of all tokens", title="Most frequent types (␣ is a space)")
+
+
+def plot_types(axes: Axes, counts: dict[str, np.ndarray], unknown_types: dict[str, int]) -> None:
+    """Of the types that occur in the text, those that the dictionary has and those that are unknown."""
+    names = list(counts)
+    known = np.array([int(((of := counts[name]) > 0).sum() - (of[UNK] > 0)) for name in names])
+    unknown = np.array([unknown_types[name] for name in names])
+    axes.bar(names, known, label="known")
+    bars = axes.bar(names, unknown, bottom=known, color="tab:red", label="unknown")
+    share = 100 * unknown / np.maximum(known + unknown, 1)
+    axes.bar_label(bars, [f"{percent:.3g} % unknown" for percent in share], padding=3)
+    types = len(next(iter(counts.values())))
+    axes.axhline(types, color="grey", linestyle=":", label=f"the dictionary's {types:,}")
+    axes.set(ylabel="types", title="Types in the text")
+    axes.margins(y=0.15)
+    axes.legend(frameon=False, loc="lower right")
+
+
+def round_trip(codec: Codec, text: str) -> pd.DataFrame:
+    """A row a token of ``text``: its piece, its symbol in ``dict.txt`` (GPT-2's id) and its id.
+
+    Raises:
+        ValueError: the ids do not give the text back, because the dictionary lacks a piece of it.
+    """
+    import pandas as pd
+
+    ids = codec.encode(text)
+    if codec.decode(ids) != text:
+        lost = [piece for piece in codec.pieces(ids) if piece == SPECIAL[UNK]]
+        raise ValueError(f"the text does not come back: {len(lost)} of its pieces are not in the dictionary")
+    symbols = [codec.dictionary.symbols[number] for number in ids]
+    return pd.DataFrame({"piece": codec.pieces(ids), "symbol": symbols, "id": ids})
+
+
+def _label(piece: str) -> str:
+    """A piece for an axis: blanks visible, and nothing that the font lacks or takes for mathematics."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    has = get_font(findfont(FontProperties(family="monospace"))).get_char_index
+    shown = piece.replace(" ", "␣")
+    shown = "".join(c if has(ord(c)) and c.isprintable() else ascii(c)[1:-1] for c in shown)
+    return shown.replace("$", r"\$")

@@ -1,0 +1,293 @@
+"""From the web, or from own text, to binarised data and a verified checkpoint: the whole way, each step once."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moekit.data import codec, corpus, record, sources
+from moekit.data.binarise import Binarised, Summary, binarise
+from moekit.data.codec import Codec
+from moekit.data.download import discard, download, human
+from moekit.data.encode import encode_files
+from moekit.data.lock import locked
+from moekit.data.parameters import Settings
+from moekit.data.unpack import CorruptArchive, unpack
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Say = Callable[[str], Any]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What there is now.
+
+    Attributes:
+        data_bin: the folder to give to fairseq, or to moekit as ``data``.
+        bpe: the folder with the three files of the :class:`Codec`.
+        texts: the text files by subset.
+        summaries: what was binarised, by subset.
+        checkpoint: the model's folder; None if none was asked for.
+        files: the checkpoint's files, a dict a file.
+        done: the steps that had to be done in this run; empty if everything was there.
+    """
+
+    data_bin: Path
+    bpe: Path
+    texts: dict[str, list[Path]]
+    summaries: dict[str, Summary]
+    checkpoint: Path | None
+    files: list[dict[str, Any]]
+    done: list[str]
+
+    @cached_property
+    def codec(self) -> Codec:
+        return Codec.load(self.bpe)
+
+    def binarised(self, subset: str) -> Binarised:
+        return Binarised(self.data_bin / subset)
+
+    def subsets_table(self) -> pd.DataFrame:
+        """A row a subset: text in bytes, lines, tokens, bytes a token, unknown tokens in percent, unknown types."""
+        import pandas as pd
+
+        rows = {}
+        for subset, summary in self.summaries.items():
+            size = sum(path.stat().st_size for path in self.texts[subset])
+            rows[subset] = {
+                "text": human(size),
+                "lines": summary.lines,
+                "tokens": summary.tokens,
+                "bytes a token": round(size / summary.tokens, 2),
+                "unknown %": round(summary.unknown_percent, 4),
+                "unknown types": summary.unknown_types,
+            }
+        return pd.DataFrame.from_dict(rows, orient="index")
+
+    def files_table(self) -> pd.DataFrame:
+        """A row a file of the checkpoint."""
+        import pandas as pd
+
+        return pd.DataFrame(self.files)
+
+    def passage(self, lines: int = 3) -> str:
+        """The first ``lines`` lines with text in them."""
+        found = []
+        for path in next(iter(self.texts.values())):
+            with open(path, encoding="utf-8") as file:
+                for line in file:
+                    if line.strip():
+                        found.append(line.strip())
+                    if len(found) == lines:
+                        return "\n".join(found)
+        return "\n".join(found)
+
+
+def prepare(settings: Settings, say: Say = print) -> Prepared:
+    """Do what of ``settings`` is not done yet; after an interruption, go on where it stopped.
+
+    Args:
+        say: told, in a line each, what is done and what was there already.
+
+    Raises:
+        ValueError: something asked for cannot be had, or what was found is not what it should be; it says what.
+        DownloadError, NoSpace: as :func:`moekit.data.download`.
+    """
+    started = time.monotonic()
+    steps = Steps(say)
+    with locked(settings.data_dir):
+        bpe = _bpe(settings, steps)
+        name, texts = _texts(settings, steps)
+        home = settings.data_dir / name
+        _claim(home, settings, texts)
+        summaries = {
+            subset: _subset(subset, files, home, bpe, settings, steps) for subset, files in texts.items()
+        }
+        checkpoint, files = _checkpoint(settings, steps)
+    seconds = time.monotonic() - started
+    if steps.done:
+        say(f"Prepared in {seconds:.1f} s: {home / 'data-bin'}")
+    else:
+        say(f"Nothing to do: everything is there and unchanged ({seconds:.1f} s): {home / 'data-bin'}")
+    return Prepared(home / "data-bin", bpe, texts, summaries, checkpoint, files, steps.done)
+
+
+class Steps:
+    """Tells the user of each step, and keeps those that were done now."""
+
+    def __init__(self, say: Say) -> None:
+        self._say = say
+        self.done: list[str] = []
+
+    def report(self, step: str, done_now: bool, result: str) -> None:
+        if done_now:
+            self.done.append(step)
+        self._say(f"{step}: {result}" + ("" if done_now else " (was there)"))
+
+
+def _bpe(settings: Settings, steps: Steps) -> Path:
+    """The folder with the encoder's and the dictionary's files."""
+    if settings.bpe == "demo":
+        return codec.DEMO
+    folder = settings.data_dir / "gpt2_bpe"
+    for remote in sources.GPT2_BPE:
+        _downloaded(remote, folder / remote.name, settings, steps)
+    return folder
+
+
+def _texts(settings: Settings, steps: Steps) -> tuple[str, corpus.Texts]:
+    """What is prepared is called, and made of."""
+    if settings.source == "demo":
+        return "demo", corpus.demo()
+    if settings.source == "wikitext-103":
+        folder = settings.data_dir / "wikitext-103" / "text"
+        _unpacked(sources.WIKITEXT_103, folder, settings, steps)
+        return "wikitext-103", corpus.wikitext(folder)
+    return corpus.name_of(settings.source), corpus.own(settings.source, settings.data_dir)
+
+
+def _claim(home: Path, settings: Settings, texts: corpus.Texts) -> None:
+    """Make ``home`` the place for this source, without what an earlier run made of text that is no more."""
+    home.mkdir(parents=True, exist_ok=True)
+    source = (
+        settings.source
+        if settings.source in ("demo", "wikitext-103")
+        else str(Path(settings.source).resolve())
+    )
+    owner = record.read(home / "source.json")
+    if owner is None:
+        record.write(home / "source.json", {"source": source})
+    elif owner["source"] != source:
+        raise ValueError(
+            f"{home} holds what was made of {owner['source']}; choose another data_dir for {source}"
+        )
+    for folder, ends in (
+        (home / "bpe", (".bpe", ".bpe.json")),
+        (home / "data-bin", (".bin", ".idx", ".json")),
+    ):
+        folder.mkdir(exist_ok=True)
+        for stale in set(corpus.SUBSETS) - set(texts):
+            for end in ends:
+                (folder / f"{stale}{end}").unlink(missing_ok=True)
+
+
+def _subset(
+    subset: str, files: list[Path], home: Path, bpe: Path, settings: Settings, steps: Steps
+) -> Summary:
+    """Encode and binarise one subset."""
+    encoder_json, vocab_bpe, dict_txt = (bpe / name for name in codec.FILES)
+    encoded, data = home / "bpe" / f"{subset}.bpe", home / "data-bin"
+
+    result, now = record.once(
+        encoded.with_name(encoded.name + ".json"),
+        asked={"keep_empty": settings.keep_empty},
+        inputs=[*files, encoder_json, vocab_bpe],
+        outputs=[encoded],
+        work=lambda: asdict(
+            encode_files(files, encoded, encoder_json, vocab_bpe, settings.keep_empty, settings.workers)
+        ),
+    )
+    if result["lines"] == 0:
+        raise ValueError(f"{subset}: there is no line of text in {', '.join(map(str, files))}")
+    dropped = f", {result['dropped']:,} empty ones dropped" if result["dropped"] else ""
+    steps.report(f"encode {subset}", now, f"{result['lines']:,} lines{dropped}")
+
+    def binarise_subset() -> dict[str, Any]:
+        shutil.copyfile(dict_txt, data / "dict.txt")
+        return asdict(binarise(encoded, data / subset, dict_txt, settings.workers))
+
+    result, now = record.once(
+        data / f"{subset}.json",
+        asked={},
+        inputs=[encoded, dict_txt],
+        outputs=[data / f"{subset}.bin", data / f"{subset}.idx"],
+        work=binarise_subset,
+    )
+    summary = Summary(**result)
+    steps.report(f"binarise {subset}", now, str(summary))
+    return summary
+
+
+def _checkpoint(settings: Settings, steps: Steps) -> tuple[Path | None, list[dict[str, Any]]]:
+    """The model's folder, and what lies in it, checked against the model that it describes."""
+    if settings.checkpoint == "none":
+        return None, []
+    remote = sources.CHECKPOINTS[settings.checkpoint]
+    folder = settings.data_dir / "checkpoints" / settings.checkpoint
+    _unpacked(remote, folder, settings, steps)
+    if settings.delete_archive:
+        discard(_archive(remote, settings))
+    found, now = record.once(
+        folder.with_name(folder.name + ".verified.json"),
+        asked={},
+        inputs=sorted(folder.rglob("*.pt")),
+        outputs=[],
+        work=lambda: {"files": verify_checkpoint(folder)},
+    )
+    files = found["files"]
+    steps.report(
+        f"verify {settings.checkpoint}",
+        now,
+        f"{len(files)} files, {human(sum(row['bytes'] for row in files))}, all readable, every expert there once",
+    )
+    return folder, files
+
+
+def verify_checkpoint(folder: Path) -> list[dict[str, Any]]:
+    """A row a file of the checkpoint in ``folder``, when all are there and fit the model that they describe.
+
+    Raises:
+        ValueError: a file is missing or unreadable, or an expert or another tensor is missing, twice or misshapen.
+    """
+    from moekit import checkpoint
+
+    checkpoint.survey(checkpoint.find(folder))
+    return checkpoint.describe(folder)
+
+
+def _archive(remote: sources.Remote, settings: Settings) -> Path:
+    return settings.data_dir / "downloads" / remote.name
+
+
+def _unpacked(remote: sources.Remote, folder: Path, settings: Settings, steps: Steps) -> None:
+    """Have ``folder`` hold what is in the remote archive; a damaged one is fetched again from the next mirror."""
+    if folder.exists():
+        return steps.report(f"unpack {remote.name}", False, str(folder))
+    archive = _archive(remote, settings)
+    urls = remote.addresses(settings.mirrors)
+    while True:
+        origin = _downloaded(remote, archive, settings, steps, urls, spare=remote.unpacked)
+        try:
+            files = unpack(archive, folder, limit=2 * remote.unpacked)
+            break
+        except CorruptArchive as error:
+            discard(archive)
+            urls = urls[urls.index(origin) + 1 :] if origin in urls else []
+            if not urls:
+                raise CorruptArchive(
+                    f"{error} It was removed; run again to fetch it anew, or add a mirror"
+                ) from None
+            steps.report(f"unpack {remote.name}", True, f"{error}; asking the next mirror")
+    steps.report(f"unpack {remote.name}", True, f"{len(files)} files in {folder}")
+
+
+def _downloaded(
+    remote: sources.Remote,
+    path: Path,
+    settings: Settings,
+    steps: Steps,
+    urls: list[str] | None = None,
+    spare: int = 0,
+) -> str:
+    """Have ``path`` hold the remote file; returns where it came from."""
+    got, now = download(urls or remote.addresses(settings.mirrors), path, spare=spare, check=remote.check)
+    note = "; its hash was not known before and is recorded now" if now else ""
+    steps.report(f"download {remote.name}", now, f"{human(got.size)}, SHA-256 {got.sha256[:12]}…{note}")
+    return got.url

@@ -1,0 +1,76 @@
+"""What can be downloaded, and from where.
+
+No hash of any of it is known here in advance. What arrives is hashed, and the hash recorded, at first use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from moekit.data.bpe import read_merges, read_vocabulary
+from moekit.data.dictionary import Dictionary
+
+FAIRSEQ = "https://dl.fbaipublicfiles.com/fairseq"
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A file on the web.
+
+    Attributes:
+        path: its path below a mirror.
+        urls: where it is, in the order of asking.
+        check: raises ValueError if a file is something else, such as a page that asks for a login.
+        unpacked: of an archive, about how many bytes it holds, so that room can be asked for; it may hold twice as many.
+    """
+
+    path: str
+    urls: tuple[str, ...]
+    check: Callable[[Path], object]
+    unpacked: int = 0
+
+    @property
+    def name(self) -> str:
+        return Path(self.path).name
+
+    def addresses(self, mirrors: tuple[str, ...]) -> list[str]:
+        """The mirrors' addresses of it, then its own."""
+        return [f"{mirror.rstrip('/')}/{self.path}" for mirror in mirrors] + list(self.urls)
+
+
+def _begins_with(magic: bytes, kind: str) -> Callable[[Path], None]:
+    def check(path: Path) -> None:
+        with open(path, "rb") as file:
+            if file.read(len(magic)) != magic:
+                raise ValueError(f"what arrived is no {kind} file")
+
+    return check
+
+
+def _fairseq(path: str, check: Callable[[Path], object], unpacked: int = 0) -> Remote:
+    return Remote(path, (f"{FAIRSEQ}/{path}",), check, unpacked)
+
+
+GPT2_BPE = (
+    _fairseq("gpt2_bpe/encoder.json", read_vocabulary),
+    _fairseq("gpt2_bpe/vocab.bpe", read_merges),
+    _fairseq("gpt2_bpe/dict.txt", Dictionary),
+)
+
+WIKITEXT_103 = Remote(
+    "wikitext-103-raw-v1.zip",
+    (
+        "https://wikitext.smerity.com/wikitext-103-raw-v1.zip",  # the author's
+        "https://huggingface.co/datasets/mattdangerw/wikitext-103-raw/resolve/main/wikitext-103-raw-v1.zip",
+        "https://s3.amazonaws.com/research.metamind.io/wikitext/wikitext-103-raw-v1.zip",  # dead since 2024
+    ),
+    _begins_with(b"PK", "zip"),
+    unpacked=550_000_000,
+)
+
+CHECKPOINTS = {
+    name: _fairseq(f"models/lm/{name}.tar.gz", _begins_with(b"\x1f\x8b", "gzip"), unpacked)
+    for name, unpacked in (("en_moe_lm_15b", 30_000_000_000), ("en_moe_lm_52b", 105_000_000_000))
+}
