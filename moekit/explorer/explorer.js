@@ -498,7 +498,7 @@ class Views {
     const svg = h("svg", { viewBox: `0 0 ${data.E} 100`, preserveAspectRatio: "none", "data-layer": l,
       onclick: (event) => this.set({ layer: l, expert: expertAt(event) }),
       onmousemove: (event) => { const e = expertAt(event); hint.textContent = `E${e} ${times((this.loads[l][e] / this.total()) * data.E)}`; },
-      onmouseleave: () => (hint.textContent = this.most(l)) }, chosen, path, line, marks);
+      onmouseleave: () => (hint.textContent = this.most(l)) }, path, chosen, line, marks);
     const hint = h("span", { class: "mk-hint" });
     return { el: h("div", { class: "mk-strip" }, h("span", { class: "mk-name" }, `layer ${data.layers[l]}`), svg, hint), path, chosen, line, marks, hint };
   }

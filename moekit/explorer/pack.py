@@ -22,7 +22,12 @@ UNIT = 65_535  # probabilities, weights and entropy/log(E) are stored as shares 
 
 
 def pack(
-    trace: Trace, codec: Codec | None = None, domains: np.ndarray | None = None, *, mask: str | None, cut: str | None
+    trace: Trace,
+    codec: Codec | None = None,
+    domains: np.ndarray | None = None,
+    *,
+    mask: str | None,
+    cut: str | None,
 ) -> tuple[dict, list[np.ndarray]]:
     """Header and arrays.
 
@@ -46,7 +51,9 @@ def pack(
         domains = np.full(tokens, "all")
     domains = np.asarray(domains)
     if domains.shape != (tokens,):
-        raise ValueError(f"domains has shape {list(domains.shape)}; expected a label for each of {tokens} tokens")
+        raise ValueError(
+            f"domains has shape {list(domains.shape)}; expected a label for each of {tokens} tokens"
+        )
     labels, domain = np.unique(domains, return_inverse=True)
 
     known_target = trace.target != PAD

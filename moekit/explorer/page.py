@@ -73,7 +73,11 @@ def save_html(
     header, arrays = pack(trace, codec, domains, mask=NO_KERNEL, cut=cut)
 
     held = json.dumps(header).replace("<", "\\u003c")  # no token can end the element it stands in
-    parts = [PAGE, (HERE / "explorer.css").read_text("utf-8"), '</style>\n</head>\n<body>\n<div id="explorer"></div>\n']
+    parts = [
+        PAGE,
+        (HERE / "explorer.css").read_text("utf-8"),
+        '</style>\n</head>\n<body>\n<div id="explorer"></div>\n',
+    ]
     parts.append(f'<script type="application/json" id="header">{held}</script>\n')
     for (name, _), array in zip(header["arrays"], arrays, strict=True):
         text = base64.b64encode(array.tobytes()).decode()

@@ -9,6 +9,8 @@ import anywidget
 import numpy as np
 import traitlets
 
+from moekit.batches import Batch
+from moekit.config import PAD
 from moekit.explorer import page
 from moekit.explorer.pack import pack
 
@@ -59,7 +61,46 @@ class Explorer(anywidget.AnyWidget):
             self.send({"id": content["id"], "error": f"{type(error).__name__}: {error}"})
 
     def mask(self, rows: slice, layer: int, expert: int) -> tuple[np.ndarray, str]:
-        raise NotImplementedError
+        """What the log-probabilities of one sample lose or gain without an expert.
+
+        Args:
+            rows: the sample's rows of the trace.
+            layer: place on the axis L.
+
+        Returns:
+            float32 [n], change of the next token's log-probability in nats, NaN where there is none; and a sentence.
+
+        Raises:
+            ValueError: there is no model, or the trace holds only a part of the sample.
+        """
+        if self.model is None:
+            raise ValueError(NO_MODEL)
+        trace, model = self.trace, self.model
+        position = trace.position[rows]
+        if not np.array_equal(position, np.arange(len(position))):
+            raise ValueError(
+                f"the trace holds only a part of sample {trace.sample[rows.start]}: it cannot be scored"
+            )
+        sample = Batch(
+            index=0,
+            ids=trace.sample[rows.start : rows.start + 1],
+            tokens=trace.token[rows][None],
+            targets=trace.target[rows][None],
+            starts=np.zeros(1, dtype=np.int64),
+        )
+        fraction = trace.meta.get("capacity_token_fraction")
+        how = {
+            "fraction": fraction,
+            "vocab": model.config.vocab_rows if self.codec is None else len(self.codec),
+            "seed": trace.meta.get("seed", 1),
+            "progress": False,
+        }
+        before = model.score_batches([sample], **how)[0][0]
+        with model.route(mask={trace.layers[layer]: [expert]}):
+            after = model.score_batches([sample], **how)[0][0]
+        delta = np.where(sample.targets[0] == PAD, np.nan, after - before).astype(np.float32)
+        room = "no capacity limit" if fraction is None else f"capacity fraction {fraction:g}"
+        return delta, f"scored alone, with and without it, {room}"
 
 
 def explore(
