@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
 import time
@@ -16,10 +17,15 @@ import torch
 from tqdm import tqdm
 
 from moekit import batches as data_order
-from moekit import checkpoint, intervene, ranks, worker
+from moekit import checkpoint as ckpt
+from moekit import generate as generation
+from moekit import intervene, ranks, worker
 from moekit import trace as tracing
 from moekit.batches import Batch
 from moekit.config import ModelConfig
+from moekit.data.codec import FILES as CODEC_FILES
+from moekit.data.codec import Codec
+from moekit.data.dictionary import Dictionary
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -65,9 +71,16 @@ class Model:
         intervention: what :meth:`route` changes at the moment, or None.
     """
 
-    def __init__(self, plan: checkpoint.Plan, files: checkpoint.Files, pool: ranks.Ranks, dtype: torch.dtype):
+    def __init__(
+        self,
+        plan: ckpt.Plan,
+        files: ckpt.Files,
+        pool: ranks.Ranks,
+        dtype: torch.dtype,
+        bpe: str | Path | None = None,
+    ):
         self.config: ModelConfig = plan.config
-        self.plan, self.files, self.ranks, self.dtype = plan, files, pool, dtype
+        self.plan, self.files, self.ranks, self.dtype, self.bpe = plan, files, pool, dtype, bpe
         self.parts: list[dict] = []
         self.load_seconds = math.nan
         self.intervention: intervene.Intervention | None = None
@@ -80,12 +93,37 @@ class Model:
     def device(self) -> str:
         return self.ranks.devices[0].type
 
+    @functools.cached_property
+    def codec(self) -> Codec:
+        """Text to ids and back, see ``load``'s ``bpe``.
+
+        Raises:
+            ValueError: its files are nowhere to be found, or its dictionary is not the model's.
+        """
+        folder = self.files.shared.parent
+        places = [Path(self.bpe)] if self.bpe else [folder, folder / "gpt2_bpe", folder.parent / "gpt2_bpe"]
+        for place in places:
+            if all((place / name).is_file() for name in CODEC_FILES):
+                codec = Codec.load(place)
+                if len(codec) > self.config.vocab_rows:
+                    raise ValueError(
+                        f"{place} has {len(codec)} types, the model knows {self.config.vocab_rows}: not its dictionary"
+                    )
+                return codec
+        where = " or ".join(map(str, places))
+        raise ValueError(
+            f"text needs {', '.join(CODEC_FILES)}, expected in {where}: put them there, or give load(bpe=...) their folder"
+        )
+
     def __repr__(self) -> str:
         c = self.config
         return (
             f"<moekit model {self.files.shared.parent}: {c.layers} layers, {len(c.moe_layers)} with {c.experts} experts, "
             f"{str(self.dtype).removeprefix('torch.')} on {self.world_size} x {self.device}>"
         )
+
+    generate = generation.generate
+    stream = generation.stream
 
     def evaluate(
         self,
@@ -153,6 +191,30 @@ class Model:
             return found
         meta = tracing.describe_run(self, chosen, fraction, seed) | asked
         return replace(found, trace=collector.trace(self.config.experts, meta))
+
+    def score(
+        self,
+        texts: str | Sequence[str],
+        batch_size: int = 1,
+        capacity_token_fraction: float | None = None,
+        seed: int = 1,
+    ) -> pd.DataFrame:
+        """Log-probabilities of texts, each begun with ``</s>`` as fairseq's blocks are.
+
+        Returns:
+            A row a token: ``text`` (its number), ``position``, ``token`` (dictionary id), ``piece`` (for the eye) and
+            ``logprob`` (natural log, float32). The other arguments are those of :meth:`evaluate`.
+        """
+        check_positive("batch_size", batch_size)
+        fraction = check_fraction(capacity_token_fraction)
+        ids = [self.codec.encode(text) for text in ([texts] if isinstance(texts, str) else texts)]
+        batches = tracing.text_batches(ids, batch_size, self.config.max_positions)
+        scores = self.score_batches(
+            batches, fraction=fraction, vocab=len(self.codec), seed=seed, progress=False
+        )
+        table = summarize(batches, scores, math.nan, skip_first=False).tokens
+        table.insert(3, "piece", self.codec.pieces(table["token"]))
+        return table.rename(columns={"sample_id": "text"})
 
     def trace(
         self,
@@ -332,17 +394,18 @@ class Model:
 
 
 def load(
-    checkpoint_path: str | Path,
+    checkpoint: str | Path,
     world_size: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
     dictionary: str | Path | None = None,
+    bpe: str | Path | None = None,
     progress: bool = True,
 ) -> Model:
     """Load a checkpoint of fairseq's ``moe`` branch onto ``world_size`` ranks.
 
     Args:
-        checkpoint_path: a folder, ``model.pt``, ``model-shared.pt``, any ``model-rank-N.pt``, or "demo"; all name the
+        checkpoint: a folder, ``model.pt``, ``model-shared.pt``, any ``model-rank-N.pt``, or "demo"; all name the
             same model (:func:`moekit.checkpoint.find`).
         world_size: ranks, each with a share of the experts; any number, whatever the number of files. None: one for
             every GPU, one on the CPU.
@@ -350,6 +413,8 @@ def load(
         dtype: "float32", "float16", "bfloat16", or "auto": the checkpoint's own on GPUs, float32 on the CPU.
         dictionary: ``dict.txt`` or its folder; rows of the matrices beyond it are not loaded. None: the one beside the
             checkpoint, if there is one; else all rows are loaded, and each data set's dictionary decides.
+        bpe: the folder with ``encoder.json``, ``vocab.bpe`` and ``dict.txt`` that turn text into ids. None: where the
+            checkpoint lies, or ``gpt2_bpe`` there or beside it; needed only when text is.
         progress: show a bar.
 
     Raises:
@@ -362,14 +427,14 @@ def load(
     if world_size is None:
         world_size = max(1, torch.cuda.device_count()) if device != "cpu" else 1
     devices = ranks.choose_devices(world_size, device)
-    files = checkpoint.find(checkpoint_path)
-    plan = checkpoint.survey(files, dictionary_size(files, dictionary))
+    files = ckpt.find(checkpoint)
+    plan = ckpt.survey(files, dictionary_size(files, dictionary))
     kind = DTYPES.get(dtype) or (torch.float32 if devices[0].type == "cpu" else plan.dtype)
 
     pool = ranks.start(world_size, devices[0].type)
     try:
-        model = Model(plan, files, pool, kind)
-        total = sum(path.stat().st_size for path in files.all)
+        model = Model(plan, files, pool, kind, bpe)
+        total = sum(source.bytes * (world_size if i == 0 else 1) for i, source in enumerate(plan.sources))
         with tqdm(total=total, unit="B", unit_scale=True, disable=not progress, desc="loading") as bar:
             model.parts = pool.call(worker.load, plan, kind, on_report=lambda rank, n: bar.update(n))
         model.load_seconds = time.perf_counter() - start
@@ -379,7 +444,7 @@ def load(
     return model
 
 
-def dictionary_size(files: checkpoint.Files, dictionary: str | Path | None) -> int | None:
+def dictionary_size(files: ckpt.Files, dictionary: str | Path | None) -> int | None:
     """Types of the dictionary that ``load`` was given or finds beside the checkpoint; None if there is none."""
     path = Path(dictionary).expanduser() if dictionary is not None else files.shared.parent
     path = path / "dict.txt" if path.is_dir() else path
@@ -387,8 +452,7 @@ def dictionary_size(files: checkpoint.Files, dictionary: str | Path | None) -> i
         if dictionary is not None:
             raise ValueError(f"there is no dictionary {path}")
         return None
-    symbols = {line.split(" ")[0] for line in path.read_text("utf-8").splitlines() if line}
-    return len(symbols | {"<s>", "<pad>", "</s>", "<unk>"})
+    return len(Dictionary(path))
 
 
 def plan_steps(batches: Iterable[Batch], world_size: int, tokens: int) -> Iterator[list[Batch]]:
