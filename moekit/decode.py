@@ -1,0 +1,338 @@
+"""What generation does on a rank: it keeps sequences and their caches, runs them one token on, and proposes what follows.
+
+Every function here is one forward pass, or the same number of them, on every rank, whatever the number of sequences a
+rank has: a rank without any serves its experts. What goes on, and with which tokens, is the driver's to say
+(generate.py), so the ranks never have to agree on anything.
+
+Shape letters: B sequences of this rank, T tokens of the longest prompt, V dictionary, N beam size, P prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moekit.cache import Cache
+from moekit.config import EOS, PAD
+from moekit.gate import Routing
+from moekit.model import Pass, Transformer
+from moekit.ranks import Rank
+from moekit.worker import Noise, log_probs
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How tokens are chosen; the meaning of each is told by :func:`moekit.generate.generate`.
+
+    Attributes:
+        vocab: types of the dictionary; nothing beyond it is chosen.
+        record: handed to every forward pass, see :class:`moekit.model.Pass`. Its routing groups are the sequences.
+    """
+
+    vocab: int
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float = 1.0
+    beam_size: int = 1
+    seed: int = 1
+    alternatives: int = 0
+    fraction: float | None = None
+    record: Callable[[int, Routing], None] | None = None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A sequence to go on from: its number among all sequences, and ids [n], the leading ``</s>`` included."""
+
+    number: int
+    ids: Sequence[int]
+
+
+class Chosen(NamedTuple):
+    """The next token of each sequence.
+
+    tokens [B] int64; logprobs [B] float32, under the model itself, whatever temperature and penalty; the
+    ``alternatives`` best tokens at each place [B, A] with their logprobs [B, A].
+    """
+
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    best: np.ndarray
+    best_logprobs: np.ndarray
+
+
+class Candidates(NamedTuple):
+    """What each prompt's beams may go on with, best first.
+
+    scores [P, 2 N] float32, summed over the whole sequence; tokens [P, 2 N]; beams [P, 2 N], which of the prompt's
+    beams it goes on from; logprobs [P, 2 N], of the token alone.
+    """
+
+    scores: np.ndarray
+    tokens: np.ndarray
+    beams: np.ndarray
+    logprobs: np.ndarray
+
+
+class Sequences:
+    """The sequences of this rank, row by row: their cache, and what choosing their next token needs to know."""
+
+    def __init__(self, settings: Settings, numbers: list[int], cache: Cache, seen: Tensor | None):
+        self.settings, self.numbers, self.cache, self.seen = settings, numbers, cache, seen
+        self.step = 0  # new tokens of each sequence so far; all go on together
+
+    def select(self, rows: list[int]) -> None:
+        """Keep ``rows``, in this order, repeats allowed."""
+        if rows == list(range(len(self.numbers))):
+            return
+        index = torch.tensor(rows, device=self.cache.lengths.device, dtype=torch.long)
+        self.cache.select(index)
+        self.seen = None if self.seen is None else self.seen[index]
+        self.numbers = [self.numbers[row] for row in rows]
+
+
+@torch.inference_mode()
+def begin(
+    rank: Rank, key: int, prompts: Sequence[Sequence[Prompt]], settings: Settings, slots: int
+) -> Chosen | Candidates | None:
+    """Read the prompts and propose what follows; None from a rank without any.
+
+    Args:
+        key: of this generation; several may be under way.
+        prompts: those of each rank.
+        slots: tokens that the longest sequence will have.
+
+    With a capacity each prompt is read by itself, so that nobody else's tokens and no padding take its places.
+    """
+    model: Transformer = rank.state["model"]
+    passes = [_passes(part, settings) for part in prompts]
+    mine = passes[rank.rank]
+    numbers = [prompt.number for prompt in prompts[rank.rank]]
+    read = [_read(model, part, settings, slots) for part in mine]
+    for _ in range(max(len(part) for part in passes) - len(mine)):
+        model.serve()
+    if not read:
+        rank.state[key] = Sequences(settings, [], _cache(model, 0, slots), None)
+        return None
+
+    features = torch.cat([last for _, last, _ in read])
+    scores = torch.cat([score for _, _, score in read])
+    seen = None
+    if settings.repetition_penalty != 1:
+        seen = torch.zeros(len(numbers), settings.vocab, dtype=torch.bool, device=rank.device)
+        for row, prompt in enumerate(prompts[rank.rank]):
+            seen[row, torch.tensor(prompt.ids, device=rank.device)] = True
+    sequences = Sequences(settings, numbers, _joined([cache for cache, _, _ in read]), seen)
+    rank.state[key] = sequences
+    empty = [len(prompt.ids) == 1 for prompt in prompts[rank.rank]]
+    return _propose(sequences, model.logits(features, settings.vocab), scores, no_end=empty)
+
+
+@torch.inference_mode()
+def advance(
+    rank: Rank,
+    key: int,
+    rows: Sequence[list[int]],
+    tokens: Sequence[list[int]],
+    scores: Sequence[list[float]] | None = None,
+    last: bool = False,
+) -> Chosen | Candidates | None:
+    """One more token of each sequence that goes on.
+
+    Args:
+        rows: on each rank, the sequences that go on, by their rows as of the call before; a row may go on twice.
+        tokens: what each of them reads.
+        scores: for a beam search, each sequence's score so far.
+        last: of a beam search: nothing but ``</s>`` may follow.
+
+    Returns:
+        As :func:`begin`.
+    """
+    model: Transformer = rank.state["model"]
+    sequences: Sequences = rank.state[key]
+    settings = sequences.settings
+    sequences.select(rows[rank.rank])
+    sequences.step += 1
+    if not rows[rank.rank]:
+        model.serve()
+        return None
+    read = torch.tensor(tokens[rank.rank], device=rank.device)[:, None]
+    if sequences.seen is not None:
+        sequences.seen.scatter_(1, read, True)
+    features = model(read, _how(settings, sequences.numbers, sequences.step, sequences.cache))
+    sequences.cache.advance(1)
+    so_far = None if scores is None else torch.tensor(scores[rank.rank], device=rank.device)
+    return _propose(sequences, model.logits(features[:, 0], settings.vocab), so_far, only_end=last)
+
+
+def end(rank: Rank, key: int) -> None:
+    """Forget the sequences of ``key``."""
+    rank.state.pop(key, None)
+
+
+def _passes(prompts: Sequence[Prompt], settings: Settings) -> list[Sequence[Prompt]]:
+    """Which prompts are read together."""
+    if settings.fraction is not None:
+        return [[prompt] for prompt in prompts]
+    return [prompts] if prompts else []
+
+
+def _read(
+    model: Transformer, prompts: Sequence[Prompt], settings: Settings, slots: int
+) -> tuple[Cache, Tensor, Tensor]:
+    """A cache with ``prompts``, the features [B, D] of their last tokens, and their log-probabilities [B]."""
+    device = model.embed.weight.device
+    lengths = torch.tensor([len(prompt.ids) for prompt in prompts], device=device)
+    tokens = torch.full((len(prompts), int(lengths.max())), PAD, device=device)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt.ids)] = torch.tensor(prompt.ids)
+    cache = _cache(model, len(prompts), slots)
+    features = model(tokens, _how(settings, [prompt.number for prompt in prompts], 0, cache))
+    cache.advance(lengths)
+    last = features[torch.arange(len(prompts), device=device), lengths - 1]
+    scores = torch.zeros(len(prompts), device=device)
+    if settings.beam_size > 1 and tokens.shape[1] > 1:  # fairseq counts the prompt in
+        found = log_probs(model, features[:, :-1], tokens[:, 1:], settings.vocab)
+        for place in range(found.shape[1]):  # one after the other, as fairseq adds
+            scores = torch.where(place + 1 < lengths, scores + found[:, place], scores)
+    return cache, last, scores
+
+
+def _how(settings: Settings, numbers: Sequence[int], step: int, cache: Cache) -> Pass:
+    """Each sequence is a routing group, with noise of its own: no sequence depends on its neighbours."""
+    noise = Noise(settings.seed, [number << 32 | step for number in numbers])
+    return Pass(settings.fraction, groups=len(numbers), record=settings.record, noise=noise, cache=cache)
+
+
+def _cache(model: Transformer, batch: int, slots: int) -> Cache:
+    return Cache(model.config, batch, slots, model.embed.weight.device, model.embed.weight.dtype)
+
+
+def _joined(caches: list[Cache]) -> Cache:
+    first = caches[0]
+    if len(caches) > 1:
+        first.keys = torch.cat([cache.keys for cache in caches], dim=1)
+        first.values = torch.cat([cache.values for cache in caches], dim=1)
+        first.lengths = torch.cat([cache.lengths for cache in caches])
+    return first
+
+
+# ------------------------------------------------------------------------------------------ what comes next
+
+
+def _propose(
+    sequences: Sequences,
+    logits: Tensor,
+    scores: Tensor | None,
+    no_end: list[bool] | None = None,
+    only_end: bool = False,
+) -> Chosen | Candidates:
+    """[B, V] logits -> a token for each sequence, or what its beams may go on with."""
+    logits = logits.float()
+    logprobs = F.log_softmax(logits, dim=-1)
+    if sequences.settings.beam_size > 1:
+        beams = 1 if sequences.step == 0 else sequences.settings.beam_size
+        return candidates(logprobs, scores, beams, 2 * sequences.settings.beam_size, no_end, only_end)
+    keys = [(sequences.settings.seed, number, sequences.step) for number in sequences.numbers]
+    tokens = choose(logits, sequences.settings, keys, sequences.seen)
+    best = logprobs.topk(sequences.settings.alternatives, dim=-1)
+    return Chosen(
+        tokens.cpu().numpy(),
+        logprobs.gather(1, tokens[:, None])[:, 0].cpu().numpy(),
+        best.indices.cpu().numpy(),
+        best.values.cpu().numpy(),
+    )
+
+
+def choose(
+    logits: Tensor, settings: Settings, keys: Sequence[tuple[int, int, int]], seen: Tensor | None = None
+) -> Tensor:
+    """The next token of each sequence: the best, or one drawn at random. Padding is never chosen.
+
+    Args:
+        logits: [B, V] float32.
+        keys: (seed, sequence, step) of each row: its randomness depends on nothing else.
+        seen: [B, V] bool, what the repetition penalty is for.
+
+    Returns:
+        [B] int64.
+    """
+    logits = logits.double()
+    logits[:, PAD] = -torch.inf
+    if seen is not None:  # CTRL, arXiv 1909.05858, section 4.1, as transformers does it for negative logits
+        punished = torch.where(
+            logits > 0, logits / settings.repetition_penalty, logits * settings.repetition_penalty
+        )
+        logits = torch.where(seen, punished, logits)
+    if settings.temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits / settings.temperature
+    if settings.top_k is not None or settings.top_p is not None:
+        ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+        out = torch.zeros_like(ordered, dtype=torch.bool)
+        if settings.top_k is not None:
+            out[:, settings.top_k :] = True
+            ordered = ordered.masked_fill(out, -torch.inf)
+        if settings.top_p is not None:  # the smallest set that has top_p (nucleus, arXiv 1904.09751)
+            probs = ordered.softmax(dim=-1)
+            out |= probs.cumsum(dim=-1) - probs >= settings.top_p
+        logits = logits.masked_fill(torch.zeros_like(out).scatter(1, order, out), -torch.inf)
+    # The largest of logits plus Gumbel noise is a sample of their softmax. Unlike a walk along the summed
+    # probabilities, it changes only if two sums of logit and noise are within the rounding error of one another.
+    noise = uniform(keys, logits.shape[1], logits.device)
+    return (logits - torch.log(-torch.log(noise))).argmax(dim=-1)
+
+
+def uniform(keys: Sequence[tuple[int, ...]], count: int, device: torch.device) -> Tensor:
+    """[len(keys), count] float64 in (0, 1): a stream of SplitMix64 for each key, the same bits on any device.
+
+    Steele, Lea, Flood: Fast splittable pseudorandom number generators (OOPSLA 2014), figure 14.
+    """
+    starts = [int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) for key in keys]
+    x = torch.tensor([_signed(start) for start in starts], device=device)[:, None]
+    x = x + torch.arange(1, count + 1, device=device) * _signed(0x9E3779B97F4A7C15)
+    x = (x ^ _shifted(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shifted(x, 27)) * _signed(0x94D049BB133111EB)
+    x = x ^ _shifted(x, 31)
+    return (_shifted(x, 11).double() + 0.5) * 2.0**-53
+
+
+def _signed(number: int) -> int:
+    return number - (1 << 64) if number >= 1 << 63 else number
+
+
+def _shifted(x: Tensor, places: int) -> Tensor:
+    """Shift to the right, zeros coming in from the left."""
+    return (x >> places) & ((1 << (64 - places)) - 1)
+
+
+def candidates(
+    logprobs: Tensor, scores: Tensor, beams: int, count: int, no_end: list[bool] | None, only_end: bool
+) -> Candidates:
+    """The best ``count`` ways for each prompt's beams to go on.
+
+    Args:
+        logprobs: [B, V], the ``beams`` beams of each prompt one below the other.
+        scores: [B], of the beams so far.
+        no_end: [B], whether the sequence may not end here: an empty prompt does not, in fairseq.
+        only_end: nothing but ``</s>`` may follow.
+    """
+    logprobs = logprobs.clone()
+    logprobs[:, PAD] = -torch.inf
+    if no_end is not None:
+        logprobs[torch.tensor(no_end, device=logprobs.device), EOS] = -torch.inf
+    if only_end:
+        logprobs[:, :EOS] = -torch.inf
+        logprobs[:, EOS + 1 :] = -torch.inf
+    vocab = logprobs.shape[1]
+    best = (logprobs + scores[:, None]).view(-1, beams * vocab).topk(count, dim=1)
+    own = logprobs.view(-1, beams * vocab).gather(1, best.indices)
+    found = (best.values, best.indices % vocab, best.indices // vocab, own)
+    return Candidates(*(tensor.cpu().numpy() for tensor in found))
