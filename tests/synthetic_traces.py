@@ -13,7 +13,10 @@ def synthetic(tokens=1024, layers=(1, 3), experts=16, choices=2, block=128, doma
     domain = (row // max(1, block // 2)) % domains
     token = (rng.zipf(1.3, tokens) * 7 + domain) % (vocab - 4) + 4
     # Logits of the gate: how popular an expert is, what its domain and its token prefer, and noise.
-    chosen, probs = np.empty((tokens, depth, choices), np.int16), np.empty((tokens, depth, choices), np.float32)
+    chosen, probs = (
+        np.empty((tokens, depth, choices), np.int16),
+        np.empty((tokens, depth, choices), np.float32),
+    )
     entropy = np.empty((tokens, depth), np.float32)
     for place in range(depth):
         popular = rng.normal(0, 0.7, experts)
