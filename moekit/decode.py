@@ -21,6 +21,7 @@ from torch import Tensor
 from moekit.cache import Cache
 from moekit.config import EOS, PAD
 from moekit.gate import Routing
+from moekit.intervene import Intervention
 from moekit.model import Pass, Transformer
 from moekit.ranks import Rank
 from moekit.worker import Noise, log_probs
@@ -32,6 +33,7 @@ class Settings:
 
     Attributes:
         vocab: types of the dictionary; nothing beyond it is chosen.
+        intervention: what :meth:`moekit.handle.Model.route` changes; its samples are the sequences' numbers.
         record: handed to every forward pass, see :class:`moekit.model.Pass`. Its routing groups are the sequences.
     """
 
@@ -44,6 +46,7 @@ class Settings:
     seed: int = 1
     alternatives: int = 0
     fraction: float | None = None
+    intervention: Intervention | None = None
     record: Callable[[int, Routing], None] | None = None
 
 
@@ -166,7 +169,7 @@ def advance(
     read = torch.tensor(tokens[rank.rank], device=rank.device)[:, None]
     if sequences.seen is not None:
         sequences.seen.scatter_(1, read, True)
-    features = model(read, _how(settings, sequences.numbers, sequences.step, sequences.cache))
+    features = model(read, _how(settings, sequences.numbers, sequences.step, sequences.cache, 1))
     sequences.cache.advance(1)
     so_far = None if scores is None else torch.tensor(scores[rank.rank], device=rank.device)
     return _propose(sequences, model.logits(features[:, 0], settings.vocab), so_far, only_end=last)
@@ -194,7 +197,7 @@ def _read(
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt.ids)] = torch.tensor(prompt.ids)
     cache = _cache(model, len(prompts), slots)
-    features = model(tokens, _how(settings, [prompt.number for prompt in prompts], 0, cache))
+    features = model(tokens, _how(settings, [prompt.number for prompt in prompts], 0, cache, tokens.shape[1]))
     cache.advance(lengths)
     last = features[torch.arange(len(prompts), device=device), lengths - 1]
     scores = torch.zeros(len(prompts), device=device)
@@ -205,10 +208,14 @@ def _read(
     return cache, last, scores
 
 
-def _how(settings: Settings, numbers: Sequence[int], step: int, cache: Cache) -> Pass:
+def _how(settings: Settings, numbers: Sequence[int], step: int, cache: Cache, tokens: int) -> Pass:
     """Each sequence is a routing group, with noise of its own: no sequence depends on its neighbours."""
     noise = Noise(settings.seed, [number << 32 | step for number in numbers])
-    return Pass(settings.fraction, groups=len(numbers), record=settings.record, noise=noise, cache=cache)
+    how = Pass(settings.fraction, groups=len(numbers), record=settings.record, noise=noise, cache=cache)
+    if settings.intervention is not None:
+        samples = torch.tensor(numbers, device=cache.lengths.device)
+        settings.intervention.apply(how, samples, cache.positions(tokens))
+    return how
 
 
 def _cache(model: Transformer, batch: int, slots: int) -> Cache:

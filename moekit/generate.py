@@ -283,6 +283,9 @@ def ask(
                 f"prompt {number} takes {len(ids)} of the model's {model.config.max_positions} positions, "
                 f"its leading symbol included, so {max(room, 0)} new tokens fit; max_new_tokens={max_new_tokens}"
             )
+    fraction = check_fraction(capacity_token_fraction)
+    if model.intervention is not None:
+        fraction = model.intervention.fraction(fraction)
     copies = 1 if beam_size > 1 else num_return_sequences
     settings = Settings(
         vocab=vocab,
@@ -293,7 +296,8 @@ def ask(
         beam_size=beam_size,
         seed=seed,
         alternatives=alternatives,
-        fraction=check_fraction(capacity_token_fraction),
+        fraction=fraction,
+        intervention=model.intervention,
         record=record,
     )
     sequences = [ids for ids in read for _ in range(copies)]
