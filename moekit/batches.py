@@ -5,6 +5,7 @@ fairseq is imported here, when it is needed, and nowhere near the model.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -144,11 +145,24 @@ def data_folder(data: str | Path) -> Path:
     return Path(data).expanduser()
 
 
-def _language_modeling(**options: object):
+@contextlib.contextmanager
+def importing_fairseq() -> Iterator[None]:
+    """Import fairseq in here: it sets the whole process's logging to DEBUG, and asks NumPy for what is gone."""
+    root = logging.getLogger()
+    level, handlers = root.level, root.handlers[:]
     logging.getLogger("fairseq").setLevel(logging.WARNING)
     if not hasattr(np, "compat"):  # gone from NumPy 2.4; fairseq's "eos" blocks still ask it for its long
         np.compat = SimpleNamespace(long=int)
-    from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+        root.handlers[:] = handlers
+
+
+def _language_modeling(**options: object):
+    with importing_fairseq():
+        from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
 
     defaults = {"max_target_positions": options["tokens_per_sample"], "seed": 1, "batch_size": None}
     defaults |= {"batch_size_valid": None, "dataset_impl": None, "data_buffer_size": 0, "tpu": False}

@@ -267,6 +267,11 @@ class Place:
     part: str = ""
     expert: int = 0
 
+    @property
+    def where(self) -> tuple[int, int] | None:
+        """(layer, expert), both from 0; None for what is no expert's."""
+        return (int(self.name.split(".")[1]), self.expert) if self.part == "expert" else None
+
     def of(self, parameter: Tensor, first_expert: int = 0) -> Tensor:
         """The view of ``parameter`` to fill; ``first_expert`` is the first one that it holds."""
         if self.part == "expert":
@@ -321,6 +326,13 @@ class Plan:
     config: ModelConfig
     dtype: torch.dtype  # of the weights in the files
     sources: tuple[Source, ...] = field(repr=False)
+
+    def parameters(self, held: int) -> int:
+        """Parameters of a rank that holds ``held`` experts a layer."""
+        from moekit.model import Transformer
+
+        with torch.device("meta"):
+            return sum(p.numel() for p in Transformer(self.config, held).parameters())
 
     def needed(self, held: range) -> list[Source]:
         """The files a rank with the experts ``held`` opens: the shared one and those with an expert of its own."""
@@ -449,7 +461,7 @@ def _name(target: Place) -> str:
 
 def fill(
     model: torch.nn.Module, plan: Plan, held: range, progress: Callable[[int], None] | None = None
-) -> int:
+) -> dict[Place, int]:
     """Read one rank's tensors from the mapped files straight into the model's parameters.
 
     Args:
@@ -457,7 +469,7 @@ def fill(
         progress: called with the bytes of each tensor read.
 
     Returns:
-        How many tensors were copied. Every parameter has been filled exactly once, or an error is raised.
+        How often each place was filled: once, or an error is raised.
     """
     parameters = dict(model.named_parameters())
     filled: collections.Counter[Place] = collections.Counter()
@@ -478,7 +490,7 @@ def fill(
                 raise ValueError(
                     f"{_name(target)} was filled {filled[target]} times; did the files change meanwhile?"
                 )
-    return filled.total()
+    return dict(filled)
 
 
 def describe(checkpoint: str | Path) -> list[dict[str, Any]]:

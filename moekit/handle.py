@@ -422,14 +422,12 @@ def load(
         moekit.ranks.RankError: a rank failed.
     """
     start = time.perf_counter()
-    if dtype != "auto" and dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r}; expected auto, {', '.join(DTYPES)}")
     if world_size is None:
         world_size = max(1, torch.cuda.device_count()) if device != "cpu" else 1
     devices = ranks.choose_devices(world_size, device)
     files = ckpt.find(checkpoint)
     plan = ckpt.survey(files, dictionary_size(files, dictionary))
-    kind = DTYPES.get(dtype) or (torch.float32 if devices[0].type == "cpu" else plan.dtype)
+    kind = weights_dtype(dtype, devices[0], plan)
 
     pool = ranks.start(world_size, devices[0].type)
     try:
@@ -442,6 +440,15 @@ def load(
         pool.close()
         raise
     return model
+
+
+def weights_dtype(dtype: str, device: torch.device, plan: ckpt.Plan) -> torch.dtype:
+    """What :func:`load`'s ``dtype`` means on ``device``."""
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else plan.dtype
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r}; expected auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]
 
 
 def dictionary_size(files: ckpt.Files, dictionary: str | Path | None) -> int | None:

@@ -6,6 +6,7 @@ Each function takes the :class:`moekit.ranks.Rank` it runs on first and is calle
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -29,7 +30,8 @@ def load(rank: Rank, plan: checkpoint.Plan, dtype: torch.dtype) -> dict:
     """Read this rank's part of the checkpoint into ``rank.state["model"]``; reports the bytes of each tensor read.
 
     Returns:
-        ``files`` and ``experts`` (a range) read, ``tensors`` copied, ``parameters`` and their ``bytes``, ``seconds``.
+        ``files`` and ``experts`` (a range) read; ``filled``, which counts the tensors copied by (layer, expert), and
+        under None those of no expert; ``parameters`` and their ``bytes``; ``seconds``.
     """
     start = time.perf_counter()
     held = owned(plan.config.experts, rank.world_size, rank.rank)
@@ -45,7 +47,7 @@ def load(rank: Rank, plan: checkpoint.Plan, dtype: torch.dtype) -> dict:
         "device": str(rank.device),
         "files": [s.path.name for s in plan.needed(held)],
         "experts": held,
-        "tensors": filled,
+        "filled": Counter(place.where for place, times in filled.items() for _ in range(times)),
         "parameters": sum(p.numel() for p in parameters),
         "bytes": sum(p.nbytes for p in parameters),
         "seconds": time.perf_counter() - start,

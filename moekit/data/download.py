@@ -13,7 +13,7 @@ import shutil
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from email.utils import formatdate
 from http.client import HTTPException, HTTPResponse
@@ -174,6 +174,7 @@ class Part:
         self.path = final.with_name(final.name + ".part")
         self._note_path = final.with_name(final.name + ".part.json")
         self.note = record.read(self._note_path) or {}
+        self._outgrown = False
 
     @property
     def url(self) -> str | None:
@@ -204,6 +205,15 @@ class Part:
         self._note_path.unlink(missing_ok=True)
         self.note = {}
 
+    def outgrown(self, reason: str) -> Exception:
+        """Start over, as the file is not longer than the part. Should it happen again, the server does not say true."""
+        size, total, before = self.size, self.note["total"], self._outgrown
+        self._outgrown = True
+        self.discard()
+        if before:
+            return Refused(f"{reason}: it announces {total} bytes, but has no more than {size}")
+        return Broken(reason)
+
     def finish(self, sha256: str) -> Downloaded:
         """Give the file its name. The record comes first: a file without one would not be trusted."""
         done = Downloaded(
@@ -221,33 +231,28 @@ class Part:
         return done
 
 
+class Broken(Exception):
+    """A transfer broke; another attempt may do better. ``refused``: it did not even begin."""
+
+    def __init__(self, reason: str, refused: bool = False) -> None:
+        super().__init__(reason)
+        self.refused = refused
+
+
 def _fetch(url: str, part: Part, spare: int, patience: Patience) -> None:
     """Make ``part`` whole from ``url``, going on after each failure as long as ``patience`` has it."""
     drops = refusals = furthest = 0
     while not (part.url == url and part.complete):
         try:
             _attempt(url, part, spare, patience.stall)
-            continue
-        except NoSpace:
-            raise
-        except urllib.error.HTTPError as error:
-            if error.code not in (408, 416, 425, 429) and error.code < 500:
-                raise Refused(f"the server answers {error.code} {error.reason}") from None
-            if error.code == 416:  # the part is longer than the file
-                part.discard()
-            reason, refusals = f"the server answers {error.code} {error.reason}", refusals + 1
-        except urllib.error.URLError as error:
-            reason, refusals = f"no connection ({error.reason})", refusals + 1
-        except TimeoutError:
-            reason, drops = f"nothing came for {patience.stall:g} s", drops + 1
-        except (OSError, HTTPException) as error:
-            reason, drops = f"the connection broke ({error})", drops + 1
-        arrived = part.size if part.url == url else 0
-        if arrived > furthest:
-            drops, refusals, furthest = 0, 0, arrived
-        if drops > patience.drops or refusals > patience.refusals:
-            raise Refused(f"{reason}, time after time; {human(arrived)} arrived")
-        time.sleep(min(patience.pause * 2 ** min(drops + refusals, 10), patience.longest))
+        except Broken as broken:
+            arrived = part.size if part.url == url else 0
+            if arrived > furthest:
+                drops, refusals, furthest = 0, 0, arrived
+            drops, refusals = drops + (not broken.refused), refusals + broken.refused
+            if drops > patience.drops or refusals > patience.refusals:
+                raise Refused(f"{broken}, time after time; {human(arrived)} arrived") from None
+            time.sleep(min(patience.pause * 2 ** min(drops + refusals, 10), patience.longest))
 
 
 def _attempt(url: str, part: Part, spare: int, stall: float) -> None:
@@ -255,7 +260,7 @@ def _attempt(url: str, part: Part, spare: int, stall: float) -> None:
     headers = {"User-Agent": AGENT}
     if part.url == url and part.validator and part.size:
         headers |= {"Range": f"bytes={part.size}-", "If-Range": part.validator}
-    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=stall) as answer:
+    with _open(url, headers, stall, part) as answer:
         first, total = _span(answer)
         note = {
             "url": url,
@@ -267,7 +272,7 @@ def _attempt(url: str, part: Part, spare: int, stall: float) -> None:
             part.restart(note)
         elif note != part.note or first != part.size:
             part.discard()
-            raise ConnectionError("the server sent the rest of another file")
+            raise Broken("the server sent the rest of another file")
         free = shutil.disk_usage(part.path.parent).free
         if free < total - first + spare:
             raise NoSpace(
@@ -275,11 +280,41 @@ def _attempt(url: str, part: Part, spare: int, stall: float) -> None:
                 f"{human(free)} free; choose another data_dir or make room (what has arrived is kept)"
             )
         with open(part.path, "ab") as file, bar(part.final.name, total, first) as progress:
-            while data := answer.read1(CHUNK):
+            for data in _chunks(answer, stall):
                 file.write(data)
                 progress.update(len(data))
     if not part.complete:
-        raise ConnectionError(f"it ended after {part.size} of {total} bytes")
+        raise Broken(f"the connection ended after {part.size} of {total} bytes")
+
+
+def _open(url: str, headers: dict[str, str], stall: float, part: Part) -> HTTPResponse:
+    try:
+        return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=stall)
+    except urllib.error.HTTPError as error:
+        reason = f"the server answers {error.code} {error.reason}"
+        if error.code == 416:
+            raise part.outgrown(reason) from None
+        if error.code >= 500 or error.code in (408, 425, 429):
+            raise Broken(reason, refused=True) from None
+        raise Refused(reason) from None
+    except urllib.error.URLError as error:
+        raise Broken(f"no connection ({error.reason})", refused=True) from None
+    except (OSError, HTTPException) as error:
+        raise Broken(_why(error, stall)) from None
+
+
+def _chunks(answer: HTTPResponse, stall: float) -> Iterator[bytes]:
+    try:
+        while data := answer.read1(CHUNK):
+            yield data
+    except (OSError, HTTPException) as error:
+        raise Broken(_why(error, stall)) from None
+
+
+def _why(error: Exception, stall: float) -> str:
+    if isinstance(error, TimeoutError):
+        return f"nothing came for {stall:g} s"
+    return f"the connection broke ({str(error) or type(error).__name__})"
 
 
 def _span(answer: HTTPResponse) -> tuple[int, int]:

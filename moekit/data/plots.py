@@ -88,8 +88,8 @@ def plot_types(axes: Axes, counts: dict[str, np.ndarray], unknown_types: dict[st
     types = len(next(iter(counts.values())))
     axes.axhline(types, color="grey", linestyle=":", label=f"the dictionary's {types:,}")
     axes.set(ylabel="types", title="Types in the text")
-    axes.margins(y=0.15)
-    axes.legend(frameon=False, loc="lower right")
+    axes.margins(y=0.3)
+    axes.legend(frameon=False, ncols=3)
 
 
 def round_trip(codec: Codec, text: str) -> pd.DataFrame:

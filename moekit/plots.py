@@ -1,0 +1,181 @@
+"""Pictures of a load and of a result, as matplotlib figures that read well on light and dark pages."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from moekit.dispatch import owned
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from moekit.checkpoint import Plan
+    from moekit.data.codec import Codec
+
+RANK_COLOURS = plt.get_cmap("tab10").colors
+SURPRISE = plt.get_cmap("YlOrRd")
+
+
+def shards(plan: Plan, world_size: int) -> Figure:
+    """Files on the left, ranks on the right, experts between them as ribbons: who reads which file for which experts."""
+    sources = [source for source in plan.sources if len(source.experts)]
+    experts = plan.config.experts
+    height = max(2.6, 0.28 * max(len(sources), 3 * world_size))
+    figure, axes = plt.subplots(figsize=(8, min(height, 14)), layout="constrained")
+    axes.set(xlim=(0, 10), ylim=(experts, -0.06 * experts))
+    axes.axis("off")
+    for x, title in ((1.5, "files"), (8.5, "ranks")):
+        axes.text(x, -0.02 * experts, title, ha="center", va="bottom", fontsize=12, fontweight="bold")
+    for source in sources:
+        _box(axes, 0, 3, source.experts, "0.85", source.path.name, len(sources))
+    for rank in range(world_size):
+        colour = RANK_COLOURS[rank % len(RANK_COLOURS)]
+        held = owned(experts, world_size, rank)
+        names = f"rank {rank}: " + (f"experts {held.start}–{held.stop - 1}" if len(held) else "no experts")
+        _box(axes, 7, 10, held, (*colour, 0.35), names, world_size)
+        for source in sources:
+            shared = range(max(held.start, source.experts.start), min(held.stop, source.experts.stop))
+            if len(shared):
+                axes.fill_between([3, 7], shared.start, shared.stop, color=colour, alpha=0.25, linewidth=0)
+    axes.text(
+        5,
+        experts * 1.01,
+        f"every rank also reads {plan.sources[0].path.name}",
+        ha="center",
+        va="top",
+        fontsize=9,
+        color="0.4",
+    )
+    figure.suptitle(f"{experts} experts a layer: {len(sources)} files to {world_size} ranks", fontsize=13)
+    return _done(figure)
+
+
+def _box(axes, left: float, right: float, rows: range, colour, label: str, boxes: int) -> None:
+    if not len(rows):
+        return
+    axes.add_patch(
+        Rectangle(
+            (left, rows.start), right - left, len(rows), facecolor=colour, edgecolor="white", linewidth=1.5
+        )
+    )
+    if boxes <= 64:
+        size = 10 if boxes <= 16 else 6
+        axes.text(
+            (left + right) / 2, rows.start + len(rows) / 2, label, ha="center", va="center", fontsize=size
+        )
+
+
+def filled(table: pd.DataFrame) -> Figure:
+    """``report.filled``: a cell an expert, green where it got its four tensors."""
+    figure, axes = plt.subplots(figsize=(8, 0.6 + 0.35 * len(table)), layout="constrained")
+    complete = (table.to_numpy() == 4).astype(float)
+    axes.imshow(complete, aspect="auto", cmap="RdYlGn", vmin=0, vmax=1, interpolation="nearest", alpha=0.8)
+    axes.set_yticks(range(len(table)), table.index)
+    if table.shape[1] <= 64:
+        axes.set_xticks(np.arange(-0.5, table.shape[1]), minor=True)
+        axes.set_yticks(np.arange(-0.5, len(table)), minor=True)
+        axes.grid(which="minor", color="white", linewidth=1.5)
+        axes.tick_params(which="minor", length=0)
+    axes.set(xlabel="expert", ylabel="layer")
+    axes.set_title(f"{int(complete.sum())} of {complete.size} experts filled exactly once", fontsize=11)
+    return _done(figure)
+
+
+def loss_by_position(tokens: pd.DataFrame, bins: int = 32) -> Figure:
+    """Mean loss in bits by position in the sample, with the standard error of each mean.
+
+    Args:
+        tokens: ``Evaluation.tokens``.
+        bins: groups of positions, of doubling width where samples are long.
+    """
+    bits = -tokens["logprob"].to_numpy() / math.log(2)
+    position = tokens["position"].to_numpy()
+    longest = int(position.max()) + 1
+    edges = np.unique(np.round(np.geomspace(1, longest + 1, min(bins, longest) + 1)).astype(int)) - 1
+    group = np.digitize(position, edges) - 1
+    count = np.bincount(group, minlength=len(edges) - 1)[: len(edges) - 1]
+    mean = np.bincount(group, bits, minlength=len(edges) - 1)[: len(edges) - 1] / np.maximum(count, 1)
+    square = np.bincount(group, bits**2, minlength=len(edges) - 1)[: len(edges) - 1] / np.maximum(count, 1)
+    error = np.sqrt(np.maximum(square - mean**2, 0) / np.maximum(count, 1))
+    middle = (edges[:-1] + edges[1:] - 1) / 2 + 1
+    some = count > 0
+
+    figure, axes = plt.subplots(figsize=(8, 3.4), layout="constrained")
+    axes.fill_between(
+        middle[some], (mean - error)[some], (mean + error)[some], alpha=0.25, color="tab:blue", linewidth=0
+    )
+    axes.plot(middle[some], mean[some], color="tab:blue", marker="o", markersize=3)
+    axes.axhline(bits.mean(), color="0.5", linestyle="--", linewidth=1)
+    axes.annotate(
+        f"mean {bits.mean():.2f}",
+        (middle[some][0], bits.mean()),
+        textcoords="offset points",
+        xytext=(2, 4),
+        color="0.4",
+    )
+    axes.set(xscale="log", xlabel="position in the sample", ylabel="loss, bits a token")
+    axes.set_title("The more context, the less surprise", fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+    return _done(figure)
+
+
+def passage(tokens: pd.DataFrame, codec: Codec, sample_id: int | None = None, limit: int = 220) -> Figure:
+    """The beginning of a sample, each piece coloured by how much it surprised the model.
+
+    Args:
+        tokens: ``Evaluation.tokens``.
+        sample_id: which sample; None: the one in the middle.
+        limit: how many tokens.
+    """
+    if sample_id is None:
+        ids = np.sort(tokens["sample_id"].unique())
+        sample_id = int(ids[len(ids) // 2])
+    rows = tokens[tokens["sample_id"] == sample_id].head(limit)
+    if rows.empty:
+        raise ValueError(f"there is no sample {sample_id} among the scored tokens")
+    bits = -rows["logprob"].to_numpy() / math.log(2)
+    figure, scale = coloured_text(codec.pieces(rows["token"]), bits, 0, 12)
+    figure.colorbar(scale, ax=figure.axes[0], label="bits", fraction=0.03, pad=0.01, extend="max")
+    figure.axes[0].set_title(f"Sample {sample_id}, coloured by surprise", fontsize=11, loc="left")
+    return figure
+
+
+def coloured_text(
+    pieces: Sequence[str], values: Sequence[float], least: float, most: float, width: int = 92
+) -> tuple[Figure, plt.cm.ScalarMappable]:
+    """Text in a fixed-width face, wrapped at ``width`` characters, each piece on a ground that shows its value."""
+    places, line, column = [], 0, 0
+    for piece in pieces:
+        shown = "¶" if piece == "</s>" else piece.replace("\t", "    ")
+        if column and column + len(shown) > width:
+            line, column = line + 1, 0
+        places.append((line, column, shown))
+        column += len(shown)
+        if piece == "</s>":
+            line, column = line + 1, 0
+    lines = line + 1
+    scale = plt.cm.ScalarMappable(plt.Normalize(least, most), SURPRISE)
+    figure, axes = plt.subplots(figsize=(9.5, 0.24 * lines + 0.5), layout="constrained")
+    axes.set(xlim=(0, width), ylim=(lines, 0))
+    axes.axis("off")
+    face = {"family": "monospace", "fontsize": 8.2, "ha": "center", "va": "center", "parse_math": False}
+    for (line, column, shown), value in zip(places, values, strict=True):
+        ground = scale.to_rgba(value)
+        ink = "white" if sum(ground[:3]) < 1.4 else "black"
+        axes.add_patch(Rectangle((column, line + 0.04), len(shown), 0.92, facecolor=ground, linewidth=0))
+        for i, character in enumerate(shown):
+            axes.text(column + i + 0.5, line + 0.52, character, color=ink, **face)
+    return _done(figure), scale
+
+
+def _done(figure: Figure) -> Figure:
+    figure.patch.set_facecolor("white")  # also on a dark page: the text is dark
+    plt.close(figure)  # shown once, by the cell that returns it
+    return figure

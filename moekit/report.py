@@ -1,0 +1,204 @@
+"""What the notebooks show and write about a machine, a model and a result: tables as DataFrames, figures as files."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+
+from moekit import checkpoint as ckpt
+from moekit import ranks
+from moekit.dispatch import owned
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from moekit.handle import Evaluation, Model
+
+GIB = 2**30
+PACKAGES = ("moekit", "torch", "ve-fairseq", "numpy", "papermill", "jupyterlab", "ipywidgets")
+
+
+def machine() -> pd.DataFrame:
+    """The machine this runs on, a fact a row."""
+    facts = {
+        "system": platform.platform(),
+        "Python": platform.python_version(),
+        "cores": ranks.usable_cores(),
+        "host memory": f"{_host_memory('MemAvailable') / GIB:.1f} of {_host_memory('MemTotal') / GIB:.1f} GiB free",
+    }
+    facts |= {name: version for name, version in versions().items() if version}
+    for i in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(i)
+        facts[f"cuda:{i}"] = (
+            f"{torch.cuda.get_device_name(i)}, {free / GIB:.1f} of {total / GIB:.1f} GiB free"
+        )
+    if not torch.cuda.is_available():
+        facts["GPUs"] = "none that torch sees: everything runs on the CPU"
+    return pd.DataFrame({"": facts})
+
+
+def versions() -> dict[str, str | None]:
+    """The versions that a result depends on; None where a package is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def _host_memory(what: str) -> int:
+    """``MemTotal`` or ``MemAvailable`` in bytes; within a container's limit where there is one."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith(what)).split()[1]) * 1024
+    except (OSError, StopIteration):
+        return total
+
+
+def files(checkpoint: str | Path) -> pd.DataFrame:
+    """What lies in a checkpoint's folder, a row a file."""
+    table = pd.DataFrame(ckpt.describe(checkpoint)).drop(columns="rank")
+    table.insert(1, "MB", (table.pop("bytes") / 1e6).round(2))
+    return table.set_index("file")
+
+
+def shares(checkpoint: str | Path, world_size: int, device: str, dtype: str) -> pd.DataFrame:
+    """Who will read what, a row a rank: files, experts, and the memory it takes against what is free."""
+    from moekit.handle import weights_dtype
+
+    plan = ckpt.survey(ckpt.find(checkpoint))
+    devices = ranks.choose_devices(world_size, device)
+    width = weights_dtype(dtype, devices[0], plan).itemsize
+    rows = []
+    for rank, place in enumerate(devices):
+        held = owned(plan.config.experts, world_size, rank)
+        on_gpu = place.type == "cuda"
+        free = torch.cuda.mem_get_info(place)[0] if on_gpu else _host_memory("MemAvailable") / world_size
+        needed = plan.needed(held)
+        rows.append(
+            {
+                "rank": rank,
+                "device": str(place),
+                "files": ", ".join(source.path.name for source in needed),
+                "experts a layer": f"{held.start} to {held.stop - 1}" if len(held) else "none",
+                "million parameters": round(plan.parameters(len(held)) / 1e6, 2),
+                "GiB": round(plan.parameters(len(held)) * width / GIB, 3),
+                "GiB free": round(free / GIB, 1),
+            }
+        )
+    return pd.DataFrame(rows).set_index("rank")
+
+
+def model(model: Model) -> pd.DataFrame:
+    """The model, a fact a row."""
+    c = model.config
+    every = f"every {c.moe_freq}{'nd' if c.moe_freq == 2 else 'th'}" if c.moe_freq > 1 else "every"
+    gate = "top-1" if c.top1 else f"top-2, second expert: {c.second_expert}"
+    facts = {
+        "checkpoint": str(model.files.shared.parent),
+        "layers": c.layers,
+        "model dim": c.dim,
+        "heads": c.heads,
+        "width of dense layers and experts": c.ffn_dim,
+        "experts": f"{c.experts} in {every} layer: {len(c.moe_layers)} layers" if c.moe_layers else "none",
+        "gate": gate if c.moe_layers else "none",
+        "positions": c.max_positions,
+        "rows of the embedding": c.vocab_rows,
+        "million parameters": round(model.plan.parameters(c.experts) / 1e6, 2),
+        "ranks": f"{model.world_size} on {model.device}, {str(model.dtype).removeprefix('torch.')}",
+        "seconds to load": round(model.load_seconds, 2),
+    }
+    return pd.DataFrame({"": facts})
+
+
+def parts(model: Model) -> pd.DataFrame:
+    """What each rank holds, a row a rank."""
+    rows = [
+        {
+            "rank": part["rank"],
+            "device": part["device"],
+            "files read": len(part["files"]),
+            "experts a layer": len(part["experts"]),
+            "million parameters": round(part["parameters"] / 1e6, 2),
+            "MiB": round(part["bytes"] / 2**20, 1),
+            "seconds": round(part["seconds"], 2),
+        }
+        for part in model.parts
+    ]
+    return pd.DataFrame(rows).set_index("rank")
+
+
+def filled(model: Model) -> pd.DataFrame:
+    """How many of its four tensors each expert got, over all ranks: layers x experts, 4 everywhere.
+
+    Raises:
+        ValueError: an expert got fewer or more.
+    """
+    c = model.config
+    table = pd.DataFrame(0, index=pd.Index(c.moe_layers, name="layer"), columns=range(c.experts))
+    for part in model.parts:
+        for where, count in part["filled"].items():
+            if where is not None:
+                table.loc[where] += count
+    if c.moe_layers and not (table == 4).all(axis=None):
+        layer, expert = next(zip(*(table != 4).to_numpy().nonzero(), strict=True))
+        raise ValueError(
+            f"expert {expert} of layer {c.moe_layers[layer]} got {table.iat[layer, expert]} of 4 tensors"
+        )
+    return table
+
+
+def result(evaluation: Evaluation) -> pd.DataFrame:
+    """A result's figures, one a row."""
+    facts = {
+        "loss, bits a token": f"{evaluation.loss_base2:.4f}",
+        "perplexity": f"{evaluation.perplexity:.2f}",
+        "tokens": f"{evaluation.ntokens:,}",
+        "seconds": f"{evaluation.seconds:.2f}",
+        "tokens a second": f"{evaluation.tokens_per_second:,.0f}",
+    }
+    return pd.DataFrame({"": facts})
+
+
+def save(
+    output_dir: str | Path,
+    model: Model,
+    evaluation: Evaluation,
+    figures: dict[str, Figure],
+    settings: dict[str, Any],
+) -> Path:
+    """Write ``results.json``, ``tokens.parquet`` and ``{name}.png`` of each figure.
+
+    Returns:
+        The folder, absolute.
+    """
+    folder = Path(output_dir).expanduser().resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    figures_of = {
+        "loss_base2": evaluation.loss_base2,
+        "perplexity": evaluation.perplexity,
+        "ntokens": evaluation.ntokens,
+        "tokens_per_second": evaluation.tokens_per_second,
+        "seconds": evaluation.seconds,
+        "load_seconds": model.load_seconds,
+        "world_size": model.world_size,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device,
+        "versions": versions(),
+        "parameters": settings,
+    }
+    (folder / "results.json").write_text(json.dumps(figures_of, indent=2) + "\n")
+    evaluation.tokens.to_parquet(folder / "tokens.parquet", index=False)
+    for name, figure in figures.items():
+        figure.savefig(folder / f"{name}.png", dpi=160, bbox_inches="tight")
+    return folder
