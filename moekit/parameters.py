@@ -142,6 +142,11 @@ RUN_INFERENCE: dict[str, Kind] = MACHINE | {
     "sample_break_mode": Choice(("none", "complete", "complete_doc", "eos")),
     "context_window": Whole(0),
     "max_batches": Whole(optional=True),
+    "prompts": Texts(),
+    "max_new_tokens": Whole(),
+    "temperature": Number(0),
+    "top_p": Number(0, optional=True),
+    "seed": Whole(0),
 }
 
 # What a kernel's globals hold before the first cell has run.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
@@ -11,20 +12,21 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from moekit import checkpoint as ckpt
 from moekit.dispatch import owned
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from moekit.checkpoint import Plan
     from moekit.data.codec import Codec
 
 RANK_COLOURS = plt.get_cmap("tab10").colors
 SURPRISE = plt.get_cmap("YlOrRd")
 
 
-def shards(plan: Plan, world_size: int) -> Figure:
+def shards(checkpoint: str | Path, world_size: int) -> Figure:
     """Files on the left, ranks on the right, experts between them as ribbons: who reads which file for which experts."""
+    plan = ckpt.survey(ckpt.find(checkpoint))
     sources = [source for source in plan.sources if len(source.experts)]
     experts = plan.config.experts
     height = max(2.6, 0.28 * max(len(sources), 3 * world_size))
@@ -121,7 +123,7 @@ def loss_by_position(tokens: pd.DataFrame, bins: int = 32) -> Figure:
         color="0.4",
     )
     axes.set(xscale="log", xlabel="position in the sample", ylabel="loss, bits a token")
-    axes.set_title("The more context, the less surprise", fontsize=11)
+    axes.set_title("Loss by position in the sample", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
     return _done(figure)
 

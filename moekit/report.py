@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,7 @@ from moekit.dispatch import owned
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from moekit.generate import Generation
     from moekit.handle import Evaluation, Model
 
 GIB = 2**30
@@ -170,6 +173,21 @@ def result(evaluation: Evaluation) -> pd.DataFrame:
     return pd.DataFrame({"": facts})
 
 
+def written(prompts: Sequence[str], generations: Sequence[Generation]) -> pd.DataFrame:
+    """What the model wrote, a row a sequence: its prompt, the text, and how sure the model was of it."""
+    rows = [
+        {
+            "prompt": prompts[g.prompt],
+            "goes on": g.text,
+            "tokens": len(g.ids),
+            "bits a token": round(float(-g.logprobs.mean()) / math.log(2), 2),
+            "ended by": g.finish_reason,
+        }
+        for g in generations
+    ]
+    return pd.DataFrame(rows)
+
+
 def save(
     output_dir: str | Path,
     model: Model,
@@ -182,8 +200,6 @@ def save(
     Returns:
         The folder, absolute.
     """
-    folder = Path(output_dir).expanduser().resolve()
-    folder.mkdir(parents=True, exist_ok=True)
     figures_of = {
         "loss_base2": evaluation.loss_base2,
         "perplexity": evaluation.perplexity,
@@ -197,8 +213,16 @@ def save(
         "versions": versions(),
         "parameters": settings,
     }
+    folder = save_figures(output_dir, figures)
     (folder / "results.json").write_text(json.dumps(figures_of, indent=2) + "\n")
     evaluation.tokens.to_parquet(folder / "tokens.parquet", index=False)
+    return folder
+
+
+def save_figures(output_dir: str | Path, figures: dict[str, Figure]) -> Path:
+    """Write ``{name}.png`` of each figure; returns the folder, absolute."""
+    folder = Path(output_dir).expanduser().resolve()
+    folder.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
         figure.savefig(folder / f"{name}.png", dpi=160, bbox_inches="tight")
     return folder
