@@ -1,0 +1,71 @@
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+TORCH := torch==2.13.0
+BIN := $(VENV)/bin
+OUT := out
+
+.DEFAULT_GOAL := help
+.PHONY: help env run lab test quick lint format hooks lock corpus demo clean
+
+help: ## say what there is
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+env: $(VENV)/.ready ## make the environment in $(VENV) (run and test do it themselves)
+
+$(VENV)/.ready: pyproject.toml requirements-dev.lock
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v in ((3, 11), (3, 12)) else \
+	"moekit needs Python 3.11 or 3.12; $(PYTHON) is %d.%d. Give another: make PYTHON=/path/to/python3.11 ..." % v)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet --require-hashes --no-deps -r requirements-dev.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+run: env ## run_inference.ipynb on the demo model, four ranks; results in out/run_inference
+	@mkdir -p $(OUT)
+	$(BIN)/papermill notebooks/run_inference.ipynb $(OUT)/run_inference.ipynb \
+		-p world_size 4 -p output_dir $(OUT)/run_inference
+	@echo "The notebook as it ran: $(OUT)/run_inference.ipynb; its figures: $(OUT)/run_inference/"
+
+lab: env ## JupyterLab with the notebooks, on this machine only
+	$(BIN)/jupyter lab --ip=127.0.0.1 --notebook-dir=notebooks
+
+test: env lint ## all tests
+	$(BIN)/python -m pytest
+
+quick: env ## the tests that start no browser and few processes
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: env ## ruff, and notebooks without outputs
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/nbstripout --keep-id --verify notebooks/*.ipynb
+
+format: env ## put code and notebooks in order
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/nbstripout --keep-id notebooks/*.ipynb
+
+hooks: env ## a git hook that refuses what lint refuses
+	@printf '#!/bin/sh\nexec make --silent lint\n' > "$$(git rev-parse --git-path hooks)/pre-commit"
+	@chmod +x "$$(git rev-parse --git-path hooks)/pre-commit"
+
+# torch is installed by itself (its build depends on the machine), and so is all that only its build needs.
+LOCK := uv pip compile pyproject.toml --generate-hashes --python-version 3.11 --no-header --no-annotate --quiet \
+	$(foreach name,torch triton cuda-bindings cuda-pathfinder cuda-toolkit nvidia-cublas nvidia-cuda-cupti \
+	nvidia-cuda-nvrtc nvidia-cuda-runtime nvidia-cudnn-cu13 nvidia-cufft nvidia-cufile nvidia-curand \
+	nvidia-cusolver nvidia-cusparse nvidia-cusparselt-cu13 nvidia-nccl-cu13 nvidia-nvjitlink nvidia-nvshmem-cu13 \
+	nvidia-nvtx,--no-emit-package $(name))
+
+lock: ## pin everything again (needs uv)
+	$(LOCK) --output-file requirements.lock
+	$(LOCK) --group dev --output-file requirements-dev.lock
+
+corpus: env ## make the demo's corpus and tokenizer again (Debian; about 4 minutes)
+	$(BIN)/python -m moekit.demo.corpus --out $(OUT)/corpus
+
+demo: env ## train the demo model again on that corpus
+	$(BIN)/python -m moekit.demo.train --data $(OUT)/corpus --out moekit/demo/model
+
+clean: ## remove the environment and what was made
+	rm -rf $(VENV) $(OUT) build *.egg-info .pytest_cache .ruff_cache

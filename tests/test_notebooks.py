@@ -1,0 +1,66 @@
+"""The notebooks, run headless as a user does."""
+
+import json
+
+import papermill
+import pandas as pd
+import pytest
+from test_project import ROOT
+
+import moekit
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """A working directory that has nothing to do with the repository."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def execute(name: str, folder, **parameters) -> None:
+    papermill.execute_notebook(
+        ROOT / "notebooks" / f"{name}.ipynb",
+        folder / f"{name}.ipynb",
+        parameters=parameters,
+        progress_bar=False,
+        start_timeout=180,
+        execution_timeout=600,
+    )
+
+
+def test_run_inference_on_four_ranks_equals_one(elsewhere):
+    execute("run_inference", elsewhere, world_size=4, max_batches=20, max_new_tokens=5, output_dir="results")
+    found = json.loads((elsewhere / "results" / "results.json").read_text())
+    tokens = pd.read_parquet(elsewhere / "results" / "tokens.parquet")
+    with moekit.load("demo", 1, "cpu", progress=False) as model:
+        expected = model.evaluate("demo", max_batches=20, progress=False)
+    assert found["world_size"] == 4
+    assert found["loss_base2"] == pytest.approx(expected.loss_base2, abs=1e-5)
+    assert found["ntokens"] == expected.ntokens == len(tokens)
+    pd.testing.assert_frame_equal(tokens, expected.tokens, atol=1e-4, rtol=0)
+    names = {"dtype", "device", "load_seconds", "versions", "perplexity", "tokens_per_second"}
+    assert names <= set(found)
+    assert {"loss_by_position.png", "passage.png"} <= {p.name for p in (elsewhere / "results").iterdir()}
+
+
+def test_load_shards_at_three_ranks(elsewhere):
+    execute("load_shards", elsewhere, world_size=3, output_dir="results")
+    shares = pd.read_csv(elsewhere / "results" / "shares.csv")
+    assert shares["experts a layer"].tolist() == ["0 to 4", "5 to 9", "10 to 15"]
+    assert (elsewhere / "results" / "filled.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("parameters", "said"),
+    [
+        ({"world_size": "many"}, "world_size='many': expected a whole number of at least 1 or None"),
+        ({"wrld_size": 4}, "wrld_size is not a parameter of this notebook: did you mean world_size?"),
+    ],
+)
+def test_a_bad_parameter_fails_in_the_first_cell_with_one_sentence(elsewhere, parameters, said):
+    with pytest.raises(papermill.PapermillExecutionError) as caught:
+        execute("run_inference", elsewhere, **parameters)
+    assert caught.value.traceback == [f"ParameterError: {said}"]
+    assert caught.value.exec_count <= 3
