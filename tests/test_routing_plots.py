@@ -1,0 +1,154 @@
+import dataclasses
+import re
+
+import numpy as np
+import pytest
+from synthetic_traces import synthetic
+
+from moekit import routing_plots
+
+
+@pytest.fixture(scope="module")
+def small():
+    return synthetic(tokens=600, layers=(1, 3, 5), experts=16, block=100)
+
+
+def with_experts(trace, experts, **other):
+    return dataclasses.replace(trace, experts=np.asarray(experts, np.int16), **other)
+
+
+class Letters:
+    """A codec whose pieces are awkward in HTML."""
+
+    def pieces(self, ids):
+        return [["<b>", " a&b", "</s>", '"q"'][i % 4] for i in ids]
+
+
+def test_load_is_sorted_and_has_its_baseline(small):
+    trace, _ = small
+    heat, curve = routing_plots.load_heatmap(trace).axes[:2]
+    shown = 2.0 ** heat.images[0].get_array()
+    assert shown.shape == (3, 16) and (np.diff(shown, axis=1) <= 0).all()
+    busiest = np.bincount(trace.experts[:, 1].ravel(), minlength=16).max() / (600 * 2 / 16)
+    assert np.isclose(shown[1, 0], busiest)
+    lines = {line.get_label(): line.get_ydata() for line in curve.lines}
+    assert np.isclose(np.nanmax(lines["layer 3"]), busiest)
+    assert any(np.array_equal(y, [1, 1]) for y in lines.values())
+    assert [c.get_label() for c in curve.collections] == ["uniform random routing, 90 %"]
+
+
+def test_drops_are_those_of_the_trace():
+    trace, _ = synthetic(tokens=64, layers=(1,), experts=4, block=16)
+    kept = np.ones((64, 1, 2), bool)
+    kept[trace.position == 15, 0, 1] = False
+    trace = dataclasses.replace(trace, kept=kept)
+    figure = routing_plots.drops_by_position(trace, bins=8)
+    first, second = figure.axes[0].lines
+    assert not np.any(first.get_ydata())
+    assert np.allclose(second.get_ydata(), [0] * 7 + [50])
+    assert "3.1 %" in figure.axes[0].get_title(loc="left")
+
+
+def test_drops_have_a_baseline_where_the_capacity_is_known():
+    trace, _ = synthetic(tokens=64, layers=(1,), experts=4, block=16)
+    known = {"capacity_token_fraction": 0.25, "groups": [[1, 16, 4]]}
+    trace = dataclasses.replace(trace, meta=known)
+    chance = routing_plots.uniform_drops(trace)
+    assert chance.shape == (16, 2)
+    assert (chance[:4, 0] == 0).all() and chance[15, 0] > 0  # the first four always find one of four places
+    assert (chance[:, 1] >= chance[:, 0]).all()
+    assert len(routing_plots.drops_by_position(trace).axes[0].lines) == 4
+    assert routing_plots.uniform_drops(synthetic(tokens=64)[0]) is None
+
+
+def test_coactivation_puts_partners_side_by_side():
+    rng = np.random.default_rng(0)
+    trace, _ = synthetic(tokens=800, layers=(1,), experts=8)
+    pairs = np.array([[0, 5], [1, 6], [2, 7], [3, 4]])[rng.integers(0, 4, 800)]
+    figure = routing_plots.coactivation(with_experts(trace, pairs[:, None]))
+    heat, bars = figure.axes[:2]
+    order = [int(t.get_text()) for t in heat.get_xticklabels()]
+    for a, b in ([0, 5], [1, 6], [2, 7], [3, 4]):
+        assert abs(order.index(a) - order.index(b)) == 1
+    assert {t.get_text() for t in bars.get_yticklabels()} == {"0 + 5", "1 + 6", "2 + 7", "3 + 4"}
+    assert np.isclose(bars.lines[0].get_xdata()[0], 100 / 28)  # one pair of 28
+
+
+def test_coactivation_needs_two_choices():
+    trace, _ = synthetic(tokens=64, choices=1)
+    with pytest.raises(ValueError, match="one choice"):
+        routing_plots.coactivation(trace)
+
+
+def test_domains_stand_by_the_experts_they_use():
+    trace, _ = synthetic(tokens=400, layers=(1, 3), experts=6)
+    domains = np.array(["a", "b"])[np.arange(400) % 2]
+    experts = np.where(domains == "a", 4, 1)[:, None, None] + np.zeros((400, 2, 2), int)
+    experts[..., 1] += 1
+    figure = routing_plots.domain_heatmap(with_experts(trace, experts), domains)
+    ax = figure.axes[0]
+    assert [t.get_text() for t in ax.get_xticklabels()][:4] in (["4", "5", "1", "2"], ["5", "4", "2", "1"])
+    shown = ax.images[0].get_array()
+    assert np.allclose(2.0 ** shown[:, :4], [[3, 3, 2**-6, 2**-6], [2**-6, 2**-6, 3, 3]])
+    assert np.ma.getmaskarray(shown)[:, 4:].all()  # experts that nobody chose
+    with pytest.raises(ValueError, match="label"):
+        routing_plots.domain_heatmap(trace, domains[:-1])
+
+
+def test_paths_strike_what_was_dropped(small):
+    trace, _ = small
+    figure = routing_plots.paths(trace, sample=2, start=60, tokens=20)
+    part = trace.select(samples=2)
+    part = part.select(mask=(part.position >= 60) & (part.position < 80))
+    ax = figure.axes[0]
+    assert len(ax.lines) == (~part.kept).sum()
+    assert [t.get_text() for t in ax.texts][: 20 * 2] == [str(e) for e in part.experts[:, 0].ravel()]
+    with pytest.raises(ValueError, match="no tokens of sample 99"):
+        routing_plots.paths(trace, sample=99)
+
+
+@pytest.mark.parametrize("by", ["expert", "confidence"])
+def test_text_survives_conversion(small, by):
+    trace, _ = small
+    shown = routing_plots.text_html(trace, Letters(), sample=1, layer=3, by=by).data
+    assert not re.search(r"<(style|script|link)|class=|url\(", shown)
+    assert "&lt;b&gt;" in shown and "a&amp;b" in shown and "<b>sample 1, layer 3</b>" in shown
+    assert shown.count("<b>") == 1
+    assert shown.count("<br>") == sum(t % 4 == 2 for t in trace.select(samples=1).token)
+
+
+def test_text_colours_the_eight_busiest(small):
+    trace, _ = small
+    first = trace.select(samples=1).experts[:, 0, 0]
+    shown = routing_plots.text_html(trace, sample=1).data
+    for expert in np.unique(first):
+        rank = (np.bincount(first) > np.bincount(first)[expert]).sum()
+        styles = {
+            style.split(";")[0] for style in re.findall(rf'title="E{expert} [^"]*" style="([^"]*)"', shown)
+        }
+        assert len(styles) == 1
+        if rank >= 8:
+            assert not styles.pop().startswith("background")
+    with pytest.raises(ValueError, match="by='colour'"):
+        routing_plots.text_html(trace, by="colour")
+    with pytest.raises(ValueError, match="no sample 77"):
+        routing_plots.text_html(trace, sample=77)
+
+
+@pytest.mark.parametrize("experts, choices", [(512, 2), (4, 1)])
+def test_every_picture_renders(experts, choices, tmp_path):
+    trace, domains = synthetic(
+        tokens=2000, layers=(1, 3), experts=experts, choices=choices, block=500, vocab=500
+    )
+    figures = [
+        routing_plots.load_heatmap(trace),
+        routing_plots.drops_by_position(trace),
+        routing_plots.domain_heatmap(trace, domains),
+        routing_plots.paths(trace, tokens=5),
+        routing_plots.text_figure(trace, Letters(), max_tokens=30),
+        routing_plots.text_figure(trace, by="confidence", max_tokens=30),
+    ]
+    if choices == 2:
+        figures.append(routing_plots.coactivation(trace, layer=3))
+    for figure in figures:
+        figure.savefig(tmp_path / "picture.png")
