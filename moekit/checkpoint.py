@@ -166,34 +166,7 @@ def harmless() -> list[tuple[Any, str]]:
         bytes,
     ]
     named = [(kind, f"{kind.__module__}.{kind.__qualname__}") for kind in kinds]
-    return [*named, (Any, "typing.Any"), *_enumerations(), *_dataclasses(), *_numpy()]
-
-
-class Choice(str):
-    """Stands in for fairseq's string enumerations, so that reading one needs no fairseq."""
-
-
-class Opaque:
-    """Stands in for the dataclasses that a structured config names as its type."""
-
-
-def _enumerations() -> Iterator[tuple[type, str]]:
-    names = """LOG_FORMAT DDP_BACKEND DDP_COMM_HOOK DATASET_IMPL GENERATION_CONSTRAINTS GENERATION_DECODING_FORMAT
-        ZERO_SHARDING PIPELINE_CHECKPOINT PRINT_ALIGNMENT CLIPPING"""
-    for name in names.split():
-        yield Choice, f"fairseq.dataclass.constants.{name}_CHOICES"
-    for module in ("fairseq.tasks.language_modeling", "fairseq.models.transformer_lm"):
-        yield Choice, f"{module}.SAMPLE_BREAK_MODE_CHOICES"
-        yield Choice, f"{module}.SHORTEN_METHOD_CHOICES"
-
-
-def _dataclasses() -> Iterator[tuple[type, str]]:
-    names = """Fairseq Common DistributedTraining Dataset Optimization Checkpoint FairseqBMUF Generation CommonEval
-        EvalLM Interactive EMA"""
-    for name in names.split():
-        yield Opaque, f"fairseq.dataclass.configs.{name}Config"
-    yield Opaque, "fairseq.models.transformer_lm.TransformerLanguageModelConfig"
-    yield Opaque, "fairseq.tasks.language_modeling.LanguageModelingConfig"
+    return [*named, (Any, "typing.Any"), *_numpy()]
 
 
 def _numpy() -> Iterator[tuple[Any, str]]:
@@ -336,11 +309,8 @@ class Plan:
 
     def needed(self, held: range) -> list[Source]:
         """The files a rank with the experts ``held`` opens: the shared one and those with an expert of its own."""
-        return [
-            s
-            for i, s in enumerate(self.sources)
-            if i == 0 or (s.experts.start < held.stop and held.start < s.experts.stop)
-        ]
+        shared, *rest = self.sources
+        return [shared, *(s for s in rest if any(expert in s.experts for expert in held))]
 
 
 def survey(files: Files, dictionary: int | None = None) -> Plan:
