@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import EllipsisType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
@@ -400,6 +400,7 @@ def load(
     dtype: str = "auto",
     dictionary: str | Path | None = None,
     bpe: str | Path | None = None,
+    config: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> Model:
     """Load a checkpoint of fairseq's ``moe`` branch onto ``world_size`` ranks.
@@ -415,6 +416,8 @@ def load(
             checkpoint, if there is one; else all rows are loaded, and each data set's dictionary decides.
         bpe: the folder with ``encoder.json``, ``vocab.bpe`` and ``dict.txt`` that turn text into ids. None: where the
             checkpoint lies, or ``gpt2_bpe`` there or beside it; needed only when text is.
+        config: fields of the checkpoint's :class:`~moekit.config.ModelConfig` to replace, such as ``second_expert``; not
+            those that give the weights their shapes.
         progress: show a bar.
 
     Raises:
@@ -427,6 +430,7 @@ def load(
     devices = ranks.choose_devices(world_size, device)
     files = ckpt.find(checkpoint)
     plan = ckpt.survey(files, dictionary_size(files, dictionary))
+    plan = replace(plan, config=replace(plan.config, **(config or {})))
     kind = weights_dtype(dtype, devices[0], plan)
 
     pool = ranks.start(world_size, devices[0].type)
