@@ -450,8 +450,8 @@ def domain_information(trace: Trace, groups: Sequence[str] | np.ndarray) -> pd.D
     for place, layer in enumerate(trace.layers):
         cell = label * experts + trace.experts[:, place, 0]
         cells = _block_counts(block, cell[:, None], domains * experts, len(resamples[0]))
-        again = np.array([information(w @ cells) for w in resamples[:100]])
-        rows.append((layer, float(information(cells.sum(axis=0))), *_percentiles(again), chance, entropy))
+        again = _percentiles(information(resamples[:100] @ cells))
+        rows.append((layer, float(information(cells.sum(axis=0))), *again, chance, entropy))
     return _rows(rows, "layer value low high chance domain_entropy")
 
 
