@@ -104,7 +104,7 @@ def text_html(
         style = f"background:{fill};color:{INK};" if fill else ""
         body.append(
             f'{gap}<span title="{chosen}" style="{style}border-radius:3px;padding:1px 0;white-space:pre-wrap">'
-            f"{html.escape(word[len(gap) :])}</span>" + ("<br>" if word.endswith("⏎") else "")
+            f"{html.escape(word[len(gap) :])}</span>" + ("<br>" if word.endswith("¶") else "")
         )
     return HTML(
         f'<div style="font-family:system-ui,sans-serif;font-size:14px;line-height:1.8;max-width:60em;'
@@ -131,11 +131,11 @@ def text_figure(
     )  # characters, inches, points, DejaVu Sans Mono's width in em
     spots, x, y = [], 0, 0
     for word, fill in zip(words[:max_tokens], fills, strict=False):
-        if x and x + len(word.rstrip("⏎")) > columns:
+        if x and x + len(word.rstrip("¶")) > columns:
             x, y, word = 0, y + 1, word.lstrip(" ") or word
         spots.append((x, y, word, fill))
         x += len(word)
-        if word.endswith("⏎"):
+        if word.endswith("¶"):
             x, y = 0, y + 1
     height = (y + 3.6) * line
     with rc_context(STYLE):
@@ -202,10 +202,10 @@ def _coloured(
 
 
 def pieces(codec: Codec | None, ids: Sequence[int]) -> list[str]:
-    """Each token for the eye: line ends as ⏎, tabs as ⇥."""
+    """Each token for the eye: line ends as ¶, tabs as ⇥."""
     if codec is None:
         return [f" {i}" for i in ids]
-    return [p.replace("</s>", "⏎").replace("\n", "⏎").replace("\t", "⇥") for p in codec.pieces(ids)]
+    return [p.replace("</s>", "¶").replace("\n", "¶").replace("\t", "⇥") for p in codec.pieces(ids)]
 
 
 def _kinds(experts: np.ndarray) -> dict[int, str]:

@@ -176,7 +176,7 @@ const times = (x) => (Number.isFinite(x) ? x.toFixed(x < 10 ? 1 : 0) + "×" : "�
 const number = (x, digits = 2) => (Number.isFinite(x) ? x.toFixed(digits) : "–");
 const signed = (x, digits = 2) => (x >= 0 ? "+" : "−") + Math.abs(x).toFixed(digits);
 const whole = (n) => n.toLocaleString("en");
-const visible = (text) => text.replace(/<\/s>|\n/g, "⏎").replace(/\t/g, "⇥");
+const visible = (text) => text.replace(/<\/s>|\n/g, "¶").replace(/\t/g, "⇥");
 const mix = (share) => { // a ramp from pale to strong blue that carries black text
   const a = [240, 245, 250], b = [92, 158, 214], s = Math.max(0, Math.min(1, share));
   return `rgb(${a.map((v, i) => Math.round(v + s * (b[i] - v))).join(",")})`;

@@ -1,0 +1,183 @@
+"""What inspect_routing.ipynb needs beside traces, metrics and pictures: its parameters, labels, tables and files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moekit import intervene, metrics, report
+from moekit.parameters import MACHINE, Kind, Number, Text, Texts, Whole
+from moekit.trace import domains_of
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    from moekit.data.codec import Codec
+    from moekit.explorer import Explorer
+    from moekit.handle import Model
+    from moekit.trace import Trace
+
+
+@dataclass(frozen=True)
+class Wholes:
+    """A list of whole numbers; one number counts as a list of one."""
+
+    optional: bool = False
+    expected = "a list of whole numbers"
+
+    def convert(self, value: Any) -> list[int]:
+        return [Whole(0).convert(n) for n in (value if isinstance(value, list | tuple) else [value])]
+
+
+PARAMETERS: dict[str, Kind | Wholes] = MACHINE | {
+    "data": Text(),
+    "subset": Text(),
+    "texts": Texts(optional=True),
+    "domains": Texts(optional=True),
+    "tokens_per_sample": Whole(optional=True),
+    "batch_size": Whole(),
+    "capacity_token_fraction": Number(optional=True),
+    "layers": Wholes(optional=True),
+    "max_tokens": Whole(optional=True),
+    "compare_with": Text(optional=True),
+}
+
+
+def codec_of(model: Model) -> Codec | None:
+    """The model's codec; where its files are missing, None and a sentence that says so: tokens are then shown by id."""
+    try:
+        return model.codec
+    except ValueError as error:
+        print(f"Tokens are shown by their ids: {error}.")
+        return None
+
+
+def labels_of(trace: Trace, data: str, domains: Sequence[str] | None, of_texts: bool) -> np.ndarray | None:
+    """[T] labels that group the tokens, or None where there are none.
+
+    Args:
+        data: the folder with the text's data, or "demo".
+        domains: for texts a label for each, None numbers them; for data the side file with a label a line, None looks
+            for it beside the data and does without if there is none.
+        of_texts: whether the trace is of texts.
+
+    Raises:
+        ValueError: ``domains`` does not fit the trace.
+    """
+    if of_texts:
+        texts = int(trace.sample.max()) + 1
+        domains = [f"text {n}" for n in range(texts)] if domains is None else domains
+        if len(domains) != texts:
+            raise ValueError(f"domains has {len(domains)} labels for {texts} texts; expected one for each")
+        return np.array(domains)[trace.sample]
+    if domains is None:
+        try:
+            return domains_of(trace, data)
+        except ValueError as error:
+            print(f"No domains: {error}.")
+            return None
+    if len(domains) != 1:
+        raise ValueError(
+            f"domains={list(domains)}: expected the one file with a domain for each line of the text"
+        )
+    return domains_of(trace, data, domains=domains[0])
+
+
+def favourites(trace: Trace, labels: np.ndarray, codec: Codec | None, tokens: int = 6) -> pd.DataFrame:
+    """The experts that each domain prefers most, over all layers, strongest first.
+
+    Preference is :func:`moekit.metrics.domain_specialisation` of this domain over that of the domain next in line.
+
+    Returns:
+        A row a domain: ``domain``, ``layer``, ``expert``, ``share`` (of the domain's tokens that choose it), ``next``
+        (the largest share of another domain), ``chance``, and its ``top tokens``.
+    """
+    import pandas as pd
+
+    found = metrics.domain_specialisation(trace, labels)
+    table = found.pivot(index=["layer", "expert"], columns="domain", values="value")
+    rows = []
+    for domain in table.columns:
+        others = table.drop(columns=domain).max(axis=1) if table.shape[1] > 1 else 0 * table[domain]
+        layer, expert = (table[domain] - others).idxmax()
+        at = (layer, expert)
+        top = metrics.top_tokens(trace.select(mask=labels == domain), layer, expert, n=tokens)["token"]
+        shown = (
+            [f"{i}" for i in top] if codec is None else [piece.strip() or "␣" for piece in codec.pieces(top)]
+        )
+        rows.append(
+            {
+                "domain": domain,
+                "layer": layer,
+                "expert": expert,
+                "share": table.loc[at, domain],
+                "next": others if np.isscalar(others) else others.loc[at],
+                "chance": found["chance"].iloc[0],
+                "top tokens": "  ".join(shown),
+            }
+        )
+    order = sorted(rows, key=lambda row: row["next"] - row["share"])
+    return pd.DataFrame(order)
+
+
+def change_by_domain(before: Trace, after: Trace, labels: np.ndarray | None) -> pd.DataFrame:
+    """What an intervention did to the log-probability, a row a domain.
+
+    Args:
+        labels: [T] of ``before``; None: everything is one domain.
+
+    Returns:
+        ``domain``, ``tokens``, ``change`` (mean of after - before, nats a token), ``error`` (its standard error over
+        samples), ``worst`` (the first percentile of the change), ``rerouted`` (share of tokens whose experts changed
+        anywhere).
+    """
+    import pandas as pd
+
+    found = intervene.compare(before, after).tokens
+    if len(found) != len(before):
+        raise ValueError(
+            f"the traces share {len(found)} of {len(before)} tokens: they are not of the same text"
+        )
+    found["domain"] = "all" if labels is None else labels
+    rows = []
+    for domain, part in found.dropna(subset="delta").groupby("domain"):
+        of_sample = part.groupby("sample")["delta"].agg(["mean", "size"])
+        weight = of_sample["size"] / of_sample["size"].sum()
+        mean = float(part["delta"].mean())
+        spread = float(np.sqrt((weight**2 * (of_sample["mean"] - mean) ** 2).sum()))
+        rows.append(
+            {
+                "domain": domain,
+                "tokens": len(part),
+                "change": mean,
+                "error": spread if len(of_sample) > 1 else np.nan,
+                "worst": float(part["delta"].quantile(0.01)),
+                "rerouted": float((part["layers_changed"] > 0).mean()),
+            }
+        )
+    return pd.DataFrame(rows).sort_values("change", ignore_index=True)
+
+
+def save(
+    output_dir: str | Path,
+    trace: Trace,
+    figures: Mapping[str, Figure],
+    tables: Mapping[str, pd.DataFrame],
+    explorer: Explorer,
+) -> Path:
+    """Write ``trace.parquet``, ``explorer.html``, ``{name}.png`` of each figure and ``{name}.csv`` of each table.
+
+    Returns:
+        The folder, absolute.
+    """
+    folder = report.save_figures(output_dir, dict(figures))
+    trace.save(folder / "trace.parquet")
+    for name, table in tables.items():
+        table.to_csv(folder / f"{name}.csv", index=False)
+    explorer.save_html(folder / "explorer.html")
+    return folder
