@@ -1,0 +1,189 @@
+"""The model beyond the recordings: caches, packing, precision, and randomness that does not know the world size."""
+
+import numpy as np
+import pytest
+import torch
+from branch_cases import build
+
+import moekit
+from moekit import checkpoint, ranks, worker
+from moekit.batches import Batch, open_data
+from moekit.cache import Cache
+from moekit.config import PAD
+from moekit.dispatch import AllToAll, Local, owned
+from moekit.handle import plan_steps
+from moekit.model import Pass, Transformer
+
+
+def load(folder) -> Transformer:
+    plan = checkpoint.survey(checkpoint.find(folder))
+    model = Transformer(plan.config).eval()
+    checkpoint.fill(model, plan, range(plan.config.experts))
+    return model
+
+
+@pytest.mark.parametrize("name", ["before_dropping", "learned_positions", "mixture", "no_positions"])
+def test_the_cache_gives_what_the_whole_text_gives(name, tmp_path):
+    """Prompts of three lengths in one batch, then token by token, against one pass over the finished texts."""
+    build(name, tmp_path)
+    model = load(tmp_path)
+    tokens = torch.randint(4, 190, (3, 20), generator=torch.Generator().manual_seed(1))
+    lengths = torch.tensor([5, 9, 12])
+    prompts = torch.where(torch.arange(12) < lengths[:, None], tokens[:, :12], PAD)
+    with torch.inference_mode():
+        whole = model(tokens)
+        cache = Cache(model.config, 3, 20, torch.device("cpu"), torch.float32)
+        features = model(prompts, Pass(cache=cache))
+        cache.advance(lengths)
+        for row, length in enumerate(lengths):
+            torch.testing.assert_close(features[row, :length], whole[row, :length], rtol=1e-4, atol=1e-5)
+        cache.select(torch.tensor([2, 0, 1]))
+        tokens, whole = tokens[[2, 0, 1]], whole[[2, 0, 1]]
+        for _ in range(8):
+            features = model(tokens.gather(1, cache.lengths[:, None]), Pass(cache=cache))
+            torch.testing.assert_close(features[:, 0], whole[range(3), cache.lengths], rtol=1e-4, atol=1e-5)
+            cache.advance(1)
+
+
+def test_packed_batches_are_routed_each_for_itself(tmp_path, reference):
+    """Many batches in one forward pass, capacity counted batch by batch: the same as one pass a batch."""
+    build("prioritized_before", tmp_path)
+    model = load(tmp_path)
+    data = open_data(reference / "data-bin", "valid", tokens_per_sample=24, batch_size=2, max_positions=64)
+    batches = [batch for batch in data if not batch.padded()][:9]
+    tokens = torch.from_numpy(np.concatenate([b.tokens for b in batches])).long()
+    with torch.inference_mode():
+        packed = model(tokens, Pass(fraction=0.05, groups=len(batches)))
+        alone = torch.cat([model(part, Pass(fraction=0.05)) for part in tokens.split(2)])
+        together = model(tokens, Pass(fraction=0.05))
+    torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(packed, together, atol=1e-3), (
+        "the capacity makes no difference: nothing is tested"
+    )
+
+
+def test_steps_hold_batches_of_one_shape_and_lose_none():
+    shapes = [(2, 8)] * 7 + [(1, 8)] + [(2, 8)] * 2
+    batches = [
+        Batch(i, np.arange(b), np.full((b, t), 5), np.full((b, t), 5), np.zeros(b))
+        for i, (b, t) in enumerate(shapes)
+    ]
+    steps = list(plan_steps(batches, world_size=2, tokens=32))
+    assert [[b.index for b in step] for step in steps] == [[0, 1, 2, 3], [4, 5, 6], [7], [8, 9]]
+
+
+def test_experts_are_dealt_evenly():
+    for experts, world_size in [(512, 64), (512, 3), (8, 5), (2, 7)]:
+        deal = [owned(experts, world_size, rank) for rank in range(world_size)]
+        assert [e for part in deal for e in part] == list(range(experts))
+        assert max(map(len, deal)) - min(map(len, deal)) <= 1
+
+
+def there_and_back(rank, experts):
+    """Rows that carry their expert's number: what arrives, and what comes home."""
+    generator = torch.Generator().manual_seed(rank.rank)
+    counts = torch.randint(0, 4, (experts,), generator=generator) * (
+        rank.rank != 1
+    )  # rank 1 has nothing to send
+    expert = torch.arange(experts).repeat_interleave(counts)
+    rows = torch.stack([expert.float(), torch.arange(len(expert)) + 100.0 * rank.rank], dim=1)
+    dispatch = AllToAll(experts)
+    arrived, arrived_counts, ticket = dispatch.send(rows, counts)
+    mine = owned(experts, rank.world_size, rank.rank)
+    belongs = torch.tensor(list(mine)).repeat_interleave(arrived_counts)
+    home = dispatch.back(arrived * 2, ticket)
+    return (
+        arrived[:, 0].equal(belongs.float()),
+        home.equal(rows * 2),
+        int(counts.sum()),
+        int(arrived_counts.sum()),
+    )
+
+
+@pytest.mark.parametrize("experts", [7, 2])
+def test_rows_travel_to_their_experts_and_home(experts):
+    with ranks.start(3, "cpu") as pool:
+        found = pool.call(there_and_back, experts)
+    assert all(arrived and home for arrived, home, _, _ in found)
+    assert sum(sent for _, _, sent, _ in found) == sum(received for _, _, _, received in found) > 0
+    rows, counts = torch.rand(5, 2), torch.tensor([2, 3])
+    sent, _, ticket = Local().send(rows, counts)
+    assert Local().back(sent, ticket).equal(rows)
+
+
+@pytest.mark.parametrize("policy", ["sampling", "random"])
+def test_randomness_depends_on_the_seed_alone(policy, tmp_path, reference):
+    build("before_dropping", tmp_path)
+    for path in tmp_path.iterdir():
+        state = torch.load(path, weights_only=True)
+        state["cfg"]["model"]["moe_second_expert_policy"] = policy
+        torch.save(state, path)
+    found = {}
+    for world_size in (1, 2):
+        with moekit.load(tmp_path, world_size, "cpu", progress=False) as model:
+            for seed in (1, 2):
+                result = model.evaluate(
+                    reference / "data-bin", tokens_per_sample=64, batch_size=3, seed=seed, progress=False
+                )
+                found[world_size, seed] = result.tokens["logprob"].to_numpy()
+    np.testing.assert_allclose(found[1, 1], found[2, 1], atol=1e-4, rtol=0)
+    np.testing.assert_allclose(found[1, 2], found[2, 2], atol=1e-4, rtol=0)
+    assert abs(found[1, 1] - found[1, 2]).max() > 0.01
+
+
+def test_noise_is_distributed_as_it_says():
+    noise = worker.Noise(seed=3, batches=[0, 1])
+    like = torch.empty(2, 500, 100)
+    uniform, gumbel = noise(1, "uniform", like), noise(1, "gumbel", like)
+    assert 0 <= uniform.min() < uniform.max() < 1
+    assert float(uniform.mean()) == pytest.approx(0.5, abs=0.005)
+    assert float(gumbel.mean()) == pytest.approx(0.5772, abs=0.02)  # Euler's constant
+    assert float(gumbel.var()) == pytest.approx(torch.pi**2 / 6, rel=0.03)
+    assert not uniform[0].equal(uniform[1])
+    assert not uniform.equal(noise(3, "uniform", like))
+    assert noise(1, "uniform", like).equal(uniform)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_is_close(dtype, reference):
+    """The demo's claim in small: perplexity of the half-precision types within a percent of float32's."""
+    options = {"tokens_per_sample": 64, "progress": False}
+    with moekit.load(reference / "checkpoint", 1, "cpu", progress=False) as model:
+        exact = model.evaluate(reference / "data-bin", **options).perplexity
+    with moekit.load(reference / "checkpoint", 1, "cpu", dtype, progress=False) as model:
+        assert model.evaluate(reference / "data-bin", **options).perplexity == pytest.approx(exact, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"batch_size": 0}, "batch_size=0: expected a whole number of at least 1"),
+        ({"batch_size": True}, "batch_size=True"),
+        ({"max_batches": 0}, "max_batches=0"),
+        ({"tokens_per_sample": 65}, "tokens_per_sample=65 is more than the model's 64 positions"),
+        ({"context_window": 64}, "context_window=64 leaves no room"),
+        ({"sample_break_mode": "some"}, "sample_break_mode='some'; expected none, complete"),
+        ({"capacity_token_fraction": "0.1"}, "capacity_token_fraction='0.1'"),
+        ({"capacity_token_fraction": float("nan")}, "capacity_token_fraction=nan"),
+        ({"subset": "nothing"}, r"has no nothing\.bin"),
+    ],
+)
+def test_bad_arguments_are_named(reference, options, said):
+    with (
+        moekit.load(reference / "checkpoint", 1, "cpu", progress=False) as model,
+        pytest.raises(ValueError, match=said),
+    ):
+        model.evaluate(reference / "data-bin", progress=False, **options)
+
+
+def test_data_of_another_dictionary_is_refused(reference, tmp_path):
+    (tmp_path / "dict.txt").write_text("".join(f"{i} 1\n" for i in range(300)))
+    for name in ("valid.bin", "valid.idx"):
+        (tmp_path / name).write_bytes((reference / "data-bin" / name).read_bytes())
+    with (
+        moekit.load(reference / "checkpoint", 1, "cpu", progress=False) as model,
+        pytest.raises(ValueError, match=r"dict\.txt has 304 types, the model knows 200"),
+    ):
+        model.evaluate(tmp_path, progress=False)
+    with pytest.raises(ValueError, match=r"dtype='half'; expected auto, float32"):
+        moekit.load(reference / "checkpoint", 1, "cpu", "half", progress=False)
