@@ -14,6 +14,7 @@ import argparse
 import collections
 import pickle
 import re
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -114,8 +115,9 @@ def read(path: Path) -> dict[str, Any]:
         ValueError: not a checkpoint, damaged, or it asks to build objects of a class that is not known as harmless.
     """
     try:
+        mapped = zipfile.is_zipfile(path)  # files from before torch 1.6 are no archives, and cannot be mapped
         with torch.serialization.safe_globals(harmless()):
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except FileNotFoundError:
         raise ValueError(f"there is no file {path}") from None
     except pickle.UnpicklingError as error:

@@ -111,6 +111,14 @@ def test_a_truncated_file_is_named(folder):
         checkpoint.survey(checkpoint.find(folder))
 
 
+def test_files_from_before_torch_1_6_are_read(folder):
+    expected = load(folder).state_dict()
+    for path in folder.iterdir():
+        state = torch.load(path, weights_only=True)
+        torch.save(state, path, _use_new_zipfile_serialization=False)
+    assert all(tensor.equal(expected[name]) for name, tensor in load(folder).state_dict().items())
+
+
 # ------------------------------------------------------------------------------------------------ the key table
 
 RANK = "model-rank-1.pt"
