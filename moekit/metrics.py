@@ -664,7 +664,7 @@ def cache_hits(trace: Trace, sizes: Sequence[int] | None = None, *, dispatched: 
 
     - ``lru``: keeps the experts requested last (Mattson et al. 1970: one pass gives every size);
     - ``lfu``: keeps those requested most often so far, of equals those requested last (counts are never forgotten);
-    - ``oracle``: Belady 1966: what is requested is always taken in, and whoever is needed again last gives way; of
+    - ``oracle``: Belady 1966: keeps those that are needed again soonest, the most hits that any policy can have; of
       long traces in pieces (:func:`moekit.offload.oracle_hits`).
 
     ``chance``: lru the mean over choices k = 0, ... of (size - k) / (E - k), lfu size / E, oracle simulated. Wilson's

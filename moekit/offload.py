@@ -52,7 +52,8 @@ def lfu_rank(stream: np.ndarray) -> np.ndarray:
 
 
 def oracle_hits(streams: list[np.ndarray], experts: int, sizes: np.ndarray) -> np.ndarray:
-    """Belady's hits (1966): what is requested is taken in, and whoever is needed again last gives way.
+    """Belady's hits (1966): of what a full cache holds and what is requested, whoever is needed again last is not kept.
+    No other policy has more.
 
     Streams of more than ``PIECE`` requests run in pieces, all at once, each after a run-up of 8 E requests that are not
     counted. A piece does not know what was requested only before its run-up, which matters to sizes near E alone.
@@ -63,8 +64,8 @@ def oracle_hits(streams: list[np.ndarray], experts: int, sizes: np.ndarray) -> n
     Returns:
         [streams, C] int64.
 
-    A stack of next uses, what is kept longest on top, holds every size's cache in its upper part: the expert requested
-    goes on top, and from there down to where it was, at each place the one that is needed later moves on.
+    A stack of next uses holds every size's cache in its upper part: the expert requested comes in on top, and from there
+    down to where it was, at each place the one that is needed later moves on.
     """
     pieces = []  # (stream, first request, first that counts, end)
     for number, stream in enumerate(streams):
@@ -83,7 +84,8 @@ def oracle_hits(streams: list[np.ndarray], experts: int, sizes: np.ndarray) -> n
         counted[start - first : end - first, lane] = True
 
     stack = np.full((depth, len(pieces)), never, dtype=dtype)
-    spare, found = np.empty_like(stack), np.empty(stack.shape, dtype=bool)
+    moving, spare = np.empty((2, depth + 1, len(pieces)), dtype=dtype)
+    found = np.empty(stack.shape, dtype=bool)
     lanes = np.arange(len(pieces))
     hit = np.zeros((depth, len(pieces)), dtype=np.int64)
     for step in range(steps):
@@ -91,9 +93,9 @@ def oracle_hits(streams: list[np.ndarray], experts: int, sizes: np.ndarray) -> n
         row = found.argmax(axis=0)
         hit[row, lanes] += found[row, lanes] & counted[step]
         np.copyto(stack, never, where=found)  # it leaves its place to who moves on
-        moving, spare = _running_maximum(stack.copy(), spare)
-        np.minimum(moving[:-1], stack[1:], out=stack[1:])
-        stack[0] = after[step]
+        moving[0], moving[1:] = after[step], stack
+        moving, spare = _running_maximum(moving, spare)
+        np.minimum(moving[:-1], stack, out=stack)
     total = np.zeros((len(streams), depth), dtype=np.int64)
     np.add.at(total, [number for number, *_ in pieces], hit.T)
     return total.cumsum(axis=1)[:, sizes - 1]
