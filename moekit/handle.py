@@ -266,7 +266,8 @@ class Model:
             texts = [data_or_texts] if isinstance(data_or_texts, str) else data_or_texts
             ids = [self.codec.encode(text) if isinstance(text, str) else text for text in texts]
             batches = tracing.text_batches(ids, batch_size, self.config.max_positions)
-            vocab = self.config.vocab_rows
+            of_text = any(isinstance(text, str) for text in texts)
+            vocab = len(self.codec) if of_text else self.config.vocab_rows
             asked = {"texts": len(ids), "batch_size": batch_size}
         if max_tokens is not None:
             check_positive("max_tokens", max_tokens)
