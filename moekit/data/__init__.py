@@ -1,7 +1,7 @@
 """Data: from text, and from the web, to what a model reads.
 
     codec = Codec.load("demo")          # text to ids and back
-    prepared = prepare(check_parameters({"source": "my/texts", "bpe": "demo"}))
+    prepared = prepare(settings({"source": "my/texts", "bpe": "demo"}))
 
 Pictures of what was prepared are in :mod:`moekit.data.plots`, which needs matplotlib.
 """
@@ -10,8 +10,8 @@ from moekit.data.binarise import Binarised, Summary, binarise
 from moekit.data.codec import Codec
 from moekit.data.download import Downloaded, DownloadError, NoSpace, Patience, download
 from moekit.data.encode import Encoded, encode_files
-from moekit.data.parameters import Settings, check_parameters
 from moekit.data.prepare import Prepared, prepare, verify_checkpoint
+from moekit.data.settings import Settings, settings
 from moekit.data.unpack import CorruptArchive, unpack
 
 __all__ = [
@@ -27,10 +27,10 @@ __all__ = [
     "Settings",
     "Summary",
     "binarise",
-    "check_parameters",
     "download",
     "encode_files",
     "prepare",
+    "settings",
     "unpack",
     "verify_checkpoint",
 ]

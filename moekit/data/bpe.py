@@ -9,6 +9,7 @@ pieces are cut here, a whole text at once, by the tables of ``regex``.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from pathlib import Path
 
@@ -113,10 +114,8 @@ class BytePairs:
     def encode(self, text: str) -> list[int]:
         """GPT-2's ids of ``text``, exactly as it is."""
         data, starts = cut(text)
-        ends = [*starts[1:].tolist(), len(data)]
-        return [
-            i for start, end in zip(starts.tolist(), ends, strict=True) for i in self.merge(data[start:end])
-        ]
+        spans = itertools.pairwise([*starts.tolist(), len(data)])
+        return [number for start, end in spans for number in self.merge(data[start:end])]
 
 
 def read_vocabulary(path: Path) -> dict[str, int]:

@@ -9,6 +9,8 @@ from pathlib import Path
 DEMO = Path(__file__).parents[1] / "demo" / "data"
 TEXT_SUFFIXES = (".txt", ".text", ".raw", ".md")
 SUBSET = re.compile(r"(?<![a-z])(?:(train|training)|(valid|validation|dev)|(test))(?![a-z])")
+MARK = "moekit-source.json"  # in a folder of prepared data: what it was made of
+FETCHED = ("downloads", "gpt2_bpe", "checkpoints")  # folders of data_dir
 SUBSETS = ("train", "valid", "test")
 
 Texts = dict[str, list[Path]]  # files by subset
@@ -23,14 +25,14 @@ def wikitext(folder: Path) -> Texts:
     return _all_there({subset: [folder / f"wiki.{subset}.raw"] for subset in SUBSETS})
 
 
-def own(source: str, beside: Path) -> Texts:
+def own(source: str, data_dir: Path) -> Texts:
     """Own text: a file, a folder (its text files, at any depth) or a glob, sorted by path.
 
     A file whose name has the word train, valid (validation, dev) or test in it belongs to that subset, any other to
     valid, the subset that models are evaluated on.
 
     Args:
-        beside: a folder not to look into: the one that the prepared data goes to.
+        data_dir: where prepared data goes. What was made there, or in any other such folder, is no text.
 
     Raises:
         ValueError: there is no such text.
@@ -43,7 +45,8 @@ def own(source: str, beside: Path) -> Texts:
         found = sorted(Path(name) for name in glob.glob(str(path), recursive=True)) or [path]
         wanted = "a file, a folder or a glob that fits some file"
     found = [p.resolve() for p in found if p.is_file()]
-    found = [p for p in found if not p.is_relative_to(beside)]
+    fetched = [data_dir / name for name in FETCHED]
+    found = [p for p in found if not any(q in fetched or (q / MARK).exists() for q in p.parents)]
     if not found:
         raise ValueError(
             f"source={source!r}: no text there; expected 'demo', 'wikitext-103' or own text, that is {wanted}"

@@ -1,4 +1,4 @@
-"""Pictures of prepared data, and a passage's way through the codec. matplotlib and pandas are imported where used."""
+"""Pictures of prepared data, and a passage's way through the codec. matplotlib is imported where used."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ import numpy as np
 
 from moekit.data.binarise import Binarised
 from moekit.data.codec import Codec
-from moekit.data.dictionary import SPECIAL, UNK
+from moekit.data.dictionary import UNK
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -31,6 +30,7 @@ def picture(prepared: Prepared, top: int = 20) -> Figure:
     plot_frequent(middle, sum(counts.values()), prepared.codec, top)
     unknown = {name: summary.unknown_types for name, summary in prepared.summaries.items()}
     plot_types(right, counts, unknown)
+    plt.close(figure)  # whoever shows it does so once
     return figure
 
 
@@ -92,20 +92,26 @@ def plot_types(axes: Axes, counts: dict[str, np.ndarray], unknown_types: dict[st
     axes.legend(frameon=False, ncols=3)
 
 
-def round_trip(codec: Codec, text: str) -> pd.DataFrame:
-    """A row a token of ``text``: its piece, its symbol in ``dict.txt`` (GPT-2's id) and its id.
+def round_trip(codec: Codec, text: str, width: int = 110) -> str:
+    """A passage's way through the codec, to be printed: the text, its pieces above their ids, and the text again.
 
     Raises:
         ValueError: the ids do not give the text back, because the dictionary lacks a piece of it.
     """
-    import pandas as pd
-
     ids = codec.encode(text)
-    if codec.decode(ids) != text:
-        lost = [piece for piece in codec.pieces(ids) if piece == SPECIAL[UNK]]
-        raise ValueError(f"the text does not come back: {len(lost)} of its pieces are not in the dictionary")
-    symbols = [codec.dictionary.symbols[number] for number in ids]
-    return pd.DataFrame({"piece": codec.pieces(ids), "symbol": symbols, "id": ids})
+    pieces, again = codec.pieces(ids), codec.decode(ids)
+    if again != text:
+        raise ValueError(
+            f"the text does not come back: {ids.count(UNK)} of its pieces are not in the dictionary"
+        )
+    rows = [["", ""]]
+    for piece, number in zip(pieces, map(str, ids), strict=True):
+        piece = piece.replace(" ", "␣")
+        columns = max(len(piece), len(number)) + 2
+        if len(rows[-1][0]) + columns > width:
+            rows.append(["", ""])
+        rows[-1] = [rows[-1][0] + piece.ljust(columns), rows[-1][1] + number.ljust(columns)]
+    return "\n\n".join([text, *("\n".join(row) for row in rows), again])
 
 
 def _label(piece: str) -> str:

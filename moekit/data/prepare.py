@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import time
 from collections.abc import Callable
@@ -13,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 from moekit.data import codec, corpus, record, sources
 from moekit.data.binarise import Binarised, Summary, binarise
 from moekit.data.codec import Codec
-from moekit.data.download import discard, download, human
+from moekit.data.download import DownloadError, discard, download, human
 from moekit.data.encode import encode_files
 from moekit.data.lock import locked
-from moekit.data.parameters import Settings
+from moekit.data.settings import Settings
 from moekit.data.unpack import CorruptArchive, unpack
 
 if TYPE_CHECKING:
@@ -77,17 +78,16 @@ class Prepared:
 
         return pd.DataFrame(self.files)
 
-    def passage(self, lines: int = 3) -> str:
-        """The first ``lines`` lines with text in them."""
-        found = []
+    def passage(self, lines: int = 2, words: int = 12) -> str:
+        """The beginnings of the first ``lines`` lines with that many words; fewer lines if there are no more."""
+        beginnings = []
         for path in next(iter(self.texts.values())):
             with open(path, encoding="utf-8") as file:
-                for line in file:
-                    if line.strip():
-                        found.append(line.strip())
-                    if len(found) == lines:
-                        return "\n".join(found)
-        return "\n".join(found)
+                long = (line.split() for line in file if line.count(" ") >= words)
+                beginnings += [
+                    " ".join(line[:words]) for line in itertools.islice(long, lines - len(beginnings))
+                ]
+        return "\n".join(beginnings)
 
 
 def prepare(settings: Settings, say: Say = print) -> Prepared:
@@ -161,9 +161,9 @@ def _claim(home: Path, settings: Settings, texts: corpus.Texts) -> None:
         if settings.source in ("demo", "wikitext-103")
         else str(Path(settings.source).resolve())
     )
-    owner = record.read(home / "source.json")
+    owner = record.read(home / corpus.MARK)
     if owner is None:
-        record.write(home / "source.json", {"source": source})
+        record.write(home / corpus.MARK, {"source": source})
     elif owner["source"] != source:
         raise ValueError(
             f"{home} holds what was made of {owner['source']}; choose another data_dir for {source}"
@@ -261,18 +261,22 @@ def _unpacked(remote: sources.Remote, folder: Path, settings: Settings, steps: S
     if folder.exists():
         return steps.report(f"unpack {remote.name}", False, str(folder))
     archive = _archive(remote, settings)
-    urls = remote.addresses(settings.mirrors)
+    urls, damaged = remote.addresses(settings.mirrors), ""
     while True:
-        origin = _downloaded(remote, archive, settings, steps, urls, spare=remote.unpacked)
+        try:
+            origin = _downloaded(remote, archive, settings, steps, urls, spare=remote.unpacked)
+        except DownloadError as error:
+            raise DownloadError(f"{error}{damaged}") from None
         try:
             files = unpack(archive, folder, limit=2 * remote.unpacked)
             break
         except CorruptArchive as error:
             discard(archive)
+            damaged += f"; {origin}: {error}"
             urls = urls[urls.index(origin) + 1 :] if origin in urls else []
             if not urls:
                 raise CorruptArchive(
-                    f"{error} It was removed; run again to fetch it anew, or add a mirror"
+                    f"{error}. It was removed: run again, with another mirror if it has to be"
                 ) from None
             steps.report(f"unpack {remote.name}", True, f"{error}; asking the next mirror")
     steps.report(f"unpack {remote.name}", True, f"{len(files)} files in {folder}")

@@ -1,0 +1,410 @@
+"""The whole way, from a loopback server or own text to binarised data and a verified checkpoint."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import time
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_server import Page, Server
+
+from moekit.data import Binarised, DownloadError, plots, prepare, settings, sources
+from moekit.data.codec import DEMO
+from moekit.data.lock import locked
+
+module = importlib.import_module("moekit.data.prepare")  # which the function of the same name hides
+BPE = {f"/gpt2_bpe/{name}": DEMO / name for name in ("encoder.json", "vocab.bpe", "dict.txt")}
+
+
+@pytest.fixture(autouse=True)
+def only_the_loopback_server(monkeypatch):
+    """No built-in address, and room for archives as small as the tests' ones."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    offline = {"urls": (), "unpacked": 10_000_000}
+    monkeypatch.setattr(sources, "GPT2_BPE", tuple(replace(s, urls=()) for s in sources.GPT2_BPE))
+    monkeypatch.setattr(sources, "WIKITEXT_103", replace(sources.WIKITEXT_103, **offline))
+    checkpoints = {name: replace(remote, **offline) for name, remote in sources.CHECKPOINTS.items()}
+    monkeypatch.setattr(sources, "CHECKPOINTS", checkpoints)
+
+
+def run(folder: Path, **parameters) -> tuple[module.Prepared, list[str]]:
+    said: list[str] = []
+    asked = settings({"data_dir": str(folder / "data"), "workers": 1, **parameters})
+    return prepare(asked, said.append), said
+
+
+def wikitext() -> bytes:
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
+        for subset in ("train", "valid", "test"):
+            file.writestr(
+                f"wikitext-103-raw/wiki.{subset}.raw", f" \n = {subset} = \n \n Text , of the {subset} . \n"
+            )
+    return archive.getvalue()
+
+
+def checkpoint(reference: Path, leave_out: str = "") -> bytes:
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w:gz") as file:
+        for path in sorted((reference / "checkpoint").iterdir()):
+            if path.name != leave_out:
+                file.add(path, f"en_moe_lm_15b/{path.name}")
+    return archive.getvalue()
+
+
+def pages(**more: Page) -> dict[str, Page]:
+    return {**{path: Page(file.read_bytes()) for path, file in BPE.items()}, **more}
+
+
+def untouched(folder: Path) -> dict[str, tuple[int, int]]:
+    return {
+        str(p): (p.stat().st_ino, p.stat().st_mtime_ns)
+        for p in folder.rglob("*")
+        if p.is_file() and p.name != ".moekit.lock"
+    }
+
+
+def no_halves(folder: Path) -> None:
+    assert not [p for p in folder.rglob("*") if ".part" in p.name]
+
+
+# ------------------------------------------------------------------------------------------------ the demo
+
+
+def test_the_demo_without_the_web_and_again(tmp_path):
+    first, said = run(tmp_path)
+    assert first.done == ["encode valid", "binarise valid", "encode test", "binarise test"]
+    theirs = DEMO.parent / "data" / "data-bin"  # made by fairseq-preprocess
+    for name in ("valid.bin", "valid.idx", "test.bin", "test.idx", "dict.txt"):
+        assert (first.data_bin / name).read_bytes() == (theirs / name).read_bytes(), name
+    no_halves(tmp_path)
+    before, started = untouched(tmp_path), time.monotonic()
+    second, said = run(tmp_path)
+    assert second.done == [] and said[-1].startswith("Nothing to do") and time.monotonic() - started < 1
+    assert untouched(tmp_path) == before
+    assert second.summaries == first.summaries
+
+
+def test_fairseq_reads_it(tmp_path):
+    from fairseq.data import data_utils
+
+    from moekit.data import Codec
+
+    prepared, _ = run(tmp_path)
+    dataset = data_utils.load_indexed_dataset(str(prepared.data_bin / "valid"), dataset_impl="mmap")
+    lines = prepared.texts["valid"][0].read_text(encoding="utf-8").split("\n")
+    assert len(dataset) == prepared.summaries["valid"].lines
+    assert Codec.load("demo").decode(dataset[7]) == lines[7].strip() + "\n"
+
+
+# ------------------------------------------------------------------------------------------------ own text
+
+
+def test_own_text_by_folder_glob_and_file(tmp_path):
+    texts = tmp_path / "My texts"
+    for name, text in {
+        "a.txt": "one\n",
+        "b.test.txt": "two\n",
+        "sub/train.md": "three",
+        "c.py": "four",
+    }.items():
+        (texts / name).parent.mkdir(parents=True, exist_ok=True)
+        (texts / name).write_text(text)
+    prepared, _ = run(tmp_path, source=str(texts), bpe="demo")
+    assert prepared.data_bin == (tmp_path / "data" / "own-My-texts" / "data-bin").resolve()
+    got = {s: prepared.codec.decode(prepared.binarised(s).ids) for s in prepared.summaries}
+    assert got == {"train": "three\n", "valid": "one\n", "test": "two\n"}
+    (texts / "sub/train.md").unlink()  # what was made of it goes too
+    prepared, _ = run(tmp_path, source=str(texts), bpe="demo")
+    assert sorted(prepared.summaries) == ["test", "valid"] and not list(prepared.data_bin.glob("train*"))
+    prepared, _ = run(tmp_path, source=str(texts / "**" / "*.py"), bpe="demo", data_dir=str(tmp_path / "two"))
+    assert prepared.codec.decode(prepared.binarised("valid").ids) == "four\n"
+    prepared, _ = run(tmp_path, source=str(texts / "a.txt"), bpe="demo", data_dir=str(texts))
+    prepared, _ = run(tmp_path, source=str(texts), bpe="demo", data_dir=str(texts / "prepared"))
+    assert prepared.texts["valid"] == [texts / "a.txt"]
+
+
+def test_changed_text_and_options_are_prepared_anew_and_nothing_else(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("one\n\ntwo\n")
+    first, _ = run(tmp_path, source=str(text), bpe="demo")
+    assert first.summaries["valid"].lines == 3
+    second, said = run(tmp_path, source=str(text), bpe="demo", keep_empty="false")
+    assert second.summaries["valid"].lines == 2 and "1 empty ones dropped" in said[0]
+    text.write_text("one\n")
+    third, _ = run(tmp_path, source=str(text), bpe="demo", keep_empty=False)
+    assert third.done == ["encode valid", "binarise valid"] and third.summaries["valid"].lines == 1
+    (third.data_bin / "valid.bin").write_bytes(b"")  # damaged meanwhile
+    fourth, _ = run(tmp_path, source=str(text), bpe="demo", keep_empty=False)
+    assert fourth.done == ["binarise valid"] and len(Binarised(fourth.data_bin / "valid").ids) == 2
+
+
+def test_two_sources_of_the_same_name_do_not_mix(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.txt").write_text(folder)
+    run(tmp_path, source=str(tmp_path / "a" / "x.txt"), bpe="demo")
+    with pytest.raises(ValueError, match=r"holds what was made of .*/a/x.txt; choose another data_dir"):
+        run(tmp_path, source=str(tmp_path / "b" / "x.txt"), bpe="demo")
+
+
+@pytest.mark.parametrize("content", ["", "\n \n\t\n"])
+def test_text_without_text(tmp_path, content):
+    (tmp_path / "x.txt").write_text(content)
+    with pytest.raises(ValueError, match="there is no line of text in"):
+        run(tmp_path, source=str(tmp_path / "x.txt"), bpe="demo", keep_empty=False)
+    with pytest.raises(ValueError, match="no text there; expected 'demo', 'wikitext-103' or own text"):
+        run(tmp_path, source=str(tmp_path / "nothing*"), bpe="demo")
+
+
+# ------------------------------------------------------------------------------------------------- the web
+
+
+def test_wikitext_from_a_mirror_and_again_without_it(tmp_path):
+    with Server(pages(**{"/wikitext-103-raw-v1.zip": Page(wikitext())})) as server:
+        first, said = run(tmp_path, source="wikitext-103", mirrors=[server.url("/")])
+    assert any("its hash was not known before and is recorded now" in line for line in said)
+    assert first.codec.decode(first.binarised("train").ids) == "\n= train =\n\nText , of the train .\n"
+    assert list(first.summaries) == ["train", "valid", "test"]
+    second, said = run(tmp_path, source="wikitext-103", mirrors=["http://127.0.0.1:9/gone"])
+    assert second.done == [] and said[-1].startswith("Nothing to do")
+    no_halves(tmp_path)
+
+
+def test_a_checkpoint_is_fetched_unpacked_and_verified(tmp_path, reference):
+    archive = Page(checkpoint(reference), drops=3, drop_after=30_000)
+    with Server(pages(**{"/models/lm/en_moe_lm_15b.tar.gz": archive})) as server:
+        first, _ = run(tmp_path, checkpoint="en_moe_lm_15b", mirrors=[server.url("")])
+    table = first.files_table()
+    assert table["file"].tolist() == ["model-shared.pt", *(f"model-rank-{i}.pt" for i in range(4))]
+    assert table["experts"].tolist() == [0, 2, 2, 2, 2] and set(table["dtype"]) == {"float16"}
+    assert archive.sent == len(archive.body)
+    assert (tmp_path / "data/downloads/en_moe_lm_15b.tar.gz").exists()
+    before, started = untouched(tmp_path), time.monotonic()
+    second, _ = run(tmp_path, checkpoint="en_moe_lm_15b")
+    assert second.done == [] and second.files == first.files and time.monotonic() - started < 1
+    assert untouched(tmp_path) == before
+    third, _ = run(tmp_path, checkpoint="en_moe_lm_15b", delete_archive=True)
+    assert third.done == [] and not list((tmp_path / "data/downloads").iterdir())
+    fourth, _ = run(tmp_path, checkpoint="en_moe_lm_15b")
+    assert fourth.done == []
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped"])
+def test_a_damaged_archive_sends_us_to_the_next_mirror(tmp_path, reference, damage):
+    good = checkpoint(reference)
+    middle = len(good) // 2
+    bad = good[:middle] if damage == "cut" else good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1 :]
+    name = "/models/lm/en_moe_lm_15b.tar.gz"
+    with Server({**pages(), f"/a{name}": Page(bad), f"/b{name}": Page(good)}) as server:
+        mirrors = [server.url("/a"), server.url("")]
+        with pytest.raises(DownloadError, match=r"404 Not Found; .*/a/models.*is cut short or damaged"):
+            run(tmp_path, checkpoint="en_moe_lm_15b", mirrors=mirrors)
+        left = [p for name in ("downloads", "checkpoints") for p in (tmp_path / "data" / name).iterdir()]
+        assert left == []
+        prepared, said = run(tmp_path, checkpoint="en_moe_lm_15b", mirrors=[*mirrors, server.url("/b")])
+    assert len(prepared.files) == 5 and any("asking the next mirror" in line for line in said)
+    no_halves(tmp_path)
+
+
+def test_a_checkpoint_with_a_file_missing_is_not_verified(tmp_path, reference):
+    name = "/models/lm/en_moe_lm_15b.tar.gz"
+    for missing, match in (("model-rank-3.pt", "expert"), ("model-rank-1.pt", "lacks model-rank-1.pt")):
+        page = Page(checkpoint(reference, leave_out=missing))
+        folder = tmp_path / missing
+        with Server(pages(**{name: page})) as server, pytest.raises(ValueError, match=match):
+            run(folder, checkpoint="en_moe_lm_15b", mirrors=[server.url("")])
+
+
+def test_every_interruption_is_made_good_by_the_next_run(tmp_path, reference, monkeypatch):
+    """Stop at each file that is renamed or begun, one after the other, as an interrupt would; then finish."""
+    everything = pages(
+        **{
+            "/models/lm/en_moe_lm_15b.tar.gz": Page(checkpoint(reference)),
+            "/wikitext-103-raw-v1.zip": Page(wikitext()),
+        }
+    )
+    rename, stops = Path.replace, 0
+
+    def stopping(left: list[int]):
+        def stop(self, target):
+            left[0] -= 1
+            if left[0] == 0:
+                raise KeyboardInterrupt
+            return rename(self, target)
+
+        return stop
+
+    with Server(everything) as server:
+        while True:
+            left = [2 + stops % 5]
+            with monkeypatch.context() as patch:
+                patch.setattr(Path, "replace", stopping(left))
+                try:
+                    mirrors = [server.url("")]
+                    run(tmp_path, source="wikitext-103", checkpoint="en_moe_lm_15b", mirrors=mirrors)
+                    break
+                except KeyboardInterrupt:
+                    stops += 1
+            assert stops < 100
+    assert stops >= 15
+    whole, _ = run(tmp_path, source="wikitext-103", checkpoint="en_moe_lm_15b")
+    assert whole.done == [] and len(whole.files) == 5
+    no_halves(tmp_path)
+    with Server(everything) as server:
+        other, _ = run(
+            tmp_path / "at once", source="wikitext-103", checkpoint="en_moe_lm_15b", mirrors=[server.url("")]
+        )
+    for path in (p for p in other.data_bin.iterdir() if p.suffix in (".bin", ".idx", ".txt")):
+        assert path.read_bytes() == (whole.data_bin / path.name).read_bytes()
+
+
+def test_an_answer_that_is_not_the_file(tmp_path):
+    login = {path: Page(b"<html>Please log in</html>") for path in BPE}
+    with (
+        Server(login) as server,
+        pytest.raises(DownloadError, match=r"encoder\.json could not be downloaded"),
+    ):
+        run(tmp_path, bpe="gpt2", mirrors=[server.url("")])
+    assert not list((tmp_path / "data/gpt2_bpe").iterdir())
+
+
+# ------------------------------------------------------------------------------------------------- the lock
+
+
+def test_only_one_at_a_time(tmp_path):
+    code = (
+        "import sys, time; from pathlib import Path; from moekit.data.lock import locked\n"
+        "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code, tmp_path / "data"], stdout=subprocess.PIPE)
+    try:
+        assert child.stdout.readline() == b"held\n"
+        with pytest.raises(ValueError, match=rf"is being prepared by process {child.pid} on .*; wait for it"):
+            run(tmp_path)
+        assert not (tmp_path / "data" / "demo").exists()
+    finally:
+        child.kill()
+        child.wait(10)
+    run(tmp_path)  # killed: the folder is free again
+    with locked(tmp_path / "data"), pytest.raises(ValueError, match=f"process {os.getpid()}"):
+        run(tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------- parameters
+
+
+def test_what_papermill_makes_of_parameters():
+    got = settings({"workers": 2.0, "keep_empty": "true", "mirrors": "http://a, https://b/c"})
+    assert (got.workers, got.keep_empty, got.mirrors) == (2, True, ("http://a", "https://b/c"))
+    assert settings({"keep_empty": "False"}).keep_empty is False
+    assert settings({}).workers == len(os.sched_getaffinity(0))
+    assert settings({}).bpe == "demo" and settings({"source": "x"}).bpe == "gpt2"
+    assert settings({"checkpoint": "en_moe_lm_52b"}).bpe == "gpt2"
+    assert settings({"data_dir": "~/x"}).data_dir == Path.home() / "x"
+
+
+@pytest.mark.parametrize(
+    "given, match",
+    [
+        ({"source": " "}, "source is empty"),
+        ({"data_dir": None}, "data_dir=None: expected text"),
+        ({"checkpoint": "15b"}, "checkpoint='15b': expected one of none, en_moe_lm_15b, en_moe_lm_52b"),
+        ({"keep_empty": "yes"}, "keep_empty='yes': expected True or False"),
+        ({"workers": 1.5}, r"workers=1\.5: expected a whole number"),
+        ({"workers": -1}, "workers=-1: expected a whole number"),
+        ({"workers": 1e3}, "workers=1000: expected at most 256"),
+        ({"mirrors": "ftp://x"}, "'ftp://x' does not begin with http"),
+        ({"mirrors": 3}, "mirrors=3: expected a list of texts"),
+        ({"bpe": "demo", "checkpoint": "en_moe_lm_15b"}, "reads GPT-2's pieces"),
+        ({"sorce": "x"}, "sorce is not a parameter of this notebook: did you mean source"),
+    ],
+    ids=str,
+)
+def test_parameters_that_are_refused(given, match):
+    with pytest.raises(ValueError, match=match):
+        settings(given)
+
+
+# -------------------------------------------------------------------------------------------------- pictures
+
+
+def test_document_lengths():
+    sizes = np.array([3, 4, 1, 1, 5, 1, 2], "<i4")  # two lines, two empty ones, a line, an empty one, a line
+    assert plots.document_lengths(sizes).tolist() == [7, 5, 2]
+    assert plots.document_lengths(np.array([1, 3, 1], "<i4")).tolist() == [3]
+    assert plots.document_lengths(np.array([3, 4], "<i4")).tolist() == [3, 4]
+
+
+def test_counts_tables_and_the_picture(tmp_path):
+    text = tmp_path / "x.txt"
+    text.write_text("a $x$ a 中\n" * 10)
+    prepared, _ = run(tmp_path, source=str(text), bpe="demo")
+    counts = plots.type_counts(prepared.binarised("valid"), len(prepared.codec))
+    assert counts[2] == 10 and counts.sum() == prepared.summaries["valid"].tokens
+    (a,) = prepared.codec.encode(" a")
+    assert counts[a] == 10
+    figure = plots.picture(prepared)
+    assert figure.axes[0].get_title() == "Document lengths"
+    figure.savefig(tmp_path / "picture.png")
+    row = prepared.subsets_table().loc["valid"]
+    assert (row["lines"], row["text"]) == (10, "120 B")
+    assert prepared.passage(2, 3) == "a $x$ a\na $x$ a"
+
+
+def test_a_round_trip_shows_every_token(tmp_path):
+    prepared, _ = run(tmp_path)
+    shown = plots.round_trip(prepared.codec, "Two lines.\nHere.", width=20)
+    assert shown.startswith("Two lines.\nHere.\n\n") and shown.endswith("\n\nTwo lines.\nHere.")
+    assert "</s>" in shown and max(map(len, shown.split("\n"))) <= 20
+    ids = prepared.codec.encode("Two lines.\nHere.")
+    assert [int(word) for word in shown.split() if word.isdecimal()] == ids
+
+
+# -------------------------------------------------------------------------------------------------- notebook
+
+NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "prepare_data.ipynb"
+
+
+def outputs(path: Path) -> str:
+    cells = json.loads(path.read_text())["cells"]
+    return "".join("".join(output.get("text", [])) for cell in cells for output in cell.get("outputs", []))
+
+
+def test_the_notebook_headless_from_another_folder_twice(tmp_path, monkeypatch):
+    import papermill
+
+    monkeypatch.chdir(tmp_path)
+    for name, done in (("one", "Prepared in"), ("two", "Nothing to do: everything is there")):
+        papermill.execute_notebook(
+            NOTEBOOK, f"{name}.ipynb", {"keep_empty": "true"}, progress_bar=False, cwd=tmp_path
+        )
+        assert done in outputs(tmp_path / f"{name}.ipynb")
+    assert (tmp_path / "data" / "demo" / "data-bin" / "valid.bin").exists()
+    images = [
+        o
+        for c in json.loads((tmp_path / "one.ipynb").read_text())["cells"]
+        for o in c.get("outputs", [])
+        if "image/png" in o.get("data", {})
+    ]
+    assert images
+
+
+def test_the_notebook_is_committed_without_outputs():
+    cells = json.loads(NOTEBOOK.read_text())["cells"]
+    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells)
+    (parameters,) = [c for c in cells if "parameters" in c["metadata"].get("tags", [])]
+    import ast
+
+    for statement in ast.parse("".join(parameters["source"])).body:
+        ast.literal_eval(statement.value)  # literals only, so that papermill can show and replace them
