@@ -106,10 +106,8 @@ def favourites(trace: Trace, labels: np.ndarray, codec: Codec | None, tokens: in
         others = table.drop(columns=domain).max(axis=1) if table.shape[1] > 1 else 0 * table[domain]
         layer, expert = (table[domain] - others).idxmax()
         at = (layer, expert)
-        top = metrics.top_tokens(trace.select(mask=labels == domain), layer, expert, n=tokens)["token"]
-        shown = (
-            [f"{i}" for i in top] if codec is None else [piece.strip() or "␣" for piece in codec.pieces(top)]
-        )
+        top = metrics.top_tokens(trace.select(mask=labels == domain), layer, expert, n=2 * tokens)["token"]
+        shown = map(str, top) if codec is None else (piece.strip() or "␣" for piece in codec.pieces(top))
         rows.append(
             {
                 "domain": domain,
@@ -118,11 +116,20 @@ def favourites(trace: Trace, labels: np.ndarray, codec: Codec | None, tokens: in
                 "share": table.loc[at, domain],
                 "next": others if np.isscalar(others) else others.loc[at],
                 "chance": found["chance"].iloc[0],
-                "top tokens": "  ".join(shown),
+                "top tokens": "  ".join(list(dict.fromkeys(shown))[:tokens]),
             }
         )
     order = sorted(rows, key=lambda row: row["next"] - row["share"])
     return pd.DataFrame(order)
+
+
+def wide(table: pd.DataFrame) -> pd.DataFrame:
+    """A metric's table with a row a (layer, statistic) as one with a column a statistic, and a last row of chance."""
+    import pandas as pd
+
+    values = table.pivot(index="layer", columns="statistic", values="value")
+    chance = table.groupby("statistic")["chance"].first().rename("random routing")
+    return pd.concat([values, chance.to_frame().T]).rename_axis(index="layer", columns=None)
 
 
 def change_by_domain(before: Trace, after: Trace, labels: np.ndarray | None) -> pd.DataFrame:
