@@ -610,4 +610,4 @@ def _lines(prefix: Path) -> tuple[np.ndarray, np.ndarray]:
     if not prefix.with_name(prefix.name + ".idx").is_file():
         raise ValueError(f"there is no file {prefix}.idx")
     index = MMapIndexedDataset.Index(f"{prefix}.idx")
-    return np.asarray(index.sizes), np.fromfile(f"{prefix}.bin", dtype=index.dtype)
+    return np.array(index.sizes), np.fromfile(f"{prefix}.bin", dtype=index.dtype)
