@@ -1,0 +1,291 @@
+"""Interventions: they do what their words say, on every rank, and leave nothing behind."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from branch_cases import BASE
+from synthetic_traces import synthetic
+
+import moekit
+from moekit import gate
+from moekit.config import ModelConfig
+from moekit.intervene import Force, batch_invariance, compare, plan, weight_change
+
+TEXTS = [list(range(5, 25)), list(range(40, 73)), list(range(100, 111))]
+
+
+def config(**options) -> ModelConfig:
+    return ModelConfig(**{**vars(BASE), **options})
+
+
+@pytest.fixture(scope="module")
+def rng():
+    return torch.Generator().manual_seed(3)
+
+
+@pytest.fixture(scope="module")
+def models(reference):
+    """The same model on one rank and on two."""
+    with (
+        moekit.load(reference / "checkpoint", 1, "cpu", progress=False) as one,
+        moekit.load(reference / "checkpoint", 2, "cpu", progress=False) as two,
+    ):
+        yield one, two
+
+
+def on_both(models, texts, *, options=None, **changes):
+    """The trace inside ``route(**changes)``, which must not depend on the world size."""
+    options = {"progress": False, "batch_size": 2} | (options or {})
+    found = []
+    for model in models:
+        with model.route(**changes):
+            found.append(model.trace(texts, **options))
+    one, two = found
+    assert np.array_equal(one.experts, two.experts) and np.array_equal(one.kept, two.kept)
+    np.testing.assert_allclose(one.weights, two.weights, atol=1e-5)
+    np.testing.assert_allclose(one.logprob, two.logprob, atol=1e-5)
+    return one
+
+
+# -------------------------------------------------------------------------------------------------------- the gate
+
+
+def test_masked_experts_by_hand():
+    """Probabilities 1/2, 1/4, 1/8, 1/8; without the first: 1/2, 1/4, 1/4."""
+    logits = torch.tensor([[[0.5, 0.25, 0.125, 0.125]]]).log()
+    edit = gate.Edit(mask=torch.tensor([True, False, False, False]))
+    found = gate.route(logits, config(experts=4), fraction=None, edit=edit)
+    assert found.experts.tolist() == [[[1, 2]]]
+    assert found.probs[0, 0].tolist() == pytest.approx([0, 0.5, 0.25, 0.25])
+    assert found.weights[0, 0].tolist() == pytest.approx([2 / 3, 1 / 3])
+
+
+def test_forced_experts_by_hand():
+    logits = torch.tensor([[[0.5, 0.25, 0.125, 0.125]] * 3]).log()
+    forced = torch.tensor([[[3, 1], [2, -1], [-1, -1]]])
+    found = gate.route(logits, config(experts=4), fraction=None, edit=gate.Edit(forced=forced))
+    assert found.experts.tolist() == [[[3, 1], [2, 0], [0, 1]]]
+    want = [[1 / 3, 2 / 3], [0.2, 0.8], [2 / 3, 1 / 3]]  # their own probabilities, normalised
+    assert torch.allclose(found.weights[0], torch.tensor(want))
+    assert torch.allclose(found.probs, torch.softmax(logits, -1))
+
+
+def test_forced_tokens_queue_like_others():
+    """Five tokens forced to one expert with two places: the first two get in."""
+    logits = torch.zeros(1, 5, 8)
+    edit = gate.Edit(forced=torch.tensor([[[6, 7]] * 5]))
+    found = gate.route(logits, config(), fraction=0.4, edit=edit)
+    assert found.capacity == 2
+    assert found.kept[0].tolist() == [[True, True]] * 2 + [[False, False]] * 3
+    assert not found.weights[0, 2:].any()
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_dropped_second_choices_take_no_place(before, rng):
+    logits = torch.randn(1, 40, 8, generator=rng)
+    settings = config(normalize_before_dropping=before)
+    plain = gate.route(logits, settings, fraction=0.1)
+    edited = gate.route(logits, settings, fraction=0.1, edit=gate.Edit(drop_second=True))
+    assert torch.equal(edited.experts, plain.experts) and not edited.kept[..., 1].any()
+    assert torch.equal(edited.kept[..., 0], plain.kept[..., 0])
+    kept = edited.kept[..., 0]
+    first, second = plain.gate_probs.unbind(-1)
+    want = first / (first + second) if before else torch.ones_like(first)
+    assert torch.allclose(edited.weights[..., 0], want * kept) and not edited.weights[..., 1].any()
+
+
+@pytest.mark.parametrize("policy", ["sampling", "random"])
+def test_drop_second_with_drawn_second_experts(policy, rng):
+    logits = torch.randn(1, 20, 8, generator=rng)
+    found = gate.route(
+        logits,
+        config(second_expert=policy),
+        fraction=None,
+        noise=lambda kind, like: torch.full_like(like, 0.1),
+        edit=gate.Edit(drop_second=True),
+    )
+    assert not found.kept[..., 1].any()
+
+
+# -------------------------------------------------------------------------------------------------- with a model
+
+
+def test_masked_experts_get_nothing(models):
+    plain = models[0].trace(TEXTS, batch_size=2, progress=False)
+    for mask in ({1: [0, 3], 3: [5]}, [(1, 0), (1, 3), (3, 5)]):
+        found = on_both(models, TEXTS, mask=mask, options={"full": [1]})
+        assert not np.isin(found.experts[:, 0], [0, 3]).any() and not (found.experts[:, 1] == 5).any()
+        assert np.isin(plain.experts[:, 0], [0, 3]).any()
+        assert not found.full[1][:, [0, 3]].any()
+        np.testing.assert_allclose(found.full[1].astype(float).sum(axis=1), 1, atol=5e-3)
+    # Who did not want them is routed as before, in the first such layer.
+    others = ~np.isin(plain.experts[:, 0], [0, 3]).any(axis=1)
+    assert others.any() and np.array_equal(plain.experts[others, 0], found.experts[others, 0])
+    assert found.meta["intervention"]["mask"] == [[1, 0], [1, 3], [3, 5]]
+
+
+def test_masking_an_unused_expert_changes_nothing(models):
+    plain = models[0].trace(TEXTS[:1], progress=False)
+    unused = sorted(set(range(8)) - set(plain.experts[:, 1].ravel().tolist()))
+    with models[0].route(mask={3: unused}):
+        masked = models[0].trace(TEXTS[:1], progress=False)
+    np.testing.assert_allclose(plain.logprob, masked.logprob, atol=1e-5)
+
+
+def test_forced_span(models):
+    force = Force((5, 2), sample=1, positions=range(4, 7), layers=3)
+    plain = models[0].trace(TEXTS, batch_size=2, progress=False)
+    found = on_both(models, TEXTS, force=force)
+    span = (found.sample == 1) & np.isin(found.position, [4, 5, 6])
+    assert (found.experts[span, 1] == [5, 2]).all()
+    assert np.array_equal(found.experts[~span], plain.experts[~span])
+    assert np.array_equal(found.experts[span, 0], plain.experts[span, 0])
+    probs = found.probs[span, 1]
+    np.testing.assert_allclose(found.weights[span, 1], probs / probs.sum(axis=1, keepdims=True), atol=1e-6)
+    change = compare(plain, found).tokens.set_index(["sample", "position"])["delta"]
+    assert change[1].loc[:3].abs().max() < 1e-5 < change[1].loc[4:].abs().max()  # nothing before the span
+    assert change[0].abs().max() < 1e-5
+
+
+def test_forced_first_choice_everywhere(models):
+    found = on_both(models, TEXTS, force=[Force(6, sample=0), Force([1, 0], sample=2, layers=[1])])
+    assert (found.experts[found.sample == 0][..., 0] == 6).all()
+    assert (found.experts[found.sample == 0][..., 1] != 6).all()
+    assert (found.experts[found.sample == 2][:, 0] == [1, 0]).all()
+    assert not (found.experts[found.sample == 1][..., 0] == 6).all()
+
+
+def test_forcing_what_the_gate_chose_changes_nothing(models):
+    plain = models[0].trace(TEXTS[:1], progress=False)
+    force = [
+        Force(plain.experts[t, place].tolist(), sample=0, positions=t, layers=layer)
+        for t, (place, layer) in itertools.product(range(len(plain)), enumerate(plain.layers))
+    ]
+    with models[0].route(force=force):
+        forced = models[0].trace(TEXTS[:1], progress=False)
+    np.testing.assert_allclose(plain.logprob, forced.logprob, atol=1e-6)
+
+
+def test_capacity_and_second_choices(models):
+    tight = models[0].trace(TEXTS, batch_size=2, capacity_token_fraction=0.05, progress=False)
+    assert not tight.kept.all()
+    free = on_both(models, TEXTS, capacity_token_fraction=None, options={"capacity_token_fraction": 0.05})
+    assert free.kept.all() and free.meta["capacity_token_fraction"] is None
+    found = on_both(models, TEXTS, capacity_token_fraction=0.05)
+    assert np.array_equal(found.kept, tight.kept) and found.meta["capacity_token_fraction"] == 0.05
+    first = on_both(models, TEXTS, drop_second=True)
+    assert first.kept[..., 0].all() and not first.kept[..., 1].any()
+    np.testing.assert_allclose(first.weights[..., 0], 1, atol=1e-6)
+
+
+def test_generation_and_scoring_are_changed_too(models, reference):
+    seen = []
+    with models[0].route(mask={1: [0, 1, 2, 3]}):
+        models[0].generate(
+            [[5, 6, 7], [8]],
+            max_new_tokens=5,
+            record=lambda layer, routing: seen.append((layer, routing.experts)),
+            progress=False,
+        )
+        masked = models[0].evaluate(reference / "data-bin", max_batches=4, progress=False, trace=True)
+    first = [experts for layer, experts in seen if layer == 1]
+    assert len(first) == 5 and all((experts > 3).all() for experts in first)
+    assert (masked.trace.experts[:, 0] > 3).all()
+    plain = models[0].evaluate(reference / "data-bin", max_batches=4, progress=False)
+    assert masked.loss_base2 != plain.loss_base2
+
+
+def test_the_block_ends(models):
+    model = models[0]
+    plain = model.trace(TEXTS, progress=False)
+    with pytest.raises(RuntimeError, match="inside"), model.route(mask={1: [0]}):
+        raise RuntimeError("inside")
+    with model.route(mask={1: [0]}), pytest.raises(ValueError, match="inside another"):
+        with model.route(drop_second=True):
+            pass
+    assert model.intervention is None
+    assert np.array_equal(plain.experts, model.trace(TEXTS, progress=False).experts)
+
+
+@pytest.mark.parametrize(
+    "changes, told",
+    [
+        ({"mask": {0: [1]}}, r"layer 0 is not a mixture-of-experts layer; the model's are \[1, 3\]"),
+        ({"mask": {1: [8]}}, "layer 1 has no expert 8: they are 0 to 7"),
+        ({"mask": [(1, e) for e in range(7)]}, "mask leaves 1 of the 8 experts of layer 1"),
+        ({"force": Force((1, 1), sample=0)}, "1 to 2 different experts"),
+        ({"force": Force((1, 2, 3), sample=0)}, "1 to 2 different experts"),
+        ({"force": Force(9, sample=0)}, "has no expert 9"),
+        ({"force": Force(2, sample=0, layers=2)}, "layer 2 is not"),
+        ({"force": Force(2, sample=0), "mask": {3: [2]}}, "expert 2 of layer 3 is masked"),
+        ({"capacity_token_fraction": math.inf}, "capacity_token_fraction=inf"),
+    ],
+)
+def test_mistakes(changes, told):
+    with pytest.raises(ValueError, match=told):
+        plan(config(), **changes)
+
+
+def test_a_top_1_gate_has_no_second_choice():
+    with pytest.raises(ValueError, match="one choice"):
+        plan(config(top1=True), drop_second=True)
+    with pytest.raises(ValueError, match="1 to 1 different"):
+        plan(config(top1=True), force=Force((1, 2), sample=0))
+
+
+# ---------------------------------------------------------------------------------------------------- comparisons
+
+
+def test_weight_change_by_hand():
+    one, _ = synthetic(tokens=3, layers=(1,), block=3)
+    other, _ = synthetic(tokens=3, layers=(1,), block=3)
+    one.experts[:, 0] = [[0, 1], [0, 1], [0, 1]]
+    other.experts[:, 0] = [[1, 0], [0, 2], [2, 3]]
+    one.weights[:, 0] = [[0.75, 0.25]] * 3
+    other.weights[:, 0] = [[0.25, 0.75], [0.5, 0.5], [0.5, 0.5]]
+    assert weight_change(one, other)[:, 0].tolist() == pytest.approx([0, 0.5, 1])
+
+
+def test_compare_against_plain_loops(models):
+    before = models[0].trace(TEXTS, batch_size=3, progress=False)
+    after = models[0].trace(TEXTS, batch_size=3, capacity_token_fraction=0.05, progress=False)
+    found = compare(before, after)
+    assert found.tokens["delta"].isna().sum() == len(TEXTS)
+    assert found.delta == pytest.approx(np.nanmean(after.logprob - before.logprob), abs=1e-6)
+    for t, row in enumerate(found.tokens.to_dict("records")):
+        changed = [
+            layer
+            for place, layer in enumerate(before.layers)
+            if set(before.experts[t, place].tolist()) != set(after.experts[t, place].tolist())
+        ]
+        assert row["layers_changed"] == len(changed) and row["first_changed"] == (changed or [-1])[0]
+        assert row["drops_before"] == 0 and row["drops_after"] == (~after.kept[t]).sum()
+    for place, row in enumerate(found.layers.to_dict("records")):
+        kept = [
+            {e for e, k in zip(*some, strict=True) if k} != {e for e, k in zip(*other, strict=True) if k}
+            for some, other in zip(
+                zip(before.experts[:, place].tolist(), before.kept[:, place].tolist(), strict=True),
+                zip(after.experts[:, place].tolist(), after.kept[:, place].tolist(), strict=True),
+                strict=True,
+            )
+        ]
+        assert row["kept_changed"] == pytest.approx(np.mean(kept)) and row["kept_changed"] > 0
+        assert row["dropped_before"] == 0
+        assert row["dropped_after"] == pytest.approx((~after.kept[:, place]).mean())
+    nothing = compare(before, before)
+    assert nothing.delta == 0 and not nothing.layers.drop(columns="layer").to_numpy().any()
+
+
+def test_batch_invariance(models):
+    found = batch_invariance(
+        models[0], TEXTS, batch_sizes=(3,), capacities=(None, 0.05), progress=False
+    ).summary
+    assert found["batch_size"].tolist() == [1, 3, 1, 3]
+    free, tight = found.iloc[1], found.iloc[3]
+    assert free["dropped"] == free["kept_changed"] == free["tokens_changed"] == 0
+    assert free["max_abs_delta"] < 1e-5
+    assert tight["dropped"] > 0.1 and tight["kept_changed"] > 0 and tight["max_abs_delta"] > 0.01
+    assert (found.iloc[[0, 2]][["experts_changed", "max_abs_delta"]] == 0).all().all()
