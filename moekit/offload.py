@@ -86,19 +86,19 @@ def oracle_hits(streams: list[np.ndarray], experts: int, sizes: np.ndarray) -> n
     stack = np.full((depth, len(pieces)), never, dtype=dtype)
     moving, spare = np.empty((2, depth + 1, len(pieces)), dtype=dtype)
     found = np.empty(stack.shape, dtype=bool)
-    lanes = np.arange(len(pieces))
-    hit = np.zeros((depth, len(pieces)), dtype=np.int64)
+    parts = list(itertools.pairwise([0, *sizes.tolist()]))  # of the stack: what a larger cache has besides
+    hit = np.zeros((len(parts), len(pieces)), dtype=np.int64)
     for step in range(steps):
         np.equal(stack, step, out=found)  # next use is now: it is the one requested
-        row = found.argmax(axis=0)
-        hit[row, lanes] += found[row, lanes] & counted[step]
+        for part, (top, bottom) in enumerate(parts):
+            hit[part] += found[top:bottom].any(axis=0) & counted[step]
         np.copyto(stack, never, where=found)  # it leaves its place to who moves on
         moving[0], moving[1:] = after[step], stack
         moving, spare = _running_maximum(moving, spare)
         np.minimum(moving[:-1], stack, out=stack)
-    total = np.zeros((len(streams), depth), dtype=np.int64)
+    total = np.zeros((len(streams), len(parts)), dtype=np.int64)
     np.add.at(total, [number for number, *_ in pieces], hit.T)
-    return total.cumsum(axis=1)[:, sizes - 1]
+    return total.cumsum(axis=1)
 
 
 def _running_maximum(values: np.ndarray, spare: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

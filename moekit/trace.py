@@ -380,12 +380,12 @@ class Recorder:
 
         missing = [layer for layer in self.options.layers if layer not in self.found]
         assert not missing, f"layers {missing} took part in the forward pass and recorded nothing"
-        real = real.flatten()
+        rows = real.flatten().nonzero()[:, 0]
         table = {
-            name: torch.stack([self.found[layer][name][real] for layer in self.options.layers], dim=1)
+            name: torch.stack([self.found[layer][name] for layer in self.options.layers], dim=1)[rows]
             for name in (*CHOICE_COLUMNS, "entropy")
         }
-        table |= {f"full.{layer}": self.found[layer]["full"][real] for layer in self.options.full}
+        table |= {f"full.{layer}": self.found[layer]["full"][rows] for layer in self.options.full}
         return {name: column.cpu().numpy() for name, column in table.items()}
 
 
