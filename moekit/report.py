@@ -32,7 +32,6 @@ def machine() -> pd.DataFrame:
     """The machine this runs on, a fact a row."""
     facts = {
         "system": platform.platform(),
-        "Python": platform.python_version(),
         "cores": ranks.usable_cores(),
         "host memory": f"{_host_memory('MemAvailable') / GIB:.1f} of {_host_memory('MemTotal') / GIB:.1f} GiB free",
     }

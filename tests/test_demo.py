@@ -1,0 +1,72 @@
+"""The demo model is what the README says: trained, alive in every expert, and routed by kind of text."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import moekit
+from moekit import demo
+from moekit.demo.train import train
+from moekit.trace import domains_of
+
+FOLDER = Path(demo.__file__).parent
+META = json.loads((FOLDER / "data" / "meta.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def model():
+    with moekit.load("demo", 1, "cpu", progress=False) as model:
+        yield model
+
+
+@pytest.mark.parametrize("subset", ["valid", "test"])
+def test_it_has_learnt(model, subset):
+    """Bits a byte at least 35 % below a unigram model over the same pieces, on text it was not trained on."""
+    facts = META["splits"][subset]["total"]
+    result = model.evaluate("demo", subset, progress=False)
+    assert result.ntokens == facts["tokens"]
+    bits_a_byte = result.loss_base2 * result.ntokens / facts["bytes"]
+    assert bits_a_byte < 0.65 * facts["unigram_tokens_bits_per_byte"]
+
+
+def test_no_expert_is_dead_and_domains_differ(model):
+    trace = model.trace("demo", "valid", progress=False)
+    assert trace.kept.all()
+    domains = domains_of(trace, "demo")
+    names, domain = np.unique(domains, return_inverse=True)
+    assert len(names) >= 5
+    distances = []
+    for layer in range(len(trace.layers)):
+        load = np.bincount(trace.experts[:, layer].ravel(), minlength=16) / trace.experts[:, layer].size
+        assert load.min() > 0.1 / 16, f"layer {trace.layers[layer]}: expert {load.argmin()} is nearly dead"
+        shares = [
+            np.bincount(trace.experts[domain == d, layer].ravel(), minlength=16) / (2 * (domain == d).sum())
+            for d in range(len(names))
+        ]
+        distances.append(np.mean([abs(share - load).sum() / 2 for share in shares]))
+    assert max(distances) > 0.2, "total variation between a domain's experts and all text's"
+
+
+def test_half_precision_on_the_cpu_is_within_a_tenth_of_a_percent(model):
+    exact = model.evaluate("demo", max_batches=8, progress=False).perplexity
+    with moekit.load("demo", 1, "cpu", "float16", progress=False) as half:
+        assert half.evaluate("demo", max_batches=8, progress=False).perplexity == pytest.approx(
+            exact, rel=1e-3
+        )
+
+
+def test_training_makes_a_checkpoint_that_loads(tmp_path):
+    """Two steps on noise: the script from end to end, not what it learns."""
+    data = tmp_path / "data"
+    data.mkdir()
+    rng = np.random.default_rng(0)
+    for split in ("train", "valid"):
+        np.save(data / f"{split}.npy", rng.integers(4, 60, 600).astype(np.uint16))
+    (data / "meta.json").write_text(json.dumps({"vocabulary": 60}))
+    train(data, tmp_path / "model", steps=2, batch=2, rate=1e-3, device="cpu", seed=1)
+    with moekit.load(tmp_path / "model", 1, "cpu", progress=False) as made:
+        assert made.config.experts == 16
+        assert len(made.files.ranks) == 8
+        assert made.config.vocab_rows == 60
