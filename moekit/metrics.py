@@ -237,7 +237,7 @@ def _drop_chance(trace: Trace) -> np.ndarray | None:
     from moekit.gate import capacity
 
     groups, k = trace.meta.get("groups"), trace.top_k
-    if groups is None or "capacity_token_fraction" not in trace.meta or k > 2:
+    if not groups or "capacity_token_fraction" not in trace.meta or k > 2:
         return None
     fraction = trace.meta["capacity_token_fraction"]
     like = SimpleNamespace(top_k=k, experts=trace.num_experts)

@@ -527,6 +527,30 @@ def fingerprint(paths: Sequence[Path], edge: int = 65_536) -> str:
     return digest.hexdigest()
 
 
+def join(traces: Iterable[Trace]) -> Trace:
+    """Traces of different samples in one, with the first one's meta: those of several generations, say.
+
+    Raises:
+        ValueError: they share a sample, or are of other layers or another number of experts.
+    """
+    traces = list(traces)
+    for name in ("layers", "num_experts", "top_k"):
+        found = {getattr(trace, name) for trace in traces}
+        if len(found) != 1:
+            raise ValueError(f"the traces' {name} differ: {sorted(found)}")
+    first = traces[0]
+    samples = [set(np.unique(trace.sample).tolist()) for trace in traces]
+    if sum(map(len, samples)) > len(set().union(*samples)):
+        raise ValueError("two of the traces have a sample in common")
+    parts = [{name: getattr(t, name) for name in _ARRAYS} for t in traces]
+    full = tuple(layer for layer in first.full if all(layer in t.full for t in traces))
+    for part, trace in zip(parts, traces, strict=True):
+        part |= {f"full.{layer}": trace.full[layer] for layer in full}
+    collector = Collector(Options(first.layers, full))
+    collector.add(parts)
+    return collector.trace(first.num_experts, first.meta)
+
+
 def align(one: Trace, other: Trace) -> tuple[Trace, Trace]:
     """The parts of two traces that cover the same samples and positions, in the same order.
 

@@ -471,6 +471,15 @@ def test_align(made):
         trace.align(made, made.select(layers=[1]))
 
 
+def test_join(made):
+    parts = [made.select(samples=[3, 1]), made.select(samples=[0, 2, 4])]
+    same(trace.join(parts), made)
+    with pytest.raises(ValueError, match="a sample in common"):
+        trace.join([made, parts[0]])
+    with pytest.raises(ValueError, match="layers differ"):
+        trace.join([parts[0], parts[1].select(layers=[1])])
+
+
 # --------------------------------------------------------------------------------------------------------- domains
 
 
