@@ -1,0 +1,7 @@
+"""Exits with 0 when JupyterLab answers. No token needed: /api tells its version to anyone."""
+
+import http.client
+
+connection = http.client.HTTPConnection("127.0.0.1", 8888, timeout=2)
+connection.request("GET", "/api")
+raise SystemExit(connection.getresponse().status != 200)
