@@ -274,7 +274,7 @@ class Statistic:
     joined: bool
     count: int = 0
     logprob: float = 0.0
-    next_logprob: float = 0.0
+    next_logprob: float = 0
     followed: int = 0
 
 

@@ -1,0 +1,153 @@
+"""The command line of eval_lm, against what the branch's own said."""
+
+import json
+import logging
+import math
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moekit import eval_lm
+
+RECORDED = Path(__file__).parent / "data" / "eval_lm"
+WORDS = re.compile(r"\d+ .* \[-?[\d.]+\]")
+
+
+@pytest.fixture
+def command(reference, caplog, monkeypatch):
+    """Runs the command line with these arguments added; returns its status and its messages."""
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(sys, "argv", ["eval_lm"])  # fairseq's parser looks there for --user-dir
+
+    def run(*arguments: str, data: Path | None = None, model: str = "model.pt") -> tuple[int, list[str]]:
+        caplog.clear()
+        fixed = f"--gen-subset valid --sample-break-mode none --tokens-per-sample 64 --path {reference / 'checkpoint' / model}"
+        status = eval_lm.main(
+            [str(data or reference / "data-bin"), *fixed.split(), "--cpu", "--no-progress-bar", *arguments]
+        )
+        return status, [r.getMessage() for r in caplog.records if r.name == "fairseq_cli.eval_lm"]
+
+    return run
+
+
+def compared(messages: list[str], recorded: list[str]) -> int:
+    """Check each message against the recorded one, numbers of words to 1e-5; returns how many numbers those were."""
+    start = next(i for i, message in enumerate(messages) if message.startswith("num. model params"))
+    messages = [m for m in messages[start:] if not m.startswith(("load time", "Evaluation results saved"))]
+    assert len(messages) == len(recorded)
+    numbers = 0
+    for ours, theirs in zip(messages, recorded, strict=True):
+        if WORDS.match(theirs) or theirs.count("\t") == 5:
+            split = re.compile(r"(?<=\[)-?[\d.]+(?=\])" if WORDS.match(theirs) else r"(?<=\t)-?\d+\.\d+")
+            assert split.sub("", ours) == split.sub("", theirs)
+            found, wanted = (np.array([float(n) for n in split.findall(line)]) for line in (ours, theirs))
+            np.testing.assert_allclose(found, wanted, atol=1e-5, rtol=1e-5)
+            numbers += len(wanted)
+        else:
+            ours = re.sub(r"in [\d.]+s \(.* tokens/s\)", "in TIME", ours)
+            assert re.sub(r"^\S*bin valid", "DATA valid", ours) == theirs
+    return numbers
+
+
+def test_log_and_figures_are_the_branchs(command, tmp_path):
+    status, messages = command(
+        *"--is-moe --batch-size 2 --output-word-probs --output-word-stats --num-workers 0".split(),
+        *("--model-overrides", "{'world_size': 4, 'moe_eval_capacity_token_fraction': 0.05}"),
+        *("--stats-path", str(tmp_path / "stats")),
+    )
+    assert status == 0
+    assert compared(messages, (RECORDED / "batches.log").read_text().splitlines()) == 976 + 2 * 179
+    ours = json.loads((tmp_path / "stats.json").read_text())
+    theirs = json.loads((RECORDED / "batches.json").read_text())
+    assert list(ours) == list(theirs) and list(ours["valid"]) == list(theirs["valid"])
+    for name in ("loss", "perplexity", "ntok_total"):
+        assert ours["valid"][name] == pytest.approx(theirs["valid"][name], abs=5e-4)
+
+
+def test_joined_pieces_and_the_last_step_are_the_branchs(command, reference, tmp_path):
+    data = tmp_path / "data-bin"
+    shutil.copytree(reference / "data-bin", data, copy_function=shutil.copyfile)
+    lines = (data / "dict.txt").read_text().splitlines()
+    joined = [line.replace(" ", "@@ ") if i % 3 == 0 else line for i, line in enumerate(lines)]
+    (data / "dict.txt").write_text("\n".join(joined) + "\n")
+    status, messages = command(
+        *"--is-moe --batch-size 1 --max-valid-steps 1 --output-word-probs --output-word-stats".split(),
+        *("--post-process", "@@ ", "--model-overrides", "{'moe_eval_capacity_token_fraction': 0.05}"),
+        data=data,
+    )
+    assert status == 0
+    recorded = (RECORDED / "joined.log").read_text().splitlines()
+    compared(messages, recorded)
+    assert sum(bool(WORDS.match(message)) for message in messages) == 2  # one more than max_valid_steps
+
+
+def test_the_checkpoints_own_capacity_holds_without_an_override(command):
+    def loss(*more: str) -> str:
+        return command("--is-moe", "--batch-size", "4", *more)[1][-1]
+
+    def override(fraction: str) -> str:
+        return loss("--model-overrides", f"{{'moe_eval_capacity_token_fraction': {fraction}}}")
+
+    assert loss() == override("-1.0")
+    assert len({loss(), override("0.05"), override("None")}) == 3
+
+
+def test_routing_options_are_overridden(command):
+    def loss(overrides: str) -> str:
+        return command("--is-moe", "--batch-size", "4", "--model-overrides", overrides)[1][-1]
+
+    assert loss("{}") != loss("{'moe_batch_prioritized_routing': True}")
+
+
+def test_several_ranks_say_the_same(command):
+    arguments = "--is-moe --batch-size 2 --output-word-probs --max-valid-steps".split()
+    _, one = command(*arguments, "5")
+    status, two = command(*arguments, "2", "--distributed-world-size", "2", model="model-rank-0.pt")
+    assert status == 0
+    assert [m.split(" [")[0] for m in one if WORDS.match(m)] == [
+        m.split(" [")[0] for m in two if WORDS.match(m)
+    ]
+    assert one[-1] == two[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--is-moe", "--num-shards", "2"], "--num-shards"),
+        (["--is-moe", "--task", "multilingual_language_modeling"], "multilingual_language_modeling"),
+        (["--is-moe", "--model-overrides", "__import__('os').system('false')"], "--model-overrides"),
+        (["--is-moe", "--model-overrides", "{'decoder_layers': 2}"], "layers"),
+        (
+            ["--is-moe", "--model-overrides", "{'moe_second_expert_policy': 'none'}"],
+            "moe_second_expert_policy",
+        ),
+        (["--is-moe", "--no-such-option"], "--no-such-option"),
+        (["--is-moe", "--batch-size", "many"], "--batch-size"),
+        (["--is-moe", "--gen-subset", "nowhere"], "nowhere"),
+        (["--is-moe", "--path", "nowhere/model.pt"], "nowhere"),
+        (["--is-moe", "--path", "a.pt:b.pt"], "a.pt:b.pt"),
+        (["--is-moe", "--tokens-per-sample", "65"], "65"),
+        (["--is-moe", "--post-process", "sentencepiece"], "sentencepiece"),
+        ([], "--is-moe"),
+    ],
+)
+def test_an_error_is_one_sentence(command, capsys, arguments, named):
+    status, _ = command(*arguments)
+    said = capsys.readouterr().err.strip()
+    assert status == 1 and named in said
+    assert len(said.splitlines()) == 1
+
+
+def test_infinite_scores_are_left_out():
+    class Dictionary(dict):
+        pass
+
+    found = eval_lm.Words(Dictionary({4: "a", 5: "b@@", 6: "c"}), "@@ ")
+    words = found.add(np.array([4, 5, 6, 4]), np.array([-1, -2, -3, -np.inf], np.float32))
+    assert words == [("a", -1.0), ("bc", -5.0), ("a", -np.inf)]
+    assert (found.total, found.count) == (-6.0, 2)  # a and bc
+    assert found.loss_base2 == pytest.approx(3 / math.log(2))
