@@ -5,6 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import subprocess
+import sys
+import time
 from argparse import Namespace
 from pathlib import Path
 
@@ -221,6 +224,29 @@ def test_a_worker_that_dies_is_an_error_and_not_a_wait(tmp_path):
     (tmp_path / "f").write_bytes(b"x\n" * 100)
     with pytest.raises(RuntimeError, match="terminated abruptly"):
         list(in_order(die, blocks(tmp_path / "f", 10), workers=2))
+
+
+def test_no_worker_outlives_its_parent(tmp_path):
+    import psutil
+
+    (tmp_path / "text").write_bytes(random.Random(5).randbytes(3_000_000).hex().encode() + b"\n")
+    (tmp_path / "more").write_bytes((tmp_path / "text").read_bytes() * 20)
+    code = (
+        "import sys; from moekit.data import encode_files\n"
+        f"encode_files([{str(tmp_path / 'more')!r}], {str(tmp_path / 'out')!r}, {str(ENCODER)!r}, {str(VOCAB)!r}, workers=2)"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    family = []
+    deadline = time.monotonic() + 60
+    while len(family) < 4 and time.monotonic() < deadline:  # fork server, resource tracker, two workers
+        family = psutil.Process(child.pid).children(recursive=True)
+        time.sleep(0.05)
+    assert len(family) >= 4
+    child.kill()
+    child.wait(10)
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert alive == []
+    assert not (tmp_path / "out").exists()
 
 
 # ------------------------------------------------------------------------------------------------- codec

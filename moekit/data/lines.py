@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context, parent_process
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -82,7 +83,7 @@ def in_order(
         for block in todo:
             yield block, work(block)
         return
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_start_worker)
+    pool = ProcessPoolExecutor(workers, mp_context=_context(), initializer=_start_worker)
     try:
         waiting: deque = deque()
         for block in todo:
@@ -94,6 +95,13 @@ def in_order(
             yield block, result.result(PATIENCE)
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _context() -> BaseContext:
+    """Workers are forked from a server that has nothing but this package in it: no thread of a notebook, no GPU."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["moekit.data.encode", "moekit.data.binarise"])
+    return context
 
 
 def _start_worker() -> None:

@@ -64,6 +64,7 @@ def plot_lengths(axes: Axes, lengths: dict[str, np.ndarray]) -> None:
         label = f"{name}: {len(of_subset):,}, median {int(np.median(of_subset)):,}"
         axes.hist(of_subset, bins, histtype="step", linewidth=1.5, label=label)
     axes.set(xscale="log", xlabel="tokens a document", ylabel="documents", title="Document lengths")
+    axes.margins(y=0.2)
     axes.legend(frameon=False)
 
 
@@ -86,10 +87,11 @@ def plot_types(axes: Axes, counts: dict[str, np.ndarray], unknown_types: dict[st
     share = 100 * unknown / np.maximum(known + unknown, 1)
     axes.bar_label(bars, [f"{percent:.3g} % unknown" for percent in share], padding=3)
     types = len(next(iter(counts.values())))
-    axes.axhline(types, color="grey", linestyle=":", label=f"the dictionary's {types:,}")
+    axes.axhline(types, color="grey", linestyle=":")
+    axes.text(0.01, types, f"the dictionary has {types:,}", va="bottom", transform=axes.get_yaxis_transform())
     axes.set(ylabel="types", title="Types in the text")
-    axes.margins(y=0.3)
-    axes.legend(frameon=False, ncols=3)
+    axes.margins(y=0.25)
+    axes.legend(frameon=False, ncols=2)
 
 
 def round_trip(codec: Codec, text: str, width: int = 110) -> str:
@@ -111,7 +113,7 @@ def round_trip(codec: Codec, text: str, width: int = 110) -> str:
         if len(rows[-1][0]) + columns > width:
             rows.append(["", ""])
         rows[-1] = [rows[-1][0] + piece.ljust(columns), rows[-1][1] + number.ljust(columns)]
-    return "\n\n".join([text, *("\n".join(row) for row in rows), again])
+    return "\n\n".join([text, *("\n".join(map(str.rstrip, row)) for row in rows), again])
 
 
 def _label(piece: str) -> str:
