@@ -90,25 +90,25 @@ export class Data {
 
   // All about one expert, over the allowed rows that chose it.
   expert(l, e, allowed, top = 12) {
-    const { from, at } = this.postings[l], K = this.K;
+    const { from, at } = this.postings[l], K = this.K, step = this.T * K, of = l * step; // layer l's choices start at `of`
     const byPiece = new Map(), byDomain = new Uint32Array(this.domains.length), best = [];
     const partner = new Uint32Array(this.E), before = new Uint32Array(this.E), after = new Uint32Array(this.E);
     let n = 0, first = 0, dropped = 0, prob = 0;
     for (let p = from[e]; p < from[e + 1]; p++) {
       const row = (at[p] / K) | 0, k = at[p] % K;
       if (!allowed.mask[row]) continue;
-      const it = this.pick(l, row, k);
+      const j = of + at[p], p1 = this.prob[j] / UNIT;
       n++;
-      prob += it.prob;
+      prob += p1;
       if (k === 0) first++;
-      if (!it.kept) dropped++;
+      if (this.choice[j] & DROPPED) dropped++;
       byPiece.set(this.token[row], (byPiece.get(this.token[row]) || 0) + 1);
       byDomain[this.domain[row]]++;
-      for (let o = 0; o < K; o++) if (o !== k) partner[this.pick(l, row, o).expert]++;
-      if (l > 0) before[this.pick(l - 1, row, 0).expert]++;
-      if (l + 1 < this.L) after[this.pick(l + 1, row, 0).expert]++;
-      if (best.length < top || it.prob > best[best.length - 1].prob) {
-        best.push({ row, prob: it.prob });
+      for (let o = 0; o < K; o++) if (o !== k) partner[this.choice[j - k + o] & ~DROPPED]++;
+      if (l > 0) before[this.choice[of - step + row * K] & ~DROPPED]++;
+      if (l + 1 < this.L) after[this.choice[of + step + row * K] & ~DROPPED]++;
+      if (best.length < top || p1 > best[best.length - 1].prob) {
+        best.push({ row, prob: p1 });
         best.sort((a, b) => b.prob - a.prob);
         if (best.length > top) best.pop();
       }
@@ -146,7 +146,7 @@ export class Data {
       if (!hit[this.token[i]]) continue;
       total++;
       if (rows.length < top) rows.push(i);
-      for (let k = 0; k < this.K; k++) chosen[this.pick(l, i, k).expert]++;
+      for (let k = 0; k < this.K; k++) chosen[this.choice[(l * this.T + i) * this.K + k] & ~DROPPED]++;
     }
     const gets = Array.from(chosen, (count, expert) => ({ expert, count, share: count / total }))
       .filter((x) => x.count).sort((a, b) => b.count - a.count).slice(0, 8);
@@ -228,6 +228,8 @@ export function toSvg(el) {
       out.push(`<rect ${place} rx="${parseFloat(style.borderTopLeftRadius) || 0}" fill="${filled ? style.backgroundColor : "none"}" ` +
         `stroke="${border ? style.borderTopColor : "none"}" stroke-width="${border}"/>`);
     node.childNodes.forEach(walk);
+    if (node.classList.contains("mk-same"))
+      out.push(`<rect x="${r(at.left - box.left)}" y="${r(at.bottom - box.top - 2)}" width="${r(at.width)}" height="2" fill="${style.color}"/>`);
     if (style.outlineStyle !== "none" && parseFloat(style.outlineWidth)) // last, so that nothing covers it
       out.push(`<rect ${place} fill="none" stroke="${style.outlineColor}" stroke-width="${parseFloat(style.outlineWidth)}"/>`);
   };
@@ -261,6 +263,7 @@ class Views {
   constructor(root, data, model) {
     this.data = data;
     this.model = model;
+    this.drawn = {};
     this.whole = data.load({ mask: new Uint8Array(data.T).fill(1) });
     this.order = this.whole.map((n) => Array.from(n.keys()).sort((a, b) => n[b] - n[a])); // of each layer's bars
     this.rank = this.order.map((o) => { const r = []; o.forEach((e, i) => (r[e] = i)); return r; });
@@ -280,6 +283,7 @@ class Views {
   }
 
   set(change) {
+    if (["layer", "expert", "sample"].some((name) => name in change && change[name] !== this.s[name])) this.said = ""; // of another mask
     Object.assign(this.s, change);
     this.update();
     this.model.set("token", this.s.row);
@@ -351,6 +355,8 @@ class Views {
       this.key = key;
       this.passing = this.data.allowed({ domain, dropped, layer: everyLayer ? -1 : layer });
       this.loads = this.data.load(this.passing);
+      this.totals = new Uint32Array(this.data.domains.length); // rows a domain
+      for (let i = 0; i < this.data.T; i++) this.totals[this.data.domain[i]] += this.passing.mask[i];
     }
     return this.passing;
   }
@@ -370,11 +376,22 @@ class Views {
     this.layerBox.lastChild.value = s.layer;
     this.colourBox.lastChild.value = s.colour;
     this.found.textContent = count < data.T ? `${whole(count)} of ${whole(data.T)} tokens` : `${whole(data.T)} tokens`;
-    this.showText();
-    this.showToken();
-    this.showLoad();
-    this.showExpert();
-    this.showResults();
+    const seen = [s.layer, s.expert, this.key];
+    this.redraw("text", [...seen, s.sample, s.colour, s.change], () => this.showText());
+    this.redraw("here", [s.row, s.sample], () => this.showHere());
+    this.redraw("token", [s.row, s.layer, s.expert], () => this.showToken());
+    this.redraw("bars", [this.key], () => this.showBars());
+    this.redraw("marks", [s.row, s.layer, s.expert], () => this.showMarks());
+    this.redraw("expert", [...seen, s.sample, s.change, this.said, this.waiting], () => this.showExpert());
+    this.redraw("results", [...seen, s.query], () => this.showResults());
+  }
+
+  // Draw a view again if what it depends on has changed.
+  redraw(name, depends, draw) {
+    const old = this.drawn[name];
+    if (old && depends.every((x, i) => x === old[i])) return;
+    this.drawn[name] = depends;
+    draw();
   }
 
   // --- pieces of views
@@ -411,10 +428,13 @@ class Views {
     if (this.shown !== s.sample) { // other words; else only their colours change
       this.shown = s.sample;
       this.spans = [];
-      const words = h("div", { class: "mk-words" });
+      const rowOf = (event) => event.target.dataset.row === undefined ? -1 : +event.target.dataset.row;
+      const words = h("div", { class: "mk-words",
+        onclick: (event) => rowOf(event) >= 0 && this.goTo(rowOf(event)),
+        onmouseover: (event) => rowOf(event) >= 0 && (event.target.title = this.hintOf(rowOf(event))) });
       for (let row = from; row < to; row++) {
         const text = data.pieces[data.token[row]];
-        const span = h("span", { class: "mk-word" + (data.generated[row] ? " mk-generated" : ""), "data-row": row, onclick: () => this.goTo(row) });
+        const span = h("span", { class: "mk-word" + (data.generated[row] ? " mk-generated" : ""), "data-row": row });
         const gap = /^ (?=\S)/.test(text) ? " " : ""; // stands between the coloured words, where lines may break
         span.textContent = visible(text).slice(gap.length);
         words.append(gap, span);
@@ -446,11 +466,8 @@ class Views {
       const solid = fill && !(s.colour === "change" && Math.abs(d) < 0.5);
       span.style.background = fill;
       span.style.color = solid ? "#111" : "";
-      span.classList.toggle("mk-here", row === s.row);
       span.classList.toggle("mk-same", [first, second].some((c) => c && c.expert === s.expert));
       span.classList.toggle("mk-faded", !mask[row]);
-      span.title = data.picks(s.layer, row).map((c) => `E${c.expert} ${percent(c.prob, 0)}${c.kept ? "" : " dropped"}`).join(", ") +
-        (Number.isFinite(d) ? `; change ${signed(d)} nats` : "");
     });
     const key = (fill, text) => h("span", { class: "mk-key", style: `background:${fill};color:#111` }, text);
     const rest = to - from - common.reduce((n, e) => n + (counts.get(e) || 0), 0);
@@ -467,6 +484,18 @@ class Views {
     const labels = [...new Set(data.domain.subarray(from, to))].map((d) => data.domains[d]);
     const label = data.domains.length > 1 ? ` · ${labels.slice(0, 3).join(", ")}${labels.length > 3 ? ", …" : ""}` : "";
     this.text.head.textContent = `Text · sample ${data.sample[from]}${label} · layer ${data.layers[s.layer]}`;
+  }
+
+  hintOf(row) {
+    const { change, layer } = this.s, d = change ? change.delta[row - change.from] : NaN;
+    return this.data.picks(layer, row).map((c) => `E${c.expert} ${percent(c.prob, 0)}${c.kept ? "" : " dropped"}`).join(", ") +
+      (Number.isFinite(d) ? `; change ${signed(d)} nats` : "");
+  }
+
+  showHere() {
+    this.here?.classList.remove("mk-here");
+    this.here = this.spans[this.s.row - this.data.starts[this.s.sample]];
+    this.here.classList.add("mk-here");
   }
 
   showToken() {
@@ -512,9 +541,8 @@ class Views {
     return `max ${times((max / this.total()) * this.data.E)}, idle ${n.reduce((a, b) => a + (b === 0), 0)}`;
   }
 
-  showLoad() {
-    const { data, s } = this;
-    const filtered = this.passing.count < data.T;
+  showBars() {
+    const { data } = this, filtered = this.passing.count < data.T;
     this.loadView.head.textContent = `Load · ${filtered ? "of the tokens that pass the filter; " : ""}experts by their whole load, busiest first; square-root scale`;
     this.bars.forEach((b, l) => {
       const n = this.loads[l], top = n.reduce((a, x) => Math.max(a, x), 1), uniform = this.total() / data.E;
@@ -522,10 +550,16 @@ class Views {
       b.path.setAttribute("d", `M0 100` + this.order[l].map((e, i) => `V${y(n[e])}H${i + 1}`).join("") + "V100Z");
       b.line.setAttribute("y1", y(uniform));
       b.line.setAttribute("y2", y(uniform));
+      b.hint.textContent = this.most(l);
+    });
+  }
+
+  showMarks() {
+    const { data, s } = this;
+    this.bars.forEach((b, l) => {
       b.chosen.setAttribute("x", this.rank[l][s.expert]);
       b.chosen.style.display = l === s.layer ? "" : "none";
       data.picks(l, s.row).forEach((c, k) => b.marks[k].setAttribute("x", this.rank[l][c.expert] + 0.5 - Math.max(1, data.E / 150) / 2));
-      b.hint.textContent = this.most(l);
     });
   }
 
@@ -536,8 +570,7 @@ class Views {
     const row = (...cells) => h("tr", {}, cells.map((c) => h("td", {}, c)));
     const list = (title, counts, l, chance) => h("div", { class: "mk-column" }, h("h4", {}, title),
       counts.length ? h("table", {}, counts.map((p) => row(this.chip(l, p.expert), this.bar(p.share, chance, counts[0].share), percent(p.share)))) : h("p", { class: "mk-muted" }, "none"));
-    const totals = new Uint32Array(data.domains.length);
-    for (let i = 0; i < data.T; i++) if (allowed.mask[i]) totals[data.domain[i]]++;
+    const { totals } = this;
     const domains = Array.from(x.byDomain, (n, d) => ({ d, share: n / (totals[d] * data.K) })).filter((o) => totals[o.d]).sort((a, b) => b.share - a.share);
     const widest = Math.max(1 / data.E, ...domains.map((o) => o.share));
     this.maskButton = h("button", { type: "button", name: "mask", disabled: data.mask !== null || this.waiting, title: data.mask, onclick: () => this.mask() }, "Mask this expert");
@@ -582,7 +615,7 @@ class Views {
     const name = `expert ${expert} of layer ${data.layers[layer]}`;
     this.said = `scoring sample ${data.sample[from]} without it …`;
     this.waiting = true;
-    this.showExpert();
+    this.update();
     try {
       const { content, buffers } = await ask(this.model, { ask: "mask", layer, expert, from, to: data.starts[sample + 1] }, 300);
       const b = buffers[0], delta = new Float32Array(b.buffer.slice(b.byteOffset, b.byteOffset + b.byteLength));
@@ -592,7 +625,7 @@ class Views {
     } catch (error) {
       this.said = error.message;
       this.waiting = false;
-      this.showExpert();
+      this.update();
     }
   }
 
