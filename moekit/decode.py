@@ -298,17 +298,21 @@ def choose(
 
 
 def uniform(keys: Sequence[tuple[int, ...]], count: int, device: torch.device) -> Tensor:
-    """[len(keys), count] float64 in (0, 1): a stream of SplitMix64 for each key, the same bits on any device.
-
-    Steele, Lea, Flood: Fast splittable pseudorandom number generators (OOPSLA 2014), figure 14.
-    """
+    """[len(keys), count] float64 in (0, 1): numbers of its own for each key, the same bits on any device."""
     starts = [int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) for key in keys]
+    return (_shifted(splitmix64(starts, count, device), 11).double() + 0.5) * 2.0**-53
+
+
+def splitmix64(starts: Sequence[int], count: int, device: torch.device) -> Tensor:
+    """[len(starts), count] int64, 64 random bits each: the generator's first numbers from each of its states.
+
+    Steele, Lea, Flood: Fast splittable pseudorandom number generators (OOPSLA 2014), figures 13 and 14.
+    """
     x = torch.tensor([_signed(start) for start in starts], device=device)[:, None]
     x = x + torch.arange(1, count + 1, device=device) * _signed(0x9E3779B97F4A7C15)
     x = (x ^ _shifted(x, 30)) * _signed(0xBF58476D1CE4E5B9)
     x = (x ^ _shifted(x, 27)) * _signed(0x94D049BB133111EB)
-    x = x ^ _shifted(x, 31)
-    return (_shifted(x, 11).double() + 0.5) * 2.0**-53
+    return x ^ _shifted(x, 31)
 
 
 def _signed(number: int) -> int:

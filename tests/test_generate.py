@@ -1,0 +1,342 @@
+"""Generation: against scoring, against itself on other ranks and in other company, and by hand."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import moekit
+from moekit import export, generate
+from moekit.config import EOS, PAD, ModelConfig
+from moekit.data.codec import DEMO, Codec
+from moekit.decode import Settings, choose, splitmix64, uniform
+from moekit.generate import Text
+from moekit.model import Transformer
+
+IDS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15, 16], [], [17, EOS, 18]]
+QUIET = {"progress": False}
+
+
+@pytest.fixture(scope="module")
+def recorded(reference):
+    with moekit.load(reference / "checkpoint", device="cpu", **QUIET) as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def text_model(tmp_path_factory):
+    """A random model with the demo's dictionary."""
+    codec = Codec.load("demo")
+    config = ModelConfig(
+        layers=2, dim=32, ffn_dim=32, heads=2, vocab_rows=len(codec), input_dim=32, output_dim=32, max_positions=64,
+        share_output=True, moe_freq=2, experts=4, gate_fp32=True, second_expert="all", pre_norm=True,
+    )  # fmt: skip
+    model = Transformer(config)
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "norm" not in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    folder = tmp_path_factory.mktemp("model")
+    export.save(model, folder, files=2)
+    with moekit.load(folder, device="cpu", bpe=DEMO, **QUIET) as model:
+        yield model
+
+
+# ---------------------------------------------------------------------------------------------- against scoring
+
+
+@pytest.mark.parametrize("changes", [{}, {"drop_second": True}])
+def test_greedy_takes_what_scoring_finds_most_probable(recorded, changes):
+    with recorded.route(**changes):
+        found = recorded.generate(IDS, max_new_tokens=10, **QUIET)
+        trace = recorded.trace(
+            [ids + g.ids for ids, g in zip(IDS, found, strict=True)], predicted=True, **QUIET
+        )
+    for number, (ids, generation) in enumerate(zip(IDS, found, strict=True)):
+        sample = trace.select(samples=number)
+        new = slice(len(ids), len(ids) + 10)
+        assert sample.predicted[new].tolist() == generation.ids
+        np.testing.assert_allclose(sample.logprob[new], generation.logprobs, atol=1e-4)
+        assert generation.score == pytest.approx(sample.logprob[new].sum(), abs=1e-3)
+
+
+def test_drawn_tokens_have_the_log_probabilities_of_scoring(recorded):
+    how = {"temperature": 1.3, "top_k": 50, "top_p": 0.9, "repetition_penalty": 1.2, "alternatives": 3}
+    found = recorded.generate(IDS, max_new_tokens=8, num_return_sequences=2, **how, **QUIET)
+    assert [g.prompt for g in found] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    texts = [IDS[g.prompt] + g.ids for g in found]
+    trace = recorded.trace(texts, predicted=True, **QUIET)
+    for number, generation in enumerate(found):
+        sample = trace.select(samples=number)
+        new = slice(len(texts[number]) - 8, len(texts[number]))
+        np.testing.assert_allclose(sample.logprob[new], generation.logprobs, atol=1e-4)
+        assert [best[0][0] for best in generation.alternatives] == sample.predicted[new].tolist()
+        assert all(
+            len(best) == 3 and best[0][1] >= best[1][1] >= best[2][1] for best in generation.alternatives
+        )
+
+
+def test_a_prompt_is_routed_by_itself_where_there_is_a_capacity(recorded):
+    """The first new token follows from the prompt alone, as scoring it with batch size 1 has it."""
+    prompts = [ids for ids in IDS if ids]
+    found = recorded.generate(prompts, max_new_tokens=1, capacity_token_fraction=0.05, **QUIET)
+    trace = recorded.trace(prompts, capacity_token_fraction=0.05, predicted=True, **QUIET)
+    assert not trace.kept.all()
+    last = [trace.select(samples=n).predicted[-1] for n in range(len(prompts))]
+    assert [g.ids[0] for g in found] == last
+    free = recorded.generate(prompts, max_new_tokens=1, **QUIET)
+    assert any(abs(a.score - b.score) > 1e-4 for a, b in zip(found, free, strict=True))
+
+
+def test_every_moe_layer_records(recorded):
+    seen = []
+    recorded.generate(
+        IDS,
+        max_new_tokens=3,
+        record=lambda layer, routing: seen.append((layer, routing.experts.shape)),
+        **QUIET,
+    )
+    longest = 1 + max(map(len, IDS))
+    assert seen == [(n, (5, t, 2)) for t in (longest, 1, 1) for n in (1, 3)]
+
+
+# ------------------------------------------------------------------------------------- in whatever company
+
+
+def same(ours, theirs) -> None:
+    assert [(g.prompt, g.ids, g.text, g.finish_reason) for g in ours] == [
+        (g.prompt, g.ids, g.text, g.finish_reason) for g in theirs
+    ]
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
+        assert a.score == pytest.approx(b.score, abs=1e-3)
+
+
+WAYS = [
+    {"temperature": 0.0},
+    {"temperature": 1.0, "num_return_sequences": 3, "seed": 7, "top_p": 0.95, "repetition_penalty": 1.1},
+    {"temperature": 1.0, "capacity_token_fraction": 0.05},
+    {"beam_size": 3, "num_return_sequences": 2},
+]
+
+
+def test_the_world_size_changes_nothing(reference, recorded):
+    """More ranks than sequences among them, so that some only serve."""
+    with moekit.load(reference / "checkpoint", world_size=3, device="cpu", **QUIET) as model:
+        for how in WAYS:
+            for prompts in (IDS, IDS[:1]):
+                same(
+                    model.generate(prompts, max_new_tokens=6, **how, **QUIET),
+                    recorded.generate(prompts, max_new_tokens=6, **how, **QUIET),
+                )
+        ours, theirs = (
+            [(t.sequence, t.id) for t in m.stream(IDS, 4, temperature=1.0)] for m in (model, recorded)
+        )
+        assert ours == theirs
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_neighbours_change_nothing(recorded, how, monkeypatch):
+    together = recorded.generate(IDS, max_new_tokens=6, **how, **QUIET)
+    monkeypatch.setitem(generate.SEQUENCE_TOKENS, "cpu", 1)  # one sequence at a time
+    same(recorded.generate(IDS, max_new_tokens=6, **how, **QUIET), together)
+
+
+def test_neighbours_change_nothing_where_the_second_expert_is_drawn(reference, monkeypatch):
+    with moekit.load(
+        reference / "checkpoint", device="cpu", config={"second_expert": "sampling"}, **QUIET
+    ) as model:
+        together = model.generate(IDS, max_new_tokens=6, **QUIET)
+        other = model.generate(IDS, max_new_tokens=6, seed=2, **QUIET)
+        assert any(abs(a.score - b.score) > 1e-4 for a, b in zip(together, other, strict=True))
+        monkeypatch.setitem(generate.SEQUENCE_TOKENS, "cpu", 1)
+        same(model.generate(IDS, max_new_tokens=6, **QUIET), together)
+
+
+# --------------------------------------------------------------------------------------------- text and streams
+
+
+def test_line_ends_are_read_as_training_read_them_and_written_as_line_ends(text_model):
+    codec = text_model.codec
+    as_text = text_model.generate("Two\nlines\n", max_new_tokens=5, **QUIET)
+    as_ids = text_model.generate(
+        [*codec.encode("Two"), EOS, *codec.encode("lines"), EOS], max_new_tokens=5, **QUIET
+    )
+    same(as_text, as_ids)
+    pieces = Text(codec, ())
+    assert "".join(pieces.add(i) for i in [*codec.encode("a"), EOS, *codec.encode("b")]) == "a\nb"
+
+
+def test_an_empty_prompt_starts_a_line(text_model):
+    same(
+        text_model.generate("", max_new_tokens=5, **QUIET),
+        text_model.generate([[]], max_new_tokens=5, **QUIET),
+    )
+
+
+def test_the_stream_is_the_generation(text_model):
+    how = {"max_new_tokens": 12, "temperature": 1.0, "num_return_sequences": 2, "alternatives": 2}
+    found = text_model.generate(["The", "A longer one"], **how, **QUIET)
+    tokens = list(text_model.stream(["The", "A longer one"], **how))
+    assert [t.sequence for t in tokens] == [0, 1, 2, 3] * 12
+    for number, generation in enumerate(found):
+        mine = [t for t in tokens if t.sequence == number]
+        assert [t.id for t in mine] == generation.ids
+        assert "".join(t.text for t in mine) == generation.text
+        assert [t.finish_reason for t in mine] == [None] * 11 + ["length"]
+        assert [t.alternatives for t in mine] == generation.alternatives
+
+
+@pytest.mark.parametrize("length", [1, 4])
+def test_it_ends_where_a_stop_text_is_complete(text_model, length):
+    how = {"max_new_tokens": 30, "temperature": 1.0, "num_return_sequences": 3}
+    free = text_model.generate("The", **how, **QUIET)
+    stop = free[0].text[20 : 20 + length]  # may begin and end within tokens
+    for generation, unstopped in zip(
+        text_model.generate("The", stop=[stop, "nowhere in it"], **how, **QUIET), free, strict=True
+    ):
+        assert generation.ids == unstopped.ids[: len(generation.ids)]
+        before, found, _ = unstopped.text.partition(stop)
+        if found:
+            assert (generation.text, generation.finish_reason) == (before, "stop")
+            assert stop not in text_model.codec.decode(generation.ids[:-1])
+        else:
+            assert (generation.text, generation.finish_reason) == (unstopped.text, "length")
+    assert stop in free[0].text
+
+
+def test_characters_come_whole():
+    codec = Codec.load("demo")
+    ids = codec.encode("日本 — жизнь €5\n🙂!")
+    assert len(ids) > len("日本 — жизнь €5\n🙂!")  # so some characters have several tokens
+    text = Text(codec, ["🙂"])
+    pieces = [text.add(i) for i in ids]
+    assert "".join(pieces) == "日本 — жизнь €5\n🙂!" and "" in pieces
+    assert not any("\ufffd" in piece for piece in pieces)
+    half = Text(codec, ())
+    cut = codec.encode("日")[:-1]
+    assert "".join(half.add(i) for i in cut) + half.rest() == "\ufffd"
+
+
+def test_an_abandoned_stream_leaves_nothing_behind(text_model):
+    def kept(rank):
+        return sorted(map(str, rank.state))
+
+    before = text_model.ranks.call(kept)
+    tokens = text_model.stream("The", max_new_tokens=50)
+    other = text_model.stream("Other", max_new_tokens=3)
+    first = [next(tokens) for _ in range(3)]
+    assert len(list(other)) == 3  # two may be under way
+    assert text_model.ranks.call(kept) != before
+    tokens.close()
+    assert text_model.ranks.call(kept) == before
+    assert [t.id for t in first] == text_model.generate("The", max_new_tokens=3, **QUIET)[0].ids
+
+
+# ------------------------------------------------------------------------------------------------------- choosing
+
+
+def drawn(logits, count=20_000, **settings):
+    """How often each token comes, over ``count`` sequences."""
+    logits = torch.tensor([logits]).expand(count, -1)
+    keys = [(1, number, 0) for number in range(count)]
+    tokens = choose(logits.float(), Settings(vocab=logits.shape[1], **settings), keys)
+    return torch.bincount(tokens, minlength=logits.shape[1]) / count
+
+
+def test_draws_follow_the_softmax():
+    logits = [0.5, 9.0, -1.0, 1.5, 0.0]  # the second is padding, which never comes
+    for temperature in (0.5, 1.0, 2.0):
+        wanted = torch.tensor([0.5, -math.inf, -1.0, 1.5, 0.0]).div(temperature).softmax(0)
+        torch.testing.assert_close(drawn(logits, temperature=temperature), wanted, atol=0.01, rtol=0)
+
+
+def test_top_k_and_top_p_by_hand():
+    logits = torch.tensor([0.4, 0.0, 0.1, 0.3, 0.2]).log().tolist()
+    assert drawn(logits, temperature=1.0, top_k=1).tolist() == [1, 0, 0, 0, 0]
+    two = torch.tensor([4 / 7, 0, 0, 3 / 7, 0])
+    torch.testing.assert_close(drawn(logits, temperature=1.0, top_k=2), two, atol=0.01, rtol=0)
+    torch.testing.assert_close(drawn(logits, temperature=1.0, top_p=0.6), two, atol=0.01, rtol=0)
+    assert drawn(logits, temperature=1.0, top_p=0.39).tolist() == [1, 0, 0, 0, 0]
+    # of the two best the first alone has 4/7
+    assert drawn(logits, temperature=1.0, top_k=2, top_p=0.57).tolist() == [1, 0, 0, 0, 0]
+
+
+def test_the_repetition_penalty_by_hand():
+    logits = torch.tensor([[2.0, 0.0, 1.5, -1.0]])
+    seen = torch.tensor([[True, False, False, False]])
+    settings = Settings(vocab=4, repetition_penalty=2.0)
+    assert choose(logits, settings, [(1, 0, 0)], seen).tolist() == [2]  # 2 / 2 < 1.5
+    assert choose(logits, settings, [(1, 0, 0)]).tolist() == [0]
+    negative, both = torch.tensor([[-1.0, 0.0, -1.5, -4.0]]), torch.tensor([[True, False, False, False]])
+    assert choose(negative, settings, [(1, 0, 0)], both).tolist() == [2]  # -1 * 2 < -1.5
+
+
+def test_padding_is_never_chosen():
+    logits = torch.zeros(1, 10)
+    logits[0, PAD] = 50
+    assert choose(logits, Settings(vocab=10), [(1, 0, 0)]).tolist() == [0]
+
+
+def test_the_generator_is_splitmix64():
+    """The first numbers of seed 1234567, as published with the reference implementation's ports."""
+    found = splitmix64([1234567], 5, torch.device("cpu"))[0].numpy().view(np.uint64)
+    assert found.tolist() == [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
+    ]
+    numbers = uniform([(1, 2, 3), (1, 2, 4)], 10_000, torch.device("cpu"))
+    assert 0 < numbers.min() and numbers.max() < 1
+    assert abs(numbers.mean() - 0.5) < 0.01 and not torch.equal(numbers[0], numbers[1])
+
+
+# ------------------------------------------------------------------------------------------------------ mistakes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"prompts": [[5] * 50], "max_new_tokens": 15}, "51 of the model's 64 positions"),
+        ({"prompts": [[5] * 70]}, " 0 new tokens fit"),
+        ({"prompts": []}, "no prompts"),
+        ({"prompts": [[5, 200]]}, "id 200"),
+        ({"prompts": [[5, PAD]]}, "id 1"),
+        ({"prompts": "text"}, "encoder.json"),
+        ({"stop": "a"}, "encoder.json"),
+        ({"stop": [""]}, "stop"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"temperature": -1}, "temperature=-1"),
+        ({"temperature": True}, "temperature=True"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"top_k": 5}, "temperature"),
+        ({"top_p": 1.5, "temperature": 1}, "top_p=1.5"),
+        ({"num_return_sequences": 2}, "num_return_sequences=2"),
+        ({"beam_size": 2, "num_return_sequences": 3}, "beam_size=2"),
+        ({"beam_size": 2, "temperature": 1.0}, "temperature"),
+        ({"beam_size": 2, "max_new_tokens": 1}, "max_new_tokens=1"),
+        ({"beam_size": 150}, "beam_size=150"),
+        ({"seed": -1}, "seed=-1"),
+        ({"capacity_token_fraction": "all"}, "capacity_token_fraction"),
+    ],
+)
+def test_mistakes_are_told_before_anything_runs(recorded, arguments, said, monkeypatch):
+    monkeypatch.setattr(recorded.ranks, "call", None)
+    with pytest.raises(ValueError, match=said):
+        recorded.generate(**({"prompts": [[5]], "max_new_tokens": 4} | arguments))
+
+
+def test_the_last_position_can_be_used(recorded):
+    assert len(recorded.generate([[5] * 50], max_new_tokens=14, **QUIET)[0].ids) == 14
+    assert recorded.config.max_positions == 64
+
+
+def test_prompts_may_be_arrays(recorded):
+    ours = recorded.generate(np.array([[5, 6], [7, 8]]), max_new_tokens=3, **QUIET)
+    same(ours, recorded.generate([torch.tensor([5, 6]), [7, 8]], max_new_tokens=3, **QUIET))
+    one = recorded.generate(torch.tensor([5, 6]), max_new_tokens=3, **QUIET)
+    assert len(one) == 1 and json.dumps(one[0].ids)  # plain ints
