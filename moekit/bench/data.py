@@ -1,0 +1,168 @@
+"""How fast text becomes binarised data, beside fairseq's own tools on the same file with as many processes.
+
+Both sides do the whole work, from the text file to the finished file, and have to write the same bytes. fairseq's time
+begins when it is imported, and so does ours: the first run, which imports it for the worker processes, does not count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import filecmp
+import json
+import os
+import site
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from moekit.data import binarise, encode_files
+from moekit.data.codec import DEMO, FILES
+
+GOAL = 10  # times fairseq's speed, for encoding
+
+ENCODE = """
+import sys, time
+from fairseq.examples.roberta.multiprocessing_bpe_encoder import main
+started = time.perf_counter()
+main()
+print(time.perf_counter() - started)
+"""
+BINARISE = """
+import sys, time
+from fairseq import options
+from fairseq_cli.preprocess import main
+args = options.get_preprocessing_parser().parse_args()
+started = time.perf_counter()
+main(args)
+print(time.perf_counter() - started)
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--text", type=Path, help="a text file; default: the sources of this Python's packages"
+    )
+    parser.add_argument(
+        "--megabytes", type=float, default=20.0, help="of the text to use (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--bpe", type=Path, default=DEMO, help=f"a folder with {', '.join(FILES)} (default: demo's)"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes on both sides"
+    )
+    parser.add_argument("--repeats", type=int, default=3, help="runs of ours after a first one; the median counts")
+
+
+def run(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Time both tools on both steps.
+
+    Returns:
+        A dict a step: ``work``, ``figure`` and ``unit`` (MB of input a second), ``fairseq`` (the same), ``ratio``,
+        ``goal`` (of the ratio; None for binarising), ``megabytes``, ``workers``.
+
+    Raises:
+        ValueError: ours and fairseq's files differ.
+    """
+    encoder_json, vocab_bpe, dict_txt = (args.bpe / name for name in FILES)
+    with tempfile.TemporaryDirectory() as folder:
+        text, ours, theirs = (Path(folder) / name for name in ("text", "ours", "theirs"))
+        text.write_bytes(_text(args.text, int(args.megabytes * 1e6)))
+        rows = []
+
+        files = [
+            "--encoder-json",
+            encoder_json,
+            "--vocab-bpe",
+            vocab_bpe,
+            "--inputs",
+            text,
+            "--outputs",
+            theirs,
+        ]
+        fairseq = _fairseq(ENCODE, *files, "--keep-empty", "--workers", args.workers)
+        seconds = _median(
+            lambda: encode_files([text], ours, encoder_json, vocab_bpe, True, args.workers), args.repeats
+        )
+        _same(ours, theirs)
+        rows.append(_row("encode", text, seconds, fairseq, GOAL, args.workers))
+
+        files = [
+            "--only-source",
+            "--srcdict",
+            dict_txt,
+            "--validpref",
+            ours,
+            "--destdir",
+            f"{folder}/data-bin",
+        ]
+        fairseq = _fairseq(BINARISE, *files, "--workers", args.workers)
+        seconds = _median(lambda: binarise(ours, f"{folder}/valid", dict_txt, args.workers), args.repeats)
+        for end in ("bin", "idx"):
+            _same(Path(folder, f"valid.{end}"), Path(folder, "data-bin", f"valid.{end}"))
+        rows.append(_row("binarise", ours, seconds, fairseq, None, args.workers))
+    return rows
+
+
+def _text(path: Path | None, size: int) -> bytes:
+    """``size`` bytes of text, or a few less, in whole lines."""
+    if path is not None:
+        with open(path, "rb") as file:
+            data = file.read(size)
+    else:
+        data = b""
+        folders = [sysconfig.get_path("stdlib"), *site.getsitepackages()]
+        for source in sorted({p for folder in folders for p in Path(folder).rglob("*.py")}):
+            data += _utf8(source.read_bytes())
+            if len(data) >= size:
+                break
+    return _utf8(data[: data.rfind(b"\n", 0, size) + 1])
+
+
+def _utf8(data: bytes) -> bytes:
+    return data.decode(errors="ignore").encode()
+
+
+def _fairseq(code: str, *arguments: object) -> float:
+    """Seconds of one of fairseq's tools."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=3600)
+    if done.returncode:
+        raise RuntimeError(f"fairseq's tool ended with {done.returncode}: {done.stderr[-500:]}")
+    return float(json.loads(done.stdout.splitlines()[-1]))
+
+
+def _median(work: Callable[[], object], repeats: int) -> float:
+    seconds = []
+    for _ in range(1 + repeats):
+        started = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[1:])
+
+
+def _same(ours: Path, theirs: Path) -> None:
+    if not filecmp.cmp(ours, theirs, shallow=False):
+        raise ValueError(f"{ours.name} and fairseq's {theirs.name} differ: expected the same bytes")
+
+
+def _row(
+    work: str, source: Path, seconds: float, fairseq: float, goal: float | None, workers: int
+) -> dict[str, Any]:
+    megabytes = source.stat().st_size / 1e6
+    return {
+        "work": work,
+        "figure": round(megabytes / seconds, 2),
+        "unit": "MB/s",
+        "fairseq": round(megabytes / fairseq, 2),
+        "ratio": round(fairseq / seconds, 1),
+        "goal": goal,
+        "megabytes": round(megabytes, 1),
+        "workers": workers,
+    }
