@@ -685,7 +685,7 @@ def cache_hits(trace: Trace, sizes: Sequence[int] | None = None, *, dispatched: 
         flat = _chosen(trace, place, None, dispatched).ravel()
         streams.append(flat[flat < experts])
     random = _random_choices(np.random.default_rng(SEED), 50_000 // k, k, experts).ravel()
-    with ThreadPoolExecutor() as pool:  # NumPy lets go of the interpreter's lock
+    with ThreadPoolExecutor(2) as pool:  # NumPy lets go of the interpreter's lock
         oracle = pool.submit(offload.oracle_hits, [*streams, random], experts, sizes)
         lru = list(pool.map(lambda stream: offload.hits(offload.lru_distance(stream), sizes), streams))
         lfu = list(pool.map(lambda stream: offload.hits(offload.lfu_rank(stream), sizes), streams))

@@ -136,26 +136,35 @@ def _earlier_greater(values: np.ndarray) -> np.ndarray:
     """[n]: how many elements before each one are greater. Values are different numbers below n, or -1, which is least.
 
     Bit by bit from the highest: among elements whose higher bits agree, an earlier one is greater by this bit if it has
-    it and the other has not. Their ranks being a permutation, those with common higher bits fill a known stretch.
+    it and the other has not. Ranks being a permutation, those with common higher bits fill a stretch of their own, half
+    of it with the bit. Within stretches of 128 each is compared with each.
     """
-    n = len(values)
+    n, low = len(values), 7
+    bits = max(low, (n - 1).bit_length())
     real = values >= 0
-    there = np.zeros(n, dtype=np.int32)
+    least = n - int(real.sum())
+    there = np.zeros(n, dtype=np.int64)
     there[values[real]] = 1
-    rank = np.empty(n, dtype=np.int32)
-    rank[~real] = np.arange(n - real.sum(), dtype=np.int32)
-    rank[real] = (np.cumsum(there, dtype=np.int32) + (n - real.sum() - 1))[values[real]]
-    found = np.zeros(n, dtype=np.int32)  # by rank
-    index = np.arange(n, dtype=np.int32)
-    current = rank
-    for bit in reversed(range(n.bit_length())):
-        start = index >> (bit + 1) << (bit + 1)
-        ones = current >> bit & 1
-        before = np.cumsum(ones, dtype=np.int32) - ones
-        before -= before[start]  # ones before it, within its stretch
-        zero = ones == 0
-        found[current[zero]] += before[zero]
-        moved = np.empty_like(current)
-        moved[np.where(zero, index - before, start + (1 << bit) + before)] = current
-        current = moved
+    packed = np.arange(
+        1 << bits
+    )  # the rank, and above 32 bits what was counted; beyond n come greater ones, too late
+    packed[:n][~real] = np.arange(least)
+    packed[:n][real] = (np.cumsum(there) + least - 1)[values[real]]
+    rank, index = packed[:n].copy(), np.arange(1 << bits, dtype=np.int32)
+    for bit in reversed(range(low, bits)):
+        one = (packed & (1 << bit)) != 0
+        before = np.cumsum(one, dtype=np.int32) - (
+            index >> (bit + 1) << bit
+        )  # ones before, within the stretch
+        zero = ~one
+        halves = packed[zero] + (before[zero].astype(np.int64) << 32), packed[one]
+        stretches = packed.reshape(-1, 2, 1 << bit)
+        for side, half in enumerate(halves):
+            stretches[:, side] = half.reshape(-1, 1 << bit)
+    local = np.ascontiguousarray((packed & ((1 << low) - 1)).reshape(-1, 1 << low).T.astype(np.int8))
+    greater = np.zeros_like(local)
+    for place in range(1, len(local)):
+        greater[place] = (local[:place] > local[place]).sum(axis=0, dtype=np.int8)
+    found = np.empty_like(packed)
+    found[packed & 0xFFFFFFFF] = (packed >> 32) + greater.T.ravel()
     return found[rank]
