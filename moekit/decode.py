@@ -24,6 +24,7 @@ from moekit.gate import Routing
 from moekit.intervene import Intervention
 from moekit.model import Pass, Transformer
 from moekit.ranks import Rank
+from moekit.trace import Options, Recorder
 from moekit.worker import Noise, log_probs
 
 
@@ -35,6 +36,7 @@ class Settings:
         vocab: types of the dictionary; nothing beyond it is chosen.
         intervention: what :meth:`moekit.handle.Model.route` changes; its samples are the sequences' numbers.
         record: handed to every forward pass, see :class:`moekit.model.Pass`. Its routing groups are the sequences.
+        trace: what :func:`end` returns of the routing, in place of ``record``.
     """
 
     vocab: int
@@ -48,6 +50,7 @@ class Settings:
     fraction: float | None = None
     intervention: Intervention | None = None
     record: Callable[[int, Routing], None] | None = None
+    trace: Options | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,7 @@ class Sequences:
     def __init__(self, settings: Settings, numbers: list[int], cache: Cache, seen: Tensor | None):
         self.settings, self.numbers, self.cache, self.seen = settings, numbers, cache, seen
         self.step = 0  # new tokens of each sequence so far; all go on together
+        self.parts: list[dict[str, np.ndarray]] = []  # of a trace
 
     def select(self, rows: list[int]) -> None:
         """Keep ``rows``, in this order, repeats allowed."""
@@ -125,14 +129,15 @@ def begin(
         rank.state[key] = Sequences(settings, [], _cache(model, 0, slots), None)
         return None
 
-    features = torch.cat([last for _, last, _ in read])
-    scores = torch.cat([score for _, _, score in read])
+    features = torch.cat([last for _, last, _, _ in read])
+    scores = torch.cat([score for _, _, score, _ in read])
     seen = None
     if settings.repetition_penalty != 1:
         seen = torch.zeros(len(numbers), settings.vocab, dtype=torch.bool, device=rank.device)
         for row, prompt in enumerate(prompts[rank.rank]):
             seen[row, torch.tensor(prompt.ids, device=rank.device)] = True
-    sequences = Sequences(settings, numbers, _joined([cache for cache, _, _ in read]), seen)
+    sequences = Sequences(settings, numbers, _joined([cache for cache, *_ in read]), seen)
+    sequences.parts += [part for *_, parts in read for part in parts]
     rank.state[key] = sequences
     empty = [len(prompt.ids) == 1 for prompt in prompts[rank.rank]]
     return _propose(sequences, model.logits(features, settings.vocab), scores, no_end=empty)
@@ -169,15 +174,23 @@ def advance(
     read = torch.tensor(tokens[rank.rank], device=rank.device)[:, None]
     if sequences.seen is not None:
         sequences.seen.scatter_(1, read, True)
-    features = model(read, _how(settings, sequences.numbers, sequences.step, sequences.cache, 1))
+    how = _how(settings, sequences.numbers, sequences.step, sequences.cache, 1)
+    features = model(read, how)
+    sequences.parts += _traced(how, sequences.numbers, torch.ones_like(read, dtype=torch.bool))
     sequences.cache.advance(1)
     so_far = None if scores is None else torch.tensor(scores[rank.rank], device=rank.device)
     return _propose(sequences, model.logits(features[:, 0], settings.vocab), so_far, only_end=last)
 
 
-def end(rank: Rank, key: int) -> None:
-    """Forget the sequences of ``key``."""
-    rank.state.pop(key, None)
+def end(rank: Rank, key: int) -> list[dict[str, np.ndarray]]:
+    """Forget the sequences of ``key``.
+
+    Returns:
+        The parts of their trace: tables with ``sample`` (the sequence's number), ``position`` and the columns of
+        :meth:`moekit.trace.Recorder.rows`.
+    """
+    sequences = rank.state.pop(key, None)
+    return [] if sequences is None else sequences.parts
 
 
 def _passes(prompts: Sequence[Prompt], settings: Settings) -> list[Sequence[Prompt]]:
@@ -189,15 +202,18 @@ def _passes(prompts: Sequence[Prompt], settings: Settings) -> list[Sequence[Prom
 
 def _read(
     model: Transformer, prompts: Sequence[Prompt], settings: Settings, slots: int
-) -> tuple[Cache, Tensor, Tensor]:
-    """A cache with ``prompts``, the features [B, D] of their last tokens, and their log-probabilities [B]."""
+) -> tuple[Cache, Tensor, Tensor, list[dict[str, np.ndarray]]]:
+    """A cache with ``prompts``, the features [B, D] of their last tokens, their log-probabilities [B], and trace."""
     device = model.embed.weight.device
     lengths = torch.tensor([len(prompt.ids) for prompt in prompts], device=device)
     tokens = torch.full((len(prompts), int(lengths.max())), PAD, device=device)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt.ids)] = torch.tensor(prompt.ids)
     cache = _cache(model, len(prompts), slots)
-    features = model(tokens, _how(settings, [prompt.number for prompt in prompts], 0, cache, tokens.shape[1]))
+    numbers = [prompt.number for prompt in prompts]
+    how = _how(settings, numbers, 0, cache, tokens.shape[1])
+    features = model(tokens, how)
+    parts = _traced(how, numbers, torch.arange(tokens.shape[1], device=device) < lengths[:, None])
     cache.advance(lengths)
     last = features[torch.arange(len(prompts), device=device), lengths - 1]
     scores = torch.zeros(len(prompts), device=device)
@@ -205,17 +221,27 @@ def _read(
         found = log_probs(model, features[:, :-1], tokens[:, 1:], settings.vocab)
         for place in range(found.shape[1]):  # one after the other, as fairseq adds
             scores = torch.where(place + 1 < lengths, scores + found[:, place], scores)
-    return cache, last, scores
+    return cache, last, scores, parts
 
 
 def _how(settings: Settings, numbers: Sequence[int], step: int, cache: Cache, tokens: int) -> Pass:
     """Each sequence is a routing group, with noise of its own: no sequence depends on its neighbours."""
     noise = Noise(settings.seed, [number << 32 | step for number in numbers])
-    how = Pass(settings.fraction, groups=len(numbers), record=settings.record, noise=noise, cache=cache)
+    record = settings.record if settings.trace is None else Recorder(settings.trace)
+    how = Pass(settings.fraction, groups=len(numbers), record=record, noise=noise, cache=cache)
     if settings.intervention is not None:
         samples = torch.tensor(numbers, device=cache.lengths.device)
         settings.intervention.apply(how, samples, cache.positions(tokens))
     return how
+
+
+def _traced(how: Pass, numbers: Sequence[int], real: Tensor) -> list[dict[str, np.ndarray]]:
+    """What a pass recorded of its tokens where ``real`` [B, T]; the cache has not moved on yet."""
+    if not isinstance(how.record, Recorder):
+        return []
+    row, column = real.nonzero(as_tuple=True)
+    position = how.cache.positions(real.shape[1])[row, column].cpu().numpy()
+    return [how.record.rows(real) | {"sample": np.array(numbers)[row.cpu().numpy()], "position": position}]
 
 
 def _cache(model: Transformer, batch: int, slots: int) -> Cache:

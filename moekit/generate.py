@@ -15,13 +15,14 @@ import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
 
 from moekit import decode
+from moekit import trace as tracing
 from moekit.config import EOS, PAD
 from moekit.data.dictionary import BOS
 from moekit.decode import Candidates, Chosen, Prompt, Settings
@@ -68,6 +69,7 @@ class Generation:
             search, ``</s>``.
         score: the sum of ``logprobs``; of a beam search what fairseq ranks by, the mean over prompt and new tokens.
         alternatives: for each token the best ones at its place, (id, logprob) each, as many as were asked for.
+        trace: the routing of the prompt and of all new tokens but the last, which nobody read, if it was asked for.
     """
 
     prompt: int
@@ -77,6 +79,7 @@ class Generation:
     finish_reason: str
     score: float
     alternatives: list[list[tuple[int, float]]] = field(default_factory=list, repr=False)
+    trace: tracing.Trace | None = field(default=None, repr=False)
 
 
 def generate(
@@ -95,6 +98,7 @@ def generate(
     alternatives: int = 0,
     capacity_token_fraction: float | None = None,
     record: Callable[[int, Routing], None] | None = None,
+    trace: bool | tracing.Options = False,
     progress: bool = True,
 ) -> list[Generation]:
     """Go on from each prompt; the results depend neither on the world size nor on what is generated beside them.
@@ -116,6 +120,8 @@ def generate(
         capacity_token_fraction: of the experts while they read a prompt, each prompt by itself, as in
             :meth:`moekit.handle.Model.evaluate`. None drops nothing. New tokens are never dropped.
         record: called on the ranks by every MoE layer, see :class:`moekit.model.Pass`; a group is a sequence.
+        trace: also record the routing, a sample a sequence; :class:`moekit.trace.Options` say what of it. Not of a
+            beam search, nor what the output predicted besides (``alternatives`` tell that).
         progress: show a bar.
 
     Returns:
@@ -127,19 +133,51 @@ def generate(
     """
     request = ask(
         model, prompts, max_new_tokens, temperature, top_k, top_p, beam_size, repetition_penalty, stop, seed,
-        num_return_sequences, alternatives, capacity_token_fraction, record,
+        num_return_sequences, alternatives, capacity_token_fraction, record, trace,
     )  # fmt: skip
+    parts: list[dict[str, np.ndarray]] = []
     total = len(request.prompts) * max_new_tokens
     with tqdm(total=total, unit=" tokens", disable=not progress, desc="generating") as bar:
         if beam_size > 1:
             return list(_search(model, request, bar))
         tokens = collections.defaultdict(list)
-        for token in _sample(model, request):
+        for token in _sample(model, request, parts):
             tokens[token.sequence].append(token)
             bar.update()
             if token.finish_reason is not None:
                 bar.total -= max_new_tokens - len(tokens[token.sequence])
-    return [request.generation(tokens[prompt.number]) for prompt in request.prompts]
+    found = [request.generation(tokens[prompt.number]) for prompt in request.prompts]
+    if request.settings.trace is None:
+        return found
+    whole = _trace(model, request, found, parts)
+    return [replace(one, trace=whole.select(samples=number)) for number, one in enumerate(found)]
+
+
+def _trace(
+    model: Model, request: Request, found: Sequence[Generation], parts: list[dict[str, np.ndarray]]
+) -> tracing.Trace:
+    """The ranks' parts in one, with what only this side knows of the tokens."""
+    collector = tracing.Collector(request.settings.trace)
+    read = [len(prompt.ids) for prompt in request.prompts]
+    ids = [[*prompt.ids, *one.ids] for prompt, one in zip(request.prompts, found, strict=True)]
+    nothing = [np.full(n, np.nan) for n in read]
+    logprobs = [np.append(n, one.logprobs) for n, one in zip(nothing, found, strict=True)]
+    starts = np.cumsum([0, *map(len, ids)])[:-1]
+    ids, logprobs, read = np.concatenate(ids), np.concatenate(logprobs), np.array(read)
+    for part in parts:
+        place = starts[part["sample"]] + part["position"]  # never a sequence's last: nobody read it
+        part |= {
+            "token": ids[place],
+            "target": ids[place + 1],
+            "generated": part["position"] >= read[part["sample"]],
+            "logprob": logprobs[place + 1],
+            "predicted": np.full(len(place), -1),
+        }
+    collector.add(parts)
+    settings = request.settings
+    meta = tracing.describe_run(model, [], settings.fraction, settings.seed)
+    asked = ("temperature", "top_k", "top_p", "repetition_penalty")
+    return collector.trace(model.config.experts, meta | {name: getattr(settings, name) for name in asked})
 
 
 def stream(
@@ -164,9 +202,9 @@ def stream(
     """
     request = ask(
         model, prompts, max_new_tokens, temperature, top_k, top_p, 1, repetition_penalty, stop, seed,
-        num_return_sequences, alternatives, capacity_token_fraction, record,
+        num_return_sequences, alternatives, capacity_token_fraction, record, False,
     )  # fmt: skip
-    return _sample(model, request)
+    return _sample(model, request, [])
 
 
 # ------------------------------------------------------------------------------------------- what was asked for
@@ -223,6 +261,7 @@ def ask(
     alternatives: int,
     capacity_token_fraction: float | None,
     record: Callable[[int, Routing], None] | None,
+    trace: bool | tracing.Options,
 ) -> Request:
     """Check the arguments of :func:`generate` and turn texts into ids.
 
@@ -249,7 +288,7 @@ def ask(
     drawing = {"top_k": top_k is not None, "top_p": top_p is not None}
     if beam_size > 1:
         other = drawing | {"temperature": temperature > 0, "repetition_penalty": repetition_penalty != 1}
-        other |= {"stop": bool(stop), "alternatives": alternatives > 0}
+        other |= {"stop": bool(stop), "alternatives": alternatives > 0, "trace": bool(trace)}
         if named := [name for name, given in other.items() if given]:
             raise ValueError(f"beam_size={beam_size} searches and ends at </s>: leave out {', '.join(named)}")
         if max_new_tokens < 2:
@@ -286,6 +325,9 @@ def ask(
     fraction = check_fraction(capacity_token_fraction)
     if model.intervention is not None:
         fraction = model.intervention.fraction(fraction)
+    options = None
+    if trace:
+        options = (tracing.Options() if trace is True else trace).of(model.config)
     copies = 1 if beam_size > 1 else num_return_sequences
     settings = Settings(
         vocab=vocab,
@@ -299,6 +341,7 @@ def ask(
         fraction=fraction,
         intervention=model.intervention,
         record=record,
+        trace=options,
     )
     sequences = [ids for ids in read for _ in range(copies)]
     return Request(
@@ -366,6 +409,7 @@ class Session:
         self.dealt = [prompts[rank :: model.world_size] for rank in range(model.world_size)]
         self.there = [[prompt.number for prompt in part] for part in self.dealt]  # in the order of the rows
         self.beams = 1  # rows a sequence
+        self.parts: list[dict[str, np.ndarray]] = []  # of the trace, once it is over
 
     def begin(self) -> dict[int, Chosen | Candidates]:
         """Read the prompts. Returns, for each sequence's number, its row of what the ranks propose."""
@@ -405,11 +449,14 @@ class Session:
 
     def __exit__(self, *_: object) -> None:
         with contextlib.suppress(RuntimeError):  # the ranks are gone, and the sequences with them
-            self.model.ranks.call(decode.end, self.key)
+            self.parts = [part for parts in self.model.ranks.call(decode.end, self.key) for part in parts]
 
 
-def _sample(model: Model, request: Request) -> Iterator[Token]:
-    """Greedy or drawn: every sequence reads the token that was chosen for it, until it is over."""
+def _sample(model: Model, request: Request, parts: list[dict[str, np.ndarray]]) -> Iterator[Token]:
+    """Greedy or drawn: every sequence reads the token that was chosen for it, until it is over.
+
+    Adds what was recorded of the routing to ``parts``.
+    """
     for wave in request.waves(model):
         texts = {prompt.number: Text(request.codec, request.stop) for prompt in wave}
         with Session(model, wave, request.settings, _slots(wave, request)) as session:
@@ -429,6 +476,7 @@ def _sample(model: Model, request: Request) -> Iterator[Token]:
                 if not going:
                     break
                 found = session.advance(going)
+        parts += session.parts
 
 
 def _slots(wave: Sequence[Prompt], request: Request) -> int:

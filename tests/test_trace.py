@@ -251,6 +251,43 @@ def test_generation_hands_out_its_routing(reference, whole):
         np.testing.assert_allclose(got, y.flatten(0, 1).numpy(), atol=1e-5)
 
 
+def test_generation_traced(model, whole):
+    """Prompts of different lengths, several draws each: as one pass over the whole sequence would be routed."""
+    prompts = [[5, 6, 7, 8, 9], [10], [11, 12]]
+    found = model.generate(
+        prompts,
+        max_new_tokens=6,
+        temperature=1.0,
+        num_return_sequences=2,
+        trace=Options(full=(3,)),
+        progress=False,
+    )
+    assert len(found) == 6 and all(one.trace is not None for one in found)
+    for number, one in enumerate(found):
+        prompt = [2, *prompts[number // 2]]
+        part, ids = one.trace, [*prompt, *one.ids]
+        assert (part.sample == number).all() and part.token.tolist() == ids[:-1]
+        assert part.target.tolist() == ids[1:] and part.position.tolist() == list(range(len(ids) - 1))
+        assert part.generated.tolist() == [False] * len(prompt) + [True] * 5
+        assert np.isnan(part.logprob[: len(prompt) - 1]).all()
+        np.testing.assert_array_equal(part.logprob[len(prompt) - 1 :], one.logprobs)
+        recorder = Recorder(Options(full=(3,)).of(whole.config))
+        with torch.inference_mode():
+            whole(torch.tensor([ids[:-1]]), Pass(record=recorder))
+        rows = recorder.rows(torch.ones(1, len(ids) - 1, dtype=torch.bool))
+        for name, atol in (("experts", 0), ("kept", 0), ("weights", 1e-5), ("entropy", 1e-4)):
+            np.testing.assert_allclose(getattr(part, name), rows[name], rtol=0, atol=atol)
+        np.testing.assert_allclose(part.full[3], rows["full.3"], atol=1e-3)
+    joined = trace.join(one.trace for one in found)
+    assert len(joined) == sum(len(one.trace) for one in found)
+    same(joined.select(samples=4), found[4].trace)
+    with pytest.raises(ValueError, match="a sample in common"):
+        trace.join([joined, found[0].trace])
+    assert model.generate([[5]], max_new_tokens=2, progress=False)[0].trace is None
+    with pytest.raises(ValueError, match="leave out trace"):
+        model.generate([[5]], beam_size=2, trace=True, progress=False)
+
+
 def test_a_bypassed_recorder_fails(reference, monkeypatch):
     """A path that forgets to record, in one layer of one pass, ends the trace with an error."""
     routes = MoE.forward
