@@ -1,0 +1,217 @@
+"""The released fairseq's own tools on the branch's checkpoints, against moekit and the branch."""
+
+import argparse
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from branch_cases import BASE
+from fairseq import checkpoint_utils
+from fairseq.models.transformer_lm import TransformerLanguageModel
+
+import moekit
+from moekit import config, export
+from moekit.config import EOS, ModelConfig
+from moekit.data.codec import DEMO, Codec
+from moekit.model import Transformer
+from moekit.plugin import loading
+
+PLUGIN = Path(moekit.__file__).parent / "plugin"
+GPT2 = {
+    "bpe": "gpt2",
+    "gpt2_encoder_json": str(DEMO / "encoder.json"),
+    "gpt2_vocab_bpe": str(DEMO / "vocab.bpe"),
+}
+pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
+
+
+def write(folder: Path, options: dict, std: float, ends: float | None = None) -> None:
+    """A checkpoint with random weights; ``ends`` makes those of ``</s>`` in the output matrix larger."""
+    model = Transformer(ModelConfig(**(vars(BASE) | options)))
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "norm" not in name:
+            torch.nn.init.normal_(parameter, std=std)
+    if ends is not None:
+        model.output.weight.data[EOS] *= ends
+    export.save(model, folder, files=2)
+
+
+@pytest.fixture(scope="module")
+def text_folder(tmp_path_factory):
+    """A random model with the demo's dictionary beside it."""
+    folder = tmp_path_factory.mktemp("model")
+    write(folder, {"vocab_rows": len(Codec.load("demo")), "max_positions": 200}, std=0.2)
+    (folder / "dict.txt").write_bytes((DEMO / "dict.txt").read_bytes())
+    return folder
+
+
+def hub(reference, **options):
+    """The tiny checkpoint in fairseq's own interface."""
+    data = str((reference / "data-bin").resolve())
+    return TransformerLanguageModel.from_pretrained(
+        str(reference / "checkpoint"), data_name_or_path=data, user_dir=str(PLUGIN), **options
+    )
+
+
+def test_scores_of_texts_are_moekits(text_folder):
+    """``from_pretrained`` and ``score`` as in the example (COPA) of fairseq's examples/moe_lm/README.md."""
+    lm = TransformerLanguageModel.from_pretrained(
+        str(text_folder), user_dir=str(PLUGIN), moe_eval_capacity_token_fraction=None, **GPT2
+    ).eval()
+    prompt = "The man broke his toe. What was the CAUSE of this?"
+    texts = [f"{prompt}\n{end}" for end in ("He got a hole in his sock.", "He dropped a hammer on his foot.")]
+    with moekit.load(text_folder, device="cpu", bpe=DEMO, progress=False) as model:
+        wanted = model.score(texts)
+    for number, text in enumerate(texts):
+        found = lm.score(text, replace_newline_with_eos=True)
+        mine = wanted[wanted["text"] == number]
+        assert found["tokens"].tolist() == mine["token"].tolist() and EOS in found["tokens"]
+        np.testing.assert_allclose(found["positional_scores"], mine["logprob"], atol=1e-4)
+    both = lm.score(texts, replace_newline_with_eos=True)  # of different lengths, padded
+    np.testing.assert_allclose(both[1]["positional_scores"], found["positional_scores"], atol=1e-4)
+
+
+def test_a_beam_search_of_moekit_is_fairseqs(reference, tmp_path):
+    """On a model whose lines often end."""
+    write(tmp_path, {"share_output": False}, std=0.1, ends=2.0)
+    data = str((reference / "data-bin").resolve())
+    lm = TransformerLanguageModel.from_pretrained(str(tmp_path), data_name_or_path=data)
+    rng = np.random.default_rng(0)
+    endings = []
+    with moekit.load(tmp_path, device="cpu", progress=False) as model:
+        for _ in range(15):
+            length, beam, new = int(rng.integers(0, 12)), int(rng.integers(2, 7)), int(rng.integers(2, 20))
+            ids = rng.integers(4, 200, length).tolist()
+            wanted = lm.generate([torch.tensor([*ids, EOS])], beam=beam, max_len_b=length + new - 1)[0]
+            found = model.generate(
+                [ids], max_new_tokens=new, beam_size=beam, num_return_sequences=beam, progress=False
+            )
+            assert [g.ids for g in found] == [h["tokens"].tolist()[length:] for h in wanted]
+            for generation, hypothesis in zip(found, wanted, strict=True):
+                assert generation.score == pytest.approx(float(hypothesis["score"]), abs=1e-4)
+                np.testing.assert_allclose(
+                    generation.logprobs, hypothesis["positional_scores"][length:], atol=1e-4
+                )
+            endings += [g.finish_reason for g in found]
+    assert {"stop", "length"} == set(endings)
+
+
+def test_a_greedy_generation_of_moekit_is_fairseqs(text_folder):
+    """Beyond 64 tokens, where the plug-in's cache has grown."""
+    lm = TransformerLanguageModel.from_pretrained(str(text_folder), user_dir=str(PLUGIN), **GPT2)
+    ids = lm.encode("Once upon a time")
+    wanted = lm.generate([ids], beam=1, max_len_b=120, min_len=120)[0][0]["tokens"].tolist()[len(ids) - 1 :]
+    with moekit.load(text_folder, device="cpu", bpe=DEMO, progress=False) as model:
+        found = model.generate("Once upon a time", max_new_tokens=len(wanted), progress=False)[0].ids
+    assert len(wanted) > 100
+    assert found[: len(wanted) - 1] == wanted[:-1]
+
+
+def test_the_incremental_decoder_is_the_whole_one_in_any_order(reference):
+    decoder = hub(reference, moe_eval_capacity_token_fraction=None).models[0].decoder
+    tokens = torch.randint(4, 200, (3, 12), generator=torch.Generator().manual_seed(1))
+    state = {}
+    for step in range(12):
+        found, _ = decoder(tokens[:, : step + 1], incremental_state=state)
+        wanted, _ = decoder(tokens[:, : step + 1])
+        torch.testing.assert_close(found[:, -1], wanted[:, -1], atol=1e-4, rtol=1e-4)
+        order = torch.tensor([2, 0, 0] if step == 5 else [1, 2, 0])
+        decoder.reorder_incremental_state_scripting(state, order)
+        tokens = tokens[order]
+
+
+def test_the_capacity_is_the_checkpoints_own_or_the_overrides(reference):
+    sentence = " ".join(map(str, range(40)))
+    own, same, none = (
+        hub(reference, **options).score(sentence)["score"].item()
+        for options in (
+            {},
+            {"moe_eval_capacity_token_fraction": -1.0},
+            {"moe_eval_capacity_token_fraction": None},
+        )
+    )
+    assert own == same != none
+
+
+@pytest.mark.parametrize("path", ["model.pt", "model-shared.pt", "model-rank-2.pt", ""])
+def test_every_spelling_of_the_path(reference, path):
+    models, _, _ = checkpoint_utils.load_model_ensemble_and_task(
+        [str(reference / "checkpoint" / path)],
+        arg_overrides={"data": str(reference / "data-bin")},
+    )
+    assert models[0].max_positions() == 64
+
+
+def test_checkpoints_with_args_alone(reference, tmp_path):
+    for path in (reference / "checkpoint").glob("*.pt"):
+        state = torch.load(path, weights_only=False)
+        model, task = config.options_of(state, "")
+        state |= {"cfg": None, "args": argparse.Namespace(**(task | model), task="language_modeling")}
+        torch.save(state, tmp_path / path.name)
+    data = str((reference / "data-bin").resolve())
+    lm = TransformerLanguageModel.from_pretrained(str(tmp_path), data_name_or_path=data)
+    torch.testing.assert_close(
+        lm.score("5 6 7 8")["positional_scores"], hub(reference).score("5 6 7 8")["positional_scores"]
+    )
+
+
+def test_other_checkpoints_are_left_to_fairseq(tmp_path):
+    assert loading.find(str(tmp_path / "model.pt")) is None
+    name_of = checkpoint_utils.get_maybe_sharded_checkpoint_filename
+    assert name_of("elsewhere/model.pt", "-part", 0, 1) == "elsewhere/model-part.pt"
+    with pytest.raises(OSError, match="Model file not found"):
+        checkpoint_utils.load_model_ensemble_and_task([str(tmp_path / "model.pt")])
+
+
+def test_a_dictionary_that_is_not_the_models(reference, text_folder):
+    with pytest.raises(ValueError, match=r"8192.* 200|200.* 8192"):
+        TransformerLanguageModel.from_pretrained(
+            str(reference / "checkpoint"), data_name_or_path=str(text_folder.resolve())
+        )
+
+
+def fairseq(tool: str, reference, cwd: Path, *arguments: str, stdin: str = "") -> str:
+    """A command-line tool of fairseq, in a process that has not heard of moekit but for --user-dir."""
+    command = [sys.executable, "-m", f"fairseq_cli.{tool}", str((reference / "data-bin").resolve()), "--cpu"]
+    path = str((reference / "checkpoint" / "model.pt").resolve())
+    command += ["--path", path, "--user-dir", str(PLUGIN.resolve()), *arguments]
+    done = subprocess.run(command, input=stdin, capture_output=True, text=True, cwd=cwd, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def test_fairseqs_eval_lm_gives_the_branchs_loss(reference, tmp_path):
+    said = fairseq(
+        *("eval_lm", reference, tmp_path, "--gen-subset", "valid", "--sample-break-mode", "none"),
+        *("--tokens-per-sample", "64", "--batch-size", "1", "--pad-to-fixed-length", "--num-workers", "0"),
+        *("--model-overrides", "{'moe_eval_capacity_token_fraction': 0.05}"),
+    )
+    loss = float(re.search(r"Loss \(base 2\): ([\d.]+)", said)[1])
+    wanted = np.load(reference / "base_frac0.05_bsz1.npz")["loss_base2"]
+    assert loss == pytest.approx(float(wanted), abs=6e-5)  # four decimals are printed
+
+
+def test_fairseqs_interactive_goes_on_from_a_line(reference, tmp_path):
+    said = fairseq(
+        *(
+            "interactive",
+            reference,
+            tmp_path,
+            "--task",
+            "language_modeling",
+            "--beam",
+            "3",
+            "--max-len-b",
+            "9",
+        ),
+        stdin="5 6 7\n",
+    )
+    found = re.search(r"H-0\t\S+\t(.*)", said)[1].split()
+    with moekit.load(reference / "checkpoint", device="cpu", progress=False) as model:
+        wanted = model.generate([[9, 10, 11]], max_new_tokens=7, beam_size=3, progress=False)[0].ids
+    assert [int(symbol) + 4 for symbol in found] == [9, 10, 11, *wanted[:-1]]
