@@ -6,7 +6,7 @@ set -euo pipefail
 # the caller, which NB_UID=0 says.
 if [ "$(id -u)" = 0 ] && [ "$NB_UID" != 0 ]; then
     groupmod --non-unique --gid "$NB_GID" moekit
-    usermod --non-unique --uid "$NB_UID" --gid "$NB_GID" moekit
+    usermod --non-unique --uid "$NB_UID" --gid "$NB_GID" moekit >/dev/null
     if [ -z "$(ls -A /work)" ]; then chown "$NB_UID:$NB_GID" /work; fi # one that the engine just made belongs to root
     exec setpriv --reuid "$NB_UID" --regid "$NB_GID" --init-groups -- "$0" "$@"
 fi

@@ -40,19 +40,15 @@ if [ -z "$gpus" ]; then
     if nvidia-smi --list-gpus >/dev/null 2>&1; then gpus=all; else gpus=none; fi
 fi
 options=(--shm-size "$shm" --security-opt no-new-privileges)
-case $gpus in
-none) options+=(--env NVIDIA_VISIBLE_DEVICES=void) ;;
-all | [0-9]*) ;;
-*) fail "--gpus $gpus: expected all, none, or numbers such as 0,2" ;;
-esac
-if [ "$gpus" != none ]; then
-    if is_podman; then # by the names in its CDI specification
-        for one in ${gpus//,/ }; do options+=(--device "nvidia.com/gpu=$one"); done
-    elif [ "$gpus" = all ]; then
-        options+=(--gpus all)
-    else
-        options+=(--gpus "\"device=$gpus\"") # Docker wants these quotes: it reads the value as CSV
-    fi
+[[ $gpus =~ ^(all|none|[0-9]+(,[0-9]+)*)$ ]] || fail "--gpus $gpus: expected all, none, or numbers such as 0,2"
+if [ "$gpus" = none ]; then
+    options+=(--env NVIDIA_VISIBLE_DEVICES=void)
+elif is_podman; then # by the names in its CDI specification
+    for one in ${gpus//,/ }; do options+=(--device "nvidia.com/gpu=$one"); done
+elif [ "$gpus" = all ]; then
+    options+=(--gpus all)
+else
+    options+=(--gpus "\"device=$gpus\"") # Docker wants these quotes: it reads the value as CSV
 fi
 
 engine_answers
@@ -93,7 +89,12 @@ explain() {
 if [ $# -gt 0 ]; then
     options+=(--rm --interactive --no-healthcheck)
     if [ -t 0 ] && [ -t 1 ]; then options+=(--tty); fi
-    exec "$DOCKER" run "${options[@]}" "$image" "$@"
+    code=0
+    "$DOCKER" run "${options[@]}" "$image" "$@" || code=$?
+    if [ "$code" = 125 ] && [ "$gpus" != none ]; then # Docker's own failure, which it has told
+        echo "If it could not select a device driver: docker/README.md, GPUs; or go without: --gpus none." >&2
+    fi
+    exit "$code"
 fi
 
 state() { "$DOCKER" container inspect --format '{{.State.Status}}' "$name" 2>/dev/null || true; }
