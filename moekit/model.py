@@ -57,7 +57,10 @@ class Transformer(nn.Module):
         self.config = config
         held = config.experts if held is None else held
         dispatch = dispatch or Local()
-        self.embed = nn.Embedding(config.vocab_rows, config.input_dim)
+        # Empty, not drawn: drawing on the meta device makes torch import its compiler, which takes seconds.
+        self.embed = nn.Embedding.from_pretrained(
+            torch.empty(config.vocab_rows, config.input_dim), freeze=False
+        )
         self.project_in = _bridge(config.input_dim, config.dim)
         self.positions = Positions(config) if config.positions else None
         self.embed_norm = nn.LayerNorm(config.dim) if config.embedding_norm else None

@@ -19,7 +19,11 @@ RECORDED = Path(__file__).parent / "data" / "branch"
 
 def settings(path: Path) -> dict:
     fraction, batch_size = re.fullmatch(r"base_frac(.+)_bsz(\d)", path.stem).groups()
-    return {"capacity_token_fraction": float(fraction), "batch_size": int(batch_size), "tokens_per_sample": 64}
+    return {
+        "capacity_token_fraction": float(fraction),
+        "batch_size": int(batch_size),
+        "tokens_per_sample": 64,
+    }
 
 
 def agree(result: moekit.Evaluation, recorded) -> None:
@@ -55,7 +59,8 @@ def combine_weights(folder: Path, data: Path, *, capacity_token_fraction: float,
     for batch in batches.open_data(data, "valid", **limits, **options):
         tokens = torch.from_numpy(batch.tokens).long()
 
-        def record(layer, routing, batch=batch, real=(tokens != PAD).flatten()):
+        def record(layer, routing, batch=batch, tokens=tokens):
+            real = (tokens != PAD).flatten()
             dense = torch.zeros(routing.probs.shape[1:])
             dense.scatter_add_(1, routing.experts[0], routing.weights[0])
             found[f"batch{batch.index}_moe{plan.config.moe_layers.index(layer)}"] = dense[real].numpy()
@@ -82,7 +87,9 @@ def same_routing(found: dict, recorded: dict) -> None:
 @pytest.mark.parametrize("path", REFERENCE, ids=lambda p: p.stem)
 def test_routing_of_the_reference(reference, path):
     recorded = np.load(path.with_name(path.stem + "_routing.npz"))
-    same_routing(combine_weights(reference / "checkpoint", reference / "data-bin", **settings(path)), recorded)
+    same_routing(
+        combine_weights(reference / "checkpoint", reference / "data-bin", **settings(path)), recorded
+    )
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -56,8 +56,12 @@ def slow_route(logits, config, fraction, padding, noise):
 
 
 OPTIONS = [
-    dict(zip(("top1", "second_expert", "normalize_before_dropping", "batch_prioritized"), values, strict=True))
-    for values in itertools.product([False, True], ["all", "sampling", "random"], [False, True], [False, True])
+    dict(
+        zip(("top1", "second_expert", "normalize_before_dropping", "batch_prioritized"), values, strict=True)
+    )
+    for values in itertools.product(
+        [False, True], ["all", "sampling", "random"], [False, True], [False, True]
+    )
     if not (values[0] and values[1:] != ("all", False, False))
 ]
 
@@ -78,7 +82,11 @@ def test_equals_the_slow_way(options, fraction, masked):
     found = gate.route(logits, cfg, fraction=fraction, padding=padding, noise=lambda kind, like: drawn[kind])
     for g in range(groups):
         experts_g, kept, weights = slow_route(
-            logits[g], cfg, fraction, None if padding is None else padding[g], lambda kind, _, g=g: drawn[kind][g]
+            logits[g],
+            cfg,
+            fraction,
+            None if padding is None else padding[g],
+            lambda kind, _, g=g: drawn[kind][g],
         )
         assert found.experts[g].equal(experts_g)
         assert found.kept[g].equal(kept)
@@ -124,7 +132,13 @@ def test_masked_padding_takes_no_place_and_gets_no_weight():
 
 @pytest.mark.parametrize(
     ("tokens", "fraction", "top1", "places"),
-    [(64, 0.05, False, 4), (64, -1.0, False, 16), (64, 0.0, False, 16), (65, -1.0, False, 18), (65, -1.0, True, 9)],
+    [
+        (64, 0.05, False, 4),
+        (64, -1.0, False, 16),
+        (64, 0.0, False, 16),
+        (65, -1.0, False, 18),
+        (65, -1.0, True, 9),
+    ],
 )
 def test_capacity(tokens, fraction, top1, places):
     assert gate.capacity(tokens, config(experts=8, top1=top1), fraction) == places

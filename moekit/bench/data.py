@@ -57,7 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes on both sides"
     )
-    parser.add_argument("--repeats", type=int, default=3, help="runs of ours after a first one; the median counts")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="runs of ours after a first one; the median counts"
+    )
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
