@@ -19,15 +19,17 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm import tqdm
 
 from moekit import decode
 from moekit import trace as tracing
 from moekit.config import EOS, PAD
 from moekit.data.dictionary import BOS
 from moekit.decode import Candidates, Chosen, Prompt, Settings
+from moekit.progress import bar as progress_bar
 
 if TYPE_CHECKING:
+    from tqdm import tqdm
+
     from moekit.data.codec import Codec
     from moekit.gate import Routing
     from moekit.handle import Model
@@ -137,7 +139,7 @@ def generate(
     )  # fmt: skip
     parts: list[dict[str, np.ndarray]] = []
     total = len(request.prompts) * max_new_tokens
-    with tqdm(total=total, unit=" tokens", disable=not progress, desc="generating") as bar:
+    with progress_bar("generating", total, " tokens", show=progress) as bar:
         if beam_size > 1:
             return list(_search(model, request, bar))
         tokens = collections.defaultdict(list)

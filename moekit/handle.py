@@ -14,7 +14,6 @@ from types import EllipsisType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tqdm import tqdm
 
 from moekit import batches as data_order
 from moekit import checkpoint as ckpt
@@ -26,6 +25,7 @@ from moekit.config import ModelConfig
 from moekit.data.codec import FILES as CODEC_FILES
 from moekit.data.codec import Codec
 from moekit.data.dictionary import Dictionary
+from moekit.progress import bar as progress_bar
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -362,9 +362,7 @@ class Model:
         """Score batches on all ranks: batch index -> float32 [B, T] log-probabilities of its targets."""
         scores = {}
         targets = sum(int((b.targets != data_order.PAD).sum()) for b in batches)
-        with tqdm(
-            total=targets, unit=" tokens", unit_scale=True, disable=not progress, desc="scoring"
-        ) as bar:
+        with progress_bar("scoring", targets, " tokens", show=progress) as bar:
             steps = plan_steps(batches, self.world_size, TOKENS_A_PASS[self.device])
             while some := list(itertools.islice(steps, STEPS_A_CALL)):
                 found = self.ranks.call(
@@ -438,7 +436,7 @@ def load(
     try:
         model = Model(plan, files, pool, kind, bpe)
         total = sum(source.bytes * (world_size if i == 0 else 1) for i, source in enumerate(plan.sources))
-        with tqdm(total=total, unit="B", unit_scale=True, disable=not progress, desc="loading") as bar:
+        with progress_bar("loading", total, "B", show=progress) as bar:
             model.parts = pool.call(worker.load, plan, kind, on_report=lambda rank, n: bar.update(n))
         model.load_seconds = time.perf_counter() - start
     except BaseException:

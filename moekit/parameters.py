@@ -145,7 +145,11 @@ RUN_INFERENCE: dict[str, Kind] = MACHINE | {
     "prompts": Texts(),
     "max_new_tokens": Whole(),
     "temperature": Number(0),
+    "top_k": Whole(optional=True),
     "top_p": Number(0, optional=True),
+    "beam_size": Whole(),
+    "repetition_penalty": Number(0),
+    "num_return_sequences": Whole(),
     "seed": Whole(0),
 }
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import math
 import os
 import platform
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +19,6 @@ from moekit.dispatch import owned
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from moekit.generate import Generation
     from moekit.handle import Evaluation, Model
 
 GIB = 2**30
@@ -170,21 +167,6 @@ def result(evaluation: Evaluation) -> pd.DataFrame:
         "tokens a second": f"{evaluation.tokens_per_second:,.0f}",
     }
     return pd.DataFrame({"": facts})
-
-
-def written(prompts: Sequence[str], generations: Sequence[Generation]) -> pd.DataFrame:
-    """What the model wrote, a row a sequence: its prompt, the text, and how sure the model was of it."""
-    rows = [
-        {
-            "prompt": prompts[g.prompt],
-            "goes on": g.text,
-            "tokens": len(g.ids),
-            "bits a token": round(float(-g.logprobs.mean()) / math.log(2), 2),
-            "ended by": g.finish_reason,
-        }
-        for g in generations
-    ]
-    return pd.DataFrame(rows)
 
 
 def save(

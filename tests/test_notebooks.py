@@ -2,6 +2,7 @@
 
 import json
 
+import nbformat
 import pandas as pd
 import papermill
 import pytest
@@ -30,6 +31,11 @@ def execute(name: str, folder, **parameters) -> None:
     )
 
 
+def outputs(path) -> list:
+    cells = nbformat.read(path, as_version=4).cells
+    return [out for cell in cells for out in cell.get("outputs", [])]
+
+
 def test_run_inference_on_four_ranks_equals_one(elsewhere):
     execute("run_inference", elsewhere, world_size=4, max_batches=20, max_new_tokens=5, output_dir="results")
     found = json.loads((elsewhere / "results" / "results.json").read_text())
@@ -42,6 +48,8 @@ def test_run_inference_on_four_ranks_equals_one(elsewhere):
     pd.testing.assert_frame_equal(tokens, expected.tokens, atol=1e-4, rtol=0)
     names = {"dtype", "device", "load_seconds", "versions", "perplexity", "tokens_per_second"}
     assert names <= set(found)
+    loud = [out for out in outputs(elsewhere / "run_inference.ipynb") if out.get("name") == "stderr"]
+    assert not loud, "what a progress bar leaves is its last state, not a line for every step"
     assert {"loss_by_position.png", "passage.png"} <= {p.name for p in (elsewhere / "results").iterdir()}
 
 
