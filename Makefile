@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 OUT := out
 
 .DEFAULT_GOAL := help
-.PHONY: help env run lab test quick lint format hooks lock corpus demo clean
+.PHONY: help env run lab test quick lint format hooks lock corpus demo image image-test clean
 
 help: ## say what there is
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 env: $(VENV)/.ready ## make the environment in $(VENV) (run and test do it themselves)
 
@@ -66,6 +66,12 @@ corpus: env ## make the demo's corpus and tokenizer again (Debian; about 4 minut
 
 demo: env ## train the demo model again on that corpus
 	$(BIN)/python -m moekit.demo.train --data $(OUT)/corpus --out moekit/demo/model
+
+image: ## build the container image; docker/run.sh starts it
+	docker/build.sh
+
+image-test: env ## build it and try it as a user would (starts a Docker engine if none answers)
+	PYTHON=$(BIN)/python tests/docker/ci.sh
 
 clean: ## remove the environment and what was made
 	rm -rf $(VENV) $(OUT) build *.egg-info .pytest_cache .ruff_cache

@@ -58,5 +58,5 @@ built=$(docker/build.sh "${options[@]}" 2>&1) || { echo "$built"; exit 1; }
 echo "${built##*$'\n'}"
 seconds "built"
 
-MOEKIT_TEST_IMAGE=moekit "$PYTHON" -m pytest tests/test_docker.py
+MOEKIT_TEST_IMAGE=moekit "$PYTHON" -m pytest tests/test_docker.py -m slow --durations=10
 seconds "tried"
