@@ -12,6 +12,7 @@ SUBSET = re.compile(r"(?<![a-z])(?:(train|training)|(valid|validation|dev)|(test
 MARK = "moekit-source.json"  # in a folder of prepared data: what it was made of
 FETCHED = ("downloads", "gpt2_bpe", "checkpoints")  # folders of data_dir
 SUBSETS = ("train", "valid", "test")
+DOMAINS = ".domains.txt"  # a file SUBSET.domains.txt beside a text has a domain a line of it
 
 Texts = dict[str, list[Path]]  # files by subset
 
@@ -39,7 +40,9 @@ def own(source: str, data_dir: Path) -> Texts:
     """
     path = Path(source).expanduser()
     if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.suffix in TEXT_SUFFIXES)
+        found = sorted(
+            p for p in path.rglob("*") if p.suffix in TEXT_SUFFIXES and not p.name.endswith(DOMAINS)
+        )
         wanted = f"files ending in {', '.join(TEXT_SUFFIXES)} (a glob names others)"
     else:
         found = sorted(Path(name) for name in glob.glob(str(path), recursive=True)) or [path]

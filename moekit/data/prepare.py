@@ -107,6 +107,7 @@ def prepare(settings: Settings, say: Say = print) -> Prepared:
         name, texts = _texts(settings, steps)
         home = settings.data_dir / name
         _claim(home, settings, texts)
+        _copied(bpe / "dict.txt", home / "data-bin", steps)
         summaries = {
             subset: _subset(subset, files, home, bpe, settings, steps) for subset, files in texts.items()
         }
@@ -170,7 +171,7 @@ def _claim(home: Path, settings: Settings, texts: corpus.Texts) -> None:
         )
     for folder, ends in (
         (home / "bpe", (".bpe", ".bpe.json")),
-        (home / "data-bin", (".bin", ".idx", ".json")),
+        (home / "data-bin", (".bin", ".idx", ".json", corpus.DOMAINS, corpus.DOMAINS + ".json")),
     ):
         folder.mkdir(exist_ok=True)
         for stale in set(corpus.SUBSETS) - set(texts):
@@ -185,7 +186,7 @@ def _subset(
     encoder_json, vocab_bpe, dict_txt = (bpe / name for name in codec.FILES)
     encoded, data = home / "bpe" / f"{subset}.bpe", home / "data-bin"
 
-    result, now = record.once(
+    made, now = record.once(
         encoded.with_name(encoded.name + ".json"),
         asked={"keep_empty": settings.keep_empty},
         inputs=[*files, encoder_json, vocab_bpe],
@@ -194,25 +195,34 @@ def _subset(
             encode_files(files, encoded, encoder_json, vocab_bpe, settings.keep_empty, settings.workers)
         ),
     )
-    if result["lines"] == 0:
+    if made["lines"] == 0:
         raise ValueError(f"{subset}: there is no line of text in {', '.join(map(str, files))}")
-    dropped = f", {result['dropped']:,} empty ones dropped" if result["dropped"] else ""
-    steps.report(f"encode {subset}", now, f"{result['lines']:,} lines{dropped}")
+    dropped = f", {made['dropped']:,} empty ones dropped" if made["dropped"] else ""
+    steps.report(f"encode {subset}", now, f"{made['lines']:,} lines{dropped}")
 
-    def binarise_subset() -> dict[str, Any]:
-        shutil.copyfile(dict_txt, data / "dict.txt")
-        return asdict(binarise(encoded, data / subset, dict_txt, settings.workers))
-
-    result, now = record.once(
+    made, now = record.once(
         data / f"{subset}.json",
         asked={},
         inputs=[encoded, dict_txt],
         outputs=[data / f"{subset}.bin", data / f"{subset}.idx"],
-        work=binarise_subset,
+        work=lambda: asdict(binarise(encoded, data / subset, dict_txt, settings.workers)),
     )
-    summary = Summary(**result)
+    summary = Summary(**made)
     steps.report(f"binarise {subset}", now, str(summary))
+
+    domains = files[0].with_name(subset + corpus.DOMAINS)
+    if domains.is_file() and len(files) == 1 and not dropped:
+        _copied(domains, data, steps)
     return summary
+
+
+def _copied(path: Path, folder: Path, steps: Steps) -> None:
+    """Have a copy of ``path`` in ``folder``."""
+    copy = folder / path.name
+    _, now = record.once(
+        folder / f"{path.name}.json", {}, [path], [copy], lambda: {"copy": str(shutil.copyfile(path, copy))}
+    )
+    steps.report(f"copy {path.name}", now, f"to {folder}")
 
 
 def _checkpoint(settings: Settings, steps: Steps) -> tuple[Path | None, list[dict[str, Any]]]:

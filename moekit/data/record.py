@@ -62,7 +62,6 @@ def once(
         and old.get("outputs") == {p.name: fingerprint(p) for p in made}
     ):
         return old["result"], False
-    path.unlink(missing_ok=True)
     result = work()
     write(path, {"question": question, "outputs": {p.name: fingerprint(p) for p in made}, "result": result})
     return result, True
