@@ -78,9 +78,8 @@ class LineEncoder:
 
     def __init__(self, bpe: BytePairs) -> None:
         self.bpe = bpe
-        self._keys = np.full((2, PLACES), -1).astype(
-            np.uint64
-        )  # of the piece at each place; -1 is no piece's
+        self._first = np.zeros(PLACES, np.uint64)  # the key of the piece at each place
+        self._second = np.zeros(PLACES, np.uint64)  # 0 is no piece's
         self._values = np.full(PLACES, "", object)  # its ids in decimal, a space before each
         self._slow = _Memory(bpe)
 
@@ -90,20 +89,18 @@ class LineEncoder:
         if not data:
             return ""
         lengths = np.diff(starts, append=len(data))
-        keys = _short_keys(data, starts, lengths)
-        places = _place(keys)
-        known = (self._keys[:, places] == keys).all(axis=0)
-        ids = self._values[places]
+        first, second = _keys(data, starts, lengths)
+        places = _places(first, second)
+        known = (self._first.take(places) == first) & (self._second.take(places) == second)
+        ids = self._values.take(places)
         unknown = np.flatnonzero(~known)
         spans = zip(starts[unknown].tolist(), (starts + lengths)[unknown].tolist(), strict=True)
         ids[unknown] = [self._slow[data[start:end]] for start, end in spans]
-        self._keep(places, keys, ids, unknown[lengths[unknown] <= SHORT])
+        new = unknown[lengths[unknown] <= SHORT]
+        taken, which = np.unique(places[new], return_index=True)
+        new = new[which]
+        self._first[taken], self._second[taken], self._values[taken] = first[new], second[new], ids[new]
         return "".join(ids.tolist()).replace("\n ", "\n").removeprefix(" ")
-
-    def _keep(self, places: np.ndarray, keys: np.ndarray, ids: np.ndarray, new: np.ndarray) -> None:
-        taken, first = np.unique(places[new], return_index=True)
-        self._keys[:, taken] = keys[:, new[first]]
-        self._values[taken] = ids[new[first]]
 
 
 SHORT = 15  # bytes: what fits into two 8-byte words with its length
@@ -111,20 +108,19 @@ _LOW_BYTES = np.array([(1 << 8 * n) - 1 for n in range(9)], np.uint64)
 _MIX = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F], np.uint64)  # odd, and bits of no pattern
 
 
-def _short_keys(data: bytes, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """[2, pieces] uint64: the bytes of each piece and its length; of longer ones, zeros, which match nothing."""
-    padded = data + bytes(16)
-    words = np.ndarray(len(data) + 8, "<u8", padded, strides=(1,))  # the 8 bytes from each offset on
-    first = words[starts] & _LOW_BYTES[np.minimum(lengths, 8)]
-    second = words[starts + 8] & _LOW_BYTES[np.clip(lengths - 8, 0, 7)] | lengths.astype(
-        np.uint64
-    ) << np.uint64(56)
-    return np.where(lengths <= SHORT, (first, second), np.uint64(0))
+def _keys(data: bytes, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Two words a piece, uint64: its bytes, and its length on top of the second; unique for short pieces."""
+    words = np.ndarray(
+        len(data) + 8, "<u8", data + bytes(16), strides=(1,)
+    )  # the 8 bytes from each offset on
+    first = words[starts] & _LOW_BYTES.take(np.minimum(lengths, 8))
+    second = words[starts + 8] & _LOW_BYTES.take(np.clip(lengths - 8, 0, 7))
+    return first, second | np.minimum(lengths, 255).astype(np.uint64) << np.uint64(56)
 
 
-def _place(keys: np.ndarray) -> np.ndarray:
-    mixed = keys[0] * _MIX[0] ^ keys[1] * _MIX[1]
-    return (mixed * _MIX[0] >> np.uint64(64 - PLACES.bit_length() + 1)).astype(np.int64)
+def _places(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    mixed = (first * _MIX[0] ^ second * _MIX[1]) * _MIX[0]
+    return (mixed >> np.uint64(64 - PLACES.bit_length() + 1)).astype(np.int64)
 
 
 class _Memory(dict[bytes, str]):
