@@ -400,7 +400,7 @@ def test_the_health_check_turns_healthy(lab):
         ("README", {}, []),
         ("prepare_data", {"data_dir": "out/data"}, ["out/data"]),
         ("load_shards", {"world_size": 3}, ["out/load_shards/shares.csv"]),
-        ("run_inference", {"world_size": 4}, ["out/run_inference/results.json"]),
+        ("run_inference", {"world_size": 4, "max_batches": 40}, ["out/run_inference/results.json"]),
         ("inspect_routing", {"max_tokens": 5000}, ["out/inspect_routing"]),
     ],
 )
@@ -419,6 +419,8 @@ def test_a_notebook_runs_headless(start, home, name, parameters, made):
 @in_container
 @pytest.mark.slow
 def test_a_new_user_opens_the_url_and_runs_a_notebook(lab, browser, tmp_path):  # noqa: F811
+    from playwright.sync_api import expect
+
     page = browser.new_page()
     page.goto(f"{lab.address}/?token={lab.token}")
     start_here = page.locator(".jp-NotebookPanel").first
@@ -428,13 +430,13 @@ def test_a_new_user_opens_the_url_and_runs_a_notebook(lab, browser, tmp_path):  
     start_here.get_by_role("link", name="run_inference").click()
     notebook = page.locator(".jp-NotebookPanel:not(.lm-mod-hidden)")
     notebook.get_by_role("heading", name="Run inference").wait_for()
+    page.get_by_text("Python 3 (ipykernel) | Idle").wait_for()
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-    last = notebook.locator(".jp-CodeCell").last
-    last.get_by_text("results.json").or_(
-        notebook.locator('[data-mime-type="application/vnd.jupyter.error"]')
-    ).first.wait_for(timeout=300_000)
+    last = notebook.locator(".jp-CodeCell").last.locator(".jp-InputPrompt")
+    expect(last).to_have_text(re.compile(r"\[\d+\]:"), timeout=180_000)  # a number: it has ended
     assert notebook.locator('[data-mime-type="application/vnd.jupyter.error"]').count() == 0
+    assert notebook.locator(".jupyter-widgets").first.is_visible()
     page.screenshot(path=tmp_path / "ran.png")
     page.close()
     assert (lab.work / "notebooks" / "out" / "run_inference" / "results.json").exists()

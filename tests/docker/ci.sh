@@ -50,7 +50,7 @@ seconds "base"
 # This machine's own way to packages, if it has one: pip's certificate bundle and folders of wheels.
 options=(--base "$base")
 for setting in ca:cert wheels:find-links; do
-    found=$("$PYTHON" -m pip config get "global.${setting#*:}" 2>/dev/null || true)
+    found=$("$PYTHON" -m pip config list | sed -n "s/^[^=]*\.${setting#*:}='\(.*\)'$/\1/p" | head -n 1)
     [ ! -e "$found" ] || options+=("--${setting%:*}" "$found")
 done
 MOEKIT_BUILD_OPTIONS="${options[*]}" && export MOEKIT_BUILD_OPTIONS
