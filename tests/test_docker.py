@@ -198,6 +198,25 @@ def test_run_says_what_to_do(engine, arguments, says, said):
     assert said in done.stderr.splitlines()[-1]
 
 
+def test_check_gpu_makes_five_checks_and_ends_at_the_first_that_fails(engine):
+    done, calls = engine("check_gpu.sh", "--shm", "8g")
+    made = [call for call in calls if call[0] == "run"]
+    assert done.returncode == 0, done.stderr
+    assert [call[call.index("moekit") + 1] for call in made] == [
+        "nvidia-smi",
+        "python",
+        "bash",
+        "python",
+        "papermill",
+    ]
+    assert all("--gpus all" in " ".join(call) and "--shm-size 8g" in " ".join(call) for call in made)
+    compile(made[1][-1], "torch", "exec")
+    compile(made[3][-1], "nccl", "exec")
+    done, calls = engine("check_gpu.sh", run=[1, "no GPU"])
+    assert done.returncode == 1
+    assert len([call for call in calls if call[0] == "run"]) == 1
+
+
 def test_scripts_say_how_to_install_docker(tmp_path):
     for script in ("run.sh", "build.sh"):
         done = run(ROOT / "docker" / script, check=False, env=os.environ | {"DOCKER": "no-such-docker"})
