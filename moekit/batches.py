@@ -121,13 +121,7 @@ def open_data(
         raise ValueError(
             f"tokens_per_sample={tokens_per_sample} is more than the model's {max_positions} positions"
         )
-    for name in ("dict.txt", f"{subset}.bin", f"{subset}.idx"):
-        if not (folder / name).is_file():
-            there = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else "no such folder"
-            raise ValueError(
-                f"{folder} has no {name} (it has: {there}); prepare_data.ipynb makes such a folder"
-            )
-
+    check_files(folder, subset)
     task = _language_modeling(
         data=str(folder),
         tokens_per_sample=tokens_per_sample - context_window,  # eval_lm.py counts the context in
@@ -137,6 +131,17 @@ def open_data(
     )
     task.load_dataset(subset)
     return Batches(task, task.dataset(subset), max_positions, batch_size, context_window)
+
+
+def check_files(data: str | Path, subset: str) -> None:
+    """That the three files of ``data`` and ``subset`` are there; a ValueError that names the first that is not."""
+    folder = data_folder(data)
+    for name in ("dict.txt", f"{subset}.bin", f"{subset}.idx"):
+        if not (folder / name).is_file():
+            there = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else "no such folder"
+            raise ValueError(
+                f"{folder} has no {name} (it has: {there}); prepare_data.ipynb makes such a folder"
+            )
 
 
 def data_folder(data: str | Path) -> Path:

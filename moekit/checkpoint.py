@@ -86,6 +86,8 @@ def find(checkpoint: str | Path) -> Files:
         stem = match["stem"]
 
     ranks = {int(m["rank"]): folder / name for name, m in found.items() if m["stem"] == stem and m["rank"]}
+    if path.suffix and path != folder and not path.exists() and FILE.fullmatch(path.name)["rank"]:
+        raise ValueError(f"there is no file {path}; {folder} holds {len(ranks)} rank files")
     missing = sorted(set(range(max(ranks, default=-1) + 1)) - set(ranks))
     if missing:
         names = ", ".join(f"{stem}-rank-{r}.pt" for r in missing[:5])
@@ -121,23 +123,32 @@ def read(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ValueError(f"there is no file {path}") from None
     except pickle.UnpicklingError as error:
-        wanted = re.search(r"GLOBAL (\S+)", str(error)) or re.search(
-            r"[Uu]nsupported (?:class|operand) (\S+)", str(error)
-        )
-        what = (
-            f"the class or function {wanted[1]}"
-            if wanted
-            else "something other than tensors and plain values"
-        )
+        wanted = re.search(r"GLOBAL (\S+)", str(error))
+        if wanted is None:
+            raise ValueError(f"{path} is not a readable checkpoint file{_kind(path)}") from error
         raise ValueError(
-            f"{path} asks to load {what}, which moekit does not do: a checkpoint is data, and this file may be hostile"
+            f"{path} asks to load the class or function {wanted[1]}, which moekit does not do: a checkpoint is data, and "
+            "this file may be hostile"
         ) from error
     except (RuntimeError, EOFError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is not a readable checkpoint file: {reason}") from error
+        raise ValueError(f"{path} is not a readable checkpoint file{_kind(path)}: {reason}") from error
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
         raise ValueError(f"{path} has no 'model' with tensors: it is no fairseq checkpoint")
     return state
+
+
+def _first_bytes(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(64).lstrip()
+
+
+def _kind(path: Path) -> str:
+    """What a file that is no checkpoint often is instead."""
+    start = _first_bytes(path) if path.is_file() else b""
+    if start.startswith(b"version https://git-lfs"):
+        return " but a Git LFS pointer: run git lfs pull"
+    return " but a web page" if start.startswith(b"<") else ""
 
 
 def tensors(state: dict[str, Any], path: Path) -> dict[str, Tensor]:

@@ -192,7 +192,10 @@ def from_fairseq(
         value = default if value is None else value
         if value is None:
             raise ValueError(f"the checkpoint's model options lack '{option}'")
-        return int(value)
+        try:
+            return int(value)
+        except (TypeError, ValueError):
+            raise ValueError(f"the checkpoint's option {option}={value!r} is no whole number") from None
 
     dim = number("decoder_embed_dim", 512)
     tokens_per_sample = model.get("tokens_per_sample") or task.get("tokens_per_sample") or 1024

@@ -316,7 +316,7 @@ def ask(
             f"alternatives={alternatives} or beam_size={beam_size} is too many for {vocab} types"
         )
     first = BOS if model.config.add_bos else EOS
-    read = [[first, *_ids(text, number, codec, vocab)] for number, text in enumerate(texts)]
+    read = [[first, *prompt_ids(text, number, codec, vocab)] for number, text in enumerate(texts)]
     for number, ids in enumerate(read):
         room = model.config.max_positions - len(ids) + 1  # the last new token is not read
         if max_new_tokens > room:
@@ -384,7 +384,7 @@ def _codec(model: Model, needed: bool) -> Codec | None:
         return None
 
 
-def _ids(prompt: Any, number: int, codec: Codec | None, vocab: int) -> list[int]:
+def prompt_ids(prompt: Any, number: int, codec: Codec | None, vocab: int) -> list[int]:
     if isinstance(prompt, str):
         return codec.encode(prompt)
     prompt = prompt.tolist() if hasattr(prompt, "tolist") else prompt

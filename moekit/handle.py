@@ -160,6 +160,8 @@ class Model:
         """
         if max_batches is not None:
             check_positive("max_batches", max_batches)
+        if not isinstance(context_window, int) or context_window < 0:
+            raise ValueError(f"context_window={context_window!r}: expected a whole number of at least 0")
         fraction = check_fraction(capacity_token_fraction)
         asked = {
             "data": str(data),
@@ -192,14 +194,32 @@ class Model:
         meta = tracing.describe_run(self, chosen, fraction, seed) | asked
         return replace(found, trace=collector.trace(self.config.experts, meta))
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether the model's :attr:`codec` is there."""
+        try:
+            return self.codec is not None
+        except ValueError:
+            return False
+
+    def ids(self, texts: Sequence[str] | Sequence[Sequence[int]]) -> tuple[list[list[int]], int]:
+        """Texts, or their ids, as ids; and the types of the dictionary that they are of.
+
+        Raises:
+            ValueError: an id is none of the dictionary's, or there is text and no codec.
+        """
+        vocab = len(self.codec) if any(isinstance(text, str) for text in texts) else self.config.vocab_rows
+        codec = self.codec if self.reads_text else None
+        return [generation.prompt_ids(text, number, codec, vocab) for number, text in enumerate(texts)], vocab
+
     def score(
         self,
-        texts: str | Sequence[str],
+        texts: str | Sequence[str] | Sequence[Sequence[int]],
         batch_size: int = 1,
         capacity_token_fraction: float | None = None,
         seed: int = 1,
     ) -> pd.DataFrame:
-        """Log-probabilities of texts, each begun with ``</s>`` as fairseq's blocks are.
+        """Log-probabilities of texts or of their ids, each begun with ``</s>`` as fairseq's blocks are.
 
         Returns:
             A row a token: ``text`` (its number), ``position``, ``token`` (dictionary id), ``piece`` (for the eye) and
@@ -207,13 +227,11 @@ class Model:
         """
         check_positive("batch_size", batch_size)
         fraction = check_fraction(capacity_token_fraction)
-        ids = [self.codec.encode(text) for text in ([texts] if isinstance(texts, str) else texts)]
+        ids, vocab = self.ids([texts] if isinstance(texts, str) else texts)
         batches = tracing.text_batches(ids, batch_size, self.config.max_positions)
-        scores = self.score_batches(
-            batches, fraction=fraction, vocab=len(self.codec), seed=seed, progress=False
-        )
+        scores = self.score_batches(batches, fraction=fraction, vocab=vocab, seed=seed, progress=False)
         table = summarize(batches, scores, math.nan, skip_first=False).tokens
-        table.insert(3, "piece", self.codec.pieces(table["token"]))
+        table.insert(3, "piece", pieces(self.codec if self.reads_text else None, table["token"]))
         return table.rename(columns={"sample_id": "text"})
 
     def trace(
@@ -264,10 +282,8 @@ class Model:
             vocab = len(batches.dictionary)
         else:
             texts = [data_or_texts] if isinstance(data_or_texts, str) else data_or_texts
-            ids = [self.codec.encode(text) if isinstance(text, str) else text for text in texts]
+            ids, vocab = self.ids(texts)
             batches = tracing.text_batches(ids, batch_size, self.config.max_positions)
-            of_text = any(isinstance(text, str) for text in texts)
-            vocab = len(self.codec) if of_text else self.config.vocab_rows
             asked = {"texts": len(ids), "batch_size": batch_size}
         if max_tokens is not None:
             check_positive("max_tokens", max_tokens)
@@ -424,9 +440,8 @@ def load(
         moekit.ranks.RankError: a rank failed.
     """
     start = time.perf_counter()
-    if world_size is None:
-        world_size = max(1, torch.cuda.device_count()) if device != "cpu" else 1
     devices = ranks.choose_devices(world_size, device)
+    world_size = len(devices)
     files = ckpt.find(checkpoint)
     plan = ckpt.survey(files, dictionary_size(files, dictionary))
     plan = replace(plan, config=replace(plan.config, **(config or {})))
@@ -503,6 +518,11 @@ def summarize(batches: Sequence[Batch], scores: dict, seconds: float, skip_first
     tokens = tokens.sort_values(["sample_id", "position"], kind="stable", ignore_index=True)
     loss = -tokens["logprob"].to_numpy(np.float64).mean() / math.log(2)
     return Evaluation(float(loss), float(2**loss), len(tokens), seconds, len(tokens) / seconds, tokens)
+
+
+def pieces(codec: Codec | None, ids: Iterable[int]) -> list[str]:
+    """Each token for the eye; by its id where there is no codec."""
+    return codec.pieces(ids) if codec is not None else [f" {number}" for number in ids]
 
 
 def check_positive(name: str, value: object) -> None:

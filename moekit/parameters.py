@@ -75,22 +75,22 @@ class Whole:
 
 @dataclass(frozen=True)
 class Number:
-    """A finite number, of at least ``least`` if that is given."""
+    """A finite number, of at least ``least``, more than ``above`` and at most ``most``."""
 
     least: float = -math.inf
+    above: float = -math.inf
+    most: float = math.inf
     optional: bool = False
 
     @property
     def expected(self) -> str:
-        return "a number" + (f" of at least {self.least:g}" if math.isfinite(self.least) else "")
+        bounds = {"of at least": self.least, "above": self.above, "up to": self.most}
+        return "a number" + "".join(f" {word} {x:g}" for word, x in bounds.items() if math.isfinite(x))
 
     def convert(self, value: Any) -> float:
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or not math.isfinite(value)
-            or value < self.least
-        ):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError
+        if not (value >= self.least and value > self.above and value <= self.most):
             raise ValueError
         return float(value)
 
@@ -127,6 +127,7 @@ Kind = Text | Choice | Whole | Number | Flag | Texts
 
 MACHINE: dict[str, Kind] = {
     "checkpoint": Text(),
+    "bpe": Text(optional=True),
     "world_size": Whole(optional=True),
     "device": Choice(("auto", "cuda", "cpu")),
     "dtype": Choice(("auto", "float32", "float16", "bfloat16")),
@@ -144,11 +145,11 @@ RUN_INFERENCE: dict[str, Kind] = MACHINE | {
     "max_batches": Whole(optional=True),
     "prompts": Texts(),
     "max_new_tokens": Whole(),
-    "temperature": Number(0),
+    "temperature": Number(least=0),
     "top_k": Whole(optional=True),
-    "top_p": Number(0, optional=True),
+    "top_p": Number(above=0, most=1, optional=True),
     "beam_size": Whole(),
-    "repetition_penalty": Number(0),
+    "repetition_penalty": Number(above=0),
     "num_return_sequences": Whole(),
     "seed": Whole(0),
 }

@@ -14,6 +14,7 @@ from matplotlib.patches import Rectangle
 
 from moekit import checkpoint as ckpt
 from moekit.dispatch import owned
+from moekit.handle import pieces
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -76,7 +77,11 @@ def _box(axes, left: float, right: float, rows: range, colour, label: str, boxes
 
 def filled(table: pd.DataFrame) -> Figure:
     """``report.filled``: a cell an expert, green where it got its four tensors."""
-    figure, axes = plt.subplots(figsize=(8, 0.6 + 0.35 * len(table)), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8, 0.6 + 0.35 * max(1, len(table))), layout="constrained")
+    if table.empty:
+        axes.axis("off")
+        axes.set_title("this model has no experts", fontsize=11)
+        return _done(figure)
     complete = (table.to_numpy() == 4).astype(float)
     axes.imshow(complete, aspect="auto", cmap="RdYlGn", vmin=0, vmax=1, interpolation="nearest", alpha=0.8)
     axes.set_yticks(range(len(table)), table.index)
@@ -128,11 +133,14 @@ def loss_by_position(tokens: pd.DataFrame, bins: int = 32) -> Figure:
     return _done(figure)
 
 
-def passage(tokens: pd.DataFrame, codec: Codec, sample_id: int | None = None, limit: int = 220) -> Figure:
+def passage(
+    tokens: pd.DataFrame, codec: Codec | None, sample_id: int | None = None, limit: int = 220
+) -> Figure:
     """The beginning of a sample, each piece coloured by how much it surprised the model.
 
     Args:
         tokens: ``Evaluation.tokens``.
+        codec: None shows tokens by their ids.
         sample_id: which sample; None: the one in the middle.
         limit: how many tokens.
     """
@@ -143,18 +151,18 @@ def passage(tokens: pd.DataFrame, codec: Codec, sample_id: int | None = None, li
     if rows.empty:
         raise ValueError(f"there is no sample {sample_id} among the scored tokens")
     bits = -rows["logprob"].to_numpy() / math.log(2)
-    figure, scale = coloured_text(codec.pieces(rows["token"]), bits, 0, 12)
+    figure, scale = coloured_text(pieces(codec, rows["token"]), bits, 0, 12)
     figure.colorbar(scale, ax=figure.axes[0], label="bits", fraction=0.03, pad=0.01, extend="max")
     figure.axes[0].set_title(f"Sample {sample_id}, coloured by surprise", fontsize=11, loc="left")
     return figure
 
 
 def coloured_text(
-    pieces: Sequence[str], values: Sequence[float], least: float, most: float, width: int = 92
+    words: Sequence[str], values: Sequence[float], least: float, most: float, width: int = 92
 ) -> tuple[Figure, plt.cm.ScalarMappable]:
     """Text in a fixed-width face, wrapped at ``width`` characters, each piece on a ground that shows its value."""
     places, line, column = [], 0, 0
-    for piece in pieces:
+    for piece in words:
         shown = "¶" if piece == "</s>" else piece.replace("\t", "    ")
         if column and column + len(shown) > width:
             line, column = line + 1, 0

@@ -118,8 +118,10 @@ def start(world_size: int, device: str = "auto", timeout: float = 1800.0) -> Ran
     return ThisProcess(devices) if world_size == 1 else SpawnedRanks(devices, timeout)
 
 
-def choose_devices(world_size: int, device: str) -> list[torch.device]:
-    """One device a rank, or a ValueError that says what to ask for instead."""
+def choose_devices(world_size: int | None, device: str) -> list[torch.device]:
+    """One device a rank, or a ValueError that says what to ask for instead; None: a rank for every GPU, one without."""
+    if world_size is None:
+        world_size = 1 if device == "cpu" else max(1, torch.cuda.device_count())
     if not isinstance(world_size, int) or isinstance(world_size, bool) or world_size < 1:
         raise ValueError(f"world_size is {world_size!r}: expected a whole number of at least 1")
     if device not in ("auto", "cuda", "cpu"):

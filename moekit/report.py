@@ -71,12 +71,13 @@ def files(checkpoint: str | Path) -> pd.DataFrame:
     return table.set_index("file")
 
 
-def shares(checkpoint: str | Path, world_size: int, device: str, dtype: str) -> pd.DataFrame:
+def shares(checkpoint: str | Path, world_size: int | None, device: str, dtype: str) -> pd.DataFrame:
     """Who will read what, a row a rank: files, experts, and the memory it takes against what is free."""
     from moekit.handle import weights_dtype
 
     plan = ckpt.survey(ckpt.find(checkpoint))
     devices = ranks.choose_devices(world_size, device)
+    world_size = len(devices)
     width = weights_dtype(dtype, devices[0], plan).itemsize
     rows = []
     for rank, place in enumerate(devices):
@@ -169,18 +170,8 @@ def result(evaluation: Evaluation) -> pd.DataFrame:
     return pd.DataFrame({"": facts})
 
 
-def save(
-    output_dir: str | Path,
-    model: Model,
-    evaluation: Evaluation,
-    figures: dict[str, Figure],
-    settings: dict[str, Any],
-) -> Path:
-    """Write ``results.json``, ``tokens.parquet`` and ``{name}.png`` of each figure.
-
-    Returns:
-        The folder, absolute.
-    """
+def save(output_dir: str | Path, model: Model, evaluation: Evaluation, settings: dict[str, Any]) -> Path:
+    """Write ``results.json`` and ``tokens.parquet``; returns the folder, absolute."""
     figures_of = {
         "loss_base2": evaluation.loss_base2,
         "perplexity": evaluation.perplexity,
@@ -194,7 +185,7 @@ def save(
         "versions": versions(),
         "parameters": settings,
     }
-    folder = save_figures(output_dir, figures)
+    folder = save_figures(output_dir, {})
     (folder / "results.json").write_text(json.dumps(figures_of, indent=2) + "\n")
     evaluation.tokens.to_parquet(folder / "tokens.parquet", index=False)
     return folder

@@ -104,6 +104,24 @@ def test_damaged_files_are_named(folder, content):
         checkpoint.survey(checkpoint.find(folder))
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer: run git lfs pull"),
+        (b"<html>", "a web page"),
+    ],
+)
+def test_what_came_instead_of_a_checkpoint_is_named(folder, content, said):
+    (folder / "model-shared.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=f"model-shared.pt is not a readable checkpoint file but {said}"):
+        checkpoint.find(folder)
+
+
+def test_a_rank_file_that_is_not_there_is_named(folder):
+    with pytest.raises(ValueError, match=r"there is no file .*model-rank-99\.pt; .* holds 4 rank files"):
+        checkpoint.find(folder / "model-rank-99.pt")
+
+
 def test_a_truncated_file_is_named(folder):
     path = folder / "model-rank-2.pt"
     path.write_bytes(path.read_bytes()[:30_000])

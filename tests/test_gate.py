@@ -158,3 +158,28 @@ def test_balance_loss_of_even_and_of_collapsed_routing():
     assert float(gate.balance_loss(even)) == pytest.approx(1.0)
     collapsed = gate.route(torch.eye(8)[:1].repeat(1, 9, 1) * 50, config(), fraction=None)
     assert float(gate.balance_loss(collapsed)) == pytest.approx(8.0)
+
+
+@pytest.mark.parametrize("gate_fp32", [False, True])
+def test_half_precision_is_computed_step_by_step_as_the_branch_does(gate_fp32):
+    """softmax, the pick and the normalisation in float32 or in half, as ``gate_fp32`` says; the weights in half."""
+    logits = 3 * torch.randn(1, 200, 8, generator=torch.Generator().manual_seed(5)).half()
+    found = gate.route(logits, config(gate_fp32=gate_fp32), fraction=None)
+    gates = torch.softmax(logits[0].float() if gate_fp32 else logits[0], dim=1)
+    first = gates.argmax(dim=1, keepdim=True)
+    second = (
+        logits[0]
+        .masked_fill(torch.zeros_like(gates).scatter(1, first, 1).bool(), float("-inf"))
+        .argmax(1, True)
+    )
+    both = torch.cat([gates.gather(1, first), gates.gather(1, second)], dim=1)
+    total = (both[:, 0] + both[:, 1]).clamp(min=torch.finfo(both.dtype).eps)
+    assert found.experts[0].equal(torch.cat([first, second], dim=1))
+    assert found.weights.dtype == torch.half
+    assert found.weights[0].equal((both / total[:, None]).half())
+
+
+def test_the_two_precisions_differ():
+    logits = 3 * torch.randn(1, 200, 8, generator=torch.Generator().manual_seed(5)).half()
+    exact, rough = (gate.route(logits, config(gate_fp32=f), fraction=None).weights for f in (True, False))
+    assert not exact.equal(rough)

@@ -1,0 +1,73 @@
+"""What can be known to fail before anything is loaded: looked at in a notebook's first cell, said in one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+from moekit import batches, ranks
+from moekit import checkpoint as ckpt
+from moekit.config import ModelConfig
+from moekit.parameters import ParameterError
+
+
+def load_shards(p: SimpleNamespace) -> ModelConfig:
+    """The checkpoint is whole and the devices are there; ``p`` holds the checked parameters.
+
+    Raises:
+        ParameterError: what is wrong.
+    """
+    _said(ranks.choose_devices, p.world_size, p.device)
+    return _said(lambda: ckpt.survey(ckpt.find(p.checkpoint))).config
+
+
+def run_inference(p: SimpleNamespace) -> ModelConfig:
+    """As :func:`load_shards`; the data is there too, and the settings fit the model and each other."""
+    config = load_shards(p)
+    _said(batches.check_files, p.data, p.subset)
+    if p.tokens_per_sample is not None and p.tokens_per_sample > config.max_positions:
+        raise ParameterError(
+            f"tokens_per_sample={p.tokens_per_sample}: the model has {config.max_positions} positions"
+        )
+    block = p.tokens_per_sample or config.max_positions
+    if p.context_window >= block:
+        raise ParameterError(
+            f"context_window={p.context_window}: expected less than a block's {block} tokens"
+        )
+    if p.max_new_tokens >= config.max_positions:
+        raise ParameterError(
+            f"max_new_tokens={p.max_new_tokens}: the model has {config.max_positions} positions"
+        )
+    if p.num_return_sequences > 1 and p.beam_size == 1 and p.temperature == 0:
+        raise ParameterError(
+            f"num_return_sequences={p.num_return_sequences}: at temperature 0 all would be the same; draw, or search "
+            "with a beam"
+        )
+    if p.beam_size > 1 and p.num_return_sequences > p.beam_size:
+        raise ParameterError(
+            f"num_return_sequences={p.num_return_sequences}: expected at most beam_size={p.beam_size}"
+        )
+    return config
+
+
+def generation(p: SimpleNamespace) -> dict[str, Any]:
+    """The arguments of ``Model.generate`` that a notebook's parameters mean.
+
+    A beam search draws nothing, so temperature, top-k and top-p do not count; nor do the last two at temperature 0.
+    """
+    given = {
+        name: getattr(p, name)
+        for name in ("max_new_tokens", "beam_size", "repetition_penalty", "num_return_sequences", "seed")
+    }
+    if p.beam_size > 1:
+        return given
+    draws = {"top_k": p.top_k, "top_p": p.top_p} if p.temperature > 0 else {}
+    return given | {"temperature": p.temperature, "alternatives": 5} | draws
+
+
+def _said(check: Callable[..., Any], *arguments: Any) -> Any:
+    try:
+        return check(*arguments)
+    except ValueError as error:
+        raise ParameterError(str(error)) from None
