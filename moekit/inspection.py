@@ -72,7 +72,7 @@ def labels_of(trace: Trace, data: str, domains: Sequence[str] | None, of_texts: 
     if of_texts:
         texts = int(trace.sample.max()) + 1
         domains = [f"text {n}" for n in range(texts)] if domains is None else domains
-        if len(domains) != texts:
+        if len(domains) < texts:  # more where max_tokens ended the trace before the last text
             raise ValueError(f"domains has {len(domains)} labels for {texts} texts; expected one for each")
         return np.array(domains)[trace.sample]
     if domains is None:

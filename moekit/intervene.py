@@ -171,7 +171,7 @@ def check(config: ModelConfig, layer: int, expert: int) -> None:
 
 
 def _list(numbers: int | Iterable[int]) -> int | list[int]:
-    return numbers if isinstance(numbers, int) else list(numbers)
+    return numbers if isinstance(numbers, int | np.integer) else list(numbers)
 
 
 # ------------------------------------------------------------------------------------------------- what it changed

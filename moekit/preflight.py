@@ -10,6 +10,7 @@ from moekit import batches, ranks
 from moekit import checkpoint as ckpt
 from moekit.config import ModelConfig
 from moekit.parameters import ParameterError
+from moekit.trace import Trace
 
 
 def load_shards(p: SimpleNamespace) -> ModelConfig:
@@ -48,6 +49,21 @@ def run_inference(p: SimpleNamespace) -> ModelConfig:
         raise ParameterError(
             f"num_return_sequences={p.num_return_sequences}: expected at most beam_size={p.beam_size}"
         )
+    return config
+
+
+def inspect_routing(p: SimpleNamespace) -> ModelConfig:
+    """As :func:`load_shards`; the data, the layers and the other trace are there too."""
+    config = load_shards(p)
+    if p.texts is None:
+        _said(batches.check_files, p.data, p.subset)
+    for layer in p.layers or []:
+        if layer not in config.moe_layers:
+            raise ParameterError(
+                f"layers={p.layers}: layer {layer} holds no experts; those that do are {config.moe_layers}"
+            )
+    if p.compare_with is not None:
+        _said(Trace.load, p.compare_with)
     return config
 
 

@@ -214,7 +214,7 @@ class Trace:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        path = Path(path).expanduser()
+        path = Path(path).expanduser().resolve()
         if not path.is_file():
             raise ValueError(f"there is no trace {path}")
         try:
@@ -245,7 +245,7 @@ _ARRAYS = {f.name for f in fields(Trace)} - {"layers", "full", "num_experts", "m
 
 
 def _listed(numbers: int | Iterable[int]) -> int | list[int]:
-    return numbers if isinstance(numbers, int) else list(numbers)
+    return numbers if isinstance(numbers, int | np.integer) else list(numbers)
 
 
 class _Columns:

@@ -40,14 +40,12 @@ def own(source: str, data_dir: Path) -> Texts:
     """
     path = Path(source).expanduser()
     if path.is_dir():
-        found = sorted(
-            p for p in path.rglob("*") if p.suffix in TEXT_SUFFIXES and not p.name.endswith(DOMAINS)
-        )
+        found = sorted(p for p in path.rglob("*") if p.suffix in TEXT_SUFFIXES)
         wanted = f"files ending in {', '.join(TEXT_SUFFIXES)} (a glob names others)"
     else:
         found = sorted(Path(name) for name in glob.glob(str(path), recursive=True)) or [path]
         wanted = "a file, a folder or a glob that fits some file"
-    found = [p.resolve() for p in found if p.is_file()]
+    found = [p.resolve() for p in found if p.is_file() and not p.name.endswith(DOMAINS)]
     fetched = [data_dir / name for name in FETCHED]
     found = [p for p in found if not any(q in fetched or (q / MARK).exists() for q in p.parents)]
     if not found:

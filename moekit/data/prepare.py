@@ -18,7 +18,7 @@ from moekit.data.download import DownloadError, discard, download, human
 from moekit.data.encode import encode_files
 from moekit.data.lock import locked
 from moekit.data.settings import Settings
-from moekit.data.unpack import CorruptArchive, unpack
+from moekit.data.unpack import unpack
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -160,7 +160,7 @@ def _claim(home: Path, settings: Settings, texts: corpus.Texts) -> None:
     source = (
         settings.source
         if settings.source in ("demo", "wikitext-103")
-        else str(Path(settings.source).resolve())
+        else str(Path(settings.source).expanduser().resolve())
     )
     owner = record.read(home / corpus.MARK)
     if owner is None:
@@ -213,6 +213,9 @@ def _subset(
     domains = files[0].with_name(subset + corpus.DOMAINS)
     if domains.is_file() and len(files) == 1 and not dropped:
         _copied(domains, data, steps)
+    else:  # labels of an earlier text would be taken for this one's
+        for end in (corpus.DOMAINS, corpus.DOMAINS + ".json"):
+            (data / f"{subset}{end}").unlink(missing_ok=True)
     return summary
 
 
@@ -280,12 +283,12 @@ def _unpacked(remote: sources.Remote, folder: Path, settings: Settings, steps: S
         try:
             files = unpack(archive, folder, limit=2 * remote.unpacked)
             break
-        except CorruptArchive as error:
+        except ValueError as error:  # damaged, or not what it should be
             discard(archive)
             damaged += f"; {origin}: {error}"
             urls = urls[urls.index(origin) + 1 :] if origin in urls else []
             if not urls:
-                raise CorruptArchive(
+                raise type(error)(
                     f"{error}. It was removed: run again, with another mirror if it has to be"
                 ) from None
             steps.report(f"unpack {remote.name}", True, f"{error}; asking the next mirror")

@@ -6,7 +6,9 @@ folder gets its name when the archive has been read to its end and its checksums
 
 from __future__ import annotations
 
+import errno
 import gzip
+import lzma
 import shutil
 import stat
 import tarfile
@@ -39,6 +41,13 @@ class Member:
     read: Callable[[int], bytes]
 
 
+# What reading a damaged archive raises: flipped bits in a zip also ask for unknown methods, passwords and odd places.
+DAMAGE = (
+    *(EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile),
+    *(NotImplementedError, RuntimeError, OSError),
+)
+
+
 def unpack(archive: str | Path, folder: str | Path, limit: int) -> list[Path]:
     """Unpack a ``.tar.gz`` or ``.zip`` archive into the new folder ``folder``.
 
@@ -66,7 +75,11 @@ def unpack(archive: str | Path, folder: str | Path, limit: int) -> list[Path]:
         with open(archive, "rb") as file, bar(f"unpack {archive.name}", archive.stat().st_size) as progress:
             for member in _checked(_members(file, archive, limit), archive, limit):
                 staging.add(member, lambda: progress.update(file.tell() - progress.n))
-    except (EOFError, zlib.error, gzip.BadGzipFile, tarfile.TarError, zipfile.BadZipFile) as error:
+    except NoSpace:
+        raise
+    except DAMAGE as error:
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise  # of the disk, not of the archive
         staging.discard()
         raise CorruptArchive(f"{archive} is cut short or damaged: {error}") from None
     except ValueError:
