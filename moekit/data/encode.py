@@ -96,9 +96,10 @@ class LineEncoder:
         unknown = np.flatnonzero(~known)
         spans = zip(starts[unknown].tolist(), (starts + lengths)[unknown].tolist(), strict=True)
         ids[unknown] = [self._slow[data[start:end]] for start, end in spans]
-        new = unknown[lengths[unknown] <= SHORT]
-        taken, which = np.unique(places[new], return_index=True)
-        new = new[which]
+        new = unknown[
+            lengths[unknown] <= SHORT
+        ]  # those that want the same place: the last gets it, in all three
+        taken = places[new]
         self._first[taken], self._second[taken], self._values[taken] = first[new], second[new], ids[new]
         return "".join(ids.tolist()).replace("\n ", "\n").removeprefix(" ")
 

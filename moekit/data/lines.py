@@ -14,7 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context, parent_process
 from multiprocessing.context import BaseContext
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import BinaryIO, NamedTuple, TypeVar
 
 Result = TypeVar("Result")
 
@@ -55,16 +55,23 @@ class Block(NamedTuple):
 
 def blocks(path: Path, size: int = BLOCK) -> Iterator[Block]:
     """``path`` cut at line ends into blocks of about ``size`` bytes; a longer line stays whole."""
-    length = path.stat().st_size
-    if length == 0:
-        return
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        start = 0
-        while start < length:
-            found = LINE_END.search(data, min(start + size, length))
-            end = found.end() if found else length
+    start = 0
+    with open(path, "rb") as file:
+        while end := _line_end(file, start, size):
             yield Block(path, start, end)
             start = end
+
+
+def _line_end(file: BinaryIO, start: int, size: int) -> int:
+    """Where the line ends that holds the last of ``size`` bytes from ``start`` on; 0 if there are none."""
+    at = file.seek(start + size - 1)
+    while chunk := file.read(1 << 16):
+        if found := LINE_END.search(chunk):
+            half = found[0] == b"\r" and found.end() == len(chunk) and file.read(1) == b"\n"
+            return at + found.end() + half
+        at += len(chunk)
+    length = file.seek(0, os.SEEK_END)
+    return length if length > start else 0
 
 
 def in_order(
