@@ -453,6 +453,7 @@ def load(
         total = sum(source.bytes * (world_size if i == 0 else 1) for i, source in enumerate(plan.sources))
         with progress_bar("loading", total, "B", show=progress) as bar:
             model.parts = pool.call(worker.load, plan, kind, on_report=lambda rank, n: bar.update(n))
+            bar.update(bar.total - bar.n)  # what is not tensors
         model.load_seconds = time.perf_counter() - start
     except BaseException:
         pool.close()

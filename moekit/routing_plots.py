@@ -202,10 +202,11 @@ def _coloured(
 
 
 def pieces(codec: Codec | None, ids: Sequence[int]) -> list[str]:
-    """Each token for the eye: line ends as ¶, tabs as ⇥."""
+    """Each token for the eye: line ends as ¶, tabs as ⇥, what an imported trace does not tell as ?."""
     if codec is None:
         return [f" {i}" for i in ids]
-    return [p.replace("</s>", "¶").replace("\n", "¶").replace("\t", "⇥") for p in codec.pieces(ids)]
+    known = [codec.pieces([i])[0] if i >= 0 else "?" for i in ids]
+    return [p.replace("</s>", "¶").replace("\n", "¶").replace("\t", "⇥") for p in known]
 
 
 def _kinds(experts: np.ndarray) -> dict[int, str]:
@@ -284,6 +285,9 @@ def load_heatmap(trace: Trace, seed: int = 0) -> Figure:
 # ---------------------------------------------------------------------------------------------------------- drops
 
 
+CHOICE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+
+
 def drops_by_position(trace: Trace, bins: int = 32) -> Figure:
     """Share of choices that capacity dropped, along the sample: one panel a layer, one line a choice."""
     edges = np.linspace(0, trace.position.max() + 1, min(bins, int(trace.position.max()) + 1) + 1)
@@ -302,17 +306,17 @@ def drops_by_position(trace: Trace, bins: int = 32) -> Figure:
                 ax.plot(
                     middle,
                     100 * lost / np.maximum(size, 1),
-                    color=("#0072B2", "#D55E00")[k],
+                    color=CHOICE_COLOURS[k % len(CHOICE_COLOURS)],
                     lw=1.6,
-                    label=f"{('first', 'second')[k]} choice",
+                    label=f"choice {k + 1}",
                 )
                 if chance is not None:
                     ax.plot(
                         100 * chance[:, k],
-                        color=("#0072B2", "#D55E00")[k],
+                        color=CHOICE_COLOURS[k % len(CHOICE_COLOURS)],
                         lw=1.2,
                         ls=":",
-                        label=f"{('first', 'second')[k]}, uniform random routing",
+                        label=f"choice {k + 1}, uniform random routing",
                     )
             share = 100 * (~trace.kept[:, place]).mean()
             ax.set_title(f"layer {layer}: {share:.1f} % dropped")

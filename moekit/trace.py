@@ -508,7 +508,7 @@ def describe_run(model: Model, batches: Sequence[Batch], fraction: float | None,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device,
         "world_size": model.world_size,
-        "kernel": model.parts[0].get("kernel", "loop"),
+        "kernel": model.parts[0]["kernel"],
         "versions": {"moekit": own, "torch": torch.__version__, "python": platform.python_version()},
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }

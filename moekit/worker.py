@@ -45,6 +45,7 @@ def load(rank: Rank, plan: checkpoint.Plan, dtype: torch.dtype) -> dict:
     return {
         "rank": rank.rank,
         "device": str(rank.device),
+        "kernel": "loop",  # how the experts are computed: one after the other
         "files": [s.path.name for s in plan.needed(held)],
         "experts": held,
         "filled": Counter(place.where for place, times in filled.items() for _ in range(times)),

@@ -61,13 +61,14 @@ def pack(
     ids = np.unique(
         np.concatenate([trace.token, trace.target[known_target], trace.predicted[known_prediction]])
     )
-    pieces = [f" {i}" for i in ids] if codec is None else codec.pieces(ids)
+    # -1 stands for what a trace from another tool does not tell
+    pieces = [f" {i}" if codec is None else codec.pieces([i])[0] if i >= 0 else "?" for i in ids]
 
     def place(column: np.ndarray, known: np.ndarray | bool = True) -> np.ndarray:
         return np.where(known, np.searchsorted(ids, column), NONE).astype(np.uint32)
 
     def share(values: np.ndarray) -> np.ndarray:  # [T, L, ...] -> [L, T, ...]
-        return np.rint(np.clip(values.swapaxes(0, 1), 0, 1) * UNIT).astype(np.uint16)
+        return np.rint(np.clip(np.nan_to_num(values.swapaxes(0, 1)), 0, 1) * UNIT).astype(np.uint16)
 
     choice = trace.experts.astype(np.uint16) | np.where(trace.kept, 0, DROPPED).astype(np.uint16)
     arrays = {
