@@ -23,8 +23,8 @@ LETTER, NUMBER, SIGN, BLANK, LINE_END = range(5)
 @functools.cache
 def kinds() -> np.ndarray:
     """[0x110000] uint8: the kind of every code point, as ``regex`` has it."""
-    text = "".join(map(chr, range(0x110000)))
-    kind = np.full(len(text), SIGN, np.uint8)
+    kind = np.full(0x110000, SIGN, np.uint8)
+    text = "".join(map(chr, range(0x40000)))  # above there are no letters, numbers or blanks (a test looks)
     for code, pattern in ((LETTER, r"\p{L}+"), (NUMBER, r"\p{N}+"), (BLANK, r"\s+")):
         for run in regex.finditer(pattern, text):
             kind[run.start() : run.end()] = code
