@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--text", type=Path, help="a text file; default: the sources of this Python's packages"
     )
     parser.add_argument(
-        "--megabytes", type=float, default=20.0, help="of the text to use (default: %(default)s)"
+        "--megabytes", type=float, default=40.0, help="of the text to use (default: %(default)s)"
     )
     parser.add_argument(
         "--bpe", type=Path, default=DEMO, help=f"a folder with {', '.join(FILES)} (default: demo's)"
