@@ -9,45 +9,69 @@ Shape letters: L layers, B sequences, H heads, M slots, C head dim, T tokens of 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moekit.config import ModelConfig
 
 
 class Cache:
-    """Keys and values [L, B, H, M, C] of ``lengths`` [B] tokens each; hand it to the model in ``Pass.cache``.
+    """Keys and values [L, 2, B, H, M, C] of ``lengths`` [B] tokens each; hand it to the model in ``Pass.cache``.
 
     A forward pass writes its tokens behind what is there and looks back at all of it. It does not move ``lengths``:
     the caller does, by :meth:`advance`, since only the caller knows which tokens were real.
     """
 
     def __init__(self, config: ModelConfig, batch: int, slots: int, device: torch.device, dtype: torch.dtype):
-        shape = (config.layers, batch, config.heads, slots, config.dim // config.heads)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        shape = (config.layers, 2, batch, config.heads, slots, config.dim // config.heads)
+        self.kv = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = torch.zeros(batch, device=device, dtype=torch.long)
+        self.empty = True
+        self._write: Tensor | None = None
+
+    @property
+    def slots(self) -> int:
+        return self.kv.shape[4]
 
     def positions(self, tokens: int) -> Tensor:
         """[B, T]: the slots, and so the positions from 0, of the next ``tokens`` tokens of each sequence."""
         return self.lengths[:, None] + torch.arange(tokens, device=self.lengths.device)
 
-    def visible(self, tokens: int) -> Tensor:
-        """[B, 1, T, M] bool: the slots that each of the next ``tokens`` tokens may look at, its own included."""
-        slots = torch.arange(self.keys.shape[3], device=self.lengths.device)
-        return (slots <= self.positions(tokens)[:, :, None])[:, None]
+    def open(self, tokens: int) -> Tensor | None:
+        """Begin a forward pass: [B, 1, T, M] bool, the slots that each of its tokens may look at, its own included.
 
-    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write [B, H, T, C] behind what layer ``layer`` has, and return all of its slots: two [B, H, M, C]."""
-        slots = self.positions(keys.shape[2])[:, None, :, None].expand_as(keys)
-        self.keys[layer].scatter_(2, slots, keys)
-        self.values[layer].scatter_(2, slots, values)
-        return self.keys[layer], self.values[layer]
+        None for the first pass, whose tokens look back at nothing but each other.
+        """
+        positions = self.positions(tokens)
+        self._write = positions[:, None, :, None]
+        if self.empty:
+            return None
+        return (torch.arange(self.slots, device=positions.device) <= positions[:, :, None])[:, None]
+
+    def extend(self, layer: int, kv: Tensor) -> Tensor:
+        """Write [2, B, H, T, C] behind what layer ``layer`` has, and return what is there to look at."""
+        self.kv[layer].scatter_(3, self._write.expand_as(kv), kv)
+        return kv if self.empty else self.kv[layer]
 
     def advance(self, tokens: Tensor | int) -> None:
         """Count ``tokens`` ([B] or a number) as read."""
         self.lengths += tokens
+        self.empty = False
+
+    def grow(self, slots: int) -> None:
+        """Make room for ``slots`` tokens a sequence."""
+        self.kv = F.pad(self.kv, (0, 0, 0, slots - self.slots))
 
     def select(self, sequences: Tensor) -> None:
         """Keep the sequences ``sequences`` [B'] in this order, repeats allowed: what a beam search chose."""
-        self.keys, self.values = self.keys[:, sequences], self.values[:, sequences]
+        self.kv = self.kv[:, :, sequences]
         self.lengths = self.lengths[sequences]
+
+    @staticmethod
+    def joined(caches: list[Cache]) -> Cache:
+        """All sequences of ``caches`` in one; their first passes are over."""
+        first = caches[0]
+        if len(caches) > 1:
+            first.kv = torch.cat([cache.kv for cache in caches], dim=2)
+            first.lengths = torch.cat([cache.lengths for cache in caches])
+        return first

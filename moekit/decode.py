@@ -136,7 +136,7 @@ def begin(
         seen = torch.zeros(len(numbers), settings.vocab, dtype=torch.bool, device=rank.device)
         for row, prompt in enumerate(prompts[rank.rank]):
             seen[row, torch.tensor(prompt.ids, device=rank.device)] = True
-    sequences = Sequences(settings, numbers, _joined([cache for cache, *_ in read]), seen)
+    sequences = Sequences(settings, numbers, Cache.joined([cache for cache, *_ in read]), seen)
     sequences.parts += [part for *_, parts in read for part in parts]
     rank.state[key] = sequences
     empty = [len(prompt.ids) == 1 for prompt in prompts[rank.rank]]
@@ -246,15 +246,6 @@ def _traced(how: Pass, numbers: Sequence[int], real: Tensor) -> list[dict[str, n
 
 def _cache(model: Transformer, batch: int, slots: int) -> Cache:
     return Cache(model.config, batch, slots, model.embed.weight.device, model.embed.weight.dtype)
-
-
-def _joined(caches: list[Cache]) -> Cache:
-    first = caches[0]
-    if len(caches) > 1:
-        first.keys = torch.cat([cache.keys for cache in caches], dim=1)
-        first.values = torch.cat([cache.values for cache in caches], dim=1)
-        first.lengths = torch.cat([cache.lengths for cache in caches])
-    return first
 
 
 # ------------------------------------------------------------------------------------------ what comes next

@@ -1,20 +1,22 @@
 """How rows get to the ranks that hold their experts, and back.
 
-``Local`` and ``AllToAll`` have one signature, so that the model knows no ranks:
+``Local`` and ``AllToAll`` have one signature, so that the model knows no ranks, and it is that of the experts:
 
-    rows, counts, ticket = dispatch.send(rows, counts)    # to the experts
-    rows = dispatch.back(rows, ticket)                    # and home again, in the order of departure
+    done = dispatch(experts, x, order, counts, choices, weights)
 
-Shape letters: R rows sorted by expert, D model dim, E experts in all, W ranks, e experts held here.
+Shape letters: N rows, K choices a row, P places (choices of rows, see experts.py), R rows on their way, D model dim,
+E experts in all, W ranks, e experts held here.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from moekit.experts import Experts
 
 
 def owned(experts: int, world_size: int, rank: int) -> range:
@@ -23,63 +25,66 @@ def owned(experts: int, world_size: int, rank: int) -> range:
 
 
 class Dispatch(Protocol):
-    def send(self, rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Any]:
-        """Send rows to their experts.
+    def __call__(
+        self, experts: Experts, x: Tensor, order: Tensor, counts: Tensor, choices: int, weights: Tensor
+    ) -> Tensor:
+        """Have the experts work, wherever they are.
 
         Args:
-            rows: [R, D], sorted by expert.
-            counts: [E] int64, rows for each expert.
+            experts: those held here.
+            x: [N, D].
+            order: [P] int64, places sorted by expert; those behind the first ``counts.sum()`` are no expert's.
+            counts: [E] int64, places of each expert.
+            choices: K.
+            weights: [N K].
 
         Returns:
-            rows [r, D] for the experts held here, sorted by expert; their counts [e]; and a ticket for :meth:`back`.
+            [N K, D], zero at the places that are no expert's.
         """
-        ...
-
-    def back(self, rows: Tensor, ticket: Any) -> Tensor:
-        """Return rows [r, D] to where they came from: [R, D] in the order of departure."""
         ...
 
 
 class Local:
     """Every expert is here: nothing moves."""
 
-    def send(self, rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, None]:
-        return rows, counts, None
-
-    def back(self, rows: Tensor, ticket: None) -> Tensor:
-        return rows
+    def __call__(
+        self, experts: Experts, x: Tensor, order: Tensor, counts: Tensor, choices: int, weights: Tensor
+    ) -> Tensor:
+        return experts(x, order, counts, choices, weights)
 
 
 class AllToAll:
     """Experts are spread over the ranks of the default process group as :func:`owned` deals them.
 
-    Rows travel unpadded: only what the gate kept crosses the wire, in one exchange each way.
+    Rows travel unpadded: only what the gate kept crosses the wire, in one exchange each way. A collective: every
+    rank has to call it, with no rows if it has none.
     """
 
     def __init__(self, experts: int):
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.deal = [len(owned(experts, self.world_size, r)) for r in range(self.world_size)]
 
-    def send(self, rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Any]:
+    def __call__(
+        self, experts: Experts, x: Tensor, order: Tensor, counts: Tensor, choices: int, weights: Tensor
+    ) -> Tensor:
         mine = self.deal[self.rank]
-        arriving = counts.new_empty(
-            self.world_size * mine
-        )  # [W * e]: what each rank has for each expert held here
+        arriving = counts.new_empty(self.world_size * mine)  # what each rank has for each expert held here
         dist.all_to_all_single(arriving, counts, [mine] * self.world_size, self.deal)
-        to_ranks = [int(part.sum()) for part in counts.cpu().split(self.deal)]
         arriving = arriving.view(self.world_size, mine)
-        from_ranks = arriving.sum(dim=1).tolist()
-        received = exchange(rows, to_ranks, from_ranks)
+        # The one question to the device: how many rows go where.
+        leaving = torch.stack([part.sum() for part in counts.split(self.deal)])
+        to_ranks, from_ranks = torch.stack([leaving, arriving.sum(dim=1)]).tolist()
+        order = order[: sum(to_ranks)]
+        received = exchange(x[order // choices], to_ranks, from_ranks)
 
-        # They arrive sorted by rank, then expert; the experts want them by expert.
-        expert = torch.arange(mine, device=rows.device).repeat(self.world_size)
-        expert = expert.repeat_interleave(arriving.flatten())
-        order = expert.argsort(stable=True)
-        return received[order], arriving.sum(dim=0), (order, to_ranks, from_ranks)
+        # They arrive sorted by rank, then expert.
+        expert = torch.arange(mine, device=x.device).repeat(self.world_size)
+        expert = expert.repeat_interleave(arriving.flatten(), output_size=len(received))
+        done = experts(received, expert.argsort(stable=True), arriving.sum(dim=0))
 
-    def back(self, rows: Tensor, ticket: Any) -> Tensor:
-        order, to_ranks, from_ranks = ticket
-        return exchange(torch.empty_like(rows).index_copy_(0, order, rows), from_ranks, to_ranks)
+        home = exchange(done, from_ranks, to_ranks)
+        out = x.new_zeros(len(x) * choices, x.shape[1])
+        return out.index_copy(0, order, home * weights[order, None])
 
 
 def exchange(rows: Tensor, to_ranks: list[int], from_ranks: list[int]) -> Tensor:

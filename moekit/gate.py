@@ -77,26 +77,56 @@ def capacity(tokens: int, config: ModelConfig, fraction: float | None) -> int | 
     return config.top_k * math.ceil(tokens / config.experts)
 
 
-def places(chosen: Tensor, experts: int) -> Tensor:
+def places(chosen: Tensor) -> Tensor:
     """Rank of each token among the tokens of its group that chose the same expert.
 
     Args:
-        chosen: [G, S] int64, the expert of each token in order of service; ``experts`` for "none".
+        chosen: [G, S] int64, the expert of each token in order of service.
 
     Returns:
         [G, S] int64: 0 for the first token that an expert gets. Sorted, not one-hot: memory is O(G S), not O(G S E).
     """
-    _, order = chosen.sort(dim=1, stable=True)
-    ordered = chosen.gather(1, order)
+    ordered, order = chosen.sort(dim=1, stable=True)
     index = torch.arange(chosen.shape[1], device=chosen.device).expand_as(chosen)
     starts = torch.searchsorted(ordered, ordered)  # where each run of equal experts begins
     return torch.empty_like(chosen).scatter_(1, order, index - starts)
 
 
 def counts(chosen: Tensor, experts: int) -> Tensor:
-    """How many tokens of each group chose each expert: [G, S] -> [G, experts]; ``experts`` stands for "none"."""
+    """How many tokens of each group chose each expert: [G, S] -> [G, experts + 1], the last one standing for "none"."""
     total = torch.zeros(chosen.shape[0], experts + 1, dtype=torch.long, device=chosen.device)
-    return total.scatter_add_(1, chosen, torch.ones_like(chosen))[:, :experts]
+    return total.scatter_add_(1, chosen, torch.ones_like(chosen))
+
+
+def choose(
+    logits: Tensor,
+    config: ModelConfig,
+    noise: Callable[[str, Tensor], Tensor] | None = None,
+    edit: Edit = Edit(),
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Which experts each token wants, whatever room they have.
+
+    Args:
+        logits: [..., E]; the others as in :func:`route`.
+
+    Returns:
+        ``probs`` [..., E], ``experts`` [..., K] and ``gate_probs`` [..., K] of a :class:`Routing`.
+    """
+    if config.gate_fp32:
+        logits = logits.float()
+    if edit.mask is not None:
+        logits = logits.masked_fill(edit.mask, float("-inf"))
+    probs = F.softmax(logits, dim=-1)
+    first = edit.choose(0, probs.argmax(dim=-1))  # of the probabilities, as fairseq does: ties fall alike
+    if config.top1:
+        experts = first[..., None]
+    else:
+        rest = logits
+        if config.second_expert == "sampling":
+            rest = logits + noise("gumbel", logits)
+        second = edit.choose(1, rest.scatter(-1, first[..., None], float("-inf")).argmax(dim=-1))
+        experts = torch.stack([first, second], dim=-1)
+    return probs, experts, probs.gather(-1, experts)
 
 
 def route(
@@ -106,7 +136,8 @@ def route(
     fraction: float | None,
     padding: Tensor | None = None,
     noise: Callable[[str, Tensor], Tensor] | None = None,
-    edit: Edit = Edit(),
+    edit: Edit | None = None,
+    choose_fast: Callable[[Tensor, ModelConfig], tuple[Tensor, Tensor, Tensor]] | None = None,
 ) -> Routing:
     """Route the tokens of each group.
 
@@ -117,65 +148,66 @@ def route(
         noise: draws what ``second_expert`` "sampling" and "random" need: ``noise("gumbel" or "uniform", like)``
             returns a tensor of the shape, dtype and device of ``like``.
         edit: an experiment's changes.
+        choose_fast: takes the place of :func:`choose` where there is neither noise nor an edit in it.
 
     Returns:
-        The routing, with K = ``config.top_k``.
+        The routing, with K = ``config.top_k``. Nothing here asks the device for a number.
     """
-    dtype, experts = logits.dtype, logits.shape[-1]
-    if config.gate_fp32:
-        logits = logits.float()
-    if edit.mask is not None:
-        logits = logits.masked_fill(edit.mask, float("-inf"))
-    probs = F.softmax(logits, dim=-1)
-    first = edit.choose(0, probs.argmax(dim=-1))  # of the probabilities, as fairseq does: ties fall alike
-    chosen = [first]
-    gate_probs = [probs.gather(-1, first[..., None])[..., 0]]
-    kept = [torch.ones_like(first, dtype=torch.bool)]
+    if choose_fast is None or edit is not None or config.second_expert == "sampling":
+        probs, experts, gate_probs = choose(logits, config, noise, edit or Edit())
+    else:
+        probs, experts, gate_probs = choose_fast(logits, config)
 
+    weights = gate_probs
+    kept = torch.ones_like(experts, dtype=torch.bool)
     if not config.top1:
-        rest = logits
-        if config.second_expert == "sampling":
-            rest = logits + noise("gumbel", logits)
-        second = edit.choose(1, rest.scatter(-1, first[..., None], float("-inf")).argmax(dim=-1))
-        chosen.append(second)
-        gate_probs.append(probs.gather(-1, second[..., None])[..., 0])
-        kept.append(torch.full_like(first, not edit.drop_second, dtype=torch.bool))
-
-    weights = list(gate_probs)
-    if config.normalize_before_dropping and not config.top1:
-        weights = _normalize(weights)
-    if config.second_expert == "random" and not config.top1:
-        kept[1] = kept[1] & (2 * weights[1] > noise("uniform", weights[1]))
+        if config.normalize_before_dropping:
+            weights = _normalize(weights)
+        if edit is not None and edit.drop_second:
+            kept[..., 1] = False
+        if config.second_expert == "random":
+            kept[..., 1] &= 2 * weights[..., 1] > noise("uniform", weights[..., 1])
     if padding is not None:
-        kept = [k & ~padding for k in kept]
+        kept &= ~padding[..., None]
 
     room = capacity(logits.shape[1], config, fraction)
     if room is not None:
-        served = [torch.where(k, c, experts) for c, k in zip(chosen, kept, strict=True)]
+        served = torch.where(kept, experts, config.experts)
         order = None
         if config.batch_prioritized and not config.top1:  # the branch's top-1 gate has no such option
             order = (-probs.amax(dim=-1)).argsort(dim=1, stable=True)
-        taken = 0
-        for k, choice in enumerate(served):
-            if order is None:
-                place = places(choice, experts)
-            else:
-                place = torch.empty_like(choice).scatter_(1, order, places(choice.gather(1, order), experts))
-            if k > 0:  # second choices queue behind all first choices
-                place = place + taken.gather(1, choice.clamp(max=experts - 1))
-            kept[k] = kept[k] & (place < room)
-            taken = counts(choice, experts)
+        kept &= queue(served, config.experts, order) < room
 
     if not config.top1 and not config.normalize_before_dropping:
-        weights = _normalize([w * k for w, k in zip(weights, kept, strict=True)])
-    kept = torch.stack(kept, dim=-1)
-    weights = torch.stack(weights, dim=-1) * kept
-    return Routing(probs, torch.stack(chosen, -1), torch.stack(gate_probs, -1), kept, weights.to(dtype), room)
+        weights = _normalize(weights * kept)
+    return Routing(probs, experts, gate_probs, kept, (weights * kept).to(logits.dtype), room)
 
 
-def _normalize(weights: list[Tensor]) -> list[Tensor]:
-    total = sum(weights).clamp(min=torch.finfo(weights[0].dtype).eps)
-    return [w / total for w in weights]
+def queue(served: Tensor, experts: int, order: Tensor | None) -> Tensor:
+    """The place of each choice in its expert's buffer: all first choices come before any second one.
+
+    Args:
+        served: [G, S, K] int64, the experts in question; ``experts`` for "none".
+        order: [G, S] int64, the tokens of a group in order of service; None for that of the text.
+
+    Returns:
+        [G, S, K] int64.
+    """
+    found, taken = [], None
+    for choice in served.unbind(-1):
+        if order is None:
+            place = places(choice)
+        else:
+            place = torch.empty_like(choice).scatter_(1, order, places(choice.gather(1, order)))
+        if taken is not None:
+            place = place + taken.gather(1, choice)
+        taken = counts(choice, experts)
+        found.append(place)
+    return torch.stack(found, dim=-1)
+
+
+def _normalize(weights: Tensor) -> Tensor:
+    return weights / weights.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).eps)
 
 
 def balance_loss(routing: Routing) -> Tensor:

@@ -87,10 +87,13 @@ class Transformer(nn.Module):
         if self.project_in is not None:
             x = self.project_in(x)
         if self.positions is not None:
-            x = x + self.positions(tokens.shape[1], step).to(x)
+            x = x + self.positions(tokens, step).to(x)
         if self.embed_norm is not None:
             x = self.embed_norm(x)
-        visible = attention_mask(step.padding) if step.cache is None else step.cache.visible(tokens.shape[1])
+        if step.cache is not None:
+            visible = step.cache.open(tokens.shape[1])
+        else:
+            visible = attention_mask(step.padding)
         for layer in self.layers:
             x = layer(x, visible, step)
         if self.norm is not None:
@@ -101,10 +104,7 @@ class Transformer(nn.Module):
         """Take part in the exchanges of one forward pass with no tokens of one's own: others' experts may be here."""
         for layer in self.layers:
             if hasattr(layer, "moe"):
-                rows = self.embed.weight.new_empty(0, self.config.dim)
-                layer.moe.compute(
-                    rows, torch.zeros(self.config.experts, dtype=torch.long, device=rows.device)
-                )
+                layer.moe.serve(self.embed.weight)
 
     def logits(self, features: Tensor, vocab: int | None = None) -> Tensor:
         """[..., output_dim] -> [..., V] for the first ``vocab`` types: rows beyond the dictionary take no part."""
@@ -135,10 +135,11 @@ class Positions(nn.Module):
         if config.learned_positions:
             self.weight = nn.Parameter(torch.empty(config.max_positions + PAD + 1, config.dim))
 
-    def forward(self, length: int, step: Pass) -> Tensor:
-        """The positions of [B, T] tokens, T = ``length``: [B, T, D], or [T, D] where all samples have the same."""
-        rows = length if step.cache is None else step.cache.keys.shape[3]
-        table = sinusoids(rows + PAD + 1, self.dim) if self.weight is None else self.weight
+    def forward(self, tokens: Tensor, step: Pass) -> Tensor:
+        """The positions of tokens [B, T]: [B, T, D], or [T, D] where all samples have the same."""
+        length = tokens.shape[1]
+        rows = length if step.cache is None else step.cache.slots
+        table = sinusoids(rows + PAD + 1, self.dim, tokens.device) if self.weight is None else self.weight
         if step.cache is not None:
             position = step.cache.positions(length) + PAD + 1
         elif step.padding is not None:
@@ -146,11 +147,11 @@ class Positions(nn.Module):
             position = real.cumsum(dim=1) * real + PAD
         else:
             return table[PAD + 1 : PAD + 1 + length]
-        return table.to(position.device)[position]
+        return table[position]
 
 
 @functools.lru_cache(maxsize=8)
-def sinusoids(rows: int, dim: int) -> Tensor:
+def sinusoids(rows: int, dim: int, device: torch.device) -> Tensor:
     """[rows, dim] float32: sines of geometric frequencies, then cosines; an odd last column and row ``PAD`` are zero.
 
     fairseq/modules/sinusoidal_positional_embedding.py, which differs slightly from Vaswani et al. 2017, section 3.5.
@@ -160,7 +161,7 @@ def sinusoids(rows: int, dim: int) -> Tensor:
     angle = torch.arange(rows, dtype=torch.float)[:, None] * frequency
     table = F.pad(torch.cat([angle.sin(), angle.cos()], dim=1), (0, dim % 2))
     table[PAD] = 0
-    return table
+    return table.to(device)
 
 
 class Block(nn.Module):
@@ -197,12 +198,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, visible: Tensor | None, cache: Cache | None) -> Tensor:
         b, t, d = x.shape
-        q, k, v = (
-            self.qkv(x).view(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
-        )  # each [B, H, T, D/H]
+        qkv = self.qkv(x).view(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
+        q, kv = qkv[0], qkv[1:]  # [B, H, T, D/H] and [2, B, H, T, D/H]
         if cache is not None:
-            k, v = cache.extend(self.index, k, v)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None)
+            kv = cache.extend(self.index, kv)
+        y = F.scaled_dot_product_attention(q, *kv, attn_mask=visible, is_causal=visible is None)
         return self.out(y.transpose(1, 2).reshape(b, t, d))
 
 
@@ -225,6 +225,7 @@ class MoE(nn.Module):
         self.config, self.index, self.dispatch = config, index, dispatch
         self.gate = nn.Linear(config.dim, config.experts, bias=False)
         self.experts = Experts(held, config.dim, config.ffn_dim, config.activation)
+        self.choose_fast = None
 
     def forward(self, x: Tensor, step: Pass) -> Tensor:
         """[B, T, D] -> [B, T, D]"""
@@ -233,21 +234,18 @@ class MoE(nn.Module):
         if step.record is not None:
             step.record(self.index, routing)
 
-        # One row a choice; what was not kept sorts behind the last expert and is cut off.
-        none = self.config.experts
-        expert = torch.where(routing.kept, routing.experts, none).flatten()  # [N K]
-        counts = torch.bincount(expert, minlength=none + 1)[:none]
-        order = expert.argsort(stable=True)[: int(counts.sum())]  # [R] choices, sorted by expert
-        token = order // self.config.top_k
+        order, counts = by_expert(routing, self.config.experts)
+        done = self.dispatch(
+            self.experts, rows, order, counts, self.config.top_k, routing.weights.flatten()
+        )  # [N K, D]
+        return done.view(-1, self.config.top_k, x.shape[-1]).sum(dim=1).view_as(x)
 
-        done = self.compute(rows[token], counts)
-        weight = routing.weights.flatten()[order, None]
-        return torch.zeros_like(rows).index_add(0, token, (done * weight).to(rows)).view_as(x)
-
-    def compute(self, rows: Tensor, counts: Tensor) -> Tensor:
-        """Rows [R, D], sorted by expert, ``counts`` [E] of each -> what their experts make of them, wherever they are."""
-        rows, counts, ticket = self.dispatch.send(rows, counts)
-        return self.dispatch.back(self.experts(rows, counts), ticket)
+    def serve(self, like: Tensor) -> None:
+        """Dispatch no token: others' may come here."""
+        nothing = torch.zeros(self.config.experts, dtype=torch.long, device=like.device)
+        self.dispatch(
+            self.experts, like.new_empty(0, self.config.dim), nothing[:0], nothing, 1, like.new_empty(0)
+        )
 
     def route(self, rows: Tensor, step: Pass) -> gate.Routing:
         """[N, D] -> the routing of G groups of S tokens."""
@@ -256,7 +254,21 @@ class MoE(nn.Module):
         if self.config.mask_padding and step.padding is not None:
             padding = step.padding.reshape(step.groups, -1)
         noise = None if step.noise is None else functools.partial(step.noise, self.index)
-        edit = gate.Edit() if step.edit is None else step.edit(self.index, self.config)
+        edit = None if step.edit is None else step.edit(self.index, self.config)
         return gate.route(
-            logits, self.config, fraction=step.fraction, padding=padding, noise=noise, edit=edit
+            logits,
+            self.config,
+            fraction=step.fraction,
+            padding=padding,
+            noise=noise,
+            edit=edit,
+            choose_fast=self.choose_fast,
         )
+
+
+def by_expert(routing: gate.Routing, experts: int) -> tuple[Tensor, Tensor]:
+    """The choices sorted by expert: ``order`` [N K] int64, what was not kept at the end, and ``counts`` [E] int64."""
+    expert = torch.where(routing.kept, routing.experts, experts).flatten()
+    ordered, order = expert.sort(stable=True)
+    bounds = torch.searchsorted(ordered, torch.arange(experts + 1, device=expert.device))
+    return order, bounds.diff()

@@ -67,17 +67,16 @@ class Decoder(FairseqIncrementalDecoder):
     def cache(self, incremental_state: dict, tokens: Tensor) -> Cache:
         """The cache of ``incremental_state``, with room for ``tokens`` [B, T]: it doubles when it is full."""
         batch, length = tokens.shape
-        old = incremental_state.get(CACHE)
-        if old is None or length > old.keys.shape[3]:
-            weight = self.transformer.embed.weight
+        cache = incremental_state.get(CACHE)
+        if cache is None or length > cache.slots:
             slots = min(max(64, 2 * length), max(length, self.transformer.config.max_positions))
-            new = Cache(self.transformer.config, batch, slots, weight.device, weight.dtype)
-            if old is not None:
-                new.keys[:, :, :, : old.keys.shape[3]] = old.keys
-                new.values[:, :, :, : old.keys.shape[3]] = old.values
-                new.lengths = old.lengths
-            incremental_state[CACHE] = new
-        return incremental_state[CACHE]
+            if cache is None:
+                weight = self.transformer.embed.weight
+                cache = Cache(self.transformer.config, batch, slots, weight.device, weight.dtype)
+                incremental_state[CACHE] = cache
+            else:
+                cache.grow(slots)
+        return cache
 
     def reorder_incremental_state(self, incremental_state: dict, new_order: Tensor) -> None:
         if CACHE in incremental_state:
