@@ -49,16 +49,24 @@ class Batch:
 
 
 class Batches:
-    """fairseq's batches of a data set, in its order; iterate to get them, any number of times."""
+    """fairseq's batches of a data set, in its order; iterate to get them, any number of times.
 
-    def __init__(self, task, dataset, max_positions: int, batch_size: int, context_window: int):
+    Attributes:
+        order: the samples of each batch.
+        skipped: how many samples are longer than the model can take; fairseq leaves them out, with a warning.
+    """
+
+    def __init__(
+        self, task, dataset, max_positions: int, batch_size: int | None, max_tokens: int, context_window: int
+    ):
         from fairseq.data.data_utils import numpy_seed
 
         self.task, self.dataset, self.context_window = task, dataset, context_window
         with numpy_seed(1):  # the branch's seed; released fairseqs add the epoch to it and get another order
             order = self._contextual().ordered_indices()
-        order = task.filter_indices_by_size(order, dataset, max_positions, ignore_invalid_inputs=True)
-        self.order = dataset.batch_by_size(order, max_tokens=MAX_TOKENS, max_sentences=batch_size)
+        kept = task.filter_indices_by_size(order, dataset, max_positions, ignore_invalid_inputs=True)
+        self.skipped = len(order) - len(kept)
+        self.order = dataset.batch_by_size(kept, max_tokens=max_tokens, max_sentences=batch_size)
 
     @property
     def dictionary(self):
@@ -93,18 +101,21 @@ def open_data(
     subset: str,
     *,
     tokens_per_sample: int,
-    batch_size: int,
+    batch_size: int | None,
     max_positions: int,
     sample_break_mode: str = "none",
     context_window: int = 0,
     add_bos: bool = False,
+    max_tokens: int = MAX_TOKENS,
 ) -> Batches:
     """Open binarised data as ``fairseq_cli.eval_lm --is-moe`` does.
 
     Args:
         data: the folder with ``dict.txt``, ``{subset}.bin`` and ``{subset}.idx``; ``"demo"`` is the demo's.
         tokens_per_sample: tokens of a block, its context included.
-        max_positions: tokens the model can take.
+        batch_size: samples of a batch at most; None: ``max_tokens`` alone decides.
+        max_positions: tokens the model can take; longer samples are left out.
+        max_tokens: a batch's samples times its longest one's tokens at most.
 
     Raises:
         ValueError: a file is missing, or an option makes no sense.
@@ -117,10 +128,6 @@ def open_data(
             f"context_window={context_window} leaves no room in tokens_per_sample={tokens_per_sample}: "
             "expected 0 <= context_window < tokens_per_sample"
         )
-    if tokens_per_sample > max_positions:
-        raise ValueError(
-            f"tokens_per_sample={tokens_per_sample} is more than the model's {max_positions} positions"
-        )
     check_files(folder, subset)
     task = _language_modeling(
         data=str(folder),
@@ -130,7 +137,7 @@ def open_data(
         pad_to_fixed_length=True,  # eval_lm.py always does for mixtures of experts: padding is routed too
     )
     task.load_dataset(subset)
-    return Batches(task, task.dataset(subset), max_positions, batch_size, context_window)
+    return Batches(task, task.dataset(subset), max_positions, batch_size, max_tokens, context_window)
 
 
 def check_files(data: str | Path, subset: str) -> None:
@@ -152,17 +159,22 @@ def data_folder(data: str | Path) -> Path:
 
 @contextlib.contextmanager
 def importing_fairseq() -> Iterator[None]:
-    """Import fairseq in here: it sets the whole process's logging to DEBUG, and asks NumPy for what is gone."""
+    """Import fairseq in here: it sets the whole process's logging to DEBUG."""
     root = logging.getLogger()
     level, handlers = root.level, root.handlers[:]
     logging.getLogger("fairseq").setLevel(logging.WARNING)
-    if not hasattr(np, "compat"):  # gone from NumPy 2.4; fairseq's "eos" blocks still ask it for its long
-        np.compat = SimpleNamespace(long=int)
+    mend_numpy()
     try:
         yield
     finally:
         root.setLevel(level)
         root.handlers[:] = handlers
+
+
+def mend_numpy() -> None:
+    """Give NumPy 2.4 back the ``long`` that fairseq's data sets still ask it for."""
+    if not hasattr(np, "compat"):
+        np.compat = SimpleNamespace(long=int)
 
 
 def _language_modeling(**options: object):

@@ -109,6 +109,13 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
         raise ValueError(
             f"--post-process {args.post_process} is not implemented, as in fairseq: expected subword_nmt"
         )
+    for name in ("tokens_per_sample", "batch_size", "max_tokens"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: expected at least 1")
+    if not 0 <= args.context_window < args.tokens_per_sample:
+        raise ValueError(
+            f"--context-window {args.context_window}: expected less than --tokens-per-sample {args.tokens_per_sample}"
+        )
     args.model_overrides = read_overrides(args.model_overrides)
     return args
 
@@ -154,19 +161,22 @@ def applied(files: checkpoint.Files, overrides: dict[str, Any]) -> tuple[float |
 def run(args: Namespace) -> dict[str, Any]:
     """Score what ``args`` ask for, and log it as the branch does. Returns its figures."""
     start = time.perf_counter()
+    stats = None if args.stats_path is None else Path(f"{args.stats_path}.json")
+    if stats is not None and (stats.is_dir() or not os.access(stats.parent, os.W_OK)):
+        raise ValueError(f"--stats-path {args.stats_path}: {stats} cannot be written, is its folder there?")
     log_config(args)
     logger.info("loading model(s) from %s", args.path)
     files = checkpoint.find(args.path)
     if files.ranks and not args.is_moe:
         raise ValueError(f"{args.path} has experts in files of their own: add --is-moe")
     fraction, changed = applied(files, args.model_overrides)
-    folder = data_order.data_folder(args.data)
+    data_order.check_files(args.data, args.gen_subset)
     model = moekit.load(
         args.path,
         args.distributed_world_size,
         device="cpu" if args.cpu else "auto",
         dtype="float16" if args.fp16 else "float32",
-        dictionary=folder if (folder / "dict.txt").is_file() else None,
+        dictionary=data_order.data_folder(args.data),
         config=changed,
         progress=not args.no_progress_bar,
     )
@@ -179,7 +189,7 @@ def run(args: Namespace) -> dict[str, Any]:
         logger.info("load time: %.2f seconds", load_time)
 
         # Each rank of the branch stops behind the batch number max_valid_steps, and counts from 0.
-        steps = None if args.max_valid_steps is None else args.max_valid_steps + 1
+        steps = None if args.max_valid_steps is None else max(0, args.max_valid_steps + 1)
         chosen = list(itertools.islice(batches, steps and steps * model.world_size))
         begun = time.perf_counter()
         scores = model.score_batches(
@@ -213,13 +223,12 @@ def run(args: Namespace) -> dict[str, Any]:
     logger.info(
         "%s Loss (base 2): %.4f, Perplexity: %.2f", args.gen_subset, figures["loss"], figures["perplexity"]
     )
-    if args.stats_path is not None:
+    if stats is not None:
         total = time.perf_counter() - start
         times = {"wall_time": total, "wall_time_load": load_time, "wall_time_model": total - load_time}
         rounded = {name: round(value, 4) for name, value in (figures | times).items()}
-        path = Path(f"{args.stats_path}.json")
-        path.write_text(json.dumps({args.gen_subset: rounded}, indent=4))
-        logger.info("Evaluation results saved to %s", path)
+        stats.write_text(json.dumps({args.gen_subset: rounded}, indent=4))
+        logger.info("Evaluation results saved to %s", stats)
     return figures
 
 
@@ -241,16 +250,24 @@ def open_data(args: Namespace, model: moekit.Model) -> data_order.Batches:
         sample_break_mode=args.sample_break_mode or "none",
         context_window=args.context_window,
         add_bos=args.add_bos_token,
+        max_tokens=args.max_tokens or data_order.MAX_TOKENS,
     )
+    if batches.skipped:
+        logger.warning(skipped(batches, model.config.max_positions, args))
     if len(batches.dictionary) > model.config.vocab_rows:
         raise ValueError(
             f"{args.data}: its dict.txt has {len(batches.dictionary)} types, the model knows {model.config.vocab_rows}"
         )
-    if args.max_tokens is not None:  # the same samples in the same order, cut into other batches
-        batches.order = batches.dataset.batch_by_size(
-            np.concatenate(batches.order), max_tokens=args.max_tokens, max_sentences=args.batch_size
-        )
     return batches
+
+
+def skipped(batches: data_order.Batches, max_positions: int, args: Namespace) -> str:
+    """What fairseq's own warning does not say of the samples that are left out."""
+    samples = len(batches.dataset)
+    told = f"skipped {batches.skipped:,} of {samples:,} samples, longer than the model's {max_positions} positions"
+    if (args.sample_break_mode or "none") == "none":
+        told += f" (--tokens-per-sample {max_positions} would cut the text to these)"
+    return told if len(batches) else f"{told}: none is left, so the loss of 0 means nothing"
 
 
 def samples(

@@ -347,6 +347,10 @@ class Model:
         """Data for this model, see :meth:`evaluate`."""
         check_positive("batch_size", batch_size)
         check_positive("tokens_per_sample", tokens_per_sample)
+        if tokens_per_sample > self.config.max_positions:
+            raise ValueError(
+                f"tokens_per_sample={tokens_per_sample} is more than the model's {self.config.max_positions} positions"
+            )
         batches = data_order.open_data(
             data,
             subset,
@@ -376,6 +380,12 @@ class Model:
         trace: tracing.Collector | None = None,
     ) -> dict:
         """Score batches on all ranks: batch index -> float32 [B, T] log-probabilities of its targets."""
+        longest = max((int((b.tokens != data_order.PAD).sum(axis=1).max()) for b in batches), default=0)
+        if self.config.learned_positions and longest > self.config.max_positions:
+            raise ValueError(
+                f"a sample has {longest} tokens, <s> and context included, and the model "
+                f"{self.config.max_positions} learned positions: cut the data into shorter ones"
+            )
         scores = {}
         targets = sum(int((b.targets != data_order.PAD).sum()) for b in batches)
         with progress_bar("scoring", targets, " tokens", show=progress) as bar:

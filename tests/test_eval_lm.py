@@ -10,8 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from branch_cases import BASE
 
-from moekit import eval_lm
+import moekit
+from moekit import eval_lm, export
+from moekit.config import ModelConfig
+from moekit.model import Transformer
 
 RECORDED = Path(__file__).parent / "data" / "eval_lm"
 WORDS = re.compile(r"\d+ .* \[-?[\d.]+\]")
@@ -85,6 +89,56 @@ def test_joined_pieces_and_the_last_step_are_the_branchs(command, reference, tmp
     assert sum(bool(WORDS.match(message)) for message in messages) == 2  # one more than max_valid_steps
 
 
+def test_samples_that_are_too_long_are_skipped_as_the_branch_does(command):
+    status, messages = command(
+        *"--is-moe --batch-size 2 --sample-break-mode complete --tokens-per-sample 70".split(),
+        *"--output-word-probs --output-word-stats --model-overrides".split(),
+        "{'world_size': 4, 'moe_eval_capacity_token_fraction': 0.05}",
+    )
+    assert status == 0
+    said = [message for message in messages if "longer than the model's 64 positions" in message]
+    assert len(said) == 1 and "4 of 17" in said[0]
+    recorded = (RECORDED / "skipped.log").read_text().splitlines()
+    assert compared([message for message in messages if message not in said], recorded) > 705
+
+
+def test_nothing_left_to_score_is_no_error_as_in_the_branch(command, tmp_path):
+    status, messages = command(
+        *"--is-moe --batch-size 2 --tokens-per-sample 128 --stats-path".split(), str(tmp_path / "stats")
+    )
+    assert status == 0
+    assert messages[-2] == "valid Loss (base 2): 0.0000, Perplexity: 1.00"
+    assert [message for message in messages if "8 of 8" in message and "--tokens-per-sample 64" in message]
+    figures = json.loads((tmp_path / "stats.json").read_text())["valid"]
+    assert (figures["loss"], figures["perplexity"], figures["ntok_total"]) == (0, 1, 0)
+
+
+def test_max_tokens_cut_other_batches(command):
+    """A batch of 2 samples of 64 tokens is what 128 tokens allow."""
+
+    def loss(*more: str) -> str:
+        override = "{'moe_eval_capacity_token_fraction': 0.05}"
+        return command("--is-moe", "--model-overrides", override, *more)[1][-1]
+
+    cut = loss("--batch-size", "4", "--max-tokens", "128")
+    assert cut == loss("--batch-size", "2") != loss("--batch-size", "4")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--stats-path", "nowhere/stats"], "nowhere"),
+        (["--gen-subset", "nowhere"], "nowhere"),
+        (["--context-window", "64"], "--context-window 64"),
+        (["--batch-size", "0"], "--batch-size 0"),
+    ],
+)
+def test_what_can_be_known_is_said_before_loading(command, capsys, monkeypatch, arguments, named):
+    monkeypatch.setattr(eval_lm.moekit, "load", None)
+    status, _ = command("--is-moe", "--batch-size", "1", *arguments)
+    assert status == 1 and named in capsys.readouterr().err
+
+
 def test_the_checkpoints_own_capacity_holds_without_an_override(command):
     def loss(*more: str) -> str:
         return command("--is-moe", "--batch-size", "4", *more)[1][-1]
@@ -127,10 +181,9 @@ def test_several_ranks_say_the_same(command):
         ),
         (["--is-moe", "--no-such-option"], "--no-such-option"),
         (["--is-moe", "--batch-size", "many"], "--batch-size"),
-        (["--is-moe", "--gen-subset", "nowhere"], "nowhere"),
         (["--is-moe", "--path", "nowhere/model.pt"], "nowhere"),
         (["--is-moe", "--path", "a.pt:b.pt"], "a.pt:b.pt"),
-        (["--is-moe", "--tokens-per-sample", "65"], "65"),
+        (["--is-moe", "--tokens-per-sample", "0"], "--tokens-per-sample 0"),
         (["--is-moe", "--post-process", "sentencepiece"], "sentencepiece"),
         ([], "--is-moe"),
     ],
@@ -140,6 +193,22 @@ def test_an_error_is_one_sentence(command, capsys, arguments, named):
     said = capsys.readouterr().err.strip()
     assert status == 1 and named in said
     assert len(said.splitlines()) == 1
+
+
+def test_from_python_too_long_samples_are_a_mistake(reference, tmp_path):
+    data = reference / "data-bin"
+    with moekit.load(reference / "checkpoint", device="cpu", progress=False) as model:
+        for call in (model.evaluate, model.trace):
+            with pytest.raises(
+                ValueError, match="tokens_per_sample=65 is more than the model's 64 positions"
+            ):
+                call(data, tokens_per_sample=65)
+    learned = Transformer(ModelConfig(**(vars(BASE) | {"learned_positions": True, "add_bos": True})))
+    export.save(learned, tmp_path, files=1)
+    with moekit.load(tmp_path, device="cpu", progress=False) as model:  # <s> comes on top of a full block
+        assert model.evaluate(data, tokens_per_sample=63, max_batches=1, progress=False).ntokens
+        with pytest.raises(ValueError, match="65 tokens, .* 64 learned positions"):
+            model.evaluate(data, progress=False)
 
 
 def test_infinite_scores_are_left_out():

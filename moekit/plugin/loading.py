@@ -11,15 +11,14 @@ from __future__ import annotations
 import argparse
 import functools
 from collections.abc import Mapping
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 from fairseq import checkpoint_utils
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf, overwrite_args_by_name
 from omegaconf import OmegaConf
 
 from moekit import checkpoint
+from moekit.batches import mend_numpy
 from moekit.config import options_of
 from moekit.plugin.language_model import NAME
 
@@ -46,10 +45,7 @@ def install() -> None:
 
     checkpoint_utils.get_maybe_sharded_checkpoint_filename = get_maybe_sharded_checkpoint_filename
     checkpoint_utils.load_checkpoint_to_cpu = load_checkpoint_to_cpu
-    if not hasattr(
-        np, "compat"
-    ):  # gone from NumPy 2.4; fairseq's data sets for the hub interface ask it for its long
-        np.compat = SimpleNamespace(long=int)
+    mend_numpy()
 
 
 def find(path: str) -> checkpoint.Files | None:
