@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 
@@ -53,6 +54,7 @@ class Batches:
 
     Attributes:
         order: the samples of each batch.
+        asked: what :func:`open_data` was asked for, for the record.
         skipped: how many samples are longer than the model can take; fairseq leaves them out, with a warning.
     """
 
@@ -67,6 +69,7 @@ class Batches:
         kept = task.filter_indices_by_size(order, dataset, max_positions, ignore_invalid_inputs=True)
         self.skipped = len(order) - len(kept)
         self.order = dataset.batch_by_size(kept, max_tokens=max_tokens, max_sentences=batch_size)
+        self.asked: dict[str, Any] = {}
 
     @property
     def dictionary(self):
@@ -137,7 +140,16 @@ def open_data(
         pad_to_fixed_length=True,  # eval_lm.py always does for mixtures of experts: padding is routed too
     )
     task.load_dataset(subset)
-    return Batches(task, task.dataset(subset), max_positions, batch_size, max_tokens, context_window)
+    batches = Batches(task, task.dataset(subset), max_positions, batch_size, max_tokens, context_window)
+    batches.asked = {
+        "data": str(data),
+        "subset": subset,
+        "tokens_per_sample": tokens_per_sample,
+        "batch_size": batch_size,
+        "sample_break_mode": sample_break_mode,
+        "context_window": context_window,
+    }
+    return batches
 
 
 def check_files(data: str | Path, subset: str) -> None:

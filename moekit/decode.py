@@ -107,7 +107,12 @@ class Sequences:
 
 @torch.inference_mode()
 def begin(
-    rank: Rank, key: int, prompts: Sequence[Sequence[Prompt]], settings: Settings, slots: int
+    rank: Rank,
+    key: int,
+    prompts: Sequence[Sequence[Prompt]],
+    settings: Settings,
+    slots: int,
+    abandoned: Sequence[int] = (),
 ) -> Chosen | Candidates | None:
     """Read the prompts and propose what follows; None from a rank without any.
 
@@ -115,9 +120,12 @@ def begin(
         key: of this generation; several may be under way.
         prompts: those of each rank.
         slots: tokens that the longest sequence will have.
+        abandoned: keys of generations that are over, but could not be ended because the ranks were busy.
 
     With a capacity each prompt is read by itself, so that nobody else's tokens and no padding take its places.
     """
+    for old in abandoned:
+        end(rank, old)
     model: Transformer = rank.state["model"]
     passes = [_passes(part, settings) for part in prompts]
     mine = passes[rank.rank]

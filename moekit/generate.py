@@ -11,7 +11,6 @@ turns ids into text: a line end is ``</s>`` on the way in and a line end again o
 from __future__ import annotations
 
 import collections
-import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
     from moekit.handle import Model
 
 SEQUENCE_TOKENS = {"cpu": 16_384, "cuda": 131_072}  # tokens that the sequences under way on a rank may have
+LOGITS = 2**26  # and logits that a step of theirs may make there, one for each type of the dictionary
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,8 @@ class Request:
     def waves(self, model: Model) -> Iterator[list[Prompt]]:
         """The prompts in order, as many at a time as the ranks should hold."""
         longest = max(len(prompt.ids) for prompt in self.prompts) + self.max_new_tokens
-        rows = max(1, SEQUENCE_TOKENS[model.device] // (longest * self.settings.beam_size))
+        beams = min(SEQUENCE_TOKENS[model.device] // longest, LOGITS // self.settings.vocab)
+        rows = max(1, beams // self.settings.beam_size)
         for start in range(0, len(self.prompts), rows * model.world_size):
             yield self.prompts[start : start + rows * model.world_size]
 
@@ -415,7 +416,11 @@ class Session:
 
     def begin(self) -> dict[int, Chosen | Candidates]:
         """Read the prompts. Returns, for each sequence's number, its row of what the ranks propose."""
-        found = self.model.ranks.call(decode.begin, self.key, self.dealt, self.settings, self.slots)
+        abandoned = tuple(self.model.abandoned)
+        found = self.model.ranks.call(
+            decode.begin, self.key, self.dealt, self.settings, self.slots, abandoned
+        )
+        del self.model.abandoned[: len(abandoned)]
         return self._by_number(found)
 
     def advance(
@@ -450,8 +455,10 @@ class Session:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(RuntimeError):  # the ranks are gone, and the sequences with them
+        try:
             self.parts = [part for parts in self.model.ranks.call(decode.end, self.key) for part in parts]
+        except RuntimeError:  # the ranks are busy with another call, or gone, and the sequences with them
+            self.model.abandoned.append(self.key)
 
 
 def _sample(model: Model, request: Request, parts: list[dict[str, np.ndarray]]) -> Iterator[Token]:

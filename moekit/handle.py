@@ -84,6 +84,7 @@ class Model:
         self.parts: list[dict] = []
         self.load_seconds = math.nan
         self.intervention: intervene.Intervention | None = None
+        self.abandoned: list[int] = []  # generations (their keys on the ranks) that the next one ends
 
     @property
     def world_size(self) -> int:
@@ -163,15 +164,9 @@ class Model:
         if not isinstance(context_window, int) or context_window < 0:
             raise ValueError(f"context_window={context_window!r}: expected a whole number of at least 0")
         fraction = check_fraction(capacity_token_fraction)
-        asked = {
-            "data": str(data),
-            "subset": subset,
-            "tokens_per_sample": self.block(tokens_per_sample),
-            "batch_size": batch_size,
-            "sample_break_mode": sample_break_mode,
-            "context_window": context_window,
-        }
-        batches = self.open_data(**asked)
+        batches = self.open_data(
+            data, subset, self.block(tokens_per_sample), batch_size, sample_break_mode, context_window
+        )
         total = len(batches) if max_batches is None else min(len(batches), max_batches)
         chosen = list(itertools.islice(batches, total))
         collector = None
@@ -191,7 +186,7 @@ class Model:
         found = summarize(chosen, scores, seconds, skip_first=self.config.add_bos)
         if collector is None:
             return found
-        meta = tracing.describe_run(self, chosen, fraction, seed) | asked
+        meta = tracing.describe_run(self, chosen, fraction, seed) | batches.asked
         return replace(found, trace=collector.trace(self.config.experts, meta))
 
     @property
@@ -270,16 +265,11 @@ class Model:
         options = tracing.Options(None if layers is None else tuple(layers), tuple(full), predicted)
         collector = tracing.Collector(options.of(self.config))
         if tracing.is_data(data_or_texts):
-            asked = {
-                "data": str(data_or_texts),
-                "subset": subset,
-                "tokens_per_sample": self.block(tokens_per_sample),
-                "batch_size": batch_size,
-                "sample_break_mode": sample_break_mode,
-                "context_window": context_window,
-            }
-            batches = self.open_data(**asked)
-            vocab = len(batches.dictionary)
+            block = self.block(tokens_per_sample)
+            batches = self.open_data(
+                data_or_texts, subset, block, batch_size, sample_break_mode, context_window
+            )
+            vocab, asked = len(batches.dictionary), batches.asked
         else:
             texts = [data_or_texts] if isinstance(data_or_texts, str) else data_or_texts
             ids, vocab = self.ids(texts)

@@ -140,8 +140,33 @@ def test_the_world_size_changes_nothing(reference, recorded):
 @pytest.mark.parametrize("how", WAYS)
 def test_neighbours_change_nothing(recorded, how, monkeypatch):
     together = recorded.generate(IDS, max_new_tokens=6, **how, **QUIET)
-    monkeypatch.setitem(generate.SEQUENCE_TOKENS, "cpu", 1)  # one sequence at a time
+    with monkeypatch.context() as changed:
+        changed.setitem(generate.SEQUENCE_TOKENS, "cpu", 1)  # one sequence at a time
+        same(recorded.generate(IDS, max_new_tokens=6, **how, **QUIET), together)
+    monkeypatch.setattr(generate, "LOGITS", 450)  # of 200 types: two sequences, or one of more beams
     same(recorded.generate(IDS, max_new_tokens=6, **how, **QUIET), together)
+
+
+def test_a_step_makes_no_more_logits_than_it_may(recorded, monkeypatch):
+    def waves(limit: int, **how) -> list[int]:
+        monkeypatch.setattr(generate, "LOGITS", limit * recorded.config.vocab_rows)
+        begun = []
+        with monkeypatch.context() as changed:
+            begin = generate.decode.begin
+            changed.setattr(
+                generate.decode,
+                "begin",
+                lambda rank, key, prompts, *more: (
+                    begun.append(len(prompts[0])) or begin(rank, key, prompts, *more)
+                ),
+            )
+            recorded.generate(IDS, max_new_tokens=3, **how, **QUIET)
+        return begun
+
+    assert waves(2) == [2, 2, 1]
+    assert waves(4, beam_size=2) == [2, 2, 1]
+    assert waves(1, beam_size=2) == [1] * 5
+    assert waves(1000) == [5]
 
 
 def test_neighbours_change_nothing_where_the_second_expert_is_drawn(reference, monkeypatch):
@@ -233,6 +258,23 @@ def test_an_abandoned_stream_leaves_nothing_behind(text_model):
     tokens.close()
     assert text_model.ranks.call(kept) == before
     assert [t.id for t in first] == text_model.generate("The", max_new_tokens=3, **QUIET)[0].ids
+
+
+def test_a_stream_closed_while_the_ranks_are_busy_is_ended_by_the_next_generation(reference):
+    def kept(rank):
+        return sorted(map(str, rank.state))
+
+    def busy(rank):
+        rank.report("running")
+
+    with moekit.load(reference / "checkpoint", world_size=2, device="cpu", **QUIET) as model:
+        before = model.ranks.call(kept)
+        tokens = model.stream([[5, 6]], max_new_tokens=20)
+        next(tokens)
+        model.ranks.call(busy, on_report=lambda rank, message: tokens.close())
+        assert model.ranks.call(kept) != before
+        model.generate([[5, 6]], max_new_tokens=2, **QUIET)
+        assert model.ranks.call(kept) == before and not model.abandoned
 
 
 # ------------------------------------------------------------------------------------------------------- choosing
