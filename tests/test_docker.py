@@ -22,6 +22,7 @@ from test_project import PROJECT, ROOT
 DOCKERFILE = ROOT / "docker" / "Dockerfile"
 README = ROOT / "docker" / "README.md"
 SCRIPTS = sorted((ROOT / "docker").glob("*.sh")) + [
+    ROOT / ".ci" / "run",
     ROOT / "tests" / "docker" / "ci.sh",
     ROOT / "tests" / "docker" / "offline_docker",
 ]

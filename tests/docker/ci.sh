@@ -10,7 +10,10 @@ skip() {
     echo "image: skipped: $1"
     exit 0
 }
-seconds() { echo "image: $1 after $SECONDS s"; }
+seconds() { # since it was last asked
+    echo "image: $1 in $((SECONDS - ${before:-0})) s"
+    before=$SECONDS
+}
 
 export DOCKER=docker
 if ! "$DOCKER" version >/dev/null 2>&1; then
@@ -30,7 +33,7 @@ if ! "$DOCKER" version >/dev/null 2>&1; then
     done
     "$DOCKER" version >/dev/null 2>&1 || skip "dockerd did not start: $(grep -E 'level=(error|fatal)|failed' "$log" | tail -n 1)"
 fi
-seconds "engine"
+seconds "engine there"
 
 base=debian:bookworm-slim
 if ! "$DOCKER" image inspect "$base" >/dev/null 2>&1 && ! timeout 30 "$DOCKER" pull --quiet "$base" >/dev/null 2>&1; then
@@ -45,7 +48,7 @@ if ! "$DOCKER" image inspect "$base" >/dev/null 2>&1 && ! timeout 30 "$DOCKER" p
         umount "$root" && rmdir "$root"
     fi
 fi
-seconds "base"
+seconds "base there"
 
 # This machine's own way to packages, if it has one: pip's certificate bundle and folders of wheels.
 options=(--base "$base")
