@@ -325,13 +325,15 @@ def ask(
                 f"prompt {number} takes {len(ids)} of the model's {model.config.max_positions} positions, "
                 f"its leading symbol included, so {max(room, 0)} new tokens fit; max_new_tokens={max_new_tokens}"
             )
+    copies = 1 if beam_size > 1 else num_return_sequences
+    sequences = [Prompt(number, ids) for number, ids in enumerate(ids for ids in read for _ in range(copies))]
     fraction = check_fraction(capacity_token_fraction)
     if model.intervention is not None:
         fraction = model.intervention.fraction(fraction)
+        model.intervention.check({s.number: len(s.ids) + max_new_tokens - 1 for s in sequences})
     options = None
     if trace:
         options = (tracing.Options() if trace is True else trace).of(model.config)
-    copies = 1 if beam_size > 1 else num_return_sequences
     settings = Settings(
         vocab=vocab,
         temperature=float(temperature),
@@ -346,15 +348,7 @@ def ask(
         record=record,
         trace=options,
     )
-    sequences = [ids for ids in read for _ in range(copies)]
-    return Request(
-        [Prompt(number, ids) for number, ids in enumerate(sequences)],
-        settings,
-        max_new_tokens,
-        stop,
-        num_return_sequences,
-        codec,
-    )
+    return Request(sequences, settings, max_new_tokens, stop, num_return_sequences, codec)
 
 
 def _check(name: str, value: Any, kind: type, fits: Callable[[Any], bool], expected: str) -> None:

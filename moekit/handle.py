@@ -370,7 +370,11 @@ class Model:
         trace: tracing.Collector | None = None,
     ) -> dict:
         """Score batches on all ranks: batch index -> float32 [B, T] log-probabilities of its targets."""
-        longest = max((int((b.tokens != data_order.PAD).sum(axis=1).max()) for b in batches), default=0)
+        real = [(b.ids.tolist(), (b.tokens != data_order.PAD).sum(axis=1).tolist()) for b in batches]
+        lengths = {sample: n for ids, tokens in real for sample, n in zip(ids, tokens, strict=True)}
+        if self.intervention is not None:
+            self.intervention.check(lengths)
+        longest = max(lengths.values(), default=0)
         if self.config.learned_positions and longest > self.config.max_positions:
             raise ValueError(
                 f"a sample has {longest} tokens, <s> and context included, and the model "

@@ -41,7 +41,7 @@ class Force:
     Attributes:
         experts: the choices, best first: one leaves the second choice to the gate (the best of the others), two fix
             both. Weights are made as ever: their own gate probabilities, normalised as the gate does.
-        sample: the sample's id, as in a trace.
+        sample: the sample's id, as in a trace; a call that has no such sample, or none of ``positions`` in it, fails.
         positions: a position, several (a range), or None for all.
         layers: a MoE layer, several, or None for all.
     """
@@ -78,6 +78,22 @@ class Intervention:
         """Put the changes into ``step``, the pass of B samples with ids ``samples`` [B] and positions [T] or [B, T]."""
         step.fraction = self.fraction(step.fraction)
         step.edit = functools.partial(self.edit, step.groups, samples, positions)
+
+    def check(self, lengths: Mapping[int, int]) -> None:
+        """That every :class:`Force` meets a token of the samples ``lengths`` (id -> tokens).
+
+        Raises:
+            ValueError: one does not.
+        """
+        for sample, positions in dict.fromkeys((sample, positions) for _, sample, positions, _ in self.force):
+            if sample not in lengths:
+                there = f"{len(lengths)}, from {min(lengths)} to {max(lengths)}" if lengths else "none"
+                raise ValueError(f"Force names sample {sample}, and the samples of this call are {there}")
+            if positions is not None and not any(0 <= p < lengths[sample] for p in positions):
+                named = ", ".join(map(str, positions[:5])) + (", ..." if len(positions) > 5 else "")
+                raise ValueError(
+                    f"Force names of sample {sample} the positions {named or 'none'}; it has 0 to {lengths[sample] - 1}"
+                )
 
     def edit(self, groups: int, samples: Tensor, positions: Tensor, layer: int, config: ModelConfig) -> Edit:
         """The changes in one layer."""

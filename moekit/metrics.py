@@ -5,19 +5,21 @@ random routing would give, that is, every token choosing K different experts at 
 Intervals of means are bootstrapped over samples (tokens of one sample are not independent); those of single counts are
 Wilson's and take the tokens as independent, which makes them somewhat narrow. NaN: there is no telling.
 
-By default a metric looks at what the router chose; ``dispatched=True`` at what capacity kept.
+By default a metric looks at what the router chose; ``dispatched=True`` at what capacity kept. A trace without tokens or
+layers is a ValueError to all of them.
 
 Letters: T tokens, L traced layers, K choices, E experts, N(.) a number of tokens.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -34,9 +36,26 @@ RESAMPLES = 400
 SEED = 0  # of every simulation and bootstrap: the same trace gives the same figures
 
 
+def measured(metric: Callable[..., Any]) -> Callable[..., Any]:
+    """A metric that says so where a trace has nothing to measure."""
+
+    @functools.wraps(metric)
+    def checked(*args: Any, **options: Any) -> Any:
+        for trace in (*args, *options.values()):
+            if isinstance(trace, Trace) and not (len(trace) and trace.layers):
+                missing = "layers" if len(trace) else "tokens"
+                raise ValueError(
+                    f"metrics.{metric.__name__}: the trace has no {missing}, so nothing to measure"
+                )
+        return metric(*args, **options)
+
+    return checked
+
+
 # ------------------------------------------------------------------------------------------------------------- load
 
 
+@measured
 def load(trace: Trace, *, choice: int | None = None, dispatched: bool = False) -> pd.DataFrame:
     """How many choices each expert gets.
 
@@ -54,6 +73,7 @@ def load(trace: Trace, *, choice: int | None = None, dispatched: bool = False) -
     )
 
 
+@measured
 def counts(trace: Trace, *, choice: int | None = None, dispatched: bool = False) -> np.ndarray:
     """[L, E] int64: how many choices each expert gets."""
     experts = trace.num_experts
@@ -65,6 +85,7 @@ def counts(trace: Trace, *, choice: int | None = None, dispatched: bool = False)
     )
 
 
+@measured
 def balance(trace: Trace, *, choice: int | None = None, dispatched: bool = False) -> pd.DataFrame:
     """How evenly a layer's choices spread over its experts. With c the counts and p = c / sum(c):
 
@@ -113,6 +134,7 @@ def _spread(c: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
+@measured
 def dead_experts(trace: Trace, *, dispatched: bool = False) -> pd.DataFrame:
     """Experts that no token of the trace chose.
 
@@ -136,6 +158,7 @@ def dead_experts(trace: Trace, *, dispatched: bool = False) -> pd.DataFrame:
 # ------------------------------------------------------------------------------------------------------------- gate
 
 
+@measured
 def gate(trace: Trace) -> pd.DataFrame:
     """How sure the gate is, means over tokens.
 
@@ -172,6 +195,7 @@ def gate(trace: Trace) -> pd.DataFrame:
 # ------------------------------------------------------------------------------------------------------------ drops
 
 
+@measured
 def drops(trace: Trace, by: str = "layer", *, bins: int = 64) -> pd.DataFrame:
     """The share of choices that were not dispatched: ``value`` = dropped / made.
 
@@ -323,6 +347,7 @@ class Pairs:
         return frame.assign(chance=self.chance)
 
 
+@measured
 def coactivation(trace: Trace, *, dispatched: bool = False) -> Pairs:
     """Which experts share tokens: N(i, j) = tokens that chose both, over all pairs of their K choices.
 
@@ -344,6 +369,7 @@ def coactivation(trace: Trace, *, dispatched: bool = False) -> Pairs:
     return Pairs([(layer, layer) for layer in trace.layers], together, base, chance)
 
 
+@measured
 def transitions(trace: Trace) -> Pairs:
     """Where a token goes next: N(i, j) = tokens whose first choice is i in one traced MoE layer and j in the next.
 
@@ -362,6 +388,7 @@ def transitions(trace: Trace) -> Pairs:
     return Pairs(between, together, together.sum(axis=2), 1 / experts)
 
 
+@measured
 def predictability(trace: Trace) -> pd.DataFrame:
     """How well a token's expert tells its expert in the next MoE layer, by first choices.
 
@@ -389,6 +416,7 @@ def predictability(trace: Trace) -> pd.DataFrame:
 # -------------------------------------------------------------------------------------- what experts are used for
 
 
+@measured
 def domain_specialisation(
     trace: Trace, groups: Sequence[str] | np.ndarray, *, dispatched: bool = False
 ) -> pd.DataFrame:
@@ -424,6 +452,7 @@ def domain_specialisation(
     )
 
 
+@measured
 def domain_information(trace: Trace, groups: Sequence[str] | np.ndarray) -> pd.DataFrame:
     """How much a token's first choice tells of its domain: mutual information I(expert; domain), in bits.
 
@@ -455,6 +484,7 @@ def domain_information(trace: Trace, groups: Sequence[str] | np.ndarray) -> pd.D
     return _rows(rows, "layer value low high chance domain_entropy")
 
 
+@measured
 def vocabulary_specialisation(
     trace: Trace, by: str = "input", *, per_expert: bool = False, min_count: int = 10
 ) -> pd.DataFrame:
@@ -508,6 +538,7 @@ def _favourites(
     return favourite[enough], (best / total)[enough]
 
 
+@measured
 def top_tokens(
     trace: Trace,
     layer: int,
@@ -551,6 +582,7 @@ def top_tokens(
 # ---------------------------------------------------------------------------------------------- along the text
 
 
+@measured
 def repeats(trace: Trace) -> pd.DataFrame:
     """How often consecutive tokens of a sample go to the same expert (Mixtral, arXiv 2401.04088, section 5, table 5).
 
@@ -577,6 +609,7 @@ def repeats(trace: Trace) -> pd.DataFrame:
     return _rows(rows, "layer statistic value low high chance")
 
 
+@measured
 def agreement(before: Trace, after: Trace) -> pd.DataFrame:
     """How far two runs route the same tokens alike: two checkpoints, capacities, dtypes.
 
@@ -617,6 +650,7 @@ def _shared(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     return sum((one == np.roll(other, shift, axis=1)).sum(axis=1) for shift in range(one.shape[1]))
 
 
+@measured
 def hot_set(trace: Trace, sizes: Sequence[int] | None = None, *, dispatched: bool = False) -> pd.DataFrame:
     """Coverage: the share of choices that go to the ``size`` busiest experts of a layer.
 
@@ -656,6 +690,7 @@ def hot_set(trace: Trace, sizes: Sequence[int] | None = None, *, dispatched: boo
 # ----------------------------------------------------------------------------------------------------- caches
 
 
+@measured
 def cache_hits(trace: Trace, sizes: Sequence[int] | None = None, *, dispatched: bool = True) -> pd.DataFrame:
     """Hit rates of a cache of experts, a cache a layer, for those who offload the others.
 

@@ -569,3 +569,18 @@ def test_all_metrics_run_on_a_large_capacity_and_top_1():
     trace, _ = synthetic(tokens=500, choices=1, experts=5, block=100)
     for name, metric in metrics.METRICS.items():
         assert metric(trace) is not None, name
+
+
+@pytest.mark.parametrize(
+    "name", [*metrics.METRICS, "counts", "top_tokens", "agreement", "domain_specialisation"]
+)
+def test_nothing_to_measure_is_said(name):
+    trace, _ = synthetic()
+    metric = metrics.METRICS.get(name) or getattr(metrics, name)
+    more = {"top_tokens": (1, 0), "agreement": (trace,), "domain_specialisation": ([],)}.get(name, ())
+    for nothing, missing in (
+        (trace.select(mask=np.zeros(len(trace), dtype=bool)), "tokens"),
+        (trace.select(layers=[]), "layers"),
+    ):
+        with pytest.raises(ValueError, match=f"the trace has no {missing}"):
+            metric(nothing, *more)
