@@ -326,14 +326,18 @@ def test_any_kind_of_driver(tmp_path, how):
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_no_rank_outlives_its_driver(tmp_path, number):
-    driver = drive(tmp_path, "-c", STUCK, start_new_session=True)
+    def heed():  # a shell's job in the background is started deaf to SIGINT
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    driver = drive(tmp_path, "-c", STUCK, start_new_session=True, preexec_fn=heed)
     try:
         pids = [int(p) for p in driver.stdout.readline().split()]
         assert len(pids) == 2, driver.stderr.read()
         assert [driver.stdout.readline(), driver.stdout.readline()] == ["stuck\n"] * 2
-    finally:
         os.killpg(driver.pid, number)
-    _, err = driver.communicate(timeout=20)
+        _, err = driver.communicate(timeout=20)
+    finally:
+        driver.kill()
     assert gone(pids)
     if number == signal.SIGINT:
         last = err.strip().split("\n")[-1]
