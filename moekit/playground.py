@@ -47,7 +47,10 @@ def coloured(tokens: Iterable[Shown]) -> str:
             continue
         tip = html.escape("\n".join(lines)).replace("\n", "&#10;")
         text = html.escape(token.text).replace("\n", "⏎<br>")
-        shade = f"background-color: rgba(230, 120, 0, {0.7 * (1 - token.probability):.2f})"
+        surprise = min(
+            1.0, abs(math.log10(max(token.probability, 1e-9))) / 3
+        )  # 0 at 100 %, 1 at 0.1 % and below
+        shade = f"background-color: rgba(230, 120, 0, {0.7 * surprise:.2f})"
         spans.append(f'<span style="{shade}" title="{tip}">{text}</span>')
         lines = []
     return f'<span style="white-space: pre-wrap">{"".join(spans)}</span>'
@@ -161,9 +164,10 @@ class Playground:
         self.go.on_click(lambda _: self.generate())
         self.halt.on_click(lambda _: self.stop())
         self.history.observe(lambda change: self._recall(change["new"]), names="value")
-        grid = widgets.GridBox(
-            list(self.settings.values()), layout={"grid_template_columns": "repeat(3, 320px)"}
-        )
+        for setting in self.settings.values():
+            setting.layout.width, setting.style.description_width = "auto", "100px"
+        columns = "repeat(auto-fill, minmax(290px, 1fr))"  # as many as the page has room for
+        grid = widgets.GridBox(list(self.settings.values()), layout={"grid_template_columns": columns})
         buttons = widgets.HBox([self.go, self.halt, self.status])
         self.box = widgets.VBox([self.prompt, grid, buttons, self.text, self.history])
 
@@ -207,6 +211,7 @@ class Playground:
         finally:
             self.runs.append(run)
             self.history.options = [(r.label, number) for number, r in enumerate(self.runs)][::-1]
+            self.history.value = None  # so that choosing the latest is a change, too
             self._draw(run)
             self.go.disabled, self.halt.disabled = False, True
 

@@ -67,6 +67,11 @@ def test_a_click_streams_the_text_and_keeps_it(codec):
     playground.history.value = 0
     assert playground.prompt.value == "<p>" and playground.settings["temperature"].value == 0.8
 
+    click(playground)
+    playground.prompt.value = "edited"
+    playground.history.value = 2  # the run that has just ended
+    assert playground.prompt.value == "<p>"
+
 
 def test_the_stop_button_ends_it(codec):
     model = Model(codec, "one two three four five")
@@ -97,11 +102,11 @@ def test_top_p_of_one_and_a_line_end():
 
 
 def test_less_probable_is_darker_and_the_mouse_tells_more():
-    html = coloured([Shown("sure", 1.0), Shown('"<', 0.5, [("x", 0.5), ("\n", 0.25)])])
+    html = coloured([Shown("sure", 1.0), Shown('"<', 0.1, [("x", 0.5), ("\n", 0.25)]), Shown("!", 0.0)])
     shades = [float(shade) for shade in re.findall(r"0, ([\d.]+)\)", html)]
-    assert shades == [0.0, 0.35]
-    assert 'title="50.0%&#10; 50.0%  &#x27;x&#x27;&#10; 25.0%  &#x27;\\n&#x27;"' in html
-    assert plain(html) == "sure&quot;&lt;"
+    assert shades == [0.0, 0.23, 0.7]
+    assert 'title="10.0%&#10; 50.0%  &#x27;x&#x27;&#10; 25.0%  &#x27;\\n&#x27;"' in html
+    assert plain(html) == "sure&quot;&lt;!"
 
 
 def test_parts_of_a_character_show_with_the_whole():
