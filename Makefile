@@ -52,13 +52,13 @@ hooks: env ## a git hook that refuses what lint refuses
 
 # torch is installed by itself (its build depends on the machine), and so is all that only its build needs.
 LOCK := uv pip compile pyproject.toml --generate-hashes --python-version 3.11 --no-header --no-annotate --quiet \
-	$(foreach name,torch triton cuda-bindings cuda-pathfinder cuda-toolkit nvidia-cublas nvidia-cuda-cupti \
+	$(foreach name,torch cuda-bindings cuda-pathfinder cuda-toolkit nvidia-cublas nvidia-cuda-cupti \
 	nvidia-cuda-nvrtc nvidia-cuda-runtime nvidia-cudnn-cu13 nvidia-cufft nvidia-cufile nvidia-curand \
 	nvidia-cusolver nvidia-cusparse nvidia-cusparselt-cu13 nvidia-nccl-cu13 nvidia-nvjitlink nvidia-nvshmem-cu13 \
 	nvidia-nvtx,--no-emit-package $(name))
 
 lock: ## pin everything again (needs uv)
-	$(LOCK) --output-file requirements.lock
+	$(LOCK) --no-emit-package triton --output-file requirements.lock
 	$(LOCK) --group dev --output-file requirements-dev.lock
 
 corpus: env ## make the demo's corpus and tokenizer again (Debian; about 4 minutes)

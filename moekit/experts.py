@@ -9,11 +9,21 @@ D model dim, F expert width.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+def best_kernel(device: torch.device, dtype: torch.dtype) -> str:
+    """What is fastest for inference there: ``Experts.kernel``."""
+    if device.type != "cuda":
+        return "loop"
+    if importlib.util.find_spec("triton"):
+        return "triton"
+    return "grouped_mm" if dtype == torch.bfloat16 else "loop"
 
 
 def activation_fn(name: str) -> Callable[[Tensor], Tensor]:

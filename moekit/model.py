@@ -70,6 +70,7 @@ class Transformer(nn.Module):
         self.output = (
             None if config.share_output else nn.Linear(config.output_dim, config.vocab_rows, bias=False)
         )
+        self.use("loop")
 
     def forward(self, tokens: Tensor, step: Pass | None = None) -> Tensor:
         """Features of every position.
@@ -99,6 +100,17 @@ class Transformer(nn.Module):
         if self.norm is not None:
             x = self.norm(x)
         return x if self.project_out is None else self.project_out(x)
+
+    def use(self, kernel: str) -> Transformer:
+        """Compute with ``kernel`` from now on: "loop", "grouped_mm" or "triton" (see experts.py). Returns itself.
+
+        "loop" is what all others are checked against, and the only one that learns.
+        """
+        self.kernel = kernel
+        for layer in self.layers:
+            if hasattr(layer, "moe"):
+                layer.moe.use(kernel)
+        return self
 
     def serve(self) -> None:
         """Take part in the exchanges of one forward pass with no tokens of one's own: others' experts may be here."""
@@ -225,7 +237,14 @@ class MoE(nn.Module):
         self.config, self.index, self.dispatch = config, index, dispatch
         self.gate = nn.Linear(config.dim, config.experts, bias=False)
         self.experts = Experts(held, config.dim, config.ffn_dim, config.activation)
+
+    def use(self, kernel: str) -> None:
+        self.experts.kernel = kernel
         self.choose_fast = None
+        if kernel == "triton":
+            from moekit.kernels.gate import choose
+
+            self.choose_fast = choose
 
     def forward(self, x: Tensor, step: Pass) -> Tensor:
         """[B, T, D] -> [B, T, D]"""

@@ -1,0 +1,56 @@
+"""The gate's choice in one pass over its logits: softmax, the best experts, their probabilities.
+
+Shape letters: N tokens, E experts, K choices.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moekit.config import ModelConfig
+
+
+def choose(logits: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`moekit.gate.choose` without noise and edits, for inference."""
+    *shape, experts = logits.shape
+    dtype = torch.float32 if config.gate_fp32 else logits.dtype
+    probs = torch.empty_like(logits, dtype=dtype)
+    chosen = torch.empty(*shape, config.top_k, dtype=torch.long, device=logits.device)
+    gate_probs = torch.empty(*shape, config.top_k, dtype=dtype, device=logits.device)
+    if logits.numel():
+        _choose[(logits.numel() // experts,)](
+            logits.contiguous(),
+            probs,
+            chosen,
+            gate_probs,
+            E=experts,
+            K=config.top_k,
+            BLOCK=triton.next_power_of_2(experts),
+            num_warps=1 if experts <= 512 else 4,
+        )
+    return probs, chosen, gate_probs
+
+
+@triton.jit
+def _choose(logits, probs, chosen, gate_probs, E: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    expert = tl.arange(0, BLOCK)
+    real = expert < E
+    x = tl.load(logits + token * E + expert, mask=real, other=float("-inf")).to(tl.float32)
+    p = tl.exp(x - tl.max(x, axis=0))
+    # Rounded as stored, so that ties fall as they do in what is stored.
+    p = (p / tl.sum(p, axis=0)).to(probs.dtype.element_ty)
+    tl.store(probs + token * E + expert, p, mask=real)
+    p = tl.where(real, p.to(tl.float32), -1.0)
+    first = tl.argmax(p, axis=0, tie_break_left=True)
+    tl.store(chosen + token * K, first.to(tl.int64))
+    tl.store(gate_probs + token * K, tl.max(p, axis=0))
+    if K == 2:
+        # The logits decide here, as in moekit/gate.py: probabilities may have rounded to the same number.
+        rest = tl.where(expert == first, float("-inf"), x)
+        second = tl.argmax(rest, axis=0, tie_break_left=True)
+        tl.store(chosen + token * K + 1, second.to(tl.int64))
+        tl.store(gate_probs + token * K + 1, tl.sum(tl.where(expert == second, p, 0.0), axis=0))

@@ -1,0 +1,224 @@
+"""Grouped linear layers: rows go to their experts' matrices without being moved, and come back weighted.
+
+One kernel serves both products of an expert. It reads rows through ``order`` (the first product) or from where the
+first one left them, adds the bias, and ends in the activation (the first) or in weighting and scattering (the second).
+
+Shape letters: N rows, K choices a row, P places sorted by expert, E experts, T tiles; a tile is up to ``rows`` places
+of one expert. D model dim, F expert width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from moekit.experts import Experts
+
+ACTIVATIONS = {"linear": 0, "relu": 1, "gelu": 2, "gelu_fast": 3, "gelu_accurate": 3, "tanh": 4}
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How a product is cut: a program computes ``rows`` x ``columns`` of the output, ``inner`` of the sum at a time."""
+
+    rows: int
+    columns: int
+    inner: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The blocks of both products, for up to ``mean`` places an expert; they share ``rows``, since they share tiles."""
+
+    mean: float
+    up: Blocks
+    down: Blocks
+
+
+# Few rows an expert: the weights' bytes are what takes time, so small tiles and many loads under way. Many rows: the
+# multiplications are, so tiles as large as registers allow.
+CUTS = (
+    Cut(0.25, Blocks(16, 32, 256, 4, 3), Blocks(16, 16, 256, 4, 4)),
+    Cut(4, Blocks(16, 64, 128, 4, 4), Blocks(16, 64, 128, 4, 4)),
+    Cut(16, Blocks(32, 64, 128, 4, 4), Blocks(32, 64, 128, 4, 4)),
+    Cut(64, Blocks(64, 128, 64, 4, 4), Blocks(64, 128, 64, 4, 4)),
+    Cut(float("inf"), Blocks(128, 256, 64, 8, 3), Blocks(128, 256, 64, 8, 3)),
+)
+# float32 takes twice the room, and is for checking.
+PLAIN = Cut(float("inf"), Blocks(32, 64, 32, 4, 2), Blocks(32, 64, 32, 4, 2))
+
+
+def cut_for(places: int, experts: int, dtype: torch.dtype) -> Cut:
+    """How to cut ``places`` places of ``experts`` experts: the decision rests on what the host knows."""
+    if dtype == torch.float32:
+        return PLAIN
+    return next(cut for cut in CUTS if places <= cut.mean * experts)
+
+
+def most_tiles(places: int, experts: int, rows: int) -> int:
+    """The tiles that ``places`` places can need at most: each expert that has any leaves one tile unfilled."""
+    return min(places, places // rows + min(experts, places))
+
+
+def grouped_ffn(
+    experts: Experts,
+    x: Tensor,
+    order: Tensor,
+    counts: Tensor,
+    choices: int,
+    weights: Tensor | None,
+    cut: Cut | None = None,
+) -> Tensor:
+    """:meth:`moekit.experts.Experts.forward`; for inference. ``cut`` is for tuning."""
+    out = x.new_zeros(len(x) * choices, x.shape[1])
+    held, width, _ = experts.w1.shape
+    places = len(order)
+    if places == 0:
+        return out
+    cut = cut or cut_for(places, held, x.dtype)
+    rows = cut.up.rows
+    tiles = -(-counts // rows)
+    tile_ends, place_ends = tiles.cumsum(0), counts.cumsum(0)
+    most = most_tiles(places, held, rows)
+    # [T], the expert of each tile; ``held`` for the tiles that are not needed.
+    tile_expert = torch.searchsorted(
+        tile_ends, torch.arange(most, device=x.device), right=True, out_int32=True
+    )
+    plan = (order, tile_expert, tiles, tile_ends, counts, place_ends)
+
+    hidden = x.new_empty(places, width)
+    activation = ACTIVATIONS[experts.activation]
+    _linear(
+        x.contiguous(),
+        experts.w1,
+        experts.b1,
+        hidden,
+        plan,
+        None,
+        choices,
+        cut.up,
+        first=True,
+        act=activation,
+    )
+    _linear(hidden, experts.w2, experts.b2, out, plan, weights, choices, cut.down, first=False, act=0)
+    return out
+
+
+def _linear(
+    x: Tensor,
+    w: Tensor,
+    b: Tensor,
+    out: Tensor,
+    plan: tuple[Tensor, ...],
+    weights: Tensor | None,
+    choices: int,
+    blocks: Blocks,
+    *,
+    first: bool,
+    act: int,
+) -> None:
+    held, n, k = w.shape
+    tiles = len(plan[1])
+    assert w.is_contiguous() and b.is_contiguous() and out.is_contiguous()
+    _grouped_linear[(tiles * triton.cdiv(n, blocks.columns),)](
+        x,
+        w,
+        b,
+        out,
+        *plan,
+        weights,
+        choices,
+        held,
+        N=n,
+        K=k,
+        FIRST=first,
+        WEIGHTED=weights is not None,
+        ACTIVATION=act,
+        EXACT=w.dtype == torch.float32,
+        ROWS=blocks.rows,
+        COLUMNS=blocks.columns,
+        INNER=blocks.inner,
+        num_warps=blocks.warps,
+        num_stages=blocks.stages,
+    )
+
+
+@triton.jit
+def _grouped_linear(
+    x,  # [N rows, K] if FIRST, else [P, K] in the order of places
+    w,  # [E, N, K]
+    b,  # [E, N]
+    out,  # [P, N] in the order of places if FIRST, else [N K, N] by place
+    order,  # [P]
+    tile_expert,  # [T]
+    tiles,  # [E], tiles of each expert
+    tile_ends,  # [E], their sums up to and with each
+    counts,  # [E], places of each expert
+    place_ends,  # [E]
+    weights,  # [N K] or None
+    choices,
+    experts,
+    N: tl.constexpr,  # columns of the output
+    K: tl.constexpr,  # terms of the sum
+    FIRST: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    EXACT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    # Neighbouring programs share a tile's rows, and the next tile's, of the same expert, its matrix.
+    across: tl.constexpr = (N + COLUMNS - 1) // COLUMNS
+    tile = tl.program_id(0) // across
+    column = (tl.program_id(0) % across) * COLUMNS + tl.arange(0, COLUMNS)
+    expert = tl.load(tile_expert + tile)
+    if expert < experts:
+        in_expert = tile - (tl.load(tile_ends + expert) - tl.load(tiles + expert))
+        end = tl.load(place_ends + expert)
+        start = end - tl.load(counts + expert) + in_expert * ROWS
+        row = start + tl.arange(0, ROWS)
+        live = row < end
+        place = tl.load(order + row, mask=live, other=0)
+        source = place // choices if FIRST else row
+
+        inner = tl.arange(0, INNER)
+        a_at = x + source[:, None] * K + inner[None, :]
+        w_at = w + expert.to(tl.int64) * (N * K) + column[None, :] * K + inner[:, None]
+        fits = column < N
+        total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+        for done in range(0, K, INNER):
+            if K % INNER == 0:
+                a = tl.load(a_at + done, mask=live[:, None], other=0.0)
+                m = tl.load(w_at + done, mask=fits[None, :], other=0.0)
+            else:
+                rest = inner < K - done
+                a = tl.load(a_at + done, mask=live[:, None] & rest[None, :], other=0.0)
+                m = tl.load(w_at + done, mask=fits[None, :] & rest[:, None], other=0.0)
+            total = tl.dot(a, m, total, input_precision="ieee" if EXACT else "tf32")
+
+        total += tl.load(b + expert * N + column, mask=fits, other=0.0).to(tl.float32)[None, :]
+        if ACTIVATION == 1:
+            total = tl.maximum(total, 0.0)
+        elif ACTIVATION == 2:
+            total = 0.5 * total * (1.0 + tl.erf(total * 0.7071067811865476))
+        elif ACTIVATION == 3:
+            total = total * tl.sigmoid(1.5957691216057308 * (total + 0.044715 * total * total * total))
+        elif ACTIVATION == 4:
+            total = 2.0 * tl.sigmoid(2.0 * total) - 1.0
+        if WEIGHTED:
+            total *= tl.load(weights + place, mask=live, other=0.0).to(tl.float32)[:, None]
+        target = row if FIRST else place
+        tl.store(
+            out + target.to(tl.int64)[:, None] * N + column[None, :],
+            total.to(out.dtype.element_ty),
+            mask=live[:, None] & fits[None, :],
+        )

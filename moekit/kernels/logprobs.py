@@ -1,0 +1,42 @@
+"""Log-probabilities of targets from logits in the model's dtype: read once, no float32 copy, no softmax written.
+
+Shape letters: N rows, V dictionary.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def target_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
+    """[N, V] logits and [N] int64 targets -> [N] float32 natural log-probabilities; for inference."""
+    rows, vocab = logits.shape
+    found = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    if rows:
+        _target_log_probs[(rows,)](
+            logits, targets.contiguous(), found, vocab, logits.stride(0), BLOCK=4096, num_warps=8
+        )
+    return found
+
+
+@triton.jit
+def _target_log_probs(logits, targets, found, vocab, stride, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    # Each lane keeps the greatest of its columns and a sum that belongs to it; they meet at the end.
+    greatest = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for start in range(0, vocab, BLOCK):
+        here = start + column < vocab
+        x = tl.load(logits + row * stride + start + column, mask=here, other=float("-inf")).to(tl.float32)
+        new = tl.maximum(greatest, x)
+        shift = tl.where(new == float("-inf"), 0.0, new)
+        total = total * tl.exp(greatest - shift) + tl.exp(x - shift)
+        greatest = new
+    top = tl.max(greatest, axis=0)
+    total = tl.sum(total * tl.exp(greatest - top), axis=0)
+    target = tl.load(logits + row * stride + tl.load(targets + row)).to(tl.float32)
+    tl.store(found + row, target - top - tl.log(total))

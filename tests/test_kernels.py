@@ -1,0 +1,235 @@
+"""The Triton kernels against their plain counterparts; on machines without a GPU under Triton's interpreter."""
+
+import os
+
+import pytest
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
+
+pytest.importorskip("triton")
+from branch_cases import BASE, CASES, build  # noqa: E402
+
+from moekit import checkpoint, gate  # noqa: E402
+from moekit.config import PAD, ModelConfig  # noqa: E402
+from moekit.experts import Experts  # noqa: E402
+from moekit.kernels import gate as fused_gate  # noqa: E402
+from moekit.kernels.grouped import ACTIVATIONS, CUTS, Blocks, Cut, cut_for, grouped_ffn, most_tiles  # noqa: E402
+from moekit.kernels.logprobs import target_log_probs  # noqa: E402
+from moekit.model import Pass, Transformer  # noqa: E402
+
+BFLOAT = pytest.param(
+    torch.bfloat16,
+    marks=pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter cannot multiply bfloat16"),
+)
+SMALL = Cut(1.0, Blocks(16, 32, 16, 4, 2), Blocks(16, 16, 32, 4, 2))
+
+
+def experts_of(count=5, dim=24, width=40, activation="gelu", dtype=torch.float32) -> Experts:
+    torch.manual_seed(count)
+    experts = Experts(count, dim, width, activation)
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return experts.to(DEVICE, dtype).requires_grad_(False)
+
+
+def choices_of(rows, choices, experts, seed=0, spread=1.0):
+    """Random choices, some of them no expert's; ``spread`` < 1 leaves experts without any."""
+    generator = torch.Generator().manual_seed(seed)
+    expert = torch.randint(0, max(1, int(experts * spread)), (rows * choices,), generator=generator)
+    expert[torch.rand(rows * choices, generator=generator) < 0.2] = experts
+    counts = torch.bincount(expert, minlength=experts + 1)[:experts]
+    return expert.argsort(stable=True).to(DEVICE), counts.to(DEVICE)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(activation):
+    experts = experts_of(activation=activation)
+    x = torch.randn(30, 24, device=DEVICE)
+    order, counts = choices_of(30, 2, 5)
+    weights = torch.rand(60, device=DEVICE)
+    torch.testing.assert_close(
+        grouped_ffn(experts, x, order, counts, 2, weights),
+        experts(x, order, counts, 2, weights),
+        rtol=1e-5,
+        atol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("rows", [1, 2, 17, 90])
+@pytest.mark.parametrize("choices", [1, 2])
+@pytest.mark.parametrize("spread", [0.2, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BFLOAT])
+def test_rows_of_any_number_and_spread(rows, choices, spread, dtype):
+    """Full and part tiles, experts without rows, sizes that no block divides."""
+    experts = experts_of(dtype=dtype)
+    x = torch.randn(rows, 24, device=DEVICE).to(dtype)
+    order, counts = choices_of(rows, choices, 5, seed=rows, spread=spread)
+    found = grouped_ffn(experts, x, order, counts, choices, None, cut=SMALL)
+    exact = experts.float()(x.float(), order, counts, choices)
+    none = order[int(counts.sum()) :]
+    assert not found[none].any(), "places of no expert are zero"
+    error = (found.float() - exact).norm() / exact.norm().clamp(min=1e-9)
+    assert error < {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}[dtype]
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=lambda cut: str(cut.mean))
+def test_every_cut(cut):
+    experts = experts_of(3, 32, 64, dtype=torch.float16)
+    x = torch.randn(70, 32, device=DEVICE).half()
+    order, counts = choices_of(70, 2, 3)
+    weights = torch.rand(140, device=DEVICE).half()
+    found = grouped_ffn(experts, x, order, counts, 2, weights, cut=cut).float()
+    exact = experts.float()(x.float(), order, counts, 2, weights.float())
+    assert (found - exact).norm() / exact.norm() < 2e-3
+
+
+@pytest.mark.parametrize("rows, choices", [(1, 1), (40, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_torchs_grouped_product(rows, choices, dtype):
+    experts = experts_of(3, 32, 48, dtype=dtype)
+    x = torch.randn(rows, 32, device=DEVICE).to(dtype)
+    order, counts = choices_of(rows, choices, 3, seed=rows, spread=0.7)
+    weights = torch.rand(rows * choices, device=DEVICE).to(dtype)
+    wanted = experts(x, order, counts, choices, weights)
+    experts.kernel = "grouped_mm"
+    tolerance = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-2}[dtype]
+    found = experts(x, order, counts, choices, weights)
+    torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
+
+
+def test_no_rows():
+    experts = experts_of()
+    nothing = torch.zeros(0, dtype=torch.long, device=DEVICE)
+    zero = torch.zeros(5, dtype=torch.long, device=DEVICE)
+    assert grouped_ffn(experts, torch.zeros(0, 24, device=DEVICE), nothing, zero, 1, None).shape == (0, 24)
+    order = torch.arange(4, device=DEVICE)  # all of them no expert's
+    assert not grouped_ffn(experts, torch.ones(4, 24, device=DEVICE), order, zero, 1, None).any()
+
+
+def test_there_are_tiles_enough_for_any_counts():
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(300):
+        experts, rows = (int(torch.randint(1, 20, (), generator=generator)) for _ in range(2))
+        counts = torch.randint(0, 30, (experts,), generator=generator)
+        counts *= torch.rand(experts, generator=generator) < 0.5
+        assert int((-(-counts // rows)).sum()) <= most_tiles(int(counts.sum()), experts, rows)
+    assert most_tiles(2, 512, 16) == 2 and most_tiles(4096, 512, 16) == 256 + 512
+
+
+def test_the_cut_follows_the_rows_an_expert():
+    half = torch.float16
+    cuts = [cut_for(places, 512, half) for places in (2, 128, 4096, 131_072)]
+    assert [cut.up.rows for cut in cuts] == [16, 16, 32, 128]
+    for cut in CUTS:
+        assert cut.up.rows == cut.down.rows, "both products share the tiles"
+
+
+def config(**options) -> ModelConfig:
+    return ModelConfig(**{**vars(BASE), **options})
+
+
+@pytest.mark.parametrize("options", [{}, {"top1": True}, {"gate_fp32": False}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("experts", [8, 12, 512])
+def test_the_gates_choice(options, dtype, experts):
+    logits = 3 * torch.randn(2, 25, experts, generator=torch.Generator().manual_seed(experts))
+    logits = logits.to(DEVICE, dtype)
+    chosen = config(experts=experts, **options)
+    slow, fast = gate.choose(logits, chosen), fused_gate.choose(logits, chosen)
+    assert [t.dtype for t in slow] == [t.dtype for t in fast]
+    if torch.float32 in (dtype, slow[0].dtype) and dtype != torch.bfloat16:
+        assert slow[1].equal(fast[1])
+    else:  # a last bit of a rounded probability may fall otherwise, and with it a tie
+        assert (slow[1] == fast[1]).float().mean() > 0.95
+    same = slow[1] == fast[1]
+    tolerance = 1e-6 if slow[0].dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(slow[0], fast[0], rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(slow[2][same], fast[2][same], rtol=tolerance, atol=tolerance)
+
+
+def test_ties_go_to_the_first_expert():
+    logits = torch.zeros(1, 3, 12, device=DEVICE)
+    logits[0, 1, [4, 9]] = 2.0
+    logits[0, 2, 7] = 1.0
+    _, experts, probs = fused_gate.choose(logits, config(experts=12))
+    assert experts[0].tolist() == [[0, 1], [4, 9], [7, 0]]
+    assert probs[0, 0].tolist() == pytest.approx([1 / 12, 1 / 12])
+
+
+@pytest.mark.parametrize("vocab", [3, 190, 4096, 9001])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_log_probabilities(vocab, dtype):
+    logits = 20 * torch.randn(9, vocab, generator=torch.Generator().manual_seed(vocab))
+    logits[0, 1:] = -torch.inf
+    logits = logits.to(DEVICE, dtype)
+    targets = torch.arange(9, device=DEVICE) % vocab
+    targets[0] = 0
+    found = target_log_probs(logits, targets)
+    wanted = logits.double().log_softmax(-1).gather(1, targets[:, None])[:, 0].float()
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=2e-5)
+    assert found[0] == 0
+    wide = torch.cat([logits, logits], dim=1)[:, :vocab]  # rows that do not lie one behind the other
+    assert target_log_probs(wide, targets).equal(found)
+
+
+GATES = [
+    "top1",
+    "before_dropping",
+    "prioritized",
+    "prioritized_before",
+    "mask_padding",
+    "gate_in_weights_dtype",
+]
+
+
+@pytest.mark.parametrize(
+    "name", [*GATES, "twelve_experts", "odd_dim", "relu", "gelu_accurate", "tanh", "linear"]
+)
+@pytest.mark.parametrize("fraction", [None, 0.05, -1.0])
+def test_the_fast_model_is_the_slow_one(name, fraction, tmp_path, monkeypatch):
+    """Logits and routing of both paths on fresh inputs, groups and padding included."""
+    model = load(name, tmp_path)
+    tokens = torch.randint(4, 190, (6, 9), generator=torch.Generator().manual_seed(7))
+    tokens[1::2, 7:] = PAD
+    tokens = tokens.to(DEVICE)
+    found = {}
+    for kernel in ("loop", "triton"):
+        routings = {}
+        step = Pass(fraction, groups=3, padding=tokens == PAD, record=routings.__setitem__)
+        with torch.inference_mode():
+            features = model.use(kernel)(tokens, step)
+            found[kernel] = model.logits(features), routings
+    slow, fast = (found[kernel][0] for kernel in ("loop", "triton"))
+    assert (slow - fast).norm() / slow.norm() < 1e-5
+    assert found["loop"][1].keys() == found["triton"][1].keys() != set()
+    for layer, slow in found["loop"][1].items():
+        fast = found["triton"][1][layer]
+        assert slow.experts.equal(fast.experts) and slow.kept.equal(fast.kept)
+        torch.testing.assert_close(slow.weights, fast.weights)
+
+
+@pytest.mark.parametrize("name", [*GATES, "post_norm", "learned_positions"])
+def test_no_pass_asks_the_device_for_a_number(name, monkeypatch):
+    """On a device that has no numbers. The kernels themselves, which run on the device, are cut out."""
+    monkeypatch.setattr("moekit.kernels.grouped._linear", lambda *args, **how: None)
+    with torch.device("meta"), torch.inference_mode():
+        model = Transformer(CASES[name].config).use("triton")
+        for layer in model.layers:
+            if hasattr(layer, "moe"):
+                layer.moe.choose_fast = None  # the plain choice asks for nothing either
+        tokens = torch.empty(4, 16, dtype=torch.long)
+        assert model(tokens, Pass(0.05, groups=2)).shape == (4, 16, 32)
+        assert model(tokens, Pass(0.05, groups=2, padding=tokens == PAD)).shape == (4, 16, 32)
+        with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+            model.use("loop")(tokens)
+
+
+def load(name, folder) -> Transformer:
+    build(name, folder)
+    plan = checkpoint.survey(checkpoint.find(folder))
+    model = Transformer(plan.config).to(DEVICE).eval()
+    checkpoint.fill(model, plan, range(plan.config.experts))
+    return model.requires_grad_(False)
