@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import functools
 import pickle
 import re
 import zipfile
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from moekit import config as cfg
+from moekit import copying
 from moekit.config import ModelConfig
 
 # ---------------------------------------------------------------------------------------------- which files
@@ -295,6 +297,15 @@ def places(
 # ---------------------------------------------------------------------------------- who reads what, and reading
 
 
+def stamp(path: Path) -> tuple[int, ...]:
+    """What changes when the file does."""
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
 @dataclass(frozen=True)
 class Source:
     """One file: the experts of each MoE layer it holds, counted overall, and what it weighs."""
@@ -303,6 +314,7 @@ class Source:
     experts: range
     bytes: int
     tensors: int
+    stamp: tuple[int, ...] = field(repr=False)  # see :func:`stamp`
 
 
 @dataclass(frozen=True)
@@ -312,6 +324,22 @@ class Plan:
     config: ModelConfig
     dtype: torch.dtype  # of the weights in the files
     sources: tuple[Source, ...] = field(repr=False)
+    # What `survey` has mapped, for who reads it in the same process: to read a header takes 14 ms. It is taken out by
+    # `fill`, and does not travel to other processes.
+    opened: dict[Path, dict[str, Tensor]] = field(default_factory=dict, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"opened": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+
+    def open(self, source: Source) -> dict[str, Tensor]:
+        """The file's tensors, mapped; as the survey did, if it has not been written to since."""
+        found = self.opened.pop(source.path, None)
+        if found is None or source.stamp != stamp(source.path):
+            found = tensors(read(source.path), source.path)
+        return found
 
     def parameters(self, held: int) -> int:
         """Parameters of a rank that holds ``held`` experts a layer."""
@@ -339,9 +367,12 @@ def survey(files: Files, dictionary: int | None = None) -> Plan:
     """
     from moekit.model import Transformer
 
-    shared = tensors(read(files.shared), files.shared)
     first = (*files.ranks, files.shared)[0]  # fairseq heeds the config of rank 0's file
-    options, task = cfg.options_of(read(first), str(first))
+    stamps = {path: stamp(path) for path in files.all}
+    states = {path: read(path) for path in (files.shared, first)}
+    opened = {path: tensors(state, path) for path, state in states.items()}
+    shared = opened[files.shared]
+    options, task = cfg.options_of(states[first], str(first))
     version = shared.get("decoder.version")
     rows = min(len(shared[key]) for key in {SHARED_KEY, *OUTPUT_KEYS} & set(shared))
     if dictionary is not None and dictionary > rows:
@@ -363,10 +394,12 @@ def survey(files: Files, dictionary: int | None = None) -> Plan:
     filled: dict[Place, str] = {}
     offset = 0
     for path in files.all:
-        found = shared if path == files.shared else tensors(read(path), path)
+        if path not in opened:
+            opened[path] = tensors(read(path), path)
+        found = opened[path]
         held = 1 + max((int(n) for key in found for n in NUMBER.findall(key)[1:]), default=-1)
         start = 0 if path == files.shared else offset
-        source = Source(path, range(start, start + held), path.stat().st_size, len(found))
+        source = Source(path, range(start, start + held), path.stat().st_size, len(found), stamps[path])
         for key, tensor, target in places(source, found, config):
             _check(path, key, tensor, target, expected, config)
             for part in _unfold(target):
@@ -391,7 +424,7 @@ def survey(files: Files, dictionary: int | None = None) -> Plan:
                     f"{where}: no file fills {_name(target)}: expected the key {key}"
                     + (hint if target.part == "expert" else "")
                 )
-    return Plan(config, shared[SHARED_KEY].dtype, tuple(sources))
+    return Plan(config, shared[SHARED_KEY].dtype, tuple(sources), opened)
 
 
 def _check(path: Path, key: str, tensor: Tensor, target: Place, expected: dict, config: ModelConfig) -> None:
@@ -443,28 +476,43 @@ def _name(target: Place) -> str:
 
 
 def fill(
-    model: torch.nn.Module, plan: Plan, held: range, progress: Callable[[int], None] | None = None
+    model: torch.nn.Module,
+    plan: Plan,
+    held: range,
+    progress: Callable[[int], None] | None = None,
+    threads: int = 1,
 ) -> dict[Place, int]:
-    """Read one rank's tensors from the mapped files straight into the model's parameters.
+    """Read one rank's tensors from the mapped files into the model's parameters, as copying.py does.
 
     Args:
         model: a :class:`moekit.model.Transformer` with room for the experts ``held``; any device, any dtype.
-        progress: called with the bytes of each tensor read.
+        progress: called with the bytes read since the last call.
+        threads: that read at the same time, a file each.
 
     Returns:
         How often each place was filled: once, or an error is raised.
     """
     parameters = dict(model.named_parameters())
-    filled: collections.Counter[Place] = collections.Counter()
-    for source in plan.needed(held):
-        for _, tensor, target in places(source, tensors(read(source.path), source.path), plan.config):
+    needed = plan.needed(held)
+    counts = [collections.Counter() for _ in needed]  # a file each, which is one thread's
+
+    def pieces(source: Source, count: collections.Counter[Place]) -> Iterator[copying.Piece]:
+        for key, tensor, target in places(source, plan.open(source), plan.config):
             if target.part == "expert" and target.expert not in held:
                 continue
             view = target.of(parameters[target.name].data, held.start)
-            view.copy_(tensor[: len(view)] if target.part == "rows" else tensor)
-            filled.update(_unfold(target))
-            if progress is not None:
-                progress(tensor.nbytes)
+            if target.part == "rows":
+                tensor = tensor[: len(view)]
+            yield copying.Piece(f"{source.path}: {key}", tensor, view)
+            count.update(_unfold(target))
+
+    copying.copy(
+        [functools.partial(pieces, source, count) for source, count in zip(needed, counts, strict=True)],
+        next(iter(parameters.values())).device,
+        threads,
+        progress,
+    )
+    filled = sum(counts, collections.Counter())
     for name, parameter in parameters.items():
         for target in _parts(name, parameter):
             if target.part == "expert":

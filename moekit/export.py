@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,21 +36,51 @@ def save(
     Raises:
         ValueError: more files than experts.
     """
-    config = model.config
+    parameters = {name: p.detach().to("cpu", dtype) for name, p in model.named_parameters()}
+    write(
+        model.config,
+        folder,
+        files,
+        parameters,
+        lambda held: {
+            name: stacked[held.start : held.stop]
+            for name, stacked in parameters.items()
+            if ".moe.experts." in name
+        },
+        dtype=dtype,
+        **options,
+    )
+
+
+def write(
+    config: ModelConfig,
+    folder: Path,
+    files: int,
+    shared: dict[str, torch.Tensor],
+    experts: Callable[[range], dict[str, torch.Tensor]],
+    *,
+    dtype: torch.dtype,
+    **options: Any,
+) -> None:
+    """Write a model that need not be in memory as a whole; the arguments not told here are those of :func:`save`.
+
+    Args:
+        shared: by our names, what is no expert's, in ``dtype`` on the CPU.
+        experts: called once for each file: our names of the experts' stacked weights, and those of the experts held.
+    """
     if not 1 <= files <= config.experts:
         raise ValueError(f"files={files}: expected 1 to {config.experts}, the number of experts")
     folder.mkdir(parents=True, exist_ok=True)
-    parameters = {name: p.detach().to("cpu", dtype) for name, p in model.named_parameters()}
     top = {
         "args": None,
         "cfg": fairseq_cfg(config, files, **options),
         "optimizer_history": HISTORY,
         "extra_state": {"epoch": 1},
     }
-    _write(top | {"model": shared_part(parameters, config, dtype)}, folder / "model-shared.pt")
+    _write(top | {"model": shared_part(shared, config, dtype)}, folder / "model-shared.pt")
     for rank in range(files):
-        held = owned(config.experts, files, rank)
-        _write(top | {"model": expert_part(parameters, held)}, folder / f"model-rank-{rank}.pt")
+        part = expert_part(experts(owned(config.experts, files, rank)))
+        _write(top | {"model": part}, folder / f"model-rank-{rank}.pt")
 
 
 HISTORY = [
@@ -79,15 +110,14 @@ def shared_part(
     return part
 
 
-def expert_part(parameters: dict[str, torch.Tensor], held: range) -> dict[str, torch.Tensor]:
-    """The experts ``held``, by fairseq's names, counted from 0 as it does in every file."""
+def expert_part(stacks: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Experts by fairseq's names, counted from 0 as it does in every file."""
     part = {}
-    for name, stacked in parameters.items():
-        if ".moe.experts." in name:
-            layer = name.split(".")[1]
-            key = next(k for k, target in KEYS.items() if target == name.replace(layer, "{}", 1) + "[expert]")
-            for local, expert in enumerate(held):
-                part[key.format(layer, local)] = stacked[expert].clone()
+    for name, stacked in stacks.items():
+        layer = name.split(".")[1]
+        key = next(k for k, target in KEYS.items() if target == name.replace(layer, "{}", 1) + "[expert]")
+        for local, expert in enumerate(stacked):
+            part[key.format(layer, local)] = expert.clone()
     return part
 
 

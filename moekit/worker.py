@@ -20,14 +20,14 @@ from moekit.config import PAD
 from moekit.dispatch import AllToAll, owned
 from moekit.intervene import Intervention
 from moekit.model import Pass, Transformer
-from moekit.ranks import Rank
+from moekit.ranks import Rank, usable_cores
 from moekit.trace import Options, Recorder
 
 LOGIT_ROWS = 2048  # rows of logits that exist at a time: never tokens x dictionary
 
 
 def load(rank: Rank, plan: checkpoint.Plan, dtype: torch.dtype) -> dict:
-    """Read this rank's part of the checkpoint into ``rank.state["model"]``; reports the bytes of each tensor read.
+    """Read this rank's part of the checkpoint into ``rank.state["model"]``; reports bytes as they are read.
 
     Returns:
         ``files`` and ``experts`` (a range) read; ``filled``, which counts the tensors copied by (layer, expert), and
@@ -39,7 +39,7 @@ def load(rank: Rank, plan: checkpoint.Plan, dtype: torch.dtype) -> dict:
     with torch.device("meta"):
         model = Transformer(plan.config, len(held), dispatch)
     model = model.to(dtype).to_empty(device=rank.device).requires_grad_(False).eval()
-    filled = checkpoint.fill(model, plan, held, rank.report)
+    filled = checkpoint.fill(model, plan, held, rank.report, max(1, usable_cores() // rank.world_size))
     rank.state["model"] = model
     parameters = list(model.parameters())
     return {

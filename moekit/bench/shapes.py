@@ -1,0 +1,171 @@
+"""The shapes that are benched, their random weights, and what a pass over them costs at least.
+
+Nothing is downloaded: what a model computes takes as long with random weights as with trained ones, as long as its
+numbers stay finite and its gates send the tokens to many experts. Both are checked, see score.py.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moekit import export
+from moekit.config import ModelConfig
+from moekit.dispatch import AllToAll, owned
+from moekit.model import Transformer
+from moekit.ranks import Rank
+
+EN_MOE_LM_15B = ModelConfig(
+    layers=12,
+    dim=768,
+    ffn_dim=3072,
+    heads=12,
+    vocab_rows=50_264,
+    input_dim=768,
+    output_dim=768,
+    max_positions=2048,
+    activation="gelu",
+    pre_norm=True,
+    share_output=True,
+    moe_freq=2,
+    experts=512,
+    gate_fp32=True,
+    second_expert="all",
+)
+SHAPES = {
+    "15b": EN_MOE_LM_15B,
+    "52b": replace(
+        EN_MOE_LM_15B, layers=24, dim=1024, ffn_dim=4096, heads=16, input_dim=1024, output_dim=1024
+    ),
+    "15b-64e": replace(EN_MOE_LM_15B, experts=64),
+    "tiny": replace(
+        EN_MOE_LM_15B,
+        layers=4,
+        dim=64,
+        ffn_dim=128,
+        heads=4,
+        vocab_rows=500,
+        input_dim=64,
+        output_dim=64,
+        max_positions=256,
+        experts=16,
+    ),
+}
+FILES = {"15b": 64, "52b": 64, "15b-64e": 8, "tiny": 4}  # with experts; one more holds the rest
+
+# ------------------------------------------------------------------------------------------------ random weights
+
+
+def draw(name: str, parameter: Tensor, config: ModelConfig, generator: torch.Generator) -> None:
+    """Fill the parameter called ``name`` with uniform numbers.
+
+    Inputs of variance 1 give outputs of variance 1; what is added to the residual stream is scaled down by the depth
+    (GPT-2's rule). The embeddings outweigh the positions, which all tokens share and which would crowd a few experts.
+    """
+    if "norm." in name:
+        parameter.fill_(1.0 if name.endswith("weight") else 0.0)
+        return
+    if name.startswith("embed."):
+        std = 3 / math.sqrt(config.dim)
+    elif name.endswith(("bias", ".b1", ".b2")):
+        std = 0.02
+    else:
+        std = 1 / math.sqrt(parameter.shape[-1])
+        if name.endswith((".out.weight", ".fc2.weight", ".w2")):
+            std /= math.sqrt(2 * config.layers)
+    parameter.uniform_(-math.sqrt(3) * std, math.sqrt(3) * std, generator=generator)
+
+
+@torch.no_grad()
+def build(rank: Rank, config: ModelConfig, dtype: torch.dtype) -> None:
+    """Put a model with random weights into ``rank.state["model"]``: this rank's experts, and what all ranks share."""
+    held = owned(config.experts, rank.world_size, rank.rank)
+    dispatch = AllToAll(config.experts) if rank.world_size > 1 else None
+    with torch.device("meta"):
+        model = Transformer(config, len(held), dispatch)
+    model = model.to(dtype).to_empty(device=rank.device).requires_grad_(False).eval()
+    shared, own = (torch.Generator(rank.device).manual_seed(seed) for seed in (1, 2 + rank.rank))
+    for name, parameter in model.named_parameters():
+        draw(name, parameter, config, own if ".experts." in name else shared)
+    rank.state["model"] = model
+
+
+Sums = dict[str, list[float]]  # of each stack of experts, the sum of each expert's numbers
+
+
+@torch.no_grad()
+def write(config: ModelConfig, folder: Path, files: int, device: torch.device) -> Sums:
+    """Write a float16 checkpoint with random weights in the released layout, one file in memory at a time."""
+    generator = torch.Generator(device).manual_seed(1)
+    with torch.device("meta"):
+        parameters = dict(Transformer(config).named_parameters())
+    sums: Sums = {name: [] for name in parameters if ".experts." in name}
+
+    def drawn(name: str, shape: tuple[int, ...]) -> Tensor:
+        tensor = torch.empty(shape, device=device)
+        draw(name, tensor, config, generator)
+        return tensor.half()
+
+    def stacks(held: range) -> dict[str, Tensor]:
+        found = {}
+        for name in sums:
+            stack = drawn(name, (len(held), *parameters[name].shape[1:]))
+            sums[name] += expert_sums(stack, torch.float16)
+            found[name] = stack.cpu()
+        return found
+
+    shared = {name: drawn(name, p.shape).cpu() for name, p in parameters.items() if name not in sums}
+    export.write(config, folder, files, shared, stacks, dtype=torch.float16)
+    return sums
+
+
+def expert_sums(stack: Tensor, dtype: torch.dtype) -> list[float]:
+    """[E, ...] -> the sum of each expert's numbers, first rounded to ``dtype``.
+
+    Exact in whatever order they are added: what was a float16 is a multiple of 2**-24.
+    """
+    return [expert.to(dtype).sum(dtype=torch.float64).item() for expert in stack]
+
+
+# -------------------------------------------------------------------------------------------- what a pass costs
+
+
+def parameters(config: ModelConfig) -> int:
+    """Parameters of the model: each is read once by a pass whose tokens reach every expert."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in Transformer(config).parameters())
+
+
+def expert_parameters(config: ModelConfig) -> int:
+    """Parameters of one expert: two matrices and two biases."""
+    return 2 * config.dim * config.ffn_dim + config.ffn_dim + config.dim
+
+
+def active_parameters(config: ModelConfig, batch: int) -> float:
+    """Parameters that a pass over one token of each of ``batch`` sequences reads, if gates choose at random.
+
+    All but the experts, and of E experts those chosen: E (1 - (1 - K/E)^batch) expected, K for a single token. Of the
+    embeddings, only the output matrix is read as a whole, and the two are one here.
+    """
+    experts, k = config.experts, config.top_k
+    chosen = experts * (1 - (1 - k / experts) ** batch)
+    return parameters(config) - len(config.moe_layers) * (experts - chosen) * expert_parameters(config)
+
+
+def flop_per_token(config: ModelConfig, length: int) -> float:
+    """Floating-point operations a token of a sample of ``length`` tokens that is scored, nothing dropped.
+
+    Two (a product and a sum) for each parameter that the token meets: projections, feed-forward networks or K experts
+    and their gate, output matrix; and for each of the (length + 1) / 2 positions that it sees on average, 4 ``dim``: a
+    dot product of queries and keys, and a sum of values.
+    """
+    attention = 4 * config.dim**2 + 2 * config.dim * (length + 1) / 2
+    dense = (config.layers - len(config.moe_layers)) * 2 * config.dim * config.ffn_dim
+    moe = len(config.moe_layers) * (
+        config.top_k * 2 * config.dim * config.ffn_dim + config.dim * config.experts
+    )
+    return 2 * (config.layers * attention + dense + moe + config.dim * config.vocab_rows)
