@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moekit import graph
 from moekit.cache import Cache
 from moekit.config import EOS, PAD
 from moekit.gate import Routing
@@ -26,6 +27,9 @@ from moekit.model import Pass, Transformer
 from moekit.ranks import Rank
 from moekit.trace import Options, Recorder
 from moekit.worker import Noise, log_probs
+
+GRAPH_AFTER = 4  # steps with the same rows after which capturing a graph of them pays off
+SLOTS = 64  # a cache's slots are a multiple of these, which attention's kernels like
 
 
 @dataclass(frozen=True)
@@ -61,12 +65,21 @@ class Prompt:
     ids: Sequence[int]
 
 
-class Chosen(NamedTuple):
-    """The next token of each sequence.
+class Choice(NamedTuple):
+    """The next token of each sequence, on the device.
 
     tokens [B] int64; logprobs [B] float32, under the model itself, whatever temperature and penalty; the
     ``alternatives`` best tokens at each place [B, A] with their logprobs [B, A].
     """
+
+    tokens: Tensor
+    logprobs: Tensor
+    best: Tensor
+    best_logprobs: Tensor
+
+
+class Chosen(NamedTuple):
+    """The next S tokens of each sequence: what a :class:`Choice` holds, [B, S] and [B, S, A]."""
 
     tokens: np.ndarray
     logprobs: np.ndarray
@@ -94,6 +107,8 @@ class Sequences:
         self.settings, self.numbers, self.cache, self.seen = settings, numbers, cache, seen
         self.step = 0  # new tokens of each sequence so far; all go on together
         self.parts: list[dict[str, np.ndarray]] = []  # of a trace
+        self.graph: graph.Graph | None = None  # of one step with the rows as they are
+        self.still = 0  # steps since the rows changed
 
     def select(self, rows: list[int]) -> None:
         """Keep ``rows``, in this order, repeats allowed."""
@@ -103,6 +118,7 @@ class Sequences:
         self.cache.select(index)
         self.seen = None if self.seen is None else self.seen[index]
         self.numbers = [self.numbers[row] for row in rows]
+        self.graph, self.still = None, 0
 
 
 @torch.inference_mode()
@@ -147,47 +163,72 @@ def begin(
     sequences = Sequences(settings, numbers, Cache.joined([cache for cache, *_ in read]), seen)
     sequences.parts += [part for *_, parts in read for part in parts]
     rank.state[key] = sequences
+    logits = model.logits(features, settings.vocab)
+    if settings.beam_size == 1:
+        return _on_host([_choose_next(sequences, logits)])
     empty = [len(prompt.ids) == 1 for prompt in prompts[rank.rank]]
-    return _propose(sequences, model.logits(features, settings.vocab), scores, no_end=empty)
+    logprobs = F.log_softmax(logits.float(), dim=-1)
+    return candidates(logprobs, scores, 1, 2 * settings.beam_size, empty, only_end=False)
 
 
 @torch.inference_mode()
-def advance(
+def run(
+    rank: Rank, key: int, rows: Sequence[list[int]], tokens: Sequence[list[int]], steps: int
+) -> Chosen | None:
+    """``steps`` tokens more of each sequence that goes on, each reading what was chosen for it.
+
+    Args:
+        rows: on each rank, the sequences that go on, by their rows as of the call before.
+        tokens: what each of them reads first.
+
+    Returns:
+        ``steps`` choices a sequence; None from a rank without any.
+    """
+    model: Transformer = rank.state["model"]
+    sequences: Sequences = rank.state[key]
+    sequences.select(rows[rank.rank])
+    if not rows[rank.rank]:
+        for _ in range(steps):
+            sequences.step += 1
+            model.serve()
+        return None
+    read = torch.tensor(tokens[rank.rank], device=rank.device)
+    found = []
+    for _ in range(steps):
+        found.append(_choose_next(sequences, _read_on(model, sequences, read)))
+        read = found[-1].tokens
+    return _on_host(found)
+
+
+@torch.inference_mode()
+def grow(
     rank: Rank,
     key: int,
     rows: Sequence[list[int]],
     tokens: Sequence[list[int]],
-    scores: Sequence[list[float]] | None = None,
-    last: bool = False,
-) -> Chosen | Candidates | None:
-    """One more token of each sequence that goes on.
+    scores: Sequence[list[float]],
+    last: bool,
+) -> Candidates | None:
+    """One token more of each beam that goes on.
 
     Args:
-        rows: on each rank, the sequences that go on, by their rows as of the call before; a row may go on twice.
+        rows: on each rank, the beams that go on, by their rows as of the call before; a row may go on twice.
         tokens: what each of them reads.
-        scores: for a beam search, each sequence's score so far.
-        last: of a beam search: nothing but ``</s>`` may follow.
-
-    Returns:
-        As :func:`begin`.
+        scores: of each beam so far.
+        last: nothing but ``</s>`` may follow.
     """
     model: Transformer = rank.state["model"]
     sequences: Sequences = rank.state[key]
-    settings = sequences.settings
     sequences.select(rows[rank.rank])
-    sequences.step += 1
     if not rows[rank.rank]:
+        sequences.step += 1
         model.serve()
         return None
-    read = torch.tensor(tokens[rank.rank], device=rank.device)[:, None]
-    if sequences.seen is not None:
-        sequences.seen.scatter_(1, read, True)
-    how = _how(settings, sequences.numbers, sequences.step, sequences.cache, 1)
-    features = model(read, how)
-    sequences.parts += _traced(how, sequences.numbers, torch.ones_like(read, dtype=torch.bool))
-    sequences.cache.advance(1)
-    so_far = None if scores is None else torch.tensor(scores[rank.rank], device=rank.device)
-    return _propose(sequences, model.logits(features[:, 0], settings.vocab), so_far, only_end=last)
+    logits = _read_on(model, sequences, torch.tensor(tokens[rank.rank], device=rank.device))
+    scores = torch.tensor(scores[rank.rank], device=rank.device)
+    logprobs = F.log_softmax(logits.float(), dim=-1)
+    beams = sequences.settings.beam_size
+    return candidates(logprobs, scores, beams, 2 * beams, None, only_end=last)
 
 
 def end(rank: Rank, key: int) -> list[dict[str, np.ndarray]]:
@@ -232,11 +273,32 @@ def _read(
     return cache, last, scores, parts
 
 
+def _read_on(model: Transformer, sequences: Sequences, read: Tensor) -> Tensor:
+    """Each sequence reads one token, [B] int64: the logits [B, V] of what follows."""
+    settings, cache = sequences.settings, sequences.cache
+    sequences.step += 1
+    if sequences.seen is not None:
+        sequences.seen.scatter_(1, read[:, None], True)
+    how = _how(settings, sequences.numbers, sequences.step, cache, 1)
+    sequences.still += 1
+    if settings.beam_size == 1 and sequences.still > GRAPH_AFTER and graph.fits(model, how):
+        if sequences.graph is None:
+            sequences.graph = graph.Graph(model, cache, settings.vocab)
+        logits = sequences.graph(read)
+    else:
+        logits = model.logits(model(read[:, None], how)[:, 0], settings.vocab)
+        sequences.parts += _traced(how, sequences.numbers, torch.ones_like(read[:, None], dtype=torch.bool))
+    cache.advance(1)
+    return logits
+
+
 def _how(settings: Settings, numbers: Sequence[int], step: int, cache: Cache, tokens: int) -> Pass:
     """Each sequence is a routing group, with noise of its own: no sequence depends on its neighbours."""
     noise = Noise(settings.seed, [number << 32 | step for number in numbers])
     record = settings.record if settings.trace is None else Recorder(settings.trace)
-    how = Pass(settings.fraction, groups=len(numbers), record=record, noise=noise, cache=cache)
+    # A group of one token has room for all its choices, whatever the fraction.
+    fraction = settings.fraction if tokens > 1 else None
+    how = Pass(fraction, groups=len(numbers), record=record, noise=noise, cache=cache)
     if settings.intervention is not None:
         samples = torch.tensor(numbers, device=cache.lengths.device)
         settings.intervention.apply(how, samples, cache.positions(tokens))
@@ -253,34 +315,26 @@ def _traced(how: Pass, numbers: Sequence[int], real: Tensor) -> list[dict[str, n
 
 
 def _cache(model: Transformer, batch: int, slots: int) -> Cache:
+    slots = -(-slots // SLOTS) * SLOTS
     return Cache(model.config, batch, slots, model.embed.weight.device, model.embed.weight.dtype)
 
 
 # ------------------------------------------------------------------------------------------ what comes next
 
 
-def _propose(
-    sequences: Sequences,
-    logits: Tensor,
-    scores: Tensor | None,
-    no_end: list[bool] | None = None,
-    only_end: bool = False,
-) -> Chosen | Candidates:
-    """[B, V] logits -> a token for each sequence, or what its beams may go on with."""
+def _choose_next(sequences: Sequences, logits: Tensor) -> Choice:
+    """[B, V] logits -> a token for each sequence."""
+    settings = sequences.settings
     logits = logits.float()
     logprobs = F.log_softmax(logits, dim=-1)
-    if sequences.settings.beam_size > 1:
-        beams = 1 if sequences.step == 0 else sequences.settings.beam_size
-        return candidates(logprobs, scores, beams, 2 * sequences.settings.beam_size, no_end, only_end)
-    keys = [(sequences.settings.seed, number, sequences.step) for number in sequences.numbers]
-    tokens = choose(logits, sequences.settings, keys, sequences.seen)
-    best = logprobs.topk(sequences.settings.alternatives, dim=-1)
-    return Chosen(
-        tokens.cpu().numpy(),
-        logprobs.gather(1, tokens[:, None])[:, 0].cpu().numpy(),
-        best.indices.cpu().numpy(),
-        best.values.cpu().numpy(),
-    )
+    keys = [(settings.seed, number, sequences.step) for number in sequences.numbers]
+    tokens = choose(logits, settings, keys, sequences.seen)
+    best = logprobs.topk(settings.alternatives, dim=-1)
+    return Choice(tokens, logprobs.gather(1, tokens[:, None])[:, 0], best.indices, best.values)
+
+
+def _on_host(steps: Sequence[Choice]) -> Chosen:
+    return Chosen(*(torch.stack(column, dim=1).cpu().numpy() for column in zip(*steps, strict=True)))
 
 
 def choose(

@@ -10,18 +10,33 @@ D model dim, F expert width.
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+KERNELS = ("loop", "grouped_mm", "triton")
 
-def best_kernel(device: torch.device, dtype: torch.dtype) -> str:
-    """What is fastest for inference there: ``Experts.kernel``."""
+
+def choose_kernel(kernel: str, device: torch.device, dtype: torch.dtype) -> str:
+    """``Experts.kernel`` for inference there: ``kernel``, or for "auto" what is fastest.
+
+    Raises:
+        ValueError: there is no such kernel, or not there.
+    """
+    if kernel not in ("auto", *KERNELS):
+        raise ValueError(f"kernel={kernel!r}; expected auto, {', '.join(KERNELS)}")
+    runs = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    runs = runs and importlib.util.find_spec("triton") is not None
+    if kernel == "triton" and not runs:
+        raise ValueError(f"kernel='triton' needs the package triton and a GPU, and this is a {device.type}")
+    if kernel != "auto":
+        return kernel
     if device.type != "cuda":
         return "loop"
-    if importlib.util.find_spec("triton"):
+    if runs:
         return "triton"
     return "grouped_mm" if dtype == torch.bfloat16 else "loop"
 

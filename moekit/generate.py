@@ -35,6 +35,10 @@ if TYPE_CHECKING:
 
 SEQUENCE_TOKENS = {"cpu": 16_384, "cuda": 131_072}  # tokens that the sequences under way on a rank may have
 LOGITS = 2**26  # and logits that a step of theirs may make there, one for each type of the dictionary
+# Tokens that the ranks go on by themselves before this side looks at them, and whether it pays to move the sequences
+# that go on together whenever one is over: a GPU has as good as finished the step by the time it is asked for it.
+BURST = {"cpu": 1, "cuda": 16}
+MOVES = {"cpu": True, "cuda": False}
 
 
 @dataclass(frozen=True)
@@ -396,7 +400,7 @@ def prompt_ids(prompt: Any, number: int, codec: Codec | None, vocab: int) -> lis
 
 
 class Session:
-    """Sequences that live on the ranks while they are generated; each call is one forward pass there."""
+    """Sequences that live on the ranks while they are generated."""
 
     keys = itertools.count()
 
@@ -417,14 +421,29 @@ class Session:
         del self.model.abandoned[: len(abandoned)]
         return self._by_number(found)
 
-    def advance(
-        self, going: Mapping[int, Sequence[tuple[int, int, float]]], last: bool = False
-    ) -> dict[int, Chosen | Candidates]:
-        """One token on; sequences that are not in ``going`` are over.
+    def run(self, going: Mapping[int, int], steps: int) -> dict[int, Chosen]:
+        """``steps`` tokens on; sequences that are not in ``going`` are over.
+
+        Args:
+            going: the token that each sequence reads first.
+        """
+        keep = set(going)
+        if not MOVES[self.model.device] and 2 * len(going) > sum(map(len, self.there)):
+            keep = {n for numbers in self.there for n in numbers}  # the dead read padding, and nobody listens
+        rows = [[place for place, n in enumerate(numbers) if n in keep] for numbers in self.there]
+        self.there = [[n for n in numbers if n in keep] for numbers in self.there]
+        tokens = [[going.get(n, PAD) for n in numbers] for numbers in self.there]
+        found = self._by_number(self.model.ranks.call(decode.run, self.key, rows, tokens, steps))
+        return {number: row for number, row in found.items() if number in going}
+
+    def grow(
+        self, going: Mapping[int, Sequence[tuple[int, int, float]]], last: bool
+    ) -> dict[int, Candidates]:
+        """One token on in a beam search; sequences that are not in ``going`` are over.
 
         Args:
             going: for each sequence its beams: (the beam it goes on from, the token it reads, its score so far).
-            last: see :func:`moekit.decode.advance`.
+            last: nothing but ``</s>`` may follow.
         """
         rows, tokens, scores = [], [], []
         for numbers in self.there:
@@ -434,9 +453,7 @@ class Session:
             scores.append([score for _, (_, _, score) in beams])
         self.there = [[n for n in numbers if n in going] for numbers in self.there]
         self.beams = self.settings.beam_size
-        return self._by_number(
-            self.model.ranks.call(decode.advance, self.key, rows, tokens, scores, last=last)
-        )
+        return self._by_number(self.model.ranks.call(decode.grow, self.key, rows, tokens, scores, last))
 
     def _by_number(self, found: Sequence[Chosen | Candidates | None]) -> dict[int, Chosen | Candidates]:
         rows = {}
@@ -460,25 +477,32 @@ def _sample(model: Model, request: Request, parts: list[dict[str, np.ndarray]]) 
 
     Adds what was recorded of the routing to ``parts``.
     """
+    listening = request.settings.record is not None or request.settings.trace is not None
+    burst = 1 if listening else BURST[model.device]
     for wave in request.waves(model):
         texts = {prompt.number: Text(request.codec, request.stop) for prompt in wave}
         with Session(model, wave, request.settings, _slots(wave, request)) as session:
-            found = session.begin()
-            for step in range(1, request.max_new_tokens + 1):
-                going = {}
-                for number, (token, logprob, best, best_logprobs) in found.items():
-                    text = texts[number]
-                    piece = text.add(int(token))
-                    reason = "stop" if text.stopped else "length" if step == request.max_new_tokens else None
-                    if reason is None:
-                        going[number] = [(0, int(token), 0.0)]
-                    elif piece is not None:
-                        piece += text.rest()
-                    alternatives = list(zip(best.tolist(), best_logprobs.tolist(), strict=True))
-                    yield Token(number, int(token), piece, float(logprob), alternatives, reason)
-                if not going:
-                    break
-                found = session.advance(going)
+            found, step = session.begin(), 0
+            while found:
+                going = dict.fromkeys(found, PAD)
+                for place in range(len(next(iter(found.values())).tokens)):
+                    step += 1
+                    for number in list(going):
+                        token, logprob, best, best_logprobs = (column[place] for column in found[number])
+                        text = texts[number]
+                        piece = text.add(int(token))
+                        reason = (
+                            "stop" if text.stopped else "length" if step == request.max_new_tokens else None
+                        )
+                        if reason is None:
+                            going[number] = int(token)
+                        else:
+                            del going[number]
+                            piece = None if piece is None else piece + text.rest()
+                        alternatives = list(zip(best.tolist(), best_logprobs.tolist(), strict=True))
+                        yield Token(number, int(token), piece, float(logprob), alternatives, reason)
+                steps = min(burst, request.max_new_tokens - step)
+                found = session.run(going, steps) if going else {}
         parts += session.parts
 
 
@@ -585,6 +609,6 @@ def _search(model: Model, request: Request, bar: tqdm) -> Iterator[Generation]:
                 }
                 if not going:
                     break
-                found = session.advance(going, last=step + 1 == request.max_new_tokens)
+                found = session.grow(going, last=step + 1 == request.max_new_tokens)
         for search in searches.values():
             yield from search.best(request.copies, request.codec)

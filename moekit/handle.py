@@ -25,6 +25,7 @@ from moekit.config import ModelConfig
 from moekit.data.codec import FILES as CODEC_FILES
 from moekit.data.codec import Codec
 from moekit.data.dictionary import Dictionary
+from moekit.experts import choose_kernel
 from moekit.progress import bar as progress_bar
 
 if TYPE_CHECKING:
@@ -420,6 +421,7 @@ def load(
     dictionary: str | Path | None = None,
     bpe: str | Path | None = None,
     config: Mapping[str, Any] | None = None,
+    kernel: str = "auto",
     progress: bool = True,
 ) -> Model:
     """Load a checkpoint of fairseq's ``moe`` branch onto ``world_size`` ranks.
@@ -437,6 +439,8 @@ def load(
             checkpoint lies, or ``gpt2_bpe`` there or beside it; needed only when text is.
         config: fields of the checkpoint's :class:`~moekit.config.ModelConfig` to replace, such as ``second_expert``; not
             those that give the weights their shapes.
+        kernel: how the experts are computed: "triton", "grouped_mm", "loop" (slow, and plain to see that it is right), or
+            "auto": the fastest there is.
         progress: show a bar.
 
     Raises:
@@ -450,13 +454,14 @@ def load(
     plan = ckpt.survey(files, dictionary_size(files, dictionary))
     plan = replace(plan, config=replace(plan.config, **(config or {})))
     kind = weights_dtype(dtype, devices[0], plan)
+    kernel = choose_kernel(kernel, devices[0], kind)
 
     pool = ranks.start(world_size, devices[0].type)
     try:
         model = Model(plan, files, pool, kind, bpe)
         total = sum(source.bytes * (world_size if i == 0 else 1) for i, source in enumerate(plan.sources))
         with progress_bar("loading", total, "B", show=progress) as bar:
-            model.parts = pool.call(worker.load, plan, kind, on_report=lambda rank, n: bar.update(n))
+            model.parts = pool.call(worker.load, plan, kind, kernel, on_report=lambda rank, n: bar.update(n))
             bar.update(bar.total - bar.n)  # what is not tensors
         model.load_seconds = time.perf_counter() - start
     except BaseException:

@@ -26,7 +26,7 @@ from moekit.trace import Options, Recorder
 LOGIT_ROWS = 2048  # rows of logits that exist at a time: never tokens x dictionary
 
 
-def load(rank: Rank, plan: checkpoint.Plan, dtype: torch.dtype) -> dict:
+def load(rank: Rank, plan: checkpoint.Plan, dtype: torch.dtype, kernel: str) -> dict:
     """Read this rank's part of the checkpoint into ``rank.state["model"]``; reports bytes as they are read.
 
     Returns:
@@ -38,14 +38,14 @@ def load(rank: Rank, plan: checkpoint.Plan, dtype: torch.dtype) -> dict:
     dispatch = AllToAll(plan.config.experts) if rank.world_size > 1 and plan.config.moe_layers else None
     with torch.device("meta"):
         model = Transformer(plan.config, len(held), dispatch)
-    model = model.to(dtype).to_empty(device=rank.device).requires_grad_(False).eval()
+    model = model.to(dtype).to_empty(device=rank.device).requires_grad_(False).eval().use(kernel)
     filled = checkpoint.fill(model, plan, held, rank.report, max(1, usable_cores() // rank.world_size))
     rank.state["model"] = model
     parameters = list(model.parameters())
     return {
         "rank": rank.rank,
         "device": str(rank.device),
-        "kernel": "loop",  # how the experts are computed: one after the other
+        "kernel": model.kernel,
         "files": [s.path.name for s in plan.needed(held)],
         "experts": held,
         "filled": Counter(place.where for place, times in filled.items() for _ in range(times)),
@@ -152,15 +152,19 @@ def predictions(model: Transformer, features: Tensor, vocab: int) -> Tensor:
 def log_probs(model: Transformer, features: Tensor, targets: Tensor, vocab: int) -> Tensor:
     """[B, T, D] features and [B, T] targets -> float32 [B, T] natural log-probabilities, over ``vocab`` types."""
     rows, wanted = features.flatten(0, 1), targets.flatten()
+    of = target_log_probs
+    if model.kernel == "triton":
+        from moekit.kernels.logprobs import target_log_probs as of
     parts = [
-        -F.cross_entropy(
-            model.logits(rows[i : i + LOGIT_ROWS], vocab).float(),
-            wanted[i : i + LOGIT_ROWS],
-            reduction="none",
-        )
+        of(model.logits(rows[i : i + LOGIT_ROWS], vocab), wanted[i : i + LOGIT_ROWS])
         for i in range(0, len(rows), LOGIT_ROWS)
     ]
     return torch.cat(parts).view_as(targets)
+
+
+def target_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
+    """[N, V] logits and [N] targets -> [N] float32 natural log-probabilities."""
+    return -F.cross_entropy(logits.float(), targets, reduction="none")
 
 
 class Noise:

@@ -382,3 +382,27 @@ def test_prompts_may_be_arrays(recorded):
     same(ours, recorded.generate([torch.tensor([5, 6]), [7, 8]], max_new_tokens=3, **QUIET))
     one = recorded.generate(torch.tensor([5, 6]), max_new_tokens=3, **QUIET)
     assert len(one) == 1 and json.dumps(one[0].ids)  # plain ints
+
+
+def test_bursts_and_dead_rows_change_nothing(text_model, monkeypatch):
+    """As on a GPU: several tokens a call, and rows that are over stay until half of them are."""
+    how = {"max_new_tokens": 23, "temperature": 1.0, "seed": 3, "stop": ["th", "."], "progress": False}
+    how |= {"repetition_penalty": 1.2, "alternatives": 2}
+    prompts = ["The", "A cat", "", "In the beginning", "Once"]
+    model = text_model
+    wanted = model.generate(prompts, **how)
+    assert len({len(one.ids) for one in wanted}) > 2, "nothing is tested where all end alike"
+    calls = []
+    call = model.ranks.call
+    monkeypatch.setattr(model.ranks, "call", lambda fn, *args: calls.append((fn, args)) or call(fn, *args))
+    monkeypatch.setattr(generate, "BURST", {"cpu": 5})
+    monkeypatch.setattr(generate, "MOVES", {"cpu": False})
+    for one, other in zip(wanted, model.generate(prompts, **how), strict=True):
+        assert (one.ids, one.text, one.finish_reason) == (other.ids, other.text, other.finish_reason)
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
+        assert [[i for i, _ in row] for row in one.alternatives] == [
+            [i for i, _ in row] for row in other.alternatives
+        ]
+    runs = [args for fn, args in calls if fn is generate.decode.run]
+    assert 1 < len(runs) <= 5 and {args[-1] for args in runs} <= {5, 2}
+    assert any(PAD in numbers for args in runs for numbers in args[2]), "no row was kept beyond its end"

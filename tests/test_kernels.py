@@ -2,6 +2,7 @@
 
 import os
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,9 +13,10 @@ if DEVICE == "cpu":
 pytest.importorskip("triton")
 from branch_cases import BASE, CASES, build  # noqa: E402
 
+import moekit  # noqa: E402
 from moekit import checkpoint, gate  # noqa: E402
 from moekit.config import PAD, ModelConfig  # noqa: E402
-from moekit.experts import Experts  # noqa: E402
+from moekit.experts import Experts, choose_kernel  # noqa: E402
 from moekit.kernels import gate as fused_gate  # noqa: E402
 from moekit.kernels.grouped import ACTIVATIONS, CUTS, Blocks, Cut, cut_for, grouped_ffn, most_tiles  # noqa: E402
 from moekit.kernels.logprobs import target_log_probs  # noqa: E402
@@ -225,6 +227,41 @@ def test_no_pass_asks_the_device_for_a_number(name, monkeypatch):
         assert model(tokens, Pass(0.05, groups=2, padding=tokens == PAD)).shape == (4, 16, 32)
         with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
             model.use("loop")(tokens)
+
+
+def test_ranks_that_compute_with_kernels(reference):
+    """Two ranks with kernels against one with the loop, from the same files, and generation beside scoring."""
+    found = {}
+    device = "auto" if torch.cuda.device_count() > 1 else "cpu"
+    for world_size, kernel in ((1, "loop"), (2, "triton")):
+        with moekit.load(
+            reference / "checkpoint", world_size, device, kernel=kernel, progress=False
+        ) as model:
+            assert {part["kernel"] for part in model.parts} == {kernel}
+            result = model.evaluate(
+                reference / "data-bin",
+                tokens_per_sample=24,
+                capacity_token_fraction=0.05,
+                max_batches=3,
+                progress=False,
+            )
+            ids = [one.ids for one in model.generate([[5, 6], [7]], max_new_tokens=4, progress=False)]
+            found[kernel] = result.tokens, ids
+    np.testing.assert_allclose(found["loop"][0]["logprob"], found["triton"][0]["logprob"], atol=1e-4)
+    assert found["loop"][1] == found["triton"][1]
+
+
+def test_kernels_that_are_not_there(reference, monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert choose_kernel("auto", cpu, torch.float16) == "loop"
+    assert choose_kernel("auto", cuda, torch.float16) == "triton"
+    with pytest.raises(ValueError, match="kernel='cublas'; expected auto, loop, grouped_mm, triton"):
+        choose_kernel("cublas", cpu, torch.float16)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(
+        ValueError, match="kernel='triton' needs the package triton and a GPU, and this is a cpu"
+    ):
+        moekit.load(reference / "checkpoint", device="cpu", kernel="triton")
 
 
 def load(name, folder) -> Transformer:

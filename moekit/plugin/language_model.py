@@ -16,6 +16,7 @@ from torch import Tensor
 from moekit import checkpoint
 from moekit.cache import Cache
 from moekit.config import PAD, ModelConfig, from_fairseq, to_dict
+from moekit.experts import choose_kernel
 from moekit.model import Pass, Transformer
 from moekit.worker import Noise
 
@@ -49,6 +50,8 @@ class Decoder(FairseqIncrementalDecoder):
         self, prev_output_tokens: Tensor, encoder_out: None = None, incremental_state: dict | None = None
     ) -> tuple[Tensor, dict]:
         self.passes += 1
+        weight = self.transformer.embed.weight  # fairseq moves it after it is loaded
+        self.transformer.use(choose_kernel("auto", weight.device, weight.dtype))
         noise = Noise(torch.initial_seed(), [self.passes])
         if incremental_state is None:
             padding = prev_output_tokens == PAD
