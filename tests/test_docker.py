@@ -538,7 +538,14 @@ def test_the_readmes_commands_run(tmp_path):
         "docker-compose" if run(DOCKER, "compose", "version", check=False).returncode else f"{DOCKER} compose"
     )
     (bin_ / "docker").write_text(
-        f'#!/bin/sh\n[ "$1" != compose ] || {{ shift; exec {compose} "$@"; }}\nexec {shutil.which(DOCKER)} "$@"\n'
+        f"""#!/bin/sh
+docker={shutil.which(DOCKER)}
+case $1 in
+compose) shift && exec {compose} "$@" ;;
+run) shift && exec $docker run --env OMP_WAIT_POLICY "$@" ;; # how threads wait (see .ci/run)
+*) exec $docker "$@" ;;
+esac
+"""
     )
     for path in bin_.iterdir():
         path.chmod(0o755)
