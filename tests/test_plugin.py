@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from branch_cases import BASE
 from fairseq import checkpoint_utils
 from fairseq.models.transformer_lm import TransformerLanguageModel
+from test_project import ROOT
 
 import moekit
 from moekit import config, export
@@ -183,6 +185,20 @@ def fairseq(tool: str, reference, cwd: Path, *arguments: str, stdin: str = "") -
     done = subprocess.run(command, input=stdin, capture_output=True, text=True, cwd=cwd, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tool", ["python -m moekit.eval_lm", "fairseq-interactive"])
+def test_the_readmes_command_lines_run(tool):
+    readme = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    (line,) = re.findall(rf"^    {re.escape(tool)} .*", readme, re.MULTILINE)
+    name, short = tool.split()[-1].replace("fairseq-", "fairseq_cli."), ["--cpu"]
+    if "eval_lm" in name:
+        short += ["--max-valid-steps", "0", "--no-progress-bar"]
+    command = [sys.executable, "-m", name, *shlex.split(line.removeprefix(f"    {tool} ")), *short]
+    done = subprocess.run(command, input="def main(\n", capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"Loss \(base 2\): \d|^D-0\t\S+\tdef main\(.", done.stdout, re.MULTILINE)
 
 
 def test_fairseqs_eval_lm_gives_the_branchs_loss(reference, tmp_path):
