@@ -103,14 +103,16 @@ def choose(
     config: ModelConfig,
     noise: Callable[[str, Tensor], Tensor] | None = None,
     edit: Edit = Edit(),
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Which experts each token wants, whatever room they have.
 
     Args:
         logits: [..., E]; the others as in :func:`route`.
 
     Returns:
-        ``probs`` [..., E], ``experts`` [..., K] and ``gate_probs`` [..., K] of a :class:`Routing`.
+        ``probs`` [..., E], ``experts`` [..., K] and ``gate_probs`` [..., K] of a :class:`Routing`; and the weights
+        [..., K] that the choices have if none of them is dropped: ``gate_probs`` normalised to a sum of 1, for top-1
+        as they are.
     """
     if config.gate_fp32:
         logits = logits.float()
@@ -126,7 +128,8 @@ def choose(
             rest = logits + noise("gumbel", logits)
         second = edit.choose(1, rest.scatter(-1, first[..., None], float("-inf")).argmax(dim=-1))
         experts = torch.stack([first, second], dim=-1)
-    return probs, experts, probs.gather(-1, experts)
+    gate_probs = probs.gather(-1, experts)
+    return probs, experts, gate_probs, gate_probs if config.top1 else _normalize(gate_probs)
 
 
 def route(
@@ -137,7 +140,7 @@ def route(
     padding: Tensor | None = None,
     noise: Callable[[str, Tensor], Tensor] | None = None,
     edit: Edit | None = None,
-    choose_fast: Callable[[Tensor, ModelConfig], tuple[Tensor, Tensor, Tensor]] | None = None,
+    choose_fast: Callable[[Tensor, ModelConfig], tuple[Tensor, Tensor, Tensor, Tensor]] | None = None,
 ) -> Routing:
     """Route the tokens of each group.
 
@@ -154,23 +157,24 @@ def route(
         The routing, with K = ``config.top_k``. Nothing here asks the device for a number.
     """
     if choose_fast is None or edit is not None or config.second_expert == "sampling":
-        probs, experts, gate_probs = choose(logits, config, noise, edit or Edit())
+        probs, experts, gate_probs, undropped = choose(logits, config, noise, edit or Edit())
     else:
-        probs, experts, gate_probs = choose_fast(logits, config)
+        probs, experts, gate_probs, undropped = choose_fast(logits, config)
 
-    weights = gate_probs
     kept = torch.ones_like(experts, dtype=torch.bool)
-    if not config.top1:
-        if config.normalize_before_dropping:
-            weights = _normalize(weights)
-        if edit is not None and edit.drop_second:
-            kept[..., 1] = False
-        if config.second_expert == "random":
-            kept[..., 1] &= 2 * weights[..., 1] > noise("uniform", weights[..., 1])
+    room = capacity(logits.shape[1], config, fraction)
+    drop_second = edit is not None and edit.drop_second and not config.top1
+    random = config.second_expert == "random" and not config.top1
+    if room is None and padding is None and not drop_second and not random:
+        return Routing(probs, experts, gate_probs, kept, undropped.to(logits.dtype), None)
+
+    weights = undropped if config.normalize_before_dropping else gate_probs
+    if drop_second:
+        kept[..., 1] = False
+    if random:
+        kept[..., 1] &= 2 * weights[..., 1] > noise("uniform", weights[..., 1])
     if padding is not None:
         kept &= ~padding[..., None]
-
-    room = capacity(logits.shape[1], config, fraction)
     if room is not None:
         served = torch.where(kept, experts, config.experts)
         order = None
@@ -204,6 +208,14 @@ def queue(served: Tensor, experts: int, order: Tensor | None) -> Tensor:
         taken = counts(choice, experts)
         found.append(place)
     return torch.stack(found, dim=-1)
+
+
+def by_expert(routing: Routing, experts: int) -> tuple[Tensor, Tensor]:
+    """The choices of all groups sorted by expert: ``order`` [G S K] int64, what was not kept at the end; ``counts`` [E]."""
+    expert = torch.where(routing.kept, routing.experts, experts).flatten()
+    ordered, order = expert.sort(stable=True)
+    bounds = torch.searchsorted(ordered, torch.arange(experts + 1, device=expert.device))
+    return order, bounds.diff()
 
 
 def _normalize(weights: Tensor) -> Tensor:

@@ -240,11 +240,12 @@ class MoE(nn.Module):
 
     def use(self, kernel: str) -> None:
         self.experts.kernel = kernel
-        self.choose_fast = None
+        self.choose, self.by_expert = None, gate.by_expert
         if kernel == "triton":
             from moekit.kernels.gate import choose
+            from moekit.kernels.plan import by_expert
 
-            self.choose_fast = choose
+            self.choose, self.by_expert = choose, by_expert
 
     def forward(self, x: Tensor, step: Pass) -> Tensor:
         """[B, T, D] -> [B, T, D]"""
@@ -253,7 +254,7 @@ class MoE(nn.Module):
         if step.record is not None:
             step.record(self.index, routing)
 
-        order, counts = by_expert(routing, self.config.experts)
+        order, counts = self.by_expert(routing, self.config.experts)
         done = self.dispatch(
             self.experts, rows, order, counts, self.config.top_k, routing.weights.flatten()
         )  # [N K, D]
@@ -281,13 +282,5 @@ class MoE(nn.Module):
             padding=padding,
             noise=noise,
             edit=edit,
-            choose_fast=self.choose_fast,
+            choose_fast=self.choose,
         )
-
-
-def by_expert(routing: gate.Routing, experts: int) -> tuple[Tensor, Tensor]:
-    """The choices sorted by expert: ``order`` [N K] int64, what was not kept at the end, and ``counts`` [E] int64."""
-    expert = torch.where(routing.kept, routing.experts, experts).flatten()
-    ordered, order = expert.sort(stable=True)
-    bounds = torch.searchsorted(ordered, torch.arange(experts + 1, device=expert.device))
-    return order, bounds.diff()

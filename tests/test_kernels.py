@@ -1,6 +1,9 @@
 """The Triton kernels against their plain counterparts; on machines without a GPU under Triton's interpreter."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,11 +17,12 @@ pytest.importorskip("triton")
 from branch_cases import BASE, CASES, build  # noqa: E402
 
 import moekit  # noqa: E402
-from moekit import checkpoint, gate  # noqa: E402
+from moekit import checkpoint, gate, worker  # noqa: E402
 from moekit.config import PAD, ModelConfig  # noqa: E402
 from moekit.experts import Experts, choose_kernel  # noqa: E402
 from moekit.kernels import gate as fused_gate  # noqa: E402
-from moekit.kernels.grouped import ACTIVATIONS, CUTS, Blocks, Cut, cut_for, grouped_ffn, most_tiles  # noqa: E402
+from moekit.kernels import plan  # noqa: E402
+from moekit.kernels.grouped import ACTIVATIONS, CUTS, Blocks, Cut, cut_for, grouped_ffn  # noqa: E402
 from moekit.kernels.logprobs import target_log_probs  # noqa: E402
 from moekit.model import Pass, Transformer  # noqa: E402
 
@@ -111,14 +115,31 @@ def test_no_rows():
     assert not grouped_ffn(experts, torch.ones(4, 24, device=DEVICE), order, zero, 1, None).any()
 
 
+def test_tiles():
+    counts = torch.tensor([0, 33, 16, 0, 1, 0], device=DEVICE)
+    table = plan.tiles(counts, 60, 16).cpu()  # of 60 places, ten are no expert's
+    assert table[:, :5].T.tolist() == [[1, 0, 16], [1, 16, 32], [1, 32, 33], [2, 33, 49], [4, 49, 50]]
+    assert table.shape[1] == 9 and table[:, 5:].T.tolist() == [[6, 0, 0]] * 4
+    assert plan.most_tiles(2, 512, 16) == 2 and plan.most_tiles(4096, 512, 16) == 256 + 512
+
+
 def test_there_are_tiles_enough_for_any_counts():
     generator = torch.Generator().manual_seed(1)
     for _ in range(300):
         experts, rows = (int(torch.randint(1, 20, (), generator=generator)) for _ in range(2))
         counts = torch.randint(0, 30, (experts,), generator=generator)
         counts *= torch.rand(experts, generator=generator) < 0.5
-        assert int((-(-counts // rows)).sum()) <= most_tiles(int(counts.sum()), experts, rows)
-    assert most_tiles(2, 512, 16) == 2 and most_tiles(4096, 512, 16) == 256 + 512
+        assert int((-(-counts // rows)).sum()) <= plan.most_tiles(int(counts.sum()), experts, rows)
+
+
+@pytest.mark.parametrize("tokens, experts", [(1, 512), (5, 3), (64, 40), (65, 512)])
+def test_few_choices_are_sorted_without_a_sort(tokens, experts):
+    generator = torch.Generator().manual_seed(tokens)
+    chosen = torch.randint(0, experts, (1, tokens, 2), generator=generator).to(DEVICE)
+    kept = (torch.rand(1, tokens, 2, generator=generator) < 0.8).to(DEVICE)
+    routing = gate.Routing(None, chosen, None, kept, None, None)
+    for found, wanted in zip(plan.by_expert(routing, experts), gate.by_expert(routing, experts), strict=True):
+        assert found.equal(wanted)
 
 
 def test_the_cut_follows_the_rows_an_expert():
@@ -149,14 +170,15 @@ def test_the_gates_choice(options, dtype, experts):
     same = slow[1] == fast[1]
     tolerance = 1e-6 if slow[0].dtype == torch.float32 else 1e-2
     torch.testing.assert_close(slow[0], fast[0], rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(slow[2][same], fast[2][same], rtol=tolerance, atol=tolerance)
+    for column in (2, 3):
+        torch.testing.assert_close(slow[column][same], fast[column][same], rtol=tolerance, atol=tolerance)
 
 
 def test_ties_go_to_the_first_expert():
     logits = torch.zeros(1, 3, 12, device=DEVICE)
     logits[0, 1, [4, 9]] = 2.0
     logits[0, 2, 7] = 1.0
-    _, experts, probs = fused_gate.choose(logits, config(experts=12))
+    _, experts, probs, _ = fused_gate.choose(logits, config(experts=12))
     assert experts[0].tolist() == [[0, 1], [4, 9], [7, 0]]
     assert probs[0, 0].tolist() == pytest.approx([1 / 12, 1 / 12])
 
@@ -213,17 +235,28 @@ def test_the_fast_model_is_the_slow_one(name, fraction, tmp_path, monkeypatch):
         torch.testing.assert_close(slow.weights, fast.weights)
 
 
+class NotLaunched:
+    def __getitem__(self, grid):
+        return lambda *args, **options: None
+
+
 @pytest.mark.parametrize("name", [*GATES, "post_norm", "learned_positions"])
 def test_no_pass_asks_the_device_for_a_number(name, monkeypatch):
-    """On a device that has no numbers. The kernels themselves, which run on the device, are cut out."""
-    monkeypatch.setattr("moekit.kernels.grouped._linear", lambda *args, **how: None)
+    """On a device that has no numbers. The kernels themselves run on the device and are not launched."""
+    for kernel in (
+        "grouped._grouped_linear",
+        "plan._tiles",
+        "plan._by_expert",
+        "gate._choose",
+        "logprobs._target_log_probs",
+    ):
+        monkeypatch.setattr(f"moekit.kernels.{kernel}", NotLaunched())
     with torch.device("meta"), torch.inference_mode():
         model = Transformer(CASES[name].config).use("triton")
-        for layer in model.layers:
-            if hasattr(layer, "moe"):
-                layer.moe.choose_fast = None  # the plain choice asks for nothing either
         tokens = torch.empty(4, 16, dtype=torch.long)
-        assert model(tokens, Pass(0.05, groups=2)).shape == (4, 16, 32)
+        features = model(tokens, Pass(0.05, groups=2))
+        assert worker.log_probs(model, features, tokens, 190).shape == (4, 16)
+        assert model(tokens[:1, :1]).shape == (1, 1, 32)
         assert model(tokens, Pass(0.05, groups=2, padding=tokens == PAD)).shape == (4, 16, 32)
         with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
             model.use("loop")(tokens)
@@ -249,6 +282,26 @@ def test_ranks_that_compute_with_kernels(reference):
             found[kernel] = result.tokens, ids
     np.testing.assert_allclose(found["loop"][0]["logprob"], found["triton"][0]["logprob"], atol=1e-4)
     assert found["loop"][1] == found["triton"][1]
+
+
+def test_they_compile_for_hopper(tmp_path):
+    """No GPU is needed for that; large tiles have to become Hopper's own matrix instructions."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
+        "TRITON_CACHE_DIR": str(tmp_path)
+    }
+    script = Path(__file__).with_name("compile_kernels.py")
+    done = subprocess.run(
+        [sys.executable, script],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=script.parent.parent,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("_grouped_linear")]
+    assert len(lines) == 2 * len(CUTS) + 4
+    assert all(line.endswith("wgmma") == ("'ROWS': 64" in line or "'ROWS': 128" in line) for line in lines)
 
 
 def test_kernels_that_are_not_there(reference, monkeypatch):

@@ -13,29 +13,42 @@ from torch import Tensor
 from moekit.config import ModelConfig
 
 
-def choose(logits: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor, Tensor]:
+def choose(logits: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """:func:`moekit.gate.choose` without noise and edits, for inference."""
     *shape, experts = logits.shape
     dtype = torch.float32 if config.gate_fp32 else logits.dtype
     probs = torch.empty_like(logits, dtype=dtype)
     chosen = torch.empty(*shape, config.top_k, dtype=torch.long, device=logits.device)
     gate_probs = torch.empty(*shape, config.top_k, dtype=dtype, device=logits.device)
+    weights = gate_probs if config.top1 else torch.empty_like(gate_probs)
     if logits.numel():
         _choose[(logits.numel() // experts,)](
             logits.contiguous(),
             probs,
             chosen,
             gate_probs,
+            weights,
+            torch.finfo(dtype).eps,
             E=experts,
             K=config.top_k,
             BLOCK=triton.next_power_of_2(experts),
             num_warps=1 if experts <= 512 else 4,
         )
-    return probs, chosen, gate_probs
+    return probs, chosen, gate_probs, weights
 
 
 @triton.jit
-def _choose(logits, probs, chosen, gate_probs, E: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr):
+def _choose(
+    logits,  # [N, E]
+    probs,  # [N, E]
+    chosen,  # [N, K]
+    gate_probs,  # [N, K]
+    weights,  # [N, K]
+    eps,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     token = tl.program_id(0).to(tl.int64)
     expert = tl.arange(0, BLOCK)
     real = expert < E
@@ -47,10 +60,15 @@ def _choose(logits, probs, chosen, gate_probs, E: tl.constexpr, K: tl.constexpr,
     p = tl.where(real, p.to(tl.float32), -1.0)
     first = tl.argmax(p, axis=0, tie_break_left=True)
     tl.store(chosen + token * K, first.to(tl.int64))
-    tl.store(gate_probs + token * K, tl.max(p, axis=0))
+    greatest = tl.max(p, axis=0)
+    tl.store(gate_probs + token * K, greatest)
     if K == 2:
         # The logits decide here, as in moekit/gate.py: probabilities may have rounded to the same number.
         rest = tl.where(expert == first, float("-inf"), x)
         second = tl.argmax(rest, axis=0, tie_break_left=True)
         tl.store(chosen + token * K + 1, second.to(tl.int64))
-        tl.store(gate_probs + token * K + 1, tl.sum(tl.where(expert == second, p, 0.0), axis=0))
+        other = tl.sum(tl.where(expert == second, p, 0.0), axis=0)
+        tl.store(gate_probs + token * K + 1, other)
+        total = tl.maximum((greatest + other).to(probs.dtype.element_ty).to(tl.float32), eps)
+        tl.store(weights + token * K, greatest / total)
+        tl.store(weights + token * K + 1, other / total)

@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moekit.kernels.plan import tiles
+
 if TYPE_CHECKING:
     from moekit.experts import Experts
 
@@ -63,11 +65,6 @@ def cut_for(places: int, experts: int, dtype: torch.dtype) -> Cut:
     return next(cut for cut in CUTS if places <= cut.mean * experts)
 
 
-def most_tiles(places: int, experts: int, rows: int) -> int:
-    """The tiles that ``places`` places can need at most: each expert that has any leaves one tile unfilled."""
-    return min(places, places // rows + min(experts, places))
-
-
 def grouped_ffn(
     experts: Experts,
     x: Tensor,
@@ -84,16 +81,7 @@ def grouped_ffn(
     if places == 0:
         return out
     cut = cut or cut_for(places, held, x.dtype)
-    rows = cut.up.rows
-    tiles = -(-counts // rows)
-    tile_ends, place_ends = tiles.cumsum(0), counts.cumsum(0)
-    most = most_tiles(places, held, rows)
-    # [T], the expert of each tile; ``held`` for the tiles that are not needed.
-    tile_expert = torch.searchsorted(
-        tile_ends, torch.arange(most, device=x.device), right=True, out_int32=True
-    )
-    plan = (order, tile_expert, tiles, tile_ends, counts, place_ends)
-
+    plan = order, tiles(counts, places, cut.up.rows)
     hidden = x.new_empty(places, width)
     activation = ACTIVATIONS[experts.activation]
     _linear(
@@ -117,7 +105,7 @@ def _linear(
     w: Tensor,
     b: Tensor,
     out: Tensor,
-    plan: tuple[Tensor, ...],
+    plan: tuple[Tensor, Tensor],
     weights: Tensor | None,
     choices: int,
     blocks: Blocks,
@@ -126,15 +114,17 @@ def _linear(
     act: int,
 ) -> None:
     held, n, k = w.shape
-    tiles = len(plan[1])
+    order, table = plan
     assert w.is_contiguous() and b.is_contiguous() and out.is_contiguous()
-    _grouped_linear[(tiles * triton.cdiv(n, blocks.columns),)](
+    _grouped_linear[(table.shape[1] * triton.cdiv(n, blocks.columns),)](
         x,
         w,
         b,
         out,
-        *plan,
+        order,
+        table,
         weights,
+        table.shape[1],
         choices,
         held,
         N=n,
@@ -158,12 +148,9 @@ def _grouped_linear(
     b,  # [E, N]
     out,  # [P, N] in the order of places if FIRST, else [N K, N] by place
     order,  # [P]
-    tile_expert,  # [T]
-    tiles,  # [E], tiles of each expert
-    tile_ends,  # [E], their sums up to and with each
-    counts,  # [E], places of each expert
-    place_ends,  # [E]
+    table,  # [3, T]: each tile's expert, first place, and end
     weights,  # [N K] or None
+    tiles,
     choices,
     experts,
     N: tl.constexpr,  # columns of the output
@@ -180,13 +167,10 @@ def _grouped_linear(
     across: tl.constexpr = (N + COLUMNS - 1) // COLUMNS
     tile = tl.program_id(0) // across
     column = (tl.program_id(0) % across) * COLUMNS + tl.arange(0, COLUMNS)
-    expert = tl.load(tile_expert + tile)
+    expert = tl.load(table + tile)
     if expert < experts:
-        in_expert = tile - (tl.load(tile_ends + expert) - tl.load(tiles + expert))
-        end = tl.load(place_ends + expert)
-        start = end - tl.load(counts + expert) + in_expert * ROWS
-        row = start + tl.arange(0, ROWS)
-        live = row < end
+        row = tl.load(table + tiles + tile) + tl.arange(0, ROWS)
+        live = row < tl.load(table + 2 * tiles + tile)
         place = tl.load(order + row, mask=live, other=0)
         source = place // choices if FIRST else row
 

@@ -1,0 +1,73 @@
+"""Compile every kernel for a Hopper GPU, which needs none: ``python compile_kernels.py`` prints a line a kernel.
+
+A process of its own, since Triton's interpreter replaces its compiler for a whole process.
+"""
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from moekit.kernels import gate, grouped, logprobs, plan
+
+HOPPER = GPUTarget("cuda", 90, 32)
+SHARED = 227 * 1024  # bytes that a program may have there
+
+
+def compile_for_hopper(
+    kernel, types: dict[str, str], constants: dict, warps: int = 4, stages: int = 3
+) -> None:
+    types = types | dict.fromkeys(constants, "constexpr")
+    where = {name: (kernel.arg_names.index(name),) for name in types}
+    source = ASTSource(
+        fn=kernel,
+        signature={name: types[name] for name in kernel.arg_names},
+        constexprs={where[name]: value for name, value in constants.items()},
+        attrs={
+            where[name]: [["tt.divisibility", 16]] for name, kind in types.items() if kind.startswith("*")
+        },
+    )
+    built = triton.compile(source, target=HOPPER, options={"num_warps": warps, "num_stages": stages})
+    assert built.metadata.shared <= SHARED, f"{kernel} takes {built.metadata.shared} bytes of shared memory"
+    units = (
+        "wgmma" if "wgmma.mma_async" in built.asm["ptx"] else "mma" if "mma.sync" in built.asm["ptx"] else "-"
+    )
+    print(kernel.__name__, constants, built.metadata.shared, units, flush=True)
+
+
+def compile_grouped(kind: str, cut: grouped.Cut) -> None:
+    for first, blocks in ((True, cut.up), (False, cut.down)):
+        n, k = (3072, 768) if first else (768, 3072)
+        types = dict.fromkeys(("x", "w", "b", "out", "weights"), f"*{kind}") | {
+            "order": "*i64",
+            "table": "*i32",
+        }
+        types |= dict.fromkeys(("tiles", "choices", "experts"), "i32")
+        constants = {"N": n, "K": k, "FIRST": first, "WEIGHTED": not first, "EXACT": kind == "fp32"}
+        constants |= {"ACTIVATION": 2 if first else 0}
+        constants |= {"ROWS": blocks.rows, "COLUMNS": blocks.columns, "INNER": blocks.inner}
+        constants |= {"weights": None} if first else {}
+        compile_for_hopper(grouped._grouped_linear, types, constants, blocks.warps, blocks.stages)
+
+
+if __name__ == "__main__":
+    for cut in grouped.CUTS:
+        compile_grouped("fp16", cut)
+    compile_grouped("bf16", grouped.CUTS[-1])
+    compile_grouped("fp32", grouped.PLAIN)
+    for probs in ("fp32", "fp16"):
+        types = {"logits": "*fp16", "chosen": "*i64", "eps": "fp32"}
+        types |= dict.fromkeys(("probs", "gate_probs", "weights"), f"*{probs}")
+        compile_for_hopper(gate._choose, types, {"E": 512, "K": 2, "BLOCK": 512}, 1)
+    types = {"logits": "*bf16", "targets": "*i64", "found": "*fp32", "vocab": "i32", "stride": "i32"}
+    compile_for_hopper(logprobs._target_log_probs, types, {"BLOCK": 4096}, 8)
+    types = {
+        "chosen": "*i64",
+        "kept": "*i1",
+        "order": "*i64",
+        "counts": "*i64",
+        "places": "i32",
+        "experts": "i32",
+    }
+    compile_for_hopper(plan._by_expert, types, {"PLACES": 128, "EXPERTS": 32}, 8)
+    types = {"counts": "*i64", "table": "*i32", "experts": "i32", "width": "i32"}
+    compile_for_hopper(plan._tiles, types, {"ROWS": 16, "EXPERTS": 512})
