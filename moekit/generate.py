@@ -13,8 +13,11 @@ from __future__ import annotations
 import collections
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import operator
+import reprlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -288,9 +291,9 @@ def ask(
         "num_return_sequences", num_return_sequences, int, lambda n: n >= 1, "a whole number of at least 1"
     )
     _check("alternatives", alternatives, int, lambda n: n >= 0, "a whole number of at least 0")
-    stop = (stop,) if isinstance(stop, str) else tuple(stop)
+    stop = (stop,) if isinstance(stop, str) or not isinstance(stop, Iterable) else tuple(stop)
     if not all(isinstance(text, str) and text for text in stop):
-        raise ValueError(f"stop={stop!r}: expected texts, none of them empty")
+        raise ValueError(f"stop={list(stop)}: expected texts, none of them empty")
 
     drawing = {"top_k": top_k is not None, "top_p": top_p is not None}
     if beam_size > 1:
@@ -306,7 +309,9 @@ def ask(
             )
     elif temperature == 0:
         if named := [name for name, given in drawing.items() if given]:
-            raise ValueError(f"{' and '.join(named)} need draws: give a temperature above 0, such as 1.0")
+            raise ValueError(
+                f"{' and '.join(named)}: for draws alone; give a temperature above 0, such as 1.0"
+            )
         if num_return_sequences > 1:
             raise ValueError(
                 f"num_return_sequences={num_return_sequences} would be so many times the same at temperature 0: "
@@ -358,8 +363,8 @@ def ask(
 def _check(name: str, value: Any, kind: type, fits: Callable[[Any], bool], expected: str) -> None:
     if value is None and expected.startswith("None"):
         return
-    kinds = (int, float) if kind is float else int
-    if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value) or not fits(value):
+    kind = Real if kind is float else Integral  # NumPy's too
+    if isinstance(value, bool) or not isinstance(value, kind) or not math.isfinite(value) or not fits(value):
         raise ValueError(f"{name}={value!r}: expected {expected}")
 
 
@@ -367,7 +372,12 @@ def _listed(prompts: Any) -> list:
     """One prompt or many, texts or ids, as a list of prompts."""
     if isinstance(prompts, str):
         return [prompts]
-    prompts = prompts.tolist() if hasattr(prompts, "tolist") else list(prompts)
+    prompts = prompts.tolist() if hasattr(prompts, "tolist") else prompts
+    if isinstance(prompts, bytes) or not isinstance(prompts, Iterable):
+        raise ValueError(
+            f"prompts are of type {type(prompts).__name__}; expected a text, texts, ids or lists of ids"
+        )
+    prompts = list(prompts)
     if not prompts:
         raise ValueError('there are no prompts; for an empty one give ""')
     return [prompts] if all(isinstance(part, (int, np.integer)) for part in prompts) else prompts
@@ -384,10 +394,18 @@ def _codec(model: Model, needed: bool) -> Codec | None:
 
 
 def prompt_ids(prompt: Any, number: int, codec: Codec | None, vocab: int) -> list[int]:
+    """A prompt, text or ids, as ids."""
     if isinstance(prompt, str):
         return codec.encode(prompt)
     prompt = prompt.tolist() if hasattr(prompt, "tolist") else prompt
-    ids = [int(token) for token in prompt]
+    try:
+        ids = None if isinstance(prompt, bytes) else [operator.index(token) for token in prompt]
+    except TypeError:
+        ids = None
+    if ids is None:
+        raise ValueError(
+            f"prompt {number} is {reprlib.repr(prompt)}; expected a text or ids, which are whole numbers"
+        )
     for token in ids:
         if not 0 <= token < vocab or token == PAD:
             raise ValueError(

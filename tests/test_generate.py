@@ -351,6 +351,12 @@ def test_the_generator_is_splitmix64():
         ({"prompts": "text"}, "encoder.json"),
         ({"stop": "a"}, "encoder.json"),
         ({"stop": [""]}, "stop"),
+        ({"stop": None}, "None"),
+        ({"prompts": None}, "NoneType"),
+        ({"prompts": b"bytes"}, "bytes"),
+        ({"prompts": [[5], b"bytes"]}, "prompt 1 is b'bytes'"),
+        ({"prompts": [[5.5, 6]]}, "whole numbers"),
+        ({"prompts": [[[5]]]}, "whole numbers"),
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
         ({"temperature": -1}, "temperature=-1"),
         ({"temperature": True}, "temperature=True"),
@@ -375,6 +381,13 @@ def test_mistakes_are_told_before_anything_runs(recorded, arguments, said, monke
 def test_the_last_position_can_be_used(recorded):
     assert len(recorded.generate([[5] * 50], max_new_tokens=14, **QUIET)[0].ids) == 14
     assert recorded.config.max_positions == 64
+
+
+def test_settings_may_be_numpys(recorded):
+    ours = recorded.generate(
+        [[5]], np.int64(3), temperature=np.float32(1), seed=np.int64(2), top_p=np.float64(0.5), **QUIET
+    )
+    same(ours, recorded.generate([[5]], 3, temperature=1, seed=2, top_p=0.5, **QUIET))
 
 
 def test_prompts_may_be_arrays(recorded):
