@@ -1,30 +1,113 @@
-"""``python -m moekit.bench data`` or ``routing``: a table of figures, each beside what it is compared with."""
+"""``python -m moekit.bench NAME``: a table of figures, each beside what the machine allows and what is asked for.
+
+    python -m moekit.bench all --json figures.json       the 15B's shape on a GPU, a tiny one without
+    python -m moekit.bench score --shape 52b --blocks 1,4,16
+    python -m moekit.bench moe-layer --dtype bfloat16 --against grouped_mm,transformers,loop
+
+Nothing is downloaded and no file is needed: weights and tokens are random. Every ratio is to a ceiling that was
+measured in the same run.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
+import torch
 
-from moekit.bench import data, routing
+from moekit.bench import data, decode, load, moe_layer, routing, score
+from moekit.bench import setting as settings
 from moekit.report import versions
 
-BENCHES = {"data": data, "routing": routing}
+MODEL = {"score": score, "decode": decode, "load": load, "moe-layer": moe_layer}
+OTHER = {"data": data, "routing": routing}
+# What "all" asks of the others where the shape is a tiny one, and so is what they may take.
+TINY = {"data": ["--megabytes", "0.2", "--repeats", "1"], "routing": ["--tokens", "5000"]}
+
+Rows = list[dict[str, Any]]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m moekit.bench", description=__doc__)
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    summary, _, epilog = __doc__.partition("\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m moekit.bench",
+        description=summary,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     benches = parser.add_subparsers(dest="bench", required=True)
-    for name, bench in BENCHES.items():
-        bench.add_arguments(benches.add_parser(name, help=bench.__doc__.splitlines()[0]))
-    args = parser.parse_args()
-    rows = BENCHES[args.bench].run(args)
-    print(pd.DataFrame(rows).to_string(index=False))
+    found = {}
+    for name, bench in (MODEL | OTHER).items():
+        found[name] = benches.add_parser(name, help=bench.__doc__.splitlines()[0])
+        bench.add_arguments(found[name])
+    found["all"] = benches.add_parser("all", help="all of them, with what they do by default")
+    for name in (*MODEL, "all"):
+        settings.add_arguments(found[name])
+    for sub in found.values():
+        sub.add_argument("--json", type=Path, help="also write the figures to this file")
+    return parser, found
+
+
+def run(name: str, args: argparse.Namespace) -> Rows:
+    """The rows of one bench.
+
+    Raises:
+        ValueError: this machine cannot run what was asked for, or a result is wrong.
+    """
+    if name in OTHER:
+        return OTHER[name].run(args)
+    return [figure.row() for figure in MODEL[name].run(settings.of(args), args)]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    parser, benches = parsers()
+    args = parser.parse_args(arguments)
+    try:
+        tables = tables_of(args, arguments[1:], parser, benches)
+    except ValueError as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
     if args.json is not None:
-        args.json.write_text(json.dumps({"rows": rows, "versions": versions()}, indent=2) + "\n")
+        args.json.write_text(json.dumps({**about(arguments), "benches": tables}, indent=2) + "\n")
+
+
+def tables_of(
+    args: argparse.Namespace, asked: list[str], parser: argparse.ArgumentParser, benches: dict
+) -> dict[str, Rows]:
+    """Run and show what ``args`` name."""
+    if args.bench != "all":
+        rows = run(args.bench, args)
+        show(args.bench, rows)
+        return {args.bench: rows}
+    tables = {}
+    tiny = settings.of(args).shape == "tiny"
+    for name in (*MODEL, *OTHER):
+        own = asked if name in MODEL else TINY[name] if tiny else []
+        tables[name] = run(name, parser.parse_args([name, *own]))
+        show(name, tables[name])
+    return tables
+
+
+def show(name: str, rows: Rows) -> None:
+    table = pd.DataFrame(rows).dropna(axis=1, how="all").astype(object)
+    table = table.where(table.notna(), "").replace({True: "yes", False: "no"})
+    with pd.option_context("display.max_colwidth", None):
+        print(f"\n{name}\n{table.to_string(index=False)}", flush=True)
+
+
+def about(arguments: list[str]) -> dict[str, Any]:
+    return {
+        "command": " ".join(["python -m moekit.bench", *arguments]),
+        "date": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "versions": versions(),
+    }
 
 
 if __name__ == "__main__":

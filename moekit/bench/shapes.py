@@ -1,7 +1,7 @@
 """The shapes that are benched, their random weights, and what a pass over them costs at least.
 
 Nothing is downloaded: what a model computes takes as long with random weights as with trained ones, as long as its
-numbers stay finite and its gates send the tokens to many experts. Both are checked, see score.py.
+numbers stay finite and its gates send the tokens to many experts. Both are looked at, see score.py.
 """
 
 from __future__ import annotations
@@ -81,13 +81,13 @@ def draw(name: str, parameter: Tensor, config: ModelConfig, generator: torch.Gen
 
 
 @torch.no_grad()
-def build(rank: Rank, config: ModelConfig, dtype: torch.dtype) -> None:
+def build(rank: Rank, config: ModelConfig, dtype: torch.dtype, kernel: str) -> None:
     """Put a model with random weights into ``rank.state["model"]``: this rank's experts, and what all ranks share."""
     held = owned(config.experts, rank.world_size, rank.rank)
     dispatch = AllToAll(config.experts) if rank.world_size > 1 else None
     with torch.device("meta"):
         model = Transformer(config, len(held), dispatch)
-    model = model.to(dtype).to_empty(device=rank.device).requires_grad_(False).eval()
+    model = model.to(dtype).to_empty(device=rank.device).requires_grad_(False).eval().use(kernel)
     shared, own = (torch.Generator(rank.device).manual_seed(seed) for seed in (1, 2 + rank.rank))
     for name, parameter in model.named_parameters():
         draw(name, parameter, config, own if ".experts." in name else shared)
@@ -98,8 +98,12 @@ Sums = dict[str, list[float]]  # of each stack of experts, the sum of each exper
 
 
 @torch.no_grad()
-def write(config: ModelConfig, folder: Path, files: int, device: torch.device) -> Sums:
-    """Write a float16 checkpoint with random weights in the released layout, one file in memory at a time."""
+def write(config: ModelConfig, folder: Path, files: int, device: torch.device, read_as: torch.dtype) -> Sums:
+    """Write a float16 checkpoint with random weights in the released layout, one file in memory at a time.
+
+    Returns:
+        The experts' sums, of the numbers as a model of dtype ``read_as`` will have them.
+    """
     generator = torch.Generator(device).manual_seed(1)
     with torch.device("meta"):
         parameters = dict(Transformer(config).named_parameters())
@@ -114,7 +118,7 @@ def write(config: ModelConfig, folder: Path, files: int, device: torch.device) -
         found = {}
         for name in sums:
             stack = drawn(name, (len(held), *parameters[name].shape[1:]))
-            sums[name] += expert_sums(stack, torch.float16)
+            sums[name] += expert_sums(stack.to(read_as))
             found[name] = stack.cpu()
         return found
 
@@ -123,12 +127,12 @@ def write(config: ModelConfig, folder: Path, files: int, device: torch.device) -
     return sums
 
 
-def expert_sums(stack: Tensor, dtype: torch.dtype) -> list[float]:
-    """[E, ...] -> the sum of each expert's numbers, first rounded to ``dtype``.
+def expert_sums(stack: Tensor) -> list[float]:
+    """[E, ...] -> the sum of each expert's numbers, in whatever order they are added.
 
-    Exact in whatever order they are added: what was a float16 is a multiple of 2**-24.
+    It is exact, as float64 has room for it: what was a float16 is a multiple of 2**-24, in bfloat16 and float32 too.
     """
-    return [expert.to(dtype).sum(dtype=torch.float64).item() for expert in stack]
+    return [expert.sum(dtype=torch.float64).item() for expert in stack]
 
 
 # -------------------------------------------------------------------------------------------- what a pass costs

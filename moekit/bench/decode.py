@@ -1,0 +1,134 @@
+"""Decoding: milliseconds a token, and tokens a second, at some batch sizes, after prompts of 128 tokens."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from moekit import decode
+from moekit.bench import figures, measure, shapes
+from moekit.bench import setting as settings
+from moekit.bench.figures import Figure
+from moekit.bench.measure import Ceilings
+from moekit.bench.score import numbers
+from moekit.bench.setting import Setting
+from moekit.decode import Prompt
+from moekit.handle import Model
+from moekit.ranks import Rank
+
+PROMPT = 128
+NEW = {"cpu": 8, "cuda": 64}  # tokens of a measurement, in one call
+KEY = 0  # of the generation on the ranks; the product's own begin at 1
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--batches", type=numbers, default=[1, 64], help="sequences a rank, such as 1,64 (the default)"
+    )
+
+
+def run(setting: Setting, args: argparse.Namespace) -> list[Figure]:
+    """Measure; see :func:`limit` for the limits."""
+    if why := settings.room(setting):
+        return [Figure("decode", None, "ms", note=why)]
+    with settings.model(setting) as (model, ceilings):
+        rows = settings.ceiling_figures(ceilings, setting.dtype)
+        for batch in args.batches:
+            rows += figures_of(model, setting, ceilings, batch)
+    return rows
+
+
+def limit(setting: Setting, ceilings: Ceilings, experts: list[float], batch: int) -> float:
+    """Seconds a step of ``batch`` sequences a rank takes at least.
+
+    All weights that are no expert's, and those of the experts that the step chooses, are read once; or its operations
+    take longer. ``experts``: how many distinct ones it chose, mean of the steps, in each MoE layer. With several ranks
+    each reads its share of them. Keys and values are not counted.
+    """
+    config = setting.config
+    each = shapes.expert_parameters(config)
+    dense = shapes.parameters(config) - len(config.moe_layers) * config.experts * each
+    read = dense + sum(experts) / setting.world_size * each
+    flop = batch * shapes.flop_per_token(config, 1)
+    return ceilings.seconds(read * setting.itemsize, flop)
+
+
+def figures_of(model: Model, setting: Setting, ceilings: Ceilings, batch: int) -> list[Figure]:
+    ranks, new = setting.world_size, NEW[setting.device]
+    found: list[Decoded] = model.ranks.call(time_decoding, batch, new, setting.repeats)
+    seconds = statistics.median(found[0].seconds) / new
+    least = limit(setting, ceilings, found[0].experts, batch)
+    reached = statistics.mean(found[0].experts)
+    gpu = max(f.peak.gpu_gib or 0 for f in found) or None
+    host = max(f.peak.host_gib or 0 for f in found) or None
+    note = f"{figures.spread(found[0].seconds)}; {reached:.1f} of {setting.config.experts} experts a layer"
+    row = {"gpu_gib": gpu, "host_gib": host, "note": note}
+    goal = setting.goal(f"decode {batch}", ceilings)
+    name = f"decode, batch {batch}" + (f" on each of {ranks} ranks" if ranks > 1 else "")
+    if batch == 1:
+        main = Figure(name, seconds * 1e3, "ms a token", least * 1e3, goal, lower=True, **row)
+    else:
+        row["note"] = f"{seconds * 1e3:.2f} ms a step; {note}"
+        main = Figure(name, ranks * batch / seconds, "tokens/s", ranks * batch / least, goal, **row)
+
+    prompts = [prompt(number, setting.config.vocab_rows) for number in range(batch * ranks)]
+    tokens = 2 * new
+
+    def work() -> None:
+        model.generate(prompts, max_new_tokens=tokens, progress=False)
+
+    whole = measure.median(work, torch.device("cpu"), repeats=max(2, setting.repeats // 3), warm_up=1)
+    rate = len(prompts) * tokens / whole
+    note = f"{len(prompts)} x {tokens} tokens and {PROMPT} of prompt in {whole:.2f} s"
+    return [main, Figure(f"generate, batch {batch}", rate, "tokens/s", ranks * batch / least, note=note)]
+
+
+def prompt(number: int, vocab: int) -> list[int]:
+    return np.random.default_rng([number]).integers(4, vocab, PROMPT - 1).tolist()
+
+
+# ------------------------------------------------------------------------------------------------- on a rank
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """``seconds`` of each call of ``decode.run``, and the distinct experts of a step, a mean for each MoE layer."""
+
+    seconds: list[float]
+    peak: measure.Peak
+    experts: list[float]
+
+
+def time_decoding(rank: Rank, batch: int, new: int, repeats: int) -> Decoded:
+    """Time :func:`moekit.decode.run`, ``new`` tokens a call, and count the experts in a run of its own."""
+    model = rank.state["model"]
+    vocab = model.config.vocab_rows
+    prompts = [
+        [Prompt(number, prompt(number, vocab)) for number in range(r * batch, (r + 1) * batch)]
+        for r in range(rank.world_size)
+    ]
+    rows = [list(range(batch))] * rank.world_size
+
+    def begin(settings: decode.Settings, slots: int) -> list[list[int]]:
+        chosen = decode.begin(rank, KEY, prompts, settings, slots)
+        return [chosen.tokens.reshape(batch).tolist()] * rank.world_size  # others' are not read here
+
+    warm_up = 2
+    with measure.memory(rank.device) as peak:
+        first = begin(decode.Settings(vocab), PROMPT + (warm_up + repeats) * new + 1)
+        seconds = measure.seconds(
+            lambda: decode.run(rank, KEY, rows, first, new), rank.device, repeats=repeats, warm_up=warm_up
+        )
+    decode.end(rank, KEY)
+
+    distinct: dict[int, list[int]] = {layer: [] for layer in model.config.moe_layers}
+    counted = decode.Settings(
+        vocab, record=lambda layer, routing: distinct[layer].append(len(routing.experts.unique()))
+    )
+    decode.run(rank, KEY, rows, begin(counted, PROMPT + new + 1), new)
+    decode.end(rank, KEY)
+    return Decoded(seconds, peak, [statistics.mean(found[1:]) for found in distinct.values()])

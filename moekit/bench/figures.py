@@ -1,0 +1,95 @@
+"""What a bench reports: figures, each beside what the chip allows and what is asked for."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A row of a bench's table.
+
+    Attributes:
+        work: what was measured.
+        value: in ``unit``; None where it could not be, and ``note`` says why.
+        limit: what no program could better, from the ceilings measured in the same run.
+        goal: what is asked for on this machine; None elsewhere.
+        lower: less is better, as for times and memory.
+        gpu_gib, host_gib: peak memory while it was measured, of the rank that used most: what torch had allocated on
+            the GPU, and what the process had beyond mapped files.
+    """
+
+    work: str
+    value: float | None
+    unit: str
+    limit: float | None = None
+    goal: float | None = None
+    lower: bool = False
+    gpu_gib: float | None = None
+    host_gib: float | None = None
+    note: str = ""
+
+    @property
+    def ratio(self) -> float | None:
+        """How much of what is possible: 1 at the limit, whichever way is better."""
+        if self.value is None or self.limit is None:
+            return None
+        return self.limit / self.value if self.lower else self.value / self.limit
+
+    @property
+    def met(self) -> bool | None:
+        if self.value is None or self.goal is None:
+            return None
+        return self.value <= self.goal if self.lower else self.value >= self.goal
+
+    def row(self) -> dict[str, Any]:
+        return {
+            "work": self.work,
+            "figure": rounded(self.value),
+            "unit": self.unit,
+            "limit": rounded(self.limit),
+            "ratio": rounded(self.ratio),
+            "goal": self.goal,
+            "met": self.met,
+            "GPU GiB": rounded(self.gpu_gib),
+            "host GiB": rounded(self.host_gib),
+            "note": self.note,
+        }
+
+
+def rounded(value: float | None) -> float | None:
+    """Three digits that count, and no fewer than the whole part has."""
+    if value is None:
+        return None
+    return float(f"{value:.3g}") if abs(value) < 1000 else float(round(value))
+
+
+# (shape, ranks, what) -> the goal on H200s with float16 or bfloat16 weights, and whether less is better.
+GOALS: dict[tuple[str, int, str], float] = {
+    ("15b", 1, "score 1"): 150e3,
+    ("15b", 1, "score 32"): 950e3,
+    ("15b", 1, "score memory"): 36.0,
+    ("15b", 1, "decode 1"): 0.5,
+    ("15b", 1, "decode 64"): 60e3,
+    ("15b", 1, "load"): 6.0,
+    ("15b", 1, "load memory"): 4.0,
+    ("15b", 2, "all-to-all"): 20.0,
+}
+
+
+def goal(shape: str, world_size: int, what: str, gpu: str, dtype: str) -> float | None:
+    """The goal for ``what`` on the GPU called ``gpu``; None where none is set."""
+    if "H200" not in gpu or dtype not in ("float16", "bfloat16"):
+        return None
+    return GOALS.get((shape, world_size, what))
+
+
+def spread(seconds: Sequence[float]) -> str:
+    """How repeats of a measurement differ, for a note."""
+    middle = statistics.median(seconds)
+    return f"{len(seconds)} runs, {min(seconds) / middle - 1:+.0%} to {max(seconds) / middle - 1:+.0%}"

@@ -1,0 +1,146 @@
+"""Loading: a checkpoint in the released layout, from page cache to the device, through ``moekit.load``."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import moekit
+from moekit import checkpoint
+from moekit.bench import figures, measure, shapes
+from moekit.bench import setting as settings
+from moekit.bench.figures import GIB, Figure
+from moekit.bench.setting import Setting
+from moekit.dispatch import owned
+from moekit.handle import Model
+from moekit.ranks import Rank
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--folder", type=Path, help="write the checkpoint there and leave it, or take the one that lies there"
+    )
+
+
+def run(setting: Setting, args: argparse.Namespace) -> list[Figure]:
+    """Write the shape's files, unless they are there, and load them some times.
+
+    The limit of a load is the files' bytes at the rate at which the device fetches them from pinned memory.
+    """
+    size = 2 * shapes.parameters(setting.config)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.folder or Path(temporary)
+        there = folder.is_dir() and any(folder.glob("*.pt"))
+        if not there:
+            folder.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(folder).free
+            if free < 1.05 * size:
+                note = f"does not fit: {size / GIB:.1f} GiB of files, {free / GIB:.1f} GiB are free"
+                return [Figure("load", None, "s", note=f"{note} in {folder}: give another with --folder")]
+        if why := settings.room(setting):
+            return [Figure("load", None, "s", note=why)]
+        sums = None
+        if not there:
+            files = shapes.FILES[setting.shape]
+            sums = shapes.write(setting.config, folder, files, torch.device(setting.device), setting.kind)
+        return measured(setting, folder, sums)
+
+
+def measured(setting: Setting, folder: Path, sums: shapes.Sums | None) -> list[Figure]:
+    device = torch.device(setting.device, 0) if setting.device == "cuda" else torch.device("cpu")
+    ceilings = measure.ceilings(Rank(0, 1, device), setting.kind)
+    measure.give_back(device)
+    paths = checkpoint.find(folder).all
+    size = sum(path.stat().st_size for path in paths)
+    cached = measure.free_host_bytes()  # before the files are read, cached pages count as free
+    warm(paths)
+
+    loads: list[Loaded] = []
+    repeats = min(3, setting.repeats)
+    with measure.memory(device) as peak:
+        for _ in range(repeats):
+            with moekit.load(
+                folder,
+                setting.world_size,
+                setting.device,
+                setting.dtype,
+                kernel=setting.kernel,
+                progress=False,
+            ) as model:
+                if sums is not None:
+                    check(model, sums)
+                host = max(found or 0 for found in model.ranks.call(rank_host_bytes))
+                loads.append(Loaded(model.load_seconds, max(part["seconds"] for part in model.parts), host))
+            measure.give_back(device)
+    seconds, reading, host = (statistics.median(column) for column in zip(*loads, strict=True))
+    surveying = measure.median(
+        lambda: checkpoint.survey(checkpoint.find(folder)), torch.device("cpu"), repeats=repeats, warm_up=0
+    )
+    note = f"{size / 1e9:.1f} GB in {len(paths)} files, {figures.spread([one.seconds for one in loads])}"
+    if cached < 1.1 * size:
+        note += "; too large for the page cache"
+    least = size / setting.world_size / ceilings.fetch
+    rows = [
+        *settings.ceiling_figures(ceilings, setting.dtype),
+        Figure("load", seconds, "s", least, setting.goal("load", ceilings), lower=True, note=note),
+        Figure("of that, reading on the slowest rank", reading, "s", least, lower=True),
+        Figure("of that, all headers", surveying, "s", lower=True, note="before ranks read"),
+    ]
+    # One rank is this process, whose peak is known; of others what they hold at the end, buffers included.
+    host = (peak.host_gib or 0.0) if setting.world_size == 1 else host / GIB
+    if host:
+        held = setting.rank_bytes() / GIB if setting.device == "cpu" else 0.0
+        goal = setting.goal("load memory", ceilings)
+        note = "a process beyond mapped files" + (" and weights" if held else "")
+        left = max(0.0, host - held)
+        rows.append(Figure("host memory", left, "GiB", None, goal, lower=True, note=note))
+    return rows
+
+
+class Loaded(NamedTuple):
+    """``seconds`` in all and of the slowest rank's ``reading``; ``host`` bytes of the rank that holds most."""
+
+    seconds: float
+    reading: float
+    host: float
+
+
+def warm(paths: tuple[Path, ...]) -> None:
+    """Into the page cache."""
+    buffer = memoryview(bytearray(16 << 20))
+    for path in paths:
+        with open(path, "rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+
+
+def check(model: Model, sums: shapes.Sums) -> None:
+    """Every expert is where it belongs, by the sum of its numbers.
+
+    Raises:
+        ValueError: one is not.
+    """
+    for rank, found in enumerate(model.ranks.call(rank_sums)):
+        held = owned(model.config.experts, model.world_size, rank)
+        for name, values in found.items():
+            for expert, value in zip(held, values, strict=True):
+                if value != sums[name][expert]:
+                    raise ValueError(
+                        f"{name}, expert {expert}: its numbers add up to {value}, but those written to {sums[name][expert]}"
+                    )
+
+
+@torch.inference_mode()
+def rank_sums(rank: Rank) -> shapes.Sums:
+    named = rank.state["model"].named_parameters()
+    return {name: shapes.expert_sums(p) for name, p in named if ".experts." in name}
+
+
+def rank_host_bytes(rank: Rank) -> int | None:
+    return measure.host_bytes()

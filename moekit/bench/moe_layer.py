@@ -1,0 +1,222 @@
+"""One mixture-of-experts layer (gate, dispatch, experts, combine), beside what else is installed, on the same weights."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.metadata
+import importlib.util
+import statistics
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+
+from moekit.bench import figures, measure, shapes
+from moekit.bench import setting as settings
+from moekit.bench.figures import Figure
+from moekit.bench.measure import Ceilings
+from moekit.bench.score import FRACTION, numbers
+from moekit.bench.setting import Setting
+from moekit.dispatch import Local
+from moekit.experts import Experts, activation_fn
+from moekit.gate import Routing
+from moekit.model import MoE, Pass
+from moekit.ranks import Rank
+
+AGAINST = ("grouped_mm", "transformers", "loop")
+Layer = Callable[[Tensor, Pass], Tensor]
+# Relative error of a token's output, in the dtype that it is computed in.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+# Of the tokens, so many may differ: gates round differently, and where two experts tie, another one is chosen.
+TIES = 1e-3
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--against", type=names, default=list(AGAINST), help=f"of {','.join(AGAINST)} (default: all)"
+    )
+    parser.add_argument(
+        "--tokens", type=numbers, help="tokens of a call (default: one block and 32; one without a GPU)"
+    )
+
+
+def names(text: str) -> list[str]:
+    found = text.split(",")
+    if unknown := sorted(set(found) - set(AGAINST)):
+        raise argparse.ArgumentTypeError(f"{unknown} unknown; expected some of {','.join(AGAINST)}")
+    return found
+
+
+@torch.inference_mode()
+def run(setting: Setting, args: argparse.Namespace) -> list[Figure]:
+    """Time the layer; on one rank.
+
+    The limit is the weights of the experts that were chosen, read once, with the tokens read and written; or two
+    operations for each parameter of an expert and each choice that was kept, and for the gate; whichever takes longer.
+
+    Raises:
+        ValueError: somebody's result is not that of the loop.
+    """
+    device = torch.device(setting.device, 0) if setting.device == "cuda" else torch.device("cpu")
+    ceilings = measure.ceilings(Rank(0, 1, device), setting.kind)
+    config = setting.config
+    with torch.device("meta"):
+        moe = MoE(config, config.moe_layers[0], config.experts, Local())
+    moe = moe.to(setting.kind).to_empty(device=device).requires_grad_(False).eval()
+    generator = torch.Generator(device).manual_seed(1)
+    for name, parameter in moe.named_parameters():
+        shapes.draw(name, parameter, config, generator)
+
+    block = config.max_positions
+    rows = settings.ceiling_figures(ceilings, setting.dtype)
+    for tokens in args.tokens or ([block, 32 * block] if setting.device == "cuda" else [block]):
+        groups = max(1, tokens // block)
+        x = torch.randn(groups, tokens // groups, config.dim, generator=generator, device=device)
+        rows += compared(moe, x.to(setting.kind), setting, ceilings, args.against)
+    return rows
+
+
+def compared(moe: MoE, x: Tensor, setting: Setting, ceilings: Ceilings, against: list[str]) -> list[Figure]:
+    """A row for each way to compute the layer of x [G, S, D]."""
+    groups, tokens = len(x), x.shape[0] * x.shape[1]
+    seen: list[Routing] = []
+    expected = ours("loop")(moe)(
+        x, Pass(FRACTION, groups, record=lambda layer, routing: seen.append(routing))
+    )
+    least = limit(setting, ceilings, seen[0], x)
+    step = Pass(FRACTION, groups)
+    rows = []
+    for name, make in ways(setting, against, tokens).items():
+        work = f"layer, {tokens} tokens: {name}"
+        try:
+            layer = make(moe)
+            note = same(name, layer(x, step), expected)
+        except Missing as missing:
+            rows.append(Figure(work, None, "ms", note=str(missing)))
+            continue
+        with measure.memory(x.device) as peak:
+            seconds = measure.seconds(
+                functools.partial(layer, x, step), x.device, repeats=setting.repeats, least=0.02
+            )
+        rows.append(
+            Figure(
+                work,
+                statistics.median(seconds) * 1e3,
+                "ms",
+                least * 1e3,
+                lower=True,
+                gpu_gib=peak.gpu_gib,
+                host_gib=peak.host_gib,
+                note=f"{figures.spread(seconds)}; {note}",
+            )
+        )
+    return rows
+
+
+def limit(setting: Setting, ceilings: Ceilings, routing: Routing, x: Tensor) -> float:
+    """Seconds, see :func:`run`."""
+    config = setting.config
+    each, gate = shapes.expert_parameters(config), config.dim * config.experts
+    kept = int(routing.kept.sum())
+    reached = len(routing.experts[routing.kept].unique())
+    read = (reached * each + gate + 2 * x.numel()) * setting.itemsize
+    tokens = x.shape[0] * x.shape[1]
+    return ceilings.seconds(read, 2 * (kept * 2 * config.dim * config.ffn_dim + tokens * gate))
+
+
+def same(name: str, found: Tensor, expected: Tensor) -> str:
+    """How far ``found`` is from ``expected``, both [G, S, D].
+
+    Raises:
+        ValueError: too far.
+    """
+    found, wanted = found.flatten(0, 1).float(), expected.flatten(0, 1).float()
+    scale = wanted.norm(dim=1).mean()  # of all tokens: those that were dropped are zero
+    error = (found - wanted).norm(dim=1) / scale
+    wrong = int((~(error < TOLERANCE[expected.dtype])).sum())  # what is no number is wrong, too
+    if wrong > max(1, TIES * len(error)):
+        raise ValueError(
+            f"{name} computes something else than the loop: {wrong} of {len(error)} tokens are off by more than "
+            f"{TOLERANCE[expected.dtype]}, the worst by {error.max():.3g}"
+        )
+    return f"error {error.median():.0e}"
+
+
+class Missing(Exception):
+    """It cannot run here, and why."""
+
+
+Make = Callable[[MoE], Layer]
+
+
+def ways(setting: Setting, against: list[str], tokens: int) -> dict[str, Make]:
+    """What computes the layer: the product's own way first. Each may raise :class:`Missing`."""
+    found: dict[str, Make] = {f"moekit's ({setting.kernel})": ours(setting.kernel)}
+    for name in against:
+        if name == "transformers":
+            for implementation in ("grouped_mm", "batched_mm"):
+                found[f"transformers' {implementation}"] = theirs(implementation, setting, tokens)
+        elif name != setting.kernel:
+            found[name] = ours(name)
+    return found
+
+
+def ours(kernel: str) -> Make:
+    def make(moe: MoE) -> Layer:
+        moe.use(kernel)
+        return moe
+
+    return make
+
+
+def theirs(implementation: str, setting: Setting, tokens: int) -> Make:
+    """The experts of the package transformers, behind this model's gate."""
+
+    def make(moe: MoE) -> Layer:
+        if importlib.util.find_spec("transformers") is None:
+            raise Missing("not installed")
+        version = importlib.metadata.version("transformers")
+        config = setting.config
+        gathered = tokens * config.top_k * config.dim * config.ffn_dim * setting.itemsize
+        on_gpu = setting.device == "cuda"
+        free = torch.cuda.mem_get_info()[0] if on_gpu else measure.free_host_bytes()
+        if implementation == "batched_mm" and gathered > free / 2:
+            raise Missing(
+                f"would copy {gathered / figures.GIB:.0f} GiB of weights, one matrix for each choice"
+            )
+        try:
+            experts = transformers_experts(moe.experts, implementation)
+        except (ImportError, TypeError):
+            raise Missing(f"transformers {version} has no experts with biases and without gate") from None
+        moe.use(setting.kernel)
+
+        def layer(x: Tensor, step: Pass) -> Tensor:
+            rows = x.flatten(0, 1)
+            routing = moe.route(rows, step)
+            # What was dropped has the weight 0, and is computed all the same.
+            return experts(rows, routing.experts.flatten(0, 1), routing.weights.flatten(0, 1)).view_as(x)
+
+        return layer
+
+    return make
+
+
+def transformers_experts(experts: Experts, implementation: str) -> nn.Module:
+    """``experts``, without a copy of their weights, as a module that transformers' implementations run on."""
+    from transformers.integrations.moe import use_experts_implementation
+
+    @use_experts_implementation(has_bias=True, has_gate=False)
+    class Theirs(nn.Module):
+        def __init__(self, config: SimpleNamespace):
+            super().__init__()
+            self.num_experts = len(experts.w1)
+            self.up_proj, self.up_proj_bias = experts.w1, experts.b1
+            self.down_proj, self.down_proj_bias = experts.w2, experts.b2
+            self.act_fn = activation_fn(experts.activation)
+
+        def forward(self, rows: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+            raise NotImplementedError  # always an implementation's
+
+    return Theirs(SimpleNamespace(_experts_implementation=implementation))

@@ -1,0 +1,216 @@
+"""Scoring: tokens a second at some numbers of blocks a call, routed block by block as fairseq would."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from moekit import worker
+from moekit.batches import Batch
+from moekit.bench import figures, measure, shapes
+from moekit.bench import setting as settings
+from moekit.bench.figures import Figure
+from moekit.bench.measure import Ceilings
+from moekit.bench.setting import Setting
+from moekit.gate import Routing
+from moekit.handle import Model
+from moekit.model import Pass, Transformer
+from moekit.ranks import Rank
+
+FRACTION = 0.05
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--blocks", type=numbers, default=[1, 4, 32], help="a call and rank, such as 1,4,32 (the default)"
+    )
+
+
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def run(setting: Setting, args: argparse.Namespace) -> list[Figure]:
+    """Measure; see :func:`limit` for the limits."""
+    if why := settings.room(setting):
+        return [Figure("score", None, "tokens/s", note=why)]
+    with settings.model(setting) as (model, ceilings):
+        rows = settings.ceiling_figures(ceilings, setting.dtype)
+        for blocks in args.blocks:
+            rows += figures_of(model, setting, ceilings, blocks)
+        rows.append(whole(model, setting, ceilings, max(args.blocks)))
+    return rows
+
+
+def limit(setting: Setting, ceilings: Ceilings, blocks: int) -> float:
+    """Tokens a second, of all ranks: a call reads all weights of a rank once, or does its share of the operations
+    (:func:`moekit.bench.shapes.flop_per_token`), whichever takes longer. What moves between ranks is not counted."""
+    length = setting.config.max_positions
+    flop = blocks * length * shapes.flop_per_token(setting.config, length)
+    seconds = ceilings.seconds(setting.rank_bytes(), flop)
+    return setting.world_size * blocks * length / seconds
+
+
+def figures_of(model: Model, setting: Setting, ceilings: Ceilings, blocks: int) -> list[Figure]:
+    """What ``blocks`` blocks a call and rank give."""
+    length, ranks = setting.config.max_positions, setting.world_size
+    found: list[Scored] = model.ranks.call(score, blocks, setting.repeats)
+    calls = found[0].seconds
+    seconds = statistics.median(calls)
+    gpu = max(f.peak.gpu_gib or 0 for f in found) or None
+    host = max(f.peak.host_gib or 0 for f in found) or None
+    rows = [
+        Figure(
+            f"score, {blocks} x {length} tokens a call",
+            ranks * blocks * length / seconds,
+            "tokens/s",
+            limit(setting, ceilings, blocks),
+            setting.goal(f"score {blocks}", ceilings),
+            gpu_gib=gpu,
+            host_gib=host,
+            note=f"{seconds * 1e3:.1f} ms a call ({figures.spread(calls)}); {found[0].routing}",
+        )
+    ]
+    if gpu is not None and blocks * length == 65_536:
+        rows.append(
+            Figure(
+                "peak GPU memory of that",
+                gpu,
+                "GiB",
+                setting.rank_bytes() / figures.GIB,
+                setting.goal("score memory", ceilings),
+                lower=True,
+            )
+        )
+    if ranks > 1:
+        share = max(f.exchange for f in found)
+        note = "the rank that spends most; waiting for others included"
+        goal = setting.goal("all-to-all", ceilings)
+        rows.append(Figure("all-to-all, share of that", 100 * share, "%", None, goal, lower=True, note=note))
+    return rows
+
+
+def whole(model: Model, setting: Setting, ceilings: Ceilings, blocks: int) -> Figure:
+    """What ``Model.evaluate`` does with batches of one block: they are packed, sent to the ranks, and brought back."""
+    count = 2 * setting.world_size * blocks
+    batches = [batch(setting, i) for i in range(count)]
+
+    def work() -> None:
+        model.score_batches(
+            batches, fraction=FRACTION, vocab=setting.config.vocab_rows, seed=1, progress=False
+        )
+
+    seconds = measure.median(work, torch.device("cpu"), repeats=max(2, setting.repeats // 3), warm_up=1)
+    tokens = count * setting.config.max_positions
+    return Figure(
+        f"evaluate, {count} blocks",
+        tokens / seconds,
+        "tokens/s",
+        limit(setting, ceilings, blocks),
+        note="packed by handle.plan_steps",
+    )
+
+
+def batch(setting: Setting, index: int) -> Batch:
+    """A block of random tokens."""
+    return random_batch(index, setting.config.max_positions, setting.config.vocab_rows)
+
+
+def random_batch(index: int, length: int, vocab: int) -> Batch:
+    ids = np.random.default_rng(index).integers(4, vocab, (1, length + 1), dtype=np.int32)
+    return Batch(index, np.array([index]), ids[:, :-1], ids[:, 1:], np.zeros(1, dtype=np.int64))
+
+
+# ------------------------------------------------------------------------------------------------- on a rank
+
+
+@dataclass(frozen=True)
+class Scored:
+    """``seconds`` of each call, the part of a call that went into exchanges, and what the routing was like."""
+
+    seconds: list[float]
+    peak: measure.Peak
+    exchange: float
+    routing: str
+
+
+def score(rank: Rank, blocks: int, repeats: int) -> Scored:
+    """Time :func:`moekit.worker.score`, ``blocks`` blocks of this rank's a call."""
+    model: Transformer = rank.state["model"]
+    length, vocab = model.config.max_positions, model.config.vocab_rows
+    step = [random_batch(i, length, vocab) for i in range(blocks * rank.world_size)]
+
+    def work() -> list[tuple[int, np.ndarray]]:
+        return worker.score(rank, [step], fraction=FRACTION, vocab=vocab, seed=1)[0]
+
+    quiet, rank.send_report = rank.send_report, None
+    try:
+        routing = describe(rank, step[:blocks])
+        with measure.memory(rank.device) as peak:
+            seconds = measure.seconds(work, rank.device, repeats=repeats)
+        assert all(np.isfinite(found).all() for _, found in work()), "a log-probability is no finite number"
+        exchange = 0.0
+        if rank.world_size > 1:
+            with exchanges(rank.device) as spent:
+                exchange = sum(measure.seconds(work, rank.device, repeats=3, warm_up=0))
+                exchange = sum(spent()) / exchange
+    finally:
+        rank.send_report = quiet
+    return Scored(seconds, peak, exchange, routing)
+
+
+@torch.inference_mode()
+def describe(rank: Rank, batches: list[Batch]) -> str:
+    """Where random weights send random tokens: few experts would be less work than a trained gate makes."""
+    model: Transformer = rank.state["model"]
+    seen: list[Routing] = []
+    tokens = torch.from_numpy(np.concatenate([b.tokens for b in batches])).to(rank.device).long()
+    model(tokens, Pass(FRACTION, groups=len(batches), record=lambda layer, routing: seen.append(routing)))
+    experts = model.config.experts
+    loads = torch.stack([r.experts.flatten().bincount(minlength=experts) for r in seen]).float()
+    reached, most = (loads > 0).sum(dim=1).float().mean(), (loads.amax(dim=1) / loads.mean(dim=1)).mean()
+    dropped = 1 - torch.stack([r.kept.float().mean() for r in seen]).mean()
+    return f"{reached:.0f} of {experts} experts, {most:.1f}x at most, {dropped:.1%} dropped"
+
+
+@contextlib.contextmanager
+def exchanges(device: torch.device) -> Iterator[Any]:
+    """Clocks every ``all_to_all_single``; yields what gives the seconds of each, once the device is done.
+
+    On a GPU between events of the current stream, which waits for the exchange and so for slower ranks.
+    """
+    exchange = dist.all_to_all_single
+    spans: list[tuple[Any, Any]] = []
+    on_gpu = device.type == "cuda"
+
+    def now() -> Any:
+        if not on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def clocked(*args: Any, **kwargs: Any) -> Any:
+        start = now()
+        result = exchange(*args, **kwargs)
+        spans.append((start, now()))
+        return result
+
+    def spent() -> list[float]:
+        measure.synchronise(device)
+        return [a.elapsed_time(b) / 1e3 if on_gpu else b - a for a, b in spans]
+
+    dist.all_to_all_single = clocked
+    try:
+        yield spent
+    finally:
+        dist.all_to_all_single = exchange

@@ -1,0 +1,112 @@
+"""What a bench runs on: a shape with random weights, on ranks of this machine."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from moekit import checkpoint, ranks
+from moekit.bench import figures, measure, shapes
+from moekit.bench.measure import Ceilings
+from moekit.config import ModelConfig
+from moekit.experts import KERNELS, choose_kernel
+from moekit.handle import DTYPES, Model
+
+
+@dataclass(frozen=True)
+class Setting:
+    """``dtype`` and ``kernel`` are names; ``device`` is "cpu" or "cuda"."""
+
+    shape: str
+    device: str
+    dtype: str
+    kernel: str
+    world_size: int
+    repeats: int
+
+    @property
+    def config(self) -> ModelConfig:
+        return shapes.SHAPES[self.shape]
+
+    @property
+    def kind(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    @property
+    def itemsize(self) -> int:
+        return self.kind.itemsize
+
+    def rank_bytes(self) -> float:
+        """Bytes of the weights of a rank, if experts go around evenly."""
+        total = shapes.parameters(self.config)
+        experts = len(self.config.moe_layers) * self.config.experts * shapes.expert_parameters(self.config)
+        return (total - experts + experts / self.world_size) * self.itemsize
+
+    def goal(self, what: str, ceilings: Ceilings) -> float | None:
+        return figures.goal(self.shape, self.world_size, what, ceilings.device, self.dtype)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--shape", choices=shapes.SHAPES, help="default: 15b on a GPU, tiny without; 15b-64e has 64 experts"
+    )
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: float16 on a GPU, float32 without")
+    parser.add_argument("--kernel", choices=("auto", *KERNELS), default="auto")
+    parser.add_argument("--world-size", type=int, default=1)
+    parser.add_argument("--repeats", type=int, help="the median counts; default: 10 on a GPU, 3 without")
+
+
+def of(args: argparse.Namespace) -> Setting:
+    """The setting that the arguments ask for.
+
+    Raises:
+        ValueError: this machine cannot have it.
+    """
+    device = ranks.choose_devices(args.world_size, args.device)[0]
+    on_gpu = device.type == "cuda"
+    dtype = args.dtype or ("float16" if on_gpu else "float32")
+    return Setting(
+        args.shape or ("15b" if on_gpu else "tiny"),
+        device.type,
+        dtype,
+        choose_kernel(args.kernel, device, DTYPES[dtype]),
+        args.world_size,
+        args.repeats or (10 if on_gpu else 3),
+    )
+
+
+def room(setting: Setting) -> str:
+    """Why the weights do not fit into the memory that is free; nothing if they do."""
+    needed = setting.rank_bytes()
+    if setting.device == "cuda":
+        free = min(torch.cuda.mem_get_info(i)[0] for i in range(setting.world_size))
+    else:
+        free = measure.free_host_bytes() / setting.world_size
+    if needed < free:
+        return ""
+    return f"does not fit: {needed / figures.GIB:.1f} GiB of weights, {free / figures.GIB:.1f} GiB are free"
+
+
+@contextlib.contextmanager
+def model(setting: Setting) -> Iterator[tuple[Model, Ceilings]]:
+    """The handle of a model with random weights, as ``moekit.load`` would give it, and the ceilings of its devices."""
+    with ranks.start(setting.world_size, setting.device) as pool:
+        ceilings = measure.slowest(pool.call(measure.ceilings, setting.kind))
+        pool.call(shapes.build, setting.config, setting.kind, setting.kernel)
+        plan = checkpoint.Plan(setting.config, setting.kind, ())
+        yield Model(plan, checkpoint.Files(Path("random weights"), ()), pool, setting.kind), ceilings
+    measure.give_back(setting.device)
+
+
+def ceiling_figures(ceilings: Ceilings, dtype: str) -> list[figures.Figure]:
+    return [
+        figures.Figure("copy on the device, read + written", ceilings.copy / 1e9, "GB/s"),
+        figures.Figure(f"matmul, {dtype}", ceilings.matmul / 1e12, "TFLOP/s"),
+        figures.Figure("from pinned host memory", ceilings.fetch / 1e9, "GB/s"),
+    ]

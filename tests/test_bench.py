@@ -1,0 +1,287 @@
+"""The bench: its formulas by hand, its rows on a tiny shape, and that a wrong result is an error. Never its times."""
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import moekit
+from moekit.bench import __main__ as bench
+from moekit.bench import decode, figures, load, measure, moe_layer, score, shapes
+from moekit.bench.figures import Figure
+from moekit.bench.measure import Ceilings
+from moekit.bench.setting import Setting
+from moekit.ranks import Rank
+
+CPU = torch.device("cpu")
+TINY = shapes.SHAPES["tiny"]
+H200 = "NVIDIA H200"
+
+
+def setting(shape="tiny", world_size=1, dtype="float32", kernel="loop") -> Setting:
+    return Setting(shape, "cpu", dtype, kernel, world_size, 2)
+
+
+def run(tmp_path, *arguments: str) -> dict[str, list[dict]]:
+    path = tmp_path / "figures.json"
+    bench.main([*arguments, "--json", str(path)])
+    found = json.loads(path.read_text())
+    assert found["command"].startswith("python -m moekit.bench " + arguments[0])
+    assert found["versions"]["torch"] and found["date"]
+    return found["benches"]
+
+
+# -------------------------------------------------------------------------------------------------- formulas
+
+
+def test_the_released_shapes_weigh_what_the_released_files_do():
+    assert shapes.parameters(shapes.SHAPES["15b"]) == pytest.approx(14.6e9, rel=1e-3)
+    assert shapes.parameters(shapes.SHAPES["52b"]) == pytest.approx(51.8e9, rel=1e-2)
+    assert setting("15b", dtype="float16").rank_bytes() / 2**30 == pytest.approx(27.2, abs=0.1)
+
+
+def test_costs_of_a_model_that_can_be_counted_by_hand():
+    config = replace(TINY, layers=2, dim=4, ffn_dim=6, experts=3, vocab_rows=10, input_dim=4, output_dim=4)
+    assert shapes.expert_parameters(config) == 4 * 6 + 6 + 6 * 4 + 4
+    # Projections 4 * 16 a layer and (1 + 3) / 2 * 2 * 4 for attention, 48 dense, 2 experts of 48, gate 12, output 40.
+    assert shapes.flop_per_token(config, 3) == 2 * (2 * (64 + 16) + 48 + 96 + 12 + 40)
+    assert shapes.flop_per_token(replace(config, top1=True), 3) == 2 * (2 * (64 + 16) + 48 + 48 + 12 + 40)
+    whole = shapes.parameters(config)
+    assert shapes.active_parameters(config, 1) == pytest.approx(whole - 58)  # two of three experts
+    assert shapes.active_parameters(config, 1000) == pytest.approx(whole)
+
+
+def test_limits_are_those_of_the_issue_at_its_ceilings():
+    chip = Ceilings(copy=4.29e12, matmul=727e12, fetch=50e9, device=H200)
+    big = setting("15b", dtype="float16")
+    assert score.limit(big, chip, 1) == pytest.approx(300e3, rel=0.01)  # all weights read once
+    assert score.limit(big, chip, 32) == pytest.approx(2.1e6, rel=0.01)  # operations
+    assert decode.limit(big, chip, [2.0] * 6, 1) == pytest.approx(0.07e-3, rel=0.05)
+    pair = setting("15b", world_size=2, dtype="float16")
+    assert score.limit(pair, chip, 1) == pytest.approx(
+        2 * 300e3 * 2, rel=0.02
+    )  # half the experts, twice the tokens
+
+
+def test_ratio_and_goal_heed_which_way_is_better():
+    rate = Figure("x", 50.0, "tokens/s", limit=200.0, goal=60.0)
+    time = Figure("x", 50.0, "ms", limit=20.0, goal=60.0, lower=True)
+    assert (rate.ratio, rate.met, time.ratio, time.met) == (0.25, False, 0.4, True)
+    nothing = Figure("x", None, "ms", limit=20.0, goal=60.0, lower=True)
+    assert (nothing.ratio, nothing.met) == (None, None)
+
+
+def test_goals_are_for_that_chip_and_shape_alone():
+    assert figures.goal("15b", 1, "score 1", H200, "bfloat16") == 150e3
+    assert figures.goal("15b", 1, "score 1", H200, "float32") is None
+    assert figures.goal("15b", 1, "score 1", "NVIDIA A100", "float16") is None
+    assert figures.goal("15b-64e", 1, "score 1", H200, "float16") is None
+    assert figures.goal("15b", 2, "all-to-all", f"2 x {H200}", "float16") == 20
+
+
+@pytest.mark.parametrize(("value", "shown"), [(0.012345, 0.0123), (999.4, 999.0), (14437.4, 14437.0), (0, 0)])
+def test_three_digits_count(value, shown):
+    assert figures.rounded(value) == shown
+
+
+# ------------------------------------------------------------------------------------------------ measuring
+
+
+def test_what_is_short_is_called_several_times_on_end():
+    calls = []
+    found = measure.seconds(lambda: calls.append(1), CPU, repeats=3, warm_up=2)
+    assert len(found) == 3 and len(calls) == 5
+    calls.clear()
+    measure.seconds(lambda: calls.append(1), CPU, repeats=1, warm_up=0, least=0.01)
+    assert len(calls) > 100
+
+
+def test_memory_beyond_mapped_files_is_seen(tmp_path):
+    np.zeros(50 << 20, dtype=np.uint8).tofile(tmp_path / "file")
+    with measure.memory(CPU) as before:
+        pass
+    with measure.memory(CPU) as mapped:
+        int(np.memmap(tmp_path / "file", mode="r").sum())
+    with measure.memory(CPU) as held:
+        kept = np.ones(50 << 20, dtype=np.uint8)
+    assert mapped.host_gib - before.host_gib < 0.02
+    assert held.host_gib - before.host_gib > 0.04 and len(kept)
+
+
+def test_ceilings_are_the_slowest_ranks():
+    found = measure.slowest([Ceilings(3, 5, 7, "x"), Ceilings(4, 4, 4, "x")])
+    assert found == Ceilings(3, 4, 4, "2 x x")
+    assert found.seconds(bytes_read=6, flop=4) == 2 and found.seconds(bytes_read=3, flop=8) == 2
+
+
+# ------------------------------------------------------------------------------------------- random weights
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_numbers_stay_finite_and_all_experts_work(dtype):
+    rank = Rank(0, 1, CPU)
+    shapes.build(rank, TINY, dtype, "loop")
+    batches = [score.random_batch(i, TINY.max_positions, TINY.vocab_rows) for i in range(2)]
+    text = score.describe(rank, batches)
+    assert text.startswith("16 of 16 experts")
+    assert float(text.split(", ")[1].split("x")[0]) < 4
+    found = score.score(rank, 2, 1)
+    assert len(found.seconds) == 1 and found.routing == text and rank.send_report is None
+
+
+def test_what_is_written_is_in_the_released_layout_and_found_again(tmp_path):
+    sums = shapes.write(TINY, tmp_path, 4, CPU, torch.bfloat16)
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "model-shared.pt",
+        *(f"model-rank-{r}.pt" for r in range(4)),
+    }
+    with moekit.load(tmp_path, device="cpu", dtype="bfloat16", progress=False) as model:
+        assert replace(model.config, max_positions=0) == replace(TINY, max_positions=0)
+        load.check(model, sums)
+        experts = model.ranks.call(lambda rank: rank.state["model"])[0].layers[1].moe.experts
+        with torch.no_grad():
+            experts.w2[[2, 3]] = experts.w2[[3, 2]]
+        with pytest.raises(ValueError, match=r"layers\.1\.moe\.experts\.w2, expert 2: its numbers add up to"):
+            load.check(model, sums)
+
+
+# ----------------------------------------------------------------------------------------------- the benches
+
+
+def test_score(tmp_path, capsys):
+    rows = run(tmp_path, "score", "--shape", "tiny", "--device", "cpu", "--blocks", "1,3", "--repeats", "2")
+    works = [row["work"] for row in rows["score"]]
+    assert works[3:] == ["score, 1 x 256 tokens a call", "score, 3 x 256 tokens a call", "evaluate, 6 blocks"]
+    for row in rows["score"]:
+        assert row["figure"] > 0 and row["goal"] is None and row["met"] is None
+    assert all(0 < row["ratio"] < 1.5 for row in rows["score"][3:])
+    shown = capsys.readouterr().out
+    assert "score, 3 x 256 tokens a call" in shown and "16 of 16 experts" in shown
+
+
+def test_decode(tmp_path):
+    rows = run(tmp_path, "decode", "--shape", "tiny", "--device", "cpu", "--batches", "1,3", "--repeats", "2")
+    found = {row["work"]: row for row in rows["decode"]}
+    assert found["decode, batch 1"]["unit"] == "ms a token"
+    assert "2.0 of 16 experts a layer" in found["decode, batch 1"]["note"]
+    assert found["decode, batch 3"]["unit"] == found["generate, batch 3"]["unit"] == "tokens/s"
+    assert all(row["figure"] > 0 for row in rows["decode"])
+
+
+def test_load_writes_its_files_unless_they_are_there(tmp_path):
+    folder = tmp_path / "model"
+    arguments = ["load", "--shape", "tiny", "--device", "cpu", "--dtype", "bfloat16", "--folder", str(folder)]
+    rows = run(tmp_path, *arguments)["load"]
+    assert [row["work"] for row in rows[3:6]] == [
+        "load",
+        "of that, reading on the slowest rank",
+        "of that, all headers",
+    ]
+    assert "in 5 files" in rows[3]["note"]
+    written = {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
+    run(tmp_path, *arguments)
+    assert {p.name: p.stat().st_mtime_ns for p in folder.iterdir()} == written
+
+
+def test_what_does_not_fit_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "free_host_bytes", lambda: 10 << 20)
+    for name in ("score", "decode"):
+        (row,) = run(tmp_path, name, "--shape", "15b", "--device", "cpu")[name]
+        assert row["figure"] is None and row["note"].startswith("does not fit: 54.4 GiB of weights, 0.0 GiB")
+    monkeypatch.setattr(load.shutil, "disk_usage", lambda path: type("", (), {"free": 1 << 30}))
+    (row,) = run(tmp_path, "load", "--shape", "15b", "--device", "cpu")["load"]
+    assert row["note"].startswith("does not fit: 27.2 GiB of files, 1.0 GiB")
+
+
+def test_the_layer_beside_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(moe_layer.importlib.util, "find_spec", lambda name: None)
+    rows = run(tmp_path, "moe-layer", "--shape", "tiny", "--device", "cpu", "--repeats", "2")["moe-layer"][3:]
+    names = [row["work"].removeprefix("layer, 256 tokens: ") for row in rows]
+    assert names == [
+        "moekit's (loop)",
+        "grouped_mm",
+        "transformers' grouped_mm",
+        "transformers' batched_mm",
+    ]
+    assert all(row["figure"] > 0 and row["limit"] > 0 for row in rows[:2])
+    assert all(row["figure"] is None and row["note"] == "not installed" for row in rows[2:])
+
+
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+def test_transformers_computes_the_same(implementation):
+    pytest.importorskip("transformers")
+    moe = shapes_moe()
+    x = torch.randn(2, 64, TINY.dim)
+    step = moe_layer.Pass(0.05, 2)
+    with torch.inference_mode():
+        expected = moe_layer.ours("loop")(moe)(x, step)
+        found = moe_layer.theirs(implementation, setting(), 128)(moe)(x, step)
+        moe_layer.same(implementation, found, expected)
+
+
+def shapes_moe():
+    rank = Rank(0, 1, CPU)
+    shapes.build(rank, TINY, torch.float32, "loop")
+    return rank.state["model"].layers[1].moe
+
+
+def test_a_wrong_layer_is_an_error():
+    expected = torch.randn(2, 1000, 8)
+    assert moe_layer.same("x", expected.clone(), expected) == "error 0e+00"
+    tie = expected.clone()
+    tie[0, 5] += 1
+    moe_layer.same("x", tie, expected)  # two experts with one logit
+    for wrong in (expected * 1.01, expected.roll(1, 1), torch.full_like(expected, math.nan)):
+        with pytest.raises(ValueError, match="x computes something else than the loop: 2000 of 2000 tokens"):
+            moe_layer.same("x", wrong, expected)
+
+
+def test_a_wrong_layer_ends_the_bench(monkeypatch):
+    monkeypatch.setattr(
+        moe_layer, "ways", lambda *_: {"wrong": lambda moe: lambda x, step: torch.zeros_like(x)}
+    )
+    arguments = bench.parsers()[0].parse_args(["moe-layer", "--shape", "tiny", "--device", "cpu"])
+    with pytest.raises(ValueError, match="wrong computes something else"):
+        moe_layer.run(setting(), arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["score", "--device", "cpu", "--kernel", "triton"], "kernel='triton' needs"),
+        (["decode", "--device", "cpu", "--world-size", "0"], "world_size is 0"),
+    ],
+)
+def test_mistakes_are_one_sentence(arguments, said, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        bench.main(arguments)
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+def test_unknown_opponents_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        bench.main(["moe-layer", "--against", "loop,vllm"])
+    assert "['vllm'] unknown" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_ranks(tmp_path):
+    arguments = ["--shape", "tiny", "--device", "cpu", "--world-size", "2", "--repeats", "2"]
+    rows = run(tmp_path, "score", *arguments, "--blocks", "2")["score"]
+    share = next(row for row in rows if row["work"] == "all-to-all, share of that")
+    assert 0 < share["figure"] < 100 and share["unit"] == "%"
+    rows = run(tmp_path, "decode", *arguments, "--batches", "2")["decode"]
+    assert rows[3]["work"] == "decode, batch 2 on each of 2 ranks"
+    rows = run(tmp_path, "load", *arguments)["load"]
+    assert rows[3]["figure"] > 0
+
+
+@pytest.mark.slow
+def test_all_at_once(tmp_path):
+    found = run(tmp_path, "all", "--shape", "tiny", "--device", "cpu", "--repeats", "1")
+    assert list(found) == ["score", "decode", "load", "moe-layer", "data", "routing"]
+    assert all(found.values())
