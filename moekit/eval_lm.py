@@ -93,11 +93,11 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
 
     parser.error = fail
     args = options.parse_args_and_arch(parser, None if argv is None else list(argv))
-    for name, value in vars(args).items():
+    for name, value in sorted(vars(args).items()):  # --bf16 sets tpu, too, which is not what was asked for
         if name not in HONOURED + WITHOUT_EFFECT and value not in (parser.get_default(name), None, False):
             flag = f"--{name.replace('_', '-')}"
             raise ValueError(
-                f"{flag} {value} has no meaning here, where one model of fairseq's transformer_lm scores one data set whole"
+                f"{flag if value is True else f'{flag} {value}'} has no meaning here, where one model of fairseq's transformer_lm scores one data set whole"
             )
     if args.task != "language_modeling":
         raise ValueError(f"--task {args.task} is not to be had here: expected language_modeling")

@@ -171,7 +171,8 @@ def test_several_ranks_say_the_same(command):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--is-moe", "--num-shards", "2"], "--num-shards"),
+        (["--is-moe", "--num-shards", "2"], "--num-shards 2"),
+        (["--is-moe", "--bf16"], "--bf16 has"),
         (["--is-moe", "--task", "multilingual_language_modeling"], "multilingual_language_modeling"),
         (["--is-moe", "--model-overrides", "__import__('os').system('false')"], "--model-overrides"),
         (["--is-moe", "--model-overrides", "{'decoder_layers': 2}"], "layers"),
