@@ -103,13 +103,14 @@ def loop(
     counts = counts.tolist()
     order = order[: sum(counts)]
     activation = activation_fn(experts.activation)
-    # Unbound, not indexed: the gradient of an index is a whole stack of zeros.
-    each = zip(*(w.unbind() for w in (experts.w1, experts.b1, experts.w2, experts.b2)), strict=True)
-    done = [
-        F.linear(activation(F.linear(rows, w1, b1)), w2, b2)
-        for rows, (w1, b1, w2, b2) in zip(x[order // choices].split(counts), each, strict=True)
-        if len(rows)
-    ]
+    stacks = experts.w1, experts.b1, experts.w2, experts.b2
+    if torch.is_grad_enabled():  # the gradient of an index is a whole stack of zeros
+        stacks = tuple(stack.unbind() for stack in stacks)
+    done = []
+    for expert, rows in enumerate(x[order // choices].split(counts)):
+        if len(rows):
+            w1, b1, w2, b2 = (stack[expert] for stack in stacks)
+            done.append(F.linear(activation(F.linear(rows, w1, b1)), w2, b2))
     out = x.new_zeros(len(x) * choices, x.shape[1])
     if not done:
         return out
