@@ -15,6 +15,7 @@ import torch
 from moekit import checkpoint as ckpt
 from moekit import ranks
 from moekit.dispatch import owned
+from moekit.gpus import gpus
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,11 +34,8 @@ def machine() -> pd.DataFrame:
         "host memory": f"{_host_memory('MemAvailable') / GIB:.1f} of {_host_memory('MemTotal') / GIB:.1f} GiB free",
     }
     facts |= {name: version for name, version in versions().items() if version}
-    for i in range(torch.cuda.device_count()):
-        free, total = torch.cuda.mem_get_info(i)
-        facts[f"cuda:{i}"] = (
-            f"{torch.cuda.get_device_name(i)}, {free / GIB:.1f} of {total / GIB:.1f} GiB free"
-        )
+    for i, gpu in enumerate(gpus()):
+        facts[f"cuda:{i}"] = f"{gpu.name}, {gpu.free / GIB:.1f} of {gpu.total / GIB:.1f} GiB free"
     if not torch.cuda.is_available():
         facts["GPUs"] = "none that torch sees: everything runs on the CPU"
     return pd.DataFrame({"": facts})
@@ -79,11 +77,12 @@ def shares(checkpoint: str | Path, world_size: int | None, device: str, dtype: s
     devices = ranks.choose_devices(world_size, device)
     world_size = len(devices)
     width = weights_dtype(dtype, devices[0], plan).itemsize
+    on_gpu = devices[0].type == "cuda"
+    host = _host_memory("MemAvailable") / world_size
+    free = [gpu.free for gpu in gpus()] if on_gpu else [host] * world_size
     rows = []
     for rank, place in enumerate(devices):
         held = owned(plan.config.experts, world_size, rank)
-        on_gpu = place.type == "cuda"
-        free = torch.cuda.mem_get_info(place)[0] if on_gpu else _host_memory("MemAvailable") / world_size
         needed = plan.needed(held)
         rows.append(
             {
@@ -93,7 +92,7 @@ def shares(checkpoint: str | Path, world_size: int | None, device: str, dtype: s
                 "experts a layer": f"{held.start} to {held.stop - 1}" if len(held) else "none",
                 "million parameters": round(plan.parameters(len(held)) / 1e6, 2),
                 "GiB": round(plan.parameters(len(held)) * width / GIB, 3),
-                "GiB free": round(free / GIB, 1),
+                "GiB free": round(free[rank] / GIB, 1),
             }
         )
     return pd.DataFrame(rows).set_index("rank")
