@@ -31,7 +31,7 @@ lab: env ## JupyterLab with the notebooks, on this machine only
 	$(BIN)/jupyter lab --ip=127.0.0.1 --notebook-dir=notebooks
 
 test: env lint ## all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --durations=10
 
 quick: env ## the tests that start no browser and few processes
 	$(BIN)/python -m pytest -m "not slow"
