@@ -542,7 +542,7 @@ def test_the_readmes_commands_run(tmp_path):
 docker={shutil.which(DOCKER)}
 case $1 in
 compose) shift && exec {compose} "$@" ;;
-run) shift && exec $docker run --env OMP_WAIT_POLICY "$@" ;; # how threads wait (see .ci/run)
+run) shift && exec $docker run --env OMP_WAIT_POLICY "$@" ;; # how threads wait (see Makefile)
 *) exec $docker "$@" ;;
 esac
 """
