@@ -4,8 +4,8 @@ TORCH := torch==2.13.0
 BIN := $(VENV)/bin
 OUT := out
 
-# Threads that spin while they wait take the cores from whatever runs beside them, and both crawl: beside two of its kind, a
-# trace took five times as long. Alone it takes the same time either way.
+# Threads that spin while they wait take the cores from whatever runs beside them, and all crawl: of three traces at once,
+# each took two to five times as long. A trace alone takes about the same time either way.
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
