@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("fairseq").setLevel(logging.WARNING)  # its remarks on being imported
     try:
         run(parse(argv))
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         logger.debug("the error in full", exc_info=True)
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         print(f"python -m moekit.eval_lm: error: {said}", file=sys.stderr)

@@ -212,6 +212,19 @@ def test_from_python_too_long_samples_are_a_mistake(reference, tmp_path):
             model.evaluate(data, progress=False)
 
 
+@pytest.mark.parametrize(
+    ("failure", "told"),
+    [(KeyboardInterrupt(), "KeyboardInterrupt"), (RuntimeError("a rank failed\n\nits log"), "a rank failed")],
+)
+def test_whatever_ends_it_is_said_in_a_sentence(command, capsys, monkeypatch, failure, told):
+    def fail(*_: object, **__: object) -> None:
+        raise failure
+
+    monkeypatch.setattr(eval_lm.moekit, "load", fail)
+    assert command("--is-moe")[0] == 1
+    assert capsys.readouterr().err == f"python -m moekit.eval_lm: error: {told}\n"
+
+
 def test_infinite_scores_are_left_out():
     class Dictionary(dict):
         pass
