@@ -27,6 +27,14 @@ trace, domains = synthetic(tokens=400, layers=(1, 3), experts=8, block=100)
 first, second = explore(trace, domains=domains), explore(trace, domains=domains)
 """
 
+PLAYGROUND = """
+import moekit
+from moekit.playground import Playground
+playground = Playground(moekit.load("demo", 1, "cpu", progress=False), "Once upon a time")
+playground.settings["max_new_tokens"].value = 250  # time enough to press stop
+playground
+"""
+
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory, reference):
@@ -47,6 +55,8 @@ def lab(tmp_path_factory, reference):
         cells=[nbformat.v4.new_code_cell(cell) for cell in cells], metadata=notebook.metadata
     )
     nbformat.write(two, folder / "two.ipynb")
+    one = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(PLAYGROUND)], metadata=notebook.metadata)
+    nbformat.write(one, folder / "playground.ipynb")
     settings = folder / "settings" / "@jupyterlab"
     for name, chosen in (
         ("notebook-extension/tracker", '{"windowingMode": "none"}'),  # cells out of sight are drawn, too
@@ -162,3 +172,38 @@ def test_two_explorers_do_not_disturb_each_other(browser, lab):
     second.locator(".mk-word").nth(40).click()
     assert "position 40" in second.locator('[data-view="token"]').inner_text()
     assert "position 30" in first.locator('[data-view="token"]').inner_text()
+
+
+def test_the_playground_writes_stops_and_remembers(browser, lab):
+    page = run_all(browser, lab, "playground.ipynb")
+    area = page.locator(".jp-OutputArea-output", has=page.get_by_role("button", name="Generate")).first
+    area.wait_for(timeout=120_000)
+    right = area.evaluate("area => area.getBoundingClientRect().right")
+    parts = area.locator("input, textarea, select, button, .widget-readout, label")
+    cut = parts.evaluate_all(
+        "(all, right) => all.filter((e) => e.getBoundingClientRect().right > right || e.scrollWidth > e.clientWidth)"
+        ".map((e) => e.outerHTML)",
+        right,
+    )
+    assert cut == [], "the page has no room for these"
+
+    area.get_by_role("button", name="Generate").click()
+    area.get_by_text("tokens/s").wait_for(timeout=60_000)
+    coloured = area.locator("span[title*='%']")
+    coloured.nth(5).wait_for()
+    assert (
+        len(coloured.nth(5).get_attribute("title").splitlines()) >= 6
+    )  # its probability and five alternatives
+    area.get_by_role("button", name="Stop").and_(page.locator("[disabled]")).wait_for()
+    written = coloured.all_inner_texts()
+
+    area.locator("textarea").fill("def main(")
+    area.locator("textarea").blur()
+    area.get_by_role("button", name="Generate").click()
+    area.get_by_role("button", name="Stop").and_(page.locator(":enabled")).click()
+    area.get_by_text("stopped").wait_for()
+    area.locator("select").select_option(index=1)  # the latest comes first
+    page.wait_for_function(
+        "area => area.value === 'Once upon a time'", arg=area.locator("textarea").element_handle()
+    )
+    assert coloured.all_inner_texts() == written
