@@ -158,8 +158,15 @@ RUN_INFERENCE: dict[str, Kind] = MACHINE | {
 OF_IPYTHON = {"In", "Out", "exit", "quit", "open", "get_ipython"}
 
 
-def check(variables: Mapping[str, Any], kinds: Mapping[str, Kind]) -> SimpleNamespace:
+class Checked(SimpleNamespace):
+    """Parameters that have been checked."""
+
+
+def check(variables: Mapping[str, Any], kinds: Mapping[str, Kind]) -> Checked:
     """The parameters among a notebook's variables, converted, as attributes.
+
+    Where a kernel runs the notebook again, all of the earlier run's variables are there, too: they are no misspelt
+    parameters, and its models are closed, so that the next one finds their memory free.
 
     Args:
         variables: ``globals()`` of the notebook, in the first cell after the parameters.
@@ -175,17 +182,28 @@ def check(variables: Mapping[str, Any], kinds: Mapping[str, Kind]) -> SimpleName
         and name not in OF_IPYTHON
         and (value is None or isinstance(value, str | int | float | bool | list | tuple | dict))
     }
+    again = any(isinstance(value, Checked) for value in variables.values())
     for name in given:
-        if name not in kinds:
+        if name not in kinds and not again:
             close = difflib.get_close_matches(name, kinds, n=1)
             hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(kinds)}"
             raise ParameterError(f"{name} is not a parameter of this notebook: {hint}")
-    checked = SimpleNamespace()
+    checked = Checked()
     for name, kind in kinds.items():
         if name not in given:
             raise ParameterError(f"{name} is missing: expected {kind.expected}")
         setattr(checked, name, _convert(name, given[name], kind))
+    if again:
+        _close_models(variables)
     return checked
+
+
+def _close_models(variables: Mapping[str, Any]) -> None:
+    from moekit.handle import Model
+
+    for value in variables.values():
+        if isinstance(value, Model):
+            value.close()
 
 
 def _convert(name: str, value: Any, kind: Kind) -> Any:

@@ -6,6 +6,7 @@ import nbformat
 import pandas as pd
 import papermill
 import pytest
+from nbclient import NotebookClient
 from test_project import ROOT
 
 import moekit
@@ -72,3 +73,21 @@ def test_a_bad_parameter_fails_in_the_first_cell_with_one_sentence(elsewhere, pa
         execute("run_inference", elsewhere, **parameters)
     assert caught.value.traceback == [f"ParameterError: {said}"]
     assert caught.value.exec_count <= 3
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("run_inference", {"max_batches": 2, "max_new_tokens": 3}),
+        ("load_shards", {}),
+        ("inspect_routing", {"max_tokens": 1500}),
+        ("prepare_data", {}),
+    ],
+)
+def test_all_cells_may_be_run_again_in_the_same_kernel(name, parameters, elsewhere):
+    notebook = papermill.iorw.load_notebook_node(str(ROOT / "notebooks" / f"{name}.ipynb"))
+    notebook = papermill.parameterize.parameterize_notebook(notebook, parameters)
+    again = [nbformat.v4.new_code_cell(cell.source) for cell in notebook.cells if cell.cell_type == "code"]
+    notebook.cells += again
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(elsewhere)}}).execute()
+    assert all(cell.execution_count for cell in again)

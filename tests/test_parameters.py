@@ -1,5 +1,6 @@
 import pytest
 
+import moekit
 from moekit.parameters import Choice, Flag, Number, ParameterError, Text, Texts, Whole, check
 
 
@@ -60,3 +61,16 @@ def test_a_misspelt_or_missing_parameter_is_named():
 
 def test_jupyter_shows_one_sentence():
     assert ParameterError("x=0: expected 1")._render_traceback_() == ["ParameterError: x=0: expected 1"]
+
+
+def test_a_notebook_may_be_run_again_in_its_kernel():
+    """Its own variables are no parameters; those that are get checked as ever, and models are closed."""
+    kinds = {"world_size": Whole()}
+    variables = {"world_size": 1}
+    variables |= {"p": check(variables, kinds), "text": "demo", "how": {}, "world_size": 2}
+    variables["model"] = model = moekit.load("demo", 1, "cpu", progress=False)
+    assert check(variables, kinds).world_size == 2
+    with pytest.raises(RuntimeError, match="closed"):
+        model.score("Gone.")
+    with pytest.raises(ParameterError, match="world_size='two'"):
+        check(variables | {"world_size": "two"}, kinds)
