@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,11 +18,13 @@ from moekit.bench.measure import Ceilings
 from moekit.bench.score import numbers
 from moekit.bench.setting import Setting
 from moekit.decode import Prompt
+from moekit.gate import Routing
 from moekit.handle import Model
 from moekit.ranks import Rank
 
 PROMPT = 128
 NEW = {"cpu": 8, "cuda": 64}  # tokens of a measurement, in one call
+WARM_UP = 8  # steps after which a graph of a step is there
 KEY = 0  # of the generation on the ranks; the product's own begin at 1
 
 
@@ -104,7 +107,11 @@ class Decoded:
 
 
 def time_decoding(rank: Rank, batch: int, new: int, repeats: int) -> Decoded:
-    """Time :func:`moekit.decode.run`, ``new`` tokens a call, and count the experts in a run of its own."""
+    """Time :func:`moekit.decode.run`, ``new`` tokens a call, and count the experts in a run of its own.
+
+    Every time the prompts are read again and a few tokens decoded before the clock starts, so that all measurements are
+    of the same places, and of the graph that a rank then has.
+    """
     model = rank.state["model"]
     vocab = model.config.vocab_rows
     prompts = [
@@ -113,22 +120,25 @@ def time_decoding(rank: Rank, batch: int, new: int, repeats: int) -> Decoded:
     ]
     rows = [list(range(batch))] * rank.world_size
 
-    def begin(settings: decode.Settings, slots: int) -> list[list[int]]:
-        chosen = decode.begin(rank, KEY, prompts, settings, slots)
-        return [chosen.tokens.reshape(batch).tolist()] * rank.world_size  # others' are not read here
+    def decoded(settings: decode.Settings) -> float:
+        chosen = decode.begin(rank, KEY, prompts, settings, PROMPT + WARM_UP + new + 1)
+        for steps in (WARM_UP, new):
+            measure.synchronise(rank.device)
+            start = time.perf_counter()
+            last = [chosen.tokens[:, -1].tolist()] * rank.world_size  # others' are not read here
+            chosen = decode.run(rank, KEY, rows, last, steps)
+            seconds = time.perf_counter() - start  # what was chosen is on the host
+        decode.end(rank, KEY)
+        return seconds
 
-    warm_up = 2
     with measure.memory(rank.device) as peak:
-        first = begin(decode.Settings(vocab), PROMPT + (warm_up + repeats) * new + 1)
-        seconds = measure.seconds(
-            lambda: decode.run(rank, KEY, rows, first, new), rank.device, repeats=repeats, warm_up=warm_up
-        )
-    decode.end(rank, KEY)
+        seconds = [decoded(decode.Settings(vocab)) for _ in range(1 + repeats)][1:]
 
     distinct: dict[int, list[int]] = {layer: [] for layer in model.config.moe_layers}
-    counted = decode.Settings(
-        vocab, record=lambda layer, routing: distinct[layer].append(len(routing.experts.unique()))
-    )
-    decode.run(rank, KEY, rows, begin(counted, PROMPT + new + 1), new)
-    decode.end(rank, KEY)
-    return Decoded(seconds, peak, [statistics.mean(found[1:]) for found in distinct.values()])
+
+    def count(layer: int, routing: Routing) -> None:
+        if routing.experts.shape[1] == 1:  # not the prompts
+            distinct[layer].append(len(routing.experts.unique()))
+
+    decoded(decode.Settings(vocab, record=count))
+    return Decoded(seconds, peak, [statistics.mean(found) for found in distinct.values()])

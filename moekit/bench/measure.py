@@ -135,8 +135,9 @@ def ceilings(rank: Rank, dtype: torch.dtype) -> Ceilings:
     copy = 2 * size / median(lambda: target.copy_(source), device, **how)
     fetch = copy / 2
     if on_gpu:
-        pinned = torch.ones(size, dtype=torch.uint8, pin_memory=True)
-        fetch = size / median(lambda: target.copy_(pinned, non_blocking=True), device, **how)
+        pinned = torch.ones(size // 4, dtype=torch.uint8, pin_memory=True)
+        part = target[: len(pinned)]
+        fetch = len(pinned) / median(lambda: part.copy_(pinned, non_blocking=True), device, **how)
     n = 8192 if on_gpu else 1024
     a, b = (torch.rand(n, n, device=device).to(dtype) for _ in range(2))
     product = torch.empty(n, n, device=device, dtype=dtype)

@@ -66,6 +66,9 @@ def draw(name: str, parameter: Tensor, config: ModelConfig, generator: torch.Gen
     Inputs of variance 1 give outputs of variance 1; what is added to the residual stream is scaled down by the depth
     (GPT-2's rule). The embeddings outweigh the positions, which all tokens share and which would crowd a few experts.
     """
+    if name == "norm.weight":
+        parameter.uniform_(-1, 1, generator=generator).sign_()  # or each token would predict itself
+        return
     if "norm." in name:
         parameter.fill_(1.0 if name.endswith("weight") else 0.0)
         return
