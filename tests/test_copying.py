@@ -1,12 +1,16 @@
 """Copying by threads: every byte once, no buffer reused too early, errors that name the tensor, nothing left behind."""
 
+import contextlib
+import pickle
+import re
 import threading
 
 import pytest
 import torch
 
-from moekit import copying
+from moekit import checkpoint, copying
 from moekit.copying import Piece, Staging
+from moekit.model import Transformer
 
 CPU = torch.device("cpu")
 
@@ -149,3 +153,88 @@ def test_a_staged_piece_of_another_shape_is_an_error():
     staging = Staging([Lazy(256, [])])
     with pytest.raises(RuntimeError, match=r"its shape is \[2, 3\], expected \[3, 2\]"):
         staging.carry(Piece("x", torch.zeros(2, 3), torch.zeros(3, 2)))
+
+
+# ------------------------------------------------------------------------------------- a checkpoint, by threads
+
+
+def filled(folder, dtype, threads, plan=None):
+    plan = plan or checkpoint.survey(checkpoint.find(folder))
+    with torch.device("meta"):
+        model = Transformer(plan.config)
+    model = model.to(dtype).to_empty(device="cpu").requires_grad_(False)
+    told: list[int] = []
+    counts = checkpoint.fill(model, plan, range(plan.config.experts), told.append, threads)
+    assert set(counts.values()) == {1}
+    return model.state_dict(), sum(told)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_checkpoint_is_the_same_straight_and_through_buffers(reference, monkeypatch, dtype):
+    folder = reference / "checkpoint"
+    expected, told = filled(folder, dtype, 1)
+    stored = torch.load(folder / "model-rank-2.pt", weights_only=True)["model"]
+    weight = stored["decoder.layers.1.moe_layer.experts.1.fc1.weight"]
+    assert expected["layers.1.moe.experts.w1"][5].equal(weight.to(dtype))
+
+    @contextlib.contextmanager
+    def staged():
+        ring = [Lazy(4096, []) for _ in range(2)]
+        yield Staging(ring).carry
+        for buffer in ring:
+            buffer.close()
+            buffer.wait()
+
+    monkeypatch.setattr(copying, "straight", lambda: staged)
+    found, told_too = filled(folder, dtype, 3)
+    assert all(found[name].equal(expected[name]) for name in expected)
+    assert told_too == told == sum(p.numel() * 2 for p in expected.values())
+
+
+def test_a_header_is_read_once_by_who_reads_the_weights_too(reference, monkeypatch):
+    read, seen = checkpoint.read, []
+    monkeypatch.setattr(checkpoint, "read", lambda path: seen.append(path.name) or read(path))
+    files = checkpoint.find(reference / "checkpoint")
+    seen.clear()
+    plan = checkpoint.survey(files)
+    assert sorted(seen) == sorted(path.name for path in files.all)
+    filled(None, torch.float32, 2, plan)
+    assert len(seen) == len(files.all) and not plan.opened  # nothing stays mapped
+    filled(None, torch.float32, 2, plan)
+    assert len(seen) == 2 * len(files.all)
+
+
+def test_a_plan_travels_without_what_it_has_mapped(reference):
+    plan = checkpoint.survey(checkpoint.find(reference / "checkpoint"))
+    assert plan.opened
+    there = pickle.loads(pickle.dumps(plan))
+    assert there == plan and not there.opened
+    assert len(pickle.dumps(plan)) < 10_000
+    filled(None, torch.float32, 2, there)
+
+
+def test_an_unreadable_tensor_is_named_with_its_file(reference):
+    plan = checkpoint.survey(checkpoint.find(reference / "checkpoint"))
+    path, key = plan.sources[2].path, "decoder.layers.3.moe_layer.experts.0.fc2.weight"
+    plan.opened[path][key] = plan.opened[path][key][:, :5]
+    with pytest.raises(RuntimeError, match=rf"{path.name}: {re.escape(key)} cannot be copied"):
+        filled(None, torch.float32, 2, plan)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("threads", [1, 4])
+def test_onto_a_gpu(threads):
+    device = torch.device("cuda", 0)
+    kinds = [(torch.float16, torch.float16), (torch.float16, torch.bfloat16), (torch.float32, torch.float16)]
+    shapes = [(5,), (3072, 768), (6000, 4096)]  # the last one is larger than a buffer
+    groups = []
+    for number in range(8):
+        group = []
+        for shape in shapes * 4:
+            source, target = kinds[len(group) % 3]
+            values = torch.randn(shape, generator=torch.Generator().manual_seed(number)).to(source)
+            group.append(Piece("x", values, torch.empty(shape, dtype=target, device=device)))
+        groups.append(group)
+    copying.copy([lambda g=g: g for g in groups], device, threads)
+    for one in (one for group in groups for one in group):
+        assert one.target.cpu().equal(one.source.to(one.target.dtype))
