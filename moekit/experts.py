@@ -124,6 +124,8 @@ def grouped_mm(
     """``torch.nn.functional.grouped_mm`` and what it lacks around it: fast for bfloat16 on Hopper."""
     ends = counts.cumsum(0)
     place = torch.arange(len(order), device=x.device)
+    if len(counts) == 0:
+        return x.new_zeros(len(x) * choices, x.shape[1])
     expert = torch.searchsorted(ends, place, right=True).clamp_(max=len(counts) - 1)
     ends = ends.int()
     h = F.grouped_mm(x[order // choices], experts.w1.transpose(1, 2), offs=ends) + experts.b1[expert]

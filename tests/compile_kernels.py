@@ -41,8 +41,15 @@ def compile_grouped(kind: str, cut: grouped.Cut) -> None:
             "order": "*i64",
             "table": "*i32",
         }
-        types |= dict.fromkeys(("tiles", "choices", "experts"), "i32")
-        constants = {"N": n, "K": k, "FIRST": first, "WEIGHTED": not first, "EXACT": kind == "fp32"}
+        types |= dict.fromkeys(("tiles", "experts"), "i32")
+        constants = {
+            "CHOICES": 2,
+            "N": n,
+            "K": k,
+            "FIRST": first,
+            "WEIGHTED": not first,
+            "EXACT": kind == "fp32",
+        }
         constants |= {"ACTIVATION": 2 if first else 0}
         constants |= {"ROWS": blocks.rows, "COLUMNS": blocks.columns, "INNER": blocks.inner}
         constants |= {"weights": None} if first else {}
@@ -58,8 +65,10 @@ if __name__ == "__main__":
         types = {"logits": "*fp16", "chosen": "*i64", "eps": "fp32"}
         types |= dict.fromkeys(("probs", "gate_probs", "weights"), f"*{probs}")
         compile_for_hopper(gate._choose, types, {"E": 512, "K": 2, "BLOCK": 512}, 1)
-    types = {"logits": "*bf16", "targets": "*i64", "found": "*fp32", "vocab": "i32", "stride": "i32"}
-    compile_for_hopper(logprobs._target_log_probs, types, {"BLOCK": 4096}, 8)
+    types = {"logits": "*bf16", "targets": "*i64", "found": "*fp32"}
+    compile_for_hopper(
+        logprobs._target_log_probs, types, {"VOCAB": 50_264, "STRIDE": 50_264, "BLOCK": 4096}, 8
+    )
     types = {
         "chosen": "*i64",
         "kept": "*i1",

@@ -22,7 +22,7 @@ from moekit.config import PAD, ModelConfig  # noqa: E402
 from moekit.experts import Experts, choose_kernel  # noqa: E402
 from moekit.kernels import gate as fused_gate  # noqa: E402
 from moekit.kernels import plan  # noqa: E402
-from moekit.kernels.grouped import ACTIVATIONS, CUTS, Blocks, Cut, cut_for, grouped_ffn  # noqa: E402
+from moekit.kernels.grouped import ACTIVATIONS, ANY, CUTS, Blocks, Cut, cut_for, grouped_ffn  # noqa: E402
 from moekit.kernels.logprobs import target_log_probs  # noqa: E402
 from moekit.model import Pass, Transformer  # noqa: E402
 
@@ -30,7 +30,7 @@ BFLOAT = pytest.param(
     torch.bfloat16,
     marks=pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter cannot multiply bfloat16"),
 )
-SMALL = Cut(1.0, Blocks(16, 32, 16, 4, 2), Blocks(16, 16, 32, 4, 2))
+SMALL = Cut(ANY, ANY, Blocks(16, 32, 16, 4, 2), Blocks(16, 16, 32, 4, 2))
 
 
 def experts_of(count=5, dim=24, width=40, activation="gelu", dtype=torch.float32) -> Experts:
@@ -81,7 +81,7 @@ def test_rows_of_any_number_and_spread(rows, choices, spread, dtype):
     assert error < {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}[dtype]
 
 
-@pytest.mark.parametrize("cut", CUTS, ids=lambda cut: str(cut.mean))
+@pytest.mark.parametrize("cut", CUTS, ids=lambda cut: f"{cut.places}-{cut.mean}")
 def test_every_cut(cut):
     experts = experts_of(3, 32, 64, dtype=torch.float16)
     x = torch.randn(70, 32, device=DEVICE).half()
@@ -146,6 +146,8 @@ def test_the_cut_follows_the_rows_an_expert():
     half = torch.float16
     cuts = [cut_for(places, 512, half) for places in (2, 128, 4096, 131_072)]
     assert [cut.up.rows for cut in cuts] == [16, 16, 32, 128]
+    assert [cut.up.columns for cut in cuts[:2]] == [32, 64]
+    assert cut_for(131_072, 512, half, shared=99 * 1024).up.rows == 64, "a GPU with less shared memory"
     for cut in CUTS:
         assert cut.up.rows == cut.down.rows, "both products share the tiles"
 
@@ -196,6 +198,7 @@ def test_log_probabilities(vocab, dtype):
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=2e-5)
     assert found[0] == 0
     wide = torch.cat([logits, logits], dim=1)[:, :vocab]  # rows that do not lie one behind the other
+    assert wide.stride() != logits.stride()
     assert target_log_probs(wide, targets).equal(found)
 
 

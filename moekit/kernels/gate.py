@@ -17,7 +17,7 @@ def choose(logits: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor, Tensor,
     """:func:`moekit.gate.choose` without noise and edits, for inference."""
     *shape, experts = logits.shape
     dtype = torch.float32 if config.gate_fp32 else logits.dtype
-    probs = torch.empty_like(logits, dtype=dtype)
+    probs = torch.empty(logits.shape, dtype=dtype, device=logits.device)
     chosen = torch.empty(*shape, config.top_k, dtype=torch.long, device=logits.device)
     gate_probs = torch.empty(*shape, config.top_k, dtype=dtype, device=logits.device)
     weights = gate_probs if config.top1 else torch.empty_like(gate_probs)
@@ -58,14 +58,16 @@ def _choose(
     p = (p / tl.sum(p, axis=0)).to(probs.dtype.element_ty)
     tl.store(probs + token * E + expert, p, mask=real)
     p = tl.where(real, p.to(tl.float32), -1.0)
-    first = tl.argmax(p, axis=0, tie_break_left=True)
+    first = tl.minimum(
+        tl.argmax(p, axis=0, tie_break_left=True), E - 1
+    )  # of NaNs, a GPU may take the last lane
     tl.store(chosen + token * K, first.to(tl.int64))
     greatest = tl.max(p, axis=0)
     tl.store(gate_probs + token * K, greatest)
     if K == 2:
         # The logits decide here, as in moekit/gate.py: probabilities may have rounded to the same number.
         rest = tl.where(expert == first, float("-inf"), x)
-        second = tl.argmax(rest, axis=0, tie_break_left=True)
+        second = tl.minimum(tl.argmax(rest, axis=0, tie_break_left=True), E - 1)
         tl.store(chosen + token * K + 1, second.to(tl.int64))
         other = tl.sum(tl.where(expert == second, p, 0.0), axis=0)
         tl.store(gate_probs + token * K + 1, other)

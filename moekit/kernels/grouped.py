@@ -9,6 +9,7 @@ of one expert. D model dim, F expert width.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -35,34 +36,60 @@ class Blocks:
     warps: int
     stages: int
 
+    def shared(self) -> int:
+        """Bytes of shared memory that a program takes at most, with two bytes a number."""
+        return self.stages * (self.rows + self.columns) * self.inner * 2
+
 
 @dataclass(frozen=True)
 class Cut:
-    """The blocks of both products, for up to ``mean`` places an expert; they share ``rows``, since they share tiles."""
+    """The blocks of both products, for up to ``places`` places and up to ``mean`` an expert.
 
+    They share ``rows``, since they share tiles.
+    """
+
+    places: float
     mean: float
     up: Blocks
     down: Blocks
 
 
-# Few rows an expert: the weights' bytes are what takes time, so small tiles and many loads under way. Many rows: the
-# multiplications are, so tiles as large as registers allow.
+# A handful of places: columns cut finely, to keep all multiprocessors busy. Few rows an expert: the weights' bytes are
+# what takes time, so small tiles and many loads under way. Many: the multiplications are, so tiles as large as
+# registers allow.
+ANY = float("inf")
 CUTS = (
-    Cut(0.25, Blocks(16, 32, 256, 4, 3), Blocks(16, 16, 256, 4, 4)),
-    Cut(4, Blocks(16, 64, 128, 4, 4), Blocks(16, 64, 128, 4, 4)),
-    Cut(16, Blocks(32, 64, 128, 4, 4), Blocks(32, 64, 128, 4, 4)),
-    Cut(64, Blocks(64, 128, 64, 4, 4), Blocks(64, 128, 64, 4, 4)),
-    Cut(float("inf"), Blocks(128, 256, 64, 8, 3), Blocks(128, 256, 64, 8, 3)),
+    Cut(16, ANY, Blocks(16, 32, 256, 4, 3), Blocks(16, 16, 256, 4, 4)),
+    Cut(ANY, 4, Blocks(16, 64, 128, 4, 4), Blocks(16, 64, 128, 4, 4)),
+    Cut(ANY, 16, Blocks(32, 64, 128, 4, 4), Blocks(32, 64, 128, 4, 4)),
+    Cut(ANY, 64, Blocks(64, 128, 64, 4, 4), Blocks(64, 128, 64, 4, 4)),
+    Cut(ANY, ANY, Blocks(128, 256, 64, 8, 3), Blocks(128, 256, 64, 8, 3)),
 )
 # float32 takes twice the room, and is for checking.
-PLAIN = Cut(float("inf"), Blocks(32, 64, 32, 4, 2), Blocks(32, 64, 32, 4, 2))
+PLAIN = Cut(ANY, ANY, Blocks(32, 64, 32, 4, 2), Blocks(32, 64, 32, 4, 2))
 
 
-def cut_for(places: int, experts: int, dtype: torch.dtype) -> Cut:
-    """How to cut ``places`` places of ``experts`` experts: the decision rests on what the host knows."""
+def cut_for(places: int, experts: int, dtype: torch.dtype, shared: float = ANY) -> Cut:
+    """How to cut ``places`` places of ``experts`` experts: the decision rests on what the host knows.
+
+    ``shared`` is the shared memory of a multiprocessor in bytes: GPUs with less than Hopper's take smaller tiles.
+    """
     if dtype == torch.float32:
         return PLAIN
-    return next(cut for cut in CUTS if places <= cut.mean * experts)
+    fitting = [cut for cut in CUTS if max(cut.up.shared(), cut.down.shared()) <= shared]
+    return next(
+        (cut for cut in fitting if places <= cut.places and places <= cut.mean * experts), fitting[-1]
+    )
+
+
+@functools.lru_cache
+def shared_memory(device: torch.device) -> float:
+    """Bytes that a program may have on ``device``."""
+    return (
+        torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+        if device.type == "cuda"
+        else ANY
+    )
 
 
 def grouped_ffn(
@@ -80,7 +107,9 @@ def grouped_ffn(
     places = len(order)
     if places == 0:
         return out
-    cut = cut or cut_for(places, held, x.dtype)
+    cut = cut or cut_for(places, held, x.dtype, shared_memory(x.device))
+    order = order.contiguous()
+    weights = None if weights is None else weights.contiguous()
     plan = order, tiles(counts, places, cut.up.rows)
     hidden = x.new_empty(places, width)
     activation = ACTIVATIONS[experts.activation]
@@ -125,8 +154,8 @@ def _linear(
         table,
         weights,
         table.shape[1],
-        choices,
         held,
+        CHOICES=choices,
         N=n,
         K=k,
         FIRST=first,
@@ -141,7 +170,7 @@ def _linear(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "experts"])
 def _grouped_linear(
     x,  # [N rows, K] if FIRST, else [P, K] in the order of places
     w,  # [E, N, K]
@@ -151,8 +180,8 @@ def _grouped_linear(
     table,  # [3, T]: each tile's expert, first place, and end
     weights,  # [N K] or None
     tiles,
-    choices,
     experts,
+    CHOICES: tl.constexpr,
     N: tl.constexpr,  # columns of the output
     K: tl.constexpr,  # terms of the sum
     FIRST: tl.constexpr,
@@ -172,7 +201,7 @@ def _grouped_linear(
         row = tl.load(table + tiles + tile) + tl.arange(0, ROWS)
         live = row < tl.load(table + 2 * tiles + tile)
         place = tl.load(order + row, mask=live, other=0)
-        source = place // choices if FIRST else row
+        source = (place // CHOICES if FIRST else row).to(tl.int64)
 
         inner = tl.arange(0, INNER)
         a_at = x + source[:, None] * K + inner[None, :]
@@ -190,14 +219,7 @@ def _grouped_linear(
             total = tl.dot(a, m, total, input_precision="ieee" if EXACT else "tf32")
 
         total += tl.load(b + expert * N + column, mask=fits, other=0.0).to(tl.float32)[None, :]
-        if ACTIVATION == 1:
-            total = tl.maximum(total, 0.0)
-        elif ACTIVATION == 2:
-            total = 0.5 * total * (1.0 + tl.erf(total * 0.7071067811865476))
-        elif ACTIVATION == 3:
-            total = total * tl.sigmoid(1.5957691216057308 * (total + 0.044715 * total * total * total))
-        elif ACTIVATION == 4:
-            total = 2.0 * tl.sigmoid(2.0 * total) - 1.0
+        total = _activate(total, ACTIVATION, EXACT)
         if WEIGHTED:
             total *= tl.load(weights + place, mask=live, other=0.0).to(tl.float32)[:, None]
         target = row if FIRST else place
@@ -206,3 +228,25 @@ def _grouped_linear(
             total.to(out.dtype.element_ty),
             mask=live[:, None] & fits[None, :],
         )
+
+
+@triton.jit
+def _activate(x, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
+    if ACTIVATION == 1:
+        x = tl.maximum(x, 0.0)
+    elif ACTIVATION == 2 and EXACT:
+        x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif ACTIVATION == 2:
+        # Abramowitz and Stegun 7.1.26: within 1.5e-7 of erf, with fewer instructions and registers.
+        size = tl.abs(x)
+        t = 1.0 / (1.0 + 0.23164189 * size)  # 0.3275911 / sqrt(2)
+        tail = 1.061405429 * t - 1.453152027
+        tail = tail * t + 1.421413741
+        tail = tail * t - 0.284496736
+        tail = (tail * t + 0.254829592) * t * (0.5 * tl.exp(-0.5 * size * size))
+        x = x * tl.where(x < 0.0, tail, 1.0 - tail)
+    elif ACTIVATION == 3:
+        x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    elif ACTIVATION == 4:
+        x = 2.0 * tl.sigmoid(2.0 * x) - 1.0
+    return x

@@ -17,26 +17,26 @@ def target_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
     found = torch.empty(rows, dtype=torch.float32, device=logits.device)
     if rows:
         _target_log_probs[(rows,)](
-            logits, targets.contiguous(), found, vocab, logits.stride(0), BLOCK=4096, num_warps=8
+            logits, targets.contiguous(), found, VOCAB=vocab, STRIDE=logits.stride(0), BLOCK=4096, num_warps=8
         )
     return found
 
 
 @triton.jit
-def _target_log_probs(logits, targets, found, vocab, stride, BLOCK: tl.constexpr):
+def _target_log_probs(logits, targets, found, VOCAB: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
-    # Each lane keeps the greatest of its columns and a sum that belongs to it; they meet at the end.
+    # The sizes are constants, so that Triton sees which addresses are multiples of 16 bytes. Each lane keeps the greatest of its columns and a sum that belongs to it; they meet at the end.
     greatest = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for start in range(0, vocab, BLOCK):
-        here = start + column < vocab
-        x = tl.load(logits + row * stride + start + column, mask=here, other=float("-inf")).to(tl.float32)
+    for start in range(0, VOCAB, BLOCK):
+        here = start + column < VOCAB
+        x = tl.load(logits + row * STRIDE + start + column, mask=here, other=float("-inf")).to(tl.float32)
         new = tl.maximum(greatest, x)
         shift = tl.where(new == float("-inf"), 0.0, new)
         total = total * tl.exp(greatest - shift) + tl.exp(x - shift)
         greatest = new
     top = tl.max(greatest, axis=0)
     total = tl.sum(total * tl.exp(greatest - top), axis=0)
-    target = tl.load(logits + row * stride + tl.load(targets + row)).to(tl.float32)
+    target = tl.load(logits + row * STRIDE + tl.load(targets + row)).to(tl.float32)
     tl.store(found + row, target - top - tl.log(total))

@@ -23,8 +23,8 @@ def by_expert(routing: gate.Routing, experts: int) -> tuple[Tensor, Tensor]:
     order = torch.empty(places, dtype=torch.long, device=routing.experts.device)
     counts = torch.empty(experts, dtype=torch.long, device=order.device)
     _by_expert[(1,)](
-        routing.experts,
-        routing.kept,
+        routing.experts.contiguous(),
+        routing.kept.contiguous(),
         order,
         counts,
         places,
@@ -36,7 +36,7 @@ def by_expert(routing: gate.Routing, experts: int) -> tuple[Tensor, Tensor]:
     return order, counts
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["places", "experts"])
 def _by_expert(chosen, kept, order, counts, places, experts, PLACES: tl.constexpr, EXPERTS: tl.constexpr):
     i = tl.arange(0, PLACES)
     there = i < places
@@ -70,7 +70,7 @@ def tiles(counts: Tensor, places: int, rows: int) -> Tensor:
     experts = len(counts)
     table = torch.empty(3, most_tiles(places, experts, rows), dtype=torch.int32, device=counts.device)
     _tiles[(experts + 1,)](
-        counts,
+        counts.contiguous(),
         table,
         experts,
         table.shape[1],
@@ -81,7 +81,7 @@ def tiles(counts: Tensor, places: int, rows: int) -> Tensor:
     return table
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["experts", "width"])
 def _tiles(counts, table, experts, width, ROWS: tl.constexpr, EXPERTS: tl.constexpr):
     """Each program writes one expert's tiles, the last one those that are not needed."""
     mine = tl.program_id(0)
