@@ -24,9 +24,10 @@ from moekit.config import EOS, PAD
 from moekit.gate import Routing
 from moekit.intervene import Intervention
 from moekit.model import Pass, Transformer
+from moekit.noise import Noise, uniform
 from moekit.ranks import Rank
 from moekit.trace import Options, Recorder
-from moekit.worker import Noise, log_probs
+from moekit.worker import log_probs
 
 GRAPH_AFTER = 4  # steps with the same rows after which capturing a graph of them pays off
 SLOTS = 64  # a cache's slots are a multiple of these, which attention's kernels like
@@ -254,10 +255,11 @@ def _read(
 ) -> tuple[Cache, Tensor, Tensor, list[dict[str, np.ndarray]]]:
     """A cache with ``prompts``, the features [B, D] of their last tokens, their log-probabilities [B], and trace."""
     device = model.embed.weight.device
-    lengths = torch.tensor([len(prompt.ids) for prompt in prompts], device=device)
-    tokens = torch.full((len(prompts), int(lengths.max())), PAD, device=device)
+    lengths = torch.tensor([len(prompt.ids) for prompt in prompts])
+    tokens = torch.full((len(prompts), int(lengths.max())), PAD)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt.ids)] = torch.tensor(prompt.ids)
+    lengths, tokens = lengths.to(device), tokens.to(device)
     cache = _cache(model, len(prompts), slots)
     numbers = [prompt.number for prompt in prompts]
     how = _how(settings, numbers, 0, cache, tokens.shape[1])
@@ -350,7 +352,7 @@ def choose(
     Returns:
         [B] int64.
     """
-    logits = logits.double()
+    logits = logits.double() if settings.temperature > 0 else logits.clone()
     logits[:, PAD] = -torch.inf
     if seen is not None:  # CTRL, arXiv 1909.05858, section 4.1, as transformers does it for negative logits
         punished = torch.where(
@@ -374,33 +376,6 @@ def choose(
     # probabilities, it changes only if two sums of logit and noise are within the rounding error of one another.
     noise = uniform(keys, logits.shape[1], logits.device)
     return (logits - torch.log(-torch.log(noise))).argmax(dim=-1)
-
-
-def uniform(keys: Sequence[tuple[int, ...]], count: int, device: torch.device) -> Tensor:
-    """[len(keys), count] float64 in (0, 1): numbers of its own for each key, the same bits on any device."""
-    starts = [int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) for key in keys]
-    return (_shifted(splitmix64(starts, count, device), 11).double() + 0.5) * 2.0**-53
-
-
-def splitmix64(starts: Sequence[int], count: int, device: torch.device) -> Tensor:
-    """[len(starts), count] int64, 64 random bits each: the generator's first numbers from each of its states.
-
-    Steele, Lea, Flood: Fast splittable pseudorandom number generators (OOPSLA 2014), figures 13 and 14.
-    """
-    x = torch.tensor([_signed(start) for start in starts], device=device)[:, None]
-    x = x + torch.arange(1, count + 1, device=device) * _signed(0x9E3779B97F4A7C15)
-    x = (x ^ _shifted(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _shifted(x, 27)) * _signed(0x94D049BB133111EB)
-    return x ^ _shifted(x, 31)
-
-
-def _signed(number: int) -> int:
-    return number - (1 << 64) if number >= 1 << 63 else number
-
-
-def _shifted(x: Tensor, places: int) -> Tensor:
-    """Shift to the right, zeros coming in from the left."""
-    return (x >> places) & ((1 << (64 - places)) - 1)
 
 
 def candidates(

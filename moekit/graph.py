@@ -42,7 +42,8 @@ class Graph:
                 step()
         torch.cuda.current_stream().wait_stream(aside)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        # On the stream of the warm-up, whose libraries have their workspaces; other threads may go on allocating.
+        with torch.cuda.graph(self.graph, stream=aside, capture_error_mode="thread_local"):
             self.logits = step()
 
     def __call__(self, read: Tensor) -> Tensor:

@@ -462,6 +462,7 @@ def load(
         total = sum(source.bytes * (world_size if i == 0 else 1) for i, source in enumerate(plan.sources))
         with progress_bar("loading", total, "B", show=progress) as bar:
             model.parts = pool.call(worker.load, plan, kind, kernel, on_report=lambda rank, n: bar.update(n))
+            plan.opened.clear()
             bar.update(bar.total - bar.n)  # what is not tensors
         model.load_seconds = time.perf_counter() - start
     except BaseException:
@@ -495,8 +496,10 @@ def plan_steps(batches: Iterable[Batch], world_size: int, tokens: int) -> Iterat
 
     A step's batches go to the ranks in turn, each rank taking its own in one forward pass.
     """
-    for _, alike in itertools.groupby(batches, key=lambda b: (b.tokens.shape, b.padded())):
-        alike = list(alike)
+    shapes: dict[tuple, list[Batch]] = {}
+    for batch in batches:
+        shapes.setdefault((batch.tokens.shape, batch.padded()), []).append(batch)
+    for alike in shapes.values():
         size = world_size * max(1, tokens // alike[0].tokens.size)
         yield from (alike[i : i + size] for i in range(0, len(alike), size))
 

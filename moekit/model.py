@@ -17,12 +17,17 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from moekit import gate
 from moekit.cache import Cache
 from moekit.config import PAD, ModelConfig
 from moekit.dispatch import Dispatch, Local
 from moekit.experts import Experts, activation_fn
+
+# Not cuDNN's, which torch prefers on Hopper: it makes a plan for every new shape, some tenths of a second each, and texts
+# have many lengths.
+ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass
@@ -95,8 +100,9 @@ class Transformer(nn.Module):
             visible = step.cache.open(tokens.shape[1])
         else:
             visible = attention_mask(step.padding)
-        for layer in self.layers:
-            x = layer(x, visible, step)
+        with sdpa_kernel(ATTENTION):
+            for layer in self.layers:
+                x = layer(x, visible, step)
         if self.norm is not None:
             x = self.norm(x)
         return x if self.project_out is None else self.project_out(x)
@@ -108,6 +114,7 @@ class Transformer(nn.Module):
         """
         self.kernel = kernel
         for layer in self.layers:
+            layer.attn.use(kernel)
             if hasattr(layer, "moe"):
                 layer.moe.use(kernel)
         return self
@@ -142,7 +149,7 @@ class Positions(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.dim = config.dim
+        self.dim, self.rows = config.dim, config.max_positions
         self.weight = None
         if config.learned_positions:
             self.weight = nn.Parameter(torch.empty(config.max_positions + PAD + 1, config.dim))
@@ -150,8 +157,10 @@ class Positions(nn.Module):
     def forward(self, tokens: Tensor, step: Pass) -> Tensor:
         """The positions of tokens [B, T]: [B, T, D], or [T, D] where all samples have the same."""
         length = tokens.shape[1]
-        rows = length if step.cache is None else step.cache.slots
-        table = sinusoids(rows + PAD + 1, self.dim, tokens.device) if self.weight is None else self.weight
+        table = self.weight
+        if table is None:
+            rows = max(self.rows, length if step.cache is None else step.cache.slots)
+            table = sinusoids(rows + PAD + 1, self.dim, tokens.device)
         if step.cache is not None:
             position = step.cache.positions(length) + PAD + 1
         elif step.padding is not None:
@@ -207,10 +216,21 @@ class Attention(nn.Module):
         self.heads, self.index = config.heads, index
         self.qkv = nn.Linear(config.dim, 3 * config.dim)
         self.out = nn.Linear(config.dim, config.dim)
+        self.use("loop")
+
+    def use(self, kernel: str) -> None:
+        self.attend_one = None
+        if kernel == "triton":
+            from moekit.kernels.attention import attend_one
+
+            self.attend_one = attend_one
 
     def forward(self, x: Tensor, visible: Tensor | None, cache: Cache | None) -> Tensor:
         b, t, d = x.shape
-        qkv = self.qkv(x).view(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
+        qkv = self.qkv(x).view(b, t, 3, self.heads, d // self.heads)
+        if self.attend_one is not None and cache is not None and not cache.empty and t == 1:
+            return self.out(self.attend_one(qkv[:, 0], cache.kv[self.index], cache.lengths)[:, None])
+        qkv = qkv.permute(2, 0, 3, 1, 4)
         q, kv = qkv[0], qkv[1:]  # [B, H, T, D/H] and [2, B, H, T, D/H]
         if cache is not None:
             kv = cache.extend(self.index, kv)

@@ -159,8 +159,15 @@ class ThisProcess(Ranks):
         if self._rank is None:
             raise _gone("closed")
         self._rank.send_report = on_report and (lambda message: on_report(0, message))
+        # The caller's own current GPU may be another one by now.
+        here = (
+            torch.cuda.device(self._rank.device)
+            if self._rank.device.type == "cuda"
+            else contextlib.nullcontext()
+        )
         try:
-            return [fn(self._rank, *args, **kwargs)]
+            with here:
+                return [fn(self._rank, *args, **kwargs)]
         except (Exception, SystemExit) as error:
             raise RankError(0, f"raised {_headline(error)}") from error
 

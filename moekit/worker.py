@@ -20,10 +20,12 @@ from moekit.config import PAD
 from moekit.dispatch import AllToAll, owned
 from moekit.intervene import Intervention
 from moekit.model import Pass, Transformer
+from moekit.noise import Noise
 from moekit.ranks import Rank, usable_cores
 from moekit.trace import Options, Recorder
 
-LOGIT_ROWS = 2048  # rows of logits that exist at a time: never tokens x dictionary
+# Rows of logits that exist at a time: never tokens x dictionary, and on the CPU what its caches hold.
+LOGIT_ROWS = {"cpu": 256, "cuda": 2048}
 
 
 def load(rank: Rank, plan: checkpoint.Plan, dtype: torch.dtype, kernel: str) -> dict:
@@ -81,18 +83,27 @@ def score(
         the trace, for :class:`moekit.trace.Collector`.
     """
     model: Transformer = rank.state["model"]
-    scores, parts = [], []
+    scores: list[tuple[int, np.ndarray]] = []
+    parts: list[dict[str, np.ndarray]] = []
+
+    def collect(mine: Sequence[Batch], found: Tensor) -> None:
+        found = found.cpu().numpy().reshape(len(mine), -1, found.shape[1])
+        scores.extend(zip([b.index for b in mine], found, strict=True))
+        rank.report(sum(int((b.targets != PAD).sum()) for b in mine))
+
+    under_way = None  # a GPU works on a step while the host asks for the next
     for step in steps:
         mine = step[rank.rank :: rank.world_size]
         if not mine:
             model.serve()
             continue
-        tokens = torch.from_numpy(np.concatenate([b.tokens for b in mine])).to(rank.device).long()
+        tokens = np.concatenate([b.tokens for b in mine])
+        trailing = bool((np.diff((tokens == PAD).astype(np.int8)) >= 0).all())
+        tokens = torch.from_numpy(tokens).to(rank.device).long()
         targets = torch.from_numpy(np.concatenate([b.targets for b in mine])).to(rank.device).long()
         how = Pass(
             fraction=fraction,
             groups=len(mine),
-            padding=tokens == PAD if mine[0].padded() else None,
             noise=Noise(seed, [b.index for b in mine]),
             record=None if trace is None else Recorder(trace),
         )
@@ -100,15 +111,19 @@ def score(
         if intervention is not None:
             positions = torch.arange(tokens.shape[1], device=rank.device)
             intervention.apply(how, torch.from_numpy(samples).to(rank.device), positions)
+        # Padding behind the text is what no token looks at, and where nobody is dropped it takes no one's place.
+        if mine[0].padded() and not (trailing and how.fraction is None):
+            how.padding = tokens == PAD
         features = model(tokens, how)
         found = log_probs(model, features, targets, vocab)
-        scores += zip(
-            [b.index for b in mine], found.cpu().numpy().reshape(len(mine), -1, tokens.shape[1]), strict=True
-        )
+        if under_way is not None:
+            collect(*under_way)
+        under_way = mine, found
         if trace is not None:
             predicted = predictions(model, features, vocab) if trace.predicted else None
             parts.append(trace_rows(how.record, samples, tokens, targets, found, predicted))
-        rank.report(sum(int((b.targets != PAD).sum()) for b in mine))
+    if under_way is not None:
+        collect(*under_way)
     return scores, parts
 
 
@@ -142,43 +157,27 @@ def trace_rows(
 
 def predictions(model: Transformer, features: Tensor, vocab: int) -> Tensor:
     """[B, T, D] features -> [B, T] int64, the most probable next tokens of ``vocab`` types."""
-    rows = features.flatten(0, 1)
-    parts = [
-        model.logits(rows[i : i + LOGIT_ROWS], vocab).argmax(dim=-1) for i in range(0, len(rows), LOGIT_ROWS)
-    ]
+    parts = [model.logits(rows, vocab).argmax(dim=-1) for rows in _pieces(features)]
     return torch.cat(parts).view(features.shape[:2])
 
 
 def log_probs(model: Transformer, features: Tensor, targets: Tensor, vocab: int) -> Tensor:
     """[B, T, D] features and [B, T] targets -> float32 [B, T] natural log-probabilities, over ``vocab`` types."""
-    rows, wanted = features.flatten(0, 1), targets.flatten()
     of = target_log_probs
     if model.kernel == "triton":
         from moekit.kernels.logprobs import target_log_probs as of
     parts = [
-        of(model.logits(rows[i : i + LOGIT_ROWS], vocab), wanted[i : i + LOGIT_ROWS])
-        for i in range(0, len(rows), LOGIT_ROWS)
+        of(model.logits(rows, vocab), wanted)
+        for rows, wanted in zip(_pieces(features), _pieces(targets), strict=True)
     ]
     return torch.cat(parts).view_as(targets)
+
+
+def _pieces(rows: Tensor) -> tuple[Tensor, ...]:
+    """[B, T, ...] -> [N, ...] pieces, as many rows as there may be logits of."""
+    return rows.flatten(0, 1).split(LOGIT_ROWS.get(rows.device.type, 2048))
 
 
 def target_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
     """[N, V] logits and [N] targets -> [N] float32 natural log-probabilities."""
     return -F.cross_entropy(logits.float(), targets, reduction="none")
-
-
-class Noise:
-    """The randomness of the second expert, by seed, batch and layer: the same on any device and at any world size."""
-
-    def __init__(self, seed: int, batches: Sequence[int]):
-        self.seed, self.batches = seed, batches
-
-    def __call__(self, layer: int, kind: str, like: Tensor) -> Tensor:
-        """``kind`` "uniform" in [0, 1) or "gumbel": float32 of the shape [G, ...] and on the device of ``like``."""
-        drawn = torch.empty(like.shape)
-        for group, batch in zip(drawn, self.batches, strict=True):
-            mixed = np.random.SeedSequence([self.seed, batch, layer]).generate_state(1, np.uint64)[0]
-            group.uniform_(generator=torch.Generator().manual_seed(int(mixed >> np.uint64(1))))
-        if kind == "gumbel":
-            drawn = -torch.log(-torch.log(drawn.clamp(min=torch.finfo(drawn.dtype).tiny)))
-        return drawn.to(like.device)

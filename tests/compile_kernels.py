@@ -7,7 +7,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from moekit.kernels import gate, grouped, logprobs, plan
+from moekit.kernels import attention, gate, grouped, logprobs, plan
 
 HOPPER = GPUTarget("cuda", 90, 32)
 SHARED = 227 * 1024  # bytes that a program may have there
@@ -80,3 +80,11 @@ if __name__ == "__main__":
     compile_for_hopper(plan._by_expert, types, {"PLACES": 128, "EXPERTS": 32}, 8)
     types = {"counts": "*i64", "table": "*i32", "experts": "i32", "width": "i32"}
     compile_for_hopper(plan._tiles, types, {"ROWS": 16, "EXPERTS": 512})
+    types = dict.fromkeys(("qkv", "kv", "out"), "*fp16") | {
+        "lengths": "*i64",
+        "slots": "i32",
+        "scale": "fp32",
+    }
+    compile_for_hopper(
+        attention._attend_one, types, {"H": 12, "C": 64, "BLOCK": 64, "SLOTS": attention.SLOTS}
+    )

@@ -18,10 +18,12 @@ from branch_cases import BASE, CASES, build  # noqa: E402
 
 import moekit  # noqa: E402
 from moekit import checkpoint, gate, worker  # noqa: E402
+from moekit.cache import Cache  # noqa: E402
 from moekit.config import PAD, ModelConfig  # noqa: E402
 from moekit.experts import Experts, choose_kernel  # noqa: E402
 from moekit.kernels import gate as fused_gate  # noqa: E402
 from moekit.kernels import plan  # noqa: E402
+from moekit.kernels.attention import attend_one  # noqa: E402
 from moekit.kernels.grouped import ACTIVATIONS, ANY, CUTS, Blocks, Cut, cut_for, grouped_ffn  # noqa: E402
 from moekit.kernels.logprobs import target_log_probs  # noqa: E402
 from moekit.model import Pass, Transformer  # noqa: E402
@@ -202,6 +204,46 @@ def test_log_probabilities(vocab, dtype):
     assert target_log_probs(wide, targets).equal(found)
 
 
+@pytest.mark.parametrize("dim", [11, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_attention_of_one_token(dim, dtype):
+    """Sequences without, with a few and with more past tokens than fit at a time; slots beyond hold rubbish."""
+    generator = torch.Generator().manual_seed(dim)
+    lengths = torch.tensor([0, 5, 130, 64])
+    qkv = torch.randn(4, 3, 2, dim, generator=generator).to(dtype)
+    kv = torch.randn(2, 4, 2, 136, dim, generator=generator).to(dtype)
+    wanted = []
+    for b, length in enumerate(lengths.tolist()):
+        kv[:, b, :, length:] = torch.nan
+        k, v = (torch.cat([kv[i, b, :, :length], qkv[b, 1 + i][:, None]], dim=1).double() for i in range(2))
+        share = (qkv[b, 0][:, None].double() @ k.transpose(1, 2) / dim**0.5).softmax(-1)
+        wanted.append((share @ v).flatten())
+    qkv, kv, lengths = qkv.to(DEVICE), kv.to(DEVICE), lengths.to(DEVICE)
+    found = attend_one(qkv, kv, lengths)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-3
+    torch.testing.assert_close(found.cpu().double(), torch.stack(wanted), rtol=tolerance, atol=tolerance)
+    for b, length in enumerate(lengths.tolist()):
+        assert kv[:, b, :, length].equal(qkv[b, 1:]), "the new key and value are kept"
+
+
+@pytest.mark.parametrize("name", ["before_dropping", "odd_dim", "learned_positions"])
+def test_the_fast_model_reads_on_as_the_slow_one(name, tmp_path):
+    model = load(name, tmp_path)
+    tokens = torch.randint(4, 190, (3, 9), generator=torch.Generator().manual_seed(7)).to(DEVICE)
+    lengths = torch.tensor([5, 2, 3], device=DEVICE)
+    found = {}
+    for kernel in ("loop", "triton"):
+        cache = Cache(model.config, 3, 16, torch.device(DEVICE), torch.float32)
+        with torch.inference_mode():
+            features = [model.use(kernel)(tokens[:, :5], Pass(cache=cache))[range(3), lengths - 1]]
+            cache.advance(lengths)
+            for step in range(5, 9):
+                features.append(model(tokens[:, step, None], Pass(cache=cache, groups=3))[:, 0])
+                cache.advance(1)
+        found[kernel] = torch.stack(features)
+    torch.testing.assert_close(found["loop"], found["triton"], rtol=1e-4, atol=1e-5)
+
+
 GATES = [
     "top1",
     "before_dropping",
@@ -252,6 +294,7 @@ def test_no_pass_asks_the_device_for_a_number(name, monkeypatch):
         "plan._by_expert",
         "gate._choose",
         "logprobs._target_log_probs",
+        "attention._attend_one",
     ):
         monkeypatch.setattr(f"moekit.kernels.{kernel}", NotLaunched())
     with torch.device("meta"), torch.inference_mode():
@@ -259,7 +302,10 @@ def test_no_pass_asks_the_device_for_a_number(name, monkeypatch):
         tokens = torch.empty(4, 16, dtype=torch.long)
         features = model(tokens, Pass(0.05, groups=2))
         assert worker.log_probs(model, features, tokens, 190).shape == (4, 16)
-        assert model(tokens[:1, :1]).shape == (1, 1, 32)
+        cache = Cache(model.config, 1, 16, torch.device("meta"), torch.float32)
+        assert model(tokens[:1], Pass(cache=cache)).shape == (1, 16, 32)
+        cache.advance(3)
+        assert model(tokens[:1, :1], Pass(cache=cache)).shape == (1, 1, 32)
         assert model(tokens, Pass(0.05, groups=2, padding=tokens == PAD)).shape == (4, 16, 32)
         with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
             model.use("loop")(tokens)

@@ -1,18 +1,20 @@
 """The model beyond the recordings: caches, packing, precision, and randomness that does not know the world size."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from branch_cases import build
 
 import moekit
-from moekit import checkpoint, ranks, worker
+from moekit import checkpoint, ranks
 from moekit.batches import Batch, open_data
 from moekit.cache import Cache
 from moekit.config import PAD
 from moekit.dispatch import AllToAll, owned
 from moekit.handle import plan_steps
 from moekit.model import Pass, Transformer
+from moekit.noise import Noise
 
 
 def load(folder) -> Transformer:
@@ -62,6 +64,28 @@ def test_packed_batches_are_routed_each_for_itself(tmp_path, reference):
     )
 
 
+@pytest.mark.parametrize("name", ["before_dropping", "mask_padding"])
+def test_padding_behind_the_text_needs_no_mask_where_nobody_is_dropped(
+    name, tmp_path, reference, monkeypatch
+):
+    build(name, tmp_path)
+    how = {"tokens_per_sample": 64, "batch_size": 4, "sample_break_mode": "eos", "progress": False}
+    masked = []
+    forward = Transformer.forward
+    monkeypatch.setattr(
+        Transformer,
+        "forward",
+        lambda self, tokens, step: masked.append(step.padding is not None) or forward(self, tokens, step),
+    )
+    with moekit.load(tmp_path, 1, "cpu", progress=False) as model:
+        found = model.evaluate(reference / "data-bin", **how)
+        assert not any(masked)
+        model.evaluate(reference / "data-bin", capacity_token_fraction=9.0, **how)
+        assert any(masked)
+        exact = model.evaluate(reference / "data-bin", **how | {"batch_size": 1})
+    pd.testing.assert_frame_equal(found.tokens, exact.tokens, atol=1e-5, rtol=0)
+
+
 def test_steps_hold_batches_of_one_shape_and_lose_none():
     shapes = [(2, 8)] * 7 + [(1, 8)] + [(2, 8)] * 2
     batches = [
@@ -69,7 +93,7 @@ def test_steps_hold_batches_of_one_shape_and_lose_none():
         for i, (b, t) in enumerate(shapes)
     ]
     steps = list(plan_steps(batches, world_size=2, tokens=32))
-    assert [[b.index for b in step] for step in steps] == [[0, 1, 2, 3], [4, 5, 6], [7], [8, 9]]
+    assert [[b.index for b in step] for step in steps] == [[0, 1, 2, 3], [4, 5, 6, 8], [9], [7]]
 
 
 def test_experts_are_dealt_evenly():
@@ -135,7 +159,7 @@ def test_randomness_depends_on_the_seed_alone(policy, tmp_path, reference):
 
 
 def test_noise_is_distributed_as_it_says():
-    noise = worker.Noise(seed=3, batches=[0, 1])
+    noise = Noise(seed=3, batches=[0, 1])
     like = torch.empty(2, 500, 100)
     uniform, gumbel = noise(1, "uniform", like), noise(1, "gumbel", like)
     assert 0 <= uniform.min() < uniform.max() < 1

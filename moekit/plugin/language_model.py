@@ -18,7 +18,7 @@ from moekit.cache import Cache
 from moekit.config import PAD, ModelConfig, from_fairseq, to_dict
 from moekit.experts import choose_kernel
 from moekit.model import Pass, Transformer
-from moekit.worker import Noise
+from moekit.noise import Noise
 
 NAME = "transformer_lm_moekit"
 CACHE = "moekit"  # its place in fairseq's incremental state

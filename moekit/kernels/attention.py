@@ -1,0 +1,89 @@
+"""Attention of one new token a sequence: its key and value are written, and it looks back at what is there, and no further.
+
+Shape letters: B sequences, H heads, C head dim, M slots of the cache.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+SLOTS = 64  # looked at at a time
+
+
+def attend_one(qkv: Tensor, kv: Tensor, lengths: Tensor) -> Tensor:
+    """Read one token on, for inference.
+
+    Args:
+        qkv: [B, 3, H, C], queries, keys and values of the new tokens.
+        kv: [2, B, H, M, C], a layer of a :class:`moekit.cache.Cache`; slot ``lengths[b]`` is filled.
+        lengths: [B] int64, tokens that came before.
+
+    Returns:
+        [B, H C]
+    """
+    batch, _, heads, dim = qkv.shape
+    assert qkv.is_contiguous() and kv.is_contiguous()
+    out = torch.empty(batch, heads * dim, dtype=qkv.dtype, device=qkv.device)
+    _attend_one[(batch, heads)](
+        qkv,
+        kv,
+        lengths,
+        out,
+        kv.shape[3],
+        dim**-0.5,
+        H=heads,
+        C=dim,
+        BLOCK=triton.next_power_of_2(dim),
+        SLOTS=SLOTS,
+        num_warps=4,
+    )
+    return out
+
+
+@triton.jit(do_not_specialize=["slots"])
+def _attend_one(
+    qkv,
+    kv,
+    lengths,
+    out,
+    slots,
+    scale,
+    H: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    b, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    c = tl.arange(0, BLOCK)
+    real = c < C
+    new = qkv + (b * 3 * H + h) * C + c
+    q = tl.load(new, mask=real, other=0.0).to(tl.float32) * scale
+    key = tl.load(new + H * C, mask=real, other=0.0)
+    value = tl.load(new + 2 * H * C, mask=real, other=0.0)
+    length = tl.load(lengths + b)
+    keys = kv + (b * H + h) * slots * C
+    values = keys + tl.num_programs(0).to(tl.int64) * H * slots * C
+    tl.store(keys + length * C + c, key, mask=real)
+    tl.store(values + length * C + c, value, mask=real)
+
+    # The softmax as it goes: the greatest score so far, and sums relative to it. The new token's own comes first.
+    top = tl.sum(q * key.to(tl.float32), axis=0)
+    total = top * 0.0 + 1.0
+    found = value.to(tl.float32)
+    for start in range(0, length, SLOTS):
+        slot = start + tl.arange(0, SLOTS)
+        there = slot < length
+        at = slot[:, None] * C + c[None, :]
+        here = there[:, None] & real[None, :]
+        k = tl.load(keys + at, mask=here, other=0.0).to(tl.float32)
+        score = tl.where(there, tl.sum(k * q[None, :], axis=1), float("-inf"))
+        greatest = tl.maximum(top, tl.max(score, axis=0))
+        share, fade = tl.exp(score - greatest), tl.exp(top - greatest)
+        v = tl.load(values + at, mask=here, other=0.0).to(tl.float32)
+        found = found * fade + tl.sum(share[:, None] * v, axis=0)
+        total = total * fade + tl.sum(share, axis=0)
+        top = greatest
+    tl.store(out + (b * H + h) * C + c, (found / total).to(out.dtype.element_ty), mask=real)

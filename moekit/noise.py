@@ -1,0 +1,55 @@
+"""Random numbers that depend on what they are for and on nothing else: the same bits on any device and at any world size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Noise:
+    """The randomness of the second expert, by seed, batch and layer."""
+
+    def __init__(self, seed: int, batches: Sequence[int]):
+        self.seed, self.batches = seed, batches
+
+    def __call__(self, layer: int, kind: str, like: Tensor) -> Tensor:
+        """``kind`` "uniform" in (0, 1) or "gumbel": float32 of the shape [G, ...] and on the device of ``like``."""
+        keys = [(self.seed, batch, layer) for batch in self.batches]
+        drawn = (_bits(keys, like[0].numel(), like.device, 23).float() + 0.5) * 2.0**-23
+        if kind == "gumbel":
+            drawn = -torch.log(-torch.log(drawn))
+        return drawn.view(like.shape)
+
+
+def uniform(keys: Sequence[tuple[int, ...]], count: int, device: torch.device) -> Tensor:
+    """[len(keys), count] float64 in (0, 1): numbers of its own for each key."""
+    return (_bits(keys, count, device, 53).double() + 0.5) * 2.0**-53
+
+
+def _bits(keys: Sequence[tuple[int, ...]], count: int, device: torch.device, wanted: int) -> Tensor:
+    starts = [int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) for key in keys]
+    return _shifted(splitmix64(starts, count, device), 64 - wanted)
+
+
+def splitmix64(starts: Sequence[int], count: int, device: torch.device) -> Tensor:
+    """[len(starts), count] int64, 64 random bits each: the generator's first numbers from each of its states.
+
+    Steele, Lea, Flood: Fast splittable pseudorandom number generators (OOPSLA 2014), figures 13 and 14.
+    """
+    x = torch.tensor([_signed(start) for start in starts]).to(device)[:, None]
+    x = x + torch.arange(1, count + 1, device=device) * _signed(0x9E3779B97F4A7C15)
+    x = (x ^ _shifted(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shifted(x, 27)) * _signed(0x94D049BB133111EB)
+    return x ^ _shifted(x, 31)
+
+
+def _signed(number: int) -> int:
+    return number - (1 << 64) if number >= 1 << 63 else number
+
+
+def _shifted(x: Tensor, places: int) -> Tensor:
+    """Shift to the right, zeros coming in from the left."""
+    return (x >> places) & ((1 << (64 - places)) - 1)
