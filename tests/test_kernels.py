@@ -17,10 +17,11 @@ pytest.importorskip("triton")
 from branch_cases import BASE, CASES, build  # noqa: E402
 
 import moekit  # noqa: E402
-from moekit import checkpoint, gate, worker  # noqa: E402
+from moekit import checkpoint, gate, graph, worker  # noqa: E402
 from moekit.cache import Cache  # noqa: E402
 from moekit.config import PAD, ModelConfig  # noqa: E402
 from moekit.experts import Experts, choose_kernel  # noqa: E402
+from moekit.graph import Graph  # noqa: E402
 from moekit.kernels import gate as fused_gate  # noqa: E402
 from moekit.kernels import plan  # noqa: E402
 from moekit.kernels.attention import attend_one  # noqa: E402
@@ -309,6 +310,38 @@ def test_no_pass_asks_the_device_for_a_number(name, monkeypatch):
         assert model(tokens, Pass(0.05, groups=2, padding=tokens == PAD)).shape == (4, 16, 32)
         with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
             model.use("loop")(tokens)
+
+
+on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+
+
+@on_gpu
+def test_the_driver_sees_no_question_either(tmp_path):
+    """What the device without numbers cannot show: copies from the host that wait."""
+    model = load("before_dropping", tmp_path).half().use("triton")
+    tokens = torch.randint(4, 190, (4, 16), device=DEVICE)
+    with torch.inference_mode():
+        for mode in ("default", "error"):  # the first time, kernels are compiled and tables made
+            torch.cuda.set_sync_debug_mode(mode)
+            try:
+                worker.log_probs(model, model(tokens, Pass(0.05, groups=2)), tokens, 190)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+
+@on_gpu
+def test_a_graph_decodes_what_single_kernels_do(reference, monkeypatch):
+    how = {"max_new_tokens": 20, "progress": False}
+    prompts = [[5, 6, 7], [8], list(range(9, 30))]
+    with moekit.load(reference / "checkpoint", 1, "cuda", progress=False) as model:
+        captured = []
+        monkeypatch.setattr(graph, "Graph", lambda *args: captured.append(args) or Graph(*args))
+        found = model.generate(prompts, **how)
+        assert captured, "no graph was made"
+        monkeypatch.setattr(graph, "fits", lambda *args: False)
+        for one, other in zip(found, model.generate(prompts, **how), strict=True):
+            assert one.ids == other.ids
+            np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
 
 
 def test_ranks_that_compute_with_kernels(reference):
