@@ -13,7 +13,7 @@ from moekit.config import EOS, PAD, ModelConfig
 from moekit.data.codec import DEMO, Codec
 from moekit.decode import Settings, choose
 from moekit.generate import Text
-from moekit.model import Transformer
+from moekit.model import Pass, Transformer
 from moekit.noise import splitmix64, uniform
 
 IDS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15, 16], [], [17, EOS, 18]]
@@ -396,6 +396,35 @@ def test_prompts_may_be_arrays(recorded):
     same(ours, recorded.generate([torch.tensor([5, 6]), [7, 8]], max_new_tokens=3, **QUIET))
     one = recorded.generate(torch.tensor([5, 6]), max_new_tokens=3, **QUIET)
     assert len(one) == 1 and json.dumps(one[0].ids)  # plain ints
+
+
+def test_a_step_that_is_replayed_changes_nothing(text_model, monkeypatch):
+    """What a GPU captures, as a stand-in that is valid for one set of rows and writes to the cache when it is made."""
+    how = {"max_new_tokens": 23, "temperature": 1.0, "seed": 3, "stop": ["th", "."], "progress": False}
+    prompts = ["The", "A cat", "", "In the beginning", "Once"]
+    wanted = text_model.generate(prompts, **how)
+    made = []
+
+    class StandIn:
+        def __init__(self, model, cache, vocab):
+            self.model, self.cache, self.vocab, self.kv = model, cache, vocab, cache.kv
+            self.lengths = cache.lengths
+            made.append(len(cache.lengths))
+            self(torch.zeros(len(cache.lengths), dtype=torch.long))
+
+        def __call__(self, read):
+            assert self.kv is self.cache.kv and self.lengths is self.cache.lengths, "it is out of date"
+            step = Pass(groups=len(read), cache=self.cache)
+            return self.model.logits(self.model(read[:, None], step)[:, 0], self.vocab)
+
+    monkeypatch.setattr(generate, "BURST", {"cpu": 3})
+    monkeypatch.setattr(generate.decode.graph, "Graph", StandIn)
+    monkeypatch.setattr(generate.decode.graph, "fits", lambda model, step: True)
+    found = text_model.generate(prompts, **how)
+    assert len(made) > 1, "rows that end call for another graph"
+    for one, other in zip(wanted, found, strict=True):
+        assert (one.ids, one.text) == (other.ids, other.text)
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
 
 
 def test_bursts_and_dead_rows_change_nothing(text_model, monkeypatch):
