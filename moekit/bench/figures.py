@@ -79,6 +79,7 @@ GOALS: dict[tuple[str, int, str], float] = {
     ("15b", 1, "load"): 6.0,
     ("15b", 1, "load memory"): 4.0,
     ("15b", 2, "all-to-all"): 20.0,
+    ("15b", 2, "against one"): 1.7,
 }
 
 

@@ -7,7 +7,7 @@ import contextlib
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -45,10 +45,25 @@ def run(setting: Setting, args: argparse.Namespace) -> list[Figure]:
         return [Figure("score", None, "tokens/s", note=why)]
     with settings.model(setting) as (model, ceilings):
         rows = settings.ceiling_figures(ceilings, setting.dtype)
-        for blocks in args.blocks:
-            rows += figures_of(model, setting, ceilings, blocks)
+        found = [figures_of(model, setting, ceilings, blocks) for blocks in args.blocks]
+        rows += [row for some in found for row in some]
         rows.append(whole(model, setting, ceilings, max(args.blocks)))
+        goal = setting.goal("against one", ceilings)
+    if setting.world_size > 1:
+        rows.append(against_one(setting, args.blocks, max(some[0].value for some in found), goal))
     return rows
+
+
+def against_one(setting: Setting, blocks: list[int], best: float, goal: float | None) -> Figure:
+    """The best rate of all ranks, ``best``, beside the best that one of them has alone, measured in the same run."""
+    work = f"{setting.world_size} ranks against one, best of each"
+    alone = replace(setting, world_size=1)
+    if why := settings.room(alone):
+        return Figure(work, None, "times", setting.world_size, goal, note=f"alone it {why}")
+    with settings.model(alone) as (model, ceilings):
+        one = max(figures_of(model, alone, ceilings, count)[0].value for count in blocks)
+    note = f"{best:.0f} tokens/s against {one:.0f}"
+    return Figure(work, best / one, "times", setting.world_size, goal, note=note)
 
 
 def limit(setting: Setting, ceilings: Ceilings, blocks: int) -> float:
