@@ -132,8 +132,9 @@ def read(path: Path) -> dict[str, Any]:
             f"{path} asks to load the class or function {wanted[1]}, which moekit does not do: a checkpoint is data, and "
             "this file may be hostile"
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except Exception as error:  # torch reads a damaged pickle until something fails, and that may be anything
+        told = isinstance(error, (RuntimeError, OSError)) and str(error)
+        reason = str(error).splitlines()[0] if told else type(error).__name__
         raise ValueError(f"{path} is not a readable checkpoint file{_kind(path)}: {reason}") from error
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
         raise ValueError(f"{path} has no 'model' with tensors: it is no fairseq checkpoint")

@@ -97,7 +97,9 @@ def test_a_hostile_file_runs_nothing(folder):
     assert not Path("/tmp/moekit-was-here").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", pickle.dumps({"model": {}}, 2)])
+@pytest.mark.parametrize(
+    "content", [b"", b"not a checkpoint", b"hello world" * 9, pickle.dumps({"model": {}}, 2)]
+)
 def test_damaged_files_are_named(folder, content):
     (folder / "model-rank-2.pt").write_bytes(content)
     with pytest.raises(ValueError, match=r"model-rank-2\.pt"):
