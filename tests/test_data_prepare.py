@@ -174,6 +174,12 @@ def test_text_without_text(tmp_path, content):
         run(tmp_path, source=str(tmp_path / "nothing*"), bpe="demo")
 
 
+def test_text_that_is_not_there_is_said_before_anything_is_fetched(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "download", lambda *a, **k: pytest.fail("went to the web first"))
+    with pytest.raises(ValueError, match="no text there"):
+        run(tmp_path, source=str(tmp_path / "nothing.txt"), bpe="gpt2")
+
+
 # ------------------------------------------------------------------------------------------------- the web
 
 

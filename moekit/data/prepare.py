@@ -103,8 +103,8 @@ def prepare(settings: Settings, say: Say = print) -> Prepared:
     started = time.monotonic()
     steps = Steps(say)
     with locked(settings.data_dir):
-        bpe = _bpe(settings, steps)
         name, texts = _texts(settings, steps)
+        bpe = _bpe(settings, steps)
         home = settings.data_dir / name
         _claim(home, settings, texts)
         _copied(bpe / "dict.txt", home / "data-bin", steps)
