@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,13 +16,16 @@ from moekit.trace import Trace
 
 
 def load_shards(p: SimpleNamespace) -> ModelConfig:
-    """The checkpoint is whole and the devices are there; ``p`` holds the checked parameters.
+    """The checkpoint is whole, the devices are there, and ``output_dir`` can be written to; ``p`` holds the checked
+    parameters.
 
     Raises:
         ParameterError: what is wrong.
     """
     _said(ranks.choose_devices, p.world_size, p.device)
-    return _said(lambda: ckpt.survey(ckpt.find(p.checkpoint))).config
+    config = _said(lambda: ckpt.survey(ckpt.find(p.checkpoint))).config
+    _writable(p.output_dir)
+    return config
 
 
 def run_inference(p: SimpleNamespace) -> ModelConfig:
@@ -53,10 +58,12 @@ def run_inference(p: SimpleNamespace) -> ModelConfig:
 
 
 def inspect_routing(p: SimpleNamespace) -> ModelConfig:
-    """As :func:`load_shards`; the data, the layers and the other trace are there too."""
+    """As :func:`load_shards`; the data or texts, the layers and the other trace are there too."""
     config = load_shards(p)
     if p.texts is None:
         _said(batches.check_files, p.data, p.subset)
+    elif not p.texts or "" in p.texts:
+        raise ParameterError(f"texts={p.texts!r}: expected at least one text, and none of them empty")
     for layer in p.layers or []:
         if layer not in config.moe_layers:
             raise ParameterError(
@@ -80,6 +87,18 @@ def generation(p: SimpleNamespace) -> dict[str, Any]:
         return given
     draws = {"top_k": p.top_k, "top_p": p.top_p} if p.temperature > 0 else {}
     return given | {"temperature": p.temperature, "alternatives": 5} | draws
+
+
+def _writable(output_dir: str) -> None:
+    """Make the folder and try: what permissions say of a mount that is read-only, or of root, is not to be relied on."""
+    folder = Path(output_dir).expanduser().resolve()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ParameterError(
+            f"output_dir={output_dir!r}: nothing can be written to {folder} ({error.strerror}); name another folder"
+        ) from None
 
 
 def _said(check: Callable[..., Any], *arguments: Any) -> Any:

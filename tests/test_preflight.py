@@ -1,3 +1,4 @@
+import tempfile
 from types import SimpleNamespace
 
 import pytest
@@ -21,6 +22,7 @@ GOOD = {
     "repetition_penalty": 1.0,
     "num_return_sequences": 1,
     "seed": 1,
+    "output_dir": tempfile.gettempdir(),
 }
 
 
@@ -46,11 +48,21 @@ def test_what_is_whole_passes():
         ({"max_new_tokens": 256}, "max_new_tokens=256: the model has 256 positions"),
         ({"temperature": 0.0, "num_return_sequences": 3}, "num_return_sequences=3: at temperature 0"),
         ({"beam_size": 2, "num_return_sequences": 3}, "expected at most beam_size=2"),
+        ({"output_dir": "/proc/nowhere"}, "output_dir='/proc/nowhere': nothing can be written to"),
+        ({"output_dir": __file__}, "test_preflight.py.*name another folder"),
     ],
 )
 def test_what_would_fail_later_is_said_at_once(changes, said):
     with pytest.raises(ParameterError, match=said):
         preflight.run_inference(given(**changes))
+
+
+@pytest.mark.parametrize("texts", [[], ["some text", ""]])
+def test_empty_texts_are_said_at_once(texts):
+    rest = {"layers": None, "compare_with": None}
+    assert preflight.inspect_routing(given(texts=["some text"], **rest)).experts == 16
+    with pytest.raises(ParameterError, match="expected at least one text, and none of them empty"):
+        preflight.inspect_routing(given(texts=texts, **rest))
 
 
 def test_settings_of_the_generation_fit_each_other():
