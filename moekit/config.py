@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 PAD = 1  # fairseq's Dictionary puts <s> <pad> </s> <unk> first, in this order
@@ -75,6 +75,10 @@ class ModelConfig:
 
 ACTIVATIONS = ("relu", "gelu", "gelu_fast", "gelu_accurate", "tanh", "linear")
 SECOND_EXPERT = ("all", "sampling", "random")
+# Fields that a running model can change; the others give the weights their shapes.
+CHANGEABLE = """max_positions activation pre_norm scale_embedding top1 gate_fp32 second_expert normalize_before_dropping
+    batch_prioritized mask_padding add_bos""".split()
+WORDS = {"activation": ACTIVATIONS, "second_expert": SECOND_EXPERT}
 
 _truthy = bool
 # option -> (does this value ask for it?, what it is)
@@ -90,6 +94,28 @@ REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "cross_self_attention": (_truthy, "cross-self-attention"),
     "decoder_layers_to_keep": (lambda v: v not in (None, "", "None"), "pruned layers"),
 }
+
+
+def changed(config: ModelConfig, fields: Mapping[str, Any]) -> ModelConfig:
+    """``config`` with ``fields`` in place of its own.
+
+    Raises:
+        ValueError: a field is none of :data:`CHANGEABLE`, or its value none that it can have.
+    """
+    for name, value in fields.items():
+        if name not in CHANGEABLE:
+            raise ValueError(
+                f"config={{{name!r}: ...}} cannot be changed; expected some of {', '.join(CHANGEABLE)}"
+            )
+        if name in WORDS:
+            fits, expected = value in WORDS[name], ", ".join(WORDS[name])
+        elif name == "max_positions":
+            fits, expected = type(value) is int and value > 0, "a whole number of at least 1"
+        else:
+            fits, expected = isinstance(value, bool), "True or False"
+        if not fits:
+            raise ValueError(f"config={{{name!r}: {value!r}}}: expected {expected}")
+    return replace(config, **fields)
 
 
 def to_dict(node: Any, where: str) -> dict[str, Any]:

@@ -30,7 +30,7 @@ import moekit
 from moekit import batches as data_order
 from moekit import checkpoint
 from moekit.batches import Batch
-from moekit.config import from_fairseq, options_of
+from moekit.config import CHANGEABLE, from_fairseq, options_of
 from moekit.handle import check_fraction
 
 logger = logging.getLogger("fairseq_cli.eval_lm")  # fairseq's name, since scripts look for it
@@ -48,9 +48,6 @@ WITHOUT_EFFECT = """all_gather_list_size batch_size_valid bpe broadcast_buffers 
     pad_to_fixed_length plasma_path quiet required_batch_size_multiple required_seq_len_multiple results_path scoring
     skip_invalid_size_inputs_valid_test softmax_batch threshold_loss_scale tokenizer train_subset use_plasma_view
     user_dir valid_subset validate_after_updates validate_interval validate_interval_updates""".split()
-# Fields of the model's config that a running model can change; the others give the weights their shapes.
-CHANGEABLE = """max_positions activation pre_norm scale_embedding top1 gate_fp32 second_expert normalize_before_dropping
-    batch_prioritized mask_padding add_bos""".split()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

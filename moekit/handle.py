@@ -21,7 +21,7 @@ from moekit import generate as generation
 from moekit import intervene, ranks, worker
 from moekit import trace as tracing
 from moekit.batches import Batch
-from moekit.config import ModelConfig
+from moekit.config import ModelConfig, changed
 from moekit.data.codec import FILES as CODEC_FILES
 from moekit.data.codec import Codec
 from moekit.data.dictionary import Dictionary
@@ -452,7 +452,7 @@ def load(
     world_size = len(devices)
     files = ckpt.find(checkpoint)
     plan = ckpt.survey(files, dictionary_size(files, dictionary))
-    plan = replace(plan, config=replace(plan.config, **(config or {})))
+    plan = replace(plan, config=changed(plan.config, config or {}))
     kind = weights_dtype(dtype, devices[0], plan)
     kernel = choose_kernel(kernel, devices[0], kind)
 

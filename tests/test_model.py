@@ -214,3 +214,18 @@ def test_data_of_another_dictionary_is_refused(reference, tmp_path):
         model.evaluate(tmp_path, progress=False)
     with pytest.raises(ValueError, match=r"dtype='half'; expected auto, float32"):
         moekit.load(reference / "checkpoint", 1, "cpu", "half", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"capacity": 1}, "'capacity': ...} cannot be changed; expected some of max_positions, activation"),
+        ({"layers": 3}, "'layers': ...} cannot be changed"),
+        ({"second_expert": "both"}, "'both'}: expected all, sampling, random"),
+        ({"max_positions": 0}, "expected a whole number of at least 1"),
+        ({"top1": 1}, "expected True or False"),
+    ],
+)
+def test_a_config_that_makes_no_sense_is_refused_before_ranks_start(reference, config, said):
+    with pytest.raises(ValueError, match=said):
+        moekit.load(reference / "checkpoint", 1, "cpu", config=config, progress=False)
