@@ -254,6 +254,10 @@ def test_a_wrong_layer_ends_the_bench(monkeypatch):
     [
         (["score", "--device", "cpu", "--kernel", "triton"], "kernel='triton' needs"),
         (["decode", "--device", "cpu", "--world-size", "0"], "world_size is 0"),
+        (["data", "--bpe", "/nowhere"], "--bpe /nowhere: there is no /nowhere/encoder.json"),
+        (["data", "--text", "/nowhere"], "No such file or directory: '/nowhere'"),
+        (["data", "--megabytes", "-1"], "--megabytes -1.0: expected more than 0"),
+        (["score", "--json", "/nowhere/figures.json"], "No such file or directory: '/nowhere/figures.json'"),
     ],
 )
 def test_mistakes_are_one_sentence(arguments, said, capsys):
@@ -261,6 +265,22 @@ def test_mistakes_are_one_sentence(arguments, said, capsys):
         bench.main(arguments)
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["score", "--blocks", "4,0"],
+        ["decode", "--batches=-1"],
+        ["moe-layer", "--tokens", "0"],
+        ["load", "--repeats", "0"],
+        ["routing", "--tokens", "0"],
+    ],
+)
+def test_numbers_start_at_one(arguments, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        bench.main(arguments)
+    assert "expected a whole number of at least 1" in capsys.readouterr().err
 
 
 def test_unknown_opponents_are_refused(capsys):

@@ -70,8 +70,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser, benches = parsers()
     args = parser.parse_args(arguments)
     try:
+        if args.json is not None:
+            args.json.open("a").close()  # before hours of measuring, not after
         tables = tables_of(args, arguments[1:], parser, benches)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     if args.json is not None:
         args.json.write_text(json.dumps({**about(arguments), "benches": tables}, indent=2) + "\n")

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from moekit.bench.setting import at_least_one
 from moekit.data import binarise, encode_files
 from moekit.data.codec import DEMO, FILES
 
@@ -55,10 +56,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--bpe", type=Path, default=DEMO, help=f"a folder with {', '.join(FILES)} (default: demo's)"
     )
     parser.add_argument(
-        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes on both sides"
+        "--workers", type=at_least_one, default=len(os.sched_getaffinity(0)), help="processes on both sides"
     )
     parser.add_argument(
-        "--repeats", type=int, default=3, help="runs of ours after a first one; the median counts"
+        "--repeats", type=at_least_one, default=3, help="runs of ours after a first one; the median counts"
     )
 
 
@@ -70,9 +71,15 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
         ``goal`` (of the ratio; None for binarising), ``megabytes``, ``workers``.
 
     Raises:
-        ValueError: ours and fairseq's files differ.
+        ValueError: ours and fairseq's files differ, a file is missing, or there is nothing to do.
     """
-    encoder_json, vocab_bpe, dict_txt = (args.bpe / name for name in FILES)
+    encoder_json, vocab_bpe, dict_txt = needed = [args.bpe / name for name in FILES]
+    if missing := [
+        str(path) for path in needed if not path.is_file()
+    ]:  # fairseq's workers would start for ever
+        raise ValueError(f"--bpe {args.bpe}: there is no {', '.join(missing)}")
+    if args.megabytes <= 0:
+        raise ValueError(f"--megabytes {args.megabytes}: expected more than 0")
     with tempfile.TemporaryDirectory() as folder:
         text, ours, theirs = (Path(folder) / name for name in ("text", "ours", "theirs"))
         text.write_bytes(_text(args.text, int(args.megabytes * 1e6)))

@@ -15,15 +15,16 @@ from typing import Any
 import numpy as np
 
 from moekit import metrics
+from moekit.bench.setting import at_least_one
 from moekit.trace import Trace
 
 SECONDS = 5.0  # what a metric may take on 2 cores
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tokens", type=int, default=250_000)
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--experts", type=int, default=512)
+    parser.add_argument("--tokens", type=at_least_one, default=250_000)
+    parser.add_argument("--layers", type=at_least_one, default=6)
+    parser.add_argument("--experts", type=at_least_one, default=512)
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:

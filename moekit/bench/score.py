@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+    return [settings.at_least_one(part) for part in text.split(",")]
 
 
 def run(setting: Setting, args: argparse.Namespace) -> list[Figure]:

@@ -59,7 +59,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="default: float16 on a GPU, float32 without")
     parser.add_argument("--kernel", choices=("auto", *KERNELS), default="auto")
     parser.add_argument("--world-size", type=int, default=1)
-    parser.add_argument("--repeats", type=int, help="the median counts; default: 10 on a GPU, 3 without")
+    parser.add_argument(
+        "--repeats", type=at_least_one, help="the median counts; default: 10 on a GPU, 3 without"
+    )
+
+
+def at_least_one(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number of at least 1")
+    return int(text)
 
 
 def of(args: argparse.Namespace) -> Setting:
