@@ -84,7 +84,8 @@ def find(checkpoint: str | Path) -> Files:
     else:
         match = FILE.fullmatch(path.name)
         if match is None:
-            raise ValueError(f"{path} is not a .pt file or a folder")
+            what = "is not a .pt file or a folder" if path.exists() else "does not exist"
+            raise ValueError(f'{path} {what}: name a checkpoint\'s folder, one of its .pt files, or "demo"')
         stem = match["stem"]
 
     ranks = {int(m["rank"]): folder / name for name, m in found.items() if m["stem"] == stem and m["rank"]}

@@ -313,3 +313,12 @@ def test_saving_writes_every_key_of_the_branch(reference, tmp_path):
         )
         if name == "model-shared.pt":
             assert set(ours["model"]) == set(theirs["model"])
+
+
+def test_a_checkpoint_that_is_not_there_is_told_apart_from_one_that_is_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match='dmo does not exist: name .* or "demo"'):
+        checkpoint.find("dmo")
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(ValueError, match="notes.txt is not a .pt file or a folder"):
+        checkpoint.find("notes.txt")
