@@ -10,8 +10,9 @@ import pytest
 import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INTERPRET = "TRITON_INTERPRET"
 if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
+    os.environ[INTERPRET] = "1"  # read when a kernel is defined: by the imports that follow
 
 pytest.importorskip("triton")
 from branch_cases import BASE, CASES, build  # noqa: E402
@@ -28,6 +29,15 @@ from moekit.kernels.attention import attend_one  # noqa: E402
 from moekit.kernels.grouped import ACTIVATIONS, ANY, CUTS, Blocks, Cut, cut_for, grouped_ffn  # noqa: E402
 from moekit.kernels.logprobs import target_log_probs  # noqa: E402
 from moekit.model import Pass, Transformer  # noqa: E402
+
+os.environ.pop(INTERPRET, None)  # other tests know nothing of it
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    if DEVICE == "cpu":
+        monkeypatch.setenv(INTERPRET, "1")
+
 
 BFLOAT = pytest.param(
     torch.bfloat16,
@@ -368,9 +378,7 @@ def test_ranks_that_compute_with_kernels(reference):
 
 def test_they_compile_for_hopper(tmp_path):
     """No GPU is needed for that; large tiles have to become Hopper's own matrix instructions."""
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
-        "TRITON_CACHE_DIR": str(tmp_path)
-    }
+    env = {k: v for k, v in os.environ.items() if k != INTERPRET} | {"TRITON_CACHE_DIR": str(tmp_path)}
     script = Path(__file__).with_name("compile_kernels.py")
     done = subprocess.run(
         [sys.executable, script],
@@ -392,7 +400,7 @@ def test_kernels_that_are_not_there(reference, monkeypatch):
     assert choose_kernel("auto", cuda, torch.float16) == "triton"
     with pytest.raises(ValueError, match="kernel='cublas'; expected auto, loop, grouped_mm, triton"):
         choose_kernel("cublas", cpu, torch.float16)
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.delenv(INTERPRET, raising=False)
     with pytest.raises(
         ValueError, match="kernel='triton' needs the package triton and a GPU, and this is a cpu"
     ):
