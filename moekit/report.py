@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ import torch
 from moekit import checkpoint as ckpt
 from moekit import ranks
 from moekit.dispatch import owned
-from moekit.gpus import gpus
+from moekit.machine import gpus, host_memory
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,7 +30,7 @@ def machine() -> pd.DataFrame:
     facts = {
         "system": platform.platform(),
         "cores": ranks.usable_cores(),
-        "host memory": f"{_host_memory('MemAvailable') / GIB:.1f} of {_host_memory('MemTotal') / GIB:.1f} GiB free",
+        "host memory": f"{host_memory('MemAvailable') / GIB:.1f} of {host_memory('MemTotal') / GIB:.1f} GiB free",
     }
     facts |= {name: version for name, version in versions().items() if version}
     for i, gpu in enumerate(gpus()):
@@ -52,16 +51,6 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def _host_memory(what: str) -> int:
-    """``MemTotal`` or ``MemAvailable`` in bytes; within a container's limit where there is one."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return int(next(line for line in lines if line.startswith(what)).split()[1]) * 1024
-    except (OSError, StopIteration):
-        return total
-
-
 def files(checkpoint: str | Path) -> pd.DataFrame:
     """What lies in a checkpoint's folder, a row a file."""
     table = pd.DataFrame(ckpt.describe(checkpoint)).drop(columns="rank")
@@ -78,7 +67,7 @@ def shares(checkpoint: str | Path, world_size: int | None, device: str, dtype: s
     world_size = len(devices)
     width = weights_dtype(dtype, devices[0], plan).itemsize
     on_gpu = devices[0].type == "cuda"
-    host = _host_memory("MemAvailable") / world_size
+    host = host_memory("MemAvailable") / world_size
     free = [gpu.free for gpu in gpus()] if on_gpu else [host] * world_size
     rows = []
     for rank, place in enumerate(devices):

@@ -12,6 +12,7 @@ import torch
 import moekit
 from moekit.bench import __main__ as bench
 from moekit.bench import decode, figures, load, measure, moe_layer, score, shapes
+from moekit.bench import setting as settings
 from moekit.bench.figures import Figure
 from moekit.bench.measure import Ceilings
 from moekit.bench.setting import Setting
@@ -188,7 +189,7 @@ def test_load_writes_its_files_unless_they_are_there(tmp_path):
 
 
 def test_what_does_not_fit_is_said(tmp_path, monkeypatch):
-    monkeypatch.setattr(measure, "free_host_bytes", lambda: 10 << 20)
+    monkeypatch.setattr(settings, "host_memory", lambda what: 10 << 20)
     for name in ("score", "decode"):
         (row,) = run(tmp_path, name, "--shape", "15b", "--device", "cpu")[name]
         assert row["figure"] is None and row["note"].startswith("does not fit: 54.4 GiB of weights, 0.0 GiB")

@@ -11,16 +11,16 @@ import filecmp
 import json
 import os
 import site
-import statistics
 import subprocess
 import sys
 import sysconfig
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from moekit.bench import measure
 from moekit.bench.setting import at_least_one
 from moekit.data import binarise, encode_files
 from moekit.data.codec import DEMO, FILES
@@ -96,8 +96,9 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
             theirs,
         ]
         fairseq = _fairseq(ENCODE, *files, "--keep-empty", "--workers", args.workers)
-        seconds = _median(
-            lambda: encode_files([text], ours, encoder_json, vocab_bpe, True, args.workers), args.repeats
+        how = {"device": torch.device("cpu"), "repeats": args.repeats, "warm_up": 1}
+        seconds = measure.median(
+            lambda: encode_files([text], ours, encoder_json, vocab_bpe, True, args.workers), **how
         )
         _same(ours, theirs)
         rows.append(_row("encode", text, seconds, fairseq, GOAL, args.workers))
@@ -112,7 +113,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
             f"{folder}/data-bin",
         ]
         fairseq = _fairseq(BINARISE, *files, "--workers", args.workers)
-        seconds = _median(lambda: binarise(ours, f"{folder}/valid", dict_txt, args.workers), args.repeats)
+        seconds = measure.median(lambda: binarise(ours, f"{folder}/valid", dict_txt, args.workers), **how)
         for end in ("bin", "idx"):
             _same(Path(folder, f"valid.{end}"), Path(folder, "data-bin", f"valid.{end}"))
         rows.append(_row("binarise", ours, seconds, fairseq, None, args.workers))
@@ -145,15 +146,6 @@ def _fairseq(code: str, *arguments: object) -> float:
     if done.returncode:
         raise RuntimeError(f"fairseq's tool ended with {done.returncode}: {done.stderr[-500:]}")
     return float(json.loads(done.stdout.splitlines()[-1]))
-
-
-def _median(work: Callable[[], object], repeats: int) -> float:
-    seconds = []
-    for _ in range(1 + repeats):
-        started = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds[1:])
 
 
 def _same(ours: Path, theirs: Path) -> None:

@@ -19,6 +19,7 @@ from moekit.bench.figures import GIB, Figure
 from moekit.bench.setting import Setting
 from moekit.dispatch import owned
 from moekit.handle import Model
+from moekit.machine import host_memory
 from moekit.ranks import Rank
 
 
@@ -58,7 +59,7 @@ def measured(setting: Setting, folder: Path, sums: shapes.Sums | None) -> list[F
     measure.give_back(device)
     paths = checkpoint.find(folder).all
     size = sum(path.stat().st_size for path in paths)
-    cached = measure.free_host_bytes()  # before the files are read, cached pages count as free
+    cached = host_memory("MemAvailable")  # before the files are read, cached pages count as free
     warm(paths)
 
     loads: list[Loaded] = []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
-import os
 import statistics
 import threading
 import time
@@ -150,15 +149,6 @@ def slowest(found: list[Ceilings]) -> Ceilings:
     first = found[0]
     best = {name: min(getattr(c, name) for c in found) for name in ("copy", "matmul", "fetch")}
     return Ceilings(**best, device=first.device if len(found) == 1 else f"{len(found)} x {first.device}")
-
-
-def free_host_bytes() -> int:
-    """Memory that processes can have: free, or cached and easily given back."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
 
 
 def give_back(device: torch.device | str) -> None:

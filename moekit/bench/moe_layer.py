@@ -22,6 +22,7 @@ from moekit.bench.setting import Setting
 from moekit.dispatch import Local
 from moekit.experts import Experts, activation_fn
 from moekit.gate import Routing
+from moekit.machine import host_memory
 from moekit.model import MoE, Pass
 from moekit.ranks import Rank
 
@@ -181,7 +182,7 @@ def theirs(implementation: str, setting: Setting, tokens: int) -> Make:
         config = setting.config
         gathered = tokens * config.top_k * config.dim * config.ffn_dim * setting.itemsize
         on_gpu = setting.device == "cuda"
-        free = torch.cuda.mem_get_info()[0] if on_gpu else measure.free_host_bytes()
+        free = torch.cuda.mem_get_info()[0] if on_gpu else host_memory("MemAvailable")
         if implementation == "batched_mm" and gathered > free / 2:
             raise Missing(
                 f"would copy {gathered / figures.GIB:.0f} GiB of weights, one matrix for each choice"

@@ -16,6 +16,7 @@ from moekit.bench.measure import Ceilings
 from moekit.config import ModelConfig
 from moekit.experts import KERNELS, choose_kernel
 from moekit.handle import DTYPES, Model
+from moekit.machine import gpus, host_memory
 
 
 @dataclass(frozen=True)
@@ -93,10 +94,10 @@ def room(setting: Setting) -> str:
     """Why the weights do not fit into the memory that is free; nothing if they do."""
     needed = setting.rank_bytes()
     if setting.device == "cuda":
-        free = min(torch.cuda.mem_get_info(i)[0] for i in range(setting.world_size))
+        free = min(gpu.free for gpu in gpus()[: setting.world_size])
     else:
-        free = measure.free_host_bytes() / setting.world_size
-    if needed < free:
+        free = host_memory("MemAvailable") / setting.world_size
+    if not needed >= free:  # what is free may be unknown, and no number
         return ""
     return f"does not fit: {needed / figures.GIB:.1f} GiB of weights, {free / figures.GIB:.1f} GiB are free"
 

@@ -1,20 +1,32 @@
-"""The GPUs and their free memory, asked of ``nvidia-smi``.
+"""How much memory this machine's host and GPUs have, and how much of it is free.
 
-Asking CUDA itself would put a context of some half a GiB on every GPU for as long as this process lives, and the memory
-belongs to the ranks.
+GPUs are asked for through ``nvidia-smi``: asking CUDA itself would put a context of some half a GiB on every GPU for as
+long as this process lives, and the memory belongs to the ranks.
 """
 
 from __future__ import annotations
 
 import csv
 import math
+import os
 import subprocess
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 QUERY = "--query-gpu=uuid,memory.free,memory.total"
 TIMEOUT = 20  # seconds; it takes one or two where the driver has to wake the GPUs
+
+
+def host_memory(what: str) -> int:
+    """``MemTotal``, or ``MemAvailable`` (free, or cached and easily given back), of the machine in bytes."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith(what)).split()[1]) * 1024
+    except (OSError, StopIteration):
+        return total
 
 
 @dataclass(frozen=True)
