@@ -34,6 +34,9 @@ class Decoder(FairseqIncrementalDecoder):
         self.transformer = transformer.to_empty(device="cpu").requires_grad_(False)
         self.fraction = fraction
         self.passes = 0
+        self.where: tuple[torch.device, torch.dtype] | None = (
+            None  # the transformer computes with the kernel for it
+        )
 
     def forward(
         self,
@@ -50,8 +53,10 @@ class Decoder(FairseqIncrementalDecoder):
         self, prev_output_tokens: Tensor, encoder_out: None = None, incremental_state: dict | None = None
     ) -> tuple[Tensor, dict]:
         self.passes += 1
-        weight = self.transformer.embed.weight  # fairseq moves it after it is loaded
-        self.transformer.use(choose_kernel("auto", weight.device, weight.dtype))
+        weight = self.transformer.embed.weight
+        if (weight.device, weight.dtype) != self.where:  # fairseq moves it after it is loaded
+            self.where = weight.device, weight.dtype
+            self.transformer.use(choose_kernel("auto", *self.where))
         noise = Noise(torch.initial_seed(), [self.passes])
         if incremental_state is None:
             padding = prev_output_tokens == PAD
