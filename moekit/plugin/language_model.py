@@ -34,9 +34,7 @@ class Decoder(FairseqIncrementalDecoder):
         self.transformer = transformer.to_empty(device="cpu").requires_grad_(False)
         self.fraction = fraction
         self.passes = 0
-        self.where: tuple[torch.device, torch.dtype] | None = (
-            None  # the transformer computes with the kernel for it
-        )
+        self.where: tuple[torch.device, torch.dtype] | None = None  # what the kernel was chosen for
 
     def forward(
         self,
