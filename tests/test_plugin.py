@@ -17,7 +17,8 @@ from test_project import ROOT
 
 import moekit
 from moekit import config, export
-from moekit.config import EOS, ModelConfig
+from moekit.batches import open_data
+from moekit.config import EOS, PAD, ModelConfig
 from moekit.data.codec import DEMO, Codec
 from moekit.model import Transformer
 from moekit.plugin import loading
@@ -231,3 +232,38 @@ def test_fairseqs_interactive_goes_on_from_a_line(reference, tmp_path):
     with moekit.load(reference / "checkpoint", device="cpu", progress=False) as model:
         wanted = model.generate([[9, 10, 11]], max_new_tokens=7, beam_size=3, progress=False)[0].ids
     assert [int(symbol) + 4 for symbol in found] == [9, 10, 11, *wanted[:-1]]
+
+
+@pytest.mark.slow
+def test_fairseqs_generate_goes_on_from_samples(reference, tmp_path):
+    said = fairseq(
+        *("generate", reference, tmp_path, "--task", "language_modeling", "--gen-subset", "valid"),
+        *(
+            "--sample-break-mode",
+            "eos",
+            "--tokens-per-sample",
+            "64",
+            "--batch-size",
+            "1",
+            "--num-workers",
+            "0",
+        ),
+        *("--num-shards", "12", "--beam", "2", "--max-len-b", "40"),
+    )
+    lines = re.findall(r"^H-(\d+)\t\S+\t(.*)", said, re.MULTILINE)
+    data = {"tokens_per_sample": 64, "batch_size": 1, "max_positions": 64, "sample_break_mode": "eos"}
+    samples = {int(b.ids[0]): b.tokens[0] for b in open_data(reference / "data-bin", "valid", **data)}
+    compared = 0
+    with moekit.load(reference / "checkpoint", device="cpu", progress=False) as model:
+        for number, text in lines:
+            first, *prompt = (token for token in samples[int(number)].tolist() if token != PAD)
+            assert first == EOS  # which is the generator's own
+            if len(prompt) >= 40:
+                continue
+            (wanted,) = model.generate([prompt], max_new_tokens=41 - len(prompt), beam_size=2, progress=False)
+            shown = [
+                token for token in (*prompt, *wanted.ids) if token not in (0, EOS)
+            ]  # fairseq prints no <s>
+            assert [int(symbol) + 4 for symbol in text.split()] == shown
+            compared += 1
+    assert compared > 1
