@@ -206,4 +206,7 @@ def test_the_playground_writes_stops_and_remembers(browser, lab):
     page.wait_for_function(
         "area => area.value === 'Once upon a time'", arg=area.locator("textarea").element_handle()
     )
+    end = time.monotonic() + 30  # the text comes in a message of its own, after the prompt's
+    while coloured.all_inner_texts() != written and time.monotonic() < end:
+        time.sleep(0.2)
     assert coloured.all_inner_texts() == written
