@@ -78,24 +78,18 @@ def capacity(tokens: int, config: ModelConfig, fraction: float | None) -> int | 
 
 
 def places(chosen: Tensor) -> Tensor:
-    """Rank of each token among the tokens of its group that chose the same expert.
+    """Rank of each choice among those of its group that are of the same expert.
 
     Args:
-        chosen: [G, S] int64, the expert of each token in order of service.
+        chosen: [G, P] int64, the expert of each choice in order of service.
 
     Returns:
-        [G, S] int64: 0 for the first token that an expert gets. Sorted, not one-hot: memory is O(G S), not O(G S E).
+        [G, P] int64: 0 for the first that an expert gets. Sorted, not one-hot: memory is O(G P), not O(G P E).
     """
     ordered, order = chosen.short().sort(dim=1, stable=True)  # sixteen bits take a quarter of the passes
     index = torch.arange(chosen.shape[1], device=chosen.device).expand_as(chosen)
     starts = torch.searchsorted(ordered, ordered)  # where each run of equal experts begins
     return torch.empty_like(chosen).scatter_(1, order, index - starts)
-
-
-def counts(chosen: Tensor, experts: int) -> Tensor:
-    """How many tokens of each group chose each expert: [G, S] -> [G, experts + 1], the last one standing for "none"."""
-    total = torch.zeros(chosen.shape[0], experts + 1, dtype=torch.long, device=chosen.device)
-    return total.scatter_add_(1, chosen, torch.ones_like(chosen))
 
 
 def choose(
@@ -180,35 +174,30 @@ def route(
         order = None
         if config.batch_prioritized and not config.top1:  # the branch's top-1 gate has no such option
             order = (-probs.amax(dim=-1)).argsort(dim=1, stable=True)
-        kept &= queue(served, config.experts, order) < room
+        kept &= queue(served, order) < room
 
     if not config.top1 and not config.normalize_before_dropping:
         weights = _normalize(weights * kept)
     return Routing(probs, experts, gate_probs, kept, (weights * kept).to(logits.dtype), room)
 
 
-def queue(served: Tensor, experts: int, order: Tensor | None) -> Tensor:
+def queue(served: Tensor, order: Tensor | None) -> Tensor:
     """The place of each choice in its expert's buffer: all first choices come before any second one.
 
     Args:
-        served: [G, S, K] int64, the experts in question; ``experts`` for "none".
+        served: [G, S, K] int64, the experts in question; any number beyond theirs for "none".
         order: [G, S] int64, the tokens of a group in order of service; None for that of the text.
 
     Returns:
         [G, S, K] int64.
     """
-    found, taken = [], None
-    for choice in served.unbind(-1):
-        if order is None:
-            place = places(choice)
-        else:
-            place = torch.empty_like(choice).scatter_(1, order, places(choice.gather(1, order)))
-        if taken is not None:
-            place = place + taken.gather(1, choice)
-        found.append(place)
-        if len(found) < served.shape[-1]:
-            taken = counts(choice, experts)
-    return torch.stack(found, dim=-1)
+    groups, tokens, choices = served.shape
+    if order is not None:
+        order = order[..., None].expand_as(served)
+        served = served.gather(1, order)
+    line = served.transpose(1, 2).flatten(1)  # a group's first choices, then its second ones
+    place = places(line).view(groups, choices, tokens).transpose(1, 2)
+    return place if order is None else torch.empty_like(place).scatter_(1, order, place)
 
 
 def by_expert(routing: Routing, experts: int) -> tuple[Tensor, Tensor]:
