@@ -70,7 +70,7 @@ class Transformer(nn.Module):
         self.positions = Positions(config) if config.positions else None
         self.embed_norm = nn.LayerNorm(config.dim) if config.embedding_norm else None
         self.layers = nn.ModuleList(Block(config, i, held, dispatch) for i in range(config.layers))
-        self.norm = nn.LayerNorm(config.dim) if config.pre_norm and config.final_norm else None
+        self.norm = Norm(config.dim) if config.pre_norm and config.final_norm else None
         self.project_out = _bridge(config.dim, config.output_dim)
         self.output = (
             None if config.share_output else nn.Linear(config.output_dim, config.vocab_rows, bias=False)
@@ -100,11 +100,14 @@ class Transformer(nn.Module):
             visible = step.cache.open(tokens.shape[1])
         else:
             visible = attention_mask(step.padding)
+        pending = None
         with sdpa_kernel(ATTENTION):
             for layer in self.layers:
-                x = layer(x, visible, step)
+                x, pending = layer(x, pending, visible, step)
         if self.norm is not None:
-            x = self.norm(x)
+            _, x = self.norm(x, pending)
+        elif pending is not None:
+            x = added(x, pending)
         return x if self.project_out is None else self.project_out(x)
 
     def use(self, kernel: str) -> Transformer:
@@ -113,10 +116,9 @@ class Transformer(nn.Module):
         "loop" is what all others are checked against, and the only one that learns.
         """
         self.kernel = kernel
-        for layer in self.layers:
-            layer.attn.use(kernel)
-            if hasattr(layer, "moe"):
-                layer.moe.use(kernel)
+        for module in self.modules():
+            if isinstance(module, (Norm, Attention, MoE)):
+                module.use(kernel)
         return self
 
     def serve(self) -> None:
@@ -185,27 +187,59 @@ def sinusoids(rows: int, dim: int, device: torch.device) -> Tensor:
     return table.to(device)
 
 
+class Norm(nn.LayerNorm):
+    """A layer norm that first takes in what is pending: an output that is still to be added to its input."""
+
+    def __init__(self, dim: int):
+        super().__init__(dim)
+        self.use("loop")
+
+    def use(self, kernel: str) -> None:
+        self.add_norm = None
+        if kernel == "triton":
+            from moekit.kernels.norm import add_norm
+
+            self.add_norm = add_norm
+
+    def forward(self, x: Tensor, pending: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """[B, T, D], and what :func:`added` takes -> the sum and the norm of it, [B, T, D] each."""
+        if self.add_norm is not None:
+            return self.add_norm(x, pending, self)
+        x = x if pending is None else added(x, pending)
+        return x, super().forward(x)
+
+
+def added(x: Tensor, pending: Tensor) -> Tensor:
+    """x [B, T, D] and what is to be added: [B, T, D], or [B, T, K, D] from the experts of each choice."""
+    return x + (pending if pending.dim() == x.dim() else pending.sum(dim=-2))
+
+
 class Block(nn.Module):
     """Attention, then a feed-forward network or experts, each with a residual and a norm before or after."""
 
     def __init__(self, config: ModelConfig, index: int, held: int, dispatch: Dispatch):
         super().__init__()
         self.pre_norm = config.pre_norm
-        self.attn_norm = nn.LayerNorm(config.dim)
+        self.attn_norm = Norm(config.dim)
         self.attn = Attention(config, index)
-        self.ffn_norm = nn.LayerNorm(config.dim)
+        self.ffn_norm = Norm(config.dim)
         if config.is_moe(index):
             self.moe = MoE(config, index, held, dispatch)
         else:
             self.ffn = DenseFFN(config, index)
 
-    def forward(self, x: Tensor, visible: Tensor | None, step: Pass) -> Tensor:
+    def forward(
+        self, x: Tensor, pending: Tensor | None, visible: Tensor | None, step: Pass
+    ) -> tuple[Tensor, Tensor | None]:
+        """Take and give the residual stream [B, T, D] and what is still to be added to it: the next norm does so."""
         feed_forward = (lambda h: self.moe(h, step)) if hasattr(self, "moe") else self.ffn
         if self.pre_norm:
-            x = x + self.attn(self.attn_norm(x), visible, step.cache)
-            return x + feed_forward(self.ffn_norm(x))
-        x = self.attn_norm(x + self.attn(x, visible, step.cache))
-        return self.ffn_norm(x + feed_forward(x))
+            x, h = self.attn_norm(x, pending)
+            x, h = self.ffn_norm(x, self.attn(h, visible, step.cache))
+            return x, feed_forward(h)
+        _, x = self.attn_norm(x, self.attn(x, visible, step.cache))
+        _, x = self.ffn_norm(x, feed_forward(x))
+        return x, None
 
 
 class Attention(nn.Module):
@@ -268,7 +302,7 @@ class MoE(nn.Module):
             self.choose, self.by_expert = choose, by_expert
 
     def forward(self, x: Tensor, step: Pass) -> Tensor:
-        """[B, T, D] -> [B, T, D]"""
+        """[B, T, D] -> [B, T, K, D], the weighted output of each choice's expert, zero where it was dropped."""
         rows = x.flatten(0, 1)  # [N, D]
         routing = self.route(rows, step)
         if step.record is not None:
@@ -278,7 +312,7 @@ class MoE(nn.Module):
         done = self.dispatch(
             self.experts, rows, order, counts, self.config.top_k, routing.weights.flatten()
         )  # [N K, D]
-        return done.view(-1, self.config.top_k, x.shape[-1]).sum(dim=1).view_as(x)
+        return done.view(*x.shape[:-1], self.config.top_k, x.shape[-1])
 
     def serve(self, like: Tensor) -> None:
         """Dispatch no token: others' may come here."""

@@ -67,7 +67,7 @@ if __name__ == "__main__":
         compile_for_hopper(gate._choose, types, {"E": 512, "K": 2, "BLOCK": 512}, 1)
     types = {"logits": "*bf16", "targets": "*i64", "found": "*fp32"}
     compile_for_hopper(
-        logprobs._target_log_probs, types, {"VOCAB": 50_264, "STRIDE": 50_264, "BLOCK": 4096}, 8
+        logprobs._target_log_probs, types, {"VOCAB": 50_264, "STRIDE": 50_264, "LANES": 512, "WIDTH": 8}, 8
     )
     types = {
         "chosen": "*i64",
@@ -77,7 +77,7 @@ if __name__ == "__main__":
         "places": "i32",
         "experts": "i32",
     }
-    compile_for_hopper(plan._by_expert, types, {"PLACES": 128, "EXPERTS": 32}, 8)
+    compile_for_hopper(plan._by_expert, types, {"PLACES": 128, "EXPERTS": 512}, 8)
     types = {"counts": "*i64", "table": "*i32", "experts": "i32", "width": "i32"}
     compile_for_hopper(plan._tiles, types, {"ROWS": 16, "EXPERTS": 512})
     types = dict.fromkeys(("qkv", "kv", "out"), "*fp16") | {

@@ -30,7 +30,7 @@ def by_expert(routing: gate.Routing, experts: int) -> tuple[Tensor, Tensor]:
         places,
         experts,
         PLACES=max(16, triton.next_power_of_2(places)),
-        EXPERTS=32,
+        EXPERTS=triton.next_power_of_2(experts),
         num_warps=8,
     )
     return order, counts
@@ -40,17 +40,21 @@ def by_expert(routing: gate.Routing, experts: int) -> tuple[Tensor, Tensor]:
 def _by_expert(chosen, kept, order, counts, places, experts, PLACES: tl.constexpr, EXPERTS: tl.constexpr):
     i = tl.arange(0, PLACES)
     there = i < places
-    mine = tl.load(chosen + i, mask=there, other=0)
-    mine = tl.where(tl.load(kept + i, mask=there, other=0) != 0, mine, experts)
-    mine = tl.where(there, mine, experts + 1)
-    mine = tl.expand_dims(mine, 1)
+    expert = tl.load(chosen + i, mask=there, other=0).to(tl.int32)
+    expert = tl.where(tl.load(kept + i, mask=there, other=0) != 0, expert, experts)
+    expert = tl.where(there, expert, experts + 1)
+    mine = tl.expand_dims(expert, 1)
     others = tl.trans(mine)
-    before = (others < mine) | ((others == mine) & (tl.expand_dims(i, 0) < tl.expand_dims(i, 1)))
-    tl.store(order + tl.sum(before.to(tl.int32), axis=1), i.to(tl.int64), mask=there)
-    for start in range(0, experts, EXPERTS):
-        expert = start + tl.arange(0, EXPERTS)
-        count = tl.sum((tl.expand_dims(expert, 1) == others).to(tl.int32), axis=1)
-        tl.store(counts + expert, count.to(tl.int64), mask=expert < experts)
+    same = others == mine
+    earlier = tl.expand_dims(i, 0) < tl.expand_dims(i, 1)
+    place = tl.sum(((others < mine) | (same & earlier)).to(tl.int32), axis=1)
+    tl.store(order + place, i.to(tl.int64), mask=there)
+    # The first of an expert's places writes their number over a zero.
+    all_experts = tl.arange(0, EXPERTS)
+    tl.store(counts + all_experts, tl.zeros_like(all_experts).to(tl.int64), mask=all_experts < experts)
+    tl.debug_barrier()
+    first = tl.sum((same & earlier).to(tl.int32), axis=1) == 0
+    tl.store(counts + expert, tl.sum(same.to(tl.int64), axis=1), mask=first & (expert < experts))
 
 
 def most_tiles(places: int, experts: int, rows: int) -> int:
