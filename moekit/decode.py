@@ -57,6 +57,11 @@ class Settings:
     record: Callable[[int, Routing], None] | None = None
     trace: Options | None = None
 
+    @property
+    def greedy(self) -> bool:
+        """The best token by the model's own probabilities, and nothing else is asked for."""
+        return self.temperature == 0 and self.repetition_penalty == 1 and self.alternatives == 0
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -166,7 +171,7 @@ def begin(
     rank.state[key] = sequences
     logits = model.logits(features, settings.vocab)
     if settings.beam_size == 1:
-        return _on_host([_choose_next(sequences, logits)])
+        return _on_host([_choose_next(model, sequences, logits)])
     empty = [len(prompt.ids) == 1 for prompt in prompts[rank.rank]]
     logprobs = F.log_softmax(logits.float(), dim=-1)
     return candidates(logprobs, scores, 1, 2 * settings.beam_size, empty, only_end=False)
@@ -196,7 +201,7 @@ def run(
     read = torch.tensor(tokens[rank.rank], device=rank.device)
     found = []
     for _ in range(steps):
-        found.append(_choose_next(sequences, _read_on(model, sequences, read)))
+        found.append(_choose_next(model, sequences, _read_on(model, sequences, read)))
         read = found[-1].tokens
     return _on_host(found)
 
@@ -324,9 +329,14 @@ def _cache(model: Transformer, batch: int, slots: int) -> Cache:
 # ------------------------------------------------------------------------------------------ what comes next
 
 
-def _choose_next(sequences: Sequences, logits: Tensor) -> Choice:
+def _choose_next(model: Transformer, sequences: Sequences, logits: Tensor) -> Choice:
     """[B, V] logits -> a token for each sequence."""
     settings = sequences.settings
+    if model.kernel == "triton" and settings.greedy:
+        from moekit.kernels.logprobs import best
+
+        tokens, logprobs = best(logits)
+        return Choice(tokens, logprobs, tokens.new_empty(len(tokens), 0), logprobs.new_empty(len(tokens), 0))
     logits = logits.float()
     logprobs = F.log_softmax(logits, dim=-1)
     keys = [(settings.seed, number, sequences.step) for number in sequences.numbers]

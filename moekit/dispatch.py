@@ -78,7 +78,8 @@ class AllToAll:
         received = exchange(x[order // choices], to_ranks, from_ranks)
 
         # They arrive sorted by rank, then expert.
-        expert = torch.arange(mine, device=x.device).repeat(self.world_size)
+        assert mine < torch.iinfo(torch.int16).max
+        expert = torch.arange(mine, device=x.device, dtype=torch.int16).repeat(self.world_size)
         expert = expert.repeat_interleave(arriving.flatten(), output_size=len(received))
         done = experts(received, expert.argsort(stable=True), arriving.sum(dim=0))
 

@@ -30,8 +30,12 @@ class Graph:
     def __init__(self, model: Transformer, cache: Cache, vocab: int):
         self.read = torch.zeros(len(cache.lengths), dtype=torch.long, device=cache.lengths.device)
 
+        from moekit.kernels import few  # Triton is there where there are graphs, not everywhere
+
         def step() -> Tensor:
             # It writes to the cache where the token comes to lie, and moves nothing: repeating it does no harm.
+            if few.fits(model, len(self.read)):
+                return few.read_on(model, self.read, cache, vocab)
             features = model(self.read[:, None], Pass(groups=len(self.read), cache=cache))
             return model.logits(features[:, 0], vocab)
 

@@ -87,15 +87,7 @@ class Transformer(nn.Module):
             [B, T, output_dim], for :meth:`logits`.
         """
         step = step or Pass()
-        x = self.embed(tokens)
-        if self.config.scale_embedding:
-            x = x * math.sqrt(self.config.dim)
-        if self.project_in is not None:
-            x = self.project_in(x)
-        if self.positions is not None:
-            x = x + self.positions(tokens, step).to(x)
-        if self.embed_norm is not None:
-            x = self.embed_norm(x)
+        x = self.enter(tokens, step)
         if step.cache is not None:
             visible = step.cache.open(tokens.shape[1])
         else:
@@ -104,6 +96,21 @@ class Transformer(nn.Module):
         with sdpa_kernel(ATTENTION):
             for layer in self.layers:
                 x, pending = layer(x, pending, visible, step)
+        return self.leave(x, pending)
+
+    def enter(self, tokens: Tensor, step: Pass) -> Tensor:
+        """[B, T] -> [B, T, D], what the first layer reads."""
+        x = self.embed(tokens)
+        if self.config.scale_embedding:
+            x = x * math.sqrt(self.config.dim)
+        if self.project_in is not None:
+            x = self.project_in(x)
+        if self.positions is not None:
+            x = x + self.positions(tokens, step).to(x)
+        return x if self.embed_norm is None else self.embed_norm(x)
+
+    def leave(self, x: Tensor, pending: Tensor | None = None) -> Tensor:
+        """What the last layer gives, [B, T, D] and what is still to be added -> features [B, T, output_dim]."""
         if self.norm is not None:
             _, x = self.norm(x, pending)
         elif pending is not None:
@@ -129,8 +136,12 @@ class Transformer(nn.Module):
 
     def logits(self, features: Tensor, vocab: int | None = None) -> Tensor:
         """[..., output_dim] -> [..., V] for the first ``vocab`` types: rows beyond the dictionary take no part."""
-        weight = self.embed.weight if self.output is None else self.output.weight
-        return F.linear(features, weight[:vocab])
+        return F.linear(features, self.output_weight[:vocab])
+
+    @property
+    def output_weight(self) -> Tensor:
+        """[vocab_rows, output_dim]"""
+        return self.embed.weight if self.output is None else self.output.weight
 
 
 def _bridge(inner: int, outer: int) -> nn.Linear | None:

@@ -7,7 +7,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from moekit.kernels import attention, gate, grouped, logprobs, plan
+from moekit.kernels import attention, gate, grouped, logprobs, norm, plan, vectors
 
 HOPPER = GPUTarget("cuda", 90, 32)
 SHARED = 227 * 1024  # bytes that a program may have there
@@ -64,7 +64,7 @@ if __name__ == "__main__":
     for probs in ("fp32", "fp16"):
         types = {"logits": "*fp16", "chosen": "*i64", "eps": "fp32"}
         types |= dict.fromkeys(("probs", "gate_probs", "weights"), f"*{probs}")
-        compile_for_hopper(gate._choose, types, {"E": 512, "K": 2, "BLOCK": 512}, 1)
+        compile_for_hopper(gate._choose, types, {"E": 512, "K": 2, "BLOCK": 512, "OVERLAP": True}, 1)
     types = {"logits": "*bf16", "targets": "*i64", "found": "*fp32"}
     compile_for_hopper(
         logprobs._target_log_probs, types, {"VOCAB": 50_264, "STRIDE": 50_264, "LANES": 512, "WIDTH": 8}, 8
@@ -86,5 +86,29 @@ if __name__ == "__main__":
         "scale": "fp32",
     }
     compile_for_hopper(
-        attention._attend_one, types, {"H": 12, "C": 64, "BLOCK": 64, "SLOTS": attention.SLOTS}
+        attention._attend_one,
+        types,
+        {"H": 12, "C": 64, "BLOCK": 64, "SLOTS": attention.SLOTS, "OVERLAP": True},
     )
+    types = dict.fromkeys(("x", "pending", "weight", "bias", "total", "normed"), "*fp16")
+    types |= {"rows": "i32", "eps": "fp32"}
+    compile_for_hopper(norm._add_norm, types, {"PARTS": 2, "D": 768, "ROWS": norm.ROWS, "BLOCK": 1024})
+    types = {"logits": "*fp16", "parts": "*fp32", "rows": "i32"}
+    constants = {"VOCAB": 50_264, "STRIDE": 50_264, "PAD": 1, "PART": 1571, "BLOCK": 2048, "PARTS": 32}
+    compile_for_hopper(logprobs._best_of_part, types, constants)
+    types = {"parts": "*fp32", "found": "*i64", "logprobs": "*fp32", "rows": "i32"}
+    compile_for_hopper(logprobs._best_of_row, types, {"PARTS": 32}, 1)
+    for rows, k, n, columns in ((1, 768, 2304, 8), (4, 768, 512, 2), (1, 3072, 768, 4)):
+        types = dict.fromkeys(("x", "w", "b", "gain", "shift", "normed", "onto", "out"), "*fp16")
+        types |= {"rows": "i32", "eps": "fp32"}
+        constants = {"N": n, "K": k, "ACTIVATION": 2, "EXACT": False, "ROWS": rows, "COLUMNS": columns}
+        constants |= {"INNER": 1024, "OVERLAP": True}
+        constants |= {"onto": None} if k == 768 else {"gain": None, "shift": None}
+        compile_for_hopper(vectors._linear, types, constants, vectors.WARPS)
+    types = dict.fromkeys(("x", "w", "b", "out"), "*fp16") | {"chosen": "*i64"}
+    constants = {"CHOICES": 2, "N": 3072, "K": 768, "ACTIVATION": 2, "EXACT": False}
+    constants |= {"COLUMNS": 8, "INNER": 1024, "OVERLAP": True}
+    compile_for_hopper(vectors._experts_up, types, constants, vectors.WARPS)
+    types |= {"weights": "*fp32", "onto": "*fp16"}
+    constants = {"CHOICES": 2, "N": 768, "K": 3072, "COLUMNS": 4, "INNER": 1024, "OVERLAP": True}
+    compile_for_hopper(vectors._experts_down, types, constants, vectors.WARPS)

@@ -23,12 +23,12 @@ from moekit.cache import Cache  # noqa: E402
 from moekit.config import PAD, ModelConfig  # noqa: E402
 from moekit.experts import Experts, choose_kernel  # noqa: E402
 from moekit.graph import Graph  # noqa: E402
+from moekit.kernels import few, plan  # noqa: E402
 from moekit.kernels import gate as fused_gate  # noqa: E402
-from moekit.kernels import plan  # noqa: E402
 from moekit.kernels.attention import attend_one  # noqa: E402
 from moekit.kernels.grouped import ACTIVATIONS, ANY, CUTS, Blocks, Cut, cut_for, grouped_ffn  # noqa: E402
-from moekit.kernels.logprobs import target_log_probs  # noqa: E402
-from moekit.model import Pass, Transformer  # noqa: E402
+from moekit.kernels.logprobs import best, target_log_probs  # noqa: E402
+from moekit.model import Norm, Pass, Transformer  # noqa: E402
 
 os.environ.pop(INTERPRET, None)  # other tests know nothing of it
 
@@ -158,8 +158,9 @@ def test_few_choices_are_sorted_without_a_sort(tokens, experts):
 def test_the_cut_follows_the_rows_an_expert():
     half = torch.float16
     cuts = [cut_for(places, 512, half) for places in (2, 128, 4096, 131_072)]
-    assert [cut.up.rows for cut in cuts] == [16, 16, 32, 128]
-    assert [cut.up.columns for cut in cuts[:2]] == [32, 64]
+    assert [cut.up.rows for cut in cuts] == [16, 16, 16, 128]
+    assert [cut.up.columns for cut in cuts[:2]] == [32, 128]
+    assert cut_for(8192, 512, half).up.rows == 32
     assert cut_for(131_072, 512, half, shared=99 * 1024).up.rows == 64, "a GPU with less shared memory"
     for cut in CUTS:
         assert cut.up.rows == cut.down.rows, "both products share the tiles"
@@ -212,7 +213,45 @@ def test_log_probabilities(vocab, dtype):
     assert found[0] == 0
     wide = torch.cat([logits, logits], dim=1)[:, :vocab]  # rows that do not lie one behind the other
     assert wide.stride() != logits.stride()
-    assert target_log_probs(wide, targets).equal(found)
+    # Another stride is another layout of the same sum.
+    torch.testing.assert_close(target_log_probs(wide, targets), found, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("vocab", [3, 190, 9001])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_best_token(vocab, dtype):
+    logits = 5 * torch.randn(6, vocab, generator=torch.Generator().manual_seed(vocab))
+    logits[0, PAD] = logits[0].max() + 3  # never chosen, but it has its share of the probability
+    logits[1] = torch.tensor([-torch.inf, 1.0, 2.0])[torch.arange(vocab) % 3]  # ties go to the first
+    logits = logits.to(DEVICE, dtype)
+    wanted = logits.float().log_softmax(-1)
+    tokens = logits.index_fill(1, torch.tensor([PAD], device=DEVICE), -torch.inf).argmax(-1)
+    found, logprobs = best(logits)
+    assert found.equal(tokens) and tokens[1] == 2
+    torch.testing.assert_close(logprobs, wanted.gather(1, tokens[:, None])[:, 0], rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("parts", [None, 0, 1, 2])
+@pytest.mark.parametrize("dim", [13, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_norm_takes_in_what_is_pending(parts, dim, dtype):
+    """What an attention or one or two experts a token gave; seven tokens are no multiple of a program's."""
+    generator = torch.Generator().manual_seed(dim)
+    x = 3 + torch.randn(7, 1, dim, generator=generator).to(DEVICE, dtype)
+    shape = (7, 1, dim) if parts == 0 else (7, 1, parts, dim)
+    pending = None if parts is None else torch.randn(shape, generator=generator).to(DEVICE, dtype)
+    norm = Norm(dim).to(DEVICE, dtype).requires_grad_(False)
+    for parameter in norm.parameters():
+        parameter.copy_(torch.randn(dim, generator=generator))
+    slow = norm(x, pending)
+    norm.use("triton")
+    fast = norm(x, pending)
+    tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 4e-2}[dtype]
+    if DEVICE == "cpu" and dtype == torch.bfloat16:  # the interpreter cuts bits off
+        torch.testing.assert_close(slow[0], fast[0], rtol=tolerance, atol=tolerance)
+    else:
+        assert slow[0].equal(fast[0]), "the sum is rounded alike"
+    torch.testing.assert_close(slow[1], fast[1], rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("dim", [11, 16])
@@ -253,6 +292,58 @@ def test_the_fast_model_reads_on_as_the_slow_one(name, tmp_path):
                 cache.advance(1)
         found[kernel] = torch.stack(features)
     torch.testing.assert_close(found["loop"], found["triton"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "before_dropping",
+        "odd_dim",
+        "learned_positions",
+        "projections",
+        "own_output",
+        "no_final_norm",
+        "top1",
+        "gate_in_weights_dtype",
+        "twelve_experts",
+        "alternate_ffn",
+        "every_layer",
+        "relu",
+        "tanh",
+    ],
+)
+@pytest.mark.parametrize("sequences", [1, 3])
+def test_a_few_sequences_read_on_as_many_would(name, sequences, tmp_path):
+    """Fused kernels for a few rows against the slow model, with different lengths; logits, and what the cache keeps."""
+    model = load(name, tmp_path)
+    tokens = torch.randint(4, 190, (3, 9), generator=torch.Generator().manual_seed(7)).to(DEVICE)[:sequences]
+    lengths = torch.tensor([5, 2, 3], device=DEVICE)[:sequences]
+    assert few.fits(model, sequences)
+    found = {}
+    for kernel in ("loop", "triton"):
+        cache = Cache(model.config, sequences, 16, torch.device(DEVICE), torch.float32)
+        model.use(kernel)
+        with torch.inference_mode():
+            model(tokens[:, :5], Pass(cache=cache))
+            cache.advance(lengths)
+            logits = []
+            for step in range(5, 9):
+                if kernel == "triton":
+                    logits.append(few.read_on(model, tokens[:, step], cache, 150))
+                else:
+                    features = model(tokens[:, step, None], Pass(cache=cache, groups=sequences))
+                    logits.append(model.logits(features[:, 0], 150))
+                cache.advance(1)
+        kept = [cache.kv[:, :, b, :, :length] for b, length in enumerate(cache.lengths.tolist())]
+        found[kernel] = torch.stack(logits), *kept
+    for slow, fast in zip(found["loop"], found["triton"], strict=True):
+        torch.testing.assert_close(slow, fast, rtol=1e-4, atol=1e-5)
+
+
+def test_who_is_too_many_or_normalised_afterwards_takes_the_general_path():
+    with torch.device("meta"):
+        pre, post = (Transformer(CASES[name].config) for name in ("relu", "post_norm"))
+    assert few.fits(pre, few.FEW) and not few.fits(pre, few.FEW + 1) and not few.fits(post, 1)
 
 
 GATES = [
@@ -307,6 +398,11 @@ def test_no_pass_asks_the_device_for_a_number(name, monkeypatch):
         "logprobs._target_log_probs",
         "attention._attend_one",
         "norm._add_norm",
+        "vectors._linear",
+        "vectors._experts_up",
+        "vectors._experts_down",
+        "logprobs._best_of_part",
+        "logprobs._best_of_row",
     ):
         monkeypatch.setattr(f"moekit.kernels.{kernel}", NotLaunched())
     with torch.device("meta"), torch.inference_mode():
@@ -318,6 +414,8 @@ def test_no_pass_asks_the_device_for_a_number(name, monkeypatch):
         assert model(tokens[:1], Pass(cache=cache)).shape == (1, 16, 32)
         cache.advance(3)
         assert model(tokens[:1, :1], Pass(cache=cache)).shape == (1, 1, 32)
+        if few.fits(model, 1):
+            assert best(few.read_on(model, tokens[0, :1], cache, 190))[0].shape == (1,)
         assert model(tokens, Pass(0.05, groups=2, padding=tokens == PAD)).shape == (4, 16, 32)
         with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
             model.use("loop")(tokens)

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moekit.kernels.overlap import overlapped, start, wait
+
 SLOTS = 64  # looked at at a time
 
 
@@ -39,6 +41,7 @@ def attend_one(qkv: Tensor, kv: Tensor, lengths: Tensor) -> Tensor:
         BLOCK=triton.next_power_of_2(dim),
         SLOTS=SLOTS,
         num_warps=4,
+        **overlapped(qkv.device),
     )
     return out
 
@@ -55,7 +58,10 @@ def _attend_one(
     C: tl.constexpr,
     BLOCK: tl.constexpr,
     SLOTS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    start(OVERLAP)
+    wait(OVERLAP)
     b, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     c = tl.arange(0, BLOCK)
     real = c < C
@@ -73,8 +79,8 @@ def _attend_one(
     top = tl.sum(q * key.to(tl.float32), axis=0)
     total = top * 0.0 + 1.0
     found = value.to(tl.float32)
-    for start in range(0, length, SLOTS):
-        slot = start + tl.arange(0, SLOTS)
+    for done in range(0, length, SLOTS):
+        slot = done + tl.arange(0, SLOTS)
         there = slot < length
         at = slot[:, None] * C + c[None, :]
         here = there[:, None] & real[None, :]

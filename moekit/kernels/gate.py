@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moekit.config import ModelConfig
+from moekit.kernels.overlap import overlapped, start, wait
 
 
 def choose(logits: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -33,6 +34,7 @@ def choose(logits: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor, Tensor,
             K=config.top_k,
             BLOCK=triton.next_power_of_2(experts),
             num_warps=1 if experts <= 512 else 4,
+            **overlapped(logits.device),
         )
     return probs, chosen, gate_probs, weights
 
@@ -48,7 +50,10 @@ def _choose(
     E: tl.constexpr,
     K: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    start(OVERLAP)
+    wait(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     expert = tl.arange(0, BLOCK)
     real = expert < E

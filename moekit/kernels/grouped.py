@@ -59,11 +59,11 @@ class Cut:
 # registers allow.
 ANY = float("inf")
 CUTS = (
-    Cut(16, ANY, Blocks(16, 32, 256, 4, 3), Blocks(16, 16, 256, 4, 4)),
-    Cut(ANY, 4, Blocks(16, 64, 128, 4, 4), Blocks(16, 64, 128, 4, 4)),
-    Cut(ANY, 16, Blocks(32, 64, 128, 4, 4), Blocks(32, 64, 128, 4, 4)),
+    Cut(16, ANY, Blocks(16, 32, 128, 4, 4), Blocks(16, 16, 256, 2, 4)),
+    Cut(ANY, 8, Blocks(16, 128, 128, 4, 3), Blocks(16, 128, 128, 4, 3)),
+    Cut(ANY, 16, Blocks(32, 128, 128, 8, 3), Blocks(32, 128, 128, 8, 3)),
     Cut(ANY, 64, Blocks(64, 128, 64, 4, 4), Blocks(64, 128, 64, 4, 4)),
-    Cut(ANY, ANY, Blocks(128, 256, 64, 8, 3), Blocks(128, 256, 64, 8, 3)),
+    Cut(ANY, ANY, Blocks(128, 256, 64, 8, 4), Blocks(128, 256, 64, 8, 4)),
 )
 # float32 takes twice the room, and is for checking.
 PLAIN = Cut(ANY, ANY, Blocks(32, 64, 32, 4, 2), Blocks(32, 64, 32, 4, 2))

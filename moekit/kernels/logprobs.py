@@ -1,6 +1,6 @@
-"""Log-probabilities of targets from logits in the model's dtype: read once, no float32 copy, no softmax written.
+"""Log-probabilities of targets, or of the best token, from logits in the model's dtype: read once, no softmax written.
 
-Shape letters: N rows, V dictionary.
+Shape letters: N rows, V dictionary, P parts of a row.
 """
 
 from __future__ import annotations
@@ -9,6 +9,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from moekit.config import PAD
+
+PARTS = 32  # of a row of logits, for as many programs: a few rows alone keep no GPU busy
 
 
 def target_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
@@ -57,3 +61,71 @@ def _target_log_probs(
     total = tl.sum(total * tl.exp(greatest - top), axis=0)
     target = tl.load(logits + row * STRIDE + tl.load(targets + row)).to(tl.float32)
     tl.store(found + row, target - top - tl.log(total))
+
+
+def best(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """[N, V] logits -> the best token of each row that is no padding, [N] int64, and its float32 log-probability [N]."""
+    rows, vocab = logits.shape
+    found = torch.empty(rows, dtype=torch.long, device=logits.device)
+    logprobs = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    parts = torch.empty(4, rows, PARTS, dtype=torch.float32, device=logits.device)
+    if rows:
+        part = triton.cdiv(vocab, PARTS)
+        _best_of_part[(PARTS, rows)](
+            logits,
+            parts,
+            rows,
+            VOCAB=vocab,
+            STRIDE=logits.stride(0),
+            PAD=PAD,
+            PART=part,
+            BLOCK=triton.next_power_of_2(part),
+            PARTS=PARTS,
+            num_warps=4,
+        )
+        _best_of_row[(rows,)](parts, found, logprobs, rows, PARTS=PARTS, num_warps=1)
+    return found, logprobs
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _best_of_part(
+    logits,
+    parts,  # [4, N, P]: greatest, sum of exponentials relative to it, greatest that is no padding, its column
+    rows,
+    VOCAB: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PAD: tl.constexpr,
+    PART: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    part, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    i = tl.arange(0, BLOCK)
+    column = part * PART + i
+    here = (i < PART) & (column < VOCAB)
+    x = tl.load(logits + row * STRIDE + column, mask=here, other=float("-inf")).to(tl.float32)
+    top = tl.max(x, axis=0)
+    shift = tl.where(top == float("-inf"), 0.0, top)
+    total = tl.sum(tl.exp(x - shift), axis=0)
+    x = tl.where(column == PAD, float("-inf"), x)
+    at = parts + row * PARTS + part
+    tl.store(at, top)
+    tl.store(at + rows * PARTS, total)
+    tl.store(at + 2 * rows * PARTS, tl.max(x, axis=0))
+    # A dictionary's ids are exact in float32.
+    tl.store(at + 3 * rows * PARTS, (part * PART + tl.argmax(x, axis=0, tie_break_left=True)).to(tl.float32))
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _best_of_row(parts, found, logprobs, rows, PARTS: tl.constexpr):
+    row = tl.program_id(0)
+    part = tl.arange(0, PARTS)
+    at = parts + row * PARTS + part
+    top = tl.load(at)
+    greatest = tl.max(top, axis=0)
+    total = tl.sum(tl.load(at + rows * PARTS) * tl.exp(top - greatest), axis=0)
+    value = tl.load(at + 2 * rows * PARTS)
+    chosen = part == tl.argmax(value, axis=0, tie_break_left=True)
+    column = tl.sum(tl.where(chosen, tl.load(at + 3 * rows * PARTS), 0.0), axis=0)
+    tl.store(found + row, column.to(tl.int64))
+    tl.store(logprobs + row, tl.max(value, axis=0) - greatest - tl.log(total))

@@ -1,0 +1,57 @@
+"""One more token of a few sequences through the whole model: the same as ``Transformer.forward`` in fewer, fused kernels.
+
+With so few rows the time of a step is the number of its kernels, so norms, activations, residuals and the sums over
+choices go into the linear layers beside them, and experts need no plan: each choice reads its own expert.
+
+Shape letters: B sequences, D model dim, V dictionary.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from moekit.cache import Cache
+from moekit.kernels.attention import attend_one
+from moekit.kernels.gate import choose
+from moekit.kernels.vectors import experts_linear, linear
+from moekit.model import Pass, Transformer
+
+FEW = 4  # sequences at most: with more, weights are read more often than rows are saved
+
+
+def fits(model: Transformer, sequences: int) -> bool:
+    """Whether :func:`read_on` is for this model and so many sequences; all experts have to be here."""
+    return sequences <= FEW and model.config.pre_norm
+
+
+def read_on(model: Transformer, tokens: Tensor, cache: Cache, vocab: int) -> Tensor:
+    """Each sequence reads a token behind what the cache has, with nobody dropped; for inference.
+
+    Args:
+        tokens: [B] int64.
+        vocab: V, types of the dictionary.
+
+    Returns:
+        [B, V] logits of what follows.
+    """
+    heads = model.config.heads
+    x = model.enter(tokens[:, None], Pass(cache=cache))[:, 0].contiguous()
+    for layer in model.layers:
+        attn = layer.attn
+        qkv, _ = linear(x, attn.qkv.weight, attn.qkv.bias, norm=layer.attn_norm)
+        seen = attend_one(qkv.view(len(x), 3, heads, -1), cache.kv[attn.index], cache.lengths)
+        x, _ = linear(seen, attn.out.weight, attn.out.bias, onto=x)
+        if hasattr(layer, "moe"):
+            moe = layer.moe
+            logits, h = linear(x, moe.gate.weight, norm=layer.ffn_norm)
+            _, chosen, _, weights = choose(logits, model.config)
+            x = experts_linear(moe.experts, h, chosen, weights, x)
+        else:
+            fc1, fc2 = layer.ffn.fc1, layer.ffn.fc2
+            h, _ = linear(x, fc1.weight, fc1.bias, norm=layer.ffn_norm, activation=model.config.activation)
+            x, _ = linear(h, fc2.weight, fc2.bias, onto=x)
+    norm = model.norm
+    if model.project_out is not None:
+        x, norm = model.leave(x), None
+    logits, _ = linear(x, model.output_weight[:vocab], norm=norm)
+    return logits

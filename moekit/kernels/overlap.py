@@ -1,0 +1,36 @@
+"""A kernel that starts while the one before it still runs: Hopper's programmatic dependent launch.
+
+A kernel calls ``start`` first, so that its successor may come, and ``wait`` before it touches what a kernel before it
+wrote or reads. What nobody writes, such as weights, it may fetch in between. All kernels that are launched so call
+both: then whoever has waited knows that everything before is done.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+
+def overlapped(device: torch.device) -> dict[str, bool]:
+    """What a launch of such a kernel on ``device`` takes besides its arguments."""
+    return {"OVERLAP": True, "launch_pdl": True} if _can(device) else {"OVERLAP": False}
+
+
+@functools.lru_cache
+def _can(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@triton.jit
+def start(OVERLAP: tl.constexpr):
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def wait(OVERLAP: tl.constexpr):
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()

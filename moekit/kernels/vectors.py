@@ -1,0 +1,292 @@
+"""Linear layers of a few rows: reading the weights is all that takes time, and what lies around a layer comes with it.
+
+A program computes a few columns of all rows, with the whole of the sum in flight at once. A norm before the layer is
+computed by every program for itself, since its rows are few; activation, gate's weight and residual end it.
+
+Shape letters: B rows (sequences), K terms of a sum, N columns, P places (a place p is choice p % C of row p // C), C
+choices a row, E experts.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor, nn
+
+from moekit.experts import Experts
+from moekit.kernels.grouped import ACTIVATIONS, _activate
+from moekit.kernels.overlap import overlapped, start, wait
+
+WARPS = 4
+NUMBERS = 8192  # of products that a program keeps, which is 64 a thread
+LONGEST = 1024  # terms of a sum at a time, unless a norm wants all of them
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm: nn.LayerNorm | None = None,
+    activation: str = "linear",
+    onto: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``onto + activation(norm(x) weight^T + bias)``, and ``norm(x)`` itself; for inference.
+
+    Args:
+        x: [B, K].
+        weight: [N, K]; its first N rows of more are fine.
+        bias: [N] or None.
+        onto: [B, N] or None.
+
+    Returns:
+        [B, N] and [B, K]; without a norm, ``x``.
+    """
+    rows, k = x.shape
+    n = len(weight)
+    assert x.is_contiguous() and weight.is_contiguous()
+    out = torch.empty(rows, n, dtype=x.dtype, device=x.device)
+    normed = x if norm is None else torch.empty_like(x)
+    padded = triton.next_power_of_2(rows)
+    inner = triton.next_power_of_2(k)
+    inner = inner if norm is not None else min(inner, LONGEST)
+    columns = _columns(n, padded * inner, x.device)
+    _linear[(triton.cdiv(n, columns),)](
+        x,
+        weight,
+        bias,
+        None if norm is None else norm.weight,
+        None if norm is None else norm.bias,
+        normed,
+        onto,
+        out,
+        rows,
+        0.0 if norm is None else norm.eps,
+        N=n,
+        K=k,
+        ACTIVATION=ACTIVATIONS[activation],
+        EXACT=x.dtype == torch.float32,
+        ROWS=padded,
+        COLUMNS=columns,
+        INNER=inner,
+        num_warps=WARPS,
+        **overlapped(x.device),
+    )
+    return out, normed
+
+
+def experts_linear(experts: Experts, x: Tensor, chosen: Tensor, weights: Tensor, onto: Tensor) -> Tensor:
+    """``onto`` and what the chosen experts make of the rows, weighted and added up; for inference.
+
+    Args:
+        x: [B, D].
+        chosen: [B, C] int64.
+        weights: [B, C], rounded to the dtype of ``x``.
+        onto: [B, D].
+
+    Returns:
+        [B, D]
+    """
+    rows, dim = x.shape
+    choices = chosen.shape[1]
+    width = experts.w1.shape[1]
+    assert x.is_contiguous() and chosen.is_contiguous() and weights.is_contiguous() and onto.is_contiguous()
+    hidden = torch.empty(rows * choices, width, dtype=x.dtype, device=x.device)
+    out = torch.empty_like(onto)
+    exact = x.dtype == torch.float32
+    inner = min(triton.next_power_of_2(dim), LONGEST)
+    columns = _columns(width, inner, x.device, rows * choices)
+    _experts_up[(triton.cdiv(width, columns), rows * choices)](
+        x,
+        experts.w1,
+        experts.b1,
+        chosen,
+        hidden,
+        CHOICES=choices,
+        N=width,
+        K=dim,
+        ACTIVATION=ACTIVATIONS[experts.activation],
+        EXACT=exact,
+        COLUMNS=columns,
+        INNER=inner,
+        num_warps=WARPS,
+        **overlapped(x.device),
+    )
+    inner = min(triton.next_power_of_2(width), LONGEST)
+    columns = _columns(dim, choices * inner, x.device, rows)
+    _experts_down[(triton.cdiv(dim, columns), rows)](
+        hidden,
+        experts.w2,
+        experts.b2,
+        chosen,
+        weights,
+        onto,
+        out,
+        CHOICES=choices,
+        N=dim,
+        K=width,
+        COLUMNS=columns,
+        INNER=inner,
+        num_warps=WARPS,
+        **overlapped(x.device),
+    )
+    return out
+
+
+def _columns(n: int, each: int, device: torch.device, others: int = 1) -> int:
+    """Columns of a program: as many as fit, but not so many that multiprocessors have nothing to do."""
+    fit = max(1, NUMBERS // each)
+    while fit > 1 and triton.cdiv(n, fit) * others < _multiprocessors(device):
+        fit //= 2
+    return fit
+
+
+@functools.lru_cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _linear(
+    x,  # [B, K]
+    w,  # [N, K]
+    b,  # [N] or None
+    gain,  # [K] or None: the norm's weight
+    shift,  # [K], its bias
+    normed,  # [B, K]
+    onto,  # [B, N] or None
+    out,  # [B, N]
+    rows,
+    eps,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    EXACT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    start(OVERLAP)
+    kind: tl.constexpr = out.dtype.element_ty
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    fits = column < N
+    row = tl.arange(0, ROWS)
+    here = row < rows
+    inner = tl.arange(0, INNER)
+    w_at = w + column[:, None] * K + inner[None, :]
+    # What no other kernel writes is read before the wait for those before this one.
+    m = tl.load(w_at, mask=fits[:, None] & (inner < K)[None, :], other=0.0)
+    if gain is not None:
+        g = tl.load(gain + inner, mask=inner < K, other=0.0).to(tl.float32)
+        s = tl.load(shift + inner, mask=inner < K, other=0.0).to(tl.float32)
+    wait(OVERLAP)
+    a_at = x + row[:, None] * K + inner[None, :]
+    a = tl.load(a_at, mask=here[:, None] & (inner < K)[None, :], other=0.0).to(tl.float32)
+    if gain is not None:
+        mean = tl.sum(a, axis=1) / K
+        off = tl.where((inner < K)[None, :], a - mean[:, None], 0.0)
+        scale = tl.rsqrt(tl.sum(off * off, axis=1) / K + eps)
+        a = (off * scale[:, None] * g[None, :] + s[None, :]).to(kind)
+        if tl.program_id(0) == 0:
+            at = normed + row[:, None] * K + inner[None, :]
+            tl.store(at, a, mask=here[:, None] & (inner < K)[None, :])
+        a = a.to(tl.float32)
+    products = tl.expand_dims(a, 1) * tl.expand_dims(m.to(tl.float32), 0)
+    for done in tl.static_range(INNER, K, INNER):
+        rest = inner < K - done
+        m = tl.load(w_at + done, mask=fits[:, None] & rest[None, :], other=0.0).to(tl.float32)
+        a = tl.load(a_at + done, mask=here[:, None] & rest[None, :], other=0.0).to(tl.float32)
+        products += tl.expand_dims(a, 1) * tl.expand_dims(m, 0)
+    total = tl.sum(products, axis=2)
+    if b is not None:
+        total += tl.load(b + column, mask=fits, other=0.0).to(tl.float32)[None, :]
+    total = _activate(total, ACTIVATION, EXACT)
+    at = row[:, None] * N + column[None, :]
+    written = here[:, None] & fits[None, :]
+    if onto is not None:
+        total = tl.load(onto + at, mask=written, other=0.0).to(tl.float32) + total.to(kind).to(tl.float32)
+    tl.store(out + at, total.to(kind), mask=written)
+
+
+@triton.jit
+def _experts_up(
+    x,  # [B, K]
+    w,  # [E, N, K]
+    b,  # [E, N]
+    chosen,  # [P]
+    out,  # [P, N]
+    CHOICES: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    EXACT: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    start(OVERLAP)
+    place = tl.program_id(1)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    fits = column < N
+    inner = tl.arange(0, INNER)
+    wait(OVERLAP)
+    expert = tl.load(chosen + place)
+    w_at = w + expert * (N * K) + column[:, None] * K + inner[None, :]
+    a_at = x + (place // CHOICES) * K + inner
+    products = tl.zeros((COLUMNS, INNER), dtype=tl.float32)
+    for done in tl.static_range(0, K, INNER):
+        rest = inner < K - done
+        m = tl.load(w_at + done, mask=fits[:, None] & rest[None, :], other=0.0).to(tl.float32)
+        a = tl.load(a_at + done, mask=rest, other=0.0).to(tl.float32)
+        products += m * a[None, :]
+    total = tl.sum(products, axis=1) + tl.load(b + expert * N + column, mask=fits, other=0.0).to(tl.float32)
+    total = _activate(total, ACTIVATION, EXACT)
+    tl.store(out + place * N + column, total.to(out.dtype.element_ty), mask=fits)
+
+
+@triton.jit
+def _experts_down(
+    x,  # [P, K]
+    w,  # [E, N, K]
+    b,  # [E, N]
+    chosen,  # [P]
+    weights,  # [P]
+    onto,  # [B, N]
+    out,  # [B, N]
+    CHOICES: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    start(OVERLAP)
+    kind: tl.constexpr = out.dtype.element_ty
+    row = tl.program_id(1)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    fits = column < N
+    inner = tl.arange(0, INNER)
+    place = row * CHOICES + tl.arange(0, CHOICES)
+    wait(OVERLAP)
+    expert = tl.load(chosen + place)
+    w_at = w + tl.expand_dims(expert * (N * K), [1, 2]) + tl.expand_dims(column, [0, 2]) * K
+    w_at += tl.expand_dims(inner, [0, 1])
+    a_at = x + place[:, None] * K + inner[None, :]
+    products = tl.zeros((CHOICES, COLUMNS, INNER), dtype=tl.float32)
+    for done in tl.static_range(0, K, INNER):
+        rest = inner < K - done
+        here = tl.expand_dims(fits, [0, 2]) & tl.expand_dims(rest, [0, 1])
+        m = tl.load(w_at + done, mask=here, other=0.0).to(tl.float32)
+        a = tl.load(a_at + done, mask=rest[None, :], other=0.0).to(tl.float32)
+        products += m * tl.expand_dims(a, 1)
+    at = expert[:, None] * N + column[None, :]
+    total = tl.sum(products, axis=2) + tl.load(b + at, mask=fits[None, :], other=0.0).to(tl.float32)
+    total *= tl.load(weights + place).to(kind).to(tl.float32)[:, None]
+    total = tl.sum(total.to(kind).to(tl.float32), axis=0).to(kind).to(tl.float32)
+    target = row * N + column
+    total += tl.load(onto + target, mask=fits, other=0.0).to(tl.float32)
+    tl.store(out + target, total.to(kind), mask=fits)
