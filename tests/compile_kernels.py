@@ -77,7 +77,7 @@ if __name__ == "__main__":
         "places": "i32",
         "experts": "i32",
     }
-    compile_for_hopper(plan._by_expert, types, {"PLACES": 128, "EXPERTS": 512}, 8)
+    compile_for_hopper(plan._by_expert, types, {"PLACES": 128}, 1)
     types = {"counts": "*i64", "table": "*i32", "experts": "i32", "width": "i32"}
     compile_for_hopper(plan._tiles, types, {"ROWS": 16, "EXPERTS": 512})
     types = dict.fromkeys(("qkv", "kv", "out"), "*fp16") | {
@@ -85,11 +85,9 @@ if __name__ == "__main__":
         "slots": "i32",
         "scale": "fp32",
     }
-    compile_for_hopper(
-        attention._attend_one,
-        types,
-        {"H": 12, "C": 64, "BLOCK": 64, "SLOTS": attention.SLOTS, "OVERLAP": True},
-    )
+    for slots, warps in (attention.ALONE, attention.IN_COMPANY):
+        constants = {"H": 12, "C": 64, "BLOCK": 64, "SLOTS": slots, "OVERLAP": True}
+        compile_for_hopper(attention._attend_one, types, constants, warps)
     types = dict.fromkeys(("x", "pending", "weight", "bias", "total", "normed"), "*fp16")
     types |= {"rows": "i32", "eps": "fp32"}
     compile_for_hopper(norm._add_norm, types, {"PARTS": 2, "D": 768, "ROWS": norm.ROWS, "BLOCK": 1024})
@@ -98,7 +96,7 @@ if __name__ == "__main__":
     compile_for_hopper(logprobs._best_of_part, types, constants)
     types = {"parts": "*fp32", "found": "*i64", "logprobs": "*fp32", "rows": "i32"}
     compile_for_hopper(logprobs._best_of_row, types, {"PARTS": 32}, 1)
-    for rows, k, n, columns in ((1, 768, 2304, 8), (4, 768, 512, 2), (1, 3072, 768, 4)):
+    for rows, k, n, columns in ((1, 768, 2304, 4), (4, 768, 512, 1), (1, 3072, 768, 4)):
         types = dict.fromkeys(("x", "w", "b", "gain", "shift", "normed", "onto", "out"), "*fp16")
         types |= {"rows": "i32", "eps": "fp32"}
         constants = {"N": n, "K": k, "ACTIVATION": 2, "EXACT": False, "ROWS": rows, "COLUMNS": columns}
@@ -107,8 +105,8 @@ if __name__ == "__main__":
         compile_for_hopper(vectors._linear, types, constants, vectors.WARPS)
     types = dict.fromkeys(("x", "w", "b", "out"), "*fp16") | {"chosen": "*i64"}
     constants = {"CHOICES": 2, "N": 3072, "K": 768, "ACTIVATION": 2, "EXACT": False}
-    constants |= {"COLUMNS": 8, "INNER": 1024, "OVERLAP": True}
+    constants |= {"COLUMNS": 4, "INNER": 1024, "OVERLAP": True}
     compile_for_hopper(vectors._experts_up, types, constants, vectors.WARPS)
     types |= {"weights": "*fp32", "onto": "*fp16"}
-    constants = {"CHOICES": 2, "N": 768, "K": 3072, "COLUMNS": 4, "INNER": 1024, "OVERLAP": True}
+    constants = {"CHOICES": 2, "N": 768, "K": 3072, "COLUMNS": 2, "INNER": 1024, "OVERLAP": True}
     compile_for_hopper(vectors._experts_down, types, constants, vectors.WARPS)

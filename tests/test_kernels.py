@@ -442,7 +442,7 @@ def test_the_driver_sees_no_question_either(tmp_path):
 def test_a_graph_decodes_what_single_kernels_do(reference, monkeypatch):
     how = {"max_new_tokens": 20, "progress": False}
     prompts = [[5, 6, 7], [8], list(range(9, 30))]
-    with moekit.load(reference / "checkpoint", 1, "cuda", progress=False) as model:
+    with moekit.load(reference / "checkpoint", 1, "cuda", "float32", progress=False) as model:
         captured = []
         monkeypatch.setattr(graph, "Graph", lambda *args: captured.append(args) or Graph(*args))
         found = model.generate(prompts, **how)
@@ -459,7 +459,7 @@ def test_ranks_that_compute_with_kernels(reference):
     device = "auto" if torch.cuda.device_count() > 1 else "cpu"
     for world_size, kernel in ((1, "loop"), (2, "triton")):
         with moekit.load(
-            reference / "checkpoint", world_size, device, kernel=kernel, progress=False
+            reference / "checkpoint", world_size, device, "float32", kernel=kernel, progress=False
         ) as model:
             assert {part["kernel"] for part in model.parts} == {kernel}
             result = model.evaluate(

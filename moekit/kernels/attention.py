@@ -12,7 +12,8 @@ from torch import Tensor
 
 from moekit.kernels.overlap import overlapped, start, wait
 
-SLOTS = 64  # looked at at a time
+# Slots looked at at a time, and warps: much at once where there are few programs, or each would wait for its loads.
+FEW_PROGRAMS, ALONE, IN_COMPANY = 264, (256, 8), (128, 4)
 
 
 def attend_one(qkv: Tensor, kv: Tensor, lengths: Tensor) -> Tensor:
@@ -29,6 +30,7 @@ def attend_one(qkv: Tensor, kv: Tensor, lengths: Tensor) -> Tensor:
     batch, _, heads, dim = qkv.shape
     assert qkv.is_contiguous() and kv.is_contiguous()
     out = torch.empty(batch, heads * dim, dtype=qkv.dtype, device=qkv.device)
+    slots, warps = ALONE if batch * heads <= FEW_PROGRAMS else IN_COMPANY
     _attend_one[(batch, heads)](
         qkv,
         kv,
@@ -39,8 +41,8 @@ def attend_one(qkv: Tensor, kv: Tensor, lengths: Tensor) -> Tensor:
         H=heads,
         C=dim,
         BLOCK=triton.next_power_of_2(dim),
-        SLOTS=SLOTS,
-        num_warps=4,
+        SLOTS=slots,
+        num_warps=warps,
         **overlapped(qkv.device),
     )
     return out

@@ -22,7 +22,7 @@ def by_expert(routing: gate.Routing, experts: int) -> tuple[Tensor, Tensor]:
         return gate.by_expert(routing, experts)
     order = torch.empty(places, dtype=torch.long, device=routing.experts.device)
     counts = torch.empty(experts, dtype=torch.long, device=order.device)
-    _by_expert[(1,)](
+    _by_expert[(max(places, experts),)](
         routing.experts.contiguous(),
         routing.kept.contiguous(),
         order,
@@ -30,31 +30,26 @@ def by_expert(routing: gate.Routing, experts: int) -> tuple[Tensor, Tensor]:
         places,
         experts,
         PLACES=max(16, triton.next_power_of_2(places)),
-        EXPERTS=triton.next_power_of_2(experts),
-        num_warps=8,
+        num_warps=1,
     )
     return order, counts
 
 
 @triton.jit(do_not_specialize=["places", "experts"])
-def _by_expert(chosen, kept, order, counts, places, experts, PLACES: tl.constexpr, EXPERTS: tl.constexpr):
+def _by_expert(chosen, kept, order, counts, places, experts, PLACES: tl.constexpr):
+    """Each program finds where one place comes, and how many places one expert has."""
+    me = tl.program_id(0)
     i = tl.arange(0, PLACES)
     there = i < places
     expert = tl.load(chosen + i, mask=there, other=0).to(tl.int32)
     expert = tl.where(tl.load(kept + i, mask=there, other=0) != 0, expert, experts)
     expert = tl.where(there, expert, experts + 1)
-    mine = tl.expand_dims(expert, 1)
-    others = tl.trans(mine)
-    same = others == mine
-    earlier = tl.expand_dims(i, 0) < tl.expand_dims(i, 1)
-    place = tl.sum(((others < mine) | (same & earlier)).to(tl.int32), axis=1)
-    tl.store(order + place, i.to(tl.int64), mask=there)
-    # The first of an expert's places writes their number over a zero.
-    all_experts = tl.arange(0, EXPERTS)
-    tl.store(counts + all_experts, tl.zeros_like(all_experts).to(tl.int64), mask=all_experts < experts)
-    tl.debug_barrier()
-    first = tl.sum((same & earlier).to(tl.int32), axis=1) == 0
-    tl.store(counts + expert, tl.sum(same.to(tl.int64), axis=1), mask=first & (expert < experts))
+    if me < experts:
+        tl.store(counts + me, tl.sum((expert == me).to(tl.int32), axis=0).to(tl.int64))
+    if me < places:
+        mine = tl.sum(tl.where(i == me, expert, 0), axis=0)
+        before = (expert < mine) | ((expert == mine) & (i < me))
+        tl.store(order + tl.sum(before.to(tl.int32), axis=0), me.to(tl.int64))
 
 
 def most_tiles(places: int, experts: int, rows: int) -> int:

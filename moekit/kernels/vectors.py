@@ -21,7 +21,7 @@ from moekit.kernels.grouped import ACTIVATIONS, _activate
 from moekit.kernels.overlap import overlapped, start, wait
 
 WARPS = 4
-NUMBERS = 8192  # of products that a program keeps, which is 64 a thread
+NUMBERS = 4096  # of products that a program keeps, which is 32 a thread
 LONGEST = 1024  # terms of a sum at a time, unless a norm wants all of them
 
 
