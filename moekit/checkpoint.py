@@ -280,8 +280,7 @@ def places(
         ValueError: a key is not in the table.
     """
     for key, tensor in found.items():
-        numbers = [int(n) for n in NUMBER.findall(key)]
-        pattern = NUMBER.sub("{}", key)
+        pattern, numbers = _split(key)
         if pattern not in KEYS and pattern not in OLD_KEYS:
             raise ValueError(f"{source.path}: unknown key {key}; expected a key of moekit.checkpoint.KEYS")
         target = KEYS[pattern] if pattern in KEYS else OLD_KEYS[pattern]
@@ -294,6 +293,12 @@ def places(
         name, _, part = target.rstrip("]").partition("[")
         expert = source.experts.start + numbers[-1] if part == "expert" else 0
         yield key, tensor, Place(name.format(*numbers), part, expert)
+
+
+@functools.lru_cache(maxsize=4096)  # files have the same keys
+def _split(key: str) -> tuple[str, tuple[int, ...]]:
+    """A key without its numbers, and the numbers."""
+    return NUMBER.sub("{}", key), tuple(int(n) for n in NUMBER.findall(key))
 
 
 # ---------------------------------------------------------------------------------- who reads what, and reading

@@ -5,8 +5,9 @@ them while the thread fills the next: so the files' pages, the cores and the bus
 
 What it costs: reading a mapped page that is in the page cache is a copy at the speed of memory (10 GB/s a core and
 more; asking the kernel for the pages in advance, ``MADV_POPULATE_READ``, makes it slower, and ``pread`` is no faster).
-A few cores so outrun the bus. Everything around a copy holds Python's lock for some 20 microseconds, and a checkpoint
-has thousands of tensors of a few kilobytes: they share a buffer.
+A few cores so outrun the bus. What is dear is Python: 15,000 tensors, half of them a few kilobytes, each with some calls
+that hold its lock or have to take it again while others want it. So tensors share a buffer, which goes to the GPU as a
+whole, and from where it lands there one call deals out all of them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -65,6 +66,7 @@ def copy(
     def work() -> None:
         try:
             with torch.no_grad(), carrier() as carry:
+                fresh = 0
                 for piece in _pieces(waiting):
                     if stop.is_set():
                         break
@@ -72,7 +74,11 @@ def copy(
                         carry(piece)
                     except RuntimeError as error:
                         raise RuntimeError(f"{piece.name} cannot be copied: {error}") from error
-                    said.put(piece.source.nbytes)
+                    fresh += piece.source.nbytes
+                    if fresh >= REPORT_BYTES:
+                        said.put(fresh)
+                        fresh = 0
+            said.put(fresh)
         except BaseException as error:
             said.put(error)
         finally:
@@ -86,7 +92,7 @@ def copy(
     for thread in team:
         thread.start()
     failure: BaseException | None = None
-    working, fresh = len(team), 0
+    working = len(team)
     try:
         while working:
             word = said.get()
@@ -95,11 +101,8 @@ def copy(
                 stop.set()
             elif word is None:
                 working -= 1
-            else:
-                fresh += word
-            if progress is not None and fresh and (fresh >= REPORT_BYTES or not working):
-                progress(fresh)
-                fresh = 0
+            elif word and progress is not None:
+                progress(word)
     finally:  # an interrupt, too
         stop.set()
         for thread in team:
@@ -138,41 +141,50 @@ def onto_gpu(device: torch.device) -> Carrier:
         stream = torch.cuda.Stream(device)
         with torch.cuda.device(device), torch.cuda.stream(stream):
             stream.wait_stream(caller)  # where the targets' memory may still be in use
-            yield Staging([Pinned(BUFFER_BYTES) for _ in range(BUFFERS)]).carry
+            staging = Staging([Pinned(BUFFER_BYTES, device) for _ in range(BUFFERS)])
+            yield staging.carry
+            staging.send()
             stream.synchronize()
 
     return carrier
 
 
+class Part(NamedTuple):
+    """Numbers of type ``dtype`` that lie from byte ``start`` on in a buffer, and where they belong."""
+
+    start: int
+    dtype: torch.dtype
+    target: Tensor  # [n], of whatever type
+
+    def of(self, memory: Tensor) -> Tensor:
+        return memory[self.start : self.start + len(self.target) * self.dtype.itemsize].view(self.dtype)
+
+
 class Buffer(Protocol):
-    """Memory on its way to a device: filled, sent, and free again when all of it has been fetched."""
+    """Memory on its way to a device: filled, sent, and free again when it has been fetched."""
 
     memory: Tensor  # [bytes] uint8
 
-    def send(self, part: Tensor, target: Tensor) -> None:
-        """Have ``part``, a part of ``memory``, copied to ``target`` at some time; their types may differ."""
-
-    def close(self) -> None:
-        """All has been sent."""
+    def send(self, used: int, parts: Sequence[Part]) -> None:
+        """Have the first ``used`` bytes of ``memory`` fetched, and ``parts`` of them copied to their targets."""
 
     def wait(self) -> None:
-        """Until what was sent before the last :meth:`close`, if anything, has been fetched."""
+        """Until what was sent before, if anything, has been fetched."""
 
 
 class Pinned:
     """A :class:`Buffer` that the GPU reads by itself, in the order of the current stream."""
 
-    def __init__(self, size: int):
+    def __init__(self, size: int, device: torch.device):
         self.memory = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        self.landed = torch.empty(size, dtype=torch.uint8, device=device)
         self.fetched = torch.cuda.Event(blocking=True)  # a thread that waits leaves its core to others
 
-    def send(self, part: Tensor, target: Tensor) -> None:
-        if part.dtype != target.dtype:
-            part = part.to(target.device, non_blocking=True)  # as it is: the GPU changes the type
-        target.copy_(part, non_blocking=True)
-
-    def close(self) -> None:
+    def send(self, used: int, parts: Sequence[Part]) -> None:
+        self.landed[:used].copy_(self.memory[:used], non_blocking=True)
         self.fetched.record()
+        if parts:
+            torch._foreach_copy_([part.target for part in parts], [part.of(self.landed) for part in parts])
 
     def wait(self) -> None:
         self.fetched.synchronize()
@@ -182,29 +194,38 @@ class Staging:
     """Buffers of one size in turn, each shared by small pieces, several for a large one."""
 
     def __init__(self, buffers: Sequence[Buffer]):
-        self.ring = itertools.cycle(buffers)
+        self.ring = itertools.cycle([(buffer, buffer.memory.numpy()) for buffer in buffers])
         self.size = len(buffers[0].memory)
-        self.buffer, self.used = next(self.ring), 0
+        self.parts: list[Part] = []
+        self.turn()
 
     def carry(self, piece: Piece) -> None:
         if piece.source.shape != piece.target.shape:
             wanted, got = list(piece.target.shape), list(piece.source.shape)
             raise RuntimeError(f"its shape is {got}, expected {wanted}")
-        source, target = piece.source.contiguous().view(-1), piece.target.view(-1)
-        start = 0
-        while start < len(source):
-            count = min(len(source) - start, (self.size - self.used) // source.itemsize)
+        numbers, target = piece.source.contiguous().view(-1), piece.target.view(-1)
+        source, each = numbers.view(torch.uint8).numpy(), numbers.itemsize
+        start, total = 0, numbers.numel()
+        while start < total:
+            count = min(total - start, (self.size - self.used) // each)
             if count == 0:
+                self.send()
                 self.turn()
                 continue
-            part = self.buffer.memory[self.used : self.used + count * source.itemsize]
             # numpy's copy is a memcpy without Python's lock; torch's would bring threads of its own.
-            np.copyto(part.numpy(), source[start : start + count].view(torch.uint8).numpy())
-            self.buffer.send(part.view(source.dtype), target[start : start + count])
-            self.used += -(-len(part) // ALIGNMENT) * ALIGNMENT
+            end = self.used + count * each
+            np.copyto(self.room[self.used : end], source[start * each : (start + count) * each])
+            self.parts.append(Part(self.used, numbers.dtype, target[start : start + count]))
+            self.used = min(self.size, -(-end // ALIGNMENT) * ALIGNMENT)
             start += count
 
+    def send(self) -> None:
+        """Send what the buffer holds."""
+        self.buffer.send(self.used, self.parts)
+        self.parts = []
+
     def turn(self) -> None:
-        self.buffer.close()
-        self.buffer, self.used = next(self.ring), 0
+        """Go on with the next buffer."""
+        self.buffer, self.room = next(self.ring)
         self.buffer.wait()
+        self.used = 0

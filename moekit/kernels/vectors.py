@@ -21,7 +21,7 @@ from moekit.kernels.grouped import ACTIVATIONS, _activate
 from moekit.kernels.overlap import overlapped, start, wait
 
 WARPS = 4
-NUMBERS = 4096  # of products that a program keeps, which is 32 a thread
+NUMBERS = 4096  # of products that a program keeps, which is 32 a thread; twice as many with several rows
 LONGEST = 1024  # terms of a sum at a time, unless a norm wants all of them
 
 
@@ -53,7 +53,7 @@ def linear(
     padded = triton.next_power_of_2(rows)
     inner = triton.next_power_of_2(k)
     inner = inner if norm is not None else min(inner, LONGEST)
-    columns = _columns(n, padded * inner, x.device)
+    columns = _columns(n, padded * inner // min(padded, 2), x.device)
     _linear[(triton.cdiv(n, columns),)](
         x,
         weight,
