@@ -44,7 +44,7 @@ class Evaluation:
         loss_base2: mean negative log-probability a token, in bits.
         perplexity: ``2 ** loss_base2``.
         ntokens: tokens scored.
-        seconds: scoring alone, without loading.
+        seconds: scoring alone, without loading and, on GPUs, without :meth:`Model.warm_up`.
         tokens_per_second: ``ntokens / seconds``.
         tokens: a row a token, sorted by sample and position: ``sample_id``, ``position`` (in the sample, from 0),
             ``token`` (dictionary id), ``logprob`` (natural log, float32).
@@ -86,6 +86,7 @@ class Model:
         self.load_seconds = math.nan
         self.intervention: intervene.Intervention | None = None
         self.abandoned: list[int] = []  # generations (their keys on the ranks) that the next one ends
+        self.warm: set[tuple] = set()  # see warm_up
 
     @property
     def world_size(self) -> int:
@@ -174,11 +175,13 @@ class Model:
         if trace:
             options = tracing.Options() if trace is True else trace
             collector = tracing.Collector(options.of(self.config))
+        vocab = len(batches.dictionary)
+        self.warm_up(chosen, fraction, vocab, progress)
         start = time.perf_counter()
         scores = self.score_batches(
             chosen,
             fraction=fraction,
-            vocab=len(batches.dictionary),
+            vocab=vocab,
             seed=seed,
             progress=progress,
             trace=collector,
@@ -189,6 +192,23 @@ class Model:
             return found
         meta = tracing.describe_run(self, chosen, fraction, seed) | batches.asked
         return replace(found, trace=collector.trace(self.config.experts, meta))
+
+    def warm_up(
+        self, batches: Sequence[Batch], fraction: float | None, vocab: int, progress: bool = True
+    ) -> None:
+        """On GPUs, score the first step of ``batches`` and forget it, unless one like it has been: a first pass compiles
+        kernels, which later processes find on the disk, and connects ranks, and its seconds tell nothing of the work.
+        """
+        step = next(plan_steps(batches, self.world_size, TOKENS_A_PASS[self.device]), None)
+        if self.device != "cuda" or step is None:
+            return
+        like = (len(step), step[0].tokens.shape, step[0].padded(), fraction is None)
+        if like in self.warm:
+            return
+        with progress_bar("warming up the GPUs", 1, " passes", show=progress, delay=1.0) as bar:
+            self.ranks.call(worker.score, [step], fraction=fraction, vocab=vocab, seed=0)
+            bar.update(1)
+        self.warm.add(like)
 
     @property
     def reads_text(self) -> bool:

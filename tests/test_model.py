@@ -229,3 +229,19 @@ def test_data_of_another_dictionary_is_refused(reference, tmp_path):
 def test_a_config_that_makes_no_sense_is_refused_before_ranks_start(reference, config, said):
     with pytest.raises(ValueError, match=said):
         moekit.load(reference / "checkpoint", 1, "cpu", config=config, progress=False)
+
+
+def test_a_gpu_is_warmed_up_once_for_what_is_alike(reference, monkeypatch):
+    """The pass that compiles kernels is not timed, and changes nothing; ranks on the CPU stand in for GPUs."""
+    with moekit.load(reference / "checkpoint", device="cpu", progress=False) as model:
+        how = {"tokens_per_sample": 64, "progress": False}
+        wanted = model.evaluate(reference / "data-bin", **how)
+        monkeypatch.setattr(type(model), "device", "cuda")
+        calls, call = [], model.ranks.call
+        monkeypatch.setattr(model.ranks, "call", lambda fn, *a, **k: calls.append(fn) or call(fn, *a, **k))
+        for expected in (2, 3):
+            found = model.evaluate(reference / "data-bin", **how)
+            assert len(calls) == expected
+            assert found.tokens.equals(wanted.tokens)
+        model.evaluate(reference / "data-bin", capacity_token_fraction=0.05, **how)
+        assert len(calls) == 5, "a capacity is another path"
