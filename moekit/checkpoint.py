@@ -494,32 +494,26 @@ def fill(
     Args:
         model: a :class:`moekit.model.Transformer` with room for the experts ``held``; any device, any dtype.
         progress: called with the bytes read since the last call.
-        threads: that read at the same time, a file each.
+        threads: that copy at the same time.
 
     Returns:
         How often each place was filled: once, or an error is raised.
     """
     parameters = dict(model.named_parameters())
-    needed = plan.needed(held)
-    counts = [collections.Counter() for _ in needed]  # a file each, which is one thread's
+    filled: collections.Counter[Place] = collections.Counter()
 
-    def pieces(source: Source, count: collections.Counter[Place]) -> Iterator[copying.Piece]:
-        for key, tensor, target in places(source, plan.open(source), plan.config):
-            if target.part == "expert" and target.expert not in held:
-                continue
-            view = target.of(parameters[target.name].data, held.start)
-            if target.part == "rows":
-                tensor = tensor[: len(view)]
-            yield copying.Piece(f"{source.path}: {key}", tensor, view)
-            count.update(_unfold(target))
+    def pieces() -> Iterator[copying.Piece]:
+        for source in plan.needed(held):
+            for key, tensor, target in places(source, plan.open(source), plan.config):
+                if target.part == "expert" and target.expert not in held:
+                    continue
+                view = target.of(parameters[target.name].data, held.start)
+                if target.part == "rows":
+                    tensor = tensor[: len(view)]
+                yield copying.Piece(f"{source.path}: {key}", tensor, view)
+                filled.update(_unfold(target))
 
-    copying.copy(
-        [functools.partial(pieces, source, count) for source, count in zip(needed, counts, strict=True)],
-        next(iter(parameters.values())).device,
-        threads,
-        progress,
-    )
-    filled = sum(counts, collections.Counter())
+    copying.copy(pieces(), next(iter(parameters.values())).device, threads, progress)
     for name, parameter in parameters.items():
         for target in _parts(name, parameter):
             if target.part == "expert":

@@ -3,11 +3,11 @@
 On the CPU a thread copies straight into the parameter. For a GPU it fills pinned buffers, from which the GPU fetches
 them while the thread fills the next: so the files' pages, the cores and the bus work at the same time.
 
-What it costs: reading a mapped page that is in the page cache is a copy at the speed of memory (10 GB/s a core and
-more; asking the kernel for the pages in advance, ``MADV_POPULATE_READ``, makes it slower, and ``pread`` is no faster).
-A few cores so outrun the bus. What is dear is Python: 15,000 tensors, half of them a few kilobytes, each with some calls
-that hold its lock or have to take it again while others want it. So tensors share a buffer, which goes to the GPU as a
-whole, and from where it lands there one call deals out all of them.
+What it costs: reading a mapped page that is in the page cache is a copy at the speed of memory (8 GB/s a core, 27 GB/s
+with eight on the machine of an H200; asking the kernel for the pages in advance, ``MADV_POPULATE_READ``, or ``pread`` are
+no faster). What is dear is Python: the 15B has 12,500 tensors, half of them a few kilobytes, and each call of torch gives
+Python's lock away and has to win it back from whoever took it. So one thread does what has to be done for each tensor, and
+the others copy loads of 16 MiB, which go to the GPU as a whole, where one call deals out the tensors in them.
 """
 
 from __future__ import annotations
@@ -16,18 +16,17 @@ import contextlib
 import itertools
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 THREADS = 8  # more do not make the bus faster
-BUFFERS, BUFFER_BYTES = 2, 16 << 20  # of each thread
-ALIGNMENT = 256  # of what lies in a buffer: any number type, and good for the GPU
-REPORT_BYTES = 16 << 20
+BUFFERS, LOAD_BYTES = 2, 16 << 20  # buffers of each thread, and what goes into one
+ALIGNMENT = 256  # bytes, of what lies in a buffer: good for the GPU
 
 
 @dataclass(frozen=True)
@@ -40,133 +39,188 @@ class Piece:
 
 
 def copy(
-    groups: Sequence[Callable[[], Iterable[Piece]]],
+    pieces: Iterable[Piece],
     device: torch.device,
     threads: int,
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Copy all pieces of all groups; what is copied is there when this returns.
+    """Copy all pieces; what is copied is there when this returns.
 
     Args:
-        groups: each is called in one of the threads and gives its pieces, for example those of a file that it opens.
+        pieces: made one after the other in this thread, while others copy.
         device: of all targets.
         threads: at most this many, and at most ``THREADS``.
         progress: called in this thread with the bytes copied since the last call.
 
     Raises:
-        Whatever a group raises, and RuntimeError with the piece's name if it cannot be copied. The others stop.
+        Whatever ``pieces`` raises, and RuntimeError with the piece's name if it cannot be copied.
     """
-    waiting: queue.SimpleQueue[Callable[[], Iterable[Piece]]] = queue.SimpleQueue()
+    carrier = Straight() if device.type == "cpu" else OntoGpu(device)
+    threads = max(1, min(threads, THREADS))
+    waiting: queue.Queue[Any] = queue.Queue(2 * threads)
     said: queue.SimpleQueue[int | BaseException | None] = queue.SimpleQueue()  # bytes, an error, or "done"
     stop = threading.Event()
-    for group in groups:
-        waiting.put(group)
-    carrier = onto_gpu(device) if device.type == "cuda" else straight()
 
     def work() -> None:
         try:
-            with torch.no_grad(), carrier() as carry:
-                fresh = 0
-                for piece in _pieces(waiting):
-                    if stop.is_set():
-                        break
-                    try:
-                        carry(piece)
-                    except RuntimeError as error:
-                        raise RuntimeError(f"{piece.name} cannot be copied: {error}") from error
-                    fresh += piece.source.nbytes
-                    if fresh >= REPORT_BYTES:
-                        said.put(fresh)
-                        fresh = 0
-            said.put(fresh)
+            with torch.no_grad(), carrier.carrying() as carry:
+                while not stop.is_set() and (load := waiting.get()) is not None:
+                    carry(load)
+                    said.put(load.bytes)
         except BaseException as error:
+            stop.set()
             said.put(error)
         finally:
             said.put(None)
 
-    team = [
-        threading.Thread(target=work, name=f"copying-{i}", daemon=True)
-        for i in range(max(1, min(threads, THREADS, len(groups))))
-    ]
+    def heard(words: Iterable[int | BaseException | None]) -> int:
+        """How many threads are done, of those that spoke."""
+        done = 0
+        for word in words:
+            if isinstance(word, BaseException):
+                raise word
+            done += word is None
+            if word and progress is not None:
+                progress(word)
+        return done
+
+    def ready() -> Iterator[int | BaseException | None]:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                yield said.get_nowait()
+
+    def hand_over(load: Any) -> int:
+        done = heard(ready())
+        while not stop.is_set():
+            with contextlib.suppress(queue.Full):
+                waiting.put(load, timeout=0.05)
+                break
+            done += heard(ready())
+        return done
+
+    team = [threading.Thread(target=work, name=f"copying-{i}", daemon=True) for i in range(threads)]
     threads_of_torch = torch.get_num_threads()
     for thread in team:
         thread.start()
-    failure: BaseException | None = None
-    working = len(team)
     try:
-        while working:
-            word = said.get()
-            if isinstance(word, BaseException):
-                failure = failure or word
-                stop.set()
-            elif word is None:
-                working -= 1
-            elif word and progress is not None:
-                progress(word)
+        done = sum(hand_over(load) for load in itertools.chain(carrier.loads(pieces), [None] * threads))
+        while done < threads:
+            done += heard([said.get()])
     finally:  # an interrupt, too
         stop.set()
+        with contextlib.suppress(queue.Empty):  # who waits for a load gets a word that there is none
+            while True:
+                waiting.get_nowait()
+        for _ in team:
+            waiting.put(None)
         for thread in team:
             thread.join()
         torch.set_num_threads(threads_of_torch)  # or threads to come would take over what these chose
-    if failure is not None:
-        raise failure
 
 
-def _pieces(waiting: queue.SimpleQueue) -> Iterator[Piece]:
-    with contextlib.suppress(queue.Empty):
-        while True:
-            yield from waiting.get_nowait()()
+class Load:
+    """What is copied together.
+
+    Attributes:
+        bytes: of the sources.
+        pieces: for the CPU.
+        dtype: of all numbers in a buffer.
+        used: numbers that the buffer holds, gaps included.
+        sources: (first number's place in the buffer, the bytes that go there).
+        parts: (first number's place in the buffer, where they belong: [n], of whatever type).
+    """
+
+    def __init__(self, dtype: torch.dtype | None = None):
+        self.bytes, self.pieces, self.dtype, self.used = 0, [], dtype, 0
+        self.sources: list[tuple[int, np.ndarray]] = []
+        self.parts: list[tuple[int, Tensor]] = []
 
 
-Carrier = Callable[[], contextlib.AbstractContextManager[Callable[[Piece], None]]]  # entered by each thread
+class Straight:
+    """To the CPU: each tensor to its place."""
 
+    @staticmethod
+    def loads(pieces: Iterable[Piece]) -> Iterator[Load]:
+        load = Load()
+        for piece in pieces:
+            check(piece)
+            load.pieces.append(piece)
+            load.bytes += piece.source.nbytes
+            if load.bytes >= LOAD_BYTES:
+                yield load
+                load = Load()
+        yield load
 
-def straight() -> Carrier:
-    """To the CPU."""
-
+    @staticmethod
     @contextlib.contextmanager
-    def carrier() -> Iterator[Callable[[Piece], None]]:
+    def carrying() -> Iterator[Callable[[Load], None]]:
         torch.set_num_threads(1)  # of this thread: it is one of several
-        yield lambda piece: piece.target.copy_(piece.source)
 
-    return carrier
+        def carry(load: Load) -> None:
+            for piece in load.pieces:
+                piece.target.copy_(piece.source)
+
+        yield carry
 
 
-def onto_gpu(device: torch.device) -> Carrier:
-    """To a GPU, on a stream of its own for each thread; on leaving, all has arrived."""
-    caller = torch.cuda.current_stream(device)
+class OntoGpu:
+    """To a GPU, on a stream of its own for each thread; when a thread is done, all of its loads have arrived."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.caller = device, torch.cuda.current_stream(device)
+
+    @staticmethod
+    def loads(pieces: Iterable[Piece]) -> Iterator[Load]:
+        return packed(pieces, LOAD_BYTES)
 
     @contextlib.contextmanager
-    def carrier() -> Iterator[Callable[[Piece], None]]:
-        stream = torch.cuda.Stream(device)
-        with torch.cuda.device(device), torch.cuda.stream(stream):
-            stream.wait_stream(caller)  # where the targets' memory may still be in use
-            staging = Staging([Pinned(BUFFER_BYTES, device) for _ in range(BUFFERS)])
-            yield staging.carry
-            staging.send()
+    def carrying(self) -> Iterator[Callable[[Load], None]]:
+        stream = torch.cuda.Stream(self.device)
+        with torch.cuda.device(self.device), torch.cuda.stream(stream):
+            stream.wait_stream(self.caller)  # where the targets' memory may still be in use
+            ring = itertools.cycle([Pinned(LOAD_BYTES, self.device) for _ in range(BUFFERS)])
+            yield lambda load: staged(load, next(ring))
             stream.synchronize()
 
-    return carrier
+
+def check(piece: Piece) -> None:
+    if piece.source.shape != piece.target.shape:
+        wanted, got = list(piece.target.shape), list(piece.source.shape)
+        raise RuntimeError(f"{piece.name} cannot be copied: its shape is {got}, expected {wanted}")
 
 
-class Part(NamedTuple):
-    """Numbers of type ``dtype`` that lie from byte ``start`` on in a buffer, and where they belong."""
-
-    start: int
-    dtype: torch.dtype
-    target: Tensor  # [n], of whatever type
-
-    def of(self, memory: Tensor) -> Tensor:
-        return memory[self.start : self.start + len(self.target) * self.dtype.itemsize].view(self.dtype)
+def packed(pieces: Iterable[Piece], size: int) -> Iterator[Load]:
+    """Loads of up to ``size`` bytes, several pieces in one, a large piece in several."""
+    load = Load()
+    for piece in pieces:
+        check(piece)
+        numbers, target = piece.source.contiguous().view(-1), piece.target.view(-1)
+        source, each = numbers.view(torch.uint8).numpy(), numbers.itemsize
+        room, step = size // each, ALIGNMENT // each
+        start, total = 0, numbers.numel()
+        while start < total:
+            if load.dtype != numbers.dtype or load.used == room:
+                if load.parts:
+                    yield load
+                load = Load(numbers.dtype)
+            count = min(total - start, room - load.used)
+            part = target if count == total else target[start : start + count]
+            load.parts.append((load.used, part))
+            load.sources.append((load.used, source[start * each : (start + count) * each]))
+            load.bytes += count * each
+            load.used = min(room, -(-(load.used + count) // step) * step)
+            start += count
+    if load.parts:
+        yield load
 
 
 class Buffer(Protocol):
-    """Memory on its way to a device: filled, sent, and free again when it has been fetched."""
+    """Memory on its way to a device."""
 
-    memory: Tensor  # [bytes] uint8
+    room: np.ndarray  # [bytes] uint8
 
-    def send(self, used: int, parts: Sequence[Part]) -> None:
-        """Have the first ``used`` bytes of ``memory`` fetched, and ``parts`` of them copied to their targets."""
+    def send(self, load: Load) -> None:
+        """Have what ``load`` put into ``room`` fetched, and dealt out to where it belongs."""
 
     def wait(self) -> None:
         """Until what was sent before, if anything, has been fetched."""
@@ -177,55 +231,34 @@ class Pinned:
 
     def __init__(self, size: int, device: torch.device):
         self.memory = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        self.room = self.memory.numpy()
         self.landed = torch.empty(size, dtype=torch.uint8, device=device)
         self.fetched = torch.cuda.Event(blocking=True)  # a thread that waits leaves its core to others
 
-    def send(self, used: int, parts: Sequence[Part]) -> None:
+    def send(self, load: Load) -> None:
+        used = load.used * load.dtype.itemsize
         self.landed[:used].copy_(self.memory[:used], non_blocking=True)
         self.fetched.record()
-        if parts:
-            torch._foreach_copy_([part.target for part in parts], [part.of(self.landed) for part in parts])
+        torch._foreach_copy_([target for _, target in load.parts], dealt(self.landed, load))
 
     def wait(self) -> None:
         self.fetched.synchronize()
 
 
-class Staging:
-    """Buffers of one size in turn, each shared by small pieces, several for a large one."""
+def staged(load: Load, buffer: Buffer) -> None:
+    buffer.wait()
+    each = load.dtype.itemsize
+    for start, source in load.sources:
+        # numpy's copy is a memcpy without Python's lock; torch's would bring threads of its own.
+        np.copyto(buffer.room[start * each : start * each + len(source)], source)
+    buffer.send(load)
 
-    def __init__(self, buffers: Sequence[Buffer]):
-        self.ring = itertools.cycle([(buffer, buffer.memory.numpy()) for buffer in buffers])
-        self.size = len(buffers[0].memory)
-        self.parts: list[Part] = []
-        self.turn()
 
-    def carry(self, piece: Piece) -> None:
-        if piece.source.shape != piece.target.shape:
-            wanted, got = list(piece.target.shape), list(piece.source.shape)
-            raise RuntimeError(f"its shape is {got}, expected {wanted}")
-        numbers, target = piece.source.contiguous().view(-1), piece.target.view(-1)
-        source, each = numbers.view(torch.uint8).numpy(), numbers.itemsize
-        start, total = 0, numbers.numel()
-        while start < total:
-            count = min(total - start, (self.size - self.used) // each)
-            if count == 0:
-                self.send()
-                self.turn()
-                continue
-            # numpy's copy is a memcpy without Python's lock; torch's would bring threads of its own.
-            end = self.used + count * each
-            np.copyto(self.room[self.used : end], source[start * each : (start + count) * each])
-            self.parts.append(Part(self.used, numbers.dtype, target[start : start + count]))
-            self.used = min(self.size, -(-end // ALIGNMENT) * ALIGNMENT)
-            start += count
-
-    def send(self) -> None:
-        """Send what the buffer holds."""
-        self.buffer.send(self.used, self.parts)
-        self.parts = []
-
-    def turn(self) -> None:
-        """Go on with the next buffer."""
-        self.buffer, self.room = next(self.ring)
-        self.buffer.wait()
-        self.used = 0
+def dealt(memory: Tensor, load: Load) -> list[Tensor]:
+    """The numbers of each part of ``load`` in a buffer's memory [bytes] uint8: one call cuts out all, gaps too."""
+    sizes, end = [], 0
+    for start, target in load.parts:
+        sizes += [start - end, len(target)]
+        end = start + len(target)
+    numbers = memory[: load.used * load.dtype.itemsize].view(load.dtype)
+    return list(numbers.split([*sizes, load.used - end])[1::2])

@@ -1,6 +1,7 @@
 """Copying by threads: every byte once, no buffer reused too early, errors that name the tensor, nothing left behind."""
 
 import contextlib
+import itertools
 import pickle
 import re
 import threading
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from moekit import checkpoint, copying
-from moekit.copying import Piece, Staging
+from moekit.copying import Piece
 from moekit.model import Transformer
 
 CPU = torch.device("cpu")
@@ -21,26 +22,31 @@ def piece(number: int, shape=(3, 5), source=torch.float16, target=torch.float32)
 
 
 class Lazy:
-    """A buffer whose device fetches as late as it may, when somebody waits, and no more than it was told to."""
+    """A buffer whose device fetches as late as it may: when somebody waits, and no more than it was told to."""
 
     def __init__(self, size: int, log: list[str]):
         self.memory = torch.zeros(size, dtype=torch.uint8)
-        self.used, self.pending, self.log = 0, [], log
+        self.room, self.load, self.log = self.memory.numpy(), None, log
 
-    def send(self, used, parts):
-        assert not self.pending, "nobody waited for what was sent before"
-        self.used, self.pending = used, list(parts)
+    def send(self, load):
+        assert self.load is None, "nobody waited for what was sent before"
+        self.load = load
 
     def wait(self):
-        for part in self.pending:
-            part.target.copy_(part.of(self.memory[: self.used]))
-        self.log.append(f"waited for {len(self.pending)}")
-        self.pending = []
+        parts = [] if self.load is None else self.load.parts
+        if parts:
+            landed = self.memory.clone()
+            landed[self.load.used * self.load.dtype.itemsize :] = 255  # was not sent
+            for (_, target), numbers in zip(parts, copying.dealt(landed, self.load), strict=True):
+                target.copy_(numbers)
+        self.log.append(f"waited for {len(parts)}")
+        self.load = None
 
 
-def fetched(staging: Staging, ring: list[Lazy]) -> None:
-    """Send the rest, and have the device done with all of it."""
-    staging.send()
+def staged(pieces, ring: list[Lazy]) -> None:
+    """Everything through the buffers in turn, and fetched in the end."""
+    for number, load in enumerate(copying.packed(pieces, len(ring[0].memory))):
+        copying.staged(load, ring[number % len(ring)])
     for buffer in ring:
         buffer.wait()
 
@@ -48,49 +54,41 @@ def fetched(staging: Staging, ring: list[Lazy]) -> None:
 @pytest.mark.parametrize("buffers", [1, 2, 3])
 @pytest.mark.parametrize("size", [256, 512, 1024, 1 << 16])
 def test_staged_pieces_of_all_sizes_arrive_whatever_the_buffers(buffers, size):
-    log: list[str] = []
-    ring = [Lazy(size, log) for _ in range(buffers)]
-    staging = Staging(ring)
     shapes = [(1,), (300,), (7, 11), (0, 3), (), (64, 4), (3, 1000)]
     kinds = [(torch.float16, torch.float16), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)]
     pieces = [piece(i, shape, *kind) for i, (shape, kind) in enumerate((s, k) for s in shapes for k in kinds)]
+    pieces += [piece(i, shape) for i, shape in enumerate(shapes)]  # one after the other of the same type
+    staged(pieces, [Lazy(size, []) for _ in range(buffers)])
     for one in pieces:
-        staging.carry(one)
-    fetched(staging, ring)
-    for one in pieces:
-        assert one.target.equal(one.source.to(one.target.dtype)), one.name
+        assert one.target.equal(one.source.to(one.target.dtype))
 
 
 def test_a_buffer_holds_many_small_pieces_and_is_waited_for_before_it_is_filled_again():
     log: list[str] = []
-    staging = Staging([Lazy(1024, log), Lazy(1024, log)])
+    ring = [Lazy(1024, log), Lazy(1024, log)]
     small = [piece(i, (8,)) for i in range(12)]  # 16 bytes each, which take 256: four to a buffer
-    for one in small:
-        staging.carry(one)
-    assert log == [
-        "waited for 0",
-        "waited for 0",
-        "waited for 4",
-    ]  # both were free, then the first had to be fetched
+    loads = list(copying.packed(small, 1024))
+    assert [[start for start, _ in load.parts] for load in loads] == [[0, 128, 256, 384]] * 3
+    for load, buffer in zip(loads, [*ring, ring[0]], strict=True):
+        copying.staged(load, buffer)
+    assert log == ["waited for 0", "waited for 0", "waited for 4"]  # both were free, then the first was not
     assert all(one.target.equal(one.source.float()) for one in small[:4])
     assert all(one.target.eq(-1).all() for one in small[4:])
 
 
 def test_what_is_not_contiguous_is_staged_in_its_own_order():
-    log: list[str] = []
     source = torch.arange(12.0).reshape(3, 4).T
     one = Piece("transposed", source, torch.zeros(4, 3))
-    buffer = Lazy(256, log)
-    staging = Staging([buffer])
-    staging.carry(one)
-    fetched(staging, [buffer])
+    staged([one], [Lazy(256, [])])
     assert one.target.equal(source)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5, 50])
-def test_all_groups_are_copied_by_any_number_of_threads(threads):
+@pytest.mark.parametrize("load_bytes", [1, 100, 1 << 20])
+def test_all_pieces_are_copied_by_any_number_of_threads(threads, load_bytes, monkeypatch):
+    monkeypatch.setattr(copying, "LOAD_BYTES", load_bytes)
     before = torch.get_num_threads()
-    groups = [[piece(10 * g + i) for i in range(g % 4)] for g in range(20)]
+    pieces = [piece(i) for i in range(100)]
     told: list[int] = []
     me = threading.current_thread()
 
@@ -98,8 +96,7 @@ def test_all_groups_are_copied_by_any_number_of_threads(threads):
         assert threading.current_thread() is me  # a notebook draws in its own thread alone
         told.append(count)
 
-    copying.copy([lambda g=g: g for g in groups], CPU, threads, progress)
-    pieces = [one for group in groups for one in group]
+    copying.copy(pieces, CPU, threads, progress)
     assert all(one.target.equal(one.source.float()) for one in pieces)
     assert sum(told) == sum(one.source.nbytes for one in pieces)
     assert torch.get_num_threads() == before
@@ -116,31 +113,38 @@ def test_nothing_to_copy():
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_an_error_names_the_piece_and_stops_the_others(threads):
-    after: list[str] = []
-
-    def good():
-        for i in range(1000):
-            yield piece(i)
-        after.append("all")
-
-    def bad():
+def test_an_error_names_the_piece_and_ends_the_threads(threads):
+    def some():
         yield piece(1)
         yield Piece("model-rank-3.pt: some.key", torch.zeros(2, 3), torch.zeros(4))
+        raise AssertionError("goes on after an error")
 
-    with pytest.raises(RuntimeError, match=r"model-rank-3\.pt: some\.key cannot be copied"):
-        copying.copy([bad, *[good] * 50], CPU, threads)
-    assert len(after) < 50
+    with pytest.raises(RuntimeError, match=r"model-rank-3\.pt: some\.key cannot be copied: its shape is"):
+        copying.copy(some(), CPU, threads)
     assert not [t for t in threading.enumerate() if t.name.startswith("copying")]
 
 
-def test_what_a_group_raises_is_raised():
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_thread_that_fails_stops_all(threads, monkeypatch):
+    """Endless pieces, more than the queue between the threads holds."""
+    monkeypatch.setattr(copying, "LOAD_BYTES", 1)
+
+    def broken(load):
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(copying.Straight, "carrying", lambda self: contextlib.nullcontext(broken))
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        copying.copy(map(piece, itertools.count()), CPU, threads)
+    assert not [t for t in threading.enumerate() if t.name.startswith("copying")]
+
+
+def test_what_the_pieces_raise_is_raised():
     def broken():
+        yield piece(1)
         raise ValueError("model-rank-1.pt is not readable")
-        yield
 
     with pytest.raises(ValueError, match=r"model-rank-1\.pt is not readable"):
-        copying.copy([broken], CPU, 2)
+        copying.copy(broken(), CPU, 2)
 
 
 def test_an_interrupt_ends_the_threads():
@@ -152,14 +156,8 @@ def test_an_interrupt_ends_the_threads():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        copying.copy([endless, endless], CPU, 2, interrupt)
+        copying.copy(endless(), CPU, 2, interrupt)
     assert not [t for t in threading.enumerate() if t.name.startswith("copying")]
-
-
-def test_a_staged_piece_of_another_shape_is_an_error():
-    staging = Staging([Lazy(256, [])])
-    with pytest.raises(RuntimeError, match=r"its shape is \[2, 3\], expected \[3, 2\]"):
-        staging.carry(Piece("x", torch.zeros(2, 3), torch.zeros(3, 2)))
 
 
 # ------------------------------------------------------------------------------------- a checkpoint, by threads
@@ -184,14 +182,21 @@ def test_a_checkpoint_is_the_same_straight_and_through_buffers(reference, monkey
     weight = stored["decoder.layers.1.moe_layer.experts.1.fc1.weight"]
     assert expected["layers.1.moe.experts.w1"][5].equal(weight.to(dtype))
 
-    @contextlib.contextmanager
-    def staged():
-        ring = [Lazy(4096, []) for _ in range(2)]
-        staging = Staging(ring)
-        yield staging.carry
-        fetched(staging, ring)
+    class Staged:
+        @staticmethod
+        def loads(pieces):
+            return copying.packed(pieces, 4096)
 
-    monkeypatch.setattr(copying, "straight", lambda: staged)
+        @staticmethod
+        @contextlib.contextmanager
+        def carrying():
+            ring = [Lazy(4096, []) for _ in range(2)]
+            turn = itertools.cycle(ring)
+            yield lambda load: copying.staged(load, next(turn))
+            for buffer in ring:
+                buffer.wait()
+
+    monkeypatch.setattr(copying, "Straight", Staged)
     found, told_too = filled(folder, dtype, 3)
     assert all(found[name].equal(expected[name]) for name in expected)
     assert told_too == told == sum(p.numel() * 2 for p in expected.values())
@@ -233,14 +238,11 @@ def test_onto_a_gpu(threads):
     device = torch.device("cuda", 0)
     kinds = [(torch.float16, torch.float16), (torch.float16, torch.bfloat16), (torch.float32, torch.float16)]
     shapes = [(5,), (3072, 768), (6000, 4096)]  # the last one is larger than a buffer
-    groups = []
-    for number in range(8):
-        group = []
-        for shape in shapes * 4:
-            source, target = kinds[len(group) % 3]
-            values = torch.randn(shape, generator=torch.Generator().manual_seed(number)).to(source)
-            group.append(Piece("x", values, torch.empty(shape, dtype=target, device=device)))
-        groups.append(group)
-    copying.copy([lambda g=g: g for g in groups], device, threads)
-    for one in (one for group in groups for one in group):
+    pieces = []
+    for number in range(96):
+        shape, (source, target) = shapes[number % 3], kinds[number // 3 % 3]
+        values = torch.randn(shape, generator=torch.Generator().manual_seed(number)).to(source)
+        pieces.append(Piece("x", values, torch.empty(shape, dtype=target, device=device)))
+    copying.copy(pieces, device, threads)
+    for one in pieces:
         assert one.target.cpu().equal(one.source.to(one.target.dtype))
