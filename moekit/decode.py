@@ -29,7 +29,6 @@ from moekit.ranks import Rank
 from moekit.trace import Options, Recorder
 from moekit.worker import log_probs
 
-GRAPH_AFTER = 4  # steps with the same rows after which capturing a graph of them pays off
 SLOTS = 64  # a cache's slots are a multiple of these, which attention's kernels like
 
 
@@ -288,9 +287,9 @@ def _read_on(model: Transformer, sequences: Sequences, read: Tensor) -> Tensor:
         sequences.seen.scatter_(1, read[:, None], True)
     how = _how(settings, sequences.numbers, sequences.step, cache, 1)
     sequences.still += 1
-    if settings.beam_size == 1 and sequences.still > GRAPH_AFTER and graph.fits(model, how):
+    if settings.beam_size == 1 and sequences.still > graph.AFTER and graph.fits(model, how):
         if sequences.graph is None:
-            sequences.graph = graph.Graph(model, cache, settings.vocab)
+            sequences.graph = graph.of_step(model, cache, settings.vocab)
         logits = sequences.graph(read)
     else:
         logits = model.logits(model(read[:, None], how)[:, 0], settings.vocab)

@@ -1,9 +1,11 @@
-"""One step of decoding as a CUDA graph: some two hundred small kernels, launched with one call.
+"""Work that is done again and again as a CUDA graph: hundreds of small kernels, launched with one call.
 
-Shape letters: B sequences, V dictionary.
+Launching them one by one takes Python some 10 to 40 us each, which is longer than many of them run.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor
@@ -12,46 +14,74 @@ from moekit.cache import Cache
 from moekit.dispatch import Local
 from moekit.model import Pass, Transformer
 
-WARM_UP = 2  # passes before the capture: libraries allocate, and Triton compiles, at their first
+WARM_UP = 2  # runs before the capture: libraries allocate, and Triton compiles, at their first
+AFTER = 4  # times the same work is done before capturing it pays off
+MOST_TOKENS = 16_384  # of a pass worth capturing: with more, the kernels take longer than their launches
 
 
 def fits(model: Transformer, step: Pass) -> bool:
-    """Whether a pass runs on the device alone, so that it can be captured."""
+    """Whether a pass runs on the device alone, with the same kernels every time, so that it can be captured."""
     config = model.config
     draws = config.second_expert != "all" and not config.top1
     local = all(isinstance(layer.moe.dispatch, Local) for layer in model.layers if hasattr(layer, "moe"))
     on_gpu = model.embed.weight.is_cuda and model.kernel == "triton"
-    return on_gpu and local and not draws and step.record is None and step.edit is None
+    return (
+        on_gpu and local and not draws and step.record is None and step.edit is None and step.padding is None
+    )
 
 
 class Graph:
-    """Each of B sequences reads a token: the graph of it, for as long as the cache's tensors stay where they are."""
+    """``work`` on tensors of the shapes of ``inputs``, for as long as what else it uses stays where it is."""
 
-    def __init__(self, model: Transformer, cache: Cache, vocab: int):
-        self.read = torch.zeros(len(cache.lengths), dtype=torch.long, device=cache.lengths.device)
-
-        from moekit.kernels import few  # Triton is there where there are graphs, not everywhere
-
-        def step() -> Tensor:
-            # It writes to the cache where the token comes to lie, and moves nothing: repeating it does no harm.
-            if few.fits(model, len(self.read)):
-                return few.read_on(model, self.read, cache, vocab)
-            features = model(self.read[:, None], Pass(groups=len(self.read), cache=cache))
-            return model.logits(features[:, 0], vocab)
-
+    def __init__(self, work: Callable[..., Tensor], *inputs: Tensor):
+        self.inputs = [tensor.clone() for tensor in inputs]
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             for _ in range(WARM_UP):
-                step()
+                work(*self.inputs)
         torch.cuda.current_stream().wait_stream(aside)
         self.graph = torch.cuda.CUDAGraph()
         # On the stream of the warm-up, whose libraries have their workspaces; other threads may go on allocating.
         with torch.cuda.graph(self.graph, stream=aside, capture_error_mode="thread_local"):
-            self.logits = step()
+            self.output = work(*self.inputs)
 
-    def __call__(self, read: Tensor) -> Tensor:
-        """Tokens [B] int64 -> logits [B, V] of what follows, which the next call overwrites."""
-        self.read.copy_(read)
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """What ``work`` returns, which the next call overwrites."""
+        for own, given in zip(self.inputs, inputs, strict=True):
+            own.copy_(given)
         self.graph.replay()
-        return self.logits
+        return self.output
+
+
+class Repeated:
+    """Work as it comes, and a graph of it once the same has come :data:`AFTER` times on end."""
+
+    def __init__(self) -> None:
+        self.key: Hashable = None
+        self.times, self.graph = 0, None
+
+    def __call__(self, key: Hashable, work: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """``work(*inputs)``; ``key`` tells everything that makes one work another."""
+        if key != self.key:
+            self.key, self.times, self.graph = key, 0, None
+        self.times += 1
+        if self.times <= AFTER:
+            return work(*inputs)
+        if self.graph is None:
+            self.graph = Graph(work, *inputs)
+        return self.graph(*inputs).clone()
+
+
+def of_step(model: Transformer, cache: Cache, vocab: int) -> Graph:
+    """Each of B sequences reads a token, [B] int64: logits [B, V] of what follows, while ``cache`` stays as it is."""
+    from moekit.kernels import few  # Triton is there where there are graphs, not everywhere
+
+    def step(read: Tensor) -> Tensor:
+        # It writes to the cache where the token comes to lie, and moves nothing: repeating it does no harm.
+        if few.fits(model, len(read)):
+            return few.read_on(model, read, cache, vocab)
+        features = model(read[:, None], Pass(groups=len(read), cache=cache))
+        return model.logits(features[:, 0], vocab)
+
+    return Graph(step, torch.zeros(len(cache.lengths), dtype=torch.long, device=cache.lengths.device))

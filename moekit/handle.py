@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 TOKENS_A_PASS = {"cpu": 4096, "cuda": 65_536}  # how many tokens pay off in one forward pass
 STEPS_A_CALL = 8
+WARM_SHAPES = 4  # that a GPU is warmed up for; texts may have hundreds
 
 
 @dataclass(frozen=True)
@@ -196,19 +197,22 @@ class Model:
     def warm_up(
         self, batches: Sequence[Batch], fraction: float | None, vocab: int, progress: bool = True
     ) -> None:
-        """On GPUs, score the first step of ``batches`` and forget it, unless one like it has been: a first pass compiles
-        kernels, which later processes find on the disk, and connects ranks, and its seconds tell nothing of the work.
+        """On GPUs, score a step of each shape and forget it, unless one like it has been: a first pass compiles kernels,
+        which later processes find on the disk, and connects ranks, and its seconds tell nothing of the work.
         """
-        step = next(plan_steps(batches, self.world_size, TOKENS_A_PASS[self.device]), None)
-        if self.device != "cuda" or step is None:
+        if self.device != "cuda":
             return
-        like = (len(step), step[0].tokens.shape, step[0].padded(), fraction is None)
-        if like in self.warm:
-            return
-        with progress_bar("warming up the GPUs", 1, " passes", show=progress, delay=1.0) as bar:
-            self.ranks.call(worker.score, [step], fraction=fraction, vocab=vocab, seed=0)
-            bar.update(1)
-        self.warm.add(like)
+        fresh = {}
+        for step in plan_steps(batches, self.world_size, TOKENS_A_PASS[self.device]):
+            like = (len(step), step[0].tokens.shape, step[0].padded(), fraction is None)
+            if like not in self.warm and len(fresh) < WARM_SHAPES:
+                fresh.setdefault(like, step)
+        if fresh:
+            with progress_bar("warming up", len(fresh), " passes", show=progress, delay=1.0) as bar:
+                for step in fresh.values():
+                    self.ranks.call(worker.score, [step], fraction=fraction, vocab=vocab, seed=0)
+                    bar.update(1)
+            self.warm |= fresh.keys()
 
     @property
     def reads_text(self) -> bool:

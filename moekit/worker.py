@@ -5,6 +5,7 @@ Each function takes the :class:`moekit.ranks.Rank` it runs on first and is calle
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moekit import checkpoint
+from moekit import checkpoint, graph
 from moekit.batches import Batch
 from moekit.config import PAD
 from moekit.dispatch import AllToAll, owned
@@ -114,8 +115,13 @@ def score(
         # Padding behind the text is what no token looks at, and where nobody is dropped it takes no one's place.
         if mine[0].padded() and not (trailing and how.fraction is None):
             how.padding = tokens == PAD
-        features = model(tokens, how)
-        found = log_probs(model, features, targets, vocab)
+        if trace is None and tokens.numel() <= graph.MOST_TOKENS and graph.fits(model, how):
+            key = tuple(tokens.shape), how.groups, how.fraction, vocab
+            repeated = rank.state.setdefault("repeated", graph.Repeated())
+            found = repeated(key, functools.partial(scored, model, how, vocab), tokens, targets)
+        else:
+            features = model(tokens, how)
+            found = log_probs(model, features, targets, vocab)
         if under_way is not None:
             collect(*under_way)
         under_way = mine, found
@@ -125,6 +131,11 @@ def score(
     if under_way is not None:
         collect(*under_way)
     return scores, parts
+
+
+def scored(model: Transformer, how: Pass, vocab: int, tokens: Tensor, targets: Tensor) -> Tensor:
+    """[B, T] tokens and targets -> float32 [B, T] natural log-probabilities."""
+    return log_probs(model, model(tokens, how), targets, vocab)
 
 
 def trace_rows(

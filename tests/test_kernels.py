@@ -439,6 +439,43 @@ def test_the_driver_sees_no_question_either(tmp_path):
 
 
 @on_gpu
+def test_a_graph_scores_what_single_kernels_do(reference):
+    """Calls of one shape with other tokens each time, capacity included; the graph is there from the fifth on."""
+    generator = torch.Generator().manual_seed(1)
+    texts = [torch.randint(4, 190, (4, 40), generator=generator).tolist() for _ in range(graph.AFTER + 4)]
+    how = {"batch_size": 2, "capacity_token_fraction": 0.05}
+    with moekit.load(reference / "checkpoint", 1, "cuda", "float32", progress=False) as model:
+        alone = [model.score(text[:2], **how)["logprob"] for text in texts]  # half of it is another shape
+        found = [model.score(text, **how)["logprob"] for text in texts]
+    for one, both in zip(alone, found, strict=True):
+        np.testing.assert_allclose(one, both[: len(one)], atol=1e-5)
+    assert len({tuple(both) for both in found}) == len(texts)
+
+
+def test_what_comes_again_is_captured_once(monkeypatch):
+    made = []
+
+    class Fake:
+        def __init__(self, work, *inputs):
+            made.append(work)
+            self.work = work
+
+        def __call__(self, *inputs):
+            return self.work(*inputs)
+
+    monkeypatch.setattr(graph, "Graph", Fake)
+    repeated, one = graph.Repeated(), torch.ones(2)
+    for times in range(1, 9):
+        assert repeated("a", torch.add, one, one * times).tolist() == [1 + times] * 2
+        assert len(made) == (times > graph.AFTER)
+    for _ in range(graph.AFTER):
+        repeated("b", torch.mul, one, one)
+    assert made == [torch.add]
+    repeated("b", torch.mul, one, one)
+    assert made == [torch.add, torch.mul]
+
+
+@on_gpu
 def test_a_graph_decodes_what_single_kernels_do(reference, monkeypatch):
     how = {"max_new_tokens": 20, "progress": False}
     prompts = [[5, 6, 7], [8], list(range(9, 30))]
@@ -455,8 +492,10 @@ def test_a_graph_decodes_what_single_kernels_do(reference, monkeypatch):
 
 def test_ranks_that_compute_with_kernels(reference):
     """Two ranks with kernels against one with the loop, from the same files, and generation beside scoring."""
+    if torch.cuda.device_count() == 1:
+        pytest.skip("two ranks need two GPUs, or none and Triton's interpreter")
     found = {}
-    device = "auto" if torch.cuda.device_count() > 1 else "cpu"
+    device = "auto" if DEVICE == "cuda" else "cpu"
     for world_size, kernel in ((1, "loop"), (2, "triton")):
         with moekit.load(
             reference / "checkpoint", world_size, device, "float32", kernel=kernel, progress=False

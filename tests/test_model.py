@@ -239,9 +239,10 @@ def test_a_gpu_is_warmed_up_once_for_what_is_alike(reference, monkeypatch):
         monkeypatch.setattr(type(model), "device", "cuda")
         calls, call = [], model.ranks.call
         monkeypatch.setattr(model.ranks, "call", lambda fn, *a, **k: calls.append(fn) or call(fn, *a, **k))
-        for expected in (2, 3):
-            found = model.evaluate(reference / "data-bin", **how)
-            assert len(calls) == expected
-            assert found.tokens.equals(wanted.tokens)
+        model.evaluate(reference / "data-bin", **how)
+        first = len(calls)  # whole blocks and the padded last one are two shapes
+        assert first == 3
+        assert model.evaluate(reference / "data-bin", **how).tokens.equals(wanted.tokens)
+        assert len(calls) == first + 1, "it is warm"
         model.evaluate(reference / "data-bin", capacity_token_fraction=0.05, **how)
-        assert len(calls) == 5, "a capacity is another path"
+        assert len(calls) == 2 * first + 1, "a capacity is another path"

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from moekit import worker
+from moekit import graph, worker
 from moekit.batches import Batch
 from moekit.bench import figures, measure, shapes
 from moekit.bench import setting as settings
@@ -171,7 +171,8 @@ def score(rank: Rank, blocks: int, repeats: int) -> Scored:
     try:
         routing = describe(rank, step[:blocks])
         with measure.memory(rank.device) as peak:
-            seconds = measure.seconds(work, rank.device, repeats=repeats)
+            warm_up = graph.AFTER + 1 if rank.device.type == "cuda" else 2
+            seconds = measure.seconds(work, rank.device, repeats=repeats, warm_up=warm_up)
         assert all(np.isfinite(found).all() for _, found in work()), "a log-probability is no finite number"
         exchange = 0.0
         if rank.world_size > 1:

@@ -62,8 +62,8 @@ CUTS = (
     Cut(16, ANY, Blocks(16, 32, 128, 4, 4), Blocks(16, 16, 256, 2, 4)),
     Cut(ANY, 8, Blocks(16, 128, 128, 4, 3), Blocks(16, 128, 128, 4, 3)),
     Cut(ANY, 16, Blocks(32, 128, 128, 8, 3), Blocks(32, 128, 128, 8, 3)),
-    Cut(ANY, 64, Blocks(64, 128, 64, 4, 4), Blocks(64, 128, 64, 4, 4)),
-    Cut(ANY, ANY, Blocks(128, 256, 64, 8, 4), Blocks(128, 256, 64, 8, 4)),
+    Cut(ANY, 128, Blocks(64, 128, 64, 4, 3), Blocks(64, 128, 64, 4, 3)),
+    Cut(ANY, ANY, Blocks(128, 128, 64, 8, 3), Blocks(128, 256, 64, 8, 4)),
 )
 # float32 takes twice the room, and is for checking.
 PLAIN = Cut(ANY, ANY, Blocks(32, 64, 32, 4, 2), Blocks(32, 64, 32, 4, 2))
