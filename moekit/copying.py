@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-THREADS = 8  # more do not make the bus faster
+THREADS = 5  # more do not make the bus faster
 BUFFERS, LOAD_BYTES = 2, 16 << 20  # buffers of each thread, and what goes into one
 ALIGNMENT = 256  # bytes, of what lies in a buffer: good for the GPU
 
