@@ -18,7 +18,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -53,11 +53,11 @@ def copy(
         progress: called in this thread with the bytes copied since the last call.
 
     Raises:
-        Whatever ``pieces`` raises, and RuntimeError with the piece's name if it cannot be copied.
+        Whatever ``pieces`` raises; RuntimeError with the piece's name if the shapes differ.
     """
     carrier = Straight() if device.type == "cpu" else OntoGpu(device)
     threads = max(1, min(threads, THREADS))
-    waiting: queue.Queue[Any] = queue.Queue(2 * threads)
+    waiting: queue.Queue[Load | None] = queue.Queue(2 * threads)
     said: queue.SimpleQueue[int | BaseException | None] = queue.SimpleQueue()  # bytes, an error, or "done"
     stop = threading.Event()
 
@@ -89,7 +89,7 @@ def copy(
             while True:
                 yield said.get_nowait()
 
-    def hand_over(load: Any) -> int:
+    def hand_over(load: Load | None) -> int:
         done = heard(ready())
         while not stop.is_set():
             with contextlib.suppress(queue.Full):
@@ -100,9 +100,9 @@ def copy(
 
     team = [threading.Thread(target=work, name=f"copying-{i}", daemon=True) for i in range(threads)]
     threads_of_torch = torch.get_num_threads()
-    for thread in team:
-        thread.start()
     try:
+        for thread in team:
+            thread.start()
         done = sum(hand_over(load) for load in itertools.chain(carrier.loads(pieces), [None] * threads))
         while done < threads:
             done += heard([said.get()])
@@ -114,24 +114,38 @@ def copy(
         for _ in team:
             waiting.put(None)
         for thread in team:
-            thread.join()
+            if thread.ident is not None:  # it was started
+                thread.join()
         torch.set_num_threads(threads_of_torch)  # or threads to come would take over what these chose
 
 
 class Load:
-    """What is copied together.
+    """What is copied together: tensors, or what shares a buffer.
 
     Attributes:
         bytes: of the sources.
-        pieces: for the CPU.
-        dtype: of all numbers in a buffer.
+    """
+
+    bytes = 0
+
+
+class Tensors(Load):
+    def __init__(self) -> None:
+        self.pieces: list[Piece] = []
+
+
+class Shared(Load):
+    """What shares a buffer.
+
+    Attributes:
+        dtype: of all its numbers.
         used: numbers that the buffer holds, gaps included.
         sources: (first number's place in the buffer, the bytes that go there).
         parts: (first number's place in the buffer, where they belong: [n], of whatever type).
     """
 
-    def __init__(self, dtype: torch.dtype | None = None):
-        self.bytes, self.pieces, self.dtype, self.used = 0, [], dtype, 0
+    def __init__(self, dtype: torch.dtype):
+        self.dtype, self.used = dtype, 0
         self.sources: list[tuple[int, np.ndarray]] = []
         self.parts: list[tuple[int, Tensor]] = []
 
@@ -140,23 +154,24 @@ class Straight:
     """To the CPU: each tensor to its place."""
 
     @staticmethod
-    def loads(pieces: Iterable[Piece]) -> Iterator[Load]:
-        load = Load()
+    def loads(pieces: Iterable[Piece]) -> Iterator[Tensors]:
+        load = Tensors()
         for piece in pieces:
             check(piece)
             load.pieces.append(piece)
             load.bytes += piece.source.nbytes
             if load.bytes >= LOAD_BYTES:
                 yield load
-                load = Load()
-        yield load
+                load = Tensors()
+        if load.pieces:
+            yield load
 
     @staticmethod
     @contextlib.contextmanager
-    def carrying() -> Iterator[Callable[[Load], None]]:
+    def carrying() -> Iterator[Callable[[Tensors], None]]:
         torch.set_num_threads(1)  # of this thread: it is one of several
 
-        def carry(load: Load) -> None:
+        def carry(load: Tensors) -> None:
             for piece in load.pieces:
                 piece.target.copy_(piece.source)
 
@@ -170,17 +185,19 @@ class OntoGpu:
         self.device, self.caller = device, torch.cuda.current_stream(device)
 
     @staticmethod
-    def loads(pieces: Iterable[Piece]) -> Iterator[Load]:
+    def loads(pieces: Iterable[Piece]) -> Iterator[Shared]:
         return packed(pieces, LOAD_BYTES)
 
     @contextlib.contextmanager
-    def carrying(self) -> Iterator[Callable[[Load], None]]:
+    def carrying(self) -> Iterator[Callable[[Shared], None]]:
         stream = torch.cuda.Stream(self.device)
         with torch.cuda.device(self.device), torch.cuda.stream(stream):
             stream.wait_stream(self.caller)  # where the targets' memory may still be in use
             ring = itertools.cycle([Pinned(LOAD_BYTES, self.device) for _ in range(BUFFERS)])
-            yield lambda load: staged(load, next(ring))
-            stream.synchronize()
+            try:
+                yield lambda load: staged(load, next(ring))
+            finally:  # nothing is under way to a target that may be gone soon
+                stream.synchronize()
 
 
 def check(piece: Piece) -> None:
@@ -189,9 +206,9 @@ def check(piece: Piece) -> None:
         raise RuntimeError(f"{piece.name} cannot be copied: its shape is {got}, expected {wanted}")
 
 
-def packed(pieces: Iterable[Piece], size: int) -> Iterator[Load]:
+def packed(pieces: Iterable[Piece], size: int) -> Iterator[Shared]:
     """Loads of up to ``size`` bytes, several pieces in one, a large piece in several."""
-    load = Load()
+    load: Shared | None = None
     for piece in pieces:
         check(piece)
         numbers, target = piece.source.contiguous().view(-1), piece.target.view(-1)
@@ -199,10 +216,10 @@ def packed(pieces: Iterable[Piece], size: int) -> Iterator[Load]:
         room, step = size // each, ALIGNMENT // each
         start, total = 0, numbers.numel()
         while start < total:
-            if load.dtype != numbers.dtype or load.used == room:
-                if load.parts:
+            if load is None or load.dtype != numbers.dtype or load.used == room:
+                if load is not None:
                     yield load
-                load = Load(numbers.dtype)
+                load = Shared(numbers.dtype)
             count = min(total - start, room - load.used)
             part = target if count == total else target[start : start + count]
             load.parts.append((load.used, part))
@@ -210,7 +227,7 @@ def packed(pieces: Iterable[Piece], size: int) -> Iterator[Load]:
             load.bytes += count * each
             load.used = min(room, -(-(load.used + count) // step) * step)
             start += count
-    if load.parts:
+    if load is not None:
         yield load
 
 
@@ -219,7 +236,7 @@ class Buffer(Protocol):
 
     room: np.ndarray  # [bytes] uint8
 
-    def send(self, load: Load) -> None:
+    def send(self, load: Shared) -> None:
         """Have what ``load`` put into ``room`` fetched, and dealt out to where it belongs."""
 
     def wait(self) -> None:
@@ -235,7 +252,7 @@ class Pinned:
         self.landed = torch.empty(size, dtype=torch.uint8, device=device)
         self.fetched = torch.cuda.Event(blocking=True)  # a thread that waits leaves its core to others
 
-    def send(self, load: Load) -> None:
+    def send(self, load: Shared) -> None:
         used = load.used * load.dtype.itemsize
         self.landed[:used].copy_(self.memory[:used], non_blocking=True)
         self.fetched.record()
@@ -245,7 +262,7 @@ class Pinned:
         self.fetched.synchronize()
 
 
-def staged(load: Load, buffer: Buffer) -> None:
+def staged(load: Shared, buffer: Buffer) -> None:
     buffer.wait()
     each = load.dtype.itemsize
     for start, source in load.sources:
@@ -254,7 +271,7 @@ def staged(load: Load, buffer: Buffer) -> None:
     buffer.send(load)
 
 
-def dealt(memory: Tensor, load: Load) -> list[Tensor]:
+def dealt(memory: Tensor, load: Shared) -> list[Tensor]:
     """The numbers of each part of ``load`` in a buffer's memory [bytes] uint8: one call cuts out all, gaps too."""
     sizes, end = [], 0
     for start, target in load.parts:

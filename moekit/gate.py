@@ -185,7 +185,7 @@ def queue(served: Tensor, order: Tensor | None) -> Tensor:
     """The place of each choice in its expert's buffer: all first choices come before any second one.
 
     Args:
-        served: [G, S, K] int64, the experts in question; any number beyond theirs for "none".
+        served: [G, S, K] int64, the experts in question; E for "none".
         order: [G, S] int64, the tokens of a group in order of service; None for that of the text.
 
     Returns:

@@ -5,6 +5,8 @@ Launching them one by one takes Python some 10 to 40 us each, which is longer th
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Hashable
 
 import torch
@@ -30,12 +32,18 @@ def fits(model: Transformer, step: Pass) -> bool:
     )
 
 
+@functools.lru_cache
+def capturing(device: int) -> torch.cuda.Stream:
+    """The one stream for it: libraries keep a workspace for every stream they have seen, for good."""
+    return torch.cuda.Stream(device)
+
+
 class Graph:
     """``work`` on tensors of the shapes of ``inputs``, for as long as what else it uses stays where it is."""
 
     def __init__(self, work: Callable[..., Tensor], *inputs: Tensor):
         self.inputs = [tensor.clone() for tensor in inputs]
-        aside = torch.cuda.Stream()
+        aside = capturing(torch.cuda.current_device())
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             for _ in range(WARM_UP):
@@ -59,7 +67,8 @@ class Repeated:
 
     def __init__(self) -> None:
         self.key: Hashable = None
-        self.times, self.graph = 0, None
+        self.times: float = 0
+        self.graph: Graph | None = None
 
     def __call__(self, key: Hashable, work: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """``work(*inputs)``; ``key`` tells everything that makes one work another."""
@@ -69,7 +78,11 @@ class Repeated:
         if self.times <= AFTER:
             return work(*inputs)
         if self.graph is None:
-            self.graph = Graph(work, *inputs)
+            try:
+                self.graph = Graph(work, *inputs)
+            except torch.OutOfMemoryError:  # a graph has memory of its own
+                self.times = -math.inf
+                return work(*inputs)
         return self.graph(*inputs).clone()
 
 

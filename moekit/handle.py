@@ -204,7 +204,7 @@ class Model:
             return
         fresh = {}
         for step in plan_steps(batches, self.world_size, TOKENS_A_PASS[self.device]):
-            like = (len(step), step[0].tokens.shape, step[0].padded(), fraction is None)
+            like = (len(step), step[0].tokens.shape, step[0].padded(), fraction is None, vocab)
             if like not in self.warm and len(fresh) < WARM_SHAPES:
                 fresh.setdefault(like, step)
         if fresh:

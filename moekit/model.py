@@ -164,6 +164,7 @@ class Positions(nn.Module):
         super().__init__()
         self.dim, self.rows = config.dim, config.max_positions
         self.weight = None
+        self.table: Tensor | None = None  # kept, since a captured graph may go on reading it
         if config.learned_positions:
             self.weight = nn.Parameter(torch.empty(config.max_positions + PAD + 1, config.dim))
 
@@ -173,7 +174,7 @@ class Positions(nn.Module):
         table = self.weight
         if table is None:
             rows = max(self.rows, length if step.cache is None else step.cache.slots)
-            table = sinusoids(rows + PAD + 1, self.dim, tokens.device)
+            table = self.table = sinusoids(rows + PAD + 1, self.dim, tokens.device)
         if step.cache is not None:
             position = step.cache.positions(length) + PAD + 1
         elif step.padding is not None:

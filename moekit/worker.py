@@ -115,11 +115,12 @@ def score(
         # Padding behind the text is what no token looks at, and where nobody is dropped it takes no one's place.
         if mine[0].padded() and not (trailing and how.fraction is None):
             how.padding = tokens == PAD
-        if trace is None and tokens.numel() <= graph.MOST_TOKENS and graph.fits(model, how):
+        if tokens.numel() <= graph.MOST_TOKENS and graph.fits(model, how):
             key = tuple(tokens.shape), how.groups, how.fraction, vocab
             repeated = rank.state.setdefault("repeated", graph.Repeated())
             found = repeated(key, functools.partial(scored, model, how, vocab), tokens, targets)
         else:
+            rank.state.pop("repeated", None)  # a large pass may need its memory
             features = model(tokens, how)
             found = log_probs(model, features, targets, vocab)
         if under_way is not None:

@@ -418,7 +418,7 @@ def test_a_step_that_is_replayed_changes_nothing(text_model, monkeypatch):
             return self.model.logits(self.model(read[:, None], step)[:, 0], self.vocab)
 
     monkeypatch.setattr(generate, "BURST", {"cpu": 3})
-    monkeypatch.setattr(generate.decode.graph, "Graph", StandIn)
+    monkeypatch.setattr(generate.decode.graph, "of_step", StandIn)
     monkeypatch.setattr(generate.decode.graph, "fits", lambda model, step: True)
     found = text_model.generate(prompts, **how)
     assert len(made) > 1, "rows that end call for another graph"

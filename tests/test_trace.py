@@ -139,16 +139,16 @@ def test_evaluate_traces_what_it_scores(model, reference):
 
 
 def expected(whole: Transformer, layer: int, x: np.ndarray, experts: np.ndarray, weights: np.ndarray):
-    """[n, D]: what the experts of each token make of x [n, D], weighted, from [n, K] experts and weights."""
+    """[n, K, D]: what each expert of a token makes of x [n, D], weighted, from [n, K] experts and weights."""
     moe, x, experts = whole.layers[layer].moe.experts, torch.from_numpy(x), torch.from_numpy(experts).long()
     act = activation_fn(whole.config.activation)
     hidden = torch.einsum("nkfd,nd->nkf", moe.w1[experts], x) + moe.b1[experts]
     out = torch.einsum("nkdf,nkf->nkd", moe.w2[experts], act(hidden)) + moe.b2[experts]
-    return (out * torch.from_numpy(weights)[..., None]).sum(dim=1).numpy()
+    return (out * torch.from_numpy(weights)[..., None]).numpy()
 
 
 def score_observed(rank, steps, options, fraction):
-    """``worker.score`` with what its MoE layers read and returned: a list a layer of [N, D] pairs, and the trace's parts."""
+    """``worker.score`` with what its MoE layers read and returned: a list a layer of [N, D] and [N, K, D], and the trace's parts."""
     seen = {}
 
     def hook(module, args, output):

@@ -1,4 +1,6 @@
-"""What Triton computes on GPUs: the experts (grouped.py), the gate's choice (gate.py) and log-probabilities (logprobs.py).
+"""What Triton computes on GPUs; README.md tells the design.
 
-README.md tells the design. Each has a slow, obvious counterpart elsewhere, which it is tested against.
+Of every pass: the experts (grouped.py, plan.py), the gate's choice (gate.py), sums and norms (norm.py), log-probabilities
+(logprobs.py). Of decoding: attention (attention.py), and for a few sequences all linear layers (vectors.py, few.py). Each has
+a slow, obvious counterpart elsewhere, which it is tested against.
 """

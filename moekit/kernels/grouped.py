@@ -219,7 +219,7 @@ def _grouped_linear(
             total = tl.dot(a, m, total, input_precision="ieee" if EXACT else "tf32")
 
         total += tl.load(b + expert * N + column, mask=fits, other=0.0).to(tl.float32)[None, :]
-        total = _activate(total, ACTIVATION, EXACT)
+        total = activate(total, ACTIVATION, EXACT)
         if WEIGHTED:
             total *= tl.load(weights + place, mask=live, other=0.0).to(tl.float32)[:, None]
         target = row if FIRST else place
@@ -231,7 +231,7 @@ def _grouped_linear(
 
 
 @triton.jit
-def _activate(x, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
+def activate(x, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
     if ACTIVATION == 1:
         x = tl.maximum(x, 0.0)
     elif ACTIVATION == 2 and EXACT:

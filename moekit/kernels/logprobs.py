@@ -112,8 +112,9 @@ def _best_of_part(
     tl.store(at, top)
     tl.store(at + rows * PARTS, total)
     tl.store(at + 2 * rows * PARTS, tl.max(x, axis=0))
-    # A dictionary's ids are exact in float32.
-    tl.store(at + 3 * rows * PARTS, (part * PART + tl.argmax(x, axis=0, tie_break_left=True)).to(tl.float32))
+    # Of NaNs, a GPU may take the last lane. A dictionary's ids are exact in float32.
+    where = tl.minimum(part * PART + tl.argmax(x, axis=0, tie_break_left=True), VOCAB - 1)
+    tl.store(at + 3 * rows * PARTS, where.to(tl.float32))
 
 
 @triton.jit(do_not_specialize=["rows"])

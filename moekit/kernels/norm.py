@@ -15,13 +15,13 @@ ROWS = 4  # tokens of a program
 
 def add_norm(x: Tensor, pending: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
     """:meth:`moekit.model.Norm.forward`; for inference. Numbers are rounded where the plain path rounds them."""
-    dim = x.shape[-1]
+    x, dim = x.contiguous(), x.shape[-1]
     rows = x.numel() // dim
     normed = torch.empty_like(x)
     total = x if pending is None else torch.empty_like(x)
     if rows:
         _add_norm[(triton.cdiv(rows, ROWS),)](
-            x.contiguous(),
+            x,
             None if pending is None else pending.contiguous(),
             norm.weight,
             norm.bias,

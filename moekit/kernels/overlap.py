@@ -21,7 +21,11 @@ def overlapped(device: torch.device) -> dict[str, bool]:
 
 @functools.lru_cache
 def _can(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return (
+        device.type == "cuda"
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(device) >= (9, 0)
+    )
 
 
 @triton.jit

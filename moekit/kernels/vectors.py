@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from moekit.experts import Experts
-from moekit.kernels.grouped import ACTIVATIONS, _activate
+from moekit.kernels.grouped import ACTIVATIONS, activate
 from moekit.kernels.overlap import overlapped, start, wait
 
 WARPS = 4
@@ -204,7 +204,7 @@ def _linear(
     total = tl.sum(products, axis=2)
     if b is not None:
         total += tl.load(b + column, mask=fits, other=0.0).to(tl.float32)[None, :]
-    total = _activate(total, ACTIVATION, EXACT)
+    total = activate(total, ACTIVATION, EXACT)
     at = row[:, None] * N + column[None, :]
     written = here[:, None] & fits[None, :]
     if onto is not None:
@@ -244,7 +244,7 @@ def _experts_up(
         a = tl.load(a_at + done, mask=rest, other=0.0).to(tl.float32)
         products += m * a[None, :]
     total = tl.sum(products, axis=1) + tl.load(b + expert * N + column, mask=fits, other=0.0).to(tl.float32)
-    total = _activate(total, ACTIVATION, EXACT)
+    total = activate(total, ACTIVATION, EXACT)
     tl.store(out + place * N + column, total.to(out.dtype.element_ty), mask=fits)
 
 
