@@ -16,7 +16,7 @@ from moekit.kernels.gate import choose
 from moekit.kernels.vectors import experts_linear, linear
 from moekit.model import Pass, Transformer
 
-FEW = 4  # sequences at most: with more, weights are read more often than rows are saved
+FEW = 4  # sequences at most: a step of four took 0.65 ms, and 0.76 with the ordinary kernels (H100); more were not tried
 
 
 def fits(model: Transformer, sequences: int) -> bool:
