@@ -115,7 +115,8 @@ def loop(
     if not done:
         return out
     done = torch.cat(done)
-    return out.index_copy(0, order, done if weights is None else done * weights[order, None])
+    done = done if weights is None else done * weights[order, None]
+    return out.index_copy(0, order, done.to(out.dtype))  # in training, autocast multiplies in another type
 
 
 def grouped_mm(

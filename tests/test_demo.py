@@ -5,10 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import moekit
 from moekit import demo
-from moekit.demo.train import train
+from moekit.demo.train import demo_config, initialize, train
+from moekit.model import Transformer
 from moekit.trace import domains_of
 
 FOLDER = Path(demo.__file__).parent
@@ -55,6 +57,26 @@ def test_half_precision_on_the_cpu_is_within_a_tenth_of_a_percent(model):
         assert half.evaluate("demo", max_batches=8, progress=False).perplexity == pytest.approx(
             exact, rel=1e-3
         )
+
+
+def test_training_in_mixed_precision_mixes_no_types_where_a_gpu_takes_one(monkeypatch):
+    """The CPU's autocast lets ``index_copy`` have two types, that of GPUs does not list it."""
+    index_copy = torch.Tensor.index_copy
+
+    def strict(self, dim, index, source):
+        assert self.dtype == source.dtype
+        return index_copy(self, dim, index, source)
+
+    monkeypatch.setattr(torch.Tensor, "index_copy", strict)
+    net = Transformer(demo_config(50))
+    initialize(net)
+    tokens = torch.randint(4, 50, (2, 8), generator=torch.Generator().manual_seed(1))
+    exact = net.logits(net(tokens))
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = net.logits(net(tokens)).float()
+    assert (mixed - exact).norm() < 0.05 * exact.norm()
+    mixed.square().mean().backward()
+    assert all(p.grad.isfinite().all() and p.grad.dtype == torch.float32 for p in net.parameters())
 
 
 def test_training_makes_a_checkpoint_that_loads(tmp_path):
