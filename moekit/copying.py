@@ -53,7 +53,8 @@ def copy(
         progress: called in this thread with the bytes copied since the last call.
 
     Raises:
-        Whatever ``pieces`` raises; RuntimeError with the piece's name if the shapes differ.
+        Whatever ``pieces`` raises; RuntimeError with the piece's name if the shapes differ, or with that of the first
+        of a load that cannot be copied.
     """
     carrier = Straight() if device.type == "cpu" else OntoGpu(device)
     threads = max(1, min(threads, THREADS))
@@ -65,7 +66,12 @@ def copy(
         try:
             with torch.no_grad(), carrier.carrying() as carry:
                 while not stop.is_set() and (load := waiting.get()) is not None:
-                    carry(load)
+                    try:
+                        carry(load)
+                    except RuntimeError as error:
+                        raise RuntimeError(
+                            f"{load.name} and what follows cannot be copied: {error}"
+                        ) from error
                     said.put(load.bytes)
         except BaseException as error:
             stop.set()
@@ -123,14 +129,17 @@ class Load:
     """What is copied together: tensors, or what shares a buffer.
 
     Attributes:
+        name: of the first piece.
         bytes: of the sources.
     """
 
-    bytes = 0
+    def __init__(self, name: str):
+        self.name, self.bytes = name, 0
 
 
 class Tensors(Load):
-    def __init__(self) -> None:
+    def __init__(self, name: str):
+        super().__init__(name)
         self.pieces: list[Piece] = []
 
 
@@ -144,7 +153,8 @@ class Shared(Load):
         parts: (first number's place in the buffer, where they belong: [n], of whatever type).
     """
 
-    def __init__(self, dtype: torch.dtype):
+    def __init__(self, name: str, dtype: torch.dtype):
+        super().__init__(name)
         self.dtype, self.used = dtype, 0
         self.sources: list[tuple[int, np.ndarray]] = []
         self.parts: list[tuple[int, Tensor]] = []
@@ -155,15 +165,16 @@ class Straight:
 
     @staticmethod
     def loads(pieces: Iterable[Piece]) -> Iterator[Tensors]:
-        load = Tensors()
+        load: Tensors | None = None
         for piece in pieces:
             check(piece)
+            load = load or Tensors(piece.name)
             load.pieces.append(piece)
             load.bytes += piece.source.nbytes
             if load.bytes >= LOAD_BYTES:
                 yield load
-                load = Tensors()
-        if load.pieces:
+                load = None
+        if load is not None:
             yield load
 
     @staticmethod
@@ -219,7 +230,7 @@ def packed(pieces: Iterable[Piece], size: int) -> Iterator[Shared]:
             if load is None or load.dtype != numbers.dtype or load.used == room:
                 if load is not None:
                     yield load
-                load = Shared(numbers.dtype)
+                load = Shared(piece.name, numbers.dtype)
             count = min(total - start, room - load.used)
             part = target if count == total else target[start : start + count]
             load.parts.append((load.used, part))

@@ -133,7 +133,9 @@ def test_a_thread_that_fails_stops_all(threads, monkeypatch):
         raise RuntimeError("the device is gone")
 
     monkeypatch.setattr(copying.Straight, "carrying", lambda self: contextlib.nullcontext(broken))
-    with pytest.raises(RuntimeError, match="the device is gone"):
+    with pytest.raises(
+        RuntimeError, match=r"file \d+: key and what follows cannot be copied: the device is gone"
+    ):
         copying.copy(map(piece, itertools.count()), CPU, threads)
     assert not [t for t in threading.enumerate() if t.name.startswith("copying")]
 
