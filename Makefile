@@ -68,7 +68,7 @@ lock: ## pin everything again (needs uv)
 corpus: env ## make the demo's corpus and tokenizer again (Debian; about 4 minutes)
 	$(BIN)/python -m moekit.demo.corpus --out $(OUT)/corpus
 
-demo: env ## train the demo model again on that corpus
+demo: env ## train the demo model again on that corpus (5 minutes on a GPU)
 	$(BIN)/python -m moekit.demo.train --data $(OUT)/corpus --out moekit/demo/model
 
 image: ## build the container image; docker/run.sh starts it
