@@ -106,24 +106,34 @@ class Candidates(NamedTuple):
 
 
 class Sequences:
-    """The sequences of this rank, row by row: their cache, and what choosing their next token needs to know."""
+    """The sequences of this rank, row by row: their cache, and what choosing their next token needs to know.
 
-    def __init__(self, settings: Settings, numbers: list[int], cache: Cache, seen: Tensor | None):
-        self.settings, self.numbers, self.cache, self.seen = settings, numbers, cache, seen
+    ``on_ranks`` counts those of every rank: what the ranks do together depends on nothing that one of them knows alone.
+    """
+
+    def __init__(
+        self, settings: Settings, numbers: list[int], on_ranks: list[int], cache: Cache, seen: Tensor | None
+    ):
+        self.settings, self.numbers, self.on_ranks = settings, numbers, on_ranks
+        self.cache, self.seen = cache, seen
         self.step = 0  # new tokens of each sequence so far; all go on together
         self.parts: list[dict[str, np.ndarray]] = []  # of a trace
         self.graph: graph.Graph | None = None  # of one step with the rows as they are
-        self.still = 0  # steps since the rows changed
+        self.still = 0  # steps since the rows of any rank changed
 
-    def select(self, rows: list[int]) -> None:
-        """Keep ``rows``, in this order, repeats allowed."""
-        if rows == list(range(len(self.numbers))):
+    def select(self, rows: Sequence[list[int]], rank: int) -> None:
+        """Keep ``rows`` of each rank, in this order, repeats allowed."""
+        same = [kept == list(range(count)) for kept, count in zip(rows, self.on_ranks, strict=True)]
+        if all(same):
             return
-        index = torch.tensor(rows, device=self.cache.lengths.device, dtype=torch.long)
+        self.on_ranks = [len(kept) for kept in rows]
+        self.graph, self.still = None, 0
+        if same[rank]:
+            return
+        index = torch.tensor(rows[rank], device=self.cache.lengths.device, dtype=torch.long)
         self.cache.select(index)
         self.seen = None if self.seen is None else self.seen[index]
-        self.numbers = [self.numbers[row] for row in rows]
-        self.graph, self.still = None, 0
+        self.numbers = [self.numbers[row] for row in rows[rank]]
 
 
 @torch.inference_mode()
@@ -151,11 +161,12 @@ def begin(
     passes = [_passes(part, settings) for part in prompts]
     mine = passes[rank.rank]
     numbers = [prompt.number for prompt in prompts[rank.rank]]
+    on_ranks = [len(part) for part in prompts]
     read = [_read(model, part, settings, slots) for part in mine]
     for _ in range(max(len(part) for part in passes) - len(mine)):
         model.serve()
     if not read:
-        rank.state[key] = Sequences(settings, [], _cache(model, 0, slots), None)
+        rank.state[key] = Sequences(settings, [], on_ranks, _cache(model, 0, slots), None)
         return None
 
     features = torch.cat([last for _, last, _, _ in read])
@@ -165,7 +176,7 @@ def begin(
         seen = torch.zeros(len(numbers), settings.vocab, dtype=torch.bool, device=rank.device)
         for row, prompt in enumerate(prompts[rank.rank]):
             seen[row, torch.tensor(prompt.ids, device=rank.device)] = True
-    sequences = Sequences(settings, numbers, Cache.joined([cache for cache, *_ in read]), seen)
+    sequences = Sequences(settings, numbers, on_ranks, Cache.joined([cache for cache, *_ in read]), seen)
     sequences.parts += [part for *_, parts in read for part in parts]
     rank.state[key] = sequences
     logits = model.logits(features, settings.vocab)
@@ -191,18 +202,15 @@ def run(
     """
     model: Transformer = rank.state["model"]
     sequences: Sequences = rank.state[key]
-    sequences.select(rows[rank.rank])
-    if not rows[rank.rank]:
-        for _ in range(steps):
-            sequences.step += 1
-            model.serve()
-        return None
-    read = torch.tensor(tokens[rank.rank], device=rank.device)
+    sequences.select(rows, rank.rank)
+    read = torch.tensor(tokens[rank.rank], device=rank.device, dtype=torch.long)
     found = []
     for _ in range(steps):
-        found.append(_choose_next(model, sequences, _read_on(model, sequences, read)))
-        read = found[-1].tokens
-    return _on_host(found)
+        logits = _read_on(model, sequences, read)
+        if logits is not None:
+            found.append(_choose_next(model, sequences, logits))
+            read = found[-1].tokens
+    return _on_host(found) if found else None
 
 
 @torch.inference_mode()
@@ -224,12 +232,11 @@ def grow(
     """
     model: Transformer = rank.state["model"]
     sequences: Sequences = rank.state[key]
-    sequences.select(rows[rank.rank])
-    if not rows[rank.rank]:
-        sequences.step += 1
-        model.serve()
+    sequences.select(rows, rank.rank)
+    read = torch.tensor(tokens[rank.rank], device=rank.device, dtype=torch.long)
+    logits = _read_on(model, sequences, read)
+    if logits is None:
         return None
-    logits = _read_on(model, sequences, torch.tensor(tokens[rank.rank], device=rank.device))
     scores = torch.tensor(scores[rank.rank], device=rank.device)
     logprobs = F.log_softmax(logits.float(), dim=-1)
     beams = sequences.settings.beam_size
@@ -279,21 +286,29 @@ def _read(
     return cache, last, scores, parts
 
 
-def _read_on(model: Transformer, sequences: Sequences, read: Tensor) -> Tensor:
-    """Each sequence reads one token, [B] int64: the logits [B, V] of what follows."""
+def _read_on(model: Transformer, sequences: Sequences, read: Tensor) -> Tensor | None:
+    """Each sequence reads one token, [B] int64: the logits [B, V] of what follows; None without any sequence."""
     settings, cache = sequences.settings, sequences.cache
     sequences.step += 1
+    sequences.still += 1
     if sequences.seen is not None:
         sequences.seen.scatter_(1, read[:, None], True)
     how = _how(settings, sequences.numbers, sequences.step, cache, 1)
-    sequences.still += 1
-    if settings.beam_size == 1 and sequences.still > graph.AFTER and graph.fits(model, how):
-        if sequences.graph is None:
-            sequences.graph = graph.of_step(model, cache, settings.vocab)
-        logits = sequences.graph(read)
-    else:
-        logits = model.logits(model(read[:, None], how)[:, 0], settings.vocab)
-        sequences.parts += _traced(how, sequences.numbers, torch.ones_like(read[:, None], dtype=torch.bool))
+    logits = None
+    most = max(sequences.on_ranks)
+    few = most * len(sequences.on_ranks) <= graph.MOST_TOKENS
+    repeated = settings.beam_size == 1 and sequences.still > graph.AFTER
+    with model.dispatch.expecting(most if few else None):
+        if few and repeated and graph.fits(model, how):
+            if sequences.graph is None:
+                sequences.graph = graph.of_step(model, cache, settings.vocab)
+            logits = sequences.graph(read)
+        elif len(read):
+            logits = model.logits(model(read[:, None], how)[:, 0], settings.vocab)
+            real = torch.ones_like(read[:, None], dtype=torch.bool)
+            sequences.parts += _traced(how, sequences.numbers, real)
+        else:
+            model.serve()
     cache.advance(1)
     return logits
 

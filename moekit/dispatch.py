@@ -5,18 +5,22 @@
     done = dispatch(experts, x, order, counts, choices, weights)
 
 Shape letters: N rows, K choices a row, P places (choices of rows, see experts.py), R rows on their way, D model dim,
-E experts in all, W ranks, e experts held here.
+E experts in all, W ranks, e experts held here, M rows that a rank has at most.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from moekit.experts import Experts
+from moekit.gate import sort_by_expert
 
 
 def owned(experts: int, world_size: int, rank: int) -> range:
@@ -25,6 +29,13 @@ def owned(experts: int, world_size: int, rank: int) -> range:
 
 
 class Dispatch(Protocol):
+    def expecting(self, rows: int | None) -> contextlib.AbstractContextManager[None]:
+        """While it is entered, no rank brings more than ``rows`` rows to a call; every rank has to say the same.
+
+        Then nothing asks the device for a number, as a CUDA graph must not. None: nobody knows.
+        """
+        ...
+
     def __call__(
         self, experts: Experts, x: Tensor, order: Tensor, counts: Tensor, choices: int, weights: Tensor
     ) -> Tensor:
@@ -47,6 +58,9 @@ class Dispatch(Protocol):
 class Local:
     """Every expert is here: nothing moves."""
 
+    def expecting(self, rows: int | None) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
     def __call__(
         self, experts: Experts, x: Tensor, order: Tensor, counts: Tensor, choices: int, weights: Tensor
     ) -> Tensor:
@@ -56,15 +70,33 @@ class Local:
 class AllToAll:
     """Experts are spread over the ranks of the default process group as :func:`owned` deals them.
 
-    Rows travel unpadded: only what the gate kept crosses the wire, in one exchange each way. A collective: every
-    rank has to call it, with no rows if it has none.
+    Rows travel unpadded: only what the gate kept crosses the wire, in one exchange each way. Where it is known how many
+    rows to expect, everybody gets all of them instead, which moves more but asks nobody: better for few. A collective:
+    every rank has to call it, with no rows if it has none, and the same number of choices.
     """
 
     def __init__(self, experts: int):
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.deal = [len(owned(experts, self.world_size, r)) for r in range(self.world_size)]
+        self.first = owned(experts, self.world_size, self.rank).start
+        self.most: int | None = None
+
+    @contextlib.contextmanager
+    def expecting(self, rows: int | None) -> Iterator[None]:
+        self.most = rows
+        try:
+            yield
+        finally:
+            self.most = None
 
     def __call__(
+        self, experts: Experts, x: Tensor, order: Tensor, counts: Tensor, choices: int, weights: Tensor
+    ) -> Tensor:
+        if self.most is None:
+            return self._to_owners(experts, x, order, counts, choices, weights)
+        return self._to_everybody(experts, x, order, counts, choices, weights, self.most)
+
+    def _to_owners(
         self, experts: Experts, x: Tensor, order: Tensor, counts: Tensor, choices: int, weights: Tensor
     ) -> Tensor:
         mine = self.deal[self.rank]
@@ -86,6 +118,38 @@ class AllToAll:
         home = exchange(done, from_ranks, to_ranks)
         out = x.new_zeros(len(x) * choices, x.shape[1])
         return out.index_copy(0, order, home * weights[order, None])
+
+    def _to_everybody(
+        self,
+        experts: Experts,
+        x: Tensor,
+        order: Tensor,
+        counts: Tensor,
+        choices: int,
+        weights: Tensor,
+        most: int,
+    ) -> Tensor:
+        assert len(x) <= most
+        # The expert of each place, E behind the last expert's, and of the places of rows that are not there.
+        expert = torch.searchsorted(counts.cumsum(0), torch.arange(len(order), device=x.device), right=True)
+        chosen = counts.new_full((most * choices,), len(counts)).scatter(0, order, expert)
+        rows = gather(F.pad(x, (0, 0, 0, most - len(x))), self.world_size)  # [W M, D]
+        chosen = gather(chosen, self.world_size) - self.first  # [W M K]
+        mine = self.deal[self.rank]
+        chosen = torch.where((chosen >= 0) & (chosen < mine), chosen, mine)
+        done = experts(rows, *sort_by_expert(chosen, mine), choices)  # [W M K, D]
+
+        home = torch.empty_like(done)
+        dist.all_to_all_single(home, done)
+        home = home.view(self.world_size, most * choices, -1).sum(0)  # all but one of them are zero
+        return home[: len(weights)] * weights[:, None]
+
+
+def gather(rows: Tensor, world_size: int) -> Tensor:
+    """What each rank has, one after the other, all of one shape."""
+    found = rows.new_empty(world_size * len(rows), *rows.shape[1:])
+    dist.all_gather_into_tensor(found, rows.contiguous())
+    return found
 
 
 def exchange(rows: Tensor, to_ranks: list[int], from_ranks: list[int]) -> Tensor:

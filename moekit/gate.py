@@ -202,8 +202,12 @@ def queue(served: Tensor, order: Tensor | None) -> Tensor:
 
 def by_expert(routing: Routing, experts: int) -> tuple[Tensor, Tensor]:
     """The choices of all groups sorted by expert: ``order`` [G S K] int64, what was not kept at the end; ``counts`` [E]."""
+    return sort_by_expert(torch.where(routing.kept, routing.experts, experts).flatten(), experts)
+
+
+def sort_by_expert(expert: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """The expert of each place, [P] integers, E for none -> what :func:`by_expert` returns."""
     assert experts < torch.iinfo(torch.int16).max
-    expert = torch.where(routing.kept, routing.experts, experts).flatten()
     ordered, order = expert.short().sort(stable=True)  # sixteen bits take a quarter of the passes
     bounds = torch.searchsorted(ordered, torch.arange(experts + 1, device=expert.device, dtype=ordered.dtype))
     return order, bounds.diff()

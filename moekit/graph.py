@@ -13,23 +13,26 @@ import torch
 from torch import Tensor
 
 from moekit.cache import Cache
-from moekit.dispatch import Local
 from moekit.model import Pass, Transformer
 
 WARM_UP = 2  # runs before the capture: libraries allocate, and Triton compiles, at their first
 AFTER = 4  # times the same work is done before capturing it pays off
-MOST_TOKENS = 16_384  # of a pass worth capturing: with more, the kernels take longer than their launches
+# Of all ranks together, in a pass worth capturing: with more, the kernels take longer than their launches, and what
+# ranks send one another where nobody asks how much is for few tokens.
+MOST_TOKENS = 16_384
 
 
 def fits(model: Transformer, step: Pass) -> bool:
-    """Whether a pass runs on the device alone, with the same kernels every time, so that it can be captured."""
+    """Whether a pass runs on the device alone, with the same kernels every time, so that it can be captured.
+
+    With several ranks it needs to be told what to expect, see :meth:`moekit.dispatch.Dispatch.expecting`, and all ranks
+    capture at the same time: a capture runs the work several times.
+    """
     config = model.config
     draws = config.second_expert != "all" and not config.top1
-    local = all(isinstance(layer.moe.dispatch, Local) for layer in model.layers if hasattr(layer, "moe"))
     on_gpu = model.embed.weight.is_cuda and model.kernel == "triton"
-    return (
-        on_gpu and local and not draws and step.record is None and step.edit is None and step.padding is None
-    )
+    plain = step.record is None and step.edit is None and step.padding is None
+    return on_gpu and plain and not draws
 
 
 @functools.lru_cache
@@ -63,9 +66,13 @@ class Graph:
 
 
 class Repeated:
-    """Work as it comes, and a graph of it once the same has come :data:`AFTER` times on end."""
+    """Work as it comes, and a graph of it once the same has come :data:`AFTER` times on end.
 
-    def __init__(self) -> None:
+    Without memory for a graph one goes on without, if ``alone``; of several ranks none can decide that for itself.
+    """
+
+    def __init__(self, alone: bool) -> None:
+        self.alone = alone
         self.key: Hashable = None
         self.times: float = 0
         self.graph: Graph | None = None
@@ -81,16 +88,23 @@ class Repeated:
             try:
                 self.graph = Graph(work, *inputs)
             except torch.OutOfMemoryError:  # a graph has memory of its own
+                if not self.alone:
+                    raise
                 self.times = -math.inf
                 return work(*inputs)
         return self.graph(*inputs).clone()
 
 
 def of_step(model: Transformer, cache: Cache, vocab: int) -> Graph:
-    """Each of B sequences reads a token, [B] int64: logits [B, V] of what follows, while ``cache`` stays as it is."""
+    """Each of B sequences reads a token, [B] int64: logits [B, V] of what follows, while ``cache`` stays as it is.
+
+    With several ranks a collective, also where B is 0, which gives None.
+    """
     from moekit.kernels import few  # Triton is there where there are graphs, not everywhere
 
-    def step(read: Tensor) -> Tensor:
+    def step(read: Tensor) -> Tensor | None:
+        if len(read) == 0:
+            return model.serve()
         # It writes to the cache where the token comes to lie, and moves nothing: repeating it does no harm.
         if few.fits(model, len(read)):
             return few.read_on(model, read, cache, vocab)

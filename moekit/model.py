@@ -61,7 +61,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         held = config.experts if held is None else held
-        dispatch = dispatch or Local()
+        self.dispatch = dispatch = dispatch or Local()
         # Empty, not drawn: drawing on the meta device makes torch import its compiler, which takes seconds.
         self.embed = nn.Embedding.from_pretrained(
             torch.empty(config.vocab_rows, config.input_dim), freeze=False
@@ -329,9 +329,8 @@ class MoE(nn.Module):
     def serve(self, like: Tensor) -> None:
         """Dispatch no token: others' may come here."""
         nothing = torch.zeros(self.config.experts, dtype=torch.long, device=like.device)
-        self.dispatch(
-            self.experts, like.new_empty(0, self.config.dim), nothing[:0], nothing, 1, like.new_empty(0)
-        )
+        x, weights = like.new_empty(0, self.config.dim), like.new_empty(0)
+        self.dispatch(self.experts, x, nothing[:0], nothing, self.config.top_k, weights)
 
     def route(self, rows: Tensor, step: Pass) -> gate.Routing:
         """[N, D] -> the routing of G groups of S tokens."""

@@ -96,11 +96,10 @@ def score(
     for step in steps:
         mine = step[rank.rank :: rank.world_size]
         if not mine:
+            rank.state.pop("repeated", None)  # as on the others
             model.serve()
             continue
-        tokens = np.concatenate([b.tokens for b in mine])
-        trailing = bool((np.diff((tokens == PAD).astype(np.int8)) >= 0).all())
-        tokens = torch.from_numpy(tokens).to(rank.device).long()
+        tokens = torch.from_numpy(np.concatenate([b.tokens for b in mine])).to(rank.device).long()
         targets = torch.from_numpy(np.concatenate([b.targets for b in mine])).to(rank.device).long()
         how = Pass(
             fraction=fraction,
@@ -112,13 +111,16 @@ def score(
         if intervention is not None:
             positions = torch.arange(tokens.shape[1], device=rank.device)
             intervention.apply(how, torch.from_numpy(samples).to(rank.device), positions)
-        # Padding behind the text is what no token looks at, and where nobody is dropped it takes no one's place.
-        if mine[0].padded() and not (trailing and how.fraction is None):
+        if padding_matters(mine, how.fraction):
             how.padding = tokens == PAD
-        if tokens.numel() <= graph.MOST_TOKENS and graph.fits(model, how):
-            key = tuple(tokens.shape), how.groups, how.fraction, vocab
-            repeated = rank.state.setdefault("repeated", graph.Repeated())
-            found = repeated(key, functools.partial(scored, model, how, vocab), tokens, targets)
+        # What follows has to be the same on every rank, so it depends on the whole step alone.
+        most = -(-len(step) // rank.world_size) * mine[0].tokens.size
+        few = most * rank.world_size <= graph.MOST_TOKENS and len(step) >= rank.world_size
+        if few and graph.fits(model, how) and not padding_matters(step, how.fraction):
+            key = tuple(mine[0].tokens.shape), len(step), how.fraction, vocab
+            repeated = rank.state.setdefault("repeated", graph.Repeated(alone=rank.world_size == 1))
+            with model.dispatch.expecting(most):
+                found = repeated(key, functools.partial(scored, model, how, vocab), tokens, targets)
         else:
             rank.state.pop("repeated", None)  # a large pass may need its memory
             features = model(tokens, how)
@@ -132,6 +134,18 @@ def score(
     if under_way is not None:
         collect(*under_way)
     return scores, parts
+
+
+def padding_matters(batches: Sequence[Batch], fraction: float | None) -> bool:
+    """Whether a pass over ``batches``, all padded or none, has to be told which tokens are padding.
+
+    Padding behind the text is what no token looks at, and where nobody is dropped it takes no one's place.
+    """
+    if not batches[0].padded():
+        return False
+    padding = np.concatenate([b.tokens for b in batches]) == PAD
+    trailing = bool((np.diff(padding.astype(np.int8)) >= 0).all())
+    return fraction is not None or not trailing
 
 
 def scored(model: Transformer, how: Pass, vocab: int, tokens: Tensor, targets: Tensor) -> Tensor:

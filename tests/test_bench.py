@@ -294,7 +294,7 @@ def test_unknown_opponents_are_refused(capsys):
 def test_two_ranks(tmp_path):
     arguments = ["--shape", "tiny", "--device", "cpu", "--world-size", "2", "--repeats", "2"]
     rows = run(tmp_path, "score", *arguments, "--blocks", "2")["score"]
-    share = next(row for row in rows if row["work"] == "all-to-all, share of that")
+    share = next(row for row in rows if row["work"] == "exchanges, share of that")
     assert 0 < share["figure"] < 100 and share["unit"] == "%"
     both, one = re.fullmatch(r"(\d+) tokens/s against (\d+)", rows[-1]["note"]).groups()
     assert rows[-1]["work"] == "2 ranks against one, best of each" and rows[-1]["unit"] == "times"

@@ -1,5 +1,6 @@
 """The Triton kernels against their plain counterparts; on machines without a GPU under Triton's interpreter."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -18,7 +19,8 @@ pytest.importorskip("triton")
 from branch_cases import BASE, CASES, build  # noqa: E402
 
 import moekit  # noqa: E402
-from moekit import checkpoint, gate, graph, worker  # noqa: E402
+from moekit import checkpoint, decode, gate, graph, worker  # noqa: E402
+from moekit.batches import Batch  # noqa: E402
 from moekit.cache import Cache  # noqa: E402
 from moekit.config import PAD, ModelConfig  # noqa: E402
 from moekit.experts import Experts, choose_kernel  # noqa: E402
@@ -42,6 +44,7 @@ BFLOAT = pytest.param(
     torch.bfloat16,
     marks=pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter cannot multiply bfloat16"),
 )
+KEY = -1  # of a generation that is none of the driver's
 SMALL = Cut(ANY, ANY, Blocks(16, 32, 16, 4, 2), Blocks(16, 16, 32, 4, 2))
 
 
@@ -486,7 +489,7 @@ def test_what_comes_again_is_captured_once(monkeypatch):
             return self.output.copy_(self.work(*inputs))
 
     monkeypatch.setattr(graph, "Graph", Fake)
-    repeated, one, found = graph.Repeated(), torch.ones(2), []
+    repeated, one, found = graph.Repeated(alone=True), torch.ones(2), []
     for times in range(1, 9):
         found.append(repeated("a", torch.add, one, one * times))
         assert len(made) == (times > graph.AFTER)
@@ -506,7 +509,7 @@ def test_without_memory_for_a_graph_the_work_is_done_all_the_same(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(graph, "Graph", full)
-    repeated, one = graph.Repeated(), torch.ones(2)
+    repeated, one = graph.Repeated(alone=True), torch.ones(2)
     for _ in range(graph.AFTER + 5):
         assert repeated("a", torch.add, one, one).tolist() == [2, 2]
     assert len(tried) == 1
@@ -527,11 +530,39 @@ def test_a_graph_decodes_what_single_kernels_do(reference, monkeypatch):
             np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
 
 
+def one_block(index):
+    ids = np.random.default_rng(index).integers(4, 200, (1, 13), dtype=np.int32)
+    return Batch(index, np.array([index]), ids[:, :-1], ids[:, 1:], np.array([0]))
+
+
+def repeated(rank, steps):
+    """Whether the rank scores ``steps``, which are alike, with a graph in the end; and its (index, scores)."""
+    scores, _ = worker.score(rank, steps, fraction=0.3, vocab=200, seed=1)
+    return rank.state["repeated"].graph is not None if "repeated" in rank.state else False, scores
+
+
+def decoded(rank, prompts, steps):
+    """Whether the rank decodes the sequences of ``prompts`` ([n] ids a sequence, a list a rank) with a graph; and them."""
+    numbers = itertools.count()
+    prompts = [[decode.Prompt(next(numbers), ids) for ids in part] for part in prompts]
+    vocab = rank.state["model"].config.vocab_rows
+    first = decode.begin(rank, KEY, prompts, decode.Settings(vocab), 64)
+    read = [[0] * len(part) for part in prompts]  # others' are not looked at
+    if first is not None:
+        read[rank.rank] = first.tokens[:, -1].tolist()
+    rest = decode.run(rank, KEY, [list(range(len(part))) for part in prompts], read, steps)
+    captured = rank.state[KEY].graph is not None
+    decode.end(rank, KEY)
+    assert (first is None) == (rest is None) == (not prompts[rank.rank])
+    return captured, [] if first is None else np.hstack([first.tokens, rest.tokens]).tolist()
+
+
 def test_ranks_that_compute_with_kernels(reference):
     """Two ranks with kernels against one with the loop, from the same files, and generation beside scoring."""
     if torch.cuda.device_count() == 1:
         pytest.skip("two ranks need two GPUs, or none and Triton's interpreter")
     found = {}
+    steps = [[one_block(2 * i), one_block(2 * i + 1)] for i in range(graph.AFTER + 3)]
     device = "auto" if DEVICE == "cuda" else "cpu"
     for world_size, kernel in ((1, "loop"), (2, "triton")):
         with moekit.load(
@@ -545,8 +576,18 @@ def test_ranks_that_compute_with_kernels(reference):
                 max_batches=3,
                 progress=False,
             )
+            scoring = model.ranks.call(repeated, steps)
+            assert {captured for captured, _ in scoring} == {DEVICE == "cuda" and kernel == "triton"}
+            blocks = dict(pair for _, pairs in scoring for pair in pairs)
             ids = [one.ids for one in model.generate([[5, 6], [7]], max_new_tokens=4, progress=False)]
-            found[kernel] = result.tokens, ids
+            # As many on each rank, not as many, and none on the second, which only serves.
+            for there in ([[[2, 5]], [[2, 6]]], [[[2, 5], [2, 7]], [[2, 6]]], [[[2, 5]], []]):
+                parts = [list(itertools.chain(*there))] if world_size == 1 else there
+                decoding = model.ranks.call(decoded, parts, graph.AFTER + 3)
+                assert {captured for captured, _ in decoding} == {DEVICE == "cuda" and kernel == "triton"}
+                ids.append([tokens for _, part in decoding for tokens in part])
+            found[kernel] = result.tokens, ids, [blocks[i] for i in sorted(blocks)]
+    np.testing.assert_allclose(found["loop"][2], found["triton"][2], atol=1e-4)
     np.testing.assert_allclose(found["loop"][0]["logprob"], found["triton"][0]["logprob"], atol=1e-4)
     assert found["loop"][1] == found["triton"][1]
 

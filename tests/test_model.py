@@ -104,18 +104,20 @@ def test_experts_are_dealt_evenly():
 
 
 class Stamp:
-    """Experts that add their number, counted overall, to all that they are sent."""
+    """Experts that add their number, counted overall, to the rows of their places."""
 
     def __init__(self, first: int):
         self.first = first
 
     def __call__(self, x, order, counts, choices=1, weights=None):
-        assert len(order) == counts.sum() == len(x) and choices == 1 and weights is None
+        assert len(order) == len(x) * choices and weights is None
         number = torch.arange(self.first, self.first + len(counts)).repeat_interleave(counts)
-        return torch.empty_like(x).index_copy_(0, order, x[order] + number[:, None])
+        order = order[: len(number)]
+        out = x.new_zeros(len(x) * choices, x.shape[1])
+        return out.index_copy_(0, order, x[order // choices] + number[:, None])
 
 
-def there_and_back(rank, experts):
+def there_and_back(rank, experts, expected):
     """Two choices a row, some of them not kept; rank 1 has no row at all."""
     generator = torch.Generator().manual_seed(rank.rank)
     rows = 0 if rank.rank == 1 else 6
@@ -124,15 +126,24 @@ def there_and_back(rank, experts):
     weights = torch.rand(2 * rows, generator=generator)
     counts = torch.bincount(expert, minlength=experts + 1)[:experts]
     stamp = Stamp(owned(experts, rank.world_size, rank.rank).start)
-    done = AllToAll(experts)(stamp, x, expert.argsort(stable=True), counts, 2, weights)
+    dispatch = AllToAll(experts)
+    with dispatch.expecting(expected):
+        done = dispatch(stamp, x, expert.argsort(stable=True), counts, 2, weights)
     wanted = (x.repeat_interleave(2, dim=0) + expert[:, None]) * weights[:, None]
     return done, wanted * (expert < experts)[:, None], int(counts.sum())
 
 
-@pytest.mark.parametrize("experts", [7, 2])
-def test_rows_travel_to_their_experts_and_home(experts):
+@pytest.fixture(scope="module")
+def pool_of_three():
     with ranks.start(3, "cpu") as pool:
-        found = pool.call(there_and_back, experts)
+        yield pool
+
+
+@pytest.mark.parametrize("expected", [None, 6, 9])
+@pytest.mark.parametrize("experts", [7, 2])
+def test_rows_travel_to_their_experts_and_home(pool_of_three, experts, expected):
+    """To their owners alone, or where all know how many to expect, to everybody."""
+    found = pool_of_three.call(there_and_back, experts, expected)
     for done, wanted, _ in found:
         torch.testing.assert_close(done, wanted, rtol=0, atol=0)
     assert found[1][2] == 0 < found[0][2] < 12, "nothing is tested where all or nothing travels"

@@ -98,7 +98,8 @@ def tables_of(
 
 def show(name: str, rows: Rows) -> None:
     table = pd.DataFrame(rows).dropna(axis=1, how="all").astype(object)
-    table = table.where(table.notna(), "").replace({True: "yes", False: "no"})
+    table = table.where(table.notna(), "")
+    table = table.map(lambda cell: ("no", "yes")[cell] if isinstance(cell, bool) else cell)  # 1.0 is no yes
     with pd.option_context("display.max_colwidth", None):
         print(f"\n{name}\n{table.to_string(index=False)}", flush=True)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from moekit.cache import Cache
+from moekit.dispatch import Local
 from moekit.kernels.attention import attend_one
 from moekit.kernels.gate import choose
 from moekit.kernels.vectors import experts_linear, linear
@@ -21,7 +22,7 @@ FEW = 4  # sequences at most: a step of four took 0.65 ms, and 0.76 with the ord
 
 def fits(model: Transformer, sequences: int) -> bool:
     """Whether :func:`read_on` is for this model and so many sequences; all experts have to be here."""
-    return sequences <= FEW and model.config.pre_norm
+    return sequences <= FEW and model.config.pre_norm and isinstance(model.dispatch, Local)
 
 
 def read_on(model: Transformer, tokens: Tensor, cache: Cache, vocab: int) -> Tensor:

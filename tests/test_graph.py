@@ -1,0 +1,106 @@
+"""Ranks that repeat work together: nothing that a rank knows alone may decide when, or they wait for one another."""
+
+import contextlib
+import itertools
+import sys
+
+import cloudpickle
+import numpy as np
+import pytest
+
+import moekit
+from moekit import graph, worker
+from moekit.batches import Batch
+from moekit.config import PAD
+
+pytest.importorskip("triton")
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
+QUIET = {"progress": False}
+PROMPTS = ["It is", "La table", "def __init__(self", "", "Die Datei"]
+
+
+class StandIn:
+    """Runs the work as often as a graph would, on the CPU: at its making, too."""
+
+    made = 0
+
+    def __init__(self, work, *inputs):
+        for _ in range(graph.WARM_UP):
+            work(*(tensor.clone() for tensor in inputs))
+        self.work = work
+        StandIn.made += 1
+
+    def __call__(self, *inputs):
+        return self.work(*inputs)
+
+
+def with_stand_ins(rank):
+    graph.Graph = StandIn
+    graph.fits = lambda model, step: step.record is None and step.edit is None and step.padding is None
+
+
+def made(rank):
+    return graph.Graph.made
+
+
+@contextlib.contextmanager
+def loaded(checkpoint, world_size):
+    """One rank, and several that take themselves to have graphs."""
+    with (
+        moekit.load(checkpoint, 1, "cpu", **QUIET) as alone,
+        moekit.load(checkpoint, world_size, "cpu", **QUIET) as together,
+    ):
+        together.ranks.call(with_stand_ins)
+        yield alone, together
+        once, *others = together.ranks.call(made)
+        assert once > 0 and {once} == set(others)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_scoring(reference, world_size, monkeypatch):
+    """Steps that are full, steps that leave a rank with fewer batches or none, and the padded last one."""
+    with loaded(reference / "checkpoint", world_size) as (alone, together):
+        for fraction, tokens, most in itertools.product((None, 0.05), (10, 64), (None, 17, 3)):
+            monkeypatch.setattr("moekit.handle.TOKENS_A_PASS", {"cpu": 2 * tokens})
+            how = {"tokens_per_sample": tokens, "capacity_token_fraction": fraction, "max_batches": most}
+            wanted, found = (
+                model.evaluate(reference / "data-bin", **how, **QUIET).tokens for model in (alone, together)
+            )
+            assert found["token"].equals(wanted["token"])
+            np.testing.assert_allclose(found["logprob"], wanted["logprob"], rtol=0, atol=1e-5)
+
+
+def test_scoring_steps_that_differ_between_ranks(reference):
+    """A rank whose padding stands within the text has no graph, so none has; nor has any after a step of one batch."""
+
+    def batch(index, padding=()):
+        tokens = np.random.default_rng(index).integers(4, 200, (1, 12))
+        tokens[:, list(padding)] = PAD
+        targets = np.where(tokens == PAD, PAD, np.roll(tokens, -1, axis=1))
+        return Batch(index, np.array([index]), tokens, targets, np.array([0]))
+
+    def scores(model, steps):
+        parts = model.ranks.call(worker.score, steps, fraction=None, vocab=200, seed=1)
+        found = {index: logprobs for part, _ in parts for index, logprobs in part}
+        return [found[b.index][b.targets != PAD] for step in steps for b in step]
+
+    inside = [[batch(i, [11]), batch(i + 1, [3])] for i in range(0, 12, 2)]
+    one_between = [[batch(i), batch(i + 1)] for i in range(20, 32, 2)]
+    one_between.insert(3, [batch(32)])
+    with loaded(reference / "checkpoint", 2) as (alone, together):
+        for steps in (inside, one_between, one_between[4:] * 2):
+            for one, other in zip(scores(alone, steps), scores(together, steps), strict=True):
+                np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_generation(world_size):
+    """More sequences than ranks, fewer, and some that end before others."""
+    with loaded("demo", world_size) as (alone, together):
+        for prompts, stop in itertools.product((PROMPTS, PROMPTS[:1]), ((), ("e", "."))):
+            how = {"max_new_tokens": 20, "temperature": 1.0, "seed": 5, "stop": stop}
+            wanted, found = (model.generate(prompts, **how, **QUIET) for model in (alone, together))
+            assert len(prompts) == 1 or (len({len(one.ids) for one in wanted}) > 1) == bool(stop)
+            for one, other in zip(wanted, found, strict=True):
+                assert one.ids == other.ids
+                np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
