@@ -2,7 +2,8 @@
 
 Every function here is one forward pass, or the same number of them, on every rank, whatever the number of sequences a
 rank has: a rank without any serves its experts. What goes on, and with which tokens, is the driver's to say
-(generate.py), so the ranks never have to agree on anything.
+(generate.py). The ranks never ask one another: what they decide for themselves, such as when to make a graph, follows from
+what all of them were told.
 
 Shape letters: B sequences of this rank, T tokens of the longest prompt, V dictionary, N beam size, P prompts.
 """

@@ -22,6 +22,9 @@ from torch import Tensor
 from moekit.experts import Experts
 from moekit.gate import sort_by_expert
 
+# Its name from torch 2.13 on, and before.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 def owned(experts: int, world_size: int, rank: int) -> range:
     """The experts that ``rank`` holds: contiguous, dealt as evenly as possible (sizes differ by one at most)."""
@@ -137,7 +140,8 @@ class AllToAll:
         chosen = gather(chosen, self.world_size) - self.first  # [W M K]
         mine = self.deal[self.rank]
         chosen = torch.where((chosen >= 0) & (chosen < mine), chosen, mine)
-        done = experts(rows, *sort_by_expert(chosen, mine), choices)  # [W M K, D]
+        order, counts = sort_by_expert(chosen, mine)
+        done = experts(rows, order, counts, choices, expected=most * choices)  # [W M K, D]
 
         home = torch.empty_like(done)
         dist.all_to_all_single(home, done)
@@ -148,7 +152,7 @@ class AllToAll:
 def gather(rows: Tensor, world_size: int) -> Tensor:
     """What each rank has, one after the other, all of one shape."""
     found = rows.new_empty(world_size * len(rows), *rows.shape[1:])
-    dist.all_gather_into_tensor(found, rows.contiguous())
+    all_gather(found, rows.contiguous())
     return found
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from moekit import checkpoint, graph
 from moekit.batches import Batch
 from moekit.config import PAD
-from moekit.dispatch import AllToAll, owned
+from moekit.dispatch import AllToAll, Local, owned
 from moekit.intervene import Intervention
 from moekit.model import Pass, Transformer
 from moekit.noise import Noise
@@ -118,7 +118,7 @@ def score(
         few = most * rank.world_size <= graph.MOST_TOKENS and len(step) >= rank.world_size
         if few and graph.fits(model, how) and not padding_matters(step, how.fraction):
             key = tuple(mine[0].tokens.shape), len(step), how.fraction, vocab
-            repeated = rank.state.setdefault("repeated", graph.Repeated(alone=rank.world_size == 1))
+            repeated = rank.state.setdefault("repeated", graph.Repeated(isinstance(model.dispatch, Local)))
             with model.dispatch.expecting(most):
                 found = repeated(key, functools.partial(scored, model, how, vocab), tokens, targets)
         else:

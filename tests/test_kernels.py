@@ -23,7 +23,7 @@ from moekit import checkpoint, decode, gate, graph, worker  # noqa: E402
 from moekit.batches import Batch  # noqa: E402
 from moekit.cache import Cache  # noqa: E402
 from moekit.config import PAD, ModelConfig  # noqa: E402
-from moekit.experts import Experts, choose_kernel  # noqa: E402
+from moekit.experts import KERNELS, Experts, choose_kernel  # noqa: E402
 from moekit.graph import Graph  # noqa: E402
 from moekit.kernels import attention, few, plan, vectors  # noqa: E402
 from moekit.kernels import gate as fused_gate  # noqa: E402
@@ -128,6 +128,16 @@ def test_no_rows():
     assert grouped_ffn(experts, torch.zeros(0, 24, device=DEVICE), nothing, zero, 1, None).shape == (0, 24)
     order = torch.arange(4, device=DEVICE)  # all of them no expert's
     assert not grouped_ffn(experts, torch.ones(4, 24, device=DEVICE), order, zero, 1, None).any()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_no_experts(kernel):
+    """More ranks than experts: one has none, and gets everybody's rows."""
+    experts = experts_of(0)
+    experts.kernel = kernel
+    counts = torch.zeros(0, dtype=torch.long, device=DEVICE)
+    found = experts(torch.ones(3, 24, device=DEVICE), torch.arange(6, device=DEVICE), counts, 2, expected=6)
+    assert found.shape == (6, 24) and not found.any()
 
 
 def test_tiles():
