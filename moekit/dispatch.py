@@ -140,8 +140,7 @@ class AllToAll:
         chosen = gather(chosen, self.world_size) - self.first  # [W M K]
         mine = self.deal[self.rank]
         chosen = torch.where((chosen >= 0) & (chosen < mine), chosen, mine)
-        order, counts = sort_by_expert(chosen, mine)
-        done = experts(rows, order, counts, choices, expected=most * choices)  # [W M K, D]
+        done = experts(rows, *sort_by_expert(chosen, mine), choices)  # [W M K, D]
 
         home = torch.empty_like(done)
         dist.all_to_all_single(home, done)

@@ -73,13 +73,7 @@ class Experts(nn.Module):
         self.kernel = "loop"
 
     def forward(
-        self,
-        x: Tensor,
-        order: Tensor,
-        counts: Tensor,
-        choices: int = 1,
-        weights: Tensor | None = None,
-        expected: int | None = None,
+        self, x: Tensor, order: Tensor, counts: Tensor, choices: int = 1, weights: Tensor | None = None
     ) -> Tensor:
         """What each place's expert makes of its row, times the place's weight.
 
@@ -89,7 +83,6 @@ class Experts(nn.Module):
             counts: [E] int64, places of each expert.
             choices: K.
             weights: [N K], or None for ones.
-            expected: about how many of the places are an expert's, for speed alone. None: most of them.
 
         Returns:
             [N K, D], zero at the places that are no expert's.
@@ -99,7 +92,7 @@ class Experts(nn.Module):
                 grouped_ffn,
             )  # Triton is there where it is asked for, not everywhere
 
-            return grouped_ffn(self, x, order, counts, choices, weights, expected)
+            return grouped_ffn(self, x, order, counts, choices, weights)
         return {"loop": loop, "grouped_mm": grouped_mm}[self.kernel](self, x, order, counts, choices, weights)
 
 

@@ -136,7 +136,7 @@ def test_no_experts(kernel):
     experts = experts_of(0)
     experts.kernel = kernel
     counts = torch.zeros(0, dtype=torch.long, device=DEVICE)
-    found = experts(torch.ones(3, 24, device=DEVICE), torch.arange(6, device=DEVICE), counts, 2, expected=6)
+    found = experts(torch.ones(3, 24, device=DEVICE), torch.arange(6, device=DEVICE), counts, 2)
     assert found.shape == (6, 24) and not found.any()
 
 

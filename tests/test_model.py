@@ -109,7 +109,7 @@ class Stamp:
     def __init__(self, first: int):
         self.first = first
 
-    def __call__(self, x, order, counts, choices=1, weights=None, expected=None):
+    def __call__(self, x, order, counts, choices=1, weights=None):
         assert len(order) == len(x) * choices and weights is None
         number = torch.arange(self.first, self.first + len(counts)).repeat_interleave(counts)
         order = order[: len(number)]

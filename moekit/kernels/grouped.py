@@ -99,7 +99,6 @@ def grouped_ffn(
     counts: Tensor,
     choices: int,
     weights: Tensor | None,
-    expected: int | None = None,
     cut: Cut | None = None,
 ) -> Tensor:
     """:meth:`moekit.experts.Experts.forward`; for inference. ``cut`` is for tuning."""
@@ -108,7 +107,7 @@ def grouped_ffn(
     places = len(order)
     if places == 0 or held == 0:
         return out
-    cut = cut or cut_for(places if expected is None else expected, held, x.dtype, shared_memory(x.device))
+    cut = cut or cut_for(places, held, x.dtype, shared_memory(x.device))
     order = order.contiguous()
     weights = None if weights is None else weights.contiguous()
     plan = order, tiles(counts, places, cut.up.rows)
