@@ -197,11 +197,14 @@ def describe(rank: Rank, batches: list[Batch]) -> str:
 def exchanged(rank: Rank, work: Callable[[], object]) -> float:
     """The part of ``work``'s time in which this rank moves rows, or waits for slower ranks to."""
     if rank.device.type == "cuda":
-        # By their kernels: those of a graph are nobody's calls.
+        # By their kernels: those of a graph are nobody's calls. Profilers take their time to start, each its own: ranks
+        # wait for one another in the barrier, whose kernel is an all-reduce.
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+            dist.barrier()
             seconds = sum(measure.seconds(work, rank.device, repeats=3, warm_up=0))
-        kernels = (event for event in seen.key_averages() if event.key.startswith("nccl"))
-        spent = sum(event.self_device_time_total for event in kernels) / 1e6
+        kernels = [event for event in seen.key_averages() if event.key.startswith("nccl")]
+        moving = (event for event in kernels if "AllReduce" not in event.key)
+        spent = sum(event.self_device_time_total for event in moving) / 1e6
     else:
         with clocked("all_to_all_single") as calls:
             seconds = sum(measure.seconds(work, rank.device, repeats=3, warm_up=0))
