@@ -89,6 +89,11 @@ def test_three_digits_count(value, shown):
     assert figures.rounded(value) == shown
 
 
+def test_a_one_is_no_yes(capsys):
+    bench.show("decode", [Figure("a token", 1.0, "ms", 0.5, goal=2.0, lower=True).row()])
+    assert re.search(r"a token +1\.0 +ms +0\.5 +0\.5 +2\.0 yes", capsys.readouterr().out)
+
+
 # ------------------------------------------------------------------------------------------------ measuring
 
 
