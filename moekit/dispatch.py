@@ -95,9 +95,8 @@ class AllToAll:
     def __call__(
         self, experts: Experts, x: Tensor, order: Tensor, counts: Tensor, choices: int, weights: Tensor
     ) -> Tensor:
-        if self.most is None:
-            return self._to_owners(experts, x, order, counts, choices, weights)
-        return self._to_everybody(experts, x, order, counts, choices, weights, self.most)
+        go = self._to_owners if self.most is None else self._to_everybody
+        return go(experts, x, order, counts, choices, weights)
 
     def _to_owners(
         self, experts: Experts, x: Tensor, order: Tensor, counts: Tensor, choices: int, weights: Tensor
@@ -113,26 +112,19 @@ class AllToAll:
         received = exchange(x[order // choices], to_ranks, from_ranks)
 
         # They arrive sorted by rank, then expert.
-        assert mine < torch.iinfo(torch.int16).max
         expert = torch.arange(mine, device=x.device, dtype=torch.int16).repeat(self.world_size)
         expert = expert.repeat_interleave(arriving.flatten(), output_size=len(received))
-        done = experts(received, expert.argsort(stable=True), arriving.sum(dim=0))
+        done = experts(received, *sort_by_expert(expert, mine))
 
         home = exchange(done, from_ranks, to_ranks)
         out = x.new_zeros(len(x) * choices, x.shape[1])
         return out.index_copy(0, order, home * weights[order, None])
 
     def _to_everybody(
-        self,
-        experts: Experts,
-        x: Tensor,
-        order: Tensor,
-        counts: Tensor,
-        choices: int,
-        weights: Tensor,
-        most: int,
+        self, experts: Experts, x: Tensor, order: Tensor, counts: Tensor, choices: int, weights: Tensor
     ) -> Tensor:
-        assert len(x) <= most
+        most = self.most
+        assert most is not None and len(x) <= most
         # The expert of each place, E behind the last expert's, and of the places of rows that are not there.
         expert = torch.searchsorted(counts.cumsum(0), torch.arange(len(order), device=x.device), right=True)
         chosen = counts.new_full((most * choices,), len(counts)).scatter(0, order, expert)

@@ -44,7 +44,7 @@ def capturing(device: int) -> torch.cuda.Stream:
 class Graph:
     """``work`` on tensors of the shapes of ``inputs``, for as long as what else it uses stays where it is."""
 
-    def __init__(self, work: Callable[..., Tensor], *inputs: Tensor):
+    def __init__(self, work: Callable[..., Tensor | None], *inputs: Tensor):
         self.inputs = [tensor.clone() for tensor in inputs]
         aside = capturing(torch.cuda.current_device())
         aside.wait_stream(torch.cuda.current_stream())
@@ -57,7 +57,7 @@ class Graph:
         with torch.cuda.graph(self.graph, stream=aside, capture_error_mode="thread_local"):
             self.output = work(*self.inputs)
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
+    def __call__(self, *inputs: Tensor) -> Tensor | None:
         """What ``work`` returns, which the next call overwrites."""
         for own, given in zip(self.inputs, inputs, strict=True):
             own.copy_(given)

@@ -20,7 +20,7 @@ from branch_cases import BASE, CASES, build  # noqa: E402
 
 import moekit  # noqa: E402
 from moekit import checkpoint, decode, gate, graph, worker  # noqa: E402
-from moekit.batches import Batch  # noqa: E402
+from moekit.bench.score import random_batch  # noqa: E402
 from moekit.cache import Cache  # noqa: E402
 from moekit.config import PAD, ModelConfig  # noqa: E402
 from moekit.experts import KERNELS, Experts, choose_kernel  # noqa: E402
@@ -540,11 +540,6 @@ def test_a_graph_decodes_what_single_kernels_do(reference, monkeypatch):
             np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
 
 
-def one_block(index):
-    ids = np.random.default_rng(index).integers(4, 200, (1, 13), dtype=np.int32)
-    return Batch(index, np.array([index]), ids[:, :-1], ids[:, 1:], np.array([0]))
-
-
 def repeated(rank, steps):
     """Whether the rank scores ``steps``, which are alike, with a graph in the end; and its (index, scores)."""
     scores, _ = worker.score(rank, steps, fraction=0.3, vocab=200, seed=1)
@@ -572,7 +567,7 @@ def test_ranks_that_compute_with_kernels(reference):
     if torch.cuda.device_count() == 1:
         pytest.skip("two ranks need two GPUs, or none and Triton's interpreter")
     found = {}
-    steps = [[one_block(2 * i), one_block(2 * i + 1)] for i in range(graph.AFTER + 3)]
+    steps = [[random_batch(2 * i + r, 12, 200) for r in range(2)] for i in range(graph.AFTER + 3)]
     device = "auto" if DEVICE == "cuda" else "cpu"
     for world_size, kernel in ((1, "loop"), (2, "triton")):
         with moekit.load(

@@ -206,7 +206,7 @@ def exchanged(rank: Rank, work: Callable[[], object]) -> float:
         moving = (event for event in kernels if "AllReduce" not in event.key)
         spent = sum(event.self_device_time_total for event in moving) / 1e6
     else:
-        with clocked("all_to_all_single") as calls:
+        with clocked() as calls:
             seconds = sum(measure.seconds(work, rank.device, repeats=3, warm_up=0))
         spent = sum(calls)
     assert spent > 0, "nothing was exchanged"
@@ -214,19 +214,19 @@ def exchanged(rank: Rank, work: Callable[[], object]) -> float:
 
 
 @contextlib.contextmanager
-def clocked(collective: str) -> Iterator[list[float]]:
-    """Yields the seconds of each call of ``torch.distributed``'s ``collective`` meanwhile."""
-    original = getattr(dist, collective)
+def clocked() -> Iterator[list[float]]:
+    """Yields the seconds of each ``all_to_all_single`` meanwhile."""
+    exchange = dist.all_to_all_single
     calls: list[float] = []
 
     def timed(*args: Any, **kwargs: Any) -> Any:
         start = time.perf_counter()
-        result = original(*args, **kwargs)
+        result = exchange(*args, **kwargs)
         calls.append(time.perf_counter() - start)
         return result
 
-    setattr(dist, collective, timed)
+    dist.all_to_all_single = timed
     try:
         yield calls
     finally:
-        setattr(dist, collective, original)
+        dist.all_to_all_single = exchange
