@@ -7,7 +7,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from moekit.handle import Evaluation, Model, load
-from moekit.intervene import Force
+from moekit.nn.intervene import Force
 from moekit.ranks import RankError
 from moekit.trace import Trace
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from moekit.config import PAD
+from moekit.nn.config import PAD
 
 MAX_TOKENS = 36_000  # fairseq_cli/eval_lm.py: the tokens a batch may have, whatever its batch_size
 BREAK_MODES = ("none", "complete", "complete_doc", "eos")

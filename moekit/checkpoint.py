@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moekit import config as cfg
+from moekit import checkpoint_options as cfg
 from moekit import copying
-from moekit.config import ModelConfig
+from moekit.nn.config import ModelConfig
 
 # ---------------------------------------------------------------------------------------------- which files
 
@@ -350,7 +350,7 @@ class Plan:
 
     def parameters(self, held: int) -> int:
         """Parameters of a rank that holds ``held`` experts a layer."""
-        from moekit.model import Transformer
+        from moekit.nn.transformer import Transformer
 
         with torch.device("meta"):
             return sum(p.numel() for p in Transformer(self.config, held).parameters())
@@ -372,7 +372,7 @@ def survey(files: Files, dictionary: int | None = None) -> Plan:
         ValueError: an unknown or missing key, a wrong shape, an expert that no file or that two files fill; it names
             the file, the key, what was found and what was expected.
     """
-    from moekit.model import Transformer
+    from moekit.nn.transformer import Transformer
 
     first = (*files.ranks, files.shared)[0]  # fairseq heeds the config of rank 0's file
     stamps = {path: stamp(path) for path in files.all}
@@ -492,7 +492,7 @@ def fill(
     """Read one rank's tensors from the mapped files into the model's parameters, as copying.py does.
 
     Args:
-        model: a :class:`moekit.model.Transformer` with room for the experts ``held``; any device, any dtype.
+        model: a :class:`moekit.nn.transformer.Transformer` with room for the experts ``held``; any device, any dtype.
         progress: called with the bytes read since the last call.
         threads: that copy at the same time.
 

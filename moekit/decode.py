@@ -19,16 +19,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moekit import graph
-from moekit.cache import Cache
-from moekit.config import EOS, PAD
-from moekit.gate import Routing
-from moekit.intervene import Intervention
-from moekit.model import Pass, Transformer
-from moekit.noise import Noise, uniform
+from moekit.nn import graphs as graph
+from moekit.nn.cache import Cache
+from moekit.nn.config import EOS, PAD
+from moekit.nn.gate import Routing
+from moekit.nn.intervene import Intervention
+from moekit.nn.logprobs import log_probs
+from moekit.nn.noise import Noise, uniform
+from moekit.nn.record import Options, Recorder
+from moekit.nn.transformer import Pass, Transformer
 from moekit.ranks import Rank
-from moekit.trace import Options, Recorder
-from moekit.worker import log_probs
 
 SLOTS = 64  # a cache's slots are a multiple of these, which attention's kernels like
 
@@ -40,7 +40,7 @@ class Settings:
     Attributes:
         vocab: types of the dictionary; nothing beyond it is chosen.
         intervention: what :meth:`moekit.handle.Model.route` changes; its samples are the sequences' numbers.
-        record: handed to every forward pass, see :class:`moekit.model.Pass`. Its routing groups are the sequences.
+        record: handed to every forward pass, see :class:`moekit.nn.transformer.Pass`. Its routing groups are the sequences.
         trace: what :func:`end` returns of the routing, in place of ``record``.
     """
 
@@ -249,7 +249,7 @@ def end(rank: Rank, key: int) -> list[dict[str, np.ndarray]]:
 
     Returns:
         The parts of their trace: tables with ``sample`` (the sequence's number), ``position`` and the columns of
-        :meth:`moekit.trace.Recorder.rows`.
+        :meth:`moekit.nn.record.Recorder.rows`.
     """
     sequences = rank.state.pop(key, None)
     return [] if sequences is None else sequences.parts
@@ -348,7 +348,7 @@ def _choose_next(model: Transformer, sequences: Sequences, logits: Tensor) -> Ch
     """[B, V] logits -> a token for each sequence."""
     settings = sequences.settings
     if model.kernel == "triton" and settings.greedy:
-        from moekit.kernels.logprobs import best
+        from moekit.nn.kernels.logprobs import best
 
         tokens, logprobs = best(logits)
         return Choice(tokens, logprobs, tokens.new_empty(len(tokens), 0), logprobs.new_empty(len(tokens), 0))

@@ -30,8 +30,9 @@ import moekit
 from moekit import batches as data_order
 from moekit import checkpoint
 from moekit.batches import Batch
-from moekit.config import CHANGEABLE, from_fairseq, options_of
+from moekit.checkpoint_options import from_fairseq, options_of
 from moekit.handle import check_fraction
+from moekit.nn.config import CHANGEABLE
 
 logger = logging.getLogger("fairseq_cli.eval_lm")  # fairseq's name, since scripts look for it
 

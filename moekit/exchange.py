@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moekit.config import PAD
+from moekit.nn.config import PAD
 from moekit.trace import Trace
 
 LAYOUTS = ("vllm", "sglang", "megatron", "olmoe", "moe-infinity")

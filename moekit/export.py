@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from moekit.checkpoint import KEYS, Place
-from moekit.config import ModelConfig
-from moekit.dispatch import owned
-from moekit.model import Transformer
+from moekit.nn.config import ModelConfig
+from moekit.nn.dispatch import owned
+from moekit.nn.transformer import Transformer
 
 # Every key that the branch writes into ``cfg``, with its defaults.
 TEMPLATE = Path(__file__).with_name("branch_cfg.json")

@@ -24,17 +24,18 @@ import numpy as np
 
 from moekit import decode
 from moekit import trace as tracing
-from moekit.config import EOS, PAD
 from moekit.data.dictionary import BOS
 from moekit.decode import Candidates, Chosen, Prompt, Settings
+from moekit.nn.config import EOS, PAD
+from moekit.nn.record import Options
 from moekit.progress import bar as progress_bar
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
     from moekit.data.codec import Codec
-    from moekit.gate import Routing
     from moekit.handle import Model
+    from moekit.nn.gate import Routing
 
 SEQUENCE_TOKENS = {"cpu": 16_384, "cuda": 131_072}  # tokens that the sequences under way on a rank may have
 LOGITS = 2**26  # and logits that a step of theirs may make there, one for each type of the dictionary
@@ -107,7 +108,7 @@ def generate(
     alternatives: int = 0,
     capacity_token_fraction: float | None = None,
     record: Callable[[int, Routing], None] | None = None,
-    trace: bool | tracing.Options = False,
+    trace: bool | Options = False,
     progress: bool = True,
 ) -> list[Generation]:
     """Go on from each prompt; the results depend neither on the world size nor on what is generated beside them.
@@ -128,8 +129,8 @@ def generate(
         alternatives: tell so many of the best tokens at each place.
         capacity_token_fraction: of the experts while they read a prompt, each prompt by itself, as in
             :meth:`moekit.handle.Model.evaluate`. None drops nothing. New tokens are never dropped.
-        record: called on the ranks by every MoE layer, see :class:`moekit.model.Pass`; a group is a sequence.
-        trace: also record the routing, a sample a sequence; :class:`moekit.trace.Options` say what of it. Not of a
+        record: called on the ranks by every MoE layer, see :class:`moekit.nn.transformer.Pass`; a group is a sequence.
+        trace: also record the routing, a sample a sequence; :class:`moekit.nn.record.Options` say what of it. Not of a
             beam search, nor what the output predicted besides (``alternatives`` tell that).
         progress: show a bar.
 
@@ -271,7 +272,7 @@ def ask(
     alternatives: int,
     capacity_token_fraction: float | None,
     record: Callable[[int, Routing], None] | None,
-    trace: bool | tracing.Options,
+    trace: bool | Options,
 ) -> Request:
     """Check the arguments of :func:`generate` and turn texts into ids.
 
@@ -342,7 +343,7 @@ def ask(
         model.intervention.check({s.number: len(s.ids) + max_new_tokens - 1 for s in sequences})
     options = None
     if trace:
-        options = (tracing.Options() if trace is True else trace).of(model.config)
+        options = (Options() if trace is True else trace).of(model.config)
     settings = Settings(
         vocab=vocab,
         temperature=float(temperature),

@@ -18,14 +18,16 @@ import torch
 from moekit import batches as data_order
 from moekit import checkpoint as ckpt
 from moekit import generate as generation
-from moekit import intervene, ranks, worker
+from moekit import ranks, worker
 from moekit import trace as tracing
 from moekit.batches import Batch
-from moekit.config import ModelConfig, changed
 from moekit.data.codec import FILES as CODEC_FILES
 from moekit.data.codec import Codec
 from moekit.data.dictionary import Dictionary
-from moekit.experts import choose_kernel
+from moekit.nn import intervene
+from moekit.nn.config import ModelConfig, changed
+from moekit.nn.experts import choose_kernel
+from moekit.nn.record import Options
 from moekit.progress import bar as progress_bar
 
 if TYPE_CHECKING:
@@ -65,7 +67,7 @@ class Model:
     """A model on its ranks; made by :func:`load`. A context manager: leaving it stops the ranks.
 
     Attributes:
-        config: the model's :class:`~moekit.config.ModelConfig`.
+        config: the model's :class:`~moekit.nn.config.ModelConfig`.
         files: where it came from.
         world_size, device, dtype: how it runs.
         parts: a dict a rank: ``files``, ``experts``, ``parameters``, ``bytes``, ``seconds`` of its load.
@@ -141,7 +143,7 @@ class Model:
         max_batches: int | None = None,
         seed: int = 1,
         progress: bool = True,
-        trace: bool | tracing.Options = False,
+        trace: bool | Options = False,
     ) -> Evaluation:
         """Score binarised data as ``fairseq_cli.eval_lm --is-moe`` does; the result does not depend on the world size.
 
@@ -150,13 +152,13 @@ class Model:
             tokens_per_sample: tokens of a block, context included; None: as many as the model has positions.
             batch_size: samples that are routed together. With a capacity this changes the result, as in fairseq.
             capacity_token_fraction: None drops nothing. F > 0 gives each expert ``ceil(F * tokens)`` places a batch,
-                any other number the training's rule (:func:`moekit.gate.capacity`).
+                any other number the training's rule (:func:`moekit.nn.gate.capacity`).
             sample_break_mode: "none", "complete", "complete_doc" or "eos", as in fairseq.
             context_window: tokens of context that are not scored again.
             max_batches: stop after so many batches.
             seed: of gates that sample their second expert.
             progress: show a bar.
-            trace: also record the routing; :class:`moekit.trace.Options` say what of it.
+            trace: also record the routing; :class:`moekit.nn.record.Options` say what of it.
 
         Raises:
             ValueError: an argument makes no sense, or a file is missing.
@@ -174,7 +176,7 @@ class Model:
         chosen = list(itertools.islice(batches, total))
         collector = None
         if trace:
-            options = tracing.Options() if trace is True else trace
+            options = Options() if trace is True else trace
             collector = tracing.Collector(options.of(self.config))
         vocab = len(batches.dictionary)
         self.warm_up(chosen, fraction, vocab, progress)
@@ -276,7 +278,7 @@ class Model:
         Args:
             data_or_texts: a folder of binarised data or "demo", which take the path of :meth:`evaluate`; or a text, or
                 texts, or their ids: a sample each, routed ``batch_size`` at a time (:func:`moekit.trace.text_batches`).
-            layers, full, predicted: what to record (:class:`moekit.trace.Options`).
+            layers, full, predicted: what to record (:class:`moekit.nn.record.Options`).
             max_tokens: stop before the batch that would make the trace longer, but not before the first.
 
         The other arguments are those of :meth:`evaluate`.
@@ -287,7 +289,7 @@ class Model:
         """
         check_positive("batch_size", batch_size)
         fraction = check_fraction(capacity_token_fraction)
-        options = tracing.Options(None if layers is None else tuple(layers), tuple(full), predicted)
+        options = Options(None if layers is None else tuple(layers), tuple(full), predicted)
         collector = tracing.Collector(options.of(self.config))
         if tracing.is_data(data_or_texts):
             block = self.block(tokens_per_sample)
@@ -321,11 +323,11 @@ class Model:
     ) -> Iterator[Model]:
         """Change the routing of every call in the ``with`` block, on all ranks.
 
-        What each change does exactly stands at :class:`moekit.intervene.Intervention`.
+        What each change does exactly stands at :class:`moekit.nn.intervene.Intervention`.
 
         Args:
             mask: experts that get no token: ``{layer: [experts]}`` or ``[(layer, expert), ...]``.
-            force: tokens that go to chosen experts, see :class:`moekit.intervene.Force`.
+            force: tokens that go to chosen experts, see :class:`moekit.nn.intervene.Force`.
             drop_second: only first choices are dispatched.
             capacity_token_fraction: in place of that of the calls, None too; ``...`` leaves them theirs.
 
@@ -461,7 +463,7 @@ def load(
             checkpoint, if there is one; else all rows are loaded, and each data set's dictionary decides.
         bpe: the folder with ``encoder.json``, ``vocab.bpe`` and ``dict.txt`` that turn text into ids. None: where the
             checkpoint lies, or ``gpt2_bpe`` there or beside it; needed only when text is.
-        config: fields of the checkpoint's :class:`~moekit.config.ModelConfig` to replace, such as ``second_expert``; not
+        config: fields of the checkpoint's :class:`~moekit.nn.config.ModelConfig` to replace, such as ``second_expert``; not
             those that give the weights their shapes.
         kernel: how the experts are computed: "triton", "grouped_mm", "loop" (slow, and plain to see that it is right), or
             "auto": the fastest there is.

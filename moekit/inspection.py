@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moekit import intervene, metrics, report
+from moekit import compare as intervene
+from moekit import metrics, report
 from moekit.parameters import MACHINE, Kind, Number, Text, Texts, Whole
 from moekit.trace import domains_of
 

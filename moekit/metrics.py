@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moekit import offload
-from moekit.config import PAD
+from moekit.nn.config import PAD
 from moekit.trace import Trace, align
 
 if TYPE_CHECKING:
@@ -258,7 +258,7 @@ def drops(trace: Trace, by: str = "layer", *, bins: int = 64) -> pd.DataFrame:
 
 def _drop_chance(trace: Trace) -> np.ndarray | None:
     """[P, K]: probability that a choice of a token at position p is dropped under uniform random routing."""
-    from moekit.gate import capacity
+    from moekit.nn.gate import capacity
 
     groups, k = trace.meta.get("groups"), trace.top_k
     if not groups or "capacity_token_fraction" not in trace.meta or k > 2:

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from moekit import checkpoint as ckpt
-from moekit.dispatch import owned
 from moekit.handle import pieces
+from moekit.nn.dispatch import owned
 
 if TYPE_CHECKING:
     import pandas as pd

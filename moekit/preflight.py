@@ -10,7 +10,7 @@ from typing import Any
 
 from moekit import batches, ranks
 from moekit import checkpoint as ckpt
-from moekit.config import ModelConfig
+from moekit.nn.config import ModelConfig
 from moekit.parameters import ParameterError
 from moekit.trace import Trace
 

@@ -22,7 +22,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from moekit import gate, metrics
+from moekit import metrics
+from moekit.nn import gate
 
 if TYPE_CHECKING:
     from IPython.display import HTML

@@ -12,21 +12,19 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from moekit import checkpoint, graph
+from moekit import checkpoint
 from moekit.batches import Batch
-from moekit.config import PAD
-from moekit.dispatch import AllToAll, Local, owned
-from moekit.intervene import Intervention
-from moekit.model import Pass, Transformer
-from moekit.noise import Noise
+from moekit.nn import graphs as graph
+from moekit.nn.config import PAD
+from moekit.nn.dispatch import AllToAll, Local, owned
+from moekit.nn.intervene import Intervention
+from moekit.nn.logprobs import log_probs, predictions, scored
+from moekit.nn.noise import Noise
+from moekit.nn.record import Options, Recorder
+from moekit.nn.transformer import Pass, Transformer
 from moekit.ranks import Rank, usable_cores
-from moekit.trace import Options, Recorder
-
-# Rows of logits that exist at a time: never tokens x dictionary, and on the CPU what its caches hold.
-LOGIT_ROWS = {"cpu": 256, "cuda": 2048}
 
 
 def load(rank: Rank, plan: checkpoint.Plan, dtype: torch.dtype, kernel: str) -> dict:
@@ -148,11 +146,6 @@ def padding_matters(batches: Sequence[Batch], fraction: float | None) -> bool:
     return fraction is not None or not trailing
 
 
-def scored(model: Transformer, how: Pass, vocab: int, tokens: Tensor, targets: Tensor) -> Tensor:
-    """[B, T] tokens and targets -> float32 [B, T] natural log-probabilities."""
-    return log_probs(model, model(tokens, how), targets, vocab)
-
-
 def trace_rows(
     recorder: Recorder,
     samples: np.ndarray,
@@ -179,31 +172,3 @@ def trace_rows(
         "logprob": logprob.masked_fill(target == PAD, float("nan")).cpu().numpy(),
         "predicted": np.full(len(row), -1) if predicted is None else predicted[real].cpu().numpy(),
     }
-
-
-def predictions(model: Transformer, features: Tensor, vocab: int) -> Tensor:
-    """[B, T, D] features -> [B, T] int64, the most probable next tokens of ``vocab`` types."""
-    parts = [model.logits(rows, vocab).argmax(dim=-1) for rows in _pieces(features)]
-    return torch.cat(parts).view(features.shape[:2])
-
-
-def log_probs(model: Transformer, features: Tensor, targets: Tensor, vocab: int) -> Tensor:
-    """[B, T, D] features and [B, T] targets -> float32 [B, T] natural log-probabilities, over ``vocab`` types."""
-    of = target_log_probs
-    if model.kernel == "triton":
-        from moekit.kernels.logprobs import target_log_probs as of
-    parts = [
-        of(model.logits(rows, vocab), wanted)
-        for rows, wanted in zip(_pieces(features), _pieces(targets), strict=True)
-    ]
-    return torch.cat(parts).view_as(targets)
-
-
-def _pieces(rows: Tensor) -> tuple[Tensor, ...]:
-    """[B, T, ...] -> [N, ...] pieces, as many rows as there may be logits of."""
-    return rows.flatten(0, 1).split(LOGIT_ROWS.get(rows.device.type, 2048))
-
-
-def target_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
-    """[N, V] logits and [N] targets -> [N] float32 natural log-probabilities."""
-    return -F.cross_entropy(logits.float(), targets, reduction="none")

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from moekit.config import ModelConfig
 from moekit.export import save
-from moekit.model import Transformer
+from moekit.nn.config import ModelConfig
+from moekit.nn.transformer import Transformer
 
 BASE = ModelConfig(
     layers=4,

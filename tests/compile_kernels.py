@@ -7,7 +7,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from moekit.kernels import attention, gate, grouped, logprobs, norm, plan, vectors
+from moekit.nn.kernels import attention, gate, grouped, logprobs, norm, tiles, vectors
 
 HOPPER = GPUTarget("cuda", 90, 32)
 SHARED = 227 * 1024  # bytes that a program may have there
@@ -77,9 +77,9 @@ if __name__ == "__main__":
         "places": "i32",
         "experts": "i32",
     }
-    compile_for_hopper(plan._by_expert, types, {"PLACES": 128}, 1)
+    compile_for_hopper(tiles._by_expert, types, {"PLACES": 128}, 1)
     types = {"counts": "*i64", "table": "*i32", "experts": "i32", "width": "i32"}
-    compile_for_hopper(plan._tiles, types, {"ROWS": 16, "EXPERTS": 512})
+    compile_for_hopper(tiles._tiles, types, {"ROWS": 16, "EXPERTS": 512})
     types = dict.fromkeys(("qkv", "kv", "out"), "*fp16") | {
         "lengths": "*i64",
         "slots": "i32",

@@ -10,8 +10,8 @@ from branch_cases import CASES, build
 
 import moekit
 from moekit import batches, checkpoint
-from moekit.config import PAD
-from moekit.model import Pass, Transformer
+from moekit.nn.config import PAD
+from moekit.nn.transformer import Pass, Transformer
 
 REFERENCE = sorted((Path(__file__).parent / "data" / "reference").glob("base_*bsz?.npz"))
 RECORDED = Path(__file__).parent / "data" / "branch"

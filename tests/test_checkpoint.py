@@ -11,10 +11,11 @@ import pytest
 import torch
 from branch_cases import BASE, build
 
-from moekit import checkpoint, config
-from moekit.dispatch import owned
+from moekit import checkpoint
+from moekit import checkpoint_options as config
 from moekit.export import save
-from moekit.model import Transformer
+from moekit.nn.dispatch import owned
+from moekit.nn.transformer import Transformer
 
 
 @pytest.fixture

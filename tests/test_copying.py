@@ -11,7 +11,7 @@ import torch
 
 from moekit import checkpoint, copying
 from moekit.copying import Piece
-from moekit.model import Transformer
+from moekit.nn.transformer import Transformer
 
 CPU = torch.device("cpu")
 

@@ -10,7 +10,7 @@ import torch
 import moekit
 from moekit import demo
 from moekit.demo.train import demo_config, initialize, train
-from moekit.model import Transformer
+from moekit.nn.transformer import Transformer
 from moekit.trace import domains_of
 
 FOLDER = Path(demo.__file__).parent

@@ -14,8 +14,8 @@ from branch_cases import BASE
 
 import moekit
 from moekit import eval_lm, export
-from moekit.config import ModelConfig
-from moekit.model import Transformer
+from moekit.nn.config import ModelConfig
+from moekit.nn.transformer import Transformer
 
 RECORDED = Path(__file__).parent / "data" / "eval_lm"
 WORDS = re.compile(r"\d+ .* \[-?[\d.]+\]")

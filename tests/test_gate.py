@@ -7,8 +7,8 @@ import pytest
 import torch
 from branch_cases import BASE
 
-from moekit import gate
-from moekit.config import ModelConfig
+from moekit.nn import gate
+from moekit.nn.config import ModelConfig
 
 LOG = torch.log
 

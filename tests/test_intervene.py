@@ -10,9 +10,11 @@ from branch_cases import BASE
 from synthetic_traces import synthetic
 
 import moekit
-from moekit import gate
-from moekit.config import ModelConfig
-from moekit.intervene import Force, batch_invariance, compare, plan, weight_change
+from moekit.compare import compare, weight_change
+from moekit.invariance import batch_invariance
+from moekit.nn import gate
+from moekit.nn.config import ModelConfig
+from moekit.nn.intervene import Force, plan
 
 TEXTS = [list(range(5, 25)), list(range(40, 73)), list(range(100, 111))]
 

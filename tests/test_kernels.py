@@ -16,20 +16,23 @@ if DEVICE == "cpu":
     os.environ[INTERPRET] = "1"  # read when a kernel is defined: by the imports that follow
 
 pytest.importorskip("triton")
-from branch_cases import BASE, CASES, build  # noqa: E402
+from branch_cases import BASE, CASES, build
 
-import moekit  # noqa: E402
-from moekit import checkpoint, decode, gate, graph, worker  # noqa: E402
-from moekit.bench.score import random_batch  # noqa: E402
-from moekit.cache import Cache  # noqa: E402
-from moekit.config import PAD, ModelConfig  # noqa: E402
-from moekit.experts import KERNELS, Experts, choose_kernel  # noqa: E402
-from moekit.graph import Graph  # noqa: E402
-from moekit.kernels import attention, few, plan, vectors  # noqa: E402
-from moekit.kernels import gate as fused_gate  # noqa: E402
-from moekit.kernels.grouped import ACTIVATIONS, ANY, CUTS, Blocks, Cut, cut_for, grouped_ffn  # noqa: E402
-from moekit.kernels.logprobs import best, target_log_probs  # noqa: E402
-from moekit.model import Norm, Pass, Transformer  # noqa: E402
+import moekit
+from moekit import checkpoint, decode, worker
+from moekit.bench.score import random_batch
+from moekit.nn import gate
+from moekit.nn import graphs as graph
+from moekit.nn.cache import Cache
+from moekit.nn.config import PAD, ModelConfig
+from moekit.nn.experts import KERNELS, Experts, choose_kernel
+from moekit.nn.graphs import Graph
+from moekit.nn.kernels import attention, short_step, tiles, vectors
+from moekit.nn.kernels import gate as fused_gate
+from moekit.nn.kernels.grouped import ACTIVATIONS, ANY, CUTS, Blocks, Cut, cut_for, grouped_ffn
+from moekit.nn.kernels.logprobs import best, target_log_probs
+from moekit.nn.logprobs import log_probs
+from moekit.nn.transformer import Norm, Pass, Transformer
 
 os.environ.pop(INTERPRET, None)  # other tests know nothing of it
 
@@ -142,7 +145,7 @@ def test_no_experts(kernel):
 
 def test_tiles():
     counts = torch.tensor([0, 33, 16, 0, 1, 0], device=DEVICE)
-    table = plan.tiles(counts, 60, 16).cpu()  # of 60 places, ten are no expert's
+    table = tiles.tiles(counts, 60, 16).cpu()  # of 60 places, ten are no expert's
     assert table[:, :5].T.tolist() == [[1, 0, 16], [1, 16, 32], [1, 32, 33], [2, 33, 49], [4, 49, 50]]
     assert table.shape[1] == 9 and table[:, 5:].T.tolist() == [[6, 0, 0]] * 4
     assert plan.most_tiles(2, 512, 16) == 2 and plan.most_tiles(4096, 512, 16) == 256 + 512
@@ -163,7 +166,7 @@ def test_few_choices_are_sorted_without_a_sort(tokens, experts):
     chosen = torch.randint(0, experts, (1, tokens, 2), generator=generator).to(DEVICE)
     kept = (torch.rand(1, tokens, 2, generator=generator) < 0.8).to(DEVICE)
     routing = gate.Routing(None, chosen, None, kept, None, None)
-    for found, wanted in zip(plan.by_expert(routing, experts), gate.by_expert(routing, experts), strict=True):
+    for found, wanted in zip(tiles.by_expert(routing, experts), gate.by_expert(routing, experts), strict=True):
         assert found.equal(wanted)
 
 
@@ -348,7 +351,7 @@ def few_against_slow(model: Transformer, sequences: int, tolerance: float) -> No
     tokens = torch.randint(4, 190, (4, 9), generator=torch.Generator().manual_seed(7)).to(DEVICE)[:sequences]
     lengths = torch.tensor([5, 2, 3, 1], device=DEVICE)[:sequences]
     dtype = model.embed.weight.dtype
-    assert few.fits(model, sequences)
+    assert short_step.fits(model, sequences)
     found = {}
     for kernel in ("loop", "triton"):
         cache = Cache(model.config, sequences, 16, torch.device(DEVICE), dtype)
@@ -359,7 +362,7 @@ def few_against_slow(model: Transformer, sequences: int, tolerance: float) -> No
             logits = []
             for step in range(5, 8):
                 if kernel == "triton":
-                    logits.append(few.read_on(model, tokens[:, step], cache, 150))
+                    logits.append(short_step.read_on(model, tokens[:, step], cache, 150))
                 else:
                     features = model(tokens[:, step, None], Pass(cache=cache, groups=sequences))
                     logits.append(model.logits(features[:, 0], 150))
@@ -373,7 +376,7 @@ def few_against_slow(model: Transformer, sequences: int, tolerance: float) -> No
 def test_who_is_too_many_or_normalised_afterwards_takes_the_general_path():
     with torch.device("meta"):
         pre, post = (Transformer(CASES[name].config) for name in ("relu", "post_norm"))
-    assert few.fits(pre, few.FEW) and not few.fits(pre, few.FEW + 1) and not few.fits(post, 1)
+    assert short_step.fits(pre, short_step.FEW) and not short_step.fits(pre, short_step.FEW + 1) and not short_step.fits(post, 1)
 
 
 GATES = [
@@ -434,18 +437,18 @@ def test_no_pass_asks_the_device_for_a_number(name, monkeypatch):
         "logprobs._best_of_part",
         "logprobs._best_of_row",
     ):
-        monkeypatch.setattr(f"moekit.kernels.{kernel}", NotLaunched())
+        monkeypatch.setattr(f"moekit.nn.kernels.{kernel}", NotLaunched())
     with torch.device("meta"), torch.inference_mode():
         model = Transformer(CASES[name].config).use("triton")
         tokens = torch.empty(4, 16, dtype=torch.long)
         features = model(tokens, Pass(0.05, groups=2))
-        assert worker.log_probs(model, features, tokens, 190).shape == (4, 16)
+        assert log_probs(model, features, tokens, 190).shape == (4, 16)
         cache = Cache(model.config, 1, 16, torch.device("meta"), torch.float32)
         assert model(tokens[:1], Pass(cache=cache)).shape == (1, 16, 32)
         cache.advance(3)
         assert model(tokens[:1, :1], Pass(cache=cache)).shape == (1, 1, 32)
-        if few.fits(model, 1):
-            assert best(few.read_on(model, tokens[0, :1], cache, 190))[0].shape == (1,)
+        if short_step.fits(model, 1):
+            assert best(short_step.read_on(model, tokens[0, :1], cache, 190))[0].shape == (1,)
         assert model(tokens, Pass(0.05, groups=2, padding=tokens == PAD)).shape == (4, 16, 32)
         with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
             model.use("loop")(tokens)
@@ -463,7 +466,7 @@ def test_the_driver_sees_no_question_either(tmp_path):
         for mode in ("default", "error"):  # the first time, kernels are compiled and tables made
             torch.cuda.set_sync_debug_mode(mode)
             try:
-                worker.log_probs(model, model(tokens, Pass(0.05, groups=2)), tokens, 190)
+                log_probs(model, model(tokens, Pass(0.05, groups=2)), tokens, 190)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
 

@@ -9,12 +9,12 @@ from branch_cases import build
 import moekit
 from moekit import checkpoint, ranks
 from moekit.batches import Batch, open_data
-from moekit.cache import Cache
-from moekit.config import PAD
-from moekit.dispatch import AllToAll, owned
 from moekit.handle import plan_steps
-from moekit.model import Pass, Transformer
-from moekit.noise import Noise
+from moekit.nn.cache import Cache
+from moekit.nn.config import PAD
+from moekit.nn.dispatch import AllToAll, owned
+from moekit.nn.noise import Noise
+from moekit.nn.transformer import Pass, Transformer
 
 
 def load(folder) -> Transformer:

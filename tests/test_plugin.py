@@ -16,11 +16,12 @@ from fairseq.models.transformer_lm import TransformerLanguageModel
 from test_project import ROOT
 
 import moekit
-from moekit import config, export
+from moekit import checkpoint_options as config
+from moekit import export
 from moekit.batches import open_data
-from moekit.config import EOS, PAD, ModelConfig
 from moekit.data.codec import DEMO, Codec
-from moekit.model import Transformer
+from moekit.nn.config import EOS, PAD, ModelConfig
+from moekit.nn.transformer import Transformer
 from moekit.plugin import loading
 
 PLUGIN = Path(moekit.__file__).parent / "plugin"

@@ -64,7 +64,7 @@ def test_notebooks_are_as_they_should_be(path):
 
 def test_importing_moekit_and_the_model_brings_neither_fairseq_nor_jupyter():
     code = (
-        "import sys, moekit, moekit.model, moekit.worker;"
+        "import sys, moekit, moekit.nn.transformer, moekit.worker;"
         "print(*(m for m in ('fairseq', 'IPython', 'ipywidgets', 'jupyterlab', 'pandas', 'matplotlib', 'anywidget')"
         " if m in sys.modules))"
     )

@@ -18,8 +18,8 @@ from moekit.bench.measure import Ceilings
 from moekit.bench.score import numbers
 from moekit.bench.setting import Setting
 from moekit.decode import Prompt
-from moekit.gate import Routing
 from moekit.handle import Model
+from moekit.nn.gate import Routing
 from moekit.ranks import Rank
 
 PROMPT = 128

@@ -17,9 +17,9 @@ from moekit.bench import figures, measure, shapes
 from moekit.bench import setting as settings
 from moekit.bench.figures import GIB, Figure
 from moekit.bench.setting import Setting
-from moekit.dispatch import owned
 from moekit.handle import Model
 from moekit.machine import host_memory
+from moekit.nn.dispatch import owned
 from moekit.ranks import Rank
 
 

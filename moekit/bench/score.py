@@ -14,16 +14,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from moekit import graph, worker
+from moekit import worker
 from moekit.batches import Batch
 from moekit.bench import figures, measure, shapes
 from moekit.bench import setting as settings
 from moekit.bench.figures import Figure
 from moekit.bench.measure import Ceilings
 from moekit.bench.setting import Setting
-from moekit.gate import Routing
 from moekit.handle import Model
-from moekit.model import Pass, Transformer
+from moekit.nn import graphs as graph
+from moekit.nn.gate import Routing
+from moekit.nn.transformer import Pass, Transformer
 from moekit.ranks import Rank
 
 FRACTION = 0.05

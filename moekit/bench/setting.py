@@ -13,10 +13,10 @@ import torch
 from moekit import checkpoint, ranks
 from moekit.bench import figures, measure, shapes
 from moekit.bench.measure import Ceilings
-from moekit.config import ModelConfig
-from moekit.experts import KERNELS, choose_kernel
 from moekit.handle import DTYPES, Model
 from moekit.machine import gpus, host_memory
+from moekit.nn.config import ModelConfig
+from moekit.nn.experts import KERNELS, choose_kernel
 
 
 @dataclass(frozen=True)

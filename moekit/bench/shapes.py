@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from moekit import export
-from moekit.config import ModelConfig
-from moekit.dispatch import AllToAll, owned
-from moekit.model import Transformer
+from moekit.nn.config import ModelConfig
+from moekit.nn.dispatch import AllToAll, owned
+from moekit.nn.transformer import Transformer
 from moekit.ranks import Rank
 
 EN_MOE_LM_15B = ModelConfig(

@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from moekit.config import ModelConfig
 from moekit.export import save
-from moekit.gate import balance_loss
-from moekit.model import Attention, Pass, Transformer
+from moekit.nn.config import ModelConfig
+from moekit.nn.gate import balance_loss
+from moekit.nn.transformer import Attention, Pass, Transformer
 
 BLOCK = 256  # tokens
 FILES = 8

@@ -10,9 +10,9 @@ import numpy as np
 import traitlets
 
 from moekit.batches import Batch
-from moekit.config import PAD
 from moekit.explorer import page
 from moekit.explorer.pack import pack
+from moekit.nn.config import PAD
 
 if TYPE_CHECKING:
     from moekit.data import Codec

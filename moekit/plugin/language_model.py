@@ -14,11 +14,12 @@ from fairseq.models import (
 from torch import Tensor
 
 from moekit import checkpoint
-from moekit.cache import Cache
-from moekit.config import PAD, ModelConfig, from_fairseq, to_dict
-from moekit.experts import choose_kernel
-from moekit.model import Pass, Transformer
-from moekit.noise import Noise
+from moekit.checkpoint_options import from_fairseq, to_dict
+from moekit.nn.cache import Cache
+from moekit.nn.config import PAD, ModelConfig
+from moekit.nn.experts import choose_kernel
+from moekit.nn.noise import Noise
+from moekit.nn.transformer import Pass, Transformer
 
 NAME = "transformer_lm_moekit"
 CACHE = "moekit"  # its place in fairseq's incremental state

@@ -19,8 +19,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from moekit.experts import Experts
-from moekit.gate import sort_by_expert
+from moekit.nn.experts import Experts
+from moekit.nn.gate import sort_by_expert
 
 # Its name from torch 2.13 on, and before.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

@@ -12,8 +12,8 @@ from collections.abc import Callable, Hashable
 import torch
 from torch import Tensor
 
-from moekit.cache import Cache
-from moekit.model import Pass, Transformer
+from moekit.nn.cache import Cache
+from moekit.nn.transformer import Pass, Transformer
 
 WARM_UP = 2  # runs before the capture: libraries allocate, and Triton compiles, at their first
 AFTER = 4  # times the same work is done before capturing it pays off
@@ -25,7 +25,7 @@ MOST_TOKENS = 16_384
 def fits(model: Transformer, step: Pass) -> bool:
     """Whether a pass runs on the device alone, with the same kernels every time, so that it can be captured.
 
-    With several ranks it needs to be told what to expect, see :meth:`moekit.dispatch.Dispatch.expecting`, and all ranks
+    With several ranks it needs to be told what to expect, see :meth:`moekit.nn.dispatch.Dispatch.expecting`, and all ranks
     capture at the same time: a capture runs the work several times.
     """
     config = model.config
@@ -100,14 +100,14 @@ def of_step(model: Transformer, cache: Cache, vocab: int) -> Graph:
 
     With several ranks a collective, also where B is 0, which gives None.
     """
-    from moekit.kernels import few  # Triton is there where there are graphs, not everywhere
+    from moekit.nn.kernels import short_step
 
     def step(read: Tensor) -> Tensor | None:
         if len(read) == 0:
             return model.serve()
         # It writes to the cache where the token comes to lie, and moves nothing: repeating it does no harm.
-        if few.fits(model, len(read)):
-            return few.read_on(model, read, cache, vocab)
+        if short_step.fits(model, len(read)):
+            return short_step.read_on(model, read, cache, vocab)
         features = model(read[:, None], Pass(groups=len(read), cache=cache))
         return model.logits(features[:, 0], vocab)
 

@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from moekit.experts import Experts
-from moekit.kernels.grouped import ACTIVATIONS, activate
-from moekit.kernels.overlap import overlapped, start, wait
+from moekit.nn.experts import Experts
+from moekit.nn.kernels.grouped import ACTIVATIONS, activate
+from moekit.nn.kernels.overlap import overlapped, start, wait
 
 WARPS = 4
 NUMBERS = 4096  # of products that a program keeps, which is 32 a thread; twice as many with several rows

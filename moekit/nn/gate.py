@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moekit.config import ModelConfig
+from moekit.nn.config import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Routing:
 
 @dataclass(frozen=True)
 class Edit:
-    """What an experiment changes in the gate's decision (see moekit/intervene.py).
+    """What an experiment changes in the gate's decision (see moekit/nn/intervene.py).
 
     Attributes:
         mask: [E] bool, experts whose logits become -inf, or None.

@@ -1,86 +1,17 @@
-"""What a checkpoint's ``cfg["model"]`` says about the model, in moekit's own words.
-
-fairseq's ``moe`` branch writes about seventy options; most steer the training. ``ModelConfig`` holds those that
-change what the model computes, ``REFUSED`` those that moekit does not have: a checkpoint that asks for one of them
-is refused by name instead of being computed wrongly.
-"""
+"""What fairseq's options say about the model, in moekit's own words, and which options are refused by name."""
 
 from __future__ import annotations
 
 import argparse
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
 from typing import Any
 
-PAD = 1  # fairseq's Dictionary puts <s> <pad> </s> <unk> first, in this order
-EOS = 2
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The options of fairseq's ``transformer_lm`` decoder that change its result at inference.
-
-    ``ffn_dim`` is the width of the dense layers *and* of the experts (the branch never reads its own
-    ``moe_expert_ffn_dim``). ``moe_freq`` 2 puts experts in every second layer, 0 in none.
-    """
-
-    layers: int
-    dim: int
-    ffn_dim: int
-    heads: int
-    vocab_rows: int  # rows of the embedding matrix; may exceed the dictionary
-    input_dim: int
-    output_dim: int
-    max_positions: int  # tokens a sample may have
-    activation: str = "relu"
-    pre_norm: bool = False
-    final_norm: bool = True
-    before_final_norm: bool = False  # the file is older than the final norm: it has none, whatever it holds
-    learned_positions: bool = False
-    positions: bool = True
-    scale_embedding: bool = True
-    embedding_norm: bool = False
-    share_output: bool = False
-    moe_freq: int = 0
-    experts: int = 0
-    alternate_ffn_dim: int = 0  # > 0: the layers that would hold experts are dense and this wide
-    top1: bool = False
-    gate_fp32: bool = False
-    second_expert: str = "sampling"  # all | sampling | random
-    normalize_before_dropping: bool = False
-    batch_prioritized: bool = False
-    mask_padding: bool = False
-    add_bos: bool = False
-
-    def is_moe(self, layer: int) -> bool:
-        """Whether layer ``layer`` (from 0) holds experts."""
-        at_frequency = self.moe_freq > 0 and (layer + 1) % self.moe_freq == 0
-        return at_frequency and self.alternate_ffn_dim == 0
-
-    def dense_dim(self, layer: int) -> int:
-        """Width of the dense feed-forward network of layer ``layer`` (from 0)."""
-        at_frequency = self.moe_freq > 0 and (layer + 1) % self.moe_freq == 0
-        return self.alternate_ffn_dim if at_frequency and self.alternate_ffn_dim else self.ffn_dim
-
-    @property
-    def moe_layers(self) -> list[int]:
-        """The layers (from 0) that hold experts."""
-        return [i for i in range(self.layers) if self.is_moe(i)]
-
-    @property
-    def top_k(self) -> int:
-        return 1 if self.top1 else 2
-
-
-ACTIVATIONS = ("relu", "gelu", "gelu_fast", "gelu_accurate", "tanh", "linear")
-SECOND_EXPERT = ("all", "sampling", "random")
-# Fields that a running model can change; the others give the weights their shapes.
-CHANGEABLE = """max_positions activation pre_norm scale_embedding top1 gate_fp32 second_expert normalize_before_dropping
-    batch_prioritized mask_padding add_bos""".split()
-WORDS = {"activation": ACTIVATIONS, "second_expert": SECOND_EXPERT}
+from moekit.nn.config import ACTIVATIONS, SECOND_EXPERT, ModelConfig
 
 _truthy = bool
+
+
 # option -> (does this value ask for it?, what it is)
 REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "adaptive_input": (_truthy, "adaptive input embeddings"),
@@ -94,28 +25,6 @@ REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "cross_self_attention": (_truthy, "cross-self-attention"),
     "decoder_layers_to_keep": (lambda v: v not in (None, "", "None"), "pruned layers"),
 }
-
-
-def changed(config: ModelConfig, fields: Mapping[str, Any]) -> ModelConfig:
-    """``config`` with ``fields`` in place of its own.
-
-    Raises:
-        ValueError: a field is none of :data:`CHANGEABLE`, or its value none that it can have.
-    """
-    for name, value in fields.items():
-        if name not in CHANGEABLE:
-            raise ValueError(
-                f"config={{{name!r}: ...}} cannot be changed; expected some of {', '.join(CHANGEABLE)}"
-            )
-        if name in WORDS:
-            fits, expected = value in WORDS[name], ", ".join(WORDS[name])
-        elif name == "max_positions":
-            fits, expected = type(value) is int and value > 0, "a whole number of at least 1"
-        else:
-            fits, expected = isinstance(value, bool), "True or False"
-        if not fits:
-            raise ValueError(f"config={{{name!r}: {value!r}}}: expected {expected}")
-    return replace(config, **fields)
 
 
 def to_dict(node: Any, where: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moekit.config import ModelConfig
+from moekit.nn.config import ModelConfig
 
 
 class Cache:

@@ -18,10 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moekit.kernels.plan import tiles
+from moekit.nn.kernels.tiles import tiles
 
 if TYPE_CHECKING:
-    from moekit.experts import Experts
+    from moekit.nn.experts import Experts
 
 ACTIVATIONS = {"linear": 0, "relu": 1, "gelu": 2, "gelu_fast": 3, "gelu_accurate": 3, "tanh": 4}
 
@@ -101,7 +101,7 @@ def grouped_ffn(
     weights: Tensor | None,
     cut: Cut | None = None,
 ) -> Tensor:
-    """:meth:`moekit.experts.Experts.forward`; for inference. ``cut`` is for tuning."""
+    """:meth:`moekit.nn.experts.Experts.forward`; for inference. ``cut`` is for tuning."""
     out = x.new_zeros(len(x) * choices, x.shape[1])
     held, width, _ = experts.w1.shape
     places = len(order)

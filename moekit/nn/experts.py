@@ -1,7 +1,7 @@
 """The experts' weights, stacked, and what they compute, with a plain loop and a grouped product from torch.
 
 ``Experts.kernel`` names how: "loop" is slow and plain to see that it is right, and the others are checked against it;
-"triton" is moekit/kernels/grouped.py.
+"triton" is moekit/nn/kernels/grouped.py.
 
 Shape letters: N rows, K choices a row, P places (a place p is choice p % K of row p // K), E experts held here,
 D model dim, F expert width.
@@ -88,9 +88,7 @@ class Experts(nn.Module):
             [N K, D], zero at the places that are no expert's.
         """
         if self.kernel == "triton":
-            from moekit.kernels.grouped import (
-                grouped_ffn,
-            )  # Triton is there where it is asked for, not everywhere
+            from moekit.nn.kernels.grouped import grouped_ffn
 
             return grouped_ffn(self, x, order, counts, choices, weights)
         return {"loop": loop, "grouped_mm": grouped_mm}[self.kernel](self, x, order, counts, choices, weights)

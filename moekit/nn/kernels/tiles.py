@@ -10,13 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moekit import gate
+from moekit.nn import gate
 
 FEW = 128  # places that are compared with one another, which is one kernel, in place of being sorted
 
 
 def by_expert(routing: gate.Routing, experts: int) -> tuple[Tensor, Tensor]:
-    """:func:`moekit.gate.by_expert`."""
+    """:func:`moekit.nn.gate.by_expert`."""
     places = routing.experts.numel()
     if not 0 < places <= FEW:
         return gate.by_expert(routing, experts)

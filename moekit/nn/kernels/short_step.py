@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from moekit.cache import Cache
-from moekit.dispatch import Local
-from moekit.kernels.attention import attend_one
-from moekit.kernels.gate import choose
-from moekit.kernels.vectors import experts_linear, linear
-from moekit.model import Pass, Transformer
+from moekit.nn.cache import Cache
+from moekit.nn.dispatch import Local
+from moekit.nn.kernels.attention import attend_one
+from moekit.nn.kernels.gate import choose
+from moekit.nn.kernels.vectors import experts_linear, linear
+from moekit.nn.transformer import Pass, Transformer
 
 FEW = 4  # sequences at most: a step of four took 0.65 ms, and 0.76 with the ordinary kernels (H100); more were not tried
 

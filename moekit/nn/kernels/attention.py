@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moekit.kernels.overlap import overlapped, start, wait
+from moekit.nn.kernels.overlap import overlapped, start, wait
 
 # Slots looked at at a time, and warps: much at once where there are few programs, or each would wait for its loads.
 FEW_PROGRAMS, ALONE, IN_COMPANY = 264, (256, 8), (128, 4)
@@ -21,7 +21,7 @@ def attend_one(qkv: Tensor, kv: Tensor, lengths: Tensor) -> Tensor:
 
     Args:
         qkv: [B, 3, H, C], queries, keys and values of the new tokens.
-        kv: [2, B, H, M, C], a layer of a :class:`moekit.cache.Cache`; slot ``lengths[b]`` is filled.
+        kv: [2, B, H, M, C], a layer of a :class:`moekit.nn.cache.Cache`; slot ``lengths[b]`` is filled.
         lengths: [B] int64, tokens that came before.
 
     Returns:

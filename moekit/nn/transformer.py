@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from moekit import gate
-from moekit.cache import Cache
-from moekit.config import PAD, ModelConfig
-from moekit.dispatch import Dispatch, Local
-from moekit.experts import Experts, activation_fn
+from moekit.nn import gate
+from moekit.nn.cache import Cache
+from moekit.nn.config import PAD, ModelConfig
+from moekit.nn.dispatch import Dispatch, Local
+from moekit.nn.experts import Experts, activation_fn
 
 # Not cuDNN's, which torch prefers on Hopper: it makes a plan for every new shape, in 70 ms and the first in 1 s (H100),
 # and texts have many lengths.
@@ -35,14 +35,14 @@ class Pass:
     """What one forward pass is asked to do besides computing.
 
     Attributes:
-        fraction: ``capacity_token_fraction``, see :func:`moekit.gate.capacity`.
+        fraction: ``capacity_token_fraction``, see :func:`moekit.nn.gate.capacity`.
         groups: G, how many routing groups the samples form; each takes B / G consecutive samples.
         padding: [B, T] bool, or None where nothing is padding.
-        record: called with (layer, :class:`moekit.gate.Routing`) by every MoE layer, on the very tensors it uses.
-        noise: see :func:`moekit.gate.route`, with the layer in front.
-        cache: what came before the tokens, see :class:`moekit.cache.Cache`; without one they start a sample. With one,
+        record: called with (layer, :class:`moekit.nn.gate.Routing`) by every MoE layer, on the very tensors it uses.
+        noise: see :func:`moekit.nn.gate.route`, with the layer in front.
+        cache: what came before the tokens, see :class:`moekit.nn.cache.Cache`; without one they start a sample. With one,
             padding (right of the real tokens) needs no mask: it stands where no real token looks.
-        edit: an experiment's changes to the gate's decision in a layer, see moekit/intervene.py.
+        edit: an experiment's changes to the gate's decision in a layer, see moekit/nn/intervene.py.
     """
 
     fraction: float | None = None
@@ -209,7 +209,7 @@ class Norm(nn.LayerNorm):
     def use(self, kernel: str) -> None:
         self.add_norm = None
         if kernel == "triton":
-            from moekit.kernels.norm import add_norm
+            from moekit.nn.kernels.norm import add_norm
 
             self.add_norm = add_norm
 
@@ -267,7 +267,7 @@ class Attention(nn.Module):
     def use(self, kernel: str) -> None:
         self.attend_one = None
         if kernel == "triton":
-            from moekit.kernels.attention import attend_one
+            from moekit.nn.kernels.attention import attend_one
 
             self.attend_one = attend_one
 
@@ -308,8 +308,8 @@ class MoE(nn.Module):
         self.experts.kernel = kernel
         self.choose, self.by_expert = None, gate.by_expert
         if kernel == "triton":
-            from moekit.kernels.gate import choose
-            from moekit.kernels.plan import by_expert
+            from moekit.nn.kernels.gate import choose
+            from moekit.nn.kernels.tiles import by_expert
 
             self.choose, self.by_expert = choose, by_expert
 

@@ -10,12 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moekit.config import ModelConfig
-from moekit.kernels.overlap import overlapped, start, wait
+from moekit.nn.config import ModelConfig
+from moekit.nn.kernels.overlap import overlapped, start, wait
 
 
 def choose(logits: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """:func:`moekit.gate.choose` without noise and edits, for inference."""
+    """:func:`moekit.nn.gate.choose` without noise and edits, for inference."""
     *shape, experts = logits.shape
     dtype = torch.float32 if config.gate_fp32 else logits.dtype
     probs = torch.empty(logits.shape, dtype=dtype, device=logits.device)
@@ -70,7 +70,7 @@ def _choose(
     greatest = tl.max(p, axis=0)
     tl.store(gate_probs + token * K, greatest)
     if K == 2:
-        # The logits decide here, as in moekit/gate.py: probabilities may have rounded to the same number.
+        # The logits decide here, as in moekit/nn/gate.py: probabilities may have rounded to the same number.
         rest = tl.where(expert == first, float("-inf"), x)
         second = tl.minimum(tl.argmax(rest, axis=0, tie_break_left=True), E - 1)
         tl.store(chosen + token * K + 1, second.to(tl.int64))

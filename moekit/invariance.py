@@ -1,0 +1,78 @@
+"""How much the scores of a text depend on the texts that are routed with it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moekit.compare import compare
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import pandas as pd
+
+    from moekit.handle import Model
+    from moekit.trace import Trace
+
+
+@dataclass(frozen=True)
+class Invariance:
+    """How much scores depend on the company that a text is scored in.
+
+    Attributes:
+        summary: a row a setting: ``batch_size``, ``capacity_token_fraction``, ``loss_base2`` (bits a token), ``dropped``
+            (share of choices not dispatched), and against the same texts alone at the same capacity
+            ``experts_changed``, ``kept_changed`` (shares of tokens x layers), ``mean_abs_delta``, ``max_abs_delta``
+            (of the log-probability, nats), ``tokens_changed`` (share of tokens whose log-probability moved by more
+            than ``tolerance``).
+        traces: (batch_size, capacity_token_fraction) -> trace.
+    """
+
+    summary: pd.DataFrame
+    traces: dict[tuple[int, float | None], Trace]
+
+
+def batch_invariance(
+    model: Model,
+    texts: str | Path | Sequence[str] | Sequence[Sequence[int]],
+    batch_sizes: Sequence[int] = (1, 2, 4),
+    capacities: Sequence[float | None] = (None, 0.05),
+    tolerance: float = 1e-3,
+    **options: Any,
+) -> Invariance:
+    """Score the same texts alone, in batches and at several capacities.
+
+    Args:
+        texts: whatever :meth:`moekit.handle.Model.trace` takes; ``options`` are further arguments of it.
+        batch_sizes: texts routed together; "alone" (1) is always run.
+    """
+    import pandas as pd
+
+    sizes = sorted({1, *batch_sizes})
+    traces, rows = {}, []
+    for fraction in capacities:
+        for size in sizes:
+            traces[size, fraction] = trace = model.trace(
+                texts, batch_size=size, capacity_token_fraction=fraction, **options
+            )
+            change = compare(traces[1, fraction], trace)
+            moved = change.tokens["delta"].abs().dropna()
+            rows.append(
+                {
+                    "batch_size": size,
+                    "capacity_token_fraction": math.nan if fraction is None else fraction,
+                    "loss_base2": -float(np.nanmean(trace.logprob, dtype=np.float64)) / math.log(2),
+                    "dropped": float((~trace.kept).mean()),
+                    "experts_changed": float(change.layers["experts_changed"].mean()),
+                    "kept_changed": float(change.layers["kept_changed"].mean()),
+                    "mean_abs_delta": float(moved.mean()),
+                    "max_abs_delta": float(moved.max()),
+                    "tokens_changed": float((moved > tolerance).mean()),
+                }
+            )
+    return Invariance(pd.DataFrame(rows), traces)

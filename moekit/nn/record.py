@@ -1,0 +1,103 @@
+"""What a pass records of the routing: options say what, and a recorder keeps it on its rank.
+
+Shape letters: T tokens, L recorded MoE layers, K choices a token, E experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from moekit.nn.config import ModelConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from moekit.nn.gate import Routing
+
+
+CHOICE_COLUMNS = {  # [T, L, K]
+    "experts": np.int16,
+    "probs": np.float32,
+    "weights": np.float32,
+    "kept": np.bool_,
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to record.
+
+    Attributes:
+        layers: MoE layers (model layer numbers); None: all of them.
+        full: layers whose full gate distribution is kept: T x E float16 each.
+        predicted: also the output's most probable next token, which costs about as much as scoring once more.
+    """
+
+    layers: tuple[int, ...] | None = None
+    full: tuple[int, ...] = ()
+    predicted: bool = False
+
+    def of(self, config: ModelConfig) -> Options:
+        """With the layers of a model filled in.
+
+        Raises:
+            ValueError: the model has no such MoE layer, or none at all.
+        """
+        there = config.moe_layers
+        if not there:
+            raise ValueError("the model has no mixture-of-experts layer to trace")
+        layers = tuple(there) if self.layers is None else tuple(sorted({*self.layers, *self.full}))
+        for layer in (*layers, *self.full):
+            if layer not in there:
+                raise ValueError(f"layer {layer} is not a mixture-of-experts layer; the model's are {there}")
+        return Options(layers, tuple(self.full), self.predicted)
+
+
+class Recorder:
+    """What ``Pass.record`` calls in one forward pass; keeps what it is handed, compactly, on its device.
+
+    A layer that never calls it is an error in :meth:`rows`: a trace cannot silently lack what an execution path
+    forgot to record.
+    """
+
+    def __init__(self, options: Options):
+        self.options = options
+        self.found: dict[int, dict[str, torch.Tensor]] = {}
+
+    def __call__(self, layer: int, routing: Routing) -> None:
+        import torch
+
+        if layer not in self.options.layers:
+            return
+        assert layer not in self.found, f"layer {layer} recorded twice in one forward pass"
+        probs = routing.probs.float().flatten(0, 1)
+        self.found[layer] = {
+            "experts": routing.experts.flatten(0, 1).to(torch.int16),
+            "probs": routing.gate_probs.flatten(0, 1).float(),
+            "weights": routing.weights.flatten(0, 1).float(),
+            "kept": routing.kept.flatten(0, 1),
+            "entropy": torch.special.entr(probs).sum(dim=-1),
+        }
+        if layer in self.options.full:
+            self.found[layer]["full"] = probs.half()
+
+    def rows(self, real: torch.Tensor) -> dict[str, np.ndarray]:
+        """What was recorded of the tokens where ``real`` ([B, T] bool) is true, B samples after one another.
+
+        Returns:
+            ``experts``, ``probs``, ``weights``, ``kept`` [n, L, K], ``entropy`` [n, L], ``full.{layer}`` [n, E].
+        """
+        import torch
+
+        missing = [layer for layer in self.options.layers if layer not in self.found]
+        assert not missing, f"layers {missing} took part in the forward pass and recorded nothing"
+        rows = real.flatten().nonzero()[:, 0]
+        table = {
+            name: torch.stack([self.found[layer][name] for layer in self.options.layers], dim=1)[rows]
+            for name in (*CHOICE_COLUMNS, "entropy")
+        }
+        table |= {f"full.{layer}": self.found[layer]["full"][rows] for layer in self.options.full}
+        return {name: column.cpu().numpy() for name, column in table.items()}
