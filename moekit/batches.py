@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from moekit import paths
 from moekit.nn.config import PAD
 
 MAX_TOKENS = 36_000  # fairseq_cli/eval_lm.py: the tokens a batch may have, whatever its batch_size
@@ -165,7 +166,7 @@ def check_files(data: str | Path, subset: str) -> None:
 
 def data_folder(data: str | Path) -> Path:
     if str(data) == "demo":
-        return Path(__file__).parent / "demo" / "data" / "data-bin"
+        return paths.DEMO_DATA
     return Path(data).expanduser()
 
 

@@ -30,7 +30,7 @@ import moekit
 from moekit import batches as data_order
 from moekit import checkpoint
 from moekit.batches import Batch
-from moekit.checkpoint_options import from_fairseq, options_of
+from moekit.checkpoint.options import from_fairseq, options_of
 from moekit.handle import check_fraction
 from moekit.nn.config import CHANGEABLE
 

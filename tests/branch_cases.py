@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from moekit.export import save
+from moekit.checkpoint.export import save
 from moekit.nn.config import ModelConfig
 from moekit.nn.transformer import Transformer
 

@@ -12,8 +12,8 @@ import torch
 from branch_cases import BASE, build
 
 from moekit import checkpoint
-from moekit import checkpoint_options as config
-from moekit.export import save
+from moekit.checkpoint import options as config
+from moekit.checkpoint.export import save
 from moekit.nn.dispatch import owned
 from moekit.nn.transformer import Transformer
 

@@ -9,8 +9,9 @@ import threading
 import pytest
 import torch
 
-from moekit import checkpoint, copying
-from moekit.copying import Piece
+from moekit import checkpoint
+from moekit.checkpoint import copying
+from moekit.checkpoint.copying import Piece
 from moekit.nn.transformer import Transformer
 
 CPU = torch.device("cpu")
@@ -206,7 +207,7 @@ def test_a_checkpoint_is_the_same_straight_and_through_buffers(reference, monkey
 
 def test_a_header_is_read_once_by_who_reads_the_weights_too(reference, monkeypatch):
     read, seen = checkpoint.read, []
-    monkeypatch.setattr(checkpoint, "read", lambda path: seen.append(path.name) or read(path))
+    monkeypatch.setattr("moekit.checkpoint.plan.read", lambda path: seen.append(path.name) or read(path))
     files = checkpoint.find(reference / "checkpoint")
     seen.clear()
     plan = checkpoint.survey(files)

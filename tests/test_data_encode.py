@@ -18,8 +18,8 @@ import regex
 from moekit.data import Codec, encode_files
 from moekit.data import encode as encode_module
 from moekit.data.bpe import BytePairs, cut
-from moekit.data.codec import DEMO
 from moekit.data.lines import Block, blocks, in_order
+from moekit.paths import DEMO_BPE as DEMO
 
 ENCODER, VOCAB, DICT = DEMO / "encoder.json", DEMO / "vocab.bpe", DEMO / "dict.txt"
 PATTERN = regex.compile(r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""")

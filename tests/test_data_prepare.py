@@ -19,8 +19,8 @@ import pytest
 from data_server import Page, Server
 
 from moekit.data import Binarised, DownloadError, plots, prepare, settings, sources
-from moekit.data.codec import DEMO
 from moekit.data.lock import locked
+from moekit.paths import DEMO_BPE as DEMO
 
 module = importlib.import_module("moekit.data.prepare")  # which the function of the same name hides
 BPE = {f"/gpt2_bpe/{name}": DEMO / name for name in ("encoder.json", "vocab.bpe", "dict.txt")}

@@ -13,7 +13,8 @@ import pytest
 from branch_cases import BASE
 
 import moekit
-from moekit import eval_lm, export
+from moekit import eval_lm
+from moekit.checkpoint import export
 from moekit.nn.config import ModelConfig
 from moekit.nn.transformer import Transformer
 

@@ -148,7 +148,7 @@ def test_tiles():
     table = tiles.tiles(counts, 60, 16).cpu()  # of 60 places, ten are no expert's
     assert table[:, :5].T.tolist() == [[1, 0, 16], [1, 16, 32], [1, 32, 33], [2, 33, 49], [4, 49, 50]]
     assert table.shape[1] == 9 and table[:, 5:].T.tolist() == [[6, 0, 0]] * 4
-    assert plan.most_tiles(2, 512, 16) == 2 and plan.most_tiles(4096, 512, 16) == 256 + 512
+    assert tiles.most_tiles(2, 512, 16) == 2 and tiles.most_tiles(4096, 512, 16) == 256 + 512
 
 
 def test_there_are_tiles_enough_for_any_counts():
@@ -157,7 +157,7 @@ def test_there_are_tiles_enough_for_any_counts():
         experts, rows = (int(torch.randint(1, 20, (), generator=generator)) for _ in range(2))
         counts = torch.randint(0, 30, (experts,), generator=generator)
         counts *= torch.rand(experts, generator=generator) < 0.5
-        assert int((-(-counts // rows)).sum()) <= plan.most_tiles(int(counts.sum()), experts, rows)
+        assert int((-(-counts // rows)).sum()) <= tiles.most_tiles(int(counts.sum()), experts, rows)
 
 
 @pytest.mark.parametrize("tokens, experts", [(1, 512), (5, 3), (64, 40), (65, 512)])
@@ -166,7 +166,9 @@ def test_few_choices_are_sorted_without_a_sort(tokens, experts):
     chosen = torch.randint(0, experts, (1, tokens, 2), generator=generator).to(DEVICE)
     kept = (torch.rand(1, tokens, 2, generator=generator) < 0.8).to(DEVICE)
     routing = gate.Routing(None, chosen, None, kept, None, None)
-    for found, wanted in zip(tiles.by_expert(routing, experts), gate.by_expert(routing, experts), strict=True):
+    for found, wanted in zip(
+        tiles.by_expert(routing, experts), gate.by_expert(routing, experts), strict=True
+    ):
         assert found.equal(wanted)
 
 
@@ -376,7 +378,11 @@ def few_against_slow(model: Transformer, sequences: int, tolerance: float) -> No
 def test_who_is_too_many_or_normalised_afterwards_takes_the_general_path():
     with torch.device("meta"):
         pre, post = (Transformer(CASES[name].config) for name in ("relu", "post_norm"))
-    assert short_step.fits(pre, short_step.FEW) and not short_step.fits(pre, short_step.FEW + 1) and not short_step.fits(post, 1)
+    assert (
+        short_step.fits(pre, short_step.FEW)
+        and not short_step.fits(pre, short_step.FEW + 1)
+        and not short_step.fits(post, 1)
+    )
 
 
 GATES = [
@@ -425,7 +431,7 @@ def test_no_pass_asks_the_device_for_a_number(name, monkeypatch):
     """On a device that has no numbers. The kernels themselves run on the device and are not launched."""
     for kernel in (
         "grouped._grouped_linear",
-        "plan._tiles",
+        "tiles._tiles",
         "plan._by_expert",
         "gate._choose",
         "logprobs._target_log_probs",

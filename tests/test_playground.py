@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from moekit.data.codec import DEMO, Codec
+from moekit.data.codec import Codec
 from moekit.generate import Generation, Token
+from moekit.paths import DEMO_BPE as DEMO
 from moekit.playground import Playground, Shown, arguments, coloured, static
 
 

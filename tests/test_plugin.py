@@ -16,12 +16,13 @@ from fairseq.models.transformer_lm import TransformerLanguageModel
 from test_project import ROOT
 
 import moekit
-from moekit import checkpoint_options as config
-from moekit import export
 from moekit.batches import open_data
-from moekit.data.codec import DEMO, Codec
+from moekit.checkpoint import export
+from moekit.checkpoint import options as config
+from moekit.data.codec import Codec
 from moekit.nn.config import EOS, PAD, ModelConfig
 from moekit.nn.transformer import Transformer
+from moekit.paths import DEMO_BPE as DEMO
 from moekit.plugin import loading
 
 PLUGIN = Path(moekit.__file__).parent / "plugin"

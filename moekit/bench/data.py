@@ -20,10 +20,11 @@ from typing import Any
 
 import torch
 
+from moekit import paths
 from moekit.bench import measure
 from moekit.bench.setting import at_least_one
 from moekit.data import binarise, encode_files
-from moekit.data.codec import DEMO, FILES
+from moekit.data.codec import FILES
 
 GOAL = 10  # times fairseq's speed, for encoding
 
@@ -53,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--megabytes", type=float, default=40.0, help="of the text to use (default: %(default)s)"
     )
     parser.add_argument(
-        "--bpe", type=Path, default=DEMO, help=f"a folder with {', '.join(FILES)} (default: demo's)"
+        "--bpe", type=Path, default=paths.DEMO_BPE, help=f"a folder with {', '.join(FILES)} (default: demo's)"
     )
     parser.add_argument(
         "--workers", type=at_least_one, default=len(os.sched_getaffinity(0)), help="processes on both sides"

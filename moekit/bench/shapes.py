@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moekit import export
+from moekit.checkpoint import export
 from moekit.nn.config import ModelConfig
 from moekit.nn.dispatch import AllToAll, owned
 from moekit.nn.transformer import Transformer

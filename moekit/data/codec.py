@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from moekit import paths
 from moekit.data.bpe import BytePairs
 from moekit.data.dictionary import BOS, EOS, PAD, UNK, Dictionary
 
 FILES = ("encoder.json", "vocab.bpe", "dict.txt")
-DEMO = Path(__file__).parents[1] / "demo" / "gpt2_bpe"
 
 
 class Codec:
@@ -46,7 +46,7 @@ class Codec:
     @classmethod
     def load(cls, folder: str | Path = "demo") -> Codec:
         """The codec whose three files lie in ``folder``; "demo" is the demo model's."""
-        folder = DEMO if str(folder) == "demo" else Path(folder)
+        folder = paths.DEMO_BPE if str(folder) == "demo" else Path(folder)
         return cls(*(folder / name for name in FILES))
 
     def __len__(self) -> int:

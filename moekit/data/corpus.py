@@ -6,7 +6,8 @@ import glob
 import re
 from pathlib import Path
 
-DEMO = Path(__file__).parents[1] / "demo" / "data"
+from moekit import paths
+
 TEXT_SUFFIXES = (".txt", ".text", ".raw", ".md")
 SUBSET = re.compile(r"(?<![a-z])(?:(train|training)|(valid|validation|dev)|(test))(?![a-z])")
 MARK = "moekit-source.json"  # in a folder of prepared data: what it was made of
@@ -18,7 +19,7 @@ Texts = dict[str, list[Path]]  # files by subset
 
 
 def demo() -> Texts:
-    return {"valid": [DEMO / "valid.txt"], "test": [DEMO / "test.txt"]}
+    return {"valid": [paths.DEMO_TEXT / "valid.txt"], "test": [paths.DEMO_TEXT / "test.txt"]}
 
 
 def wikitext(folder: Path) -> Texts:

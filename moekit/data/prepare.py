@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moekit import paths
 from moekit.data import codec, corpus, record, sources
 from moekit.data.binarise import Binarised, Summary, binarise
 from moekit.data.codec import Codec
@@ -136,7 +137,7 @@ class Steps:
 def _bpe(settings: Settings, steps: Steps) -> Path:
     """The folder with the encoder's and the dictionary's files."""
     if settings.bpe == "demo":
-        return codec.DEMO
+        return paths.DEMO_BPE
     folder = settings.data_dir / "gpt2_bpe"
     for remote in sources.GPT2_BPE:
         _downloaded(remote, folder / remote.name, settings, steps)

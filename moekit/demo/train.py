@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from moekit.export import save
+from moekit.checkpoint.export import save
 from moekit.nn.config import ModelConfig
 from moekit.nn.gate import balance_loss
 from moekit.nn.transformer import Attention, Pass, Transformer

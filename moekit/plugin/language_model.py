@@ -14,7 +14,7 @@ from fairseq.models import (
 from torch import Tensor
 
 from moekit import checkpoint
-from moekit.checkpoint_options import from_fairseq, to_dict
+from moekit.checkpoint.options import from_fairseq, to_dict
 from moekit.nn.cache import Cache
 from moekit.nn.config import PAD, ModelConfig
 from moekit.nn.experts import choose_kernel

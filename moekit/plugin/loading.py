@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 
 from moekit import checkpoint
 from moekit.batches import mend_numpy
-from moekit.checkpoint_options import options_of
+from moekit.checkpoint.options import options_of
 from moekit.plugin.language_model import NAME
 
 

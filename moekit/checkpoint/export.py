@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from moekit.checkpoint import KEYS, Place
+from moekit.checkpoint.keys import KEYS, Place
 from moekit.nn.config import ModelConfig
 from moekit.nn.dispatch import owned
 from moekit.nn.transformer import Transformer

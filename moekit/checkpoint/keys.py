@@ -1,0 +1,136 @@
+"""The key table: fairseq's name of a tensor, and the place in moekit's model that it fills."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from moekit.checkpoint.reading import Source
+from moekit.nn.config import ModelConfig
+
+SHARED_KEY = "decoder.embed_tokens.weight"  # who holds it holds the shared part
+
+
+# fairseq's name -> ours. {} is a layer, then an expert's number within its file. A suffix in brackets is the part of
+# our tensor that the key fills. None: dropped on purpose, moekit computes it itself or it says nothing.
+KEYS: dict[str, str | None] = {
+    "decoder.version": None,
+    "decoder.embed_positions._float_tensor": None,
+    "decoder.embed_positions.weights": None,
+    "decoder.embed_tokens.weight": "embed.weight[rows]",
+    "decoder.embed_positions.weight": "positions.weight",
+    "decoder.project_in_dim.weight": "project_in.weight",
+    "decoder.layernorm_embedding.weight": "embed_norm.weight",
+    "decoder.layernorm_embedding.bias": "embed_norm.bias",
+    "decoder.layers.{}.self_attn.q_proj.weight": "layers.{}.attn.qkv.weight[q]",
+    "decoder.layers.{}.self_attn.k_proj.weight": "layers.{}.attn.qkv.weight[k]",
+    "decoder.layers.{}.self_attn.v_proj.weight": "layers.{}.attn.qkv.weight[v]",
+    "decoder.layers.{}.self_attn.q_proj.bias": "layers.{}.attn.qkv.bias[q]",
+    "decoder.layers.{}.self_attn.k_proj.bias": "layers.{}.attn.qkv.bias[k]",
+    "decoder.layers.{}.self_attn.v_proj.bias": "layers.{}.attn.qkv.bias[v]",
+    "decoder.layers.{}.self_attn.out_proj.weight": "layers.{}.attn.out.weight",
+    "decoder.layers.{}.self_attn.out_proj.bias": "layers.{}.attn.out.bias",
+    "decoder.layers.{}.self_attn_layer_norm.weight": "layers.{}.attn_norm.weight",
+    "decoder.layers.{}.self_attn_layer_norm.bias": "layers.{}.attn_norm.bias",
+    "decoder.layers.{}.fc1.weight": "layers.{}.ffn.fc1.weight",
+    "decoder.layers.{}.fc1.bias": "layers.{}.ffn.fc1.bias",
+    "decoder.layers.{}.fc2.weight": "layers.{}.ffn.fc2.weight",
+    "decoder.layers.{}.fc2.bias": "layers.{}.ffn.fc2.bias",
+    "decoder.layers.{}.moe_layer.gate.wg.weight": "layers.{}.moe.gate.weight",
+    "decoder.layers.{}.moe_layer.experts.{}.fc1.weight": "layers.{}.moe.experts.w1[expert]",
+    "decoder.layers.{}.moe_layer.experts.{}.fc1.bias": "layers.{}.moe.experts.b1[expert]",
+    "decoder.layers.{}.moe_layer.experts.{}.fc2.weight": "layers.{}.moe.experts.w2[expert]",
+    "decoder.layers.{}.moe_layer.experts.{}.fc2.bias": "layers.{}.moe.experts.b2[expert]",
+    "decoder.layers.{}.final_layer_norm.weight": "layers.{}.ffn_norm.weight",
+    "decoder.layers.{}.final_layer_norm.bias": "layers.{}.ffn_norm.bias",
+    "decoder.layer_norm.weight": "norm.weight",
+    "decoder.layer_norm.bias": "norm.bias",
+    "decoder.project_out_dim.weight": "project_out.weight",
+    "decoder.output_projection.weight": "output.weight[rows]",
+}
+
+
+# What files of earlier versions call them.
+OLD_KEYS: dict[str, str] = {
+    "decoder.embed_out": "output.weight[rows]",
+    "decoder.layers.{}.self_attn.in_proj_weight": "layers.{}.attn.qkv.weight[qkv]",
+    "decoder.layers.{}.self_attn.in_proj_bias": "layers.{}.attn.qkv.bias[qkv]",
+    "decoder.layers.{}.layer_norms.0.weight": "layers.{}.attn_norm.weight",
+    "decoder.layers.{}.layer_norms.0.bias": "layers.{}.attn_norm.bias",
+    "decoder.layers.{}.layer_norms.2.weight": "layers.{}.ffn_norm.weight",
+    "decoder.layers.{}.layer_norms.2.bias": "layers.{}.ffn_norm.bias",
+}
+
+
+OUTPUT_KEYS = {"decoder.output_projection.weight", "decoder.embed_out"}
+
+
+NUMBER = re.compile(r"(?<=\.layers\.)\d+|(?<=\.experts\.)\d+")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a key's tensor goes: our parameter, and the part of it (see ``KEYS``); ``expert`` counts from 0 overall."""
+
+    name: str
+    part: str = ""
+    expert: int = 0
+
+    @property
+    def where(self) -> tuple[int, int] | None:
+        """(layer, expert), both from 0; None for what is no expert's."""
+        return (int(self.name.split(".")[1]), self.expert) if self.part == "expert" else None
+
+    def of(self, parameter: Tensor, first_expert: int = 0) -> Tensor:
+        """The view of ``parameter`` to fill; ``first_expert`` is the first one that it holds."""
+        if self.part == "expert":
+            return parameter[self.expert - first_expert]
+        if self.part in ("q", "k", "v"):
+            return parameter.chunk(3)["qkv".index(self.part)]
+        return parameter
+
+
+def places(
+    source: Source, found: dict[str, Tensor], config: ModelConfig
+) -> Iterator[tuple[str, Tensor, Place]]:
+    """Each (key, tensor) of a file and where it goes; without the keys that are dropped on purpose.
+
+    Raises:
+        ValueError: a key is not in the table.
+    """
+    for key, tensor in found.items():
+        pattern, numbers = _split(key)
+        if pattern not in KEYS and pattern not in OLD_KEYS:
+            raise ValueError(f"{source.path}: unknown key {key}; expected a key of moekit.checkpoint.KEYS")
+        target = KEYS[pattern] if pattern in KEYS else OLD_KEYS[pattern]
+        if config.share_output and target == "output.weight[rows]":
+            target = "embed.weight[rows]"  # one matrix, which files hold twice; fairseq reads this one last
+        elif config.share_output and key == SHARED_KEY and not OUTPUT_KEYS.isdisjoint(found):
+            continue
+        if target is None or (target.startswith("norm.") and config.before_final_norm):
+            continue
+        name, _, part = target.rstrip("]").partition("[")
+        expert = source.experts.start + numbers[-1] if part == "expert" else 0
+        yield key, tensor, Place(name.format(*numbers), part, expert)
+
+
+@functools.lru_cache(maxsize=4096)  # files have the same keys
+def _split(key: str) -> tuple[str, tuple[int, ...]]:
+    """A key without its numbers, and the numbers."""
+    return NUMBER.sub("{}", key), tuple(int(n) for n in NUMBER.findall(key))
+
+
+def _key_of(target: Place) -> str:
+    numbers = re.findall(r"(?<=layers\.)\d+", target.name)
+    wanted = re.sub(r"(?<=layers\.)\d+", "{}", target.name) + (f"[{target.part}]" if target.part else "")
+    key = next(key for key, ours in KEYS.items() if ours == wanted)
+    return key.format(*numbers, "*")
+
+
+def _name(target: Place) -> str:
+    number = f" {target.expert}" if target.part == "expert" else ""
+    return target.name + (f" ({target.part}{number})" if target.part else "")
