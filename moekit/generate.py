@@ -22,13 +22,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moekit import decode
 from moekit import trace as tracing
 from moekit.data.dictionary import BOS
-from moekit.decode import Candidates, Chosen, Prompt, Settings
 from moekit.nn.config import EOS, PAD
 from moekit.nn.record import Options
 from moekit.progress import bar as progress_bar
+from moekit.worker import decoding as decode
+from moekit.worker.decoding import Prompt
+from moekit.worker.sampling import Candidates, Chosen, Settings
 
 if TYPE_CHECKING:
     from tqdm import tqdm

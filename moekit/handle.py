@@ -18,7 +18,7 @@ import torch
 from moekit import batches as data_order
 from moekit import checkpoint as ckpt
 from moekit import generate as generation
-from moekit import ranks, worker
+from moekit import ranks
 from moekit import trace as tracing
 from moekit.batches import Batch
 from moekit.data.codec import FILES as CODEC_FILES
@@ -29,6 +29,7 @@ from moekit.nn.config import ModelConfig, changed
 from moekit.nn.experts import choose_kernel
 from moekit.nn.record import Options
 from moekit.progress import bar as progress_bar
+from moekit.worker import loading, scoring
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -212,7 +213,7 @@ class Model:
         if fresh:
             with progress_bar("warming up", len(fresh), " passes", show=progress, delay=1.0) as bar:
                 for step in fresh.values():
-                    self.ranks.call(worker.score, [step], fraction=fraction, vocab=vocab, seed=0)
+                    self.ranks.call(scoring.score, [step], fraction=fraction, vocab=vocab, seed=0)
                     bar.update(1)
             self.warm |= fresh.keys()
 
@@ -413,7 +414,7 @@ class Model:
             steps = plan_steps(batches, self.world_size, TOKENS_A_PASS[self.device])
             while some := list(itertools.islice(steps, STEPS_A_CALL)):
                 found = self.ranks.call(
-                    worker.score,
+                    scoring.score,
                     some,
                     fraction=fraction,
                     vocab=vocab,
@@ -487,7 +488,7 @@ def load(
         model = Model(plan, files, pool, kind, bpe)
         total = sum(source.bytes * (world_size if i == 0 else 1) for i, source in enumerate(plan.sources))
         with progress_bar("loading", total, "B", show=progress) as bar:
-            model.parts = pool.call(worker.load, plan, kind, kernel, on_report=lambda rank, n: bar.update(n))
+            model.parts = pool.call(loading.load, plan, kind, kernel, on_report=lambda rank, n: bar.update(n))
             plan.opened.clear()
             bar.update(bar.total - bar.n)  # what is not tensors
         model.load_seconds = time.perf_counter() - start

@@ -13,8 +13,8 @@ import torch
 
 from moekit import checkpoint as ckpt
 from moekit import ranks
-from moekit.machine import gpus, host_memory
 from moekit.nn.dispatch import owned
+from moekit.ranks.machine import gpus, host_memory
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -11,12 +11,12 @@ import moekit
 from moekit import generate
 from moekit.checkpoint import export
 from moekit.data.codec import Codec
-from moekit.decode import Settings, choose
 from moekit.generate import Text
 from moekit.nn.config import EOS, PAD, ModelConfig
 from moekit.nn.noise import splitmix64, uniform
 from moekit.nn.transformer import Pass, Transformer
 from moekit.paths import DEMO_BPE as DEMO
+from moekit.worker.sampling import Settings, choose
 
 IDS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15, 16], [], [17, EOS, 18]]
 QUIET = {"progress": False}

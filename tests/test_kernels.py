@@ -19,7 +19,7 @@ pytest.importorskip("triton")
 from branch_cases import BASE, CASES, build
 
 import moekit
-from moekit import checkpoint, decode, worker
+from moekit import checkpoint
 from moekit.bench.score import random_batch
 from moekit.nn import gate
 from moekit.nn import graphs as graph
@@ -33,6 +33,9 @@ from moekit.nn.kernels.grouped import ACTIVATIONS, ANY, CUTS, Blocks, Cut, cut_f
 from moekit.nn.kernels.logprobs import best, target_log_probs
 from moekit.nn.logprobs import log_probs
 from moekit.nn.transformer import Norm, Pass, Transformer
+from moekit.worker import decoding as decode
+from moekit.worker import scoring as worker
+from moekit.worker.sampling import Settings
 
 os.environ.pop(INTERPRET, None)  # other tests know nothing of it
 
@@ -560,7 +563,7 @@ def decoded(rank, prompts, steps):
     numbers = itertools.count()
     prompts = [[decode.Prompt(next(numbers), ids) for ids in part] for part in prompts]
     vocab = rank.state["model"].config.vocab_rows
-    first = decode.begin(rank, KEY, prompts, decode.Settings(vocab), 64)
+    first = decode.begin(rank, KEY, prompts, Settings(vocab), 64)
     read = [[0] * len(part) for part in prompts]  # others' are not looked at
     if first is not None:
         read[rank.rank] = first.tokens[:, -1].tolist()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moekit import ranks, report
-from moekit.machine import gpus
+from moekit.ranks.machine import gpus
 
 SAID = """GPU-aaaa-1, 1024, 81559
 GPU-bbbb-2, 70000, 81559

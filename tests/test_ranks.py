@@ -20,7 +20,7 @@ from moekit import ranks
 from moekit.ranks import RankError, start
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # as if these functions stood in a notebook
-HERE = Path(ranks.__file__).parents[1]
+HERE = Path(ranks.__file__).parents[2]
 
 
 def pid(rank):
@@ -247,14 +247,14 @@ def test_a_rank_that_dies_at_the_start_is_named(temp, monkeypatch):
             os._exit(9)
         time.sleep(60)
 
-    monkeypatch.setattr(ranks, "_join", join)
+    monkeypatch.setattr("moekit.ranks.spawned.join", join)
     with pytest.raises(RankError, match="rank 1 ended with exit code 9"):
         start(2, "cpu")
     assert not list(temp.iterdir())
 
 
 def test_the_start_has_a_limit(temp, monkeypatch):
-    monkeypatch.setattr(ranks, "START_LIMIT", 0.01)
+    monkeypatch.setattr("moekit.ranks.spawned.START_LIMIT", 0.01)
     with pytest.raises(TimeoutError, match=r"ranks \[0, 1\]"):
         start(2, "cpu")
     assert not list(temp.iterdir())

@@ -14,13 +14,14 @@ from branch_cases import CASES, build
 from synthetic_traces import synthetic
 
 import moekit
-from moekit import checkpoint, trace, worker
+from moekit import checkpoint, trace
 from moekit.nn.cache import Cache
 from moekit.nn.config import PAD
 from moekit.nn.experts import activation_fn
 from moekit.nn.record import Options, Recorder
 from moekit.nn.transformer import MoE, Pass, Transformer
 from moekit.trace import Trace
+from moekit.worker import scoring as worker
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the ranks run functions of this file
 REFERENCE = sorted((Path(__file__).parent / "data" / "reference").glob("base_*_routing.npz"))

@@ -10,17 +10,18 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from moekit import decode
 from moekit.bench import figures, measure, shapes
 from moekit.bench import setting as settings
 from moekit.bench.figures import Figure
 from moekit.bench.measure import Ceilings
 from moekit.bench.score import numbers
 from moekit.bench.setting import Setting
-from moekit.decode import Prompt
 from moekit.handle import Model
 from moekit.nn.gate import Routing
 from moekit.ranks import Rank
+from moekit.worker import decoding as decode
+from moekit.worker.decoding import Prompt
+from moekit.worker.sampling import Settings
 
 PROMPT = 128
 NEW = {"cpu": 8, "cuda": 64}  # tokens of a measurement, in one call
@@ -107,7 +108,7 @@ class Decoded:
 
 
 def time_decoding(rank: Rank, batch: int, new: int, repeats: int) -> Decoded:
-    """Time :func:`moekit.decode.run`, ``new`` tokens a call, and count the experts in a run of its own.
+    """Time :func:`moekit.worker.decoding.run`, ``new`` tokens a call, and count the experts in a run of its own.
 
     Every time the prompts are read again and a few tokens decoded before the clock starts, so that all measurements are
     of the same places, and of the graph that a rank then has.
@@ -120,7 +121,7 @@ def time_decoding(rank: Rank, batch: int, new: int, repeats: int) -> Decoded:
     ]
     rows = [list(range(batch))] * rank.world_size
 
-    def decoded(settings: decode.Settings) -> float:
+    def decoded(settings: Settings) -> float:
         chosen = decode.begin(rank, KEY, prompts, settings, PROMPT + WARM_UP + new + 1)
         for steps in (WARM_UP, new):
             measure.synchronise(rank.device)
@@ -132,7 +133,7 @@ def time_decoding(rank: Rank, batch: int, new: int, repeats: int) -> Decoded:
         return seconds
 
     with measure.memory(rank.device) as peak:
-        seconds = [decoded(decode.Settings(vocab)) for _ in range(1 + repeats)][1:]
+        seconds = [decoded(Settings(vocab)) for _ in range(1 + repeats)][1:]
 
     distinct: dict[int, list[int]] = {layer: [] for layer in model.config.moe_layers}
 
@@ -140,5 +141,5 @@ def time_decoding(rank: Rank, batch: int, new: int, repeats: int) -> Decoded:
         if routing.experts.shape[1] == 1:  # not the prompts
             distinct[layer].append(len(routing.experts.unique()))
 
-    decoded(decode.Settings(vocab, record=count))
+    decoded(Settings(vocab, record=count))
     return Decoded(seconds, peak, [statistics.mean(found) for found in distinct.values()])

@@ -18,9 +18,9 @@ from moekit.bench import setting as settings
 from moekit.bench.figures import GIB, Figure
 from moekit.bench.setting import Setting
 from moekit.handle import Model
-from moekit.machine import host_memory
 from moekit.nn.dispatch import owned
 from moekit.ranks import Rank
+from moekit.ranks.machine import host_memory
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -19,12 +19,12 @@ from moekit.bench.figures import Figure
 from moekit.bench.measure import Ceilings
 from moekit.bench.score import FRACTION, numbers
 from moekit.bench.setting import Setting
-from moekit.machine import host_memory
 from moekit.nn.dispatch import Local
 from moekit.nn.experts import Experts, activation_fn
 from moekit.nn.gate import Routing
 from moekit.nn.transformer import MoE, Pass
 from moekit.ranks import Rank
+from moekit.ranks.machine import host_memory
 
 AGAINST = ("grouped_mm", "transformers", "loop")
 Layer = Callable[[Tensor, Pass], Tensor]

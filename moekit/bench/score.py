@@ -14,7 +14,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from moekit import worker
 from moekit.batches import Batch
 from moekit.bench import figures, measure, shapes
 from moekit.bench import setting as settings
@@ -26,6 +25,7 @@ from moekit.nn import graphs as graph
 from moekit.nn.gate import Routing
 from moekit.nn.transformer import Pass, Transformer
 from moekit.ranks import Rank
+from moekit.worker import scoring as worker
 
 FRACTION = 0.05
 
@@ -160,7 +160,7 @@ class Scored:
 
 
 def score(rank: Rank, blocks: int, repeats: int) -> Scored:
-    """Time :func:`moekit.worker.score`, ``blocks`` blocks of this rank's a call."""
+    """Time :func:`moekit.worker.scoring.score`, ``blocks`` blocks of this rank's a call."""
     model: Transformer = rank.state["model"]
     length, vocab = model.config.max_positions, model.config.vocab_rows
     step = [random_batch(i, length, vocab) for i in range(blocks * rank.world_size)]

@@ -14,9 +14,9 @@ from moekit import checkpoint, ranks
 from moekit.bench import figures, measure, shapes
 from moekit.bench.measure import Ceilings
 from moekit.handle import DTYPES, Model
-from moekit.machine import gpus, host_memory
 from moekit.nn.config import ModelConfig
 from moekit.nn.experts import KERNELS, choose_kernel
+from moekit.ranks.machine import gpus, host_memory
 
 
 @dataclass(frozen=True)

@@ -124,13 +124,13 @@ def _split(key: str) -> tuple[str, tuple[int, ...]]:
     return NUMBER.sub("{}", key), tuple(int(n) for n in NUMBER.findall(key))
 
 
-def _key_of(target: Place) -> str:
+def key_of(target: Place) -> str:
     numbers = re.findall(r"(?<=layers\.)\d+", target.name)
     wanted = re.sub(r"(?<=layers\.)\d+", "{}", target.name) + (f"[{target.part}]" if target.part else "")
     key = next(key for key, ours in KEYS.items() if ours == wanted)
     return key.format(*numbers, "*")
 
 
-def _name(target: Place) -> str:
+def name_of(target: Place) -> str:
     number = f" {target.expert}" if target.part == "expert" else ""
     return target.name + (f" ({target.part}{number})" if target.part else "")

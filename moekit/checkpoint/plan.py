@@ -14,7 +14,7 @@ from torch import Tensor
 from moekit.checkpoint import copying
 from moekit.checkpoint import options as cfg
 from moekit.checkpoint.files import Files, find
-from moekit.checkpoint.keys import NUMBER, OUTPUT_KEYS, SHARED_KEY, Place, _key_of, _name, places
+from moekit.checkpoint.keys import NUMBER, OUTPUT_KEYS, SHARED_KEY, Place, key_of, name_of, places
 from moekit.checkpoint.reading import Source, read, stamp, tensors
 from moekit.nn.config import ModelConfig
 
@@ -107,7 +107,7 @@ def survey(files: Files, dictionary: int | None = None) -> Plan:
             for part in _unfold(target):
                 if part in filled:
                     raise ValueError(
-                        f"{path}: {key} fills {_name(part)} for the second time, after {filled[part]}"
+                        f"{path}: {key} fills {name_of(part)} for the second time, after {filled[part]}"
                     )
                 filled[part] = f"{path.name}: {key}"
         sources.append(source)
@@ -116,14 +116,14 @@ def survey(files: Files, dictionary: int | None = None) -> Plan:
     for name, parameter in expected.items():
         for target in _parts(name, parameter):
             if target not in filled:
-                key = _key_of(target)
+                key = key_of(target)
                 holders = ", ".join(f"{s.path.name} ({len(s.experts)})" for s in sources if len(s.experts))
                 hint = (
                     f"; experts a layer in the files: {holders or 'none'}, expected {config.experts} in all"
                 )
                 where = files.shared if target.part != "expert" else files.shared.parent
                 raise ValueError(
-                    f"{where}: no file fills {_name(target)}: expected the key {key}"
+                    f"{where}: no file fills {name_of(target)}: expected the key {key}"
                     + (hint if target.part == "expert" else "")
                 )
     return Plan(config, shared[SHARED_KEY].dtype, tuple(sources), opened)
@@ -203,7 +203,7 @@ def fill(
                 target = Place(name, "expert", held.start + target.expert)
             if filled[target] != 1:
                 raise ValueError(
-                    f"{_name(target)} was filled {filled[target]} times; did the files change meanwhile?"
+                    f"{name_of(target)} was filled {filled[target]} times; did the files change meanwhile?"
                 )
     return dict(filled)
 

@@ -1,59 +1,24 @@
-"""What runs on a rank: put the model there, score batches with it. Nothing here knows of notebooks or of fairseq.
-
-Each function takes the :class:`moekit.ranks.Rank` it runs on first and is called through ``Ranks.call``.
-"""
+"""Score batches: log-probabilities of their targets, and what the router did."""
 
 from __future__ import annotations
 
 import functools
-import time
-from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from moekit import checkpoint
 from moekit.batches import Batch
 from moekit.nn import graphs as graph
 from moekit.nn.config import PAD
-from moekit.nn.dispatch import AllToAll, Local, owned
+from moekit.nn.dispatch import Local
 from moekit.nn.intervene import Intervention
 from moekit.nn.logprobs import log_probs, predictions, scored
 from moekit.nn.noise import Noise
 from moekit.nn.record import Options, Recorder
 from moekit.nn.transformer import Pass, Transformer
-from moekit.ranks import Rank, usable_cores
-
-
-def load(rank: Rank, plan: checkpoint.Plan, dtype: torch.dtype, kernel: str) -> dict:
-    """Read this rank's part of the checkpoint into ``rank.state["model"]``; reports bytes as they are read.
-
-    Returns:
-        ``files`` and ``experts`` (a range) read; ``filled``, which counts the tensors copied by (layer, expert), and
-        under None those of no expert; ``parameters`` and their ``bytes``; ``seconds``.
-    """
-    start = time.perf_counter()
-    held = owned(plan.config.experts, rank.world_size, rank.rank)
-    dispatch = AllToAll(plan.config.experts) if rank.world_size > 1 and plan.config.moe_layers else None
-    with torch.device("meta"):
-        model = Transformer(plan.config, len(held), dispatch)
-    model = model.to(dtype).to_empty(device=rank.device).requires_grad_(False).eval().use(kernel)
-    filled = checkpoint.fill(model, plan, held, rank.report, max(1, usable_cores() // rank.world_size))
-    rank.state["model"] = model
-    parameters = list(model.parameters())
-    return {
-        "rank": rank.rank,
-        "device": str(rank.device),
-        "kernel": model.kernel,
-        "files": [s.path.name for s in plan.needed(held)],
-        "experts": held,
-        "filled": Counter(place.where for place, times in filled.items() for _ in range(times)),
-        "parameters": sum(p.numel() for p in parameters),
-        "bytes": sum(p.nbytes for p in parameters),
-        "seconds": time.perf_counter() - start,
-    }
+from moekit.ranks import Rank
 
 
 @torch.inference_mode()

@@ -10,9 +10,8 @@ Shape letters: B sequences of this rank, T tokens of the longest prompt, V dicti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,46 +20,15 @@ from torch import Tensor
 
 from moekit.nn import graphs as graph
 from moekit.nn.cache import Cache
-from moekit.nn.config import EOS, PAD
-from moekit.nn.gate import Routing
-from moekit.nn.intervene import Intervention
+from moekit.nn.config import PAD
 from moekit.nn.logprobs import log_probs
-from moekit.nn.noise import Noise, uniform
-from moekit.nn.record import Options, Recorder
+from moekit.nn.noise import Noise
+from moekit.nn.record import Recorder
 from moekit.nn.transformer import Pass, Transformer
 from moekit.ranks import Rank
+from moekit.worker.sampling import Candidates, Choice, Chosen, Settings, candidates, choose, on_host
 
 SLOTS = 64  # a cache's slots are a multiple of these, which attention's kernels like
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How tokens are chosen; the meaning of each is told by :func:`moekit.generate.generate`.
-
-    Attributes:
-        vocab: types of the dictionary; nothing beyond it is chosen.
-        intervention: what :meth:`moekit.handle.Model.route` changes; its samples are the sequences' numbers.
-        record: handed to every forward pass, see :class:`moekit.nn.transformer.Pass`. Its routing groups are the sequences.
-        trace: what :func:`end` returns of the routing, in place of ``record``.
-    """
-
-    vocab: int
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-    repetition_penalty: float = 1.0
-    beam_size: int = 1
-    seed: int = 1
-    alternatives: int = 0
-    fraction: float | None = None
-    intervention: Intervention | None = None
-    record: Callable[[int, Routing], None] | None = None
-    trace: Options | None = None
-
-    @property
-    def greedy(self) -> bool:
-        """The best token by the model's own probabilities, and nothing else is asked for."""
-        return self.temperature == 0 and self.repetition_penalty == 1 and self.alternatives == 0
 
 
 @dataclass(frozen=True)
@@ -69,41 +37,6 @@ class Prompt:
 
     number: int
     ids: Sequence[int]
-
-
-class Choice(NamedTuple):
-    """The next token of each sequence, on the device.
-
-    tokens [B] int64; logprobs [B] float32, under the model itself, whatever temperature and penalty; the
-    ``alternatives`` best tokens at each place [B, A] with their logprobs [B, A].
-    """
-
-    tokens: Tensor
-    logprobs: Tensor
-    best: Tensor
-    best_logprobs: Tensor
-
-
-class Chosen(NamedTuple):
-    """The next S tokens of each sequence: what a :class:`Choice` holds, [B, S] and [B, S, A]."""
-
-    tokens: np.ndarray
-    logprobs: np.ndarray
-    best: np.ndarray
-    best_logprobs: np.ndarray
-
-
-class Candidates(NamedTuple):
-    """What each prompt's beams may go on with, best first.
-
-    scores [P, 2 N] float32, summed over the whole sequence; tokens [P, 2 N]; beams [P, 2 N], which of the prompt's
-    beams it goes on from; logprobs [P, 2 N], of the token alone.
-    """
-
-    scores: np.ndarray
-    tokens: np.ndarray
-    beams: np.ndarray
-    logprobs: np.ndarray
 
 
 class Sequences:
@@ -182,7 +115,7 @@ def begin(
     rank.state[key] = sequences
     logits = model.logits(features, settings.vocab)
     if settings.beam_size == 1:
-        return _on_host([_choose_next(model, sequences, logits)])
+        return on_host([_choose_next(model, sequences, logits)])
     empty = [len(prompt.ids) == 1 for prompt in prompts[rank.rank]]
     logprobs = F.log_softmax(logits.float(), dim=-1)
     return candidates(logprobs, scores, 1, 2 * settings.beam_size, empty, only_end=False)
@@ -211,7 +144,7 @@ def run(
         if logits is not None:
             found.append(_choose_next(model, sequences, logits))
             read = found[-1].tokens
-    return _on_host(found) if found else None
+    return on_host(found) if found else None
 
 
 @torch.inference_mode()
@@ -358,71 +291,3 @@ def _choose_next(model: Transformer, sequences: Sequences, logits: Tensor) -> Ch
     tokens = choose(logits, settings, keys, sequences.seen)
     best = logprobs.topk(settings.alternatives, dim=-1)
     return Choice(tokens, logprobs.gather(1, tokens[:, None])[:, 0], best.indices, best.values)
-
-
-def _on_host(steps: Sequence[Choice]) -> Chosen:
-    return Chosen(*(torch.stack(column, dim=1).cpu().numpy() for column in zip(*steps, strict=True)))
-
-
-def choose(
-    logits: Tensor, settings: Settings, keys: Sequence[tuple[int, int, int]], seen: Tensor | None = None
-) -> Tensor:
-    """The next token of each sequence: the best, or one drawn at random. Padding is never chosen.
-
-    Args:
-        logits: [B, V] float32.
-        keys: (seed, sequence, step) of each row: its randomness depends on nothing else.
-        seen: [B, V] bool, what the repetition penalty is for.
-
-    Returns:
-        [B] int64.
-    """
-    logits = logits.double() if settings.temperature > 0 else logits.clone()
-    logits[:, PAD] = -torch.inf
-    if seen is not None:  # CTRL, arXiv 1909.05858, section 4.1, as transformers does it for negative logits
-        punished = torch.where(
-            logits > 0, logits / settings.repetition_penalty, logits * settings.repetition_penalty
-        )
-        logits = torch.where(seen, punished, logits)
-    if settings.temperature == 0:
-        return logits.argmax(dim=-1)
-    logits = logits / settings.temperature
-    if settings.top_k is not None or settings.top_p is not None:
-        ordered, order = logits.sort(dim=-1, descending=True, stable=True)
-        out = torch.zeros_like(ordered, dtype=torch.bool)
-        if settings.top_k is not None:
-            out[:, settings.top_k :] = True
-            ordered = ordered.masked_fill(out, -torch.inf)
-        if settings.top_p is not None:  # the smallest set that has top_p (nucleus, arXiv 1904.09751)
-            probs = ordered.softmax(dim=-1)
-            out |= probs.cumsum(dim=-1) - probs >= settings.top_p
-        logits = logits.masked_fill(torch.zeros_like(out).scatter(1, order, out), -torch.inf)
-    # The largest of logits plus Gumbel noise is a sample of their softmax. Unlike a walk along the summed
-    # probabilities, it changes only if two sums of logit and noise are within the rounding error of one another.
-    noise = uniform(keys, logits.shape[1], logits.device)
-    return (logits - torch.log(-torch.log(noise))).argmax(dim=-1)
-
-
-def candidates(
-    logprobs: Tensor, scores: Tensor, beams: int, count: int, no_end: list[bool] | None, only_end: bool
-) -> Candidates:
-    """The best ``count`` ways for each prompt's beams to go on.
-
-    Args:
-        logprobs: [B, V], the ``beams`` beams of each prompt one below the other.
-        scores: [B], of the beams so far.
-        no_end: [B], whether the sequence may not end here: an empty prompt does not, in fairseq.
-        only_end: nothing but ``</s>`` may follow.
-    """
-    logprobs = logprobs.clone()
-    logprobs[:, PAD] = -torch.inf
-    if no_end is not None:
-        logprobs[torch.tensor(no_end, device=logprobs.device), EOS] = -torch.inf
-    if only_end:
-        logprobs[:, :EOS] = -torch.inf
-        logprobs[:, EOS + 1 :] = -torch.inf
-    vocab = logprobs.shape[1]
-    best = (logprobs + scores[:, None]).view(-1, beams * vocab).topk(count, dim=1)
-    own = logprobs.view(-1, beams * vocab).gather(1, best.indices)
-    found = (best.values, best.indices % vocab, best.indices // vocab, own)
-    return Candidates(*(tensor.cpu().numpy() for tensor in found))

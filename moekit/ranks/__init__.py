@@ -1,0 +1,26 @@
+"""Persistent ranks: functions that run on every rank of a process group, for as long as a notebook lives.
+
+``start`` gives a pool; ``pool.call(fn, ...)`` runs ``fn(rank, ...)`` on each rank, and what ``fn`` keeps in
+``rank.state`` is there in the next call. One rank is this very process; several are new interpreters on this
+machine, each at the end of a duplex pipe. They are launched directly, since ``multiprocessing`` would run the
+caller's ``__main__`` again in each of them. No rank outlives its driver, however the driver ends.
+
+Another kind of pool is another subclass of :class:`Ranks`: functions that run on a rank see a :class:`Rank` alone.
+"""
+
+from moekit.ranks.base import Rank, RankError, Ranks
+from moekit.ranks.devices import choose_devices, usable_cores
+from moekit.ranks.pools import start
+from moekit.ranks.spawned import SpawnedRanks
+from moekit.ranks.this_process import ThisProcess
+
+__all__ = [
+    "Rank",
+    "RankError",
+    "Ranks",
+    "SpawnedRanks",
+    "ThisProcess",
+    "choose_devices",
+    "start",
+    "usable_cores",
+]

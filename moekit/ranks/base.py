@@ -1,0 +1,85 @@
+"""What a pool of ranks is: two methods to implement, and what a function that runs on a rank sees."""
+
+import traceback
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import torch
+
+
+class RankError(RuntimeError):
+    """A rank raised or died: `rank` is its index, `cause` says what happened to it.
+
+    `__cause__` is the exception that the rank raised, if it raised one and that can be pickled.
+    """
+
+    def __init__(self, rank: int, cause: str):
+        super().__init__(rank, cause)
+        self.rank, self.cause = rank, cause
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} {self.cause}"
+
+
+@dataclass
+class Rank:
+    """What a function that runs on a rank sees.
+
+    `state` lives as long as the pool. With `world_size` > 1 the default process group of `torch.distributed`
+    is initialised (NCCL on GPUs, gloo on the CPU); a single rank has none.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+    state: dict = field(default_factory=dict)
+    send_report: Callable[[Any], None] | None = field(default=None, repr=False)
+
+    def report(self, message: Any) -> None:
+        """Send `message`, anything picklable, to the driver's `on_report`; how often is up to the caller."""
+        if self.send_report is not None:
+            self.send_report(message)
+
+
+class Ranks(ABC):
+    """A pool of ranks, `devices[r]` being that of rank r. A context manager; closing it twice is fine."""
+
+    def __init__(self, devices: list[torch.device]):
+        self.devices = devices
+        self.world_size = len(devices)
+
+    @abstractmethod
+    def call(
+        self,
+        fn: Callable[..., Any],
+        *args: Any,
+        timeout: float | None = None,
+        on_report: Callable[[int, Any], None] | None = None,
+        **kwargs: Any,
+    ) -> list[Any]:
+        """Run `fn(rank, *args, **kwargs)` on every rank and return the results in rank order.
+
+        `on_report(rank_index, message)` is called here while the ranks run. Results are pickled: move tensors
+        to the CPU first, and know that arrays travel faster. Raises RankError when a rank raises or dies,
+        TimeoutError when `timeout` seconds are over, RuntimeError when the pool is closed or busy.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Stop the ranks and forget what they hold."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def gone(why: str) -> RuntimeError:
+    return RuntimeError(f"the ranks are gone ({why}): load the model again")
+
+
+def headline(error: BaseException) -> str:
+    return "".join(traceback.format_exception_only(error)).strip().split("\n")[0]

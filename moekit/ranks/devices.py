@@ -1,0 +1,33 @@
+"""The devices that ranks run on, and the cores that they may use."""
+
+import contextlib
+import os
+from pathlib import Path
+
+import torch
+
+
+def choose_devices(world_size: int | None, device: str) -> list[torch.device]:
+    """One device a rank, or a ValueError that says what to ask for instead; None: a rank for every GPU, one without."""
+    if world_size is None:
+        world_size = 1 if device == "cpu" else max(1, torch.cuda.device_count())
+    if not isinstance(world_size, int) or isinstance(world_size, bool) or world_size < 1:
+        raise ValueError(f"world_size is {world_size!r}: expected a whole number of at least 1")
+    if device not in ("auto", "cuda", "cpu"):
+        raise ValueError(f'device is {device!r}: expected "auto", "cuda" or "cpu"')
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return [torch.device("cpu")] * world_size
+    count = torch.cuda.device_count()
+    if world_size > count:
+        instead = f'world_size={count} or device="cpu"' if count else 'device="cpu"'
+        raise ValueError(f"world_size {world_size} needs as many GPUs, and torch sees {count}: use {instead}")
+    return [torch.device("cuda", rank) for rank in range(world_size)]
+
+
+def usable_cores() -> int:
+    """The cores that this process may use: its affinity, within the limit of its container (cgroup v2)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # no such file, or "max": no limit
+        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
+        cores = min(cores, max(1, quota // period))
+    return cores

@@ -1,0 +1,39 @@
+"""One rank: this very process."""
+
+import contextlib
+
+import torch
+
+from moekit.ranks.base import Rank, RankError, Ranks, gone, headline
+from moekit.ranks.devices import usable_cores
+
+
+class ThisProcess(Ranks):
+    """A single rank without a process: no pickling, no process group.
+
+    An error leaves it usable, since no other rank waits for this one. `timeout` has no effect: interrupt it.
+    """
+
+    def __init__(self, devices: list[torch.device]):
+        super().__init__(devices)
+        self._rank: Rank | None = Rank(0, 1, devices[0])
+        torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
+
+    def call(self, fn, *args, timeout=None, on_report=None, **kwargs):
+        if self._rank is None:
+            raise gone("closed")
+        self._rank.send_report = on_report and (lambda message: on_report(0, message))
+        # The caller's own current GPU may be another one by now.
+        here = (
+            torch.cuda.device(self._rank.device)
+            if self._rank.device.type == "cuda"
+            else contextlib.nullcontext()
+        )
+        try:
+            with here:
+                return [fn(self._rank, *args, **kwargs)]
+        except (Exception, SystemExit) as error:
+            raise RankError(0, f"raised {headline(error)}") from error
+
+    def close(self) -> None:
+        self._rank = None

@@ -1,0 +1,42 @@
+"""Put this rank's part of the checkpoint into a model."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+
+import torch
+
+from moekit import checkpoint
+from moekit.nn.dispatch import AllToAll, owned
+from moekit.nn.transformer import Transformer
+from moekit.ranks import Rank, usable_cores
+
+
+def load(rank: Rank, plan: checkpoint.Plan, dtype: torch.dtype, kernel: str) -> dict:
+    """Read this rank's part of the checkpoint into ``rank.state["model"]``; reports bytes as they are read.
+
+    Returns:
+        ``files`` and ``experts`` (a range) read; ``filled``, which counts the tensors copied by (layer, expert), and
+        under None those of no expert; ``parameters`` and their ``bytes``; ``seconds``.
+    """
+    start = time.perf_counter()
+    held = owned(plan.config.experts, rank.world_size, rank.rank)
+    dispatch = AllToAll(plan.config.experts) if rank.world_size > 1 and plan.config.moe_layers else None
+    with torch.device("meta"):
+        model = Transformer(plan.config, len(held), dispatch)
+    model = model.to(dtype).to_empty(device=rank.device).requires_grad_(False).eval().use(kernel)
+    filled = checkpoint.fill(model, plan, held, rank.report, max(1, usable_cores() // rank.world_size))
+    rank.state["model"] = model
+    parameters = list(model.parameters())
+    return {
+        "rank": rank.rank,
+        "device": str(rank.device),
+        "kernel": model.kernel,
+        "files": [s.path.name for s in plan.needed(held)],
+        "experts": held,
+        "filled": Counter(place.where for place, times in filled.items() for _ in range(times)),
+        "parameters": sum(p.numel() for p in parameters),
+        "bytes": sum(p.nbytes for p in parameters),
+        "seconds": time.perf_counter() - start,
+    }
