@@ -6,17 +6,18 @@ import os
 # a decoded token of a small model took 15 to 140 ms, and 1.6 ms with threads that sleep. Read when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from moekit.handle import Evaluation, Model, load
+from moekit.api import Model, load
 from moekit.nn.intervene import Force
 from moekit.ranks import RankError
-from moekit.trace import Trace
+from moekit.routing.trace import Trace
+from moekit.scoring import Evaluation
 
 __all__ = ["Evaluation", "Force", "Model", "RankError", "Trace", "explore", "load"]
 
 
 def __getattr__(name: str):
     if name == "explore":  # needs Jupyter's widgets, so it is imported when it is asked for
-        from moekit.explorer import explore
+        from moekit.notebook.explorer import explore
 
         return explore
     raise AttributeError(f"module 'moekit' has no attribute {name!r}")

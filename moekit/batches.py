@@ -1,25 +1,17 @@
-"""What is scored, and in which order: fairseq's own ``language_modeling`` task, data sets and batches.
-
-fairseq is imported here, when it is needed, and nowhere near the model.
-"""
+"""A batch: the unit in which fairseq routes, and texts as batches."""
 
 from __future__ import annotations
 
-import contextlib
-import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moekit import paths
-from moekit.nn.config import PAD
+from moekit.nn.config import EOS, PAD
 
-MAX_TOKENS = 36_000  # fairseq_cli/eval_lm.py: the tokens a batch may have, whatever its batch_size
-BREAK_MODES = ("none", "complete", "complete_doc", "eos")
+if TYPE_CHECKING:
+    pass
 
 
 @dataclass(frozen=True)
@@ -50,152 +42,37 @@ class Batch:
         return real
 
 
-class Batches:
-    """fairseq's batches of a data set, in its order; iterate to get them, any number of times.
+def text_batches(texts: Sequence[Sequence[int]], batch_size: int, max_positions: int) -> list[Batch]:
+    """Texts (their ids) as batches of ``batch_size``, in order: a sample a text, ``</s>`` first, as fairseq's blocks begin.
 
-    Attributes:
-        order: the samples of each batch.
-        asked: what :func:`open_data` was asked for, for the record.
-        skipped: how many samples are longer than the model can take; fairseq leaves them out, with a warning.
-    """
-
-    def __init__(
-        self, task, dataset, max_positions: int, batch_size: int | None, max_tokens: int, context_window: int
-    ):
-        from fairseq.data.data_utils import numpy_seed
-
-        self.task, self.dataset, self.context_window = task, dataset, context_window
-        with numpy_seed(1):  # the branch's seed; released fairseqs add the epoch to it and get another order
-            order = self._contextual().ordered_indices()
-        kept = task.filter_indices_by_size(order, dataset, max_positions, ignore_invalid_inputs=True)
-        self.skipped = len(order) - len(kept)
-        self.order = dataset.batch_by_size(kept, max_tokens=max_tokens, max_sentences=batch_size)
-        self.asked: dict[str, Any] = {}
-
-    @property
-    def dictionary(self):
-        """The ``fairseq.data.Dictionary`` of the data."""
-        return self.task.target_dictionary
-
-    def _contextual(self):
-        """The data set; with a context window, one that remembers what came before and so serves one pass."""
-        if not self.context_window:
-            return self.dataset
-        from fairseq.data import LMContextWindowDataset
-
-        size, pad = self.task.args.tokens_per_sample, self.dictionary.pad()
-        return LMContextWindowDataset(self.dataset, size, self.context_window, pad)
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __iter__(self) -> Iterator[Batch]:
-        # One shard whatever the world size, so that no batch and no context depends on it.
-        dataset = self._contextual()
-        for index, members in enumerate(self.order):
-            sample = dataset.collater([dataset[i] for i in members])
-            tokens = sample["net_input"]["src_tokens"].numpy().astype(np.int32)
-            targets = sample["target"].numpy().astype(np.int32)
-            starts = np.asarray(sample.get("start_indices", [0] * len(tokens)))
-            yield Batch(index, sample["id"].numpy(), tokens, targets, starts)
-
-
-def open_data(
-    data: str | Path,
-    subset: str,
-    *,
-    tokens_per_sample: int,
-    batch_size: int | None,
-    max_positions: int,
-    sample_break_mode: str = "none",
-    context_window: int = 0,
-    add_bos: bool = False,
-    max_tokens: int = MAX_TOKENS,
-) -> Batches:
-    """Open binarised data as ``fairseq_cli.eval_lm --is-moe`` does.
-
-    Args:
-        data: the folder with ``dict.txt``, ``{subset}.bin`` and ``{subset}.idx``; ``"demo"`` is the demo's.
-        tokens_per_sample: tokens of a block, its context included.
-        batch_size: samples of a batch at most; None: ``max_tokens`` alone decides.
-        max_positions: tokens the model can take; longer samples are left out.
-        max_tokens: a batch's samples times its longest one's tokens at most.
+    Position p predicts the text's token p; the last token is an input without a target. Padded on the right.
 
     Raises:
-        ValueError: a file is missing, or an option makes no sense.
+        ValueError: a text is longer than the model has positions for, or empty.
     """
-    folder = data_folder(data)
-    if sample_break_mode not in BREAK_MODES:
-        raise ValueError(f"sample_break_mode={sample_break_mode!r}; expected {', '.join(BREAK_MODES)}")
-    if not 0 <= context_window < tokens_per_sample:
-        raise ValueError(
-            f"context_window={context_window} leaves no room in tokens_per_sample={tokens_per_sample}: "
-            "expected 0 <= context_window < tokens_per_sample"
-        )
-    check_files(folder, subset)
-    task = _language_modeling(
-        data=str(folder),
-        tokens_per_sample=tokens_per_sample - context_window,  # eval_lm.py counts the context in
-        sample_break_mode=sample_break_mode,
-        add_bos_token=add_bos,
-        pad_to_fixed_length=True,  # eval_lm.py always does for mixtures of experts: padding is routed too
-    )
-    task.load_dataset(subset)
-    batches = Batches(task, task.dataset(subset), max_positions, batch_size, max_tokens, context_window)
-    batches.asked = {
-        "data": str(data),
-        "subset": subset,
-        "tokens_per_sample": tokens_per_sample,
-        "batch_size": batch_size,
-        "sample_break_mode": sample_break_mode,
-        "context_window": context_window,
-    }
+    for number, ids in enumerate(texts):
+        if not 1 <= len(ids) < max_positions:
+            raise ValueError(
+                f"text {number} has {len(ids)} tokens; expected 1 to {max_positions - 1}, as </s> precedes them"
+            )
+    batches = []
+    for index, start in enumerate(range(0, len(texts), batch_size)):
+        some = texts[start : start + batch_size]
+        tokens = np.full((len(some), 1 + max(map(len, some))), PAD, dtype=np.int32)
+        targets = tokens.copy()
+        for row, ids in enumerate(some):
+            tokens[row, : len(ids) + 1] = [EOS, *ids]
+            targets[row, : len(ids)] = ids
+        ids = np.arange(start, start + len(some))
+        batches.append(Batch(index, ids, tokens, targets, np.zeros(len(some), dtype=np.int64)))
     return batches
 
 
-def check_files(data: str | Path, subset: str) -> None:
-    """That the three files of ``data`` and ``subset`` are there; a ValueError that names the first that is not."""
-    folder = data_folder(data)
-    for name in ("dict.txt", f"{subset}.bin", f"{subset}.idx"):
-        if not (folder / name).is_file():
-            there = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else "no such folder"
-            raise ValueError(
-                f"{folder} has no {name} (it has: {there}); prepare_data.ipynb makes such a folder"
-            )
-
-
-def data_folder(data: str | Path) -> Path:
-    if str(data) == "demo":
-        return paths.DEMO_DATA
-    return Path(data).expanduser()
-
-
-@contextlib.contextmanager
-def importing_fairseq() -> Iterator[None]:
-    """Import fairseq in here: it sets the whole process's logging to DEBUG."""
-    root = logging.getLogger()
-    level, handlers = root.level, root.handlers[:]
-    logging.getLogger("fairseq").setLevel(logging.WARNING)
-    mend_numpy()
-    try:
-        yield
-    finally:
-        root.setLevel(level)
-        root.handlers[:] = handlers
-
-
-def mend_numpy() -> None:
-    """Give NumPy 2.4 back the ``long`` that fairseq's data sets still ask it for."""
-    if not hasattr(np, "compat"):
-        np.compat = SimpleNamespace(long=int)
-
-
-def _language_modeling(**options: object):
-    with importing_fairseq():
-        from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
-
-    defaults = {"max_target_positions": options["tokens_per_sample"], "seed": 1, "batch_size": None}
-    defaults |= {"batch_size_valid": None, "dataset_impl": None, "data_buffer_size": 0, "tpu": False}
-    defaults |= {"use_plasma_view": False, "plasma_path": "/tmp/plasma"}
-    config = LanguageModelingConfig(**(defaults | options))
-    return LanguageModelingTask.setup_task(config)
+def up_to(batches: Iterable[Batch], max_tokens: int) -> Iterator[Batch]:
+    """Batches until the next one would make it more than ``max_tokens`` real tokens, but at least one."""
+    total = 0
+    for batch in batches:
+        total += int((batch.tokens != PAD).sum())
+        if total > max_tokens and batch.index > 0:
+            return
+        yield batch

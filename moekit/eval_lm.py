@@ -27,12 +27,13 @@ from typing import Any
 import numpy as np
 
 import moekit
-from moekit import batches as data_order
 from moekit import checkpoint
+from moekit import fairseq_data as data_order
+from moekit.arguments import check_fraction
 from moekit.batches import Batch
 from moekit.checkpoint.options import from_fairseq, options_of
-from moekit.handle import check_fraction
 from moekit.nn.config import CHANGEABLE
+from moekit.scoring import score_batches
 
 logger = logging.getLogger("fairseq_cli.eval_lm")  # fairseq's name, since scripts look for it
 
@@ -190,7 +191,8 @@ def run(args: Namespace) -> dict[str, Any]:
         steps = None if args.max_valid_steps is None else max(0, args.max_valid_steps + 1)
         chosen = list(itertools.islice(batches, steps and steps * model.world_size))
         begun = time.perf_counter()
-        scores = model.score_batches(
+        scores = score_batches(
+            model,
             chosen,
             fraction=fraction,
             vocab=len(batches.dictionary),

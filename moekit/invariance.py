@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moekit.compare import compare
+from moekit.routing.compare import compare
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     import pandas as pd
 
-    from moekit.handle import Model
-    from moekit.trace import Trace
+    from moekit.api import Model
+    from moekit.routing.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def batch_invariance(
     """Score the same texts alone, in batches and at several capacities.
 
     Args:
-        texts: whatever :meth:`moekit.handle.Model.trace` takes; ``options`` are further arguments of it.
+        texts: whatever :meth:`moekit.api.Model.trace` takes; ``options`` are further arguments of it.
         batch_sizes: texts routed together; "alone" (1) is always run.
     """
     import pandas as pd

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from moekit.trace import Trace
+from moekit.routing.trace import Trace
 
 
 def synthetic(tokens=1024, layers=(1, 3), experts=16, choices=2, block=128, domains=4, seed=0, vocab=200):

@@ -9,7 +9,8 @@ import torch
 from branch_cases import CASES, build
 
 import moekit
-from moekit import batches, checkpoint
+from moekit import checkpoint
+from moekit import fairseq_data as batches
 from moekit.nn.config import PAD
 from moekit.nn.transformer import Pass, Transformer
 

@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 from data_server import Page, Server
 
-from moekit.data import Binarised, DownloadError, plots, prepare, settings, sources
+from moekit.data import Binarised, DownloadError, prepare, settings, sources
 from moekit.data.lock import locked
+from moekit.notebook import data_plots as plots
 from moekit.paths import DEMO_BPE as DEMO
 
 module = importlib.import_module("moekit.data.prepare")  # which the function of the same name hides

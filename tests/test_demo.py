@@ -11,7 +11,7 @@ import moekit
 from moekit import demo
 from moekit.demo.train import demo_config, initialize, train
 from moekit.nn.transformer import Transformer
-from moekit.trace import domains_of
+from moekit.routing.domains import domains_of
 
 FOLDER = Path(demo.__file__).parent
 META = json.loads((FOLDER / "data" / "meta.json").read_text())

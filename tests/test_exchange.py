@@ -7,7 +7,7 @@ import pytest
 import torch
 from synthetic_traces import synthetic
 
-from moekit import exchange
+from moekit.routing import exchange
 
 
 @pytest.fixture(scope="module")

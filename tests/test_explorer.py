@@ -8,8 +8,8 @@ import pytest
 from synthetic_traces import synthetic
 
 import moekit
-from moekit.explorer import explore, save_html
-from moekit.explorer.pack import DROPPED, NONE, UNIT, choose_samples, pack
+from moekit.notebook.explorer import explore, save_html
+from moekit.notebook.explorer.pack import DROPPED, NONE, UNIT, choose_samples, pack
 
 
 def arrays_of(header, arrays):
@@ -118,7 +118,8 @@ def sent(monkeypatch):
     """What an explorer sends."""
     messages = []
     monkeypatch.setattr(
-        "moekit.explorer.Explorer.send", lambda self, content, buffers=(): messages.append((content, buffers))
+        "moekit.notebook.explorer.Explorer.send",
+        lambda self, content, buffers=(): messages.append((content, buffers)),
     )
     return messages
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import moekit
-from moekit import generate
 from moekit.checkpoint import export
 from moekit.data.codec import Codec
-from moekit.generate import Text
+from moekit.generation import request, run, session
+from moekit.generation.text import Text
 from moekit.nn.config import EOS, PAD, ModelConfig
 from moekit.nn.noise import splitmix64, uniform
 from moekit.nn.transformer import Pass, Transformer
@@ -144,20 +144,20 @@ def test_the_world_size_changes_nothing(reference, recorded):
 def test_neighbours_change_nothing(recorded, how, monkeypatch):
     together = recorded.generate(IDS, max_new_tokens=6, **how, **QUIET)
     with monkeypatch.context() as changed:
-        changed.setitem(generate.SEQUENCE_TOKENS, "cpu", 1)  # one sequence at a time
+        changed.setitem(request.SEQUENCE_TOKENS, "cpu", 1)  # one sequence at a time
         same(recorded.generate(IDS, max_new_tokens=6, **how, **QUIET), together)
-    monkeypatch.setattr(generate, "LOGITS", 450)  # of 200 types: two sequences, or one of more beams
+    monkeypatch.setattr(request, "LOGITS", 450)  # of 200 types: two sequences, or one of more beams
     same(recorded.generate(IDS, max_new_tokens=6, **how, **QUIET), together)
 
 
 def test_a_step_makes_no_more_logits_than_it_may(recorded, monkeypatch):
     def waves(limit: int, **how) -> list[int]:
-        monkeypatch.setattr(generate, "LOGITS", limit * recorded.config.vocab_rows)
+        monkeypatch.setattr(request, "LOGITS", limit * recorded.config.vocab_rows)
         begun = []
         with monkeypatch.context() as changed:
-            begin = generate.decode.begin
+            begin = session.decode.begin
             changed.setattr(
-                generate.decode,
+                session.decode,
                 "begin",
                 lambda rank, key, prompts, *more: (
                     begun.append(len(prompts[0])) or begin(rank, key, prompts, *more)
@@ -179,7 +179,7 @@ def test_neighbours_change_nothing_where_the_second_expert_is_drawn(reference, m
         together = model.generate(IDS, max_new_tokens=6, **QUIET)
         other = model.generate(IDS, max_new_tokens=6, seed=2, **QUIET)
         assert any(abs(a.score - b.score) > 1e-4 for a, b in zip(together, other, strict=True))
-        monkeypatch.setitem(generate.SEQUENCE_TOKENS, "cpu", 1)
+        monkeypatch.setitem(request.SEQUENCE_TOKENS, "cpu", 1)
         same(model.generate(IDS, max_new_tokens=6, **QUIET), together)
 
 
@@ -419,9 +419,9 @@ def test_a_step_that_is_replayed_changes_nothing(text_model, monkeypatch):
             step = Pass(groups=len(read), cache=self.cache)
             return self.model.logits(self.model(read[:, None], step)[:, 0], self.vocab)
 
-    monkeypatch.setattr(generate, "BURST", {"cpu": 3})
-    monkeypatch.setattr(generate.decode.graph, "of_step", StandIn)
-    monkeypatch.setattr(generate.decode.graph, "fits", lambda model, step: True)
+    monkeypatch.setattr(run, "BURST", {"cpu": 3})
+    monkeypatch.setattr(session.decode.graph, "of_step", StandIn)
+    monkeypatch.setattr(session.decode.graph, "fits", lambda model, step: True)
     found = text_model.generate(prompts, **how)
     assert len(made) > 1, "rows that end call for another graph"
     for one, other in zip(wanted, found, strict=True):
@@ -440,14 +440,14 @@ def test_bursts_and_dead_rows_change_nothing(text_model, monkeypatch):
     calls = []
     call = model.ranks.call
     monkeypatch.setattr(model.ranks, "call", lambda fn, *args: calls.append((fn, args)) or call(fn, *args))
-    monkeypatch.setattr(generate, "BURST", {"cpu": 5})
-    monkeypatch.setattr(generate, "MOVES", {"cpu": False})
+    monkeypatch.setattr(run, "BURST", {"cpu": 5})
+    monkeypatch.setattr(session, "MOVES", {"cpu": False})
     for one, other in zip(wanted, model.generate(prompts, **how), strict=True):
         assert (one.ids, one.text, one.finish_reason) == (other.ids, other.text, other.finish_reason)
         np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
         assert [[i for i, _ in row] for row in one.alternatives] == [
             [i for i, _ in row] for row in other.alternatives
         ]
-    runs = [args for fn, args in calls if fn is generate.decode.run]
+    runs = [args for fn, args in calls if fn is session.decode.run]
     assert 1 < len(runs) <= 5 and {args[-1] for args in runs} <= {5, 2}
     assert any(PAD in numbers for args in runs for numbers in args[2]), "no row was kept beyond its end"

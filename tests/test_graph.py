@@ -69,7 +69,7 @@ def test_scoring(reference, world_size, monkeypatch):
     """Steps that are full, steps that leave a rank with fewer batches or none, and the padded last one."""
     with loaded(reference / "checkpoint", world_size) as (alone, together):
         for fraction, tokens, most in itertools.product((None, 0.05), (10, 64), (None, 17, 3)):
-            monkeypatch.setattr("moekit.handle.TOKENS_A_PASS", {"cpu": 2 * tokens})
+            monkeypatch.setattr("moekit.scoring.TOKENS_A_PASS", {"cpu": 2 * tokens})
             how = {"tokens_per_sample": tokens, "capacity_token_fraction": fraction, "max_batches": most}
             wanted, found = (
                 model.evaluate(reference / "data-bin", **how, **QUIET).tokens for model in (alone, together)

@@ -8,8 +8,10 @@ from synthetic_traces import synthetic
 from test_project import ROOT
 
 import moekit
-from moekit import inspection, metrics, parameters
-from moekit.trace import Trace
+from moekit.arguments import ParameterError
+from moekit.notebook import inspection, parameters
+from moekit.routing import metrics
+from moekit.routing.trace import Trace
 
 
 def test_layers_are_whole_numbers():
@@ -17,9 +19,7 @@ def test_layers_are_whole_numbers():
     assert parameters.check({"layers": [1, 3.0]}, kind).layers == [1, 3]
     assert parameters.check({"layers": 5}, kind).layers == [5]
     assert parameters.check({"layers": None}, kind).layers is None
-    with pytest.raises(
-        parameters.ParameterError, match=r"layers=\['a'\]: expected a list of whole numbers or None"
-    ):
+    with pytest.raises(ParameterError, match=r"layers=\['a'\]: expected a list of whole numbers or None"):
         parameters.check({"layers": ["a"]}, kind)
 
 

@@ -10,11 +10,11 @@ from branch_cases import BASE
 from synthetic_traces import synthetic
 
 import moekit
-from moekit.compare import compare, weight_change
 from moekit.invariance import batch_invariance
 from moekit.nn import gate
 from moekit.nn.config import ModelConfig
 from moekit.nn.intervene import Force, plan
+from moekit.routing.compare import compare, weight_change
 
 TEXTS = [list(range(5, 25)), list(range(40, 73)), list(range(100, 111))]
 

@@ -435,7 +435,7 @@ def test_no_pass_asks_the_device_for_a_number(name, monkeypatch):
     for kernel in (
         "grouped._grouped_linear",
         "tiles._tiles",
-        "plan._by_expert",
+        "tiles._by_expert",
         "gate._choose",
         "logprobs._target_log_probs",
         "attention._attend_one",

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moekit import ranks, report
+from moekit import ranks
+from moekit.notebook import report
 from moekit.ranks.machine import gpus
 
 SAID = """GPU-aaaa-1, 1024, 81559

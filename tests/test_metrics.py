@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from synthetic_traces import synthetic
 
-from moekit import metrics, offload
-from moekit.trace import Trace
+from moekit.routing import expert_caches as offload
+from moekit.routing import metrics
+from moekit.routing.trace import Trace
 
 
 def make(experts, *, kept=None, sample=None, token=None, num_experts=4, layers=None, probs=None, **fields):

@@ -8,13 +8,14 @@ from branch_cases import build
 
 import moekit
 from moekit import checkpoint, ranks
-from moekit.batches import Batch, open_data
-from moekit.handle import plan_steps
+from moekit.batches import Batch
+from moekit.fairseq_data import open_data
 from moekit.nn.cache import Cache
 from moekit.nn.config import PAD
 from moekit.nn.dispatch import AllToAll, owned
 from moekit.nn.noise import Noise
 from moekit.nn.transformer import Pass, Transformer
+from moekit.scoring import plan_steps
 
 
 def load(folder) -> Transformer:

@@ -1,7 +1,8 @@
 import pytest
 
 import moekit
-from moekit.parameters import Choice, Flag, Number, ParameterError, Text, Texts, Whole, check
+from moekit.arguments import Choice, Flag, Number, ParameterError, Text, Texts, Whole
+from moekit.notebook.parameters import check
 
 
 @pytest.mark.parametrize(

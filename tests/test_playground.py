@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from moekit.data.codec import Codec
-from moekit.generate import Generation, Token
+from moekit.generation.request import Generation, Token
+from moekit.notebook.playground import Playground, Shown, arguments, coloured, static
 from moekit.paths import DEMO_BPE as DEMO
-from moekit.playground import Playground, Shown, arguments, coloured, static
 
 
 @pytest.fixture(scope="module")

@@ -16,10 +16,10 @@ from fairseq.models.transformer_lm import TransformerLanguageModel
 from test_project import ROOT
 
 import moekit
-from moekit.batches import open_data
 from moekit.checkpoint import export
 from moekit.checkpoint import options as config
 from moekit.data.codec import Codec
+from moekit.fairseq_data import open_data
 from moekit.nn.config import EOS, PAD, ModelConfig
 from moekit.nn.transformer import Transformer
 from moekit.paths import DEMO_BPE as DEMO

@@ -3,8 +3,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from moekit import preflight
-from moekit.parameters import ParameterError
+from moekit.arguments import ParameterError
+from moekit.notebook import preflight
 
 GOOD = {
     "checkpoint": "demo",

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from synthetic_traces import synthetic
 
-from moekit import routing_plots
+from moekit.notebook import routing_plots
 
 
 @pytest.fixture(scope="module")

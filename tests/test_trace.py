@@ -14,13 +14,16 @@ from branch_cases import CASES, build
 from synthetic_traces import synthetic
 
 import moekit
-from moekit import checkpoint, trace
+from moekit import checkpoint
+from moekit.handle import fingerprint
 from moekit.nn.cache import Cache
 from moekit.nn.config import PAD
 from moekit.nn.experts import activation_fn
 from moekit.nn.record import Options, Recorder
 from moekit.nn.transformer import MoE, Pass, Transformer
-from moekit.trace import Trace
+from moekit.routing import trace
+from moekit.routing.domains import domains_of
+from moekit.routing.trace import Trace
 from moekit.worker import scoring as worker
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the ranks run functions of this file
@@ -107,7 +110,7 @@ def test_world_size_and_packing_change_nothing(reference, monkeypatch):
     """Batches alone in a forward pass, packed, and spread over ranks with too few batches for all."""
     found = []
     for world_size, tokens in ((1, 1), (1, 10_000), (3, 200)):
-        monkeypatch.setattr("moekit.handle.TOKENS_A_PASS", {"cpu": tokens})
+        monkeypatch.setattr("moekit.scoring.TOKENS_A_PASS", {"cpu": tokens})
         with moekit.load(reference / "checkpoint", world_size, "cpu", progress=False) as model:
             found.append(
                 model.trace(
@@ -384,10 +387,10 @@ def test_fingerprint_changes_with_the_files(tmp_path):
     paths = [tmp_path / "a.pt", tmp_path / "b.pt"]
     for path in paths:
         path.write_bytes(b"0" * 500)
-    marks = {trace.fingerprint(paths, edge=100)}
+    marks = {fingerprint(paths, edge=100)}
     for change in (b"1" + b"0" * 499, b"0" * 499 + b"1", b"0" * 501):
         paths[1].write_bytes(change)
-        marks.add(trace.fingerprint(paths, edge=100))
+        marks.add(fingerprint(paths, edge=100))
     assert len(marks) == 4
 
 
@@ -529,16 +532,16 @@ def test_domains_of_blocks(model, reference, tmp_path):
     side = tmp_path / "valid.domains.txt"
     side.write_text("\n".join(names) + "\n")
     found = model.trace(reference / "data-bin", tokens_per_sample=30, progress=False)
-    domains = trace.domains_of(found, reference / "data-bin", domains=side)
+    domains = domains_of(found, reference / "data-bin", domains=side)
     of_text = [name for name, line in zip(names, lines, strict=True) for _ in range(len(line.split()) + 1)]
     assert domains.tolist() == [names[0], *of_text[:-1]]  # the leading </s>; the last token is never read
 
     side.write_text("a\n")
     with pytest.raises(ValueError, match="has 1 lines, the text"):
-        trace.domains_of(found, reference / "data-bin", domains=side)
+        domains_of(found, reference / "data-bin", domains=side)
     with pytest.raises(ValueError, match=r"there is no file .*valid.domains.txt"):
-        trace.domains_of(found, reference / "data-bin")
+        domains_of(found, reference / "data-bin")
     side.write_text("\n".join(names) + "\n")
     found.token[5] += 1
     with pytest.raises(ValueError, match=r"1 of \d+ tokens differ"):
-        trace.domains_of(found, reference / "data-bin", domains=side)
+        domains_of(found, reference / "data-bin", domains=side)

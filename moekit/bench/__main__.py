@@ -23,7 +23,7 @@ import torch
 
 from moekit.bench import data, decode, load, moe_layer, routing, score
 from moekit.bench import setting as settings
-from moekit.report import versions
+from moekit.notebook.report import versions
 
 MODEL = {"score": score, "decode": decode, "load": load, "moe-layer": moe_layer}
 OTHER = {"data": data, "routing": routing}

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from moekit.api import Model
 from moekit.bench import figures, measure, shapes
 from moekit.bench import setting as settings
 from moekit.bench.figures import Figure
 from moekit.bench.measure import Ceilings
 from moekit.bench.score import numbers
 from moekit.bench.setting import Setting
-from moekit.handle import Model
 from moekit.nn.gate import Routing
 from moekit.ranks import Rank
 from moekit.worker import decoding as decode

@@ -13,11 +13,11 @@ import torch
 
 import moekit
 from moekit import checkpoint
+from moekit.api import Model
 from moekit.bench import figures, measure, shapes
 from moekit.bench import setting as settings
 from moekit.bench.figures import GIB, Figure
 from moekit.bench.setting import Setting
-from moekit.handle import Model
 from moekit.nn.dispatch import owned
 from moekit.ranks import Rank
 from moekit.ranks.machine import host_memory

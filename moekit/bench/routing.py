@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from moekit import metrics
 from moekit.bench.setting import at_least_one
-from moekit.trace import Trace
+from moekit.routing import metrics
+from moekit.routing.trace import Trace
 
 SECONDS = 5.0  # what a metric may take on 2 cores
 

@@ -14,17 +14,18 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from moekit.api import Model
 from moekit.batches import Batch
 from moekit.bench import figures, measure, shapes
 from moekit.bench import setting as settings
 from moekit.bench.figures import Figure
 from moekit.bench.measure import Ceilings
 from moekit.bench.setting import Setting
-from moekit.handle import Model
 from moekit.nn import graphs as graph
 from moekit.nn.gate import Routing
 from moekit.nn.transformer import Pass, Transformer
 from moekit.ranks import Rank
+from moekit.scoring import score_batches
 from moekit.worker import scoring as worker
 
 FRACTION = 0.05
@@ -121,8 +122,8 @@ def whole(model: Model, setting: Setting, ceilings: Ceilings, blocks: int) -> Fi
     batches = [batch(setting, i) for i in range(count)]
 
     def work() -> None:
-        model.score_batches(
-            batches, fraction=FRACTION, vocab=setting.config.vocab_rows, seed=1, progress=False
+        score_batches(
+            model, batches, fraction=FRACTION, vocab=setting.config.vocab_rows, seed=1, progress=False
         )
 
     seconds = measure.median(work, torch.device("cpu"), repeats=max(2, setting.repeats // 3), warm_up=1)

@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 
 from moekit import checkpoint, ranks
+from moekit.api import Model
 from moekit.bench import figures, measure, shapes
 from moekit.bench.measure import Ceilings
-from moekit.handle import DTYPES, Model
+from moekit.handle import DTYPES
 from moekit.nn.config import ModelConfig
 from moekit.nn.experts import KERNELS, choose_kernel
 from moekit.ranks.machine import gpus, host_memory

@@ -3,7 +3,7 @@
     codec = Codec.load("demo")          # text to ids and back
     prepared = prepare(settings({"source": "my/texts", "bpe": "demo"}))
 
-Pictures of what was prepared are in :mod:`moekit.data.plots`, which needs matplotlib.
+Pictures of what was prepared are in :mod:`moekit.notebook.data_plots`, which needs matplotlib.
 """
 
 from moekit.data.binarise import Binarised, Summary, binarise

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moekit import parameters
+from moekit.arguments import Choice, Flag, Kind, ParameterError, Text, Texts, Whole
 from moekit.data.sources import CHECKPOINTS
-from moekit.parameters import Choice, Flag, Kind, ParameterError, Text, Texts, Whole
+from moekit.notebook import parameters
 
 PARAMETERS: dict[str, Kind] = {
     "source": Text(),

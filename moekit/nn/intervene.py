@@ -48,7 +48,7 @@ class Force:
 
 @dataclass(frozen=True)
 class Intervention:
-    """What :meth:`moekit.handle.Model.route` changes; made by :func:`plan`.
+    """What :meth:`moekit.api.Model.route` changes; made by :func:`plan`.
 
     Attributes:
         mask: layer -> experts whose gate logits become -inf before the softmax: the other experts' probabilities grow
@@ -130,7 +130,7 @@ def plan(
     drop_second: bool = False,
     capacity_token_fraction: float | EllipsisType | None = ...,
 ) -> Intervention:
-    """Check an intervention against the model; the arguments are those of :meth:`moekit.handle.Model.route`.
+    """Check an intervention against the model; the arguments are those of :meth:`moekit.api.Model.route`.
 
     Raises:
         ValueError: no such layer or expert, too few experts left, or a contradiction.

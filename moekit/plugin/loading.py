@@ -18,8 +18,8 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf, overwrite_ar
 from omegaconf import OmegaConf
 
 from moekit import checkpoint
-from moekit.batches import mend_numpy
 from moekit.checkpoint.options import options_of
+from moekit.fairseq_data import mend_numpy
 from moekit.plugin.language_model import NAME
 
 

@@ -19,11 +19,11 @@ from moekit.nn.record import Options
 
 @dataclass(frozen=True)
 class Settings:
-    """How tokens are chosen; the meaning of each is told by :func:`moekit.generate.generate`.
+    """How tokens are chosen; the meaning of each is told by :func:`moekit.generation.run.generate`.
 
     Attributes:
         vocab: types of the dictionary; nothing beyond it is chosen.
-        intervention: what :meth:`moekit.handle.Model.route` changes; its samples are the sequences' numbers.
+        intervention: what :meth:`moekit.api.Model.route` changes; its samples are the sequences' numbers.
         record: handed to every forward pass, see :class:`moekit.nn.transformer.Pass`. Its routing groups are the sequences.
         trace: what :func:`end` returns of the routing, in place of ``record``.
     """

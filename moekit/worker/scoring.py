@@ -44,7 +44,7 @@ def score(
 
     Returns:
         (batch index, float32 [B, T]) pairs; what stands where a target is ``PAD`` means nothing. And the parts of
-        the trace, for :class:`moekit.trace.Collector`.
+        the trace, for :class:`moekit.routing.trace.Collector`.
     """
     model: Transformer = rank.state["model"]
     scores: list[tuple[int, np.ndarray]] = []

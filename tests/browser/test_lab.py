@@ -22,14 +22,14 @@ TWO = """
 import sys
 sys.path.insert(0, {tests!r})
 from synthetic_traces import synthetic
-from moekit.explorer import explore
+from moekit.notebook.explorer import explore
 trace, domains = synthetic(tokens=400, layers=(1, 3), experts=8, block=100)
 first, second = explore(trace, domains=domains), explore(trace, domains=domains)
 """
 
 PLAYGROUND = """
 import moekit
-from moekit.playground import Playground
+from moekit.notebook.playground import Playground
 playground = Playground(moekit.load("demo", 1, "cpu", progress=False), "Once upon a time")
 playground.settings["max_new_tokens"].value = 250  # time enough to press stop
 playground

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from synthetic_traces import synthetic
 
-import moekit.explorer
-from moekit.explorer import save_html
-from moekit.explorer.pack import pack
+import moekit.notebook.explorer
+from moekit.notebook.explorer import save_html
+from moekit.notebook.explorer.pack import pack
 
 pytestmark = pytest.mark.slow
-SCRIPT = Path(moekit.explorer.__file__).with_name("explorer.js")
+SCRIPT = Path(moekit.notebook.explorer.__file__).with_name("explorer.js")
 
 LOOK_UP = """async ([source, header, arrays, question]) => {
     const { Data } = await import("data:text/javascript;base64," + source);

@@ -1,4 +1,4 @@
-"""Metrics of routing: each a function of a :class:`moekit.trace.Trace`.
+"""Metrics of routing: each a function of a :class:`moekit.routing.trace.Trace`.
 
 Tables have one row a thing measured, with ``value``, a 95 % interval ``low`` to ``high``, and ``chance``: what uniform
 random routing would give, that is, every token choosing K different experts at random, each set alike likely.
@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moekit import offload
 from moekit.nn.config import PAD
-from moekit.trace import Trace, align
+from moekit.routing import expert_caches as offload
+from moekit.routing.trace import Trace, align
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -425,7 +425,7 @@ def domain_specialisation(
     OLMoE's domain specialisation (Muennighoff et al. 2024, arXiv 2409.02060, section 5.3). ``chance`` = K/E. Wilson.
 
     Args:
-        groups: [T] labels, such as :func:`moekit.trace.domains_of` gives.
+        groups: [T] labels, such as :func:`moekit.routing.domains.domains_of` gives.
 
     Returns:
         A row a (layer, domain, expert): ``layer``, ``domain``, ``expert``, ``count``, ``value``, ``low``, ``high``,
@@ -625,7 +625,7 @@ def agreement(before: Trace, after: Trace) -> pd.DataFrame:
         A row a (layer, ``statistic``): ``layer``, ``statistic``, ``value``, ``low``, ``high``, ``chance``.
 
     Raises:
-        ValueError: as :func:`moekit.trace.align`.
+        ValueError: as :func:`moekit.routing.trace.align`.
     """
     before, after = align(before, after)
     experts, k = before.num_experts, before.top_k
@@ -700,7 +700,7 @@ def cache_hits(trace: Trace, sizes: Sequence[int] | None = None, *, dispatched: 
     - ``lru``: keeps the experts requested last (Mattson et al. 1970: one pass gives every size);
     - ``lfu``: keeps those requested most often so far, of equals those requested last (counts are never forgotten);
     - ``oracle``: Belady 1966: keeps those that are needed again soonest, the most hits that any policy can have; of
-      long traces in pieces (:func:`moekit.offload.oracle_hits`).
+      long traces in pieces (:func:`moekit.routing.expert_caches.oracle_hits`).
 
     ``chance``: lru the mean over choices k = 0, ... of (size - k) / (E - k), lfu size / E, oracle simulated. Wilson's
     interval. After ljcleo/moe-lrc (arXiv 2505.16056).

@@ -1,7 +1,7 @@
 """Pictures of a routing trace that stay readable at 512 experts: sorted or clustered, with what uniform random
 routing would give.
 
-Each function takes a :class:`moekit.trace.Trace` and returns a matplotlib figure (or HTML); none touches pyplot's state.
+Each function takes a :class:`moekit.routing.trace.Trace` and returns a matplotlib figure (or HTML); none touches pyplot's state.
 Colours: Paul Tol's "light" scheme for kinds, which carries black text, one hue for amounts, blue to orange around a
 baseline: all told apart by colour-blind people. Figures are white cards on purpose: they look alike in light and dark themes.
 
@@ -22,14 +22,14 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from moekit import metrics
 from moekit.nn import gate
+from moekit.routing import metrics
 
 if TYPE_CHECKING:
     from IPython.display import HTML
 
     from moekit.data import Codec
-    from moekit.trace import Trace
+    from moekit.routing.trace import Trace
 
 KINDS = (
     "#77AADD",
@@ -339,7 +339,7 @@ def drops_by_position(trace: Trace, bins: int = 32) -> Figure:
 
 
 def uniform_drops(trace: Trace) -> np.ndarray | None:
-    """[P, K]: what uniform random routing would drop at each position (:func:`moekit.metrics.drop_probability`), in
+    """[P, K]: what uniform random routing would drop at each position (:func:`moekit.routing.metrics.drop_probability`), in
     groups of the trace's commonest shape; None where the trace's meta does not tell the capacity or the shape."""
     groups = trace.meta.get("groups")
     if not groups or "capacity_token_fraction" not in trace.meta:
@@ -357,7 +357,7 @@ def uniform_drops(trace: Trace) -> np.ndarray | None:
 def coactivation(trace: Trace, layer: int | None = None, pairs: int = 15) -> Figure:
     """Which experts of a layer are chosen together: N(i, j) / N(i), clustered, as a multiple of chance.
 
-    :func:`moekit.metrics.coactivation`; at the right the pairs that share most tokens. Grey: the diagonal, and experts
+    :func:`moekit.routing.metrics.coactivation`; at the right the pairs that share most tokens. Grey: the diagonal, and experts
     that nobody chose.
 
     Raises:
@@ -417,8 +417,8 @@ def coactivation(trace: Trace, layer: int | None = None, pairs: int = 15) -> Fig
 def domain_heatmap(trace: Trace, domains: np.ndarray) -> Figure:
     """Which experts the domains use: a panel a layer, a row a domain; experts stand by the domain that uses them most.
 
-    The colour is :func:`moekit.metrics.domain_specialisation` as a multiple of its chance value; over each panel
-    :func:`moekit.metrics.domain_information`.
+    The colour is :func:`moekit.routing.metrics.domain_specialisation` as a multiple of its chance value; over each panel
+    :func:`moekit.routing.metrics.domain_information`.
 
     Args:
         domains: [T] labels.

@@ -11,7 +11,7 @@ import numpy as np
 if TYPE_CHECKING:
     import pandas as pd
 
-    from moekit.trace import Trace
+    from moekit.routing.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,11 @@ def compare(before: Trace, after: Trace) -> Comparison:
     """What differs between two traces of the same tokens: an intervention, another capacity, another checkpoint.
 
     Raises:
-        ValueError: as :func:`moekit.trace.align`; or the layers or numbers of experts differ.
+        ValueError: as :func:`moekit.routing.trace.align`; or the layers or numbers of experts differ.
     """
     import pandas as pd
 
-    from moekit.trace import align
+    from moekit.routing.trace import align
 
     before, after = align(before, after)
     sets = np.sort(before.experts, axis=2) != np.sort(after.experts, axis=2)

@@ -9,19 +9,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moekit import compare as intervene
-from moekit import metrics, report
-from moekit.parameters import MACHINE, Kind, Number, Text, Texts, Whole
-from moekit.trace import domains_of
+from moekit.arguments import Kind, Number, Text, Texts, Whole
+from moekit.notebook import report
+from moekit.notebook.parameters import MACHINE
+from moekit.routing import compare as intervene
+from moekit.routing import metrics
+from moekit.routing.domains import domains_of
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
+    from moekit.api import Model
     from moekit.data.codec import Codec
-    from moekit.explorer import Explorer
-    from moekit.handle import Model
-    from moekit.trace import Trace
+    from moekit.notebook.explorer import Explorer
+    from moekit.routing.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def labels_of(trace: Trace, data: str, domains: Sequence[str] | None, of_texts: 
 def favourites(trace: Trace, labels: np.ndarray, codec: Codec | None, tokens: int = 6) -> pd.DataFrame:
     """The experts that each domain prefers most, over all layers, strongest first.
 
-    Preference is :func:`moekit.metrics.domain_specialisation` of this domain over that of the domain next in line.
+    Preference is :func:`moekit.routing.metrics.domain_specialisation` of this domain over that of the domain next in line.
 
     Returns:
         A row a domain: ``domain``, ``layer``, ``expert``, ``share`` (of the domain's tokens that choose it), ``next``

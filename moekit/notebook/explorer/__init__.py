@@ -7,7 +7,7 @@
 The views and every look-up are in explorer.js, which both homes share; pack.py hands it the trace as typed arrays.
 """
 
-from moekit.explorer.page import save_html
-from moekit.explorer.widget import Explorer, explore
+from moekit.notebook.explorer.page import save_html
+from moekit.notebook.explorer.widget import Explorer, explore
 
 __all__ = ["Explorer", "explore", "save_html"]

@@ -14,7 +14,7 @@ from moekit.nn.config import PAD
 
 if TYPE_CHECKING:
     from moekit.data import Codec
-    from moekit.trace import Trace
+    from moekit.routing.trace import Trace
 
 NONE = 0xFFFFFFFF  # no piece: the target or the prediction is unknown
 DROPPED = 0x8000  # this bit of a choice; the others are the expert

@@ -12,25 +12,20 @@ Shape letters: T tokens, L traced MoE layers, K choices a token, E experts.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moekit.batches import Batch, data_folder
-from moekit.nn.config import EOS, PAD
 from moekit.nn.record import CHOICE_COLUMNS, Options
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from moekit.handle import Model
 
 TOKEN_COLUMNS = {  # [T]
     "sample": np.int32,
@@ -160,7 +155,7 @@ class Trace:
 
         Columns: those of the token; for each traced layer n and choice k ``experts.n.k``, ``probs.n.k``,
         ``weights.n.k``, ``kept.n.k``; ``entropy.n``; and ``full.n``, the E float16 of the full distribution in one
-        binary value. The schema's metadata holds under "moekit.trace" a JSON object with ``format``, ``layers``,
+        binary value. The schema's metadata holds under "moekit.routing.trace" a JSON object with ``format``, ``layers``,
         ``top_k``, ``num_experts`` and ``meta``.
         """
         import pyarrow as pa
@@ -184,7 +179,7 @@ class Trace:
             "num_experts": self.num_experts,
             "meta": self.meta,
         }
-        table = pa.table(columns).replace_schema_metadata({"moekit.trace": json.dumps(head)})
+        table = pa.table(columns).replace_schema_metadata({"moekit.routing.trace": json.dumps(head)})
         part = Path(path).with_name(Path(path).name + ".part")
         floats = [name for name, column in columns.items() if pa.types.is_floating(column.type)]
         pq.write_table(
@@ -211,7 +206,7 @@ class Trace:
         if not path.is_file():
             raise ValueError(f"there is no trace {path}")
         try:
-            head = json.loads((pq.read_schema(path).metadata or {})[b"moekit.trace"])
+            head = json.loads((pq.read_schema(path).metadata or {})[b"moekit.routing.trace"])
         except (KeyError, pa.ArrowInvalid):
             raise ValueError(f"{path} is not a trace that moekit saved") from None
         if head["format"] != FORMAT:
@@ -337,112 +332,6 @@ class Collector:
         return Trace(**columns, layers=self.options.layers, full=full, num_experts=num_experts, meta=meta)
 
 
-def text_batches(texts: Sequence[Sequence[int]], batch_size: int, max_positions: int) -> list[Batch]:
-    """Texts (their ids) as batches of ``batch_size``, in order: a sample a text, ``</s>`` first, as fairseq's blocks begin.
-
-    Position p predicts the text's token p; the last token is an input without a target. Padded on the right.
-
-    Raises:
-        ValueError: a text is longer than the model has positions for, or empty.
-    """
-    for number, ids in enumerate(texts):
-        if not 1 <= len(ids) < max_positions:
-            raise ValueError(
-                f"text {number} has {len(ids)} tokens; expected 1 to {max_positions - 1}, as </s> precedes them"
-            )
-    batches = []
-    for index, start in enumerate(range(0, len(texts), batch_size)):
-        some = texts[start : start + batch_size]
-        tokens = np.full((len(some), 1 + max(map(len, some))), PAD, dtype=np.int32)
-        targets = tokens.copy()
-        for row, ids in enumerate(some):
-            tokens[row, : len(ids) + 1] = [EOS, *ids]
-            targets[row, : len(ids)] = ids
-        ids = np.arange(start, start + len(some))
-        batches.append(Batch(index, ids, tokens, targets, np.zeros(len(some), dtype=np.int64)))
-    return batches
-
-
-def up_to(batches: Iterable[Batch], max_tokens: int) -> Iterator[Batch]:
-    """Batches until the next one would make it more than ``max_tokens`` real tokens, but at least one."""
-    total = 0
-    for batch in batches:
-        total += int((batch.tokens != PAD).sum())
-        if total > max_tokens and batch.index > 0:
-            return
-        yield batch
-
-
-def is_data(what: object) -> bool:
-    """Whether ``what`` names a folder of binarised data rather than being a text, texts or their ids.
-
-    Raises:
-        ValueError: it looks like a path, and nothing is there.
-    """
-    if isinstance(what, Path) or what == "demo":
-        return True
-    if not isinstance(what, str):
-        return False
-    if "\n" not in what and len(what) < 4096 and Path(what).expanduser().is_dir():
-        return True
-    if os.sep in what and not any(c.isspace() for c in what):
-        raise ValueError(f"there is no folder {what}; to trace it as a text, put it into a list")
-    return False
-
-
-def describe_run(model: Model, batches: Sequence[Batch], fraction: float | None, seed: int) -> dict[str, Any]:
-    """A trace's meta, but for what was asked of the data.
-
-    Returns:
-        ``checkpoint`` (``path``, ``files`` with name and size, ``fingerprint``, see :func:`fingerprint`),
-        ``capacity_token_fraction``, ``groups`` (routing
-        groups as [samples, tokens a sample, how many], padding included), ``seed``, ``intervention``, ``dtype``,
-        ``device``, ``world_size``, ``kernel``, ``versions``, ``created`` (UTC).
-    """
-    import platform
-    from datetime import UTC, datetime
-    from importlib import metadata
-
-    import torch
-
-    try:
-        own = metadata.version("moekit")
-    except metadata.PackageNotFoundError:  # run from a source tree
-        own = "source"
-    change = model.intervention
-    shapes = Counter(batch.tokens.shape for batch in batches)
-    return {
-        "checkpoint": {
-            "path": str(model.files.shared.parent.resolve()),
-            "files": [{"name": path.name, "bytes": path.stat().st_size} for path in model.files.all],
-            "fingerprint": fingerprint(model.files.all),
-        },
-        "capacity_token_fraction": fraction if change is None else change.fraction(fraction),
-        "intervention": None if change is None else change.describe(),
-        "groups": [[*shape, count] for shape, count in sorted(shapes.items())],
-        "seed": seed,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": model.device,
-        "world_size": model.world_size,
-        "kernel": model.parts[0]["kernel"],
-        "versions": {"moekit": own, "torch": torch.__version__, "python": platform.python_version()},
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-def fingerprint(paths: Sequence[Path], edge: int = 65_536) -> str:
-    """A cheap identity of files: SHA-256 of their names, sizes, and first and last ``edge`` bytes, in hex."""
-    digest = hashlib.sha256()
-    for path in paths:
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}\n".encode())
-        with open(path, "rb") as file:
-            digest.update(file.read(edge))
-            file.seek(max(0, size - edge))
-            digest.update(file.read(edge))
-    return digest.hexdigest()
-
-
 def join(traces: Iterable[Trace]) -> Trace:
     """Traces of different samples in one, with the first one's meta: those of several generations, say.
 
@@ -489,65 +378,3 @@ def align(one: Trace, other: Trace) -> tuple[Trace, Trace]:
 
 
 # --------------------------------------------------------------------------------------------------------- domains
-
-
-def domains_of(
-    trace: Trace, data: str | Path = "demo", subset: str | None = None, domains: str | Path | None = None
-) -> np.ndarray:
-    """The domain of each token's line in the text that was binarised.
-
-    Args:
-        trace: of binarised data cut into blocks (``sample_break_mode`` "none", no context window).
-        data: the folder with ``{subset}.bin`` and ``.idx``, or "demo".
-        subset: None: the one that the trace's meta names.
-        domains: a side file with a domain a line of the text. None: ``{subset}.domains.txt`` in ``data`` or in the
-            folder above.
-
-    Returns:
-        [T] array of strings. A token belongs to the line that it is read from; a ``</s>`` to the line that it ends,
-        and the one in front of the data to the first line.
-
-    Raises:
-        ValueError: a file is missing, or lines, tokens and trace do not fit each other.
-    """
-    subset = subset or trace.meta.get("subset")
-    if subset is None:
-        raise ValueError("the trace is not of binarised data; give the subset whose lines it holds")
-    folder = data_folder(data)
-    sides = [folder / f"{subset}.domains.txt", folder.parent / f"{subset}.domains.txt"]
-    side = (
-        Path(domains).expanduser()
-        if domains is not None
-        else next((s for s in sides if s.is_file()), sides[0])
-    )
-    if not side.is_file():
-        raise ValueError(f"there is no file {side} with a domain for each line of the text")
-    labels = np.array(side.read_text("utf-8").split("\n")[:-1])
-    sizes, ids = _lines(folder / subset)
-    if len(labels) != len(sizes):
-        raise ValueError(
-            f"{side} has {len(labels)} lines, the text {len(sizes)}: expected a domain for each line"
-        )
-
-    block = trace.meta.get("tokens_per_sample")
-    if block is None or trace.meta.get("sample_break_mode") != "none" or trace.meta.get("context_window"):
-        raise ValueError("domains are known for data in blocks: sample_break_mode='none', context_window=0")
-    place = trace.sample.astype(np.int64) * block + trace.position - 1  # in the text; inputs lag by one
-    fits = place < len(ids)
-    fits[fits] &= (ids[place[fits]] == trace.token[fits]) | (place[fits] < 0)
-    if not fits.all():
-        raise ValueError(
-            f"{int((~fits).sum())} of {len(trace)} tokens differ from {folder}/{subset}: it is not the trace's data"
-        )
-    line = np.repeat(np.arange(len(sizes)), sizes)
-    return labels[line[np.maximum(place, 0)]]
-
-
-def _lines(prefix: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The lengths of the lines and all ids of a binarised text."""
-    from fairseq.data.indexed_dataset import MMapIndexedDataset
-
-    if not prefix.with_name(prefix.name + ".idx").is_file():
-        raise ValueError(f"there is no file {prefix}.idx")
-    index = MMapIndexedDataset.Index(f"{prefix}.idx")
-    return np.array(index.sizes), np.fromfile(f"{prefix}.bin", dtype=index.dtype)

@@ -8,11 +8,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from moekit import batches, ranks
 from moekit import checkpoint as ckpt
+from moekit import fairseq_data as batches
+from moekit import ranks
+from moekit.arguments import ParameterError
 from moekit.nn.config import ModelConfig
-from moekit.parameters import ParameterError
-from moekit.trace import Trace
+from moekit.routing.trace import Trace
 
 
 def load_shards(p: SimpleNamespace) -> ModelConfig:

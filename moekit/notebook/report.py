@@ -19,7 +19,8 @@ from moekit.ranks.machine import gpus, host_memory
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from moekit.handle import Evaluation, Model
+    from moekit.api import Model
+    from moekit.scoring import Evaluation
 
 GIB = 2**30
 PACKAGES = ("moekit", "torch", "ve-fairseq", "numpy", "papermill", "jupyterlab", "ipywidgets")

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moekit.explorer.pack import choose_samples, pack
+from moekit.notebook.explorer.pack import choose_samples, pack
 
 if TYPE_CHECKING:
     from moekit.data import Codec
-    from moekit.trace import Trace
+    from moekit.routing.trace import Trace
 
 HERE = Path(__file__).parent
 NO_KERNEL = "masking needs the model: call moekit.explore(trace, model=model) in a notebook"

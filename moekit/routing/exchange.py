@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 
 from moekit.nn.config import PAD
-from moekit.trace import Trace
+from moekit.routing.trace import Trace
 
 LAYOUTS = ("vllm", "sglang", "megatron", "olmoe", "moe-infinity")
 

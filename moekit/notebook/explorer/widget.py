@@ -10,14 +10,15 @@ import numpy as np
 import traitlets
 
 from moekit.batches import Batch
-from moekit.explorer import page
-from moekit.explorer.pack import pack
 from moekit.nn.config import PAD
+from moekit.notebook.explorer import page
+from moekit.notebook.explorer.pack import pack
+from moekit.scoring import score_batches
 
 if TYPE_CHECKING:
+    from moekit.api import Model
     from moekit.data import Codec
-    from moekit.handle import Model
-    from moekit.trace import Trace
+    from moekit.routing.trace import Trace
 
 HERE = Path(__file__).parent
 NO_MODEL = "masking needs the model: explore(trace, model=model)"
@@ -44,7 +45,7 @@ class Explorer(anywidget.AnyWidget):
         self.on_msg(self._answer)
 
     def save_html(self, path: str | Path, max_tokens: int = 20_000) -> Path:
-        """Write this explorer as a stand-alone page; see :func:`moekit.explorer.save_html`."""
+        """Write this explorer as a stand-alone page; see :func:`moekit.notebook.explorer.save_html`."""
         return page.save_html(self.trace, path, self.codec, self.domains, max_tokens)
 
     def _answer(self, _: object, content: dict, buffers: list) -> None:
@@ -95,9 +96,9 @@ class Explorer(anywidget.AnyWidget):
             "seed": trace.meta.get("seed", 1),
             "progress": False,
         }
-        before = model.score_batches([sample], **how)[0][0]
+        before = score_batches(model, [sample], **how)[0][0]
         with model.route(mask={trace.layers[layer]: [expert]}):
-            after = model.score_batches([sample], **how)[0][0]
+            after = score_batches(model, [sample], **how)[0][0]
         delta = np.where(sample.targets[0] == PAD, np.nan, after - before).astype(np.float32)
         room = "no capacity limit" if fraction is None else f"capacity fraction {fraction:g}"
         return delta, f"scored alone, with and without it, {room}"
@@ -117,6 +118,6 @@ def explore(
     Args:
         model: the model that made the trace, to mask experts; None: the button says why it is off.
         codec: whose ``pieces(ids)`` shows tokens as text; None: their ids.
-        domains: [T] labels of the tokens (:func:`moekit.trace.domains_of`); None: no domains.
+        domains: [T] labels of the tokens (:func:`moekit.routing.domains.domains_of`); None: no domains.
     """
     return Explorer(trace, model, codec, domains)

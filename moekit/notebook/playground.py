@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 import ipywidgets as widgets
 from IPython.display import display
 
-from moekit.generate import Generation, Text, Token
+from moekit.generation.request import Generation, Token
+from moekit.generation.text import Text
 
 if TYPE_CHECKING:
+    from moekit.api import Model
     from moekit.data.codec import Codec
-    from moekit.handle import Model
 
 ALTERNATIVES = 5
 REDRAW = 0.05  # seconds between two pictures of a stream
@@ -94,7 +95,7 @@ class Table:
 def static(
     generations: Sequence[Generation], prompts: str | Sequence[str | Sequence[int]], codec: Codec
 ) -> Table:
-    """What :meth:`moekit.handle.Model.generate` made of ``prompts``, as a table with coloured tokens."""
+    """What :meth:`moekit.api.Model.generate` made of ``prompts``, as a table with coloured tokens."""
     prompts = [prompts] if isinstance(prompts, str) else prompts
     rows = []
     for generation in generations:
@@ -130,7 +131,7 @@ class Run:
 
 
 class Playground:
-    """Widgets around :meth:`moekit.handle.Model.stream`: show it as the last expression of a cell.
+    """Widgets around :meth:`moekit.api.Model.stream`: show it as the last expression of a cell.
 
     The generation runs in a thread, so that the stop button is heard. ``runs`` holds the history.
 
@@ -233,7 +234,7 @@ class Playground:
 
 
 def arguments(values: dict[str, Any]) -> dict[str, Any]:
-    """The widgets' values as :meth:`moekit.handle.Model.stream` takes them: top k and top p are for draws alone."""
+    """The widgets' values as :meth:`moekit.api.Model.stream` takes them: top k and top p are for draws alone."""
     drawing = values["temperature"] > 0
     given = {name: values[name] for name in ("max_new_tokens", "temperature", "repetition_penalty", "seed")}
     return given | {

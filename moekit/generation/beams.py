@@ -1,0 +1,93 @@
+"""Beam search by the rules of fairseq."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from moekit.generation.request import Generation, Request
+from moekit.generation.session import Session, _slots
+from moekit.nn.config import EOS
+from moekit.worker.decoding import Prompt
+from moekit.worker.sampling import Candidates
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    from moekit.data.codec import Codec
+    from moekit.handle import Handle
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """A beam: its new tokens and their log-probabilities; ``score`` is the sum over these and the prompt's."""
+
+    ids: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+    score: float = 0.0
+    parent: int = 0  # the beam that it went on from
+
+
+class Beams:
+    """The beam search of one prompt, by the rules of ``SequenceGenerator`` (fairseq/sequence_generator.py).
+
+    Of the 2 N best candidates, those with ``</s>`` among the first N are finished hypotheses, and the first N others
+    go on. It is over when N are finished. They rank by the mean log-probability of all their tokens.
+    """
+
+    def __init__(self, prompt: Prompt, size: int):
+        self.prompt, self.size = prompt, size
+        self.alive = [Hypothesis()]
+        self.finished: list[tuple[float, str, Hypothesis]] = []
+
+    def grow(self, candidates: Candidates, last: bool) -> None:
+        alive = []
+        for place, (score, token, beam, logprob) in enumerate(zip(*candidates, strict=True)):
+            before = self.alive[beam]
+            ids, logprobs = (*before.ids, int(token)), (*before.logprobs, float(logprob))
+            hypothesis = Hypothesis(ids, logprobs, float(score), int(beam))
+            if token != EOS:
+                alive.append(hypothesis)
+            elif place < self.size and len(self.finished) < self.size:
+                mean = float(np.float32(score) / np.float32(len(self.prompt.ids) - 1 + len(ids)))
+                self.finished.append((mean, "length" if last else "stop", hypothesis))
+        self.alive = [] if last or len(self.finished) == self.size else alive[: self.size]
+
+    def best(self, count: int, codec: Codec | None) -> list[Generation]:
+        """The ``count`` best finished hypotheses, best first; ``</s>`` at their end is no text."""
+        ranked = sorted(self.finished, key=lambda found: -found[0])[:count]
+        return [
+            Generation(
+                prompt=self.prompt.number,
+                text=None if codec is None else codec.decode(hypothesis.ids[:-1]),
+                ids=list(hypothesis.ids),
+                logprobs=np.array(hypothesis.logprobs, np.float32),
+                finish_reason=reason,
+                score=mean,
+            )
+            for mean, reason, hypothesis in ranked
+        ]
+
+
+def _search(model: Handle, request: Request, bar: tqdm) -> Iterator[Generation]:
+    for wave in request.waves(model):
+        searches = {prompt.number: Beams(prompt, request.settings.beam_size) for prompt in wave}
+        with Session(model, wave, request.settings, _slots(wave, request)) as session:
+            found = session.begin()
+            for step in range(1, request.max_new_tokens + 1):
+                for number, candidates in found.items():
+                    searches[number].grow(candidates, last=step == request.max_new_tokens)
+                    bar.update()
+                going = {
+                    number: [(beam.parent, beam.ids[-1], beam.score) for beam in search.alive]
+                    for number, search in searches.items()
+                    if search.alive
+                }
+                if not going:
+                    break
+                found = session.grow(going, last=step + 1 == request.max_new_tokens)
+        for search in searches.values():
+            yield from search.best(request.copies, request.codec)

@@ -1,0 +1,196 @@
+"""Generation: text that goes on from a prompt, token by token, on any number of ranks.
+
+    model.generate("Once upon a time", max_new_tokens=50, temperature=0.8, top_p=0.95)[0].text
+    for token in model.stream("Once upon a time"):
+        print(token.text, end="", flush=True)
+
+The ranks run forward passes and propose tokens (worker/decoding.py). The driver deals them sequences, decides which
+continue, and turns ids into text: a line end is ``</s>`` on the way in and a line end again on the way out.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from moekit.generation.beams import _search
+from moekit.generation.request import Generation, Request, Token, ask
+from moekit.generation.session import Session, _slots
+from moekit.generation.text import Text
+from moekit.handle import describe_run
+from moekit.nn.config import PAD
+from moekit.nn.record import Options
+from moekit.progress import bar as progress_bar
+from moekit.routing import trace as tracing
+
+if TYPE_CHECKING:
+    from moekit.handle import Handle
+    from moekit.nn.gate import Routing
+
+
+# Tokens that the ranks go on by themselves before this side looks at them, and whether it pays to move the sequences
+# that go on together whenever one is over: a GPU has as good as finished the step by the time it is asked for it.
+BURST = {"cpu": 1, "cuda": 16}
+
+
+def generate(
+    model: Handle,
+    prompts: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]],
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    beam_size: int = 1,
+    repetition_penalty: float = 1.0,
+    stop: str | Sequence[str] = (),
+    seed: int = 1,
+    num_return_sequences: int = 1,
+    *,
+    alternatives: int = 0,
+    capacity_token_fraction: float | None = None,
+    record: Callable[[int, Routing], None] | None = None,
+    trace: bool | Options = False,
+    progress: bool = True,
+) -> list[Generation]:
+    """Go on from each prompt; the results depend neither on the world size nor on what is generated beside them.
+
+    Args:
+        prompts: a text, texts, ids, or lists of ids, of any lengths. Each is read after ``</s>`` (``<s>`` where the
+            model was trained with ``add_bos_token``), so an empty one starts a line.
+        max_new_tokens: at most so many a sequence.
+        temperature: 0 always takes the best token; else tokens are drawn from ``softmax(logits / temperature)``.
+        top_k: draw from the best so many only.
+        top_p: draw from the fewest, of these, that together have this probability.
+        beam_size: N > 1 searches as fairseq's ``SequenceGenerator`` does by default: a hypothesis ends with ``</s>``,
+            and the prompt's own tokens count in its score.
+        repetition_penalty: divides the positive logits of all tokens that came before, and multiplies the negative ones.
+        stop: a sequence ends where one of these texts is complete; a line end is such a text.
+        seed: what is drawn depends on it, on the number of the sequence, and on the step.
+        num_return_sequences: so many draws for each prompt, or the best so many of its beam search.
+        alternatives: tell so many of the best tokens at each place.
+        capacity_token_fraction: of the experts while they read a prompt, each prompt by itself, as in
+            :meth:`moekit.api.Model.evaluate`. None drops nothing. New tokens are never dropped.
+        record: called on the ranks by every MoE layer, see :class:`moekit.nn.transformer.Pass`; a group is a sequence.
+        trace: also record the routing, a sample a sequence; :class:`moekit.nn.record.Options` say what of it. Not of a
+            beam search, nor what the output predicted besides (``alternatives`` tell that).
+        progress: show a bar.
+
+    Returns:
+        ``num_return_sequences`` for each prompt, prompt by prompt; those of a beam search best first.
+
+    Raises:
+        ValueError: an argument makes no sense, or a prompt leaves too little room. Nothing has run yet.
+        moekit.ranks.RankError: a rank failed.
+    """
+    request = ask(
+        model, prompts, max_new_tokens, temperature, top_k, top_p, beam_size, repetition_penalty, stop, seed,
+        num_return_sequences, alternatives, capacity_token_fraction, record, trace,
+    )  # fmt: skip
+    parts: list[dict[str, np.ndarray]] = []
+    total = len(request.prompts) * max_new_tokens
+    with progress_bar("generating", total, " tokens", show=progress) as bar:
+        if beam_size > 1:
+            return list(_search(model, request, bar))
+        tokens = collections.defaultdict(list)
+        for token in _sample(model, request, parts):
+            tokens[token.sequence].append(token)
+            bar.update()
+            if token.finish_reason is not None:
+                bar.total -= max_new_tokens - len(tokens[token.sequence])
+    found = [request.generation(tokens[prompt.number]) for prompt in request.prompts]
+    if request.settings.trace is None:
+        return found
+    whole = _trace(model, request, found, parts)
+    return [replace(one, trace=whole.select(samples=number)) for number, one in enumerate(found)]
+
+
+def _trace(
+    model: Handle, request: Request, found: Sequence[Generation], parts: list[dict[str, np.ndarray]]
+) -> tracing.Trace:
+    """The ranks' parts in one, with what only this side knows of the tokens."""
+    collector = tracing.Collector(request.settings.trace)
+    read = [len(prompt.ids) for prompt in request.prompts]
+    ids = [[*prompt.ids, *one.ids] for prompt, one in zip(request.prompts, found, strict=True)]
+    nothing = [np.full(n, np.nan) for n in read]
+    logprobs = [np.append(n, one.logprobs) for n, one in zip(nothing, found, strict=True)]
+    starts = np.cumsum([0, *map(len, ids)])[:-1]
+    ids, logprobs, read = np.concatenate(ids), np.concatenate(logprobs), np.array(read)
+    for part in parts:
+        place = starts[part["sample"]] + part["position"]  # never a sequence's last: nobody read it
+        part |= {
+            "token": ids[place],
+            "target": ids[place + 1],
+            "generated": part["position"] >= read[part["sample"]],
+            "logprob": logprobs[place + 1],
+            "predicted": np.full(len(place), -1),
+        }
+    collector.add(parts)
+    settings = request.settings
+    meta = describe_run(model, [], settings.fraction, settings.seed)
+    asked = ("temperature", "top_k", "top_p", "repetition_penalty")
+    return collector.trace(model.config.experts, meta | {name: getattr(settings, name) for name in asked})
+
+
+def stream(
+    model: Handle,
+    prompts: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]],
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    stop: str | Sequence[str] = (),
+    seed: int = 1,
+    num_return_sequences: int = 1,
+    *,
+    alternatives: int = 0,
+    capacity_token_fraction: float | None = None,
+    record: Callable[[int, Routing], None] | None = None,
+) -> Iterator[Token]:
+    """The tokens that :func:`generate` finds with the same arguments, as they come: all sequences' first, and so on.
+
+    Closing the iterator ends the generation. A beam search cannot be streamed: it has no token until its end.
+    """
+    request = ask(
+        model, prompts, max_new_tokens, temperature, top_k, top_p, 1, repetition_penalty, stop, seed,
+        num_return_sequences, alternatives, capacity_token_fraction, record, False,
+    )  # fmt: skip
+    return _sample(model, request, [])
+
+
+def _sample(model: Handle, request: Request, parts: list[dict[str, np.ndarray]]) -> Iterator[Token]:
+    """Greedy or drawn: every sequence reads the token that was chosen for it, until it is over.
+
+    Adds what was recorded of the routing to ``parts``.
+    """
+    listening = request.settings.record is not None or request.settings.trace is not None
+    burst = 1 if listening else BURST[model.device]
+    for wave in request.waves(model):
+        texts = {prompt.number: Text(request.codec, request.stop) for prompt in wave}
+        with Session(model, wave, request.settings, _slots(wave, request)) as session:
+            found, step = session.begin(), 0
+            while found:
+                going = dict.fromkeys(found, PAD)
+                for place in range(len(next(iter(found.values())).tokens)):
+                    step += 1
+                    for number in list(going):
+                        token, logprob, best, best_logprobs = (column[place] for column in found[number])
+                        text = texts[number]
+                        piece = text.add(int(token))
+                        reason = (
+                            "stop" if text.stopped else "length" if step == request.max_new_tokens else None
+                        )
+                        if reason is None:
+                            going[number] = int(token)
+                        else:
+                            del going[number]
+                            piece = None if piece is None else piece + text.rest()
+                        alternatives = list(zip(best.tolist(), best_logprobs.tolist(), strict=True))
+                        yield Token(number, int(token), piece, float(logprob), alternatives, reason)
+                steps = min(burst, request.max_new_tokens - step)
+                found = session.run(going, steps) if going else {}
+        parts += session.parts

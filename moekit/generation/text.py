@@ -1,0 +1,38 @@
+"""The text of a sequence, as its tokens come."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from moekit.data.codec import Codec
+
+
+class Text:
+    """The text of a sequence as its tokens come: a character may need several tokens."""
+
+    def __init__(self, codec: Codec | None, stop: Sequence[str]):
+        self.codec, self.stop = codec, stop
+        self.pending: list[int] = []
+        self.tail = ""  # as much of the text as a stop text may begin in
+        self.stopped = False
+
+    def add(self, token: int) -> str | None:
+        """What ``token`` adds to the text."""
+        if self.codec is None:
+            return None
+        self.pending.append(token)
+        piece = self.codec.decode(self.pending)
+        if piece.endswith("\ufffd") and len(self.pending) < 4:  # UTF-8 has at most four bytes a character
+            return ""
+        self.pending = []
+        self.tail += piece
+        self.stopped = any(stop in self.tail for stop in self.stop)
+        self.tail = self.tail[-max(map(len, self.stop), default=1) :]
+        return piece
+
+    def rest(self) -> str:
+        """What is left of a character that never became whole."""
+        rest, self.pending = self.codec.decode(self.pending), []
+        return rest

@@ -1,0 +1,66 @@
+"""The domain of each token, by the line of the text that it is read from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from moekit.fairseq_data import _lines, data_folder
+from moekit.routing.trace import Trace
+
+if TYPE_CHECKING:
+    pass
+
+
+def domains_of(
+    trace: Trace, data: str | Path = "demo", subset: str | None = None, domains: str | Path | None = None
+) -> np.ndarray:
+    """The domain of each token's line in the text that was binarised.
+
+    Args:
+        trace: of binarised data cut into blocks (``sample_break_mode`` "none", no context window).
+        data: the folder with ``{subset}.bin`` and ``.idx``, or "demo".
+        subset: None: the one that the trace's meta names.
+        domains: a side file with a domain a line of the text. None: ``{subset}.domains.txt`` in ``data`` or in the
+            folder above.
+
+    Returns:
+        [T] array of strings. A token belongs to the line that it is read from; a ``</s>`` to the line that it ends,
+        and the one in front of the data to the first line.
+
+    Raises:
+        ValueError: a file is missing, or lines, tokens and trace do not fit each other.
+    """
+    subset = subset or trace.meta.get("subset")
+    if subset is None:
+        raise ValueError("the trace is not of binarised data; give the subset whose lines it holds")
+    folder = data_folder(data)
+    sides = [folder / f"{subset}.domains.txt", folder.parent / f"{subset}.domains.txt"]
+    side = (
+        Path(domains).expanduser()
+        if domains is not None
+        else next((s for s in sides if s.is_file()), sides[0])
+    )
+    if not side.is_file():
+        raise ValueError(f"there is no file {side} with a domain for each line of the text")
+    labels = np.array(side.read_text("utf-8").split("\n")[:-1])
+    sizes, ids = _lines(folder / subset)
+    if len(labels) != len(sizes):
+        raise ValueError(
+            f"{side} has {len(labels)} lines, the text {len(sizes)}: expected a domain for each line"
+        )
+
+    block = trace.meta.get("tokens_per_sample")
+    if block is None or trace.meta.get("sample_break_mode") != "none" or trace.meta.get("context_window"):
+        raise ValueError("domains are known for data in blocks: sample_break_mode='none', context_window=0")
+    place = trace.sample.astype(np.int64) * block + trace.position - 1  # in the text; inputs lag by one
+    fits = place < len(ids)
+    fits[fits] &= (ids[place[fits]] == trace.token[fits]) | (place[fits] < 0)
+    if not fits.all():
+        raise ValueError(
+            f"{int((~fits).sum())} of {len(trace)} tokens differ from {folder}/{subset}: it is not the trace's data"
+        )
+    line = np.repeat(np.arange(len(sizes)), sizes)
+    return labels[line[np.maximum(place, 0)]]
