@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from enum import Enum
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,8 @@ import pytest
 import torch
 from branch_cases import BASE
 from fairseq import checkpoint_utils
-from fairseq.models.transformer_lm import TransformerLanguageModel
+from fairseq.models.transformer_lm import TransformerLanguageModel, TransformerLanguageModelConfig
+from fairseq.tasks.language_modeling import LanguageModelingTask
 from test_project import ROOT
 
 import moekit
@@ -24,6 +26,7 @@ from moekit.nn.config import EOS, PAD, ModelConfig
 from moekit.nn.transformer import Transformer
 from moekit.paths import DEMO_BPE as DEMO
 from moekit.plugin import loading
+from moekit.plugin.language_model import LanguageModel
 
 PLUGIN = Path(moekit.__file__).parent / "plugin"
 GPT2 = {
@@ -165,7 +168,52 @@ def test_checkpoints_with_args_alone(reference, tmp_path):
     )
 
 
-def test_other_checkpoints_are_left_to_fairseq(tmp_path):
+@pytest.mark.parametrize("form", ["cfg", "args"])
+@pytest.mark.parametrize(
+    "told",
+    [
+        {},
+        {
+            "decoder_normalize_before": False,
+            "activation_fn": "gelu",
+            "share_decoder_input_output_embed": True,
+        },
+        {"decoder_learned_pos": True, "no_scale_embedding": True, "layernorm_embedding": True},
+        {"decoder_input_dim": 16, "decoder_output_dim": 24, "no_decoder_final_norm": True},
+    ],
+)
+def test_a_dense_model_in_one_file_gives_what_fairseqs_own_gives(told, form, reference, tmp_path):
+    sizes = {"decoder_layers": 2, "decoder_embed_dim": 32, "decoder_ffn_embed_dim": 48}
+    sizes |= {"decoder_attention_heads": 4, "decoder_input_dim": 32, "decoder_output_dim": 32}
+    options = {"decoder_normalize_before": True, "tokens_per_sample": 64, "max_target_positions": 64}
+    built = TransformerLanguageModelConfig(**(sizes | options | told))
+    data = str((reference / "data-bin").resolve())
+    task = LanguageModelingTask.setup_task(argparse.Namespace(data=data, output_dictionary_size=-1))
+    torch.manual_seed(1)
+    model = TransformerLanguageModel.build_model(built, task).eval()
+    values = {k: v for k, v in vars(built).items() if not str(v).startswith("${")}
+    values = {k: v.value if isinstance(v, Enum) else v for k, v in values.items()}
+    state = {"args": None, "cfg": None, "model": model.state_dict()}
+    if form == "args":
+        state["args"] = argparse.Namespace(**values, arch="transformer_lm", task="language_modeling")
+    else:
+        state["cfg"] = {"model": values | {"_name": "transformer_lm"}, "task": {"tokens_per_sample": 64}}
+    torch.save(state, tmp_path / "model.pt")
+
+    lm = TransformerLanguageModel.from_pretrained(
+        str(tmp_path), data_name_or_path=data, user_dir=str(PLUGIN)
+    ).eval()
+    assert type(lm.models[0]) is LanguageModel
+    tokens = torch.randint(4, 200, (3, 12), generator=torch.Generator().manual_seed(2))
+    tokens[0, 9:] = PAD
+    real = tokens != PAD
+    with torch.no_grad():
+        torch.testing.assert_close(
+            lm.models[0](tokens)[0][real], model(tokens)[0][real], atol=1e-5, rtol=1e-5
+        )
+
+
+def test_a_path_where_nothing_lies_is_fairseqs_to_name(tmp_path):
     assert loading.find(str(tmp_path / "model.pt")) is None
     name_of = checkpoint_utils.get_maybe_sharded_checkpoint_filename
     assert name_of("elsewhere/model.pt", "-part", 0, 1) == "elsewhere/model-part.pt"

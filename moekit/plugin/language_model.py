@@ -23,6 +23,8 @@ from moekit.nn.transformer import Pass, Transformer
 
 NAME = "transformer_lm_moekit"
 CACHE = "moekit"  # its place in fairseq's incremental state
+CAPACITY = "moe_eval_capacity_token_fraction"
+FRACTION = 0.25  # the branch's default of CAPACITY
 
 
 class Decoder(FairseqIncrementalDecoder):
@@ -100,9 +102,7 @@ class LanguageModel(FairseqLanguageModel):
         """A model by the checkpoint's options, ``--model-overrides`` included; its weights come afterwards."""
         options, rows = to_dict(args, "cfg['model']"), len(task.target_dictionary)
         config = from_fairseq(options, {}, vocab_rows=rows, before_final_norm=False)
-        return cls(
-            Decoder(task.target_dictionary, config, options.get("moe_eval_capacity_token_fraction", 0.25))
-        )
+        return cls(Decoder(task.target_dictionary, config, options.get(CAPACITY, FRACTION)))
 
     def load_state_dict(
         self, state_dict: Any, strict: bool = True, model_cfg: Any = None, args: Any = None

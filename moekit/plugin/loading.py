@@ -1,88 +1,122 @@
-"""The one place where fairseq is changed: its checkpoint loader learns of checkpoints in several files.
+"""The one place where fairseq is changed: its loader of checkpoints is moekit's.
 
 ``checkpoint_utils.load_model_ensemble_and_task``, which every tool of fairseq calls, asks one function for a file's
-name and another for what is in it. Both are replaced here by functions that know better about checkpoints of the
-``moe`` branch and leave all others to the originals. So ``model.pt``, which does not exist, works as a path, and so
-does any file of the checkpoint or its folder.
+name and another for what is in it. Both are replaced here. So ``model.pt``, which need not exist, works as a path, and
+so does any file of the checkpoint or its folder.
+
+fairseq's own loader never runs, whatever the path: it would trust what moekit refuses. A checkpoint that moekit cannot
+read is an error of moekit's. The two other functions that open what a checkpoint's path names, one for averaged weights
+and one for archives and addresses, refuse.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from fairseq import checkpoint_utils
-from fairseq.dataclass.utils import convert_namespace_to_omegaconf, overwrite_args_by_name
-from omegaconf import OmegaConf
+from fairseq import checkpoint_utils, file_utils
+from fairseq.dataclass.utils import overwrite_args_by_name
 
 from moekit import checkpoint
-from moekit.checkpoint.options import options_of
+from moekit.checkpoint.files import FILE
 from moekit.fairseq_data import mend_numpy
-from moekit.plugin.language_model import NAME
+from moekit.plugin import options
+
+ONLY = (
+    "With moekit's plug-in a process opens language models ('transformer_lm') only; fairseq opens other checkpoints in a "
+    "process without it."
+)
 
 
 def install() -> None:
-    name_of, load = (
-        checkpoint_utils.get_maybe_sharded_checkpoint_filename,
-        checkpoint_utils.load_checkpoint_to_cpu,
-    )
+    name_of, folder_of = checkpoint_utils.get_maybe_sharded_checkpoint_filename, file_utils.load_archive_file
 
     @functools.wraps(name_of)
     def get_maybe_sharded_checkpoint_filename(filename: str, *args: Any, **kwargs: Any) -> str:
         files = find(filename)
         return name_of(filename, *args, **kwargs) if files is None else str(files.shared)
 
-    @functools.wraps(load)
+    @functools.wraps(checkpoint_utils.load_checkpoint_to_cpu)
     def load_checkpoint_to_cpu(
-        path: str, arg_overrides: dict | None = None, *args: Any, **kwargs: Any
+        path: str, arg_overrides: dict | None = None, load_on_all_ranks: bool = False
     ) -> dict:
         files = find(path)
-        return (
-            load(path, arg_overrides, *args, **kwargs) if files is None else state(files, arg_overrides or {})
-        )
+        if files is None:
+            raise OSError(f"Model file not found: {path}")
+        return state(files, arg_overrides or {})
 
-    checkpoint_utils.get_maybe_sharded_checkpoint_filename = get_maybe_sharded_checkpoint_filename
-    checkpoint_utils.load_checkpoint_to_cpu = load_checkpoint_to_cpu
+    @functools.wraps(checkpoint_utils.load_ema_from_checkpoint)
+    def load_ema_from_checkpoint(fpath: str) -> dict:
+        raise ValueError(f"{fpath} is asked for averaged weights (EMA), which moekit's plug-in does not open")
+
+    @functools.wraps(folder_of)
+    def load_archive_file(archive_file: str) -> str:
+        if not Path(archive_file).is_dir():
+            raise ValueError(
+                f"{archive_file} is not a folder; moekit's plug-in lets fairseq neither fetch nor unpack an archive: "
+                "unpack it first and name the folder"
+            )
+        return folder_of(archive_file)
+
+    for function in (
+        get_maybe_sharded_checkpoint_filename,
+        load_checkpoint_to_cpu,
+        load_ema_from_checkpoint,
+        load_archive_file,
+    ):
+        replace(function)
     mend_numpy()
 
 
+def replace(function: Callable) -> None:
+    """Put ``function`` in place of the one that it wraps, in every module that has that one by its own name."""
+    name, original = function.__name__, function.__wrapped__
+    for module in list(sys.modules.values()):
+        if isinstance(module, ModuleType) and vars(module).get(name) is original:
+            setattr(module, name, function)
+
+
 def find(path: str) -> checkpoint.Files | None:
-    """The files of the checkpoint with experts that ``path`` names; None if it names none."""
+    """The files of the checkpoint that ``path`` names; None if nothing lies there.
+
+    Raises:
+        ValueError: what lies there is no checkpoint that moekit reads.
+    """
     try:
-        files = checkpoint.find(path)
-    except ValueError:
-        return None
-    return files if files.ranks else None
+        return checkpoint.find(path)
+    except ValueError as error:
+        if not lies(Path(path)):
+            return None
+        error.add_note(ONLY)
+        raise
+
+
+def lies(path: Path) -> bool:
+    """Whether ``path`` or a file that belongs to the same checkpoint is there."""
+    wanted = FILE.fullmatch(path.name)
+    beside = (FILE.fullmatch(other.name) for other in path.parent.glob("*.pt"))
+    return path.exists() or bool(wanted and wanted["stem"] in {match["stem"] for match in beside if match})
 
 
 def state(files: checkpoint.Files, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """What fairseq expects to find in a checkpoint file: ``cfg``, and under ``model`` the plan of what is to be read."""
-    plan = checkpoint.survey(files)
-    read = checkpoint.read(files.ranks[0])  # fairseq heeds the config of rank 0's file
-    model, task = options_of(read, str(files.ranks[0]))
-    model |= {"no_decoder_final_norm": not plan.config.final_norm}
-    if read.get("cfg") is None:
-        cfg = convert_namespace_to_omegaconf(argparse.Namespace(**plain(model | {"arch": NAME})))
-    else:
-        sections = plain(read["cfg"]) | {"model": plain(model | {"_name": NAME}), "task": plain(task)}
-        cfg = OmegaConf.create(sections, flags={"allow_objects": True})
+    """What fairseq expects to find in a checkpoint file: ``cfg``, and under ``model`` the plan of what is to be read.
+
+    Raises:
+        ValueError: as :func:`moekit.checkpoint.survey` and :func:`moekit.plugin.options.config`.
+    """
+    try:
+        plan = checkpoint.survey(files)
+        first = (*files.ranks, files.shared)[0]  # fairseq heeds the config of rank 0's file
+        cfg = options.config(checkpoint.read(first), first, plan.config.final_norm)
+    except ValueError as error:
+        error.add_note(ONLY)
+        raise
     overwrite_args_by_name(cfg, overrides)
     return {"args": None, "cfg": cfg, "model": plan, "optimizer_history": [], "extra_state": {}}
-
-
-def plain(node: Any) -> Any:
-    """A config of any of fairseq's types as dicts, lists and plain values, its references to others unresolved."""
-    if isinstance(node, argparse.Namespace):
-        node = vars(node)
-    elif OmegaConf.is_config(node):
-        node = OmegaConf.to_container(node, resolve=False)
-    if isinstance(node, Mapping):
-        return {key: plain(value) for key, value in node.items()}
-    if isinstance(node, (list, tuple)):
-        return [plain(value) for value in node]
-    return str(node) if isinstance(node, str) else node
 
 
 install()
