@@ -171,16 +171,14 @@ def test_broken_utf8_far_behind(tmp_path):
 def test_a_memory_too_small_for_the_text_changes_nothing(every_kind, bpe, monkeypatch):
     text = "".join(line.strip() + "\n" for line in Block(every_kind, 0, every_kind.stat().st_size).read())
     expected = encode_module.LineEncoder(bpe).encode(text)
-    monkeypatch.setattr(encode_module, "PLACES", 64)
     monkeypatch.setattr(encode_module, "REMEMBERED", 10)
     small = encode_module.LineEncoder(bpe)
     cuts = [0, *sorted(i + 1 for i, c in enumerate(text) if c == "\n")[::500], len(text)]
     assert "".join(small.encode(text[a:b]) for a, b in itertools.pairwise(cuts)) == expected
-    assert len(small._slow) <= 12
+    assert len(small) <= 12
 
 
-def test_pieces_that_share_a_place_or_a_beginning_stay_apart(bpe, monkeypatch):
-    monkeypatch.setattr(encode_module, "PLACES", 2)
+def test_pieces_that_share_a_beginning_stay_apart(bpe):
     words = [
         "a",
         "a\0",
