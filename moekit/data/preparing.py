@@ -19,7 +19,7 @@ from moekit.data.download import DownloadError, discard, download, human
 from moekit.data.encode import encode_files
 from moekit.data.lock import locked
 from moekit.data.settings import Settings
-from moekit.data.unpack import unpack
+from moekit.data.unpacking import unpack
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -249,7 +249,8 @@ def _checkpoint(settings: Settings, steps: Steps) -> tuple[Path | None, list[dic
     steps.report(
         f"verify {settings.checkpoint}",
         now,
-        f"{len(files)} files, {human(sum(row['bytes'] for row in files))}, all readable, every expert there once",
+        f"the headers of {len(files)} files ({human(sum(row['bytes'] for row in files))}): every tensor is there once and "
+        "has its shape",
     )
     return folder, files
 
