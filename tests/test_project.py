@@ -6,9 +6,13 @@ import sys
 import tomllib
 from pathlib import Path
 
+import grimp
 import nbformat
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -19,23 +23,55 @@ FIXED = {"jupyterlab", "ve-fairseq", "torch", "ipywidgets", "papermill"}
 def pins(lines) -> dict[str, str]:
     """``name==version`` lines, names as the registry normalises them."""
     found = (re.match(r"([A-Za-z0-9._-]+)==([^\s;\\]+)", line.strip()) for line in lines)
-    return {re.sub(r"[-_.]+", "-", match[1]).lower(): match[2] for match in found if match}
+    return {canonicalize_name(match[1]): match[2] for match in found if match}
+
+
+def declared() -> dict[str, SpecifierSet]:
+    """The core's packages and the lab's, with the versions that they may have."""
+    lines = PROJECT["project"]["dependencies"] + PROJECT["project"]["optional-dependencies"]["lab"]
+    return {canonicalize_name(r.name): r.specifier for r in map(Requirement, lines)}
 
 
 def test_environment_project_and_locks_agree():
     conda = yaml.safe_load((ROOT / "environment.yml").read_text())
     pip = next(entry["pip"] for entry in conda["dependencies"] if isinstance(entry, dict))
-    declared = pins(PROJECT["project"]["dependencies"])
-    torch = pins(re.findall(r"torch==\S+", (ROOT / "Makefile").read_text()))
-    assert pins(pip) == declared | torch
-    assert set(declared) | {"torch"} >= FIXED
+    (torch,) = pins(re.findall(r"torch==\S+", (ROOT / "Makefile").read_text())).items()
+    locked = pins((ROOT / "requirements.lock").read_text().splitlines())
+    assert pip[-1] == "-e .[lab]"
+    assert pins(pip) == {name: locked[name] for name in declared() if name != "torch"} | dict([torch])
+    assert set(declared()) >= FIXED
     for lock in ("requirements.lock", "requirements-dev.lock"):
-        locked = pins((ROOT / lock).read_text().splitlines())
-        assert locked.items() >= declared.items()
-        assert "torch" not in locked, "torch is installed by itself: its build depends on the machine"
+        found = pins((ROOT / lock).read_text().splitlines())
+        assert found.items() >= locked.items()
+        assert "torch" not in found, "torch is installed by itself: its build depends on the machine"
     assert pins((ROOT / "requirements-dev.lock").read_text().splitlines()).items() >= (
         pins(PROJECT["dependency-groups"]["dev"]).items()
     )
+    for name, allowed in declared().items():
+        assert (locked | dict([torch]))[name] in allowed, name
+
+
+def test_the_core_has_ranges_and_the_package_imports_what_it_declares():
+    """A package that another environment already holds is not replaced; fairseq's is the one that results agree with."""
+    exact = [line for line in PROJECT["project"]["dependencies"] if "==" in line]
+    assert exact == ["ve-fairseq==0.12.3"]
+    known = declared() | {"ve-fairseq": None}
+    modules = {
+        "fairseq": "ve-fairseq",
+        "fairseq_cli": "ve-fairseq",
+        "IPython": "jupyterlab",
+        "traitlets": "ipywidgets",
+    }
+    # Of the bench and the kernels, which say what to do where it is missing.
+    optional = {"triton", "transformers"}
+    graph = grimp.build_graph("moekit", include_external_packages=True, cache_dir=None)
+    outside = {
+        name
+        for name in graph.modules
+        if graph.is_module_squashed(name) and name not in sys.stdlib_module_names | optional
+    }
+    assert {"torch", "numpy", "fairseq"} <= outside
+    assert {name for name in outside if modules.get(name, name) not in known} == set()
 
 
 def test_every_locked_package_has_hashes():
