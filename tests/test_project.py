@@ -1,9 +1,15 @@
 """What keeps the project in one piece: pins, notebooks, imports."""
 
+import json
+import os
 import re
+import shlex
+import socket
 import subprocess
 import sys
+import time
 import tomllib
+import urllib.request
 from pathlib import Path
 
 import grimp
@@ -108,6 +114,59 @@ def test_importing_moekit_and_the_model_brings_neither_fairseq_nor_jupyter():
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
     )
     assert done.stdout.strip() == ""
+
+
+@pytest.mark.slow
+def test_make_lab_opens_as_the_image_does(tmp_path):
+    """On the page that leads on, and without a question about news."""
+    said = subprocess.run(
+        ["make", "--dry-run", "--old-file", ".venv/.ready", "lab"],
+        **{"cwd": ROOT, "capture_output": True, "text": True, "timeout": 60, "check": True},
+    ).stdout
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = ["--no-browser", f"--port={port}", "--ServerApp.port_retries=0", "--allow-root"]
+    command = [*shlex.split(said.replace("\\\n", " ")), *options]
+    command[0] = str(Path(sys.executable).with_name("jupyter"))
+    folders = {f"JUPYTER_{name}_DIR": str(tmp_path / name) for name in ("CONFIG", "DATA", "RUNTIME")}
+    environment = os.environ | folders | {"JUPYTER_TOKEN": "token"}
+    with open(tmp_path / "log", "wb") as log:
+        server = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+    try:
+        for _ in range(240):
+            assert server.poll() is None, (tmp_path / "log").read_text()
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/api", timeout=5).close()
+                break
+            except OSError:
+                time.sleep(0.25)
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/?token=token", timeout=30) as page:
+            assert page.url == f"http://127.0.0.1:{port}/lab/tree/README.ipynb?token=token"
+        name = "@jupyterlab/apputils-extension:notification"
+        url = f"http://127.0.0.1:{port}/lab/api/settings/{name}?token=token"
+        with urllib.request.urlopen(url, timeout=30) as answer:
+            settings = json.load(answer)["schema"]["properties"]
+        chosen = {key: settings[key]["default"] for key in ("fetchNews", "checkForUpdates")}
+        assert chosen == json.loads((ROOT / "docker/jupyter/overrides.json").read_text())[name]
+    finally:
+        server.terminate()
+        try:
+            server.wait(30)
+        except subprocess.TimeoutExpired:
+            server.kill()
+
+
+def test_what_running_notebooks_leaves_is_ignored():
+    left = [
+        "notebooks/out/run_inference/results.json",
+        "notebooks/data/demo/data-bin/valid.bin",
+        "out/x.ipynb",
+    ]
+    done = subprocess.run(
+        ["git", "check-ignore", *left], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.splitlines() == left
 
 
 def test_shipped_demo_is_small():
