@@ -11,6 +11,13 @@ if [ "$(id -u)" = 0 ] && [ "$NB_UID" != 0 ]; then
     exec setpriv --reuid "$NB_UID" --regid "$NB_GID" --init-groups -- "$0" "$@"
 fi
 
+# Jupyter takes an empty token for the wish to have none, and lets anyone in.
+if [ -z "${JUPYTER_TOKEN-}" ] && [ -n "${JUPYTER_TOKEN_FILE-}" ] && ! grep -q '[^[:space:]]' "$JUPYTER_TOKEN_FILE" 2>/dev/null; then
+    echo "moekit: JUPYTER_TOKEN_FILE=$JUPYTER_TOKEN_FILE holds no token that this container's user can read; put one into it," \
+        "or leave the variable out, and one is made." >&2
+    exit 1
+fi
+
 export USER=moekit LOGNAME=moekit
 if [ ! -w "$HOME" ]; then # docker run --user: ids that own nothing in here
     HOME=$(mktemp -d /tmp/home.XXXXXX)

@@ -19,7 +19,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=engine.sh
 . "$here/engine.sh"
 
-gpus='' data='' work=$HOME/moekit port=8888 bind=127.0.0.1 shm=16g name=moekit image=moekit
+gpus='' data='' work=${HOME:+$HOME/moekit} port=8888 bind=127.0.0.1 shm=16g name=moekit image=moekit
 while [ $# -gt 0 ]; do
     case $1 in
     --gpus) gpus=$(value "$@") ;;
@@ -51,6 +51,15 @@ else
     options+=(--gpus "\"device=$gpus\"") # Docker wants these quotes: it reads the value as CSV
 fi
 
+[[ $port =~ ^[0-9]+$ ]] || fail "--port $port: expected a number such as 8888"
+[ -n "$work" ] || fail "HOME is not set, so there is no ~/moekit to work in; name a folder: --work DIR"
+[ -z "$data" ] || [ -d "$data" ] || fail "--data $data: no such folder"
+[ ! -e "$work" ] || [ -d "$work" ] || fail "--work $work is a file; expected a folder, or a name for a new one"
+for option in work data; do
+    folder=$(realpath --canonicalize-missing "${!option:-/}")
+    [[ $folder != *:* ]] || fail "--$option $folder: Docker mounts no folder with a colon in its path; rename it"
+done
+
 engine_answers
 "$DOCKER" image inspect "$image" >/dev/null 2>&1 || fail "there is no image $image yet: docker/build.sh makes it."
 
@@ -62,10 +71,9 @@ if is_rootless; then
 elif [ "$uid" = 0 ]; then
     uid=${SUDO_UID:-1000} gid=${SUDO_GID:-1000}
 fi
-[ -z "$data" ] || [ -d "$data" ] || fail "--data $data: no such folder"
 [ -z "$data" ] || options+=(--volume "$(realpath "$data"):/data:ro")
 if [ ! -e "$work" ]; then
-    mkdir -p "$work"
+    mkdir -p "$work" 2>/dev/null || fail "--work $work: there is no such folder, and none can be made; name another"
     [ "$(id -u)" != 0 ] || [ "$uid" = 0 ] || chown "$uid:$gid" "$work"
 fi
 work=$(realpath "$work")

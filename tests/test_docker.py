@@ -17,7 +17,7 @@ import nbformat
 import pytest
 import yaml
 from browser.conftest import browser  # noqa: F401 (a fixture)
-from test_project import PROJECT, ROOT
+from test_project import ROOT, declared
 
 DOCKERFILE = ROOT / "docker" / "Dockerfile"
 README = ROOT / "docker" / "README.md"
@@ -171,7 +171,17 @@ def test_run_publishes_on_this_machine_only_unless_asked(engine):
         (["--gpus", "two"], {}, "--gpus two: expected all, none, or numbers such as 0,2"),
         (["--port"], {}, "--port needs a value"),
         (["--gpu", "all"], {}, "--gpu is none of its options"),
+        (["--port", "http"], {}, "--port http: expected a number such as 8888"),
+        (["--work", ""], {}, "--work needs a value"),
         (["--data", "/nowhere"], {}, "--data /nowhere: no such folder"),
+        (["--data", __file__], {}, f"--data {__file__}: no such folder"),
+        (["--work", __file__], {}, f"--work {__file__} is a file; expected a folder"),
+        (
+            ["--work", f"{__file__}/below"],
+            {},
+            f"--work {__file__}/below: there is no such folder, and none can be made",
+        ),
+        (["--work", "/tmp/a:b"], {}, "--work /tmp/a:b: Docker mounts no folder with a colon in its path"),
         (
             [],
             {"version": [1, "Cannot connect to the Docker daemon. Is the docker daemon running?"]},
@@ -197,6 +207,42 @@ def test_run_says_what_to_do(engine, arguments, says, said):
     done, _ = engine("run.sh", *arguments, **{"container": [1, ""]} | says)
     assert done.returncode == 1
     assert said in done.stderr.splitlines()[-1]
+
+
+def test_run_says_what_to_do_without_a_home(engine, tmp_path, monkeypatch):
+    monkeypatch.delenv("HOME")
+    done, calls = engine("run.sh", "--", "true")
+    assert (done.returncode, calls) == (1, [])
+    assert (
+        done.stderr
+        == "run.sh: HOME is not set, so there is no ~/moekit to work in; name a folder: --work DIR\n"
+    )
+    done, calls = engine("run.sh", "--work", tmp_path / "work", "--", "true")
+    assert done.returncode == 0, done.stderr
+    assert f"--volume {tmp_path / 'work'}:/work" in " ".join(options_of(calls))
+
+
+def test_a_folder_of_data_whose_path_has_a_colon(engine, tmp_path):
+    (tmp_path / "a:b").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "a:b")
+    for folder in (tmp_path / "a:b", tmp_path / "link"):
+        done, calls = engine("run.sh", "--data", folder)
+        assert (done.returncode, calls) == (1, [])
+        assert done.stderr.startswith(f"run.sh: --data {tmp_path}/a:b: Docker mounts no folder with a colon")
+
+
+@pytest.mark.parametrize("content", [None, "", " \n"])
+def test_a_token_file_without_a_token_is_refused(tmp_path, content):
+    """Before anything is done in the work folder, which is this machine's here."""
+    file = tmp_path / "token"
+    if content is not None:
+        file.write_text(content)
+    variables = {"NB_UID": "0", "NB_GID": "0", "HOME": str(tmp_path), "JUPYTER_TOKEN_FILE": str(file)}
+    environment = {name: value for name, value in os.environ.items() if name != "JUPYTER_TOKEN"} | variables
+    done = run(ROOT / "docker" / "entrypoint.sh", "echo", "started", check=False, env=environment)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"moekit: JUPYTER_TOKEN_FILE={file} holds no token")
+    assert done.stderr.count("\n") == 1
 
 
 def test_check_gpu_makes_five_checks_and_ends_at_the_first_that_fails(engine):
@@ -352,9 +398,9 @@ def test_inside_is_the_caller_and_no_network(lab):
 @in_container
 @pytest.mark.slow
 def test_every_declared_package_imports(lab):
-    declared = {re.match(r"[A-Za-z0-9._-]+", d)[0].lower() for d in PROJECT["project"]["dependencies"]}
-    said = lab.python((ROOT / "tests" / "docker" / "imports.py").read_text(), "moekit", *sorted(declared))
-    assert {line.split()[0] for line in said.splitlines()} == declared | {"moekit"}
+    packages = set(declared())
+    said = lab.python((ROOT / "tests" / "docker" / "imports.py").read_text(), "moekit", *sorted(packages))
+    assert {line.split()[0] for line in said.splitlines()} == packages | {"moekit"}
 
 
 @in_container
@@ -398,6 +444,18 @@ def test_it_answers_only_with_the_token(lab):
     assert names == {path.name for path in (ROOT / "notebooks").glob("*.ipynb")}
     assert (lab.work / ".jupyter" / "token").stat().st_mode & 0o077 == 0
     assert lab.token not in run("ps", "-eo", "args").stdout
+
+
+@in_container
+@pytest.mark.slow
+def test_an_empty_token_file_starts_nothing():
+    done = run(
+        *(DOCKER, "run", "--rm", "--env", "JUPYTER_TOKEN_FILE=/dev/null", IMAGE, "jupyter", "lab"),
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert "JUPYTER_TOKEN_FILE=/dev/null holds no token" in done.stderr
 
 
 @in_container
