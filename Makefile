@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 OUT := out
 AUDIT := $(OUT)/audit
 
-# Threads that spin while they wait take the cores from whatever runs beside them, and all crawl: of three traces at once,
-# each took two to five times as long. A trace alone takes about the same time either way.
+# Threads that spin while they wait take the cores from other processes: of three traces at once, each took two to five
+# times as long. A trace alone takes about the same time either way.
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
@@ -65,7 +65,7 @@ hooks: env ## a git hook that refuses what lint refuses
 	@printf '#!/bin/sh\nexec make --silent lint\n' > "$$(git rev-parse --git-path hooks)/pre-commit"
 	@chmod +x "$$(git rev-parse --git-path hooks)/pre-commit"
 
-# torch is installed by itself (its build depends on the machine), and so is all that only its build needs.
+# torch, whose build depends on the machine, is installed by itself. What only torch needs is left out of the lock files.
 LOCK := uv pip compile pyproject.toml --extra lab --generate-hashes --python-version 3.11 --no-header --no-annotate --quiet \
 	$(foreach name,torch cuda-bindings cuda-pathfinder cuda-toolkit nvidia-cublas nvidia-cuda-cupti \
 	nvidia-cuda-nvrtc nvidia-cuda-runtime nvidia-cudnn-cu13 nvidia-cufft nvidia-cufile nvidia-curand \

@@ -1,9 +1,9 @@
 """GPT-2's byte-level byte-pair encoding, with fairseq's result on every text.
 
-A text is first cut into pieces (a word with the space before it, a number, a run of signs, of blanks), then the bytes
-of each piece are merged pair by pair. ``tokenizers`` merges. Its own cutting is too slow, and its tables of letters
-years older than those of the ``regex`` library, which fairseq cuts with: it cuts at thousands of newer letters. So
-pieces are cut here, a whole text at once, by the tables of ``regex``.
+A text is first cut into pieces: a word with the space before it, a number, a run of signs, or a run of blanks. Then the
+bytes of each piece are merged pair by pair. The library ``tokenizers`` does the merging. It does not do the cutting,
+because it is slow at that, and because it does not know thousands of newer letters that ``regex``, which fairseq uses,
+does know. So this file cuts a whole text at once, by the tables of ``regex``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ LETTER, NUMBER, SIGN, BLANK, LINE_END = range(5)
 def kinds() -> np.ndarray:
     """[0x110000] uint8: the kind of every code point, as ``regex`` has it."""
     kind = np.full(0x110000, SIGN, np.uint8)
-    text = "".join(map(chr, range(0x40000)))  # above there are no letters, numbers or blanks (a test looks)
+    # Above this range there are no letters, numbers or blanks, which a test checks.
+    text = "".join(map(chr, range(0x40000)))
     for code, pattern in ((LETTER, r"\p{L}+"), (NUMBER, r"\p{N}+"), (BLANK, r"\s+")):
         for run in regex.finditer(pattern, text):
             kind[run.start() : run.end()] = code

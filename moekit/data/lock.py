@@ -17,7 +17,7 @@ def locked(folder: Path) -> Iterator[None]:
     """Hold ``folder`` for this process; the system frees it when the process ends, however it ends.
 
     Raises:
-        ValueError: someone else holds it; it says who.
+        ValueError: another process holds it; the message names that process.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / NAME, "a+") as file:
