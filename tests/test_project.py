@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import shlex
 import socket
 import subprocess
@@ -114,6 +115,34 @@ def test_importing_moekit_and_the_model_brings_neither_fairseq_nor_jupyter():
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
     )
     assert done.stdout.strip() == ""
+
+
+@pytest.mark.parametrize(
+    ("known", "code", "said"),
+    [
+        ([], 1, "nothing was checked, as no advisory data can be reached"),
+        ([("a", "1.0", [])], 1, "1 of 2 packages looked up, 0 with known holes"),
+        ([("a", "1.0", []), ("b", "2.0", [])], 0, "2 of 2 packages looked up, 0 with known holes"),
+        ([("a", "1.0", [("CVE-1", ["1.1"])]), ("b", "2.0", [])], 1, "a 1.0: CVE-1, mended in 1.1"),
+        ([("a", "1.0", [("CVE-1", [])]), ("b", "2.0", [])], 1, "a 1.0: CVE-1, mended in no version"),
+    ],
+)
+def test_audit_passes_only_what_was_looked_up_and_has_no_hole(
+    tmp_path, monkeypatch, capsys, known, code, said
+):
+    audit = runpy.run_path(str(ROOT / ".ci" / "audit.py"))["main"]
+    found = {
+        "dependencies": [
+            {"name": n, "version": v, "vulns": [{"id": i, "fix_versions": f} for i, f in holes]}
+            for n, v, holes in known
+        ]
+        + [{"name": "c", "skip_reason": "not found"}]
+    }
+    done = subprocess.CompletedProcess([], 0, json.dumps(found) if known else "Traceback ...", "")
+    monkeypatch.setattr(subprocess, "run", lambda *command, **options: done)
+    (tmp_path / "lock").write_text("a==1.0 \\\n    --hash=sha256:0\nb==2.0 \\\n    --hash=sha256:1\n")
+    assert audit(str(tmp_path / "lock")) == code
+    assert said in capsys.readouterr().out
 
 
 @pytest.mark.slow
