@@ -316,6 +316,12 @@ def test_a_piece_that_the_dictionary_lacks_is_unknown(tmp_path, bpe):
     [
         ("no json", None, "is not an encoder.json"),
         ("[1, 2]", None, "an object from symbols to whole numbers"),
+        ("[" * 100_000, None, "is not an encoder.json"),
+        ('{"a": -1}', None, "'a' has the id -1, expected a whole number from 0"),
+        ('{"a": 1e3}', None, "'a' has the id 1000.0, expected a whole number"),
+        ('{"a": true}', None, "'a' has the id True, expected a whole number"),
+        (f'{{"a": {2**70}}}', None, "'a' has the id 1180591620717411303424, expected"),
+        ('{"\\ud800": 1}', None, "holds half a surrogate pair"),
         ("{}", None, "no symbol for 256 of the 256 bytes"),
         (None, "#version\na b c\n", "line 2: expected two symbols to merge, found 3"),
         (None, "#version\n\u0120 \u0143\n", "line 2 makes '\u0120\u0143', which .* does not have"),
@@ -327,6 +333,14 @@ def test_bpe_files_that_do_not_fit(tmp_path, encoder, merges, match):
     (tmp_path / "vocab.bpe").write_text(merges or VOCAB.read_text(encoding="utf-8"), encoding="utf-8")
     with pytest.raises(ValueError, match=match):
         BytePairs(tmp_path / "encoder.json", tmp_path / "vocab.bpe")
+
+
+def test_merges_that_are_cut_short_at_a_line_end(tmp_path):
+    lines = VOCAB.read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "vocab.bpe").write_text("".join(lines[:-20]), encoding="utf-8")
+    message = f"has {len(lines) - 21} merges, and none of them makes 20 of .*encoder.json's symbols"
+    with pytest.raises(ValueError, match=message):
+        BytePairs(ENCODER, tmp_path / "vocab.bpe")
 
 
 def test_missing_files_are_named(tmp_path):

@@ -281,6 +281,14 @@ def test_every_interruption_is_made_good_by_the_next_run(tmp_path, reference, mo
         assert path.read_bytes() == (whole.data_bin / path.name).read_bytes()
 
 
+def test_a_folder_that_cannot_be_written_to(tmp_path):
+    (tmp_path / "file").write_text("here")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/moekit")):
+        with pytest.raises(ValueError, match="data_dir='.*' cannot be written to"):
+            with locked(folder):
+                pass
+
+
 def test_an_answer_that_is_not_the_file(tmp_path):
     login = {path: Page(b"<html>Please log in</html>") for path in BPE}
     with (
