@@ -49,9 +49,9 @@ def test_the_library_alone(tmp_path):
     source, folder = tmp_path / "source", tmp_path / "elsewhere"
     folder.mkdir()
     # A copy, as building leaves folders in the source.
-    for name in run(
-        "git", "ls-files", "moekit", "pyproject.toml", "README.md", "LICENSE", cwd=ROOT
-    ).splitlines():
+    parts = ["moekit", "pyproject.toml", "README.md", "LICENSE"]
+    listed = run("git", "ls-files", "--cached", "--others", "--exclude-standard", *parts, cwd=ROOT)
+    for name in listed.splitlines():
         if (ROOT / name).exists():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, source / name)
