@@ -60,7 +60,8 @@ def test_the_same_bytes_as_fairseq_on_odd_lines(tmp_path):
     theirs = expected["summary"]
     assert (got.lines, got.tokens, got.unknown) == (theirs.num_seq, theirs.num_tok, theirs.num_replaced)
     assert got.unknown_percent == pytest.approx(theirs.replaced_percent)
-    assert got.unknown_types == len(theirs.replaced) == 12  # ten numbers, "unknown", "\ufeff"
+    # Ten numbers, "unknown", "\ufeff".
+    assert got.unknown_types == len(theirs.replaced) == 12
 
 
 @pytest.mark.parametrize("types, size", [(65_499, 2), (65_500, 4), (70_000, 4)])

@@ -104,7 +104,8 @@ def text_of_every_kind(lines: int, seed: int = 1) -> bytes:
         lambda: "<|endoftext|> </s> <unk> <pad>",
     ]
     made = [rng.choice(kinds)() for _ in range(lines)]
-    made[lines // 3] = " ".join(rng.choices(words, k=180_000))[:1_000_000]  # a line of 1 MB
+    # A line of 1 MB.
+    made[lines // 3] = " ".join(rng.choices(words, k=180_000))[:1_000_000]
     made[lines // 2] = "".join(rng.choices("ab é中", k=30_000)) + "x" * 3000
     text = "".join(line + rng.choice(["\n"] * 8 + ["\r\n", "\r"]) for line in made)
     return text.encode() + b"the last line has no end"
@@ -137,7 +138,8 @@ def test_several_workers_and_blocks_write_the_same(tmp_path):
 
 
 def test_several_files_follow_one_another(tmp_path):
-    (tmp_path / "a").write_text("one\n\ntwo")  # no line end here: the next file begins a line all the same
+    # No line end here: the next file begins a line all the same.
+    (tmp_path / "a").write_text("one\n\ntwo")
     (tmp_path / "b").write_text("three\n")
     (tmp_path / "c").write_text("")
     got = encode_files(
@@ -236,7 +238,8 @@ def test_no_worker_outlives_its_parent(tmp_path):
     child = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     family = []
     deadline = time.monotonic() + 60
-    while len(family) < 4 and time.monotonic() < deadline:  # fork server, resource tracker, two workers
+    # Fork server, resource tracker, two workers.
+    while len(family) < 4 and time.monotonic() < deadline:
         family = psutil.Process(child.pid).children(recursive=True)
         time.sleep(0.05)
     assert len(family) >= 4

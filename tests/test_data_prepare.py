@@ -84,7 +84,8 @@ def test_the_demo_without_the_web_and_again(tmp_path):
     first, said = run(tmp_path)
     steps = [f"{step} {subset}" for subset in ("valid", "test") for step in ("encode", "binarise")]
     assert [step for step in first.done if not step.startswith("copy")] == steps
-    theirs = DEMO.parent / "data" / "data-bin"  # made by fairseq-preprocess
+    # Made by fairseq-preprocess.
+    theirs = DEMO.parent / "data" / "data-bin"
     for name in ("valid.bin", "valid.idx", "test.bin", "test.idx", "dict.txt"):
         assert (first.data_bin / name).read_bytes() == (theirs / name).read_bytes(), name
     domains = (first.data_bin / "valid.domains.txt").read_text().splitlines()
@@ -126,7 +127,8 @@ def test_own_text_by_folder_glob_and_file(tmp_path):
     assert prepared.data_bin == (tmp_path / "data" / "own-My-texts" / "data-bin").resolve()
     got = {s: prepared.codec.decode(prepared.binarised(s).ids) for s in prepared.summaries}
     assert got == {"train": "three\n", "valid": "one\n", "test": "two\n"}
-    (texts / "sub/train.md").unlink()  # what was made of it goes too
+    # What was made of it goes too.
+    (texts / "sub/train.md").unlink()
     prepared, _ = run(tmp_path, source=str(texts), bpe="demo")
     assert sorted(prepared.summaries) == ["test", "valid"] and not list(prepared.data_bin.glob("train*"))
     prepared, _ = run(tmp_path, source=str(texts / "**" / "*.py"), bpe="demo", data_dir=str(tmp_path / "two"))
@@ -146,7 +148,8 @@ def test_changed_text_and_options_are_prepared_anew_and_nothing_else(tmp_path):
     text.write_text("one\n")
     third, _ = run(tmp_path, source=str(text), bpe="demo", keep_empty=False)
     assert third.done == ["encode valid", "binarise valid"] and third.summaries["valid"].lines == 1
-    (third.data_bin / "valid.bin").write_bytes(b"")  # damaged meanwhile
+    # Damaged meanwhile.
+    (third.data_bin / "valid.bin").write_bytes(b"")
     (third.data_bin / "dict.txt").unlink()
     fourth, _ = run(tmp_path, source=str(text), bpe="demo", keep_empty=False)
     assert (
@@ -316,7 +319,8 @@ def test_only_one_at_a_time(tmp_path):
     finally:
         child.kill()
         child.wait(10)
-    run(tmp_path)  # killed: the folder is free again
+    # Killed: the folder is free again.
+    run(tmp_path)
     with locked(tmp_path / "data"), pytest.raises(ValueError, match=f"process {os.getpid()}"):
         run(tmp_path)
 
@@ -360,7 +364,8 @@ def test_parameters_that_are_refused(given, match):
 
 
 def test_document_lengths():
-    sizes = np.array([3, 4, 1, 1, 5, 1, 2], "<i4")  # two lines, two empty ones, a line, an empty one, a line
+    # Two lines, two empty ones, a line, an empty one, a line.
+    sizes = np.array([3, 4, 1, 1, 5, 1, 2], "<i4")
     assert plots.document_lengths(sizes).tolist() == [7, 5, 2]
     assert plots.document_lengths(np.array([1, 3, 1], "<i4")).tolist() == [3]
     assert plots.document_lengths(np.array([3, 4], "<i4")).tolist() == [3, 4]
@@ -427,4 +432,5 @@ def test_the_notebook_is_committed_without_outputs():
     import ast
 
     for statement in ast.parse("".join(parameters["source"])).body:
-        ast.literal_eval(statement.value)  # literals only, so that papermill can show and replace them
+        # Literals only, so that papermill can show and replace them.
+        ast.literal_eval(statement.value)

@@ -223,7 +223,8 @@ def flip(data: bytes) -> bytes:
 def no_end_mark(data: bytes) -> bytes:
     inner = gzip.decompress(data)
     last = list(CONTENT.values())[-1]
-    return gzip.compress(inner[: inner.index(last) + len(last) + 176])  # a whole number of 512-byte blocks
+    # A whole number of 512-byte blocks.
+    return gzip.compress(inner[: inner.index(last) + len(last) + 176])
 
 
 def bad_header(data: bytes) -> bytes:

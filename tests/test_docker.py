@@ -29,7 +29,8 @@ SCRIPTS = sorted((ROOT / "docker").glob("*.sh")) + [
 COMPOSE = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())
 DOCKER = os.environ.get("DOCKER", "docker")
 IMAGE = os.environ.get("MOEKIT_TEST_IMAGE")
-UID = GID = 4321  # an ordinary user of this machine, but not the image's own 1000
+# An ordinary user of this machine, but not the image's own 1000.
+UID = GID = 4321
 
 in_container = pytest.mark.skipif(not IMAGE, reason="needs the image: make image-test")
 
@@ -146,7 +147,8 @@ def test_run_hands_over_gpus_data_and_work(engine, tmp_path, gpus, expected):
 
 def test_run_uses_podmans_own_words(engine, tmp_path):
     (tmp_path / "bin" / "docker").rename(tmp_path / "bin" / "podman")
-    os.environ["DOCKER"] = "podman"  # the fixture takes it away again
+    # The fixture takes it away again.
+    os.environ["DOCKER"] = "podman"
     done, calls = engine("run.sh", "--gpus", "0,2", "--", "true")
     assert done.returncode == 0, done.stderr
     text = " ".join(options_of(calls))
@@ -512,7 +514,8 @@ def test_a_new_user_opens_the_url_and_runs_a_notebook(lab, browser, tmp_path):  
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
     last = notebook.locator(".jp-CodeCell").last.locator(".jp-InputPrompt")
-    expect(last).to_have_text(re.compile(r"\[\d+\]:"), timeout=180_000)  # a number: it has ended
+    # A number in place of the star: the cell has ended.
+    expect(last).to_have_text(re.compile(r"\[\d+\]:"), timeout=180_000)
     assert notebook.locator('[data-mime-type="application/vnd.jupyter.error"]').count() == 0
     assert notebook.locator(".jupyter-widgets").first.is_visible()
     page.screenshot(path=tmp_path / "ran.png")
@@ -547,15 +550,15 @@ if sys.argv[3] == "wait":
     assert lab.get("/api/contents/notebooks/load_shards.ipynb", lab.token, saved, "PUT")[0] == 200
 
     run(DOCKER, "stop", "--time", "5", lab.name)
-    assert (
-        run(DOCKER, "inspect", "--format", "{{.State.ExitCode}}", lab.name).stdout.strip() != "137"
-    )  # killed
+    # 137: it was killed.
+    assert run(DOCKER, "inspect", "--format", "{{.State.ExitCode}}", lab.name).stdout.strip() != "137"
     assert (lab.work / "open.txt").read_text() == "all of it"
     strangers = [path for path in lab.work.rglob("*") if path.lstat().st_uid != lab.work.stat().st_uid]
     assert strangers == []
     assert (lab.work / "open.txt").stat().st_uid in (UID, os.getuid())
 
-    said = start("--name", lab.name, "--work", lab.work).stdout  # again: all is as it was left
+    # After a second start all is as it was left.
+    said = start("--name", lab.name, "--work", lab.work).stdout
     assert Lab(lab.name, lab.work, said).token == lab.token
     assert nbformat.read(lab.work / "notebooks" / "load_shards.ipynb", as_version=4).cells[0].source == "mine"
 
@@ -616,7 +619,8 @@ esac
     options = os.environ.get("MOEKIT_BUILD_OPTIONS", "")
     made_data = not Path("/data").exists()
     Path("/data").mkdir(exist_ok=True)
-    run(DOCKER, "tag", IMAGE, "moekit:tested")  # the last of them remove the image
+    # The page's last commands remove the image.
+    run(DOCKER, "tag", IMAGE, "moekit:tested")
     try:
         for line in here:
             line = line.replace("docker/build.sh", f"docker/build.sh {options}")
@@ -624,7 +628,8 @@ esac
                 done = run("bash", "-c", line, check=False, timeout=600, cwd=ROOT, env=environment)
                 if done.returncode == 0 or not line.startswith("cat "):
                     break
-                time.sleep(0.5)  # a file that a container is about to write
+                # A file that a container is about to write.
+                time.sleep(0.5)
             assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
             if "JupyterLab: " in done.stdout:
                 url = re.search(r"http://127\.0\.0\.1:\d+/\?token=\w+", done.stdout)[0]

@@ -95,7 +95,8 @@ def test_notebooks_are_as_they_should_be(path):
     assert len(tagged) == 1
     names = dict.fromkeys(line.split(" = ")[0] for line in tagged[0].source.splitlines() if " = " in line)
     values: dict = {}
-    exec(tagged[0].source, {"__builtins__": {}}, values)  # literals only: no name can be looked up
+    # Literals only: no name can be looked up.
+    exec(tagged[0].source, {"__builtins__": {}}, values)
     assert list(values) == list(names)
     assert notebook.cells[0].cell_type == "markdown"
     assert notebook.cells[0].source.startswith("# ")
