@@ -3,13 +3,14 @@ VENV ?= .venv
 TORCH := torch==2.13.0
 BIN := $(VENV)/bin
 OUT := out
+AUDIT := $(OUT)/audit
 
-# Threads that spin while they wait take the cores from whatever runs beside them, and all crawl: of three traces at once,
-# each took two to five times as long. A trace alone takes about the same time either way.
+# Threads that spin while they wait take the cores from other processes: of three traces at once, each took two to five
+# times as long. A trace alone takes about the same time either way.
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help env run lab test quick lint format hooks lock corpus demo image image-test clean
+.PHONY: help env run lab test quick fuzz lint audit format hooks lock corpus demo image image-test clean
 
 help: ## say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,7 +33,8 @@ run: env ## run_inference.ipynb on the demo model, four ranks; results in out/ru
 	@echo "The notebook as it ran: $(OUT)/run_inference.ipynb; its figures: $(OUT)/run_inference/"
 
 lab: env ## JupyterLab with the notebooks, on this machine only
-	$(BIN)/jupyter lab --ip=127.0.0.1 --notebook-dir=notebooks
+	$(BIN)/jupyter lab --ip=127.0.0.1 --notebook-dir=notebooks \
+		--LabApp.app_settings_dir="$(CURDIR)/docker/jupyter" --LabApp.default_url=/lab/tree/README.ipynb
 
 test: env lint ## all tests
 	$(BIN)/python -m pytest --durations=10
@@ -40,10 +42,19 @@ test: env lint ## all tests
 quick: env ## the tests that start no browser and few processes
 	$(BIN)/python -m pytest -m "not slow"
 
-lint: env ## ruff, and notebooks without outputs
+fuzz: env ## the property tests for longer: FUZZ=5000 make fuzz
+	FUZZ=$${FUZZ:-5000} $(BIN)/python -m pytest tests/test_*fuzz*.py
+
+lint: env ## ruff, which folder may import which, and notebooks without outputs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache --no-logo
 	$(BIN)/nbstripout --keep-id --verify notebooks/*.ipynb
+
+audit: ## what is known about the security of the locked packages
+	@test -x $(AUDIT)/bin/pip-audit || { $(PYTHON) -m venv $(AUDIT) && \
+	$(AUDIT)/bin/python -m pip install --quiet pip-audit==2.10.1; }
+	@$(AUDIT)/bin/python .ci/audit.py requirements.lock
 
 format: env ## put code and notebooks in order
 	$(BIN)/ruff check --fix .
@@ -54,8 +65,8 @@ hooks: env ## a git hook that refuses what lint refuses
 	@printf '#!/bin/sh\nexec make --silent lint\n' > "$$(git rev-parse --git-path hooks)/pre-commit"
 	@chmod +x "$$(git rev-parse --git-path hooks)/pre-commit"
 
-# torch is installed by itself (its build depends on the machine), and so is all that only its build needs.
-LOCK := uv pip compile pyproject.toml --generate-hashes --python-version 3.11 --no-header --no-annotate --quiet \
+# torch, whose build depends on the machine, is installed by itself. What only torch needs is left out of the lock files.
+LOCK := uv pip compile pyproject.toml --extra lab --generate-hashes --python-version 3.11 --no-header --no-annotate --quiet \
 	$(foreach name,torch cuda-bindings cuda-pathfinder cuda-toolkit nvidia-cublas nvidia-cuda-cupti \
 	nvidia-cuda-nvrtc nvidia-cuda-runtime nvidia-cudnn-cu13 nvidia-cufft nvidia-cufile nvidia-curand \
 	nvidia-cusolver nvidia-cusparse nvidia-cusparselt-cu13 nvidia-nccl-cu13 nvidia-nvjitlink nvidia-nvshmem-cu13 \
@@ -78,4 +89,4 @@ image-test: env ## build it and try it as a user would (starts a Docker engine i
 	PYTHON=$(BIN)/python tests/docker/ci.sh
 
 clean: ## remove the environment and what was made
-	rm -rf $(VENV) $(OUT) build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OUT) build *.egg-info .pytest_cache .ruff_cache .hypothesis

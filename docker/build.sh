@@ -28,14 +28,14 @@ done
 engine_answers
 builder_is_there
 
-# The base by its digest, where a registry gave it one: what is recorded is then what was built on.
+# The digest of the base, where a registry gave it one, is recorded in the image.
 "$DOCKER" image inspect "$base" >/dev/null 2>&1 || "$DOCKER" pull "$base"
 digest=$("$DOCKER" image inspect --format '{{range .RepoDigests}}{{println .}}{{end}}' "$base" | sed -n '1s/.*@//p')
 
 options=()
 if [ -n "$ca" ]; then options+=(--secret "id=ca,src=$ca"); fi
 if [ -n "$wheels" ]; then
-    # An image, not --build-context: that is unknown to the builder inside Docker 20.10, which Debian 12 ships.
+    # The wheels go into an image, because the builder of Docker 20.10, which Debian 12 ships, does not know --build-context.
     tar --create --directory "$wheels" --mtime=@0 --sort=name --owner=0 --group=0 . |
         "$DOCKER" import - "$tag-wheels" >/dev/null
     options+=(--build-arg "WHEELS_IMAGE=$tag-wheels")
@@ -45,7 +45,7 @@ cd "$here/.."
 version=$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 revision=$(git describe --always --dirty --abbrev=40 --match='' 2>/dev/null || echo unknown)
 created=$(git log -1 --format=%cI 2>/dev/null || echo unknown)
-# no proxy variables here: Docker passes HTTP_PROXY and its kin on by itself
+# Docker passes HTTP_PROXY and the like on by itself.
 DOCKER_BUILDKIT=1 "$DOCKER" build --file docker/Dockerfile --tag "$tag" \
     --build-arg "BASE_IMAGE=$base" --build-arg "BASE_NAME=$base" --build-arg "BASE_DIGEST=${digest:-unknown}" \
     --build-arg "VERSION=$version" --build-arg "REVISION=$revision" --build-arg "CREATED=$created" \

@@ -19,7 +19,7 @@ usage() {
 
 # The value after an option.
 value() {
-    [ $# -ge 2 ] || fail "$1 needs a value"
+    [ -n "${2-}" ] || fail "$1 needs a value"
     printf '%s' "$2"
 }
 

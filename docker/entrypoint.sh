@@ -2,17 +2,26 @@
 # What every start of the container does: become the caller's user, fill the work folder, run the command.
 set -euo pipefail
 
-# As root (docker/run.sh starts so): take the caller's ids and come back as that user. In a rootless engine root already is
-# the caller, which NB_UID=0 says.
+# docker/run.sh starts this as root: take the caller's ids and start again as that user. In a rootless engine root already
+# is the caller, and NB_UID is 0.
 if [ "$(id -u)" = 0 ] && [ "$NB_UID" != 0 ]; then
     groupmod --non-unique --gid "$NB_GID" moekit
     usermod --non-unique --uid "$NB_UID" --gid "$NB_GID" moekit >/dev/null
-    if [ -z "$(ls -A /work)" ]; then chown "$NB_UID:$NB_GID" /work; fi # one that the engine just made belongs to root
+    # A work folder that the engine just made belongs to root.
+    if [ -z "$(ls -A /work)" ]; then chown "$NB_UID:$NB_GID" /work; fi
     exec setpriv --reuid "$NB_UID" --regid "$NB_GID" --init-groups -- "$0" "$@"
 fi
 
+# Jupyter takes an empty token for the wish to have none, and lets anyone in.
+if [ -z "${JUPYTER_TOKEN-}" ] && [ -n "${JUPYTER_TOKEN_FILE-}" ] && ! grep -q '[^[:space:]]' "$JUPYTER_TOKEN_FILE" 2>/dev/null; then
+    echo "moekit: JUPYTER_TOKEN_FILE=$JUPYTER_TOKEN_FILE holds no token that this container's user can read; put one into it," \
+        "or leave the variable out, and one is made." >&2
+    exit 1
+fi
+
 export USER=moekit LOGNAME=moekit
-if [ ! -w "$HOME" ]; then # docker run --user: ids that own nothing in here
+# After docker run --user the ids own nothing in here.
+if [ ! -w "$HOME" ]; then
     HOME=$(mktemp -d /tmp/home.XXXXXX)
     export HOME
 fi
@@ -22,7 +31,7 @@ if [ ! -w /work ]; then
     exit 1
 fi
 
-# The notebooks come into the work folder. One that was changed there is never touched; one that was not follows the image.
+# The notebooks are copied into the work folder. A copy that was changed there is never overwritten; the others are updated.
 mkdir -p /work/notebooks /work/.jupyter/originals
 for new in /opt/moekit/notebooks/*.ipynb; do
     mine=/work/notebooks/${new##*/}

@@ -1,4 +1,4 @@
-"""Exits with 0 when JupyterLab answers. No token needed: /api tells its version to anyone."""
+"""Exits with 0 when JupyterLab answers. /api needs no token."""
 
 import http.client
 

@@ -19,7 +19,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=engine.sh
 . "$here/engine.sh"
 
-gpus='' data='' work=$HOME/moekit port=8888 bind=127.0.0.1 shm=16g name=moekit image=moekit
+gpus='' data='' work=${HOME:+$HOME/moekit} port=8888 bind=127.0.0.1 shm=16g name=moekit image=moekit
 while [ $# -gt 0 ]; do
     case $1 in
     --gpus) gpus=$(value "$@") ;;
@@ -43,13 +43,24 @@ options=(--shm-size "$shm" --security-opt no-new-privileges)
 [[ $gpus =~ ^(all|none|[0-9]+(,[0-9]+)*)$ ]] || fail "--gpus $gpus: expected all, none, or numbers such as 0,2"
 if [ "$gpus" = none ]; then
     options+=(--env NVIDIA_VISIBLE_DEVICES=void)
-elif is_podman; then # by the names in its CDI specification
+elif is_podman; then
+    # By the names in its CDI specification.
     for one in ${gpus//,/ }; do options+=(--device "nvidia.com/gpu=$one"); done
 elif [ "$gpus" = all ]; then
     options+=(--gpus all)
 else
-    options+=(--gpus "\"device=$gpus\"") # Docker wants these quotes: it reads the value as CSV
+    # Docker reads the value as CSV, so the quotes are part of it.
+    options+=(--gpus "\"device=$gpus\"")
 fi
+
+[[ $port =~ ^[0-9]+$ ]] || fail "--port $port: expected a number such as 8888"
+[ -n "$work" ] || fail "HOME is not set, so there is no ~/moekit to work in; name a folder: --work DIR"
+[ -z "$data" ] || [ -d "$data" ] || fail "--data $data: no such folder"
+[ ! -e "$work" ] || [ -d "$work" ] || fail "--work $work is a file; expected a folder, or a name for a new one"
+for option in work data; do
+    folder=$(realpath --canonicalize-missing "${!option:-/}")
+    [[ $folder != *:* ]] || fail "--$option $folder: Docker mounts no folder with a colon in its path; rename it"
+done
 
 engine_answers
 "$DOCKER" image inspect "$image" >/dev/null 2>&1 || fail "there is no image $image yet: docker/build.sh makes it."
@@ -62,16 +73,15 @@ if is_rootless; then
 elif [ "$uid" = 0 ]; then
     uid=${SUDO_UID:-1000} gid=${SUDO_GID:-1000}
 fi
-[ -z "$data" ] || [ -d "$data" ] || fail "--data $data: no such folder"
 [ -z "$data" ] || options+=(--volume "$(realpath "$data"):/data:ro")
 if [ ! -e "$work" ]; then
-    mkdir -p "$work"
+    mkdir -p "$work" 2>/dev/null || fail "--work $work: there is no such folder, and none can be made; name another"
     [ "$(id -u)" != 0 ] || [ "$uid" = 0 ] || chown "$uid:$gid" "$work"
 fi
 work=$(realpath "$work")
 options+=(--volume "$work:/work" --user root --env "NB_UID=$uid" --env "NB_GID=$gid")
 
-# What Docker said, and what to do about it.
+# explain MESSAGE: ends with what to do about Docker's message.
 explain() {
     case $1 in
     *"could not select device driver"* | *"unknown or invalid runtime name: nvidia"*)
@@ -80,7 +90,7 @@ explain() {
     *nvidia-container-cli* | *libnvidia-ml*)
         fail "the NVIDIA driver on this machine does not answer: does nvidia-smi? Docker said: $1" ;;
     *"port is already allocated"* | *"address already in use"*)
-        fail "port $port is taken: docker/run.sh --port $((port + 1)), say." ;;
+        fail "port $port is taken; take another: docker/run.sh --port $((port + 1))." ;;
     *"cannot assign requested address"*) fail "--bind $bind: this machine has no such address." ;;
     *) fail "Docker said: $1" ;;
     esac
@@ -91,7 +101,8 @@ if [ $# -gt 0 ]; then
     if [ -t 0 ] && [ -t 1 ]; then options+=(--tty); fi
     code=0
     "$DOCKER" run "${options[@]}" "$image" "$@" || code=$?
-    if [ "$code" = 125 ] && [ "$gpus" != none ]; then # Docker's own failure, which it has told
+    # 125: Docker itself failed, and has printed why.
+    if [ "$code" = 125 ] && [ "$gpus" != none ]; then
         echo "If it could not select a device driver: docker/README.md, GPUs; or go without: --gpus none." >&2
     fi
     exit "$code"
@@ -102,7 +113,8 @@ state() { "$DOCKER" container inspect --format '{{.State.Status}}' "$name" 2>/de
 case $(state) in
 running) echo "$name runs already; for other options end it first: docker stop $name" ;;
 *)
-    [ -z "$(state)" ] || "$DOCKER" rm "$name" >/dev/null # one that has ended
+    # A container of that name that has ended is removed.
+    [ -z "$(state)" ] || "$DOCKER" rm "$name" >/dev/null
     said=$("$DOCKER" run --detach --name "$name" --publish "$bind:$port:8888" "${options[@]}" "$image" 2>&1) || {
         "$DOCKER" rm "$name" >/dev/null 2>&1 || true
         explain "$said"

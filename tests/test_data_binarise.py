@@ -60,7 +60,8 @@ def test_the_same_bytes_as_fairseq_on_odd_lines(tmp_path):
     theirs = expected["summary"]
     assert (got.lines, got.tokens, got.unknown) == (theirs.num_seq, theirs.num_tok, theirs.num_replaced)
     assert got.unknown_percent == pytest.approx(theirs.replaced_percent)
-    assert got.unknown_types == len(theirs.replaced) == 12  # ten numbers, "unknown", "\ufeff"
+    # Ten numbers, "unknown", "\ufeff".
+    assert got.unknown_types == len(theirs.replaced) == 12
 
 
 @pytest.mark.parametrize("types, size", [(65_499, 2), (65_500, 4), (70_000, 4)])
@@ -128,10 +129,10 @@ def test_damaged_data_is_not_opened(tmp_path):
     assert len(data) == 2 and data.sizes.tolist() == [3, 2] and data.ids.tolist() == [4, 4, 2, 4, 2]
     whole = read(tmp_path / "out", "bin")
     (tmp_path / "out.bin").write_bytes(whole[:-2])
-    with pytest.raises(ValueError, match="8 bytes, but its index speaks of 5 tokens"):
+    with pytest.raises(ValueError, match="8 bytes, but its index out.idx counts 5 tokens of 2 bytes"):
         Binarised(tmp_path / "out")
     (tmp_path / "out.idx").write_bytes(read(tmp_path / "out", "idx")[:-1])
-    with pytest.raises(ValueError, match="does not have the size of an index of 2 lines"):
+    with pytest.raises(ValueError, match="has 49 bytes; expected 50 for its 2 lines"):
         Binarised(tmp_path / "out")
     with pytest.raises(ValueError, match="there is no binarised data"):
         Binarised(tmp_path / "nothing")

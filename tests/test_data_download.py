@@ -20,7 +20,8 @@ from moekit.data import DownloadError, NoSpace, Patience, download
 from moekit.data.download import _record_of
 
 BODY = random.Random(1).randbytes(2_100_000)
-OTHER = random.Random(2).randbytes(2_100_000)  # as long, so that only its tag tells it from BODY
+# As long, so that only its tag tells it from BODY.
+OTHER = random.Random(2).randbytes(2_100_000)
 FAST = Patience(stall=0.3, pause=0.001, longest=0.01)
 
 
@@ -45,7 +46,8 @@ def test_a_second_run_asks_nobody(tmp_path):
         first, now = download([server.url("/f")], tmp_path / "f", patience=FAST)
         assert now
         got_whole(tmp_path / "f")
-    second, now = download([server.url("/f")], tmp_path / "f", patience=FAST)  # the server is gone
+    # The server is gone.
+    second, now = download([server.url("/f")], tmp_path / "f", patience=FAST)
     assert not now and second == first and len(page.requests) == 1
 
 
@@ -66,7 +68,8 @@ def test_twenty_drops_where_nothing_can_be_resumed(tmp_path, kind):
         download([server.url("/f")], tmp_path / "f", patience=FAST)
     got_whole(tmp_path / "f")
     assert len(page.requests) == 21
-    if "weak" in kind or "validators" in kind:  # nothing says that the rest would be of the same file
+    # Nothing says that the rest would be of the same file.
+    if "weak" in kind or "validators" in kind:
         assert not any("Range" in request for request in page.requests)
 
 
@@ -85,7 +88,8 @@ def test_a_stalled_connection_is_given_up_and_resumed(tmp_path):
     with Server({"/f": page}) as server:
         started = time.monotonic()
         download([server.url("/f")], tmp_path / "f", patience=FAST)
-        assert time.monotonic() - started < 8  # far below the server's own 10 s
+        # Far below the server's own 10 s.
+        assert time.monotonic() - started < 8
     got_whole(tmp_path / "f")
     assert len(page.requests) == 3 and page.sent == len(BODY)
 
@@ -219,7 +223,8 @@ def test_killed_after_the_last_byte(tmp_path, monkeypatch, step):
         with pytest.raises(KeyboardInterrupt):
             download([server.url("/f")], tmp_path / "f", patience=FAST)
     assert not (tmp_path / "f").exists()
-    download([server.url("/f")], tmp_path / "f", patience=FAST)  # the server is gone; all is here
+    # The server is gone; all is here.
+    download([server.url("/f")], tmp_path / "f", patience=FAST)
     got_whole(tmp_path / "f")
 
 
@@ -237,7 +242,8 @@ def test_disk_space_is_checked_before_anything_is_written(tmp_path, monkeypatch)
 def test_a_file_that_changed_on_disk_is_noticed(tmp_path):
     with Server({"/f": Page(BODY)}) as server:
         download([server.url("/f")], tmp_path / "f", patience=FAST)
-        os.utime(tmp_path / "f", (0, 0))  # copied: another time, the same bytes
+        # Copied: another time, the same bytes.
+        os.utime(tmp_path / "f", (0, 0))
         assert download([server.url("/f")], tmp_path / "f", patience=FAST)[1] is False
         (tmp_path / "f").write_bytes(BODY[:-1] + b"!")
         with pytest.raises(ValueError, match="Move it away"):

@@ -104,7 +104,8 @@ def text_of_every_kind(lines: int, seed: int = 1) -> bytes:
         lambda: "<|endoftext|> </s> <unk> <pad>",
     ]
     made = [rng.choice(kinds)() for _ in range(lines)]
-    made[lines // 3] = " ".join(rng.choices(words, k=180_000))[:1_000_000]  # a line of 1 MB
+    # A line of 1 MB.
+    made[lines // 3] = " ".join(rng.choices(words, k=180_000))[:1_000_000]
     made[lines // 2] = "".join(rng.choices("ab é中", k=30_000)) + "x" * 3000
     text = "".join(line + rng.choice(["\n"] * 8 + ["\r\n", "\r"]) for line in made)
     return text.encode() + b"the last line has no end"
@@ -137,7 +138,8 @@ def test_several_workers_and_blocks_write_the_same(tmp_path):
 
 
 def test_several_files_follow_one_another(tmp_path):
-    (tmp_path / "a").write_text("one\n\ntwo")  # no line end here: the next file begins a line all the same
+    # No line end here: the next file begins a line all the same.
+    (tmp_path / "a").write_text("one\n\ntwo")
     (tmp_path / "b").write_text("three\n")
     (tmp_path / "c").write_text("")
     got = encode_files(
@@ -171,16 +173,14 @@ def test_broken_utf8_far_behind(tmp_path):
 def test_a_memory_too_small_for_the_text_changes_nothing(every_kind, bpe, monkeypatch):
     text = "".join(line.strip() + "\n" for line in Block(every_kind, 0, every_kind.stat().st_size).read())
     expected = encode_module.LineEncoder(bpe).encode(text)
-    monkeypatch.setattr(encode_module, "PLACES", 64)
     monkeypatch.setattr(encode_module, "REMEMBERED", 10)
     small = encode_module.LineEncoder(bpe)
     cuts = [0, *sorted(i + 1 for i, c in enumerate(text) if c == "\n")[::500], len(text)]
     assert "".join(small.encode(text[a:b]) for a, b in itertools.pairwise(cuts)) == expected
-    assert len(small._slow) <= 12
+    assert len(small) <= 12
 
 
-def test_pieces_that_share_a_place_or_a_beginning_stay_apart(bpe, monkeypatch):
-    monkeypatch.setattr(encode_module, "PLACES", 2)
+def test_pieces_that_share_a_beginning_stay_apart(bpe):
     words = [
         "a",
         "a\0",
@@ -238,7 +238,8 @@ def test_no_worker_outlives_its_parent(tmp_path):
     child = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     family = []
     deadline = time.monotonic() + 60
-    while len(family) < 4 and time.monotonic() < deadline:  # fork server, resource tracker, two workers
+    # Fork server, resource tracker, two workers.
+    while len(family) < 4 and time.monotonic() < deadline:
         family = psutil.Process(child.pid).children(recursive=True)
         time.sleep(0.05)
     assert len(family) >= 4
@@ -318,6 +319,12 @@ def test_a_piece_that_the_dictionary_lacks_is_unknown(tmp_path, bpe):
     [
         ("no json", None, "is not an encoder.json"),
         ("[1, 2]", None, "an object from symbols to whole numbers"),
+        ("[" * 100_000, None, "is not an encoder.json"),
+        ('{"a": -1}', None, "'a' has the id -1, expected a whole number from 0"),
+        ('{"a": 1e3}', None, "'a' has the id 1000.0, expected a whole number"),
+        ('{"a": true}', None, "'a' has the id True, expected a whole number"),
+        (f'{{"a": {2**70}}}', None, "'a' has the id 1180591620717411303424, expected"),
+        ('{"\\ud800": 1}', None, "holds half a surrogate pair"),
         ("{}", None, "no symbol for 256 of the 256 bytes"),
         (None, "#version\na b c\n", "line 2: expected two symbols to merge, found 3"),
         (None, "#version\n\u0120 \u0143\n", "line 2 makes '\u0120\u0143', which .* does not have"),
@@ -329,6 +336,14 @@ def test_bpe_files_that_do_not_fit(tmp_path, encoder, merges, match):
     (tmp_path / "vocab.bpe").write_text(merges or VOCAB.read_text(encoding="utf-8"), encoding="utf-8")
     with pytest.raises(ValueError, match=match):
         BytePairs(tmp_path / "encoder.json", tmp_path / "vocab.bpe")
+
+
+def test_merges_that_are_cut_short_at_a_line_end(tmp_path):
+    lines = VOCAB.read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "vocab.bpe").write_text("".join(lines[:-20]), encoding="utf-8")
+    message = f"has {len(lines) - 21} merges, and none of them makes 20 of .*encoder.json's symbols"
+    with pytest.raises(ValueError, match=message):
+        BytePairs(ENCODER, tmp_path / "vocab.bpe")
 
 
 def test_missing_files_are_named(tmp_path):

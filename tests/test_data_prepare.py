@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import json
 import os
@@ -18,12 +17,11 @@ import numpy as np
 import pytest
 from data_server import Page, Server
 
-from moekit.data import Binarised, DownloadError, prepare, settings, sources
+from moekit.data import Binarised, DownloadError, prepare, preparing, settings, sources
 from moekit.data.lock import locked
 from moekit.notebook import data_plots as plots
 from moekit.paths import DEMO_BPE as DEMO
 
-module = importlib.import_module("moekit.data.prepare")  # which the function of the same name hides
 BPE = {f"/gpt2_bpe/{name}": DEMO / name for name in ("encoder.json", "vocab.bpe", "dict.txt")}
 
 
@@ -38,7 +36,7 @@ def only_the_loopback_server(monkeypatch):
     monkeypatch.setattr(sources, "CHECKPOINTS", checkpoints)
 
 
-def run(folder: Path, **parameters) -> tuple[module.Prepared, list[str]]:
+def run(folder: Path, **parameters) -> tuple[preparing.Prepared, list[str]]:
     said: list[str] = []
     asked = settings({"data_dir": str(folder / "data"), "workers": 1, **parameters})
     return prepare(asked, said.append), said
@@ -86,7 +84,8 @@ def test_the_demo_without_the_web_and_again(tmp_path):
     first, said = run(tmp_path)
     steps = [f"{step} {subset}" for subset in ("valid", "test") for step in ("encode", "binarise")]
     assert [step for step in first.done if not step.startswith("copy")] == steps
-    theirs = DEMO.parent / "data" / "data-bin"  # made by fairseq-preprocess
+    # Made by fairseq-preprocess.
+    theirs = DEMO.parent / "data" / "data-bin"
     for name in ("valid.bin", "valid.idx", "test.bin", "test.idx", "dict.txt"):
         assert (first.data_bin / name).read_bytes() == (theirs / name).read_bytes(), name
     domains = (first.data_bin / "valid.domains.txt").read_text().splitlines()
@@ -128,7 +127,8 @@ def test_own_text_by_folder_glob_and_file(tmp_path):
     assert prepared.data_bin == (tmp_path / "data" / "own-My-texts" / "data-bin").resolve()
     got = {s: prepared.codec.decode(prepared.binarised(s).ids) for s in prepared.summaries}
     assert got == {"train": "three\n", "valid": "one\n", "test": "two\n"}
-    (texts / "sub/train.md").unlink()  # what was made of it goes too
+    # What was made of it goes too.
+    (texts / "sub/train.md").unlink()
     prepared, _ = run(tmp_path, source=str(texts), bpe="demo")
     assert sorted(prepared.summaries) == ["test", "valid"] and not list(prepared.data_bin.glob("train*"))
     prepared, _ = run(tmp_path, source=str(texts / "**" / "*.py"), bpe="demo", data_dir=str(tmp_path / "two"))
@@ -148,7 +148,8 @@ def test_changed_text_and_options_are_prepared_anew_and_nothing_else(tmp_path):
     text.write_text("one\n")
     third, _ = run(tmp_path, source=str(text), bpe="demo", keep_empty=False)
     assert third.done == ["encode valid", "binarise valid"] and third.summaries["valid"].lines == 1
-    (third.data_bin / "valid.bin").write_bytes(b"")  # damaged meanwhile
+    # Damaged meanwhile.
+    (third.data_bin / "valid.bin").write_bytes(b"")
     (third.data_bin / "dict.txt").unlink()
     fourth, _ = run(tmp_path, source=str(text), bpe="demo", keep_empty=False)
     assert (
@@ -176,7 +177,7 @@ def test_text_without_text(tmp_path, content):
 
 
 def test_text_that_is_not_there_is_said_before_anything_is_fetched(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "download", lambda *a, **k: pytest.fail("went to the web first"))
+    monkeypatch.setattr(preparing, "download", lambda *a, **k: pytest.fail("went to the web first"))
     with pytest.raises(ValueError, match="no text there"):
         run(tmp_path, source=str(tmp_path / "nothing.txt"), bpe="gpt2")
 
@@ -271,7 +272,7 @@ def test_every_interruption_is_made_good_by_the_next_run(tmp_path, reference, mo
                 except KeyboardInterrupt:
                     stops += 1
             assert stops < 100
-    assert stops >= 15
+    assert stops >= 12
     whole, _ = run(tmp_path, source="wikitext-103", checkpoint="en_moe_lm_15b")
     assert whole.done == [] and len(whole.files) == 5
     no_halves(tmp_path)
@@ -281,6 +282,14 @@ def test_every_interruption_is_made_good_by_the_next_run(tmp_path, reference, mo
         )
     for path in (p for p in other.data_bin.iterdir() if p.suffix in (".bin", ".idx", ".txt")):
         assert path.read_bytes() == (whole.data_bin / path.name).read_bytes()
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path):
+    (tmp_path / "file").write_text("here")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/moekit")):
+        with pytest.raises(ValueError, match="data_dir='.*' cannot be written to"):
+            with locked(folder):
+                pass
 
 
 def test_an_answer_that_is_not_the_file(tmp_path):
@@ -310,7 +319,8 @@ def test_only_one_at_a_time(tmp_path):
     finally:
         child.kill()
         child.wait(10)
-    run(tmp_path)  # killed: the folder is free again
+    # Killed: the folder is free again.
+    run(tmp_path)
     with locked(tmp_path / "data"), pytest.raises(ValueError, match=f"process {os.getpid()}"):
         run(tmp_path)
 
@@ -354,7 +364,8 @@ def test_parameters_that_are_refused(given, match):
 
 
 def test_document_lengths():
-    sizes = np.array([3, 4, 1, 1, 5, 1, 2], "<i4")  # two lines, two empty ones, a line, an empty one, a line
+    # Two lines, two empty ones, a line, an empty one, a line.
+    sizes = np.array([3, 4, 1, 1, 5, 1, 2], "<i4")
     assert plots.document_lengths(sizes).tolist() == [7, 5, 2]
     assert plots.document_lengths(np.array([1, 3, 1], "<i4")).tolist() == [3]
     assert plots.document_lengths(np.array([3, 4], "<i4")).tolist() == [3, 4]
@@ -421,4 +432,5 @@ def test_the_notebook_is_committed_without_outputs():
     import ast
 
     for statement in ast.parse("".join(parameters["source"])).body:
-        ast.literal_eval(statement.value)  # literals only, so that papermill can show and replace them
+        # Literals only, so that papermill can show and replace them.
+        ast.literal_eval(statement.value)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
-import importlib
 import io
 import random
 import stat
@@ -14,9 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from moekit.data import CorruptArchive, NoSpace, unpack
-
-module = importlib.import_module("moekit.data.unpack")  # which the function of the same name hides
+from moekit.data import CorruptArchive, NoSpace, unpack, unpacking
 
 CONTENT = {f"model/model-rank-{i}.pt": random.Random(i).randbytes(50_000) for i in range(4)}
 LIMIT = 1_000_000
@@ -106,7 +104,7 @@ def test_a_link_and_then_a_file_through_it(tmp_path):
 
 
 def test_a_stream_that_goes_on_after_the_archive(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "MOST_MEMBERS", 1000)
+    monkeypatch.setattr(unpacking, "MOST_MEMBERS", 1000)
     inner = gzip.decompress(tar(tmp_path / "a.tar.gz").read_bytes())
     (tmp_path / "b.tar.gz").write_bytes(gzip.compress(inner + bytes(4_000_000)))
     refused(tmp_path, tmp_path / "b.tar.gz", "unpacks to more than")
@@ -119,8 +117,71 @@ def test_a_header_of_many_megabytes(tmp_path):
 
 
 def test_too_many_members(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "MOST_MEMBERS", 3)
-    refused(tmp_path, tar(tmp_path / "a.tar.gz"), "more than 3 files")
+    monkeypatch.setattr(unpacking, "MOST_MEMBERS", 3)
+    refused(tmp_path, tar(tmp_path / "a.tar.gz"), "more than 3 files and folders")
+
+
+def test_folders_count_as_members(tmp_path, monkeypatch):
+    monkeypatch.setattr(unpacking, "MOST_MEMBERS", 10)
+    folders = [entry(f"model/{i}", tarfile.DIRTYPE) for i in range(20)]
+    refused(tmp_path, tar(tmp_path / "a.tar.gz", *folders), "more than 10 files and folders")
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for i in range(20):
+            archive.mkdir(f"model/{i}")
+    refused(tmp_path, tmp_path / "a.zip", "more than 10 files and folders")
+
+
+def test_folders_within_folders(tmp_path):
+    deep = "/".join(["d"] * 1500)
+    refused(tmp_path, tar(tmp_path / "a.tar.gz", entry(f"{deep}/file", size=3)), "1500 folders deep")
+    refused(tmp_path, tar(tmp_path / "b.tar.gz", entry(deep, tarfile.DIRTYPE)), "1499 folders deep")
+
+
+@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("name", ["n" * 300, "n" * 300 + "/file", "/".join(["n" * 250] * 20)])
+def test_names_too_long_for_the_file_system(tmp_path, form, name):
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz", format=form) as archive:
+        archive.addfile(entry("model/fine", size=3), io.BytesIO(b"abc"))
+        archive.addfile(entry(f"model/{name}", size=3), io.BytesIO(b"abc"))
+    refused(tmp_path, tmp_path / "a.tar.gz", "a name that is too long for the file system")
+
+
+def test_an_archive_without_a_file(tmp_path):
+    refused(tmp_path, tar(tmp_path / "a.tar.gz", content={}), "holds no file")
+    refused(
+        tmp_path, tar(tmp_path / "b.tar.gz", entry("model", tarfile.DIRTYPE), content={}), "holds no file"
+    )
+    for name, folders in (("c.zip", []), ("d.zip", ["model", "model/more"])):
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            for folder in folders:
+                archive.mkdir(folder)
+        refused(tmp_path, tmp_path / name, "holds no file")
+
+
+def test_a_member_without_a_name(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("fine", b"fine")
+        with archive.open(zipfile.ZipInfo(""), "w") as file:
+            file.write(b"nameless")
+    refused(tmp_path, tmp_path / "a.zip", "a file without a name")
+    refused(tmp_path, tar(tmp_path / "a.tar.gz", entry(".", size=3)), "a file without a name")
+
+
+def test_long_names_are_cut_short_in_messages(tmp_path):
+    bad = entry("../" + "x" * 100_000, size=3)
+    with pytest.raises(ValueError, match="leads out of the folder") as caught:
+        unpack(tar(tmp_path / "a.tar.gz", bad), tmp_path / "model", LIMIT)
+    assert len(str(caught.value).removeprefix(str(tmp_path))) < 200
+
+
+def test_the_note_is_written_once_whatever_the_number_of_files(tmp_path, monkeypatch):
+    written = []
+    write = unpacking.record.write
+    monkeypatch.setattr(unpacking.record, "write", lambda *record: (written.append(record), write(*record)))
+    files = unpack(
+        tar(tmp_path / "a.tar.gz", content={str(i): b"x" for i in range(500)}), tmp_path / "model", LIMIT
+    )
+    assert (len(files), len(written)) == (500, 1)
 
 
 def test_a_disk_that_is_full(tmp_path, monkeypatch):
@@ -128,6 +189,22 @@ def test_a_disk_that_is_full(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("shutil.disk_usage", lambda path: type("usage", (), {"free": 49_999}))
         with pytest.raises(NoSpace, match="needs 50 kB on disk"):
+            unpack(archive, tmp_path / "into" / "model", LIMIT)
+    unpack(archive, tmp_path / "into" / "model", LIMIT)
+    unpacked(tmp_path / "into" / "model")
+
+
+def test_a_disk_that_another_fills_meanwhile(tmp_path, monkeypatch):
+    archive, add = tar(tmp_path / "a.tar.gz"), unpacking.Staging.add
+
+    def full(self, member, tick):
+        if member.name.name == "model-rank-2.pt":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        add(self, member, tick)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(unpacking.Staging, "add", full)
+        with pytest.raises(NoSpace, match="the disk is full while a.tar.gz is unpacked"):
             unpack(archive, tmp_path / "into" / "model", LIMIT)
     unpack(archive, tmp_path / "into" / "model", LIMIT)
     unpacked(tmp_path / "into" / "model")
@@ -146,7 +223,8 @@ def flip(data: bytes) -> bytes:
 def no_end_mark(data: bytes) -> bytes:
     inner = gzip.decompress(data)
     last = list(CONTENT.values())[-1]
-    return gzip.compress(inner[: inner.index(last) + len(last) + 176])  # a whole number of 512-byte blocks
+    # A whole number of 512-byte blocks.
+    return gzip.compress(inner[: inner.index(last) + len(last) + 176])
 
 
 def bad_header(data: bytes) -> bytes:
@@ -207,7 +285,7 @@ def test_a_zip_that_lies_about_a_size(tmp_path):
 
 def test_an_interrupted_run_is_continued_file_by_file(tmp_path, monkeypatch):
     archive, folder = tar(tmp_path / "a.tar.gz"), tmp_path / "into" / "model"
-    staging, add = tmp_path / "into" / "model.part", module.Staging.add
+    staging, add = tmp_path / "into" / "model.part", unpacking.Staging.add
 
     def interrupted(self, member, tick):
         if member.name.name == "model-rank-2.pt":
@@ -216,27 +294,34 @@ def test_an_interrupted_run_is_continued_file_by_file(tmp_path, monkeypatch):
         add(self, member, tick)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module.Staging, "add", interrupted)
+        patch.setattr(unpacking.Staging, "add", interrupted)
         with pytest.raises(KeyboardInterrupt):
             unpack(archive, folder, LIMIT)
     assert not folder.exists()
     done = {path.name: path.stat().st_ino for path in (staging / "model").iterdir()}
     assert sorted(done) == ["model-rank-0.pt", "model-rank-1.pt"]
-    (staging / "model" / "model-rank-1.pt").write_bytes(b"changed meanwhile")
+    # A part, other bytes of the same size, and more bytes than there should be.
+    (staging / "model" / "model-rank-1.pt").write_bytes(CONTENT["model/model-rank-1.pt"][:1000])
+    (staging / "model" / "model-rank-2.pt").write_bytes(bytes(50_000))
+    (staging / "model" / "model-rank-3.pt").write_bytes(CONTENT["model/model-rank-3.pt"] + b"more")
+    before = (staging / "model" / "model-rank-0.pt").stat().st_mtime_ns
 
     unpack(archive, folder, LIMIT)
     unpacked(folder)
-    assert (folder / "model-rank-0.pt").stat().st_ino == done["model-rank-0.pt"]  # not written again
+    assert (folder / "model-rank-0.pt").stat().st_ino == done["model-rank-0.pt"]
+    assert (folder / "model-rank-0.pt").stat().st_mtime_ns == before, (
+        "a file that was done is not written again"
+    )
 
 
 def test_another_archive_does_not_continue_the_first(tmp_path, monkeypatch):
     folder = tmp_path / "into" / "model"
     first = tar(tmp_path / "a.tar.gz", content={**CONTENT, "model/model-rank-0.pt": b"old"})
-    finish = module.Staging.finish
-    monkeypatch.setattr(module.Staging, "finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    finish = unpacking.Staging.finish
+    monkeypatch.setattr(unpacking.Staging, "finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         unpack(first, folder, LIMIT)
-    monkeypatch.setattr(module.Staging, "finish", finish)
+    monkeypatch.setattr(unpacking.Staging, "finish", finish)
     unpack(tar(first), folder, LIMIT)
     unpacked(folder)
 

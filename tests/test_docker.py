@@ -17,7 +17,7 @@ import nbformat
 import pytest
 import yaml
 from browser.conftest import browser  # noqa: F401 (a fixture)
-from test_project import PROJECT, ROOT
+from test_project import ROOT, declared
 
 DOCKERFILE = ROOT / "docker" / "Dockerfile"
 README = ROOT / "docker" / "README.md"
@@ -29,7 +29,8 @@ SCRIPTS = sorted((ROOT / "docker").glob("*.sh")) + [
 COMPOSE = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())
 DOCKER = os.environ.get("DOCKER", "docker")
 IMAGE = os.environ.get("MOEKIT_TEST_IMAGE")
-UID = GID = 4321  # an ordinary user of this machine, but not the image's own 1000
+# An ordinary user of this machine, but not the image's own 1000.
+UID = GID = 4321
 
 in_container = pytest.mark.skipif(not IMAGE, reason="needs the image: make image-test")
 
@@ -146,7 +147,8 @@ def test_run_hands_over_gpus_data_and_work(engine, tmp_path, gpus, expected):
 
 def test_run_uses_podmans_own_words(engine, tmp_path):
     (tmp_path / "bin" / "docker").rename(tmp_path / "bin" / "podman")
-    os.environ["DOCKER"] = "podman"  # the fixture takes it away again
+    # The fixture takes it away again.
+    os.environ["DOCKER"] = "podman"
     done, calls = engine("run.sh", "--gpus", "0,2", "--", "true")
     assert done.returncode == 0, done.stderr
     text = " ".join(options_of(calls))
@@ -171,7 +173,17 @@ def test_run_publishes_on_this_machine_only_unless_asked(engine):
         (["--gpus", "two"], {}, "--gpus two: expected all, none, or numbers such as 0,2"),
         (["--port"], {}, "--port needs a value"),
         (["--gpu", "all"], {}, "--gpu is none of its options"),
+        (["--port", "http"], {}, "--port http: expected a number such as 8888"),
+        (["--work", ""], {}, "--work needs a value"),
         (["--data", "/nowhere"], {}, "--data /nowhere: no such folder"),
+        (["--data", __file__], {}, f"--data {__file__}: no such folder"),
+        (["--work", __file__], {}, f"--work {__file__} is a file; expected a folder"),
+        (
+            ["--work", f"{__file__}/below"],
+            {},
+            f"--work {__file__}/below: there is no such folder, and none can be made",
+        ),
+        (["--work", "/tmp/a:b"], {}, "--work /tmp/a:b: Docker mounts no folder with a colon in its path"),
         (
             [],
             {"version": [1, "Cannot connect to the Docker daemon. Is the docker daemon running?"]},
@@ -197,6 +209,42 @@ def test_run_says_what_to_do(engine, arguments, says, said):
     done, _ = engine("run.sh", *arguments, **{"container": [1, ""]} | says)
     assert done.returncode == 1
     assert said in done.stderr.splitlines()[-1]
+
+
+def test_run_says_what_to_do_without_a_home(engine, tmp_path, monkeypatch):
+    monkeypatch.delenv("HOME")
+    done, calls = engine("run.sh", "--", "true")
+    assert (done.returncode, calls) == (1, [])
+    assert (
+        done.stderr
+        == "run.sh: HOME is not set, so there is no ~/moekit to work in; name a folder: --work DIR\n"
+    )
+    done, calls = engine("run.sh", "--work", tmp_path / "work", "--", "true")
+    assert done.returncode == 0, done.stderr
+    assert f"--volume {tmp_path / 'work'}:/work" in " ".join(options_of(calls))
+
+
+def test_a_folder_of_data_whose_path_has_a_colon(engine, tmp_path):
+    (tmp_path / "a:b").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "a:b")
+    for folder in (tmp_path / "a:b", tmp_path / "link"):
+        done, calls = engine("run.sh", "--data", folder)
+        assert (done.returncode, calls) == (1, [])
+        assert done.stderr.startswith(f"run.sh: --data {tmp_path}/a:b: Docker mounts no folder with a colon")
+
+
+@pytest.mark.parametrize("content", [None, "", " \n"])
+def test_a_token_file_without_a_token_is_refused(tmp_path, content):
+    """Before anything is done in the work folder, which is this machine's here."""
+    file = tmp_path / "token"
+    if content is not None:
+        file.write_text(content)
+    variables = {"NB_UID": "0", "NB_GID": "0", "HOME": str(tmp_path), "JUPYTER_TOKEN_FILE": str(file)}
+    environment = {name: value for name, value in os.environ.items() if name != "JUPYTER_TOKEN"} | variables
+    done = run(ROOT / "docker" / "entrypoint.sh", "echo", "started", check=False, env=environment)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"moekit: JUPYTER_TOKEN_FILE={file} holds no token")
+    assert done.stderr.count("\n") == 1
 
 
 def test_check_gpu_makes_five_checks_and_ends_at_the_first_that_fails(engine):
@@ -352,9 +400,9 @@ def test_inside_is_the_caller_and_no_network(lab):
 @in_container
 @pytest.mark.slow
 def test_every_declared_package_imports(lab):
-    declared = {re.match(r"[A-Za-z0-9._-]+", d)[0].lower() for d in PROJECT["project"]["dependencies"]}
-    said = lab.python((ROOT / "tests" / "docker" / "imports.py").read_text(), "moekit", *sorted(declared))
-    assert {line.split()[0] for line in said.splitlines()} == declared | {"moekit"}
+    packages = set(declared())
+    said = lab.python((ROOT / "tests" / "docker" / "imports.py").read_text(), "moekit", *sorted(packages))
+    assert {line.split()[0] for line in said.splitlines()} == packages | {"moekit"}
 
 
 @in_container
@@ -398,6 +446,18 @@ def test_it_answers_only_with_the_token(lab):
     assert names == {path.name for path in (ROOT / "notebooks").glob("*.ipynb")}
     assert (lab.work / ".jupyter" / "token").stat().st_mode & 0o077 == 0
     assert lab.token not in run("ps", "-eo", "args").stdout
+
+
+@in_container
+@pytest.mark.slow
+def test_an_empty_token_file_starts_nothing():
+    done = run(
+        *(DOCKER, "run", "--rm", "--env", "JUPYTER_TOKEN_FILE=/dev/null", IMAGE, "jupyter", "lab"),
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert "JUPYTER_TOKEN_FILE=/dev/null holds no token" in done.stderr
 
 
 @in_container
@@ -454,7 +514,8 @@ def test_a_new_user_opens_the_url_and_runs_a_notebook(lab, browser, tmp_path):  
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
     last = notebook.locator(".jp-CodeCell").last.locator(".jp-InputPrompt")
-    expect(last).to_have_text(re.compile(r"\[\d+\]:"), timeout=180_000)  # a number: it has ended
+    # A number in place of the star: the cell has ended.
+    expect(last).to_have_text(re.compile(r"\[\d+\]:"), timeout=180_000)
     assert notebook.locator('[data-mime-type="application/vnd.jupyter.error"]').count() == 0
     assert notebook.locator(".jupyter-widgets").first.is_visible()
     page.screenshot(path=tmp_path / "ran.png")
@@ -489,15 +550,15 @@ if sys.argv[3] == "wait":
     assert lab.get("/api/contents/notebooks/load_shards.ipynb", lab.token, saved, "PUT")[0] == 200
 
     run(DOCKER, "stop", "--time", "5", lab.name)
-    assert (
-        run(DOCKER, "inspect", "--format", "{{.State.ExitCode}}", lab.name).stdout.strip() != "137"
-    )  # killed
+    # 137: it was killed.
+    assert run(DOCKER, "inspect", "--format", "{{.State.ExitCode}}", lab.name).stdout.strip() != "137"
     assert (lab.work / "open.txt").read_text() == "all of it"
     strangers = [path for path in lab.work.rglob("*") if path.lstat().st_uid != lab.work.stat().st_uid]
     assert strangers == []
     assert (lab.work / "open.txt").stat().st_uid in (UID, os.getuid())
 
-    said = start("--name", lab.name, "--work", lab.work).stdout  # again: all is as it was left
+    # After a second start all is as it was left.
+    said = start("--name", lab.name, "--work", lab.work).stdout
     assert Lab(lab.name, lab.work, said).token == lab.token
     assert nbformat.read(lab.work / "notebooks" / "load_shards.ipynb", as_version=4).cells[0].source == "mine"
 
@@ -558,7 +619,8 @@ esac
     options = os.environ.get("MOEKIT_BUILD_OPTIONS", "")
     made_data = not Path("/data").exists()
     Path("/data").mkdir(exist_ok=True)
-    run(DOCKER, "tag", IMAGE, "moekit:tested")  # the last of them remove the image
+    # The page's last commands remove the image.
+    run(DOCKER, "tag", IMAGE, "moekit:tested")
     try:
         for line in here:
             line = line.replace("docker/build.sh", f"docker/build.sh {options}")
@@ -566,7 +628,8 @@ esac
                 done = run("bash", "-c", line, check=False, timeout=600, cwd=ROOT, env=environment)
                 if done.returncode == 0 or not line.startswith("cat "):
                     break
-                time.sleep(0.5)  # a file that a container is about to write
+                # A file that a container is about to write.
+                time.sleep(0.5)
             assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
             if "JupyterLab: " in done.stdout:
                 url = re.search(r"http://127\.0\.0\.1:\d+/\?token=\w+", done.stdout)[0]

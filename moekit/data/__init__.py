@@ -10,9 +10,9 @@ from moekit.data.binarise import Binarised, Summary, binarise
 from moekit.data.codec import Codec
 from moekit.data.download import Downloaded, DownloadError, NoSpace, Patience, download
 from moekit.data.encode import Encoded, encode_files
-from moekit.data.prepare import Prepared, prepare, verify_checkpoint
+from moekit.data.preparing import Prepared, prepare, verify_checkpoint
 from moekit.data.settings import Settings, settings
-from moekit.data.unpack import CorruptArchive, unpack
+from moekit.data.unpacking import CorruptArchive, RefusedArchive, unpack
 
 __all__ = [
     "Binarised",
@@ -24,6 +24,7 @@ __all__ = [
     "NoSpace",
     "Patience",
     "Prepared",
+    "RefusedArchive",
     "Settings",
     "Summary",
     "binarise",

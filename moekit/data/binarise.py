@@ -20,7 +20,8 @@ from moekit.data.dictionary import EOS, UNK, Dictionary
 from moekit.data.lines import Block, blocks, in_order
 from moekit.data.progress import bar
 
-HEADER = struct.Struct("<9sQBQ")  # magic, version, code of the ids' type, lines
+# The magic, the version, the code of the ids' type, the number of lines.
+HEADER = struct.Struct("<9sQBQ")
 MAGIC, VERSION = b"MMIDIDX\x00\x00", 1
 CODES = {8: np.dtype("<u2"), 9: np.dtype("<u4"), 4: np.dtype("<i4"), 5: np.dtype("<i8")}
 _MISSING = -1
@@ -146,17 +147,24 @@ class Binarised:
         with open(index, "rb") as file:
             header = file.read(HEADER.size)
         if len(header) < HEADER.size or not header.startswith(MAGIC):
-            raise ValueError(f"{index} is not an index of fairseq's 'mmap' data")
+            raise ValueError(
+                f"{index} is not an index of fairseq's 'mmap' data; expected it to begin with {MAGIC[:7]}"
+            )
         _, _, code, lines = HEADER.unpack(header)
         if code not in CODES:
-            raise ValueError(f"{index}: unknown type code {code} of the ids")
+            raise ValueError(
+                f"{index} gives {code} as the code of the ids' type; expected one of {sorted(CODES)}"
+            )
         if index.stat().st_size != HEADER.size + 12 * lines:
-            raise ValueError(f"{index} does not have the size of an index of {lines} lines")
+            raise ValueError(
+                f"{index} has {index.stat().st_size} bytes; expected {HEADER.size + 12 * lines} for its {lines} lines"
+            )
         self.sizes = np.zeros(0, "<i4") if not lines else np.memmap(index, "<i4", "r", HEADER.size, (lines,))
         tokens = int(self.sizes.sum(dtype=np.int64))
         if data.stat().st_size != tokens * CODES[code].itemsize:
             raise ValueError(
-                f"{data} has {data.stat().st_size} bytes, but its index speaks of {tokens} tokens"
+                f"{data} has {data.stat().st_size} bytes, but its index {index.name} counts {tokens} tokens of "
+                f"{CODES[code].itemsize} bytes; binarise the text again, or copy both files again"
             )
         self.ids = np.zeros(0, CODES[code]) if not tokens else np.memmap(data, CODES[code], "r")
 

@@ -1,9 +1,9 @@
 """GPT-2's byte-level byte-pair encoding, with fairseq's result on every text.
 
-A text is first cut into pieces (a word with the space before it, a number, a run of signs, of blanks), then the bytes
-of each piece are merged pair by pair. ``tokenizers`` merges. Its own cutting is too slow, and its tables of letters
-years older than those of the ``regex`` library, which fairseq cuts with: it cuts at thousands of newer letters. So
-pieces are cut here, a whole text at once, by the tables of ``regex``.
+A text is first cut into pieces: a word with the space before it, a number, a run of signs, or a run of blanks. Then the
+bytes of each piece are merged pair by pair. The library ``tokenizers`` does the merging. It does not do the cutting,
+because it is slow at that, and because it does not know thousands of newer letters that ``regex``, which fairseq uses,
+does know. So this file cuts a whole text at once, by the tables of ``regex``.
 """
 
 from __future__ import annotations
@@ -11,11 +11,20 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import textwrap
 from pathlib import Path
+from reprlib import repr
 
 import numpy as np
 import regex
 from tokenizers.models import BPE
+
+# An id takes 4 bytes in the library's tables.
+MOST_IDS = 1 << 32
+# Symbols that stand for themselves, such as <|endoftext|>, are made by no merge.
+SPECIAL = regex.compile(r"<.*>|\[.*\]")
+# Other symbols that no merge makes.
+MOST_UNMADE = 8
 
 LETTER, NUMBER, SIGN, BLANK, LINE_END = range(5)
 
@@ -24,7 +33,8 @@ LETTER, NUMBER, SIGN, BLANK, LINE_END = range(5)
 def kinds() -> np.ndarray:
     """[0x110000] uint8: the kind of every code point, as ``regex`` has it."""
     kind = np.full(0x110000, SIGN, np.uint8)
-    text = "".join(map(chr, range(0x40000)))  # above there are no letters, numbers or blanks (a test looks)
+    # Above this range there are no letters, numbers or blanks, which a test checks.
+    text = "".join(map(chr, range(0x40000)))
     for code, pattern in ((LETTER, r"\p{L}+"), (NUMBER, r"\p{N}+"), (BLANK, r"\s+")):
         for run in regex.finditer(pattern, text):
             kind[run.start() : run.end()] = code
@@ -124,10 +134,20 @@ def read_vocabulary(path: Path) -> dict[str, int]:
         vocabulary = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"there is no file {path}") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not an encoder.json: {error}") from None
-    if not isinstance(vocabulary, dict) or not all(type(number) is int for number in vocabulary.values()):
-        raise ValueError(f"{path} is not an encoder.json: expected an object from symbols to whole numbers")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not an encoder.json: {textwrap.shorten(str(error), 120)}") from None
+    if not isinstance(vocabulary, dict):
+        raise ValueError(
+            f"{path} is not an encoder.json: it holds {repr(vocabulary)}, expected an object from symbols to whole numbers"
+        )
+    for symbol, number in vocabulary.items():
+        if type(number) is not int or not 0 <= number < MOST_IDS:
+            raise ValueError(
+                f"{path} is not an encoder.json: {repr(symbol)} has the id {repr(number)}, expected a whole number from "
+                f"0 to {MOST_IDS - 1}"
+            )
+        if not symbol.isascii() and any("\ud800" <= character <= "\udfff" for character in symbol):
+            raise ValueError(f"{path} is not an encoder.json: {repr(symbol)} holds half a surrogate pair")
     return vocabulary
 
 
@@ -162,3 +182,9 @@ def _check(vocabulary: dict[str, int], merges: list[tuple[str, str]], encoder: P
             raise ValueError(
                 f"{vocab}, line {line} merges {left!r} and {right!r} before a later line makes one of them"
             )
+    unmade = [s for s in vocabulary if len(s) > 1 and s not in last_made and not SPECIAL.fullmatch(s)]
+    if len(unmade) > MOST_UNMADE:
+        raise ValueError(
+            f"{vocab} has {len(merges)} merges, and none of them makes {len(unmade)} of {encoder}'s symbols, such as "
+            f"{repr(unmade[0])}; it may be cut short: get both files again"
+        )

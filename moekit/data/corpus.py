@@ -10,12 +10,16 @@ from moekit import paths
 
 TEXT_SUFFIXES = (".txt", ".text", ".raw", ".md")
 SUBSET = re.compile(r"(?<![a-z])(?:(train|training)|(valid|validation|dev)|(test))(?![a-z])")
-MARK = "moekit-source.json"  # in a folder of prepared data: what it was made of
-FETCHED = ("downloads", "gpt2_bpe", "checkpoints")  # folders of data_dir
+# A file in a folder of prepared data that tells what the data was made of.
+MARK = "moekit-source.json"
+# Folders of data_dir that hold downloads.
+FETCHED = ("downloads", "gpt2_bpe", "checkpoints")
 SUBSETS = ("train", "valid", "test")
-DOMAINS = ".domains.txt"  # a file SUBSET.domains.txt beside a text has a domain a line of it
+# SUBSET.domains.txt beside a text names the domain of each of its lines.
+DOMAINS = ".domains.txt"
 
-Texts = dict[str, list[Path]]  # files by subset
+# Files by subset.
+Texts = dict[str, list[Path]]
 
 
 def demo() -> Texts:

@@ -1,7 +1,7 @@
 """Downloads that end with the right file or with one clear error, however often they are interrupted.
 
-What has arrived lies in ``NAME.part``; ``NAME.part.json`` says of which file of which server it is a part, so that a
-later run, or another process, asks for the rest only, and for the whole if the file has changed meanwhile. The whole
+The bytes that have arrived are in ``NAME.part``; ``NAME.part.json`` records which file of which server they belong to. A
+later run, or another process, asks for the rest only, or for all of it if the file on the server has changed. The whole
 file gets its name last; ``NAME.json`` then holds its origin, size and SHA-256.
 """
 
@@ -22,7 +22,8 @@ from pathlib import Path
 from moekit.data import record
 from moekit.data.progress import bar
 
-AGENT = "Mozilla/5.0 (compatible; moekit)"  # one mirror turns away clients that do not look like a browser
+# One mirror refuses clients that do not look like a browser.
+AGENT = "Mozilla/5.0 (compatible; moekit)"
 CHUNK = 1 << 20
 
 
@@ -40,7 +41,7 @@ class Refused(OSError):
 
 @dataclass(frozen=True)
 class Patience:
-    """How long to go on.
+    """How long a download is tried again.
 
     Attributes:
         drops: broken transfers in a row that brought nothing new; each one that did counts anew.
@@ -104,7 +105,8 @@ def download(
     path.parent.mkdir(parents=True, exist_ok=True)
     part = Part(path)
     failures = []
-    for url in sorted(urls, key=lambda url: url != part.url):  # where a part lies already, that mirror first
+    # The mirror that a part came from is asked first.
+    for url in sorted(urls, key=lambda url: url != part.url):
         try:
             _fetch(url, part, spare, patience)
             digest = sha256_of(part.path)
@@ -206,7 +208,7 @@ class Part:
         self.note = {}
 
     def outgrown(self, reason: str) -> Exception:
-        """Start over, as the file is not longer than the part. Should it happen again, the server does not say true."""
+        """Start over, as the file is not longer than the part. If that happens twice, the server's length is wrong."""
         size, total, before = self.size, self.note["total"], self._outgrown
         self._outgrown = True
         self.discard()
@@ -240,7 +242,7 @@ class Broken(Exception):
 
 
 def _fetch(url: str, part: Part, spare: int, patience: Patience) -> None:
-    """Make ``part`` whole from ``url``, going on after each failure as long as ``patience`` has it."""
+    """Make ``part`` whole from ``url``; after a failure, try again as often as ``patience`` allows."""
     drops = refusals = furthest = 0
     while not (part.url == url and part.complete):
         try:
@@ -256,7 +258,7 @@ def _fetch(url: str, part: Part, spare: int, patience: Patience) -> None:
 
 
 def _attempt(url: str, part: Part, spare: int, stall: float) -> None:
-    """Ask for what is missing, or for all, and write what comes; return if the part is whole."""
+    """Ask for the missing bytes, or for all, and write what arrives; return when the part is whole."""
     headers = {"User-Agent": AGENT}
     if part.url == url and part.validator and part.size:
         headers |= {"Range": f"bytes={part.size}-", "If-Range": part.validator}
@@ -325,6 +327,6 @@ def _span(answer: HTTPResponse) -> tuple[int, int]:
         found = re.fullmatch(r"()(\d+)", answer.headers["Content-Length"] or "")
     if found is None:
         raise Refused(
-            "the server does not say how long the file is, so nobody could tell whether it is whole"
+            "the server does not say how long the file is, so an incomplete file could not be told from a whole one"
         )
     return int(found[1] or 0), int(found[2])

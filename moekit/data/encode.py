@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
 
 from moekit.data.bpe import BytePairs, cut
 from moekit.data.lines import Block, blocks, in_order
 from moekit.data.progress import bar
 
-PLACES = 1 << 19  # of the table of short pieces
-REMEMBERED = 1 << 18  # pieces in the other memory; then all are forgotten
-WORTH_KEEPING = 64  # bytes: longer pieces hardly come again
+# Pieces whose ids are kept; beyond that all are forgotten.
+REMEMBERED = 1 << 18
+# Bytes: longer pieces hardly occur again.
+WORTH_KEEPING = 64
+_LINE_END = {b"\n": "\n"}
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,8 @@ def encode_files(
     for path in inputs:
         if not path.is_file():
             raise ValueError(f"there is no file {path} to encode")
-    encoder(
-        str(encoder_json), str(vocab_bpe)
-    )  # says what is wrong with the files here rather than in a worker
+    # Here rather than in a worker, so that an error about the files is raised at once.
+    encoder(str(encoder_json), str(vocab_bpe))
     work = functools.partial(_encode_block, str(encoder_json), str(vocab_bpe), keep_empty)
     todo = (block for path in inputs for block in blocks(path))
     part = output.with_name(output.name + ".part")
@@ -69,74 +69,29 @@ def encode_files(
     return Encoded(lines, dropped)
 
 
-class LineEncoder:
-    """Text to lines of ids, with a memory of pieces.
+class LineEncoder(dict[bytes, str]):
+    """Text to lines of ids. It maps a piece (bytes) to its ids in decimal, a space before each, and a line end to itself.
 
-    Most pieces of a text came before, and most are short. So a piece of up to 15 bytes is looked up, a whole block's at
-    once, in a table where it has one place, which it may lose to another. The others are looked up one by one.
+    Most pieces of a text occurred before, so the ids of up to ``REMEMBERED`` pieces are kept.
     """
 
     def __init__(self, bpe: BytePairs) -> None:
-        self.bpe = bpe
-        self._first = np.zeros(PLACES, np.uint64)  # the key of the piece at each place
-        self._second = np.zeros(PLACES, np.uint64)  # 0 is no piece's
-        self._values = np.full(PLACES, "", object)  # its ids in decimal, a space before each
-        self._slow = _Memory(bpe)
+        super().__init__(_LINE_END)
+        self._bpe = bpe
 
     def encode(self, text: str) -> str:
         """The ids of ``text`` in decimal, spaces between, its line ends kept."""
         data, starts = cut(text)
-        if not data:
-            return ""
-        lengths = np.diff(starts, append=len(data))
-        first, second = _keys(data, starts, lengths)
-        places = _places(first, second)
-        known = (self._first.take(places) == first) & (self._second.take(places) == second)
-        ids = self._values.take(places)
-        unknown = np.flatnonzero(~known)
-        spans = zip(starts[unknown].tolist(), (starts + lengths)[unknown].tolist(), strict=True)
-        ids[unknown] = [self._slow[data[start:end]] for start, end in spans]
-        new = unknown[
-            lengths[unknown] <= SHORT
-        ]  # those that want the same place: the last gets it, in all three
-        taken = places[new]
-        self._first[taken], self._second[taken], self._values[taken] = first[new], second[new], ids[new]
-        return "".join(ids.tolist()).replace("\n ", "\n").removeprefix(" ")
-
-
-SHORT = 15  # bytes: what fits into two 8-byte words with its length
-_LOW_BYTES = np.array([(1 << 8 * n) - 1 for n in range(9)], np.uint64)
-_MIX = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F], np.uint64)  # odd, and bits of no pattern
-
-
-def _keys(data: bytes, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Two words a piece, uint64: its bytes, and its length on top of the second; unique for short pieces."""
-    words = np.ndarray(
-        len(data) + 8, "<u8", data + bytes(16), strides=(1,)
-    )  # the 8 bytes from each offset on
-    first = words[starts] & _LOW_BYTES.take(np.minimum(lengths, 8))
-    second = words[starts + 8] & _LOW_BYTES.take(np.clip(lengths - 8, 0, 7))
-    return first, second | np.minimum(lengths, 255).astype(np.uint64) << np.uint64(56)
-
-
-def _places(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    mixed = (first * _MIX[0] ^ second * _MIX[1]) * _MIX[0]
-    return (mixed >> np.uint64(64 - PLACES.bit_length() + 1)).astype(np.int64)
-
-
-class _Memory(dict[bytes, str]):
-    """The ids of each piece in decimal, a space before each; of a line end, itself."""
-
-    def __init__(self, bpe: BytePairs) -> None:
-        super().__init__({b"\n": "\n"})
-        self._bpe = bpe
+        spans = itertools.pairwise([*starts.tolist(), len(data)])
+        ids = "".join([self[data[start:end]] for start, end in spans])
+        return ids.replace("\n ", "\n").removeprefix(" ")
 
     def __missing__(self, piece: bytes) -> str:
         ids = "".join([f" {number}" for number in self._bpe.merge(piece)])
         if len(piece) <= WORTH_KEEPING:
             if len(self) > REMEMBERED:
                 self.clear()
-                self[b"\n"] = "\n"
+                self.update(_LINE_END)
             self[piece] = ids
         return ids
 

@@ -18,8 +18,10 @@ from typing import BinaryIO, NamedTuple, TypeVar
 
 Result = TypeVar("Result")
 
-BLOCK = 1 << 19  # bytes: large against the cost of handing it to a process, small against memory and caches
-PATIENCE = 3600.0  # seconds for one block: far more than any takes, so that nothing waits for ever
+# Bytes: a block is large against the cost of handing it to a process, and small against memory and caches.
+BLOCK = 1 << 19
+# Seconds for one block, far more than any takes.
+PATIENCE = 3600.0
 LINE_END = re.compile(rb"\r\n?|\n")
 
 
@@ -48,7 +50,8 @@ class Block(NamedTuple):
                 "convert the file (iconv -f <its encoding> -t utf-8), or drop such bytes (iconv -c -t utf-8)"
             ) from None
         lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-        if lines[-1] == "":  # what follows the last line end is no line
+        # What follows the last line end is no line.
+        if lines[-1] == "":
             lines.pop()
         return lines
 
@@ -105,14 +108,14 @@ def in_order(
 
 
 def _context() -> BaseContext:
-    """Workers are forked from a server that has nothing but this package in it: no thread of a notebook, no GPU."""
+    """Workers are forked from a server that has only this package in it: no thread of a notebook, no GPU."""
     context = get_context("forkserver")
     context.set_forkserver_preload(["moekit.data.encode", "moekit.data.binarise"])
     return context
 
 
 def _start_worker() -> None:
-    """A worker leaves interrupts to its parent, and ends when the parent does, however that ended."""
+    """A worker ignores interrupts, which the parent handles, and ends when the parent ends in whatever way."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def end_with_parent() -> None:

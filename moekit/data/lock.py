@@ -17,10 +17,16 @@ def locked(folder: Path) -> Iterator[None]:
     """Hold ``folder`` for this process; the system frees it when the process ends, however it ends.
 
     Raises:
-        ValueError: someone else holds it; it says who.
+        ValueError: another process holds it, and the message names that process; or it is no folder to write to.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / NAME, "a+") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        opened = open(folder / NAME, "a+")
+    except OSError as error:
+        raise ValueError(
+            f"data_dir={str(folder)!r} cannot be written to ({error.strerror}); choose another"
+        ) from None
+    with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

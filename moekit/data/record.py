@@ -1,4 +1,7 @@
-"""What was done and with what, in small JSON files, so that nothing is done twice and nothing half-done is trusted."""
+"""Records of what was done, and with which files, as small JSON files.
+
+They keep a step from being done twice, and a result that is half done from being used.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from typing import Any
 
 
 def read(path: Path) -> dict[str, Any] | None:
-    """The record in ``path``; None if there is none, or it is damaged: then it says nothing."""
+    """The record in ``path``; None if there is none, or if it is damaged."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
@@ -29,7 +32,7 @@ def write(path: Path, record: dict[str, Any]) -> None:
 
 
 def fingerprint(path: Path) -> dict[str, int] | None:
-    """What is cheap to know of a file and changes when it does; None if there is no such file."""
+    """The size and the time of change of a file, which are cheap to read; None if there is no such file."""
     try:
         status = path.stat()
     except OSError:

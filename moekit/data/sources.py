@@ -1,6 +1,6 @@
 """What can be downloaded, and from where.
 
-No hash of any of it is known here in advance. What arrives is hashed, and the hash recorded, at first use.
+No hash of these files is known in advance. The hash of what arrives first is recorded, and compared from then on.
 """
 
 from __future__ import annotations
@@ -62,9 +62,11 @@ GPT2_BPE = (
 WIKITEXT_103 = Remote(
     "wikitext-103-raw-v1.zip",
     (
-        "https://wikitext.smerity.com/wikitext-103-raw-v1.zip",  # the author's
+        # The author's own address.
+        "https://wikitext.smerity.com/wikitext-103-raw-v1.zip",
         "https://huggingface.co/datasets/mattdangerw/wikitext-103-raw/resolve/main/wikitext-103-raw-v1.zip",
-        "https://s3.amazonaws.com/research.metamind.io/wikitext/wikitext-103-raw-v1.zip",  # dead since 2024
+        # It has not answered since 2024.
+        "https://s3.amazonaws.com/research.metamind.io/wikitext/wikitext-103-raw-v1.zip",
     ),
     _begins_with(b"PK", "zip"),
     unpacked=550_000_000,

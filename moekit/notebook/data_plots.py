@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from moekit.data.prepare import Prepared
+    from moekit.data.preparing import Prepared
 
 COUNTED_AT_ONCE = 1 << 22  # ids
 

@@ -26,7 +26,7 @@ if ! "$DOCKER" version >/dev/null 2>&1; then
     log=$(mktemp)
     dockerd >"$log" 2>&1 &
     engine=$!
-    trap 'kill "$engine"; wait "$engine" || true; rm -f "$log"' EXIT
+    trap 'kill "$engine" 2>/dev/null && wait "$engine"; rm -f "$log"' EXIT
     for _ in $(seq 60); do
         if "$DOCKER" version >/dev/null 2>&1 || ! kill -0 "$engine" 2>/dev/null; then break; fi
         sleep 0.5

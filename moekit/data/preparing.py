@@ -19,7 +19,7 @@ from moekit.data.download import DownloadError, discard, download, human
 from moekit.data.encode import encode_files
 from moekit.data.lock import locked
 from moekit.data.settings import Settings
-from moekit.data.unpack import unpack
+from moekit.data.unpacking import unpack
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,7 +29,7 @@ Say = Callable[[str], Any]
 
 @dataclass(frozen=True)
 class Prepared:
-    """What there is now.
+    """What was asked for, and where it is.
 
     Attributes:
         data_bin: the folder to give to fairseq, or to moekit as ``data``.
@@ -95,7 +95,7 @@ def prepare(settings: Settings, say: Say = print) -> Prepared:
     """Do what of ``settings`` is not done yet; after an interruption, go on where it stopped.
 
     Args:
-        say: told, in a line each, what is done and what was there already.
+        say: called with a line about each step, whether it was done now or before.
 
     Raises:
         ValueError: something asked for cannot be had, or what was found is not what it should be; it says what.
@@ -122,7 +122,7 @@ def prepare(settings: Settings, say: Say = print) -> Prepared:
 
 
 class Steps:
-    """Tells the user of each step, and keeps those that were done now."""
+    """Reports each step to the user, and keeps the names of those that were done in this run."""
 
     def __init__(self, say: Say) -> None:
         self._say = say
@@ -145,7 +145,7 @@ def _bpe(settings: Settings, steps: Steps) -> Path:
 
 
 def _texts(settings: Settings, steps: Steps) -> tuple[str, corpus.Texts]:
-    """What is prepared is called, and made of."""
+    """The name of what is prepared, and its text files."""
     if settings.source == "demo":
         return "demo", corpus.demo()
     if settings.source == "wikitext-103":
@@ -156,7 +156,7 @@ def _texts(settings: Settings, steps: Steps) -> tuple[str, corpus.Texts]:
 
 
 def _claim(home: Path, settings: Settings, texts: corpus.Texts) -> None:
-    """Make ``home`` the place for this source, without what an earlier run made of text that is no more."""
+    """Make ``home`` the folder of this source, and remove what an earlier run made of text that is gone."""
     home.mkdir(parents=True, exist_ok=True)
     source = (
         settings.source
@@ -214,7 +214,8 @@ def _subset(
     domains = files[0].with_name(subset + corpus.DOMAINS)
     if domains.is_file() and len(files) == 1 and not dropped:
         _copied(domains, data, steps)
-    else:  # labels of an earlier text would be taken for this one's
+    else:
+        # Labels of an earlier text would be taken for this one's.
         for end in (corpus.DOMAINS, corpus.DOMAINS + ".json"):
             (data / f"{subset}{end}").unlink(missing_ok=True)
     return summary
@@ -249,7 +250,8 @@ def _checkpoint(settings: Settings, steps: Steps) -> tuple[Path | None, list[dic
     steps.report(
         f"verify {settings.checkpoint}",
         now,
-        f"{len(files)} files, {human(sum(row['bytes'] for row in files))}, all readable, every expert there once",
+        f"the headers of {len(files)} files ({human(sum(row['bytes'] for row in files))}): every tensor is there once and "
+        "has its shape",
     )
     return folder, files
 
@@ -284,7 +286,8 @@ def _unpacked(remote: sources.Remote, folder: Path, settings: Settings, steps: S
         try:
             files = unpack(archive, folder, limit=2 * remote.unpacked)
             break
-        except ValueError as error:  # damaged, or not what it should be
+        except ValueError as error:
+            # The archive is damaged, or not what it should be.
             discard(archive)
             damaged += f"; {origin}: {error}"
             urls = urls[urls.index(origin) + 1 :] if origin in urls else []
