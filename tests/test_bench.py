@@ -23,8 +23,8 @@ TINY = shapes.SHAPES["tiny"]
 H200 = "NVIDIA H200"
 
 
-def setting(shape="tiny", world_size=1, dtype="float32", kernel="loop") -> Setting:
-    return Setting(shape, "cpu", dtype, kernel, world_size, 2)
+def setting(shape="tiny", world_size=1, dtype="float32", backend="loop") -> Setting:
+    return Setting(shape, "cpu", dtype, backend, world_size, 2)
 
 
 def run(tmp_path, *arguments: str) -> dict[str, list[dict]]:
@@ -258,7 +258,7 @@ def test_a_wrong_layer_ends_the_bench(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["score", "--device", "cpu", "--kernel", "triton"], "kernel='triton' needs"),
+        (["score", "--device", "cpu", "--backend", "triton"], "backend='triton' needs"),
         (["decode", "--device", "cpu", "--world-size", "0"], "world_size is 0"),
         (["data", "--bpe", "/nowhere"], "--bpe /nowhere: there is no /nowhere/encoder.json"),
         (["data", "--text", "/nowhere"], "No such file or directory: '/nowhere'"),

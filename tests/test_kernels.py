@@ -25,14 +25,14 @@ from moekit.nn import gate
 from moekit.nn import graphs as graph
 from moekit.nn.cache import Cache
 from moekit.nn.config import PAD, ModelConfig
-from moekit.nn.experts import KERNELS, Experts, choose_kernel
+from moekit.nn.experts import BACKENDS, Experts, choose_backend
 from moekit.nn.graphs import Graph
 from moekit.nn.kernels import attention, short_step, tiles, vectors
 from moekit.nn.kernels import gate as fused_gate
 from moekit.nn.kernels.grouped import ACTIVATIONS, ANY, CUTS, Blocks, Cut, cut_for, grouped_ffn
 from moekit.nn.kernels.logprobs import best, target_log_probs
 from moekit.nn.logprobs import log_probs
-from moekit.nn.transformer import Norm, Pass, Transformer
+from moekit.nn.transformer import AddNorm, Pass, Transformer
 from moekit.worker import decoding as decode
 from moekit.worker import scoring as worker
 from moekit.worker.sampling import Settings
@@ -121,7 +121,7 @@ def test_torchs_grouped_product(rows, choices, dtype):
     order, counts = choices_of(rows, choices, 3, seed=rows, spread=0.7)
     weights = torch.rand(rows * choices, device=DEVICE).to(dtype)
     wanted = experts(x, order, counts, choices, weights)
-    experts.kernel = "grouped_mm"
+    experts.backend = "grouped_mm"
     tolerance = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-2}[dtype]
     found = experts(x, order, counts, choices, weights)
     torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
@@ -136,11 +136,11 @@ def test_no_rows():
     assert not grouped_ffn(experts, torch.ones(4, 24, device=DEVICE), order, zero, 1, None).any()
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_no_experts(kernel):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_experts(backend):
     """More ranks than experts: one has none, and gets everybody's rows."""
     experts = experts_of(0)
-    experts.kernel = kernel
+    experts.backend = backend
     counts = torch.zeros(0, dtype=torch.long, device=DEVICE)
     found = experts(torch.ones(3, 24, device=DEVICE), torch.arange(6, device=DEVICE), counts, 2)
     assert found.shape == (6, 24) and not found.any()
@@ -262,7 +262,7 @@ def test_a_norm_takes_in_what_is_pending(parts, dim, dtype):
     x = 3 + torch.randn(7, 1, dim, generator=generator).to(DEVICE, dtype)
     shape = (7, 1, dim) if parts == 0 else (7, 1, parts, dim)
     pending = None if parts is None else torch.randn(shape, generator=generator).to(DEVICE, dtype)
-    norm = Norm(dim).to(DEVICE, dtype).requires_grad_(False)
+    norm = AddNorm(dim).to(DEVICE, dtype).requires_grad_(False)
     for parameter in norm.parameters():
         parameter.copy_(torch.randn(dim, generator=generator))
     slow = norm(x, pending)
@@ -306,15 +306,15 @@ def test_the_fast_model_reads_on_as_the_slow_one(name, tmp_path):
     tokens = torch.randint(4, 190, (3, 9), generator=torch.Generator().manual_seed(7)).to(DEVICE)
     lengths = torch.tensor([5, 2, 3], device=DEVICE)
     found = {}
-    for kernel in ("loop", "triton"):
+    for backend in ("loop", "triton"):
         cache = Cache(model.config, 3, 16, torch.device(DEVICE), torch.float32)
         with torch.inference_mode():
-            features = [model.use(kernel)(tokens[:, :5], Pass(cache=cache))[range(3), lengths - 1]]
+            features = [model.use(backend)(tokens[:, :5], Pass(cache=cache))[range(3), lengths - 1]]
             cache.advance(lengths)
             for step in range(5, 9):
                 features.append(model(tokens[:, step, None], Pass(cache=cache, groups=3))[:, 0])
                 cache.advance(1)
-        found[kernel] = torch.stack(features)
+        found[backend] = torch.stack(features)
     torch.testing.assert_close(found["loop"], found["triton"], rtol=1e-4, atol=1e-5)
 
 
@@ -358,22 +358,22 @@ def few_against_slow(model: Transformer, sequences: int, tolerance: float) -> No
     dtype = model.embed.weight.dtype
     assert short_step.fits(model, sequences)
     found = {}
-    for kernel in ("loop", "triton"):
+    for backend in ("loop", "triton"):
         cache = Cache(model.config, sequences, 16, torch.device(DEVICE), dtype)
-        model.use(kernel)
+        model.use(backend)
         with torch.inference_mode():
             model(tokens[:, :5], Pass(cache=cache))
             cache.advance(lengths)
             logits = []
             for step in range(5, 8):
-                if kernel == "triton":
+                if backend == "triton":
                     logits.append(short_step.read_on(model, tokens[:, step], cache, 150))
                 else:
                     features = model(tokens[:, step, None], Pass(cache=cache, groups=sequences))
                     logits.append(model.logits(features[:, 0], 150))
                 cache.advance(1)
         kept = [cache.kv[:, :, b, :, :length] for b, length in enumerate(cache.lengths.tolist())]
-        found[kernel] = torch.stack(logits), *kept
+        found[backend] = torch.stack(logits), *kept
     for slow, fast in zip(found["loop"], found["triton"], strict=True):
         assert (slow.float() - fast.float()).norm() < tolerance * slow.float().norm()
 
@@ -409,13 +409,13 @@ def test_the_fast_model_is_the_slow_one(name, fraction, tmp_path, monkeypatch):
     tokens[1::2, 7:] = PAD
     tokens = tokens.to(DEVICE)
     found = {}
-    for kernel in ("loop", "triton"):
+    for backend in ("loop", "triton"):
         routings = {}
         step = Pass(fraction, groups=3, padding=tokens == PAD, record=routings.__setitem__)
         with torch.inference_mode():
-            features = model.use(kernel)(tokens, step)
-            found[kernel] = model.logits(features), routings
-    slow, fast = (found[kernel][0] for kernel in ("loop", "triton"))
+            features = model.use(backend)(tokens, step)
+            found[backend] = model.logits(features), routings
+    slow, fast = (found[backend][0] for backend in ("loop", "triton"))
     assert (slow - fast).norm() / slow.norm() < 1e-5
     assert found["loop"][1].keys() == found["triton"][1].keys() != set()
     for layer, slow in found["loop"][1].items():
@@ -581,11 +581,11 @@ def test_ranks_that_compute_with_kernels(reference):
     found = {}
     steps = [[random_batch(2 * i + r, 12, 200) for r in range(2)] for i in range(graph.AFTER + 3)]
     device = "auto" if DEVICE == "cuda" else "cpu"
-    for world_size, kernel in ((1, "loop"), (2, "triton")):
+    for world_size, backend in ((1, "loop"), (2, "triton")):
         with moekit.load(
-            reference / "checkpoint", world_size, device, "float32", kernel=kernel, progress=False
+            reference / "checkpoint", world_size, device, "float32", backend=backend, progress=False
         ) as model:
-            assert {part["kernel"] for part in model.parts} == {kernel}
+            assert {part["backend"] for part in model.parts} == {backend}
             result = model.evaluate(
                 reference / "data-bin",
                 tokens_per_sample=24,
@@ -594,16 +594,16 @@ def test_ranks_that_compute_with_kernels(reference):
                 progress=False,
             )
             scoring = model.ranks.call(repeated, steps)
-            assert {captured for captured, _ in scoring} == {DEVICE == "cuda" and kernel == "triton"}
+            assert {captured for captured, _ in scoring} == {DEVICE == "cuda" and backend == "triton"}
             blocks = dict(pair for _, pairs in scoring for pair in pairs)
             ids = [one.ids for one in model.generate([[5, 6], [7]], max_new_tokens=4, progress=False)]
             # As many on each rank, not as many, and none on the second, which only serves.
             for there in ([[[2, 5]], [[2, 6]]], [[[2, 5], [2, 7]], [[2, 6]]], [[[2, 5]], []]):
                 parts = [list(itertools.chain(*there))] if world_size == 1 else there
                 decoding = model.ranks.call(decoded, parts, graph.AFTER + 3)
-                assert {captured for captured, _ in decoding} == {DEVICE == "cuda" and kernel == "triton"}
+                assert {captured for captured, _ in decoding} == {DEVICE == "cuda" and backend == "triton"}
                 ids.append([tokens for _, part in decoding for tokens in part])
-            found[kernel] = result.tokens, ids, [blocks[i] for i in sorted(blocks)]
+            found[backend] = result.tokens, ids, [blocks[i] for i in sorted(blocks)]
     np.testing.assert_allclose(found["loop"][2], found["triton"][2], atol=1e-4)
     np.testing.assert_allclose(found["loop"][0]["logprob"], found["triton"][0]["logprob"], atol=1e-4)
     assert found["loop"][1] == found["triton"][1]
@@ -629,15 +629,15 @@ def test_they_compile_for_hopper(tmp_path):
 
 def test_kernels_that_are_not_there(reference, monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert choose_kernel("auto", cpu, torch.float16) == "loop"
-    assert choose_kernel("auto", cuda, torch.float16) == "triton"
-    with pytest.raises(ValueError, match="kernel='cublas'; expected auto, loop, grouped_mm, triton"):
-        choose_kernel("cublas", cpu, torch.float16)
+    assert choose_backend("auto", cpu, torch.float16) == "loop"
+    assert choose_backend("auto", cuda, torch.float16) == "triton"
+    with pytest.raises(ValueError, match="backend='cublas'; expected auto, loop, grouped_mm, triton"):
+        choose_backend("cublas", cpu, torch.float16)
     monkeypatch.delenv(INTERPRET, raising=False)
     with pytest.raises(
-        ValueError, match="kernel='triton' needs the package triton and a GPU, and this is a cpu"
+        ValueError, match="backend='triton' needs the package triton and a GPU, and this is a cpu"
     ):
-        moekit.load(reference / "checkpoint", device="cpu", kernel="triton")
+        moekit.load(reference / "checkpoint", device="cpu", backend="triton")
 
 
 def load(name, folder) -> Transformer:

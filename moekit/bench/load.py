@@ -71,7 +71,7 @@ def measured(setting: Setting, folder: Path, sums: shapes.Sums | None) -> list[F
                 setting.world_size,
                 setting.device,
                 setting.dtype,
-                kernel=setting.kernel,
+                backend=setting.backend,
                 progress=False,
             ) as model:
                 if sums is not None:

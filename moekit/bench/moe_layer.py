@@ -87,19 +87,19 @@ def compared(moe: MoE, x: Tensor, setting: Setting, ceilings: Ceilings, against:
         x, Pass(FRACTION, groups, record=lambda layer, routing: seen.append(routing))
     )
     least = limit(setting, ceilings, seen[0], x)
-    step = Pass(FRACTION, groups)
+    asked = Pass(FRACTION, groups)
     rows = []
     for name, make in ways(setting, against, tokens).items():
         work = f"layer, {tokens} tokens: {name}"
         try:
             layer = make(moe)
-            note = same(name, layer(x, step), expected)
+            note = same(name, layer(x, asked), expected)
         except Missing as missing:
             rows.append(Figure(work, None, "ms", note=str(missing)))
             continue
         with measure.memory(x.device) as peak:
             seconds = measure.seconds(
-                functools.partial(layer, x, step), x.device, repeats=setting.repeats, least=0.02
+                functools.partial(layer, x, asked), x.device, repeats=setting.repeats, least=0.02
             )
         rows.append(
             Figure(
@@ -154,20 +154,20 @@ Make = Callable[[MoE], Layer]
 
 def ways(setting: Setting, against: list[str], tokens: int) -> dict[str, Make]:
     """What computes the layer: the product's own way first. Each may raise :class:`Missing`."""
-    found: dict[str, Make] = {f"moekit's ({setting.kernel})": ours(setting.kernel)}
+    found: dict[str, Make] = {f"moekit's ({setting.backend})": ours(setting.backend)}
     for name in against:
         if name == "transformers":
             for implementation in ("grouped_mm", "batched_mm"):
                 found[f"transformers' {implementation}"] = theirs(implementation, setting, tokens)
-        elif name != setting.kernel:
+        elif name != setting.backend:
             found[name] = ours(name)
     return found
 
 
-def ours(kernel: str) -> Make:
+def ours(backend: str) -> Make:
     def make(moe: MoE) -> Layer:
-        moe.use(kernel)
-        return lambda x, step: moe(x, step).sum(dim=-2)
+        moe.use(backend)
+        return lambda x, asked: moe(x, asked).sum(dim=-2)
 
     return make
 
@@ -191,11 +191,11 @@ def theirs(implementation: str, setting: Setting, tokens: int) -> Make:
             experts = transformers_experts(moe.experts, implementation)
         except (ImportError, TypeError):
             raise Missing(f"transformers {version} has no experts with biases and without gate") from None
-        moe.use(setting.kernel)
+        moe.use(setting.backend)
 
-        def layer(x: Tensor, step: Pass) -> Tensor:
+        def layer(x: Tensor, asked: Pass) -> Tensor:
             rows = x.flatten(0, 1)
-            routing = moe.route(rows, step)
+            routing = moe.route(rows, asked)
             # What was dropped has the weight 0, and is computed all the same.
             return experts(rows, routing.experts.flatten(0, 1), routing.weights.flatten(0, 1)).view_as(x)
 

@@ -16,18 +16,18 @@ from moekit.bench import figures, measure, shapes
 from moekit.bench.measure import Ceilings
 from moekit.handle import DTYPES
 from moekit.nn.config import ModelConfig
-from moekit.nn.experts import KERNELS, choose_kernel
+from moekit.nn.experts import BACKENDS, choose_backend
 from moekit.ranks.machine import gpus, host_memory
 
 
 @dataclass(frozen=True)
 class Setting:
-    """``dtype`` and ``kernel`` are names; ``device`` is "cpu" or "cuda"."""
+    """``dtype`` and ``backend`` are names; ``device`` is "cpu" or "cuda"."""
 
     shape: str
     device: str
     dtype: str
-    kernel: str
+    backend: str
     world_size: int
     repeats: int
 
@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     parser.add_argument("--dtype", choices=DTYPES, help="default: float16 on a GPU, float32 without")
-    parser.add_argument("--kernel", choices=("auto", *KERNELS), default="auto")
+    parser.add_argument("--backend", choices=("auto", *BACKENDS), default="auto")
     parser.add_argument("--world-size", type=int, default=1)
     parser.add_argument(
         "--repeats", type=at_least_one, help="the median counts; default: 10 on a GPU, 3 without"
@@ -85,7 +85,7 @@ def of(args: argparse.Namespace) -> Setting:
         args.shape or ("15b" if on_gpu else "tiny"),
         device.type,
         dtype,
-        choose_kernel(args.kernel, device, DTYPES[dtype]),
+        choose_backend(args.backend, device, DTYPES[dtype]),
         args.world_size,
         args.repeats or (10 if on_gpu else 3),
     )
@@ -108,7 +108,7 @@ def model(setting: Setting) -> Iterator[tuple[Model, Ceilings]]:
     """The handle of a model with random weights, as ``moekit.load`` would give it, and the ceilings of its devices."""
     with ranks.start(setting.world_size, setting.device) as pool:
         ceilings = measure.slowest(pool.call(measure.ceilings, setting.kind))
-        pool.call(shapes.build, setting.config, setting.kind, setting.kernel)
+        pool.call(shapes.build, setting.config, setting.kind, setting.backend)
         plan = checkpoint.Plan(setting.config, setting.kind, ())
         yield Model(plan, checkpoint.Files(Path("random weights"), ()), pool, setting.kind), ceilings
     measure.give_back(setting.device)

@@ -1,6 +1,6 @@
 """The experts' weights, stacked, and what they compute, with a plain loop and a grouped product from torch.
 
-``Experts.kernel`` names how: "loop" is slow and plain to see that it is right, and the others are checked against it;
+``Experts.backend`` names how: "loop" is slow and plain to see that it is right, and the others are checked against it;
 "triton" is moekit/nn/kernels/grouped.py.
 
 Shape letters: N rows, K choices a row, P places (a place p is choice p % K of row p // K), E experts held here,
@@ -17,23 +17,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-KERNELS = ("loop", "grouped_mm", "triton")
+BACKENDS = ("loop", "grouped_mm", "triton")
 
 
-def choose_kernel(kernel: str, device: torch.device, dtype: torch.dtype) -> str:
-    """``Experts.kernel`` for inference there: ``kernel``, or for "auto" what is fastest.
+def choose_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """``Experts.backend`` for inference there: ``backend``, or for "auto" what is fastest.
 
     Raises:
-        ValueError: there is no such kernel, or not there.
+        ValueError: there is no such backend, or not there.
     """
-    if kernel not in ("auto", *KERNELS):
-        raise ValueError(f"kernel={kernel!r}; expected auto, {', '.join(KERNELS)}")
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"backend={backend!r}; expected auto, {', '.join(BACKENDS)}")
     runs = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
     runs = runs and importlib.util.find_spec("triton") is not None
-    if kernel == "triton" and not runs:
-        raise ValueError(f"kernel='triton' needs the package triton and a GPU, and this is a {device.type}")
-    if kernel != "auto":
-        return kernel
+    if backend == "triton" and not runs:
+        raise ValueError(f"backend='triton' needs the package triton and a GPU, and this is a {device.type}")
+    if backend != "auto":
+        return backend
     if device.type != "cuda":
         return "loop"
     if runs:
@@ -70,7 +70,7 @@ class Experts(nn.Module):
         self.w2 = nn.Parameter(torch.empty(experts, dim, ffn_dim))
         self.b2 = nn.Parameter(torch.empty(experts, dim))
         self.activation = activation
-        self.kernel = "loop"
+        self.backend = "loop"
 
     def forward(
         self, x: Tensor, order: Tensor, counts: Tensor, choices: int = 1, weights: Tensor | None = None
@@ -87,11 +87,13 @@ class Experts(nn.Module):
         Returns:
             [N K, D], zero at the places that are no expert's.
         """
-        if self.kernel == "triton":
+        if self.backend == "triton":
             from moekit.nn.kernels.grouped import grouped_ffn
 
             return grouped_ffn(self, x, order, counts, choices, weights)
-        return {"loop": loop, "grouped_mm": grouped_mm}[self.kernel](self, x, order, counts, choices, weights)
+        return {"loop": loop, "grouped_mm": grouped_mm}[self.backend](
+            self, x, order, counts, choices, weights
+        )
 
 
 def loop(

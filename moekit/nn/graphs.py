@@ -22,7 +22,7 @@ AFTER = 4  # times the same work is done before capturing it pays off
 MOST_TOKENS = 16_384
 
 
-def fits(model: Transformer, step: Pass) -> bool:
+def fits(model: Transformer, asked: Pass) -> bool:
     """Whether a pass runs on the device alone, with the same kernels every time, so that it can be captured.
 
     With several ranks it needs to be told what to expect, see :meth:`moekit.nn.dispatch.Dispatch.expecting`, and all ranks
@@ -30,8 +30,8 @@ def fits(model: Transformer, step: Pass) -> bool:
     """
     config = model.config
     draws = config.second_expert != "all" and not config.top1
-    on_gpu = model.embed.weight.is_cuda and model.kernel == "triton"
-    plain = step.record is None and step.edit is None and step.padding is None
+    on_gpu = model.embed.weight.is_cuda and model.backend == "triton"
+    plain = asked.record is None and asked.edit is None and asked.padding is None
     return on_gpu and plain and not draws
 
 

@@ -64,14 +64,14 @@ class Intervention:
     drop_second: bool
     capacity_token_fraction: float | EllipsisType | None
 
-    def fraction(self, asked: float | None) -> float | None:
-        """The capacity fraction that holds when a call asks for ``asked``."""
-        return asked if self.capacity_token_fraction is ... else self.capacity_token_fraction
+    def fraction(self, call: float | None) -> float | None:
+        """The capacity fraction that holds when a call asks for ``call``."""
+        return call if self.capacity_token_fraction is ... else self.capacity_token_fraction
 
-    def apply(self, step: Pass, samples: Tensor, positions: Tensor) -> None:
-        """Put the changes into ``step``, the pass of B samples with ids ``samples`` [B] and positions [T] or [B, T]."""
-        step.fraction = self.fraction(step.fraction)
-        step.edit = functools.partial(self.edit, step.groups, samples, positions)
+    def apply(self, asked: Pass, samples: Tensor, positions: Tensor) -> None:
+        """Put the changes into ``asked``, the pass of B samples with ids ``samples`` [B] and positions [T] or [B, T]."""
+        asked.fraction = self.fraction(asked.fraction)
+        asked.edit = functools.partial(self.edit, asked.groups, samples, positions)
 
     def check(self, lengths: Mapping[int, int]) -> None:
         """That every :class:`Force` meets a token of the samples ``lengths`` (id -> tokens).

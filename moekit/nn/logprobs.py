@@ -12,9 +12,9 @@ from moekit.nn.transformer import Pass, Transformer
 LOGIT_ROWS = {"cpu": 256, "cuda": 2048}
 
 
-def scored(model: Transformer, how: Pass, vocab: int, tokens: Tensor, targets: Tensor) -> Tensor:
+def scored(model: Transformer, asked: Pass, vocab: int, tokens: Tensor, targets: Tensor) -> Tensor:
     """[B, T] tokens and targets -> float32 [B, T] natural log-probabilities."""
-    return log_probs(model, model(tokens, how), targets, vocab)
+    return log_probs(model, model(tokens, asked), targets, vocab)
 
 
 def predictions(model: Transformer, features: Tensor, vocab: int) -> Tensor:
@@ -26,7 +26,7 @@ def predictions(model: Transformer, features: Tensor, vocab: int) -> Tensor:
 def log_probs(model: Transformer, features: Tensor, targets: Tensor, vocab: int) -> Tensor:
     """[B, T, D] features and [B, T] targets -> float32 [B, T] natural log-probabilities, over ``vocab`` types."""
     of = target_log_probs
-    if model.kernel == "triton":
+    if model.backend == "triton":
         from moekit.nn.kernels.logprobs import target_log_probs as of
     parts = [
         of(model.logits(rows, vocab), wanted)

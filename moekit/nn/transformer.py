@@ -70,35 +70,35 @@ class Transformer(nn.Module):
         self.positions = Positions(config) if config.positions else None
         self.embed_norm = nn.LayerNorm(config.dim) if config.embedding_norm else None
         self.layers = nn.ModuleList(Block(config, i, held, dispatch) for i in range(config.layers))
-        self.norm = Norm(config.dim) if config.pre_norm and config.final_norm else None
+        self.norm = AddNorm(config.dim) if config.pre_norm and config.final_norm else None
         self.project_out = _bridge(config.dim, config.output_dim)
         self.output = (
             None if config.share_output else nn.Linear(config.output_dim, config.vocab_rows, bias=False)
         )
         self.use("loop")
 
-    def forward(self, tokens: Tensor, step: Pass | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, asked: Pass | None = None) -> Tensor:
         """Features of every position.
 
         Args:
-            tokens: [B, T] int64 dictionary ids; ``PAD`` is padding if ``step.padding`` says so.
+            tokens: [B, T] int64 dictionary ids; ``PAD`` is padding if ``asked.padding`` says so.
 
         Returns:
             [B, T, output_dim], for :meth:`logits`.
         """
-        step = step or Pass()
-        x = self.enter(tokens, step)
-        if step.cache is not None:
-            visible = step.cache.open(tokens.shape[1])
+        asked = asked or Pass()
+        x = self.enter(tokens, asked)
+        if asked.cache is not None:
+            visible = asked.cache.open(tokens.shape[1])
         else:
-            visible = attention_mask(step.padding)
+            visible = attention_mask(asked.padding)
         pending = None
         with sdpa_kernel(ATTENTION):
             for layer in self.layers:
-                x, pending = layer(x, pending, visible, step)
+                x, pending = layer(x, pending, visible, asked)
         return self.leave(x, pending)
 
-    def enter(self, tokens: Tensor, step: Pass) -> Tensor:
+    def enter(self, tokens: Tensor, asked: Pass) -> Tensor:
         """[B, T] -> [B, T, D], what the first layer reads."""
         x = self.embed(tokens)
         if self.config.scale_embedding:
@@ -106,7 +106,7 @@ class Transformer(nn.Module):
         if self.project_in is not None:
             x = self.project_in(x)
         if self.positions is not None:
-            x = x + self.positions(tokens, step).to(x)
+            x = x + self.positions(tokens, asked).to(x)
         return x if self.embed_norm is None else self.embed_norm(x)
 
     def leave(self, x: Tensor, pending: Tensor | None = None) -> Tensor:
@@ -117,15 +117,15 @@ class Transformer(nn.Module):
             x = added(x, pending)
         return x if self.project_out is None else self.project_out(x)
 
-    def use(self, kernel: str) -> Transformer:
-        """Compute with ``kernel`` from now on: "loop", "grouped_mm" or "triton" (see experts.py). Returns itself.
+    def use(self, backend: str) -> Transformer:
+        """Compute with ``backend`` from now on: "loop", "grouped_mm" or "triton" (see experts.py). Returns itself.
 
         "loop" is what all others are checked against, and the only one that learns.
         """
-        self.kernel = kernel
+        self.backend = backend
         for module in self.modules():
-            if isinstance(module, (Norm, Attention, MoE)):
-                module.use(kernel)
+            if isinstance(module, (AddNorm, Attention, MoE)):
+                module.use(backend)
         return self
 
     def serve(self) -> None:
@@ -168,17 +168,17 @@ class Positions(nn.Module):
         if config.learned_positions:
             self.weight = nn.Parameter(torch.empty(config.max_positions + PAD + 1, config.dim))
 
-    def forward(self, tokens: Tensor, step: Pass) -> Tensor:
+    def forward(self, tokens: Tensor, asked: Pass) -> Tensor:
         """The positions of tokens [B, T]: [B, T, D], or [T, D] where all samples have the same."""
         length = tokens.shape[1]
         table = self.weight
         if table is None:
-            rows = max(self.rows, length if step.cache is None else step.cache.slots)
+            rows = max(self.rows, length if asked.cache is None else asked.cache.slots)
             table = self.table = sinusoids(rows + PAD + 1, self.dim, tokens.device)
-        if step.cache is not None:
-            position = step.cache.positions(length) + PAD + 1
-        elif step.padding is not None:
-            real = (~step.padding).long()
+        if asked.cache is not None:
+            position = asked.cache.positions(length) + PAD + 1
+        elif asked.padding is not None:
+            real = (~asked.padding).long()
             position = real.cumsum(dim=1) * real + PAD
         else:
             return table[PAD + 1 : PAD + 1 + length]
@@ -199,16 +199,16 @@ def sinusoids(rows: int, dim: int, device: torch.device) -> Tensor:
     return table.to(device)
 
 
-class Norm(nn.LayerNorm):
+class AddNorm(nn.LayerNorm):
     """A layer norm that first takes in what is pending: an output that is still to be added to its input."""
 
     def __init__(self, dim: int):
         super().__init__(dim)
         self.use("loop")
 
-    def use(self, kernel: str) -> None:
+    def use(self, backend: str) -> None:
         self.add_norm = None
-        if kernel == "triton":
+        if backend == "triton":
             from moekit.nn.kernels.norm import add_norm
 
             self.add_norm = add_norm
@@ -232,24 +232,24 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, index: int, held: int, dispatch: Dispatch):
         super().__init__()
         self.pre_norm = config.pre_norm
-        self.attn_norm = Norm(config.dim)
+        self.attn_norm = AddNorm(config.dim)
         self.attn = Attention(config, index)
-        self.ffn_norm = Norm(config.dim)
+        self.ffn_norm = AddNorm(config.dim)
         if config.is_moe(index):
             self.moe = MoE(config, index, held, dispatch)
         else:
             self.ffn = DenseFFN(config, index)
 
     def forward(
-        self, x: Tensor, pending: Tensor | None, visible: Tensor | None, step: Pass
+        self, x: Tensor, pending: Tensor | None, visible: Tensor | None, asked: Pass
     ) -> tuple[Tensor, Tensor | None]:
         """Take and give the residual stream [B, T, D] and what is still to be added to it: the next norm does so."""
-        feed_forward = (lambda h: self.moe(h, step)) if hasattr(self, "moe") else self.ffn
+        feed_forward = (lambda h: self.moe(h, asked)) if hasattr(self, "moe") else self.ffn
         if self.pre_norm:
             x, h = self.attn_norm(x, pending)
-            x, h = self.ffn_norm(x, self.attn(h, visible, step.cache))
+            x, h = self.ffn_norm(x, self.attn(h, visible, asked.cache))
             return x, feed_forward(h)
-        _, x = self.attn_norm(x, self.attn(x, visible, step.cache))
+        _, x = self.attn_norm(x, self.attn(x, visible, asked.cache))
         _, x = self.ffn_norm(x, feed_forward(x))
         return x, None
 
@@ -264,9 +264,9 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.dim, config.dim)
         self.use("loop")
 
-    def use(self, kernel: str) -> None:
+    def use(self, backend: str) -> None:
         self.attend_one = None
-        if kernel == "triton":
+        if backend == "triton":
             from moekit.nn.kernels.attention import attend_one
 
             self.attend_one = attend_one
@@ -304,21 +304,21 @@ class MoE(nn.Module):
         self.gate = nn.Linear(config.dim, config.experts, bias=False)
         self.experts = Experts(held, config.dim, config.ffn_dim, config.activation)
 
-    def use(self, kernel: str) -> None:
-        self.experts.kernel = kernel
+    def use(self, backend: str) -> None:
+        self.experts.backend = backend
         self.choose, self.by_expert = None, gate.by_expert
-        if kernel == "triton":
+        if backend == "triton":
             from moekit.nn.kernels.gate import choose
             from moekit.nn.kernels.tiles import by_expert
 
             self.choose, self.by_expert = choose, by_expert
 
-    def forward(self, x: Tensor, step: Pass) -> Tensor:
+    def forward(self, x: Tensor, asked: Pass) -> Tensor:
         """[B, T, D] -> [B, T, K, D], the weighted output of each choice's expert, zero where it was dropped."""
         rows = x.flatten(0, 1)  # [N, D]
-        routing = self.route(rows, step)
-        if step.record is not None:
-            step.record(self.index, routing)
+        routing = self.route(rows, asked)
+        if asked.record is not None:
+            asked.record(self.index, routing)
 
         order, counts = self.by_expert(routing, self.config.experts)
         done = self.dispatch(
@@ -332,18 +332,18 @@ class MoE(nn.Module):
         x, weights = like.new_empty(0, self.config.dim), like.new_empty(0)
         self.dispatch(self.experts, x, nothing[:0], nothing, self.config.top_k, weights)
 
-    def route(self, rows: Tensor, step: Pass) -> gate.Routing:
+    def route(self, rows: Tensor, asked: Pass) -> gate.Routing:
         """[N, D] -> the routing of G groups of S tokens."""
-        logits = self.gate(rows).view(step.groups, -1, self.config.experts)
+        logits = self.gate(rows).view(asked.groups, -1, self.config.experts)
         padding = None
-        if self.config.mask_padding and step.padding is not None:
-            padding = step.padding.reshape(step.groups, -1)
-        noise = None if step.noise is None else functools.partial(step.noise, self.index)
-        edit = None if step.edit is None else step.edit(self.index, self.config)
+        if self.config.mask_padding and asked.padding is not None:
+            padding = asked.padding.reshape(asked.groups, -1)
+        noise = None if asked.noise is None else functools.partial(asked.noise, self.index)
+        edit = None if asked.edit is None else asked.edit(self.index, self.config)
         return gate.route(
             logits,
             self.config,
-            fraction=step.fraction,
+            fraction=asked.fraction,
             padding=padding,
             noise=noise,
             edit=edit,

@@ -17,7 +17,7 @@ from moekit import checkpoint
 from moekit.checkpoint.options import from_fairseq, to_dict
 from moekit.nn.cache import Cache
 from moekit.nn.config import PAD, ModelConfig
-from moekit.nn.experts import choose_kernel
+from moekit.nn.experts import choose_backend
 from moekit.nn.noise import Noise
 from moekit.nn.transformer import Pass, Transformer
 
@@ -35,7 +35,7 @@ class Decoder(FairseqIncrementalDecoder):
         self.transformer = transformer.to_empty(device="cpu").requires_grad_(False)
         self.fraction = fraction
         self.passes = 0
-        self.where: tuple[torch.device, torch.dtype] | None = None  # what the kernel was chosen for
+        self.where: tuple[torch.device, torch.dtype] | None = None  # what the backend was chosen for
 
     def forward(
         self,
@@ -55,7 +55,7 @@ class Decoder(FairseqIncrementalDecoder):
         weight = self.transformer.embed.weight
         if (weight.device, weight.dtype) != self.where:  # fairseq moves it after it is loaded
             self.where = weight.device, weight.dtype
-            self.transformer.use(choose_kernel("auto", *self.where))
+            self.transformer.use(choose_backend("auto", *self.where))
         noise = Noise(torch.initial_seed(), [self.passes])
         if incremental_state is None:
             padding = prev_output_tokens == PAD

@@ -207,9 +207,9 @@ def _read(
     lengths, tokens = lengths.to(device), tokens.to(device)
     cache = _cache(model, len(prompts), slots)
     numbers = [prompt.number for prompt in prompts]
-    how = _how(settings, numbers, 0, cache, tokens.shape[1])
-    features = model(tokens, how)
-    parts = _traced(how, numbers, torch.arange(tokens.shape[1], device=device) < lengths[:, None])
+    asked = _asked(settings, numbers, 0, cache, tokens.shape[1])
+    features = model(tokens, asked)
+    parts = _traced(asked, numbers, torch.arange(tokens.shape[1], device=device) < lengths[:, None])
     cache.advance(lengths)
     last = features[torch.arange(len(prompts), device=device), lengths - 1]
     scores = torch.zeros(len(prompts), device=device)
@@ -227,46 +227,46 @@ def _read_on(model: Transformer, sequences: Sequences, read: Tensor) -> Tensor |
     sequences.still += 1
     if sequences.seen is not None:
         sequences.seen.scatter_(1, read[:, None], True)
-    how = _how(settings, sequences.numbers, sequences.step, cache, 1)
+    asked = _asked(settings, sequences.numbers, sequences.step, cache, 1)
     logits = None
     most = max(sequences.on_ranks)
     few = most * len(sequences.on_ranks) <= graph.MOST_TOKENS
     repeated = settings.beam_size == 1 and sequences.still > graph.AFTER
     with model.dispatch.expecting(most if few else None):
-        if few and repeated and graph.fits(model, how):
+        if few and repeated and graph.fits(model, asked):
             if sequences.graph is None:
                 sequences.graph = graph.of_step(model, cache, settings.vocab)
             logits = sequences.graph(read)
         elif len(read):
-            logits = model.logits(model(read[:, None], how)[:, 0], settings.vocab)
+            logits = model.logits(model(read[:, None], asked)[:, 0], settings.vocab)
             real = torch.ones_like(read[:, None], dtype=torch.bool)
-            sequences.parts += _traced(how, sequences.numbers, real)
+            sequences.parts += _traced(asked, sequences.numbers, real)
         else:
             model.serve()
     cache.advance(1)
     return logits
 
 
-def _how(settings: Settings, numbers: Sequence[int], step: int, cache: Cache, tokens: int) -> Pass:
+def _asked(settings: Settings, numbers: Sequence[int], step: int, cache: Cache, tokens: int) -> Pass:
     """Each sequence is a routing group, with noise of its own: no sequence depends on its neighbours."""
     noise = Noise(settings.seed, [number << 32 | step for number in numbers])
     record = settings.record if settings.trace is None else Recorder(settings.trace)
     # A group of one token has room for all its choices, whatever the fraction.
     fraction = settings.fraction if tokens > 1 else None
-    how = Pass(fraction, groups=len(numbers), record=record, noise=noise, cache=cache)
+    asked = Pass(fraction, groups=len(numbers), record=record, noise=noise, cache=cache)
     if settings.intervention is not None:
         samples = torch.tensor(numbers, device=cache.lengths.device)
-        settings.intervention.apply(how, samples, cache.positions(tokens))
-    return how
+        settings.intervention.apply(asked, samples, cache.positions(tokens))
+    return asked
 
 
-def _traced(how: Pass, numbers: Sequence[int], real: Tensor) -> list[dict[str, np.ndarray]]:
+def _traced(asked: Pass, numbers: Sequence[int], real: Tensor) -> list[dict[str, np.ndarray]]:
     """What a pass recorded of its tokens where ``real`` [B, T]; the cache has not moved on yet."""
-    if not isinstance(how.record, Recorder):
+    if not isinstance(asked.record, Recorder):
         return []
     row, column = real.nonzero(as_tuple=True)
-    position = how.cache.positions(real.shape[1])[row, column].cpu().numpy()
-    return [how.record.rows(real) | {"sample": np.array(numbers)[row.cpu().numpy()], "position": position}]
+    position = asked.cache.positions(real.shape[1])[row, column].cpu().numpy()
+    return [asked.record.rows(real) | {"sample": np.array(numbers)[row.cpu().numpy()], "position": position}]
 
 
 def _cache(model: Transformer, batch: int, slots: int) -> Cache:
@@ -280,7 +280,7 @@ def _cache(model: Transformer, batch: int, slots: int) -> Cache:
 def _choose_next(model: Transformer, sequences: Sequences, logits: Tensor) -> Choice:
     """[B, V] logits -> a token for each sequence."""
     settings = sequences.settings
-    if model.kernel == "triton" and settings.greedy:
+    if model.backend == "triton" and settings.greedy:
         from moekit.nn.kernels.logprobs import best
 
         tokens, logprobs = best(logits)

@@ -64,7 +64,7 @@ def score(
             continue
         tokens = torch.from_numpy(np.concatenate([b.tokens for b in mine])).to(rank.device).long()
         targets = torch.from_numpy(np.concatenate([b.targets for b in mine])).to(rank.device).long()
-        how = Pass(
+        asked = Pass(
             fraction=fraction,
             groups=len(mine),
             noise=Noise(seed, [b.index for b in mine]),
@@ -73,27 +73,27 @@ def score(
         samples = np.concatenate([b.ids for b in mine])
         if intervention is not None:
             positions = torch.arange(tokens.shape[1], device=rank.device)
-            intervention.apply(how, torch.from_numpy(samples).to(rank.device), positions)
-        if padding_matters(mine, how.fraction):
-            how.padding = tokens == PAD
+            intervention.apply(asked, torch.from_numpy(samples).to(rank.device), positions)
+        if padding_matters(mine, asked.fraction):
+            asked.padding = tokens == PAD
         # What follows has to be the same on every rank, so it depends on the whole step alone.
         most = -(-len(step) // rank.world_size) * mine[0].tokens.size
         few = most * rank.world_size <= graph.MOST_TOKENS and len(step) >= rank.world_size
-        if few and graph.fits(model, how) and not padding_matters(step, how.fraction):
-            key = tuple(mine[0].tokens.shape), len(step), how.fraction, vocab
+        if few and graph.fits(model, asked) and not padding_matters(step, asked.fraction):
+            key = tuple(mine[0].tokens.shape), len(step), asked.fraction, vocab
             repeated = rank.state.setdefault("repeated", graph.Repeated(isinstance(model.dispatch, Local)))
             with model.dispatch.expecting(most):
-                found = repeated(key, functools.partial(scored, model, how, vocab), tokens, targets)
+                found = repeated(key, functools.partial(scored, model, asked, vocab), tokens, targets)
         else:
             rank.state.pop("repeated", None)  # a large pass may need its memory
-            features = model(tokens, how)
+            features = model(tokens, asked)
             found = log_probs(model, features, targets, vocab)
         if under_way is not None:
             collect(*under_way)
         under_way = mine, found
         if trace is not None:
             predicted = predictions(model, features, vocab) if trace.predicted else None
-            parts.append(trace_rows(how.record, samples, tokens, targets, found, predicted))
+            parts.append(trace_rows(asked.record, samples, tokens, targets, found, predicted))
     if under_way is not None:
         collect(*under_way)
     return scores, parts

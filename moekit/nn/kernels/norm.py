@@ -14,7 +14,7 @@ ROWS = 4  # tokens of a program
 
 
 def add_norm(x: Tensor, pending: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-    """:meth:`moekit.nn.transformer.Norm.forward`; for inference. Numbers are rounded where the plain path rounds them."""
+    """:meth:`moekit.nn.transformer.AddNorm.forward`; for inference. Numbers are rounded where the plain path rounds them."""
     x, dim = x.contiguous(), x.shape[-1]
     rows = x.numel() // dim
     normed = torch.empty_like(x)
