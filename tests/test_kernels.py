@@ -26,6 +26,7 @@ from moekit.nn import graphs as graph
 from moekit.nn.cache import Cache
 from moekit.nn.config import PAD, ModelConfig
 from moekit.nn.experts import BACKENDS, Experts, choose_backend
+from moekit.nn.gates import gate_of
 from moekit.nn.graphs import Graph
 from moekit.nn.kernels import attention, short_step, tiles, vectors
 from moekit.nn.kernels import gate as fused_gate
@@ -196,8 +197,8 @@ def config(**options) -> ModelConfig:
 def test_the_gates_choice(options, dtype, experts):
     logits = 3 * torch.randn(2, 25, experts, generator=torch.Generator().manual_seed(experts))
     logits = logits.to(DEVICE, dtype)
-    chosen = config(experts=experts, **options)
-    slow, fast = gate.choose(logits, chosen), fused_gate.choose(logits, chosen)
+    rule = gate_of(config(experts=experts, **options))
+    slow, fast = rule.choose(logits), fused_gate.choose(rule, logits)
     assert [t.dtype for t in slow] == [t.dtype for t in fast]
     if torch.float32 in (dtype, slow[0].dtype) and dtype != torch.bfloat16:
         assert slow[1].equal(fast[1])
@@ -214,9 +215,24 @@ def test_ties_go_to_the_first_expert():
     logits = torch.zeros(1, 3, 12, device=DEVICE)
     logits[0, 1, [4, 9]] = 2.0
     logits[0, 2, 7] = 1.0
-    _, experts, probs, _ = fused_gate.choose(logits, config(experts=12))
+    _, experts, probs, _ = fused_gate.choose(gate_of(config(experts=12)), logits)
     assert experts[0].tolist() == [[0, 1], [4, 9], [7, 0]]
     assert probs[0, 0].tolist() == pytest.approx([1 / 12, 1 / 12])
+
+
+def test_a_gate_that_the_kernel_cannot_compute():
+    """More choices than the kernel writes are an error; a gate with a rule of its own computes them itself."""
+    rule = gate_of(config())
+    rule.top_k = 3
+    logits = torch.zeros(1, 2, BASE.experts, device=DEVICE)
+    with pytest.raises(AssertionError, match="1 or 2 choices a token, not 3"):
+        fused_gate.choose(rule, logits)
+
+    class Own(gate.Gate):
+        def choose(self, logits, noise=None, edit=None):
+            return "own"
+
+    assert fused_gate.choose(Own(config()), logits) == "own"
 
 
 @pytest.mark.parametrize("vocab", [3, 190, 4096, 9001])

@@ -67,7 +67,13 @@ class ModelConfig:
         return [i for i in range(self.layers) if self.is_moe(i)]
 
     @property
+    def gate(self) -> str:
+        """The gate's name in :data:`moekit.nn.gates.GATES`."""
+        return "top1" if self.top1 else "top2"
+
+    @property
     def top_k(self) -> int:
+        """K, choices a token."""
         return 1 if self.top1 else 2
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moekit.nn.cache import Cache
+from moekit.nn.gates import gate_of
 from moekit.nn.transformer import Pass, Transformer
 
 WARM_UP = 2  # runs before the capture: libraries allocate, and Triton compiles, at their first
@@ -28,8 +29,7 @@ def fits(model: Transformer, asked: Pass) -> bool:
     With several ranks it needs to be told what to expect, see :meth:`moekit.nn.dispatch.Dispatch.expecting`, and all ranks
     capture at the same time: a capture runs the work several times.
     """
-    config = model.config
-    draws = config.second_expert != "all" and not config.top1
+    draws = gate_of(model.config).draws
     on_gpu = model.embed.weight.is_cuda and model.backend == "triton"
     plain = asked.record is None and asked.edit is None and asked.padding is None
     return on_gpu and plain and not draws

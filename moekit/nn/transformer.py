@@ -24,6 +24,7 @@ from moekit.nn.cache import Cache
 from moekit.nn.config import PAD, ModelConfig
 from moekit.nn.dispatch import Dispatch, Local
 from moekit.nn.experts import Experts, activation_fn
+from moekit.nn.gates import gate_of
 
 # Not cuDNN's, which torch prefers on Hopper: it makes a plan for every new shape, in 70 ms and the first in 1 s (H100),
 # and texts have many lengths.
@@ -39,7 +40,7 @@ class Pass:
         groups: G, how many routing groups the samples form; each takes B / G consecutive samples.
         padding: [B, T] bool, or None where nothing is padding.
         record: called with (layer, :class:`moekit.nn.gate.Routing`) by every MoE layer, on the very tensors it uses.
-        noise: see :func:`moekit.nn.gate.route`, with the layer in front.
+        noise: see :meth:`moekit.nn.gate.Gate.route`, with the layer in front.
         cache: what came before the tokens, see :class:`moekit.nn.cache.Cache`; without one they start a sample. With one,
             padding (right of the real tokens) needs no mask: it stands where no real token looks.
         edit: an experiment's changes to the gate's decision in a layer, see moekit/nn/intervene.py.
@@ -301,7 +302,9 @@ class MoE(nn.Module):
     def __init__(self, config: ModelConfig, index: int, held: int, dispatch: Dispatch):
         super().__init__()
         self.config, self.index, self.dispatch = config, index, dispatch
+        # The matrix that gives the logits, and the rule that makes choices of them.
         self.gate = nn.Linear(config.dim, config.experts, bias=False)
+        self.rule = gate_of(config)
         self.experts = Experts(held, config.dim, config.ffn_dim, config.activation)
 
     def use(self, backend: str) -> None:
@@ -340,12 +343,11 @@ class MoE(nn.Module):
             padding = asked.padding.reshape(asked.groups, -1)
         noise = None if asked.noise is None else functools.partial(asked.noise, self.index)
         edit = None if asked.edit is None else asked.edit(self.index, self.config)
-        return gate.route(
+        return self.rule.route(
             logits,
-            self.config,
             fraction=asked.fraction,
             padding=padding,
             noise=noise,
             edit=edit,
-            choose_fast=self.choose,
+            choose=self.choose,
         )

@@ -14,6 +14,7 @@ import torch
 from moekit import checkpoint as ckpt
 from moekit import ranks
 from moekit.nn.dispatch import owned
+from moekit.nn.gates import gate_of
 from moekit.ranks.machine import gpus, host_memory
 
 if TYPE_CHECKING:
@@ -92,7 +93,6 @@ def model(model: Model) -> pd.DataFrame:
     """The model, a fact a row."""
     c = model.config
     every = f"every {c.moe_freq}{'nd' if c.moe_freq == 2 else 'th'}" if c.moe_freq > 1 else "every"
-    gate = "top-1" if c.top1 else f"top-2, second expert: {c.second_expert}"
     facts = {
         "checkpoint": str(model.files.shared.parent),
         "layers": c.layers,
@@ -100,7 +100,7 @@ def model(model: Model) -> pd.DataFrame:
         "heads": c.heads,
         "width of dense layers and experts": c.ffn_dim,
         "experts": f"{c.experts} in {every} layer: {len(c.moe_layers)} layers" if c.moe_layers else "none",
-        "gate": gate if c.moe_layers else "none",
+        "gate": gate_of(c).describe() if c.moe_layers else "none",
         "positions": c.max_positions,
         "rows of the embedding": c.vocab_rows,
         "million parameters": round(model.plan.parameters(c.experts) / 1e6, 2),

@@ -45,7 +45,7 @@ def read_on(model: Transformer, tokens: Tensor, cache: Cache, vocab: int) -> Ten
         if hasattr(layer, "moe"):
             moe = layer.moe
             logits, h = linear(x, moe.gate.weight, norm=layer.ffn_norm)
-            _, chosen, _, weights = choose(logits, model.config)
+            _, chosen, _, weights = choose(moe.rule, logits)
             x = experts_linear(moe.experts, h, chosen, weights, x)
         else:
             fc1, fc2 = layer.ffn.fc1, layer.ffn.fc2
