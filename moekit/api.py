@@ -18,7 +18,7 @@ from moekit.fairseq_data import is_data
 from moekit.generation.run import generate, stream
 from moekit.handle import Handle, describe_run, dictionary_size, pieces, weights_dtype
 from moekit.nn.config import changed
-from moekit.nn.experts import choose_backend
+from moekit.nn.operations import choose_backend
 from moekit.nn.record import Options
 from moekit.progress import bar as progress_bar
 from moekit.routing import trace as tracing

@@ -4,6 +4,7 @@ import itertools
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +25,8 @@ from moekit.bench.score import random_batch
 from moekit.nn import gate
 from moekit.nn import graphs as graph
 from moekit.nn.cache import Cache
-from moekit.nn.config import PAD, ModelConfig
-from moekit.nn.experts import BACKENDS, Experts, choose_backend
+from moekit.nn.config import ModelConfig
+from moekit.nn.experts import Assignment, Experts
 from moekit.nn.gates import gate_of
 from moekit.nn.graphs import Graph
 from moekit.nn.kernels import attention, short_step, tiles, vectors
@@ -33,7 +34,10 @@ from moekit.nn.kernels import gate as fused_gate
 from moekit.nn.kernels.grouped import ACTIVATIONS, ANY, CUTS, Blocks, Cut, cut_for, grouped_ffn
 from moekit.nn.kernels.logprobs import best, target_log_probs
 from moekit.nn.logprobs import log_probs
-from moekit.nn.transformer import AddNorm, Pass, Transformer
+from moekit.nn.operations import BACKENDS, choose_backend, use
+from moekit.nn.passes import Pass
+from moekit.nn.transformer import AddNorm, Transformer
+from moekit.symbols import PAD
 from moekit.worker import decoding as decode
 from moekit.worker import scoring as worker
 from moekit.worker.sampling import Settings
@@ -69,21 +73,15 @@ def choices_of(rows, choices, experts, seed=0, spread=1.0):
     expert = torch.randint(0, max(1, int(experts * spread)), (rows * choices,), generator=generator)
     expert[torch.rand(rows * choices, generator=generator) < 0.2] = experts
     counts = torch.bincount(expert, minlength=experts + 1)[:experts]
-    return expert.argsort(stable=True).to(DEVICE), counts.to(DEVICE)
+    return Assignment(expert.argsort(stable=True).to(DEVICE), counts.to(DEVICE), choices)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(activation):
     experts = experts_of(activation=activation)
     x = torch.randn(30, 24, device=DEVICE)
-    order, counts = choices_of(30, 2, 5)
-    weights = torch.rand(60, device=DEVICE)
-    torch.testing.assert_close(
-        grouped_ffn(experts, x, order, counts, 2, weights),
-        experts(x, order, counts, 2, weights),
-        rtol=1e-5,
-        atol=1e-5,
-    )
+    some = replace(choices_of(30, 2, 5), weights=torch.rand(60, device=DEVICE))
+    torch.testing.assert_close(grouped_ffn(experts, x, some), experts(x, some), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 17, 90])
@@ -94,11 +92,11 @@ def test_rows_of_any_number_and_spread(rows, choices, spread, dtype):
     """Full and part tiles, experts without rows, sizes that no block divides."""
     experts = experts_of(dtype=dtype)
     x = torch.randn(rows, 24, device=DEVICE).to(dtype)
-    order, counts = choices_of(rows, choices, 5, seed=rows, spread=spread)
-    found = grouped_ffn(experts, x, order, counts, choices, None, cut=SMALL)
-    exact = experts.float()(x.float(), order, counts, choices)
-    none = order[int(counts.sum()) :]
-    assert not found[none].any(), "places of no expert are zero"
+    some = choices_of(rows, choices, 5, seed=rows, spread=spread)
+    found = grouped_ffn(experts, x, some, cut=SMALL)
+    exact = experts.float()(x.float(), some)
+    none = some.order[int(some.counts.sum()) :]
+    assert not found[none].any(), "choices of no expert are zero"
     error = (found.float() - exact).norm() / exact.norm().clamp(min=1e-9)
     assert error < {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}[dtype]
 
@@ -107,10 +105,9 @@ def test_rows_of_any_number_and_spread(rows, choices, spread, dtype):
 def test_every_cut(cut):
     experts = experts_of(3, 32, 64, dtype=torch.float16)
     x = torch.randn(70, 32, device=DEVICE).half()
-    order, counts = choices_of(70, 2, 3)
-    weights = torch.rand(140, device=DEVICE).half()
-    found = grouped_ffn(experts, x, order, counts, 2, weights, cut=cut).float()
-    exact = experts.float()(x.float(), order, counts, 2, weights.float())
+    some = replace(choices_of(70, 2, 3), weights=torch.rand(140, device=DEVICE).half())
+    found = grouped_ffn(experts, x, some, cut=cut).float()
+    exact = experts.float()(x.float(), replace(some, weights=some.weights.float()))
     assert (found - exact).norm() / exact.norm() < 2e-3
 
 
@@ -119,12 +116,12 @@ def test_every_cut(cut):
 def test_torchs_grouped_product(rows, choices, dtype):
     experts = experts_of(3, 32, 48, dtype=dtype)
     x = torch.randn(rows, 32, device=DEVICE).to(dtype)
-    order, counts = choices_of(rows, choices, 3, seed=rows, spread=0.7)
     weights = torch.rand(rows * choices, device=DEVICE).to(dtype)
-    wanted = experts(x, order, counts, choices, weights)
-    experts.backend = "grouped_mm"
+    some = replace(choices_of(rows, choices, 3, seed=rows, spread=0.7), weights=weights)
+    wanted = experts(x, some)
+    use(experts, "grouped_mm")
     tolerance = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-2}[dtype]
-    found = experts(x, order, counts, choices, weights)
+    found = experts(x, some)
     torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
 
 
@@ -132,18 +129,19 @@ def test_no_rows():
     experts = experts_of()
     nothing = torch.zeros(0, dtype=torch.long, device=DEVICE)
     zero = torch.zeros(5, dtype=torch.long, device=DEVICE)
-    assert grouped_ffn(experts, torch.zeros(0, 24, device=DEVICE), nothing, zero, 1, None).shape == (0, 24)
+    assert grouped_ffn(experts, torch.zeros(0, 24, device=DEVICE), Assignment(nothing, zero)).shape == (0, 24)
     order = torch.arange(4, device=DEVICE)  # all of them no expert's
-    assert not grouped_ffn(experts, torch.ones(4, 24, device=DEVICE), order, zero, 1, None).any()
+    assert not grouped_ffn(experts, torch.ones(4, 24, device=DEVICE), Assignment(order, zero)).any()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_experts(backend):
     """More ranks than experts: one has none, and gets everybody's rows."""
     experts = experts_of(0)
-    experts.backend = backend
+    use(experts, backend)
     counts = torch.zeros(0, dtype=torch.long, device=DEVICE)
-    found = experts(torch.ones(3, 24, device=DEVICE), torch.arange(6, device=DEVICE), counts, 2)
+    some = Assignment(torch.arange(6, device=DEVICE), counts, 2)
+    found = experts(torch.ones(3, 24, device=DEVICE), some)
     assert found.shape == (6, 24) and not found.any()
 
 
@@ -282,7 +280,7 @@ def test_a_norm_takes_in_what_is_pending(parts, dim, dtype):
     for parameter in norm.parameters():
         parameter.copy_(torch.randn(dim, generator=generator))
     slow = norm(x, pending)
-    norm.use("triton")
+    use(norm, "triton")
     fast = norm(x, pending)
     tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 4e-2}[dtype]
     if DEVICE == "cpu" and dtype == torch.bfloat16:  # the interpreter cuts bits off

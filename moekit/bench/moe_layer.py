@@ -20,9 +20,12 @@ from moekit.bench.measure import Ceilings
 from moekit.bench.score import FRACTION, numbers
 from moekit.bench.setting import Setting
 from moekit.nn.dispatch import Local
-from moekit.nn.experts import Experts, activation_fn
+from moekit.nn.experts import Experts
+from moekit.nn.ffn import activation_fn
 from moekit.nn.gate import Routing
-from moekit.nn.transformer import MoE, Pass
+from moekit.nn.operations import use
+from moekit.nn.passes import Pass
+from moekit.nn.transformer import MoE
 from moekit.ranks import Rank
 from moekit.ranks.machine import host_memory
 
@@ -166,7 +169,7 @@ def ways(setting: Setting, against: list[str], tokens: int) -> dict[str, Make]:
 
 def ours(backend: str) -> Make:
     def make(moe: MoE) -> Layer:
-        moe.use(backend)
+        use(moe, backend)
         return lambda x, asked: moe(x, asked).sum(dim=-2)
 
     return make
@@ -191,7 +194,7 @@ def theirs(implementation: str, setting: Setting, tokens: int) -> Make:
             experts = transformers_experts(moe.experts, implementation)
         except (ImportError, TypeError):
             raise Missing(f"transformers {version} has no experts with biases and without gate") from None
-        moe.use(setting.backend)
+        use(moe, setting.backend)
 
         def layer(x: Tensor, asked: Pass) -> Tensor:
             rows = x.flatten(0, 1)
@@ -212,9 +215,10 @@ def transformers_experts(experts: Experts, implementation: str) -> nn.Module:
     class Theirs(nn.Module):
         def __init__(self, config: SimpleNamespace):
             super().__init__()
-            self.num_experts = len(experts.w1)
-            self.up_proj, self.up_proj_bias = experts.w1, experts.b1
-            self.down_proj, self.down_proj_bias = experts.w2, experts.b2
+            self.num_experts = experts.held
+            names = "up_proj", "up_proj_bias", "down_proj", "down_proj_bias"
+            for name, tensor in zip(names, experts.tensors.values(), strict=True):
+                setattr(self, name, tensor)
             self.act_fn = activation_fn(experts.activation)
 
         def forward(self, rows: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from moekit.bench import figures, measure, shapes
 from moekit.bench.measure import Ceilings
 from moekit.handle import DTYPES
 from moekit.nn.config import ModelConfig
-from moekit.nn.experts import BACKENDS, choose_backend
+from moekit.nn.operations import BACKENDS, choose_backend
 from moekit.ranks.machine import gpus, host_memory
 
 

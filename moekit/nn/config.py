@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-PAD = 1  # fairseq's Dictionary puts <s> <pad> </s> <unk> first, in this order
-EOS = 2
+from moekit.symbols import EOS as EOS
+from moekit.symbols import PAD as PAD
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from moekit.nn.cache import Cache
 from moekit.nn.gates import gate_of
-from moekit.nn.transformer import Pass, Transformer
+from moekit.nn.passes import Pass
+from moekit.nn.transformer import Transformer
 
 WARM_UP = 2  # runs before the capture: libraries allocate, and Triton compiles, at their first
 AFTER = 4  # times the same work is done before capturing it pays off
@@ -23,10 +24,15 @@ AFTER = 4  # times the same work is done before capturing it pays off
 MOST_TOKENS = 16_384
 
 
+def few(rows: int, world_size: int) -> bool:
+    """Whether passes in which each rank brings ``rows`` rows at most are worth capturing."""
+    return rows * world_size <= MOST_TOKENS
+
+
 def fits(model: Transformer, asked: Pass) -> bool:
     """Whether a pass runs on the device alone, with the same kernels every time, so that it can be captured.
 
-    With several ranks it needs to be told what to expect, see :meth:`moekit.nn.dispatch.Dispatch.expecting`, and all ranks
+    With several ranks it needs to be told what to expect, see :attr:`moekit.nn.passes.Pass.rows_expected`, and all ranks
     capture at the same time: a capture runs the work several times.
     """
     draws = gate_of(model.config).draws
@@ -95,20 +101,17 @@ class Repeated:
         return self.graph(*inputs).clone()
 
 
-def of_step(model: Transformer, cache: Cache, vocab: int) -> Graph:
+def of_step(model: Transformer, cache: Cache, vocab: int, rows_expected: int | None) -> Graph:
     """Each of B sequences reads a token, [B] int64: logits [B, V] of what follows, while ``cache`` stays as it is.
 
-    With several ranks a collective, also where B is 0, which gives None.
+    With several ranks a collective, also where B is 0, which gives None; ``rows_expected`` as in :class:`Pass`.
     """
-    from moekit.nn.kernels import short_step
 
     def step(read: Tensor) -> Tensor | None:
         if len(read) == 0:
-            return model.serve()
-        # It writes to the cache where the token comes to lie, and moves nothing: repeating it does no harm.
-        if short_step.fits(model, len(read)):
-            return short_step.read_on(model, read, cache, vocab)
-        features = model(read[:, None], Pass(groups=len(read), cache=cache))
-        return model.logits(features[:, 0], vocab)
+            return model.serve(rows_expected)
+        # It writes to the cache behind what is there and counts nothing as read, so that repeating it does no harm.
+        asked = Pass(groups=len(read), cache=cache, rows_expected=rows_expected)
+        return model.operations.read_on(model, read, asked, vocab)
 
     return Graph(step, torch.zeros(len(cache.lengths), dtype=torch.long, device=cache.lengths.device))

@@ -25,7 +25,7 @@ from moekit.nn.config import ModelConfig
 from moekit.nn.gate import Edit
 
 if TYPE_CHECKING:
-    from moekit.nn.transformer import Pass
+    from moekit.nn.passes import Pass
 
 
 @dataclass(frozen=True)

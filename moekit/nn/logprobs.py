@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from moekit.nn.transformer import Pass, Transformer
+from moekit.nn.passes import Pass
+from moekit.nn.transformer import Transformer
 
 # Rows of logits that exist at a time: never tokens x dictionary, and on the CPU what its caches hold.
-LOGIT_ROWS = {"cpu": 256, "cuda": 2048}
+LOGIT_ROWS = {"cpu": 256, "cuda": 2048, "meta": 2048}
 
 
 def scored(model: Transformer, asked: Pass, vocab: int, tokens: Tensor, targets: Tensor) -> Tensor:
@@ -25,11 +25,8 @@ def predictions(model: Transformer, features: Tensor, vocab: int) -> Tensor:
 
 def log_probs(model: Transformer, features: Tensor, targets: Tensor, vocab: int) -> Tensor:
     """[B, T, D] features and [B, T] targets -> float32 [B, T] natural log-probabilities, over ``vocab`` types."""
-    of = target_log_probs
-    if model.backend == "triton":
-        from moekit.nn.kernels.logprobs import target_log_probs as of
     parts = [
-        of(model.logits(rows, vocab), wanted)
+        model.operations.target_log_probs(model.logits(rows, vocab), wanted)
         for rows, wanted in zip(_pieces(features), _pieces(targets), strict=True)
     ]
     return torch.cat(parts).view_as(targets)
@@ -37,9 +34,4 @@ def log_probs(model: Transformer, features: Tensor, targets: Tensor, vocab: int)
 
 def _pieces(rows: Tensor) -> tuple[Tensor, ...]:
     """[B, T, ...] -> [N, ...] pieces, as many rows as there may be logits of."""
-    return rows.flatten(0, 1).split(LOGIT_ROWS.get(rows.device.type, 2048))
-
-
-def target_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
-    """[N, V] logits and [N] targets -> [N] float32 natural log-probabilities."""
-    return -F.cross_entropy(logits.float(), targets, reduction="none")
+    return rows.flatten(0, 1).split(LOGIT_ROWS[rows.device.type])

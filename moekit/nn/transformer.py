@@ -4,59 +4,39 @@ It knows no ranks: experts may live elsewhere, and ``dispatch`` takes rows to th
 bottom: ``Transformer`` -> ``Block`` -> ``Attention`` and ``DenseFFN`` or ``MoE``.
 
 Shape letters: B samples, T tokens of a sample, N = B T tokens, D model dim, H heads, V dictionary, E experts,
-K choices a token, G routing groups, S = N / G tokens of a group, R rows (a row is one kept choice of a token).
+K choices a token, G routing groups, S = N / G tokens of a group.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from moekit.nn import gate
+from moekit.nn import gate, operations
 from moekit.nn.cache import Cache
-from moekit.nn.config import PAD, ModelConfig
+from moekit.nn.config import ModelConfig
 from moekit.nn.dispatch import Dispatch, Local
-from moekit.nn.experts import Experts, activation_fn
+from moekit.nn.experts import Assignment, Experts
+from moekit.nn.ffn import activation_fn
 from moekit.nn.gates import gate_of
+from moekit.nn.operations import PLAIN, added
+from moekit.nn.passes import Pass
+from moekit.symbols import PAD
 
 # Not cuDNN's, which torch prefers on Hopper: it makes a plan for every new shape, in 70 ms and the first in 1 s (H100),
 # and texts have many lengths.
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
-@dataclass
-class Pass:
-    """What one forward pass is asked to do besides computing.
-
-    Attributes:
-        fraction: ``capacity_token_fraction``, see :func:`moekit.nn.gate.capacity`.
-        groups: G, how many routing groups the samples form; each takes B / G consecutive samples.
-        padding: [B, T] bool, or None where nothing is padding.
-        record: called with (layer, :class:`moekit.nn.gate.Routing`) by every MoE layer, on the very tensors it uses.
-        noise: see :meth:`moekit.nn.gate.Gate.route`, with the layer in front.
-        cache: what came before the tokens, see :class:`moekit.nn.cache.Cache`; without one they start a sample. With one,
-            padding (right of the real tokens) needs no mask: it stands where no real token looks.
-        edit: an experiment's changes to the gate's decision in a layer, see moekit/nn/intervene.py.
-    """
-
-    fraction: float | None = None
-    groups: int = 1
-    padding: Tensor | None = None
-    record: Callable[[int, gate.Routing], None] | None = None
-    noise: Callable[[int, str, Tensor], Tensor] | None = None
-    cache: Cache | None = None
-    edit: Callable[[int, ModelConfig], gate.Edit] | None = None
-
-
 class Transformer(nn.Module):
     """Decoder-only language model; ``held`` experts a layer live here, all of them by default."""
+
+    operations = PLAIN
 
     def __init__(self, config: ModelConfig, held: int | None = None, dispatch: Dispatch | None = None):
         super().__init__()
@@ -76,7 +56,6 @@ class Transformer(nn.Module):
         self.output = (
             None if config.share_output else nn.Linear(config.output_dim, config.vocab_rows, bias=False)
         )
-        self.use("loop")
 
     def forward(self, tokens: Tensor, asked: Pass | None = None) -> Tensor:
         """Features of every position.
@@ -119,21 +98,27 @@ class Transformer(nn.Module):
         return x if self.project_out is None else self.project_out(x)
 
     def use(self, backend: str) -> Transformer:
-        """Compute with ``backend`` from now on: "loop", "grouped_mm" or "triton" (see experts.py). Returns itself.
+        """Compute with ``backend`` from now on: "loop", "grouped_mm" or "triton". Returns itself.
 
         "loop" is what all others are checked against, and the only one that learns.
         """
-        self.backend = backend
-        for module in self.modules():
-            if isinstance(module, (AddNorm, Attention, MoE)):
-                module.use(backend)
+        operations.use(self, backend)
         return self
 
-    def serve(self) -> None:
-        """Take part in the exchanges of one forward pass with no tokens of one's own: others' experts may be here."""
+    @property
+    def backend(self) -> str:
+        """The name of what it computes with, see moekit/nn/operations.py."""
+        return self.operations.backend
+
+    def serve(self, rows_expected: int | None = None) -> None:
+        """Take part in the exchanges of one forward pass without tokens: experts held here may get other ranks' rows.
+
+        Args:
+            rows_expected: that of the other ranks' :class:`Pass`.
+        """
         for layer in self.layers:
             if hasattr(layer, "moe"):
-                layer.moe.serve(self.embed.weight)
+                layer.moe.serve(self.embed.weight, rows_expected)
 
     def logits(self, features: Tensor, vocab: int | None = None) -> Tensor:
         """[..., output_dim] -> [..., V] for the first ``vocab`` types: rows beyond the dictionary take no part."""
@@ -201,30 +186,16 @@ def sinusoids(rows: int, dim: int, device: torch.device) -> Tensor:
 
 
 class AddNorm(nn.LayerNorm):
-    """A layer norm that first takes in what is pending: an output that is still to be added to its input."""
+    """A layer norm that first adds what is pending: an output that is still to be added to its input."""
+
+    operations = PLAIN
 
     def __init__(self, dim: int):
         super().__init__(dim)
-        self.use("loop")
-
-    def use(self, backend: str) -> None:
-        self.add_norm = None
-        if backend == "triton":
-            from moekit.nn.kernels.norm import add_norm
-
-            self.add_norm = add_norm
 
     def forward(self, x: Tensor, pending: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """[B, T, D], and what :func:`added` takes -> the sum and the norm of it, [B, T, D] each."""
-        if self.add_norm is not None:
-            return self.add_norm(x, pending, self)
-        x = x if pending is None else added(x, pending)
-        return x, super().forward(x)
-
-
-def added(x: Tensor, pending: Tensor) -> Tensor:
-    """x [B, T, D] and what is to be added: [B, T, D], or [B, T, K, D] from the experts of each choice."""
-    return x + (pending if pending.dim() == x.dim() else pending.sum(dim=-2))
+        """[B, T, D], and what :func:`~moekit.nn.operations.added` takes -> the sum and its norm, [B, T, D] each."""
+        return self.operations.add_norm(x, pending, self)
 
 
 class Block(nn.Module):
@@ -258,31 +229,18 @@ class Block(nn.Module):
 class Attention(nn.Module):
     """Causal multi-head self-attention; ``qkv`` holds fairseq's three projections one below the other."""
 
+    operations = PLAIN
+
     def __init__(self, config: ModelConfig, index: int):
         super().__init__()
         self.heads, self.index = config.heads, index
         self.qkv = nn.Linear(config.dim, 3 * config.dim)
         self.out = nn.Linear(config.dim, config.dim)
-        self.use("loop")
-
-    def use(self, backend: str) -> None:
-        self.attend_one = None
-        if backend == "triton":
-            from moekit.nn.kernels.attention import attend_one
-
-            self.attend_one = attend_one
 
     def forward(self, x: Tensor, visible: Tensor | None, cache: Cache | None) -> Tensor:
         b, t, d = x.shape
         qkv = self.qkv(x).view(b, t, 3, self.heads, d // self.heads)
-        if self.attend_one is not None and cache is not None and not cache.empty and t == 1:
-            return self.out(self.attend_one(qkv[:, 0], cache.kv[self.index], cache.lengths)[:, None])
-        qkv = qkv.permute(2, 0, 3, 1, 4)
-        q, kv = qkv[0], qkv[1:]  # [B, H, T, D/H] and [2, B, H, T, D/H]
-        if cache is not None:
-            kv = cache.extend(self.index, kv)
-        y = F.scaled_dot_product_attention(q, *kv, attn_mask=visible, is_causal=visible is None)
-        return self.out(y.transpose(1, 2).reshape(b, t, d))
+        return self.out(self.operations.attend(qkv, visible, cache, self.index))
 
 
 class DenseFFN(nn.Module):
@@ -299,6 +257,8 @@ class DenseFFN(nn.Module):
 class MoE(nn.Module):
     """Gate, dispatch, experts, combine."""
 
+    operations = PLAIN
+
     def __init__(self, config: ModelConfig, index: int, held: int, dispatch: Dispatch):
         super().__init__()
         self.config, self.index, self.dispatch = config, index, dispatch
@@ -307,33 +267,24 @@ class MoE(nn.Module):
         self.rule = gate_of(config)
         self.experts = Experts(held, config.dim, config.ffn_dim, config.activation)
 
-    def use(self, backend: str) -> None:
-        self.experts.backend = backend
-        self.choose, self.by_expert = None, gate.by_expert
-        if backend == "triton":
-            from moekit.nn.kernels.gate import choose
-            from moekit.nn.kernels.tiles import by_expert
-
-            self.choose, self.by_expert = choose, by_expert
-
     def forward(self, x: Tensor, asked: Pass) -> Tensor:
         """[B, T, D] -> [B, T, K, D], the weighted output of each choice's expert, zero where it was dropped."""
         rows = x.flatten(0, 1)  # [N, D]
         routing = self.route(rows, asked)
         if asked.record is not None:
             asked.record(self.index, routing)
+        top_k = self.rule.top_k
+        order, counts = self.operations.by_expert(routing, self.config.experts)
+        assignment = Assignment(order, counts, top_k, routing.weights.flatten())
+        done = self.dispatch(self.experts, rows, assignment, asked.rows_expected)  # [N K, D]
+        return done.view(*x.shape[:-1], top_k, x.shape[-1])
 
-        order, counts = self.by_expert(routing, self.config.experts)
-        done = self.dispatch(
-            self.experts, rows, order, counts, self.config.top_k, routing.weights.flatten()
-        )  # [N K, D]
-        return done.view(*x.shape[:-1], self.config.top_k, x.shape[-1])
-
-    def serve(self, like: Tensor) -> None:
-        """Dispatch no token: others' may come here."""
-        nothing = torch.zeros(self.config.experts, dtype=torch.long, device=like.device)
-        x, weights = like.new_empty(0, self.config.dim), like.new_empty(0)
-        self.dispatch(self.experts, x, nothing[:0], nothing, self.config.top_k, weights)
+    def serve(self, like: Tensor, rows_expected: int | None) -> None:
+        """Dispatch no row, while other ranks dispatch theirs; ``like`` has the dtype and the device of rows."""
+        counts = torch.zeros(self.config.experts, dtype=torch.long, device=like.device)
+        rows, weights = like.new_empty(0, self.config.dim), like.new_empty(0)
+        assignment = Assignment(counts[:0], counts, self.rule.top_k, weights)
+        self.dispatch(self.experts, rows, assignment, rows_expected)
 
     def route(self, rows: Tensor, asked: Pass) -> gate.Routing:
         """[N, D] -> the routing of G groups of S tokens."""
@@ -349,5 +300,5 @@ class MoE(nn.Module):
             padding=padding,
             noise=noise,
             edit=edit,
-            choose=self.choose,
+            choose=self.operations.choose,
         )

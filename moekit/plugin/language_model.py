@@ -17,8 +17,8 @@ from moekit import checkpoint
 from moekit.checkpoint.options import from_fairseq, to_dict
 from moekit.nn.cache import Cache
 from moekit.nn.config import PAD, ModelConfig
-from moekit.nn.experts import choose_backend
 from moekit.nn.noise import Noise
+from moekit.nn.operations import choose_backend
 from moekit.nn.transformer import Pass, Transformer
 
 NAME = "transformer_lm_moekit"

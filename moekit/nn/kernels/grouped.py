@@ -21,7 +21,7 @@ from torch import Tensor
 from moekit.nn.kernels.tiles import tiles
 
 if TYPE_CHECKING:
-    from moekit.nn.experts import Experts
+    from moekit.nn.experts import Assignment, Experts
 
 ACTIVATIONS = {"linear": 0, "relu": 1, "gelu": 2, "gelu_fast": 3, "gelu_accurate": 3, "tanh": 4}
 
@@ -92,40 +92,21 @@ def shared_memory(device: torch.device) -> float:
     )
 
 
-def grouped_ffn(
-    experts: Experts,
-    x: Tensor,
-    order: Tensor,
-    counts: Tensor,
-    choices: int,
-    weights: Tensor | None,
-    cut: Cut | None = None,
-) -> Tensor:
+def grouped_ffn(experts: Experts, x: Tensor, assignment: Assignment, cut: Cut | None = None) -> Tensor:
     """:meth:`moekit.nn.experts.Experts.forward`; for inference. ``cut`` is for tuning."""
+    order, choices, weights = assignment.order.contiguous(), assignment.choices, assignment.weights
     out = x.new_zeros(len(x) * choices, x.shape[1])
-    held, width, _ = experts.w1.shape
-    places = len(order)
-    if places == 0 or held == 0:
+    made = len(order)
+    if made == 0 or experts.held == 0:
         return out
-    cut = cut or cut_for(places, held, x.dtype, shared_memory(x.device))
-    order = order.contiguous()
+    w1, b1, w2, b2 = experts.tensors.values()
+    cut = cut or cut_for(made, experts.held, x.dtype, shared_memory(x.device))
     weights = None if weights is None else weights.contiguous()
-    plan = order, tiles(counts, places, cut.up.rows)
-    hidden = x.new_empty(places, width)
-    activation = ACTIVATIONS[experts.activation]
-    _linear(
-        x.contiguous(),
-        experts.w1,
-        experts.b1,
-        hidden,
-        plan,
-        None,
-        choices,
-        cut.up,
-        first=True,
-        act=activation,
-    )
-    _linear(hidden, experts.w2, experts.b2, out, plan, weights, choices, cut.down, first=False, act=0)
+    plan = order, tiles(assignment.counts, made, cut.up.rows)
+    hidden = x.new_empty(made, experts.width)
+    act = ACTIVATIONS[experts.activation]
+    _linear(x.contiguous(), w1, b1, hidden, plan, None, choices, cut.up, first=True, act=act)
+    _linear(hidden, w2, b2, out, plan, weights, choices, cut.down, first=False, act=0)
     return out
 
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moekit.nn.config import PAD
+from moekit.symbols import PAD
 
 PARTS = 32  # of a row of logits, for as many programs: a few rows alone keep no GPU busy
 

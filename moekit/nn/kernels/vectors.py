@@ -92,7 +92,8 @@ def experts_linear(experts: Experts, x: Tensor, chosen: Tensor, weights: Tensor,
     """
     rows, dim = x.shape
     choices = chosen.shape[1]
-    width = experts.w1.shape[1]
+    w1, b1, w2, b2 = experts.tensors.values()
+    width = experts.width
     assert x.is_contiguous() and chosen.is_contiguous() and weights.is_contiguous() and onto.is_contiguous()
     hidden = torch.empty(rows * choices, width, dtype=x.dtype, device=x.device)
     out = torch.empty_like(onto)
@@ -101,8 +102,8 @@ def experts_linear(experts: Experts, x: Tensor, chosen: Tensor, weights: Tensor,
     columns = _columns(width, inner, x.device, rows * choices)
     _experts_up[(triton.cdiv(width, columns), rows * choices)](
         x,
-        experts.w1,
-        experts.b1,
+        w1,
+        b1,
         chosen,
         hidden,
         CHOICES=choices,
@@ -119,8 +120,8 @@ def experts_linear(experts: Experts, x: Tensor, chosen: Tensor, weights: Tensor,
     columns = _columns(dim, choices * inner, x.device, rows)
     _experts_down[(triton.cdiv(dim, columns), rows)](
         hidden,
-        experts.w2,
-        experts.b2,
+        w2,
+        b2,
         chosen,
         weights,
         onto,
