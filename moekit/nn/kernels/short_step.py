@@ -1,7 +1,7 @@
 """One more token of a few sequences through the whole model: the same as ``Transformer.forward`` in fewer, fused kernels.
 
-With so few rows the time of a step is the number of its kernels, so norms, activations, residuals and the sums over
-choices go into the linear layers beside them, and experts need no plan: each choice reads its own expert.
+With so few rows the number of kernels decides the time of a step. So norms, activations, residuals and the sums over
+choices are fused with the linear layers beside them, and experts need no tiles: each choice reads its own expert.
 
 Shape letters: B sequences, D model dim, V dictionary.
 """
@@ -18,7 +18,8 @@ from moekit.nn.kernels.vectors import experts_linear, linear
 from moekit.nn.passes import Pass
 from moekit.nn.transformer import Transformer
 
-FEW = 4  # sequences at most: a step of four took 0.65 ms, and 0.76 with the ordinary kernels (H100); more were not tried
+# Sequences at most: a step of four took 0.65 ms, and 0.76 with the ordinary kernels (H100); more were not tried.
+FEW = 4
 
 
 def fits(model: Transformer, sequences: int) -> bool:
@@ -27,7 +28,7 @@ def fits(model: Transformer, sequences: int) -> bool:
 
 
 def read_on(model: Transformer, tokens: Tensor, cache: Cache, vocab: int) -> Tensor:
-    """Each sequence reads a token behind what the cache has, with nobody dropped; for inference.
+    """Each sequence reads a token behind what the cache has, and none is dropped; for inference.
 
     Args:
         tokens: [B] int64.
