@@ -25,7 +25,7 @@ from moekit.nn.ffn import activation_fn
 from moekit.nn.gate import Routing
 from moekit.nn.operations import use
 from moekit.nn.passes import Pass
-from moekit.nn.transformer import MoE
+from moekit.nn.transformer import MoE, allocated
 from moekit.ranks import Rank
 from moekit.ranks.machine import host_memory
 
@@ -68,7 +68,7 @@ def run(setting: Setting, args: argparse.Namespace) -> list[Figure]:
     config = setting.config
     with torch.device("meta"):
         moe = MoE(config, config.moe_layers[0], config.experts, Local())
-    moe = moe.to(setting.kind).to_empty(device=device).requires_grad_(False).eval()
+    moe = allocated(moe, device, setting.kind)
     generator = torch.Generator(device).manual_seed(1)
     for name, parameter in moe.named_parameters():
         shapes.draw(name, parameter, config, generator)

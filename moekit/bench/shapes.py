@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from moekit.checkpoint import export
+from moekit.nn import transformer
 from moekit.nn.config import ModelConfig
 from moekit.nn.dispatch import AllToAll, owned
-from moekit.nn.transformer import Transformer
+from moekit.nn.transformer import Transformer, empty
 from moekit.ranks import Rank
 
 EN_MOE_LM_15B = ModelConfig(
@@ -74,11 +75,11 @@ def draw(name: str, parameter: Tensor, config: ModelConfig, generator: torch.Gen
         return
     if name.startswith("embed."):
         std = 3 / math.sqrt(config.dim)
-    elif name.endswith(("bias", ".b1", ".b2")):
+    elif name.endswith("bias") or parameter.dim() == (2 if "experts." in name else 1):
         std = 0.02
     else:
         std = 1 / math.sqrt(parameter.shape[-1])
-        if name.endswith((".out.weight", ".fc2.weight", ".w2")):
+        if name.endswith((".out.weight", ".fc2.weight", "experts.w2")):
             std /= math.sqrt(2 * config.layers)
     parameter.uniform_(-math.sqrt(3) * std, math.sqrt(3) * std, generator=generator)
 
@@ -88,9 +89,7 @@ def build(rank: Rank, config: ModelConfig, dtype: torch.dtype, backend: str) -> 
     """Put a model with random weights into ``rank.state["model"]``: this rank's experts, and what all ranks share."""
     held = owned(config.experts, rank.world_size, rank.rank)
     dispatch = AllToAll(config.experts) if rank.world_size > 1 else None
-    with torch.device("meta"):
-        model = Transformer(config, len(held), dispatch)
-    model = model.to(dtype).to_empty(device=rank.device).requires_grad_(False).eval().use(backend)
+    model = empty(config, rank.device, dtype, len(held), dispatch).use(backend)
     shared, own = (torch.Generator(rank.device).manual_seed(seed) for seed in (1, 2 + rank.rank))
     for name, parameter in model.named_parameters():
         draw(name, parameter, config, own if ".experts." in name else shared)
@@ -143,24 +142,12 @@ def expert_sums(stack: Tensor) -> list[float]:
 
 def parameters(config: ModelConfig) -> int:
     """Parameters of the model: each is read once by a pass whose tokens reach every expert."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in Transformer(config).parameters())
+    return transformer.parameters(config)
 
 
 def expert_parameters(config: ModelConfig) -> int:
     """Parameters of one expert: two matrices and two biases."""
     return 2 * config.dim * config.ffn_dim + config.ffn_dim + config.dim
-
-
-def active_parameters(config: ModelConfig, batch: int) -> float:
-    """Parameters that a pass over one token of each of ``batch`` sequences reads, if gates choose at random.
-
-    All but the experts, and of E experts those chosen: E (1 - (1 - K/E)^batch) expected, K for a single token. Of the
-    embeddings, only the output matrix is read as a whole, and the two are one here.
-    """
-    experts, k = config.experts, config.top_k
-    chosen = experts * (1 - (1 - k / experts) ** batch)
-    return parameters(config) - len(config.moe_layers) * (experts - chosen) * expert_parameters(config)
 
 
 def flop_per_token(config: ModelConfig, length: int) -> float:

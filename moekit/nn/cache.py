@@ -14,6 +14,9 @@ from torch import Tensor
 
 from moekit.nn.config import ModelConfig
 
+# Attention's kernels are fast where the number of slots is a multiple of this one.
+SLOTS = 64
+
 
 class Cache:
     """Keys and values [L, 2, B, H, M, C] of ``lengths`` [B] tokens each; hand it to the model in ``Pass.cache``.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,7 @@ from moekit.nn.operations import PLAIN, added
 from moekit.nn.passes import Pass
 from moekit.symbols import PAD
 
+Module = TypeVar("Module", bound=nn.Module)
 # Not cuDNN's, which torch prefers on Hopper: it makes a plan for every new shape, in 70 ms and the first in 1 s (H100),
 # and texts have many lengths.
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -128,6 +130,30 @@ class Transformer(nn.Module):
     def output_weight(self) -> Tensor:
         """[vocab_rows, output_dim]"""
         return self.embed.weight if self.output is None else self.output.weight
+
+
+def empty(
+    config: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    held: int | None = None,
+    dispatch: Dispatch | None = None,
+) -> Transformer:
+    """A :class:`Transformer` for inference on ``device`` whose weights are uninitialised memory, to be filled."""
+    with torch.device("meta"):
+        model = Transformer(config, held, dispatch)
+    return allocated(model, device, dtype).eval()
+
+
+def allocated(module: Module, device: torch.device, dtype: torch.dtype) -> Module:
+    """``module``, made on the meta device, with uninitialised memory for its weights, which do not learn."""
+    return module.to(dtype).to_empty(device=device).requires_grad_(False)
+
+
+def parameters(config: ModelConfig, held: int | None = None) -> int:
+    """The number of parameters of a model with ``held`` experts a layer, all of them by default."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in Transformer(config, held).parameters())
 
 
 def _bridge(inner: int, outer: int) -> nn.Linear | None:

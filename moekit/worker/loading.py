@@ -9,7 +9,7 @@ import torch
 
 from moekit import checkpoint
 from moekit.nn.dispatch import AllToAll, owned
-from moekit.nn.transformer import Transformer
+from moekit.nn.transformer import empty
 from moekit.ranks import Rank, usable_cores
 
 
@@ -23,9 +23,7 @@ def load(rank: Rank, plan: checkpoint.Plan, dtype: torch.dtype, backend: str) ->
     start = time.perf_counter()
     held = owned(plan.config.experts, rank.world_size, rank.rank)
     dispatch = AllToAll(plan.config.experts) if rank.world_size > 1 and plan.config.moe_layers else None
-    with torch.device("meta"):
-        model = Transformer(plan.config, len(held), dispatch)
-    model = model.to(dtype).to_empty(device=rank.device).requires_grad_(False).eval().use(backend)
+    model = empty(plan.config, rank.device, dtype, len(held), dispatch).use(backend)
     filled = checkpoint.fill(model, plan, held, rank.report, max(1, usable_cores() // rank.world_size))
     rank.state["model"] = model
     parameters = list(model.parameters())
