@@ -13,12 +13,11 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from moekit.bench import figures, measure, shapes
-from moekit.bench import setting as settings
-from moekit.bench.figures import Figure
+from moekit.bench import measure, shapes
+from moekit.bench.figures import GIB, Figure, spread
 from moekit.bench.measure import Ceilings
 from moekit.bench.score import FRACTION, numbers
-from moekit.bench.setting import Setting
+from moekit.bench.setting import Setting, ceiling_figures
 from moekit.nn.dispatch import Local
 from moekit.nn.experts import Experts
 from moekit.nn.ffn import activation_fn
@@ -74,7 +73,7 @@ def run(setting: Setting, args: argparse.Namespace) -> list[Figure]:
         shapes.draw(name, parameter, config, generator)
 
     block = config.max_positions
-    rows = settings.ceiling_figures(ceilings, setting.dtype)
+    rows = ceiling_figures(ceilings, setting.dtype)
     for tokens in args.tokens or ([block, 32 * block] if setting.device == "cuda" else [block]):
         groups = max(1, tokens // block)
         x = torch.randn(groups, tokens // groups, config.dim, generator=generator, device=device)
@@ -113,7 +112,7 @@ def compared(moe: MoE, x: Tensor, setting: Setting, ceilings: Ceilings, against:
                 lower=True,
                 gpu_gib=peak.gpu_gib,
                 host_gib=peak.host_gib,
-                note=f"{figures.spread(seconds)}; {note}",
+                note=f"{spread(seconds)}; {note}",
             )
         )
     return rows
@@ -187,9 +186,7 @@ def theirs(implementation: str, setting: Setting, tokens: int) -> Make:
         on_gpu = setting.device == "cuda"
         free = torch.cuda.mem_get_info()[0] if on_gpu else host_memory("MemAvailable")
         if implementation == "batched_mm" and gathered > free / 2:
-            raise Missing(
-                f"would copy {gathered / figures.GIB:.0f} GiB of weights, one matrix for each choice"
-            )
+            raise Missing(f"would copy {gathered / GIB:.0f} GiB of weights, one matrix for each choice")
         try:
             experts = transformers_experts(moe.experts, implementation)
         except (ImportError, TypeError):

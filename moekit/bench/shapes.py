@@ -1,7 +1,7 @@
 """The shapes that are benched, their random weights, and what a pass over them costs at least.
 
-Nothing is downloaded: what a model computes takes as long with random weights as with trained ones, as long as its
-numbers stay finite and its gates send the tokens to many experts. Both are looked at, see score.py.
+Nothing is downloaded: a model with random weights takes as long as a trained one, if its numbers stay finite and its
+gates choose many experts. score.py checks both.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ SHAPES = {
         experts=16,
     ),
 }
-FILES = {"15b": 64, "52b": 64, "15b-64e": 8, "tiny": 4}  # with experts; one more holds the rest
+# Files with experts; one more holds the rest.
+FILES = {"15b": 64, "52b": 64, "15b-64e": 8, "tiny": 4}
 
 # ------------------------------------------------------------------------------------------------ random weights
 
@@ -68,7 +69,8 @@ def draw(name: str, parameter: Tensor, config: ModelConfig, generator: torch.Gen
     (GPT-2's rule). The embeddings outweigh the positions, which all tokens share and which would crowd a few experts.
     """
     if name == "norm.weight":
-        parameter.uniform_(-1, 1, generator=generator).sign_()  # or each token would predict itself
+        # With gains of one sign, each token would predict itself.
+        parameter.uniform_(-1, 1, generator=generator).sign_()
         return
     if "norm." in name:
         parameter.fill_(1.0 if name.endswith("weight") else 0.0)
