@@ -38,14 +38,14 @@ def read_on(model: Transformer, tokens: Tensor, cache: Cache, vocab: int) -> Ten
         [B, V] logits of what follows.
     """
     heads = model.config.heads
-    x = model.enter(tokens[:, None], Pass(cache=cache))[:, 0].contiguous()
+    x = model.embedded(tokens[:, None], Pass(cache=cache))[:, 0].contiguous()
     for layer in model.layers:
         attn = layer.attn
         qkv, _ = linear(x, attn.qkv.weight, attn.qkv.bias, norm=layer.attn_norm)
         seen = attend_one(qkv.view(len(x), 3, heads, -1), cache.kv[attn.index], cache.lengths)
         x, _ = linear(seen, attn.out.weight, attn.out.bias, onto=x)
-        if hasattr(layer, "moe"):
-            moe = layer.moe
+        moe = layer.moe
+        if moe is not None:
             logits, h = linear(x, moe.gate.weight, norm=layer.ffn_norm)
             _, chosen, _, weights = choose(moe.rule, logits)
             x = experts_linear(moe.experts, h, chosen, weights, x)
@@ -55,6 +55,6 @@ def read_on(model: Transformer, tokens: Tensor, cache: Cache, vocab: int) -> Ten
             x, _ = linear(h, fc2.weight, fc2.bias, onto=x)
     norm = model.norm
     if model.project_out is not None:
-        x, norm = model.leave(x), None
+        x, norm = model.features(x), None
     logits, _ = linear(x, model.output_weight[:vocab], norm=norm)
     return logits
