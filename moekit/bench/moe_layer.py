@@ -32,7 +32,7 @@ AGAINST = ("grouped_mm", "transformers", "loop")
 Layer = Callable[[Tensor, Pass], Tensor]
 # Relative error of a token's output, in the dtype that it is computed in.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-# Of the tokens, so many may differ: gates round differently, and where two experts tie, another one is chosen.
+# Share of the tokens that may differ: gates round differently, and where two experts tie, another one is chosen.
 TIES = 1e-3
 
 
@@ -60,7 +60,7 @@ def run(setting: Setting, args: argparse.Namespace) -> list[Figure]:
     operations for each parameter of an expert and each choice that was kept, and for the gate; whichever takes longer.
 
     Raises:
-        ValueError: somebody's result is not that of the loop.
+        ValueError: a result is not that of the loop.
     """
     device = torch.device(setting.device, 0) if setting.device == "cuda" else torch.device("cpu")
     ceilings = measure.ceilings(Rank(0, 1, device), setting.kind)
@@ -136,9 +136,11 @@ def same(name: str, found: Tensor, expected: Tensor) -> str:
         ValueError: too far.
     """
     found, wanted = found.flatten(0, 1).float(), expected.flatten(0, 1).float()
-    scale = wanted.norm(dim=1).mean()  # of all tokens: those that were dropped are zero
+    # The mean is over all tokens, since those that were dropped are zero.
+    scale = wanted.norm(dim=1).mean()
     error = (found - wanted).norm(dim=1) / scale
-    wrong = int((~(error < TOLERANCE[expected.dtype])).sum())  # what is no number is wrong, too
+    # NaN counts as wrong, too.
+    wrong = int((~(error < TOLERANCE[expected.dtype])).sum())
     if wrong > max(1, TIES * len(error)):
         raise ValueError(
             f"{name} computes something else than the loop: {wrong} of {len(error)} tokens are off by more than "
@@ -219,6 +221,7 @@ def transformers_experts(experts: Experts, implementation: str) -> nn.Module:
             self.act_fn = activation_fn(experts.activation)
 
         def forward(self, rows: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-            raise NotImplementedError  # always an implementation's
+            # The decorator puts an implementation in its place.
+            raise NotImplementedError
 
     return Theirs(SimpleNamespace(_experts_implementation=implementation))

@@ -98,7 +98,8 @@ def build(rank: Rank, config: ModelConfig, dtype: torch.dtype, backend: str) -> 
     rank.state["model"] = model
 
 
-Sums = dict[str, list[float]]  # of each stack of experts, the sum of each expert's numbers
+# For each stack of experts, the sum of each expert's numbers.
+Sums = dict[str, list[float]]
 
 
 @torch.no_grad()

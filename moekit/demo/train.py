@@ -27,9 +27,11 @@ from moekit.nn.gate import balance_loss
 from moekit.nn.passes import Pass
 from moekit.nn.transformer import Attention, Transformer
 
-BLOCK = 256  # tokens
+# Tokens of a block.
+BLOCK = 256
 FILES = 8
-GATE_LOSS_WEIGHT = 0.01  # moe_gate_loss_wt
+# fairseq's ``moe_gate_loss_wt``.
+GATE_LOSS_WEIGHT = 0.01
 
 
 def demo_config(vocab: int) -> ModelConfig:

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-ROWS = 4  # tokens of a program
+# Tokens of a program.
+ROWS = 4
 
 
 def add_norm(x: Tensor, pending: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
