@@ -69,7 +69,10 @@ def initialize(model: Transformer) -> None:
         experts = model.layers[layer].moe.experts
         for stack in experts.tensors.values():
             for tensor in stack.data:
-                nn.init.xavier_uniform_(tensor) if tensor.dim() == 2 else nn.init.zeros_(tensor)
+                if tensor.dim() == 2:
+                    nn.init.xavier_uniform_(tensor)
+                else:
+                    nn.init.zeros_(tensor)
     nn.init.normal_(model.embed.weight, std=model.config.input_dim**-0.5)
 
 
