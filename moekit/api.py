@@ -18,7 +18,7 @@ from moekit.fairseq_data import is_data
 from moekit.generation.run import generate, stream
 from moekit.handle import Handle, describe_run, dictionary_size, pieces, weights_dtype
 from moekit.nn.config import changed
-from moekit.nn.experts import choose_kernel
+from moekit.nn.operations import choose_backend
 from moekit.nn.record import Options
 from moekit.progress import bar as progress_bar
 from moekit.routing import trace as tracing
@@ -189,7 +189,7 @@ def load(
     dictionary: str | Path | None = None,
     bpe: str | Path | None = None,
     config: Mapping[str, Any] | None = None,
-    kernel: str = "auto",
+    backend: str = "auto",
     progress: bool = True,
 ) -> Model:
     """Load a checkpoint of fairseq's ``moe`` branch onto ``world_size`` ranks.
@@ -207,8 +207,8 @@ def load(
             checkpoint lies, or ``gpt2_bpe`` there or beside it; needed only when text is.
         config: fields of the checkpoint's :class:`~moekit.nn.config.ModelConfig` to replace, such as ``second_expert``; not
             those that give the weights their shapes.
-        kernel: how the experts are computed: "triton", "grouped_mm", "loop" (slow, and plain to see that it is right), or
-            "auto": the fastest there is.
+        backend: what computes: "triton", "loop" (slow, and plain to see that it is right), "grouped_mm" (the same with
+            torch's grouped product for the experts), or "auto": the fastest there is.
         progress: show a bar.
 
     Raises:
@@ -222,14 +222,16 @@ def load(
     plan = ckpt.survey(files, dictionary_size(files, dictionary))
     plan = replace(plan, config=changed(plan.config, config or {}))
     kind = weights_dtype(dtype, devices[0], plan)
-    kernel = choose_kernel(kernel, devices[0], kind)
+    backend = choose_backend(backend, devices[0], kind)
 
     pool = ranks.start(world_size, devices[0].type)
     try:
         model = Model(plan, files, pool, kind, bpe)
         total = sum(source.bytes * (world_size if i == 0 else 1) for i, source in enumerate(plan.sources))
         with progress_bar("loading", total, "B", show=progress) as bar:
-            model.parts = pool.call(loading.load, plan, kind, kernel, on_report=lambda rank, n: bar.update(n))
+            model.parts = pool.call(
+                loading.load, plan, kind, backend, on_report=lambda rank, n: bar.update(n)
+            )
             plan.opened.clear()
             bar.update(bar.total - bar.n)  # what is not tensors
         model.load_seconds = time.perf_counter() - start

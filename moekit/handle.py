@@ -235,7 +235,7 @@ def describe_run(
         ``checkpoint`` (``path``, ``files`` with name and size, ``fingerprint``, see :func:`fingerprint`),
         ``capacity_token_fraction``, ``groups`` (routing
         groups as [samples, tokens a sample, how many], padding included), ``seed``, ``intervention``, ``dtype``,
-        ``device``, ``world_size``, ``kernel``, ``versions``, ``created`` (UTC).
+        ``device``, ``world_size``, ``backend``, ``versions``, ``created`` (UTC).
     """
     import platform
     from datetime import UTC, datetime
@@ -262,7 +262,7 @@ def describe_run(
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device,
         "world_size": model.world_size,
-        "kernel": model.parts[0]["kernel"],
+        "backend": model.parts[0]["backend"],
         "versions": {"moekit": own, "torch": torch.__version__, "python": platform.python_version()},
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -9,6 +9,8 @@ from branch_cases import BASE
 
 from moekit.nn import gate
 from moekit.nn.config import ModelConfig
+from moekit.nn.gate import Gate
+from moekit.nn.gates import gate_of
 
 LOG = torch.log
 
@@ -79,7 +81,9 @@ def test_equals_the_slow_way(options, fraction, masked):
     }
     padding = torch.rand(groups, tokens, generator=generator) < 0.3 if masked else None
     cfg = config(experts=experts, **options)
-    found = gate.route(logits, cfg, fraction=fraction, padding=padding, noise=lambda kind, like: drawn[kind])
+    found = gate_of(cfg).route(
+        logits, fraction=fraction, padding=padding, noise=lambda kind, like: drawn[kind]
+    )
     for g in range(groups):
         experts_g, kept, weights = slow_route(
             logits[g],
@@ -96,7 +100,7 @@ def test_equals_the_slow_way(options, fraction, masked):
 def test_two_places_and_three_tokens_that_want_the_same_expert():
     """Worked by hand. Each token: 0.6 for expert 0, 0.3 for expert 1, 0.1 for expert 2; 2/3 of 3 tokens: 2 places."""
     logits = LOG(torch.tensor([0.6, 0.3, 0.1])).repeat(1, 3, 1)
-    found = gate.route(logits, config(experts=3), fraction=2 / 3)
+    found = gate_of(config(experts=3)).route(logits, fraction=2 / 3)
     assert found.capacity == 2
     assert found.experts.tolist() == [[[0, 1]] * 3]
     assert found.kept.tolist() == [[[True, True], [True, True], [False, False]]]
@@ -107,25 +111,25 @@ def test_two_places_and_three_tokens_that_want_the_same_expert():
 def test_second_choices_queue_behind_all_first_choices():
     """Token 0 wants A then B, tokens 1 and 2 want B first: with two places in B, token 0's second choice is out."""
     probs = torch.tensor([[[0.6, 0.3, 0.1], [0.1, 0.7, 0.2], [0.1, 0.7, 0.2]]])
-    found = gate.route(LOG(probs), config(experts=3), fraction=0.5)
+    found = gate_of(config(experts=3)).route(LOG(probs), fraction=0.5)
     assert found.experts.tolist() == [[[0, 1], [1, 2], [1, 2]]]
     assert found.kept.tolist() == [[[True, False], [True, True], [True, True]]]
     # what is left of token 0 weighs 1 if normalised after dropping, 2/3 if before
     assert found.weights[0, 0].tolist() == pytest.approx([1.0, 0.0])
-    before = gate.route(LOG(probs), config(experts=3, normalize_before_dropping=True), fraction=0.5)
+    before = gate_of(config(experts=3, normalize_before_dropping=True)).route(LOG(probs), fraction=0.5)
     assert before.weights[0, 0].tolist() == pytest.approx([2 / 3, 0.0])
 
 
 def test_the_surest_tokens_are_served_first_when_prioritized():
     probs = torch.tensor([[[0.5, 0.3, 0.2], [0.8, 0.1, 0.1], [0.6, 0.3, 0.1]]])
-    found = gate.route(LOG(probs), config(experts=3, batch_prioritized=True), fraction=0.5)
+    found = gate_of(config(experts=3, batch_prioritized=True)).route(LOG(probs), fraction=0.5)
     assert found.kept[0, :, 0].tolist() == [False, True, True]
 
 
 def test_masked_padding_takes_no_place_and_gets_no_weight():
     logits = LOG(torch.tensor([0.6, 0.3, 0.1])).repeat(1, 3, 1)
     padding = torch.tensor([[True, False, False]])
-    found = gate.route(logits, config(experts=3), fraction=2 / 3, padding=padding)
+    found = gate_of(config(experts=3)).route(logits, fraction=2 / 3, padding=padding)
     assert found.kept.tolist() == [[[False, False], [True, True], [True, True]]]
     assert found.weights[0, 0].tolist() == [0.0, 0.0]
 
@@ -141,22 +145,22 @@ def test_masked_padding_takes_no_place_and_gets_no_weight():
     ],
 )
 def test_capacity(tokens, fraction, top1, places):
-    assert gate.capacity(tokens, config(experts=8, top1=top1), fraction) == places
-    assert gate.capacity(tokens, config(), None) is None
+    assert gate_of(config(experts=8, top1=top1)).capacity(tokens, fraction) == places
+    assert gate_of(config()).capacity(tokens, None) is None
 
 
 def test_groups_do_not_compete():
     logits = torch.randn(4, 16, 8, generator=torch.Generator().manual_seed(0))
-    together = gate.route(logits, config(), fraction=0.1)
+    together = gate_of(config()).route(logits, fraction=0.1)
     for g in range(4):
-        alone = gate.route(logits[g : g + 1], config(), fraction=0.1)
+        alone = gate_of(config()).route(logits[g : g + 1], fraction=0.1)
         assert together.kept[g].equal(alone.kept[0])
 
 
 def test_balance_loss_of_even_and_of_collapsed_routing():
-    even = gate.route(torch.eye(8)[None] * 50, config(), fraction=None)
+    even = gate_of(config()).route(torch.eye(8)[None] * 50, fraction=None)
     assert float(gate.balance_loss(even)) == pytest.approx(1.0)
-    collapsed = gate.route(torch.eye(8)[:1].repeat(1, 9, 1) * 50, config(), fraction=None)
+    collapsed = gate_of(config()).route(torch.eye(8)[:1].repeat(1, 9, 1) * 50, fraction=None)
     assert float(gate.balance_loss(collapsed)) == pytest.approx(8.0)
 
 
@@ -164,7 +168,7 @@ def test_balance_loss_of_even_and_of_collapsed_routing():
 def test_half_precision_is_computed_step_by_step_as_the_branch_does(gate_fp32):
     """softmax, the pick and the normalisation in float32 or in half, as ``gate_fp32`` says; the weights in half."""
     logits = 3 * torch.randn(1, 200, 8, generator=torch.Generator().manual_seed(5)).half()
-    found = gate.route(logits, config(gate_fp32=gate_fp32), fraction=None)
+    found = gate_of(config(gate_fp32=gate_fp32)).route(logits, fraction=None)
     gates = torch.softmax(logits[0].float() if gate_fp32 else logits[0], dim=1)
     first = gates.argmax(dim=1, keepdim=True)
     second = (
@@ -181,5 +185,38 @@ def test_half_precision_is_computed_step_by_step_as_the_branch_does(gate_fp32):
 
 def test_the_two_precisions_differ():
     logits = 3 * torch.randn(1, 200, 8, generator=torch.Generator().manual_seed(5)).half()
-    exact, rough = (gate.route(logits, config(gate_fp32=f), fraction=None).weights for f in (True, False))
+    exact, rough = (gate_of(config(gate_fp32=f)).route(logits, fraction=None).weights for f in (True, False))
     assert not exact.equal(rough)
+
+
+class Hashed(Gate):
+    """A gate of one's own: by the token's position, three experts a token, with equal weights."""
+
+    top_k = 3
+
+    def choose(self, logits, noise=None, edit=None):
+        start = torch.arange(logits.shape[-2])
+        experts = (start[:, None] + torch.arange(3)).remainder(logits.shape[-1]).expand(*logits.shape[:-1], 3)
+        probs = torch.softmax(logits, dim=-1)
+        weights = torch.full(experts.shape, 1 / 3)
+        return probs, experts, probs.gather(-1, experts), weights
+
+
+def test_another_gate_has_capacity_and_drops_as_the_others():
+    """Three tokens of three experts each, two choices a buffer: the third choice of expert 2 is one too many."""
+    gate_of_three = Hashed(config(experts=5))
+    assert not gate_of_three.draws and not gate_of_three.softmax_top_k
+    found = gate_of_three.route(torch.zeros(1, 3, 5), fraction=0.5)
+    assert found.experts.tolist() == [[[0, 1, 2], [1, 2, 3], [2, 3, 4]]] and found.capacity == 2
+    assert found.kept.tolist() == [[[True, True, False], [True, True, True], [True, True, True]]]
+    assert found.weights[0, 0].tolist() == pytest.approx([1 / 3, 1 / 3, 0])
+    assert gate_of_three.capacity(7, -1.0) == 3 * 2
+
+
+def test_what_a_gate_says_of_itself():
+    assert gate_of(config(top1=True)).describe() == "top-1"
+    assert gate_of(config(second_expert="random")).describe() == "top-2, second expert: random"
+    drawing = [
+        policy for policy in ("all", "sampling", "random") if gate_of(config(second_expert=policy)).draws
+    ]
+    assert drawing == ["sampling", "random"] and not gate_of(config(top1=True, second_expert="random")).draws

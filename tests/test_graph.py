@@ -42,7 +42,7 @@ class StandIn:
 
 def with_stand_ins(rank):
     graph.Graph = StandIn
-    graph.fits = lambda model, step: step.record is None and step.edit is None and step.padding is None
+    graph.fits = lambda model, asked: asked.record is None and asked.edit is None and asked.padding is None
 
 
 def made(rank):

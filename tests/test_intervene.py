@@ -13,6 +13,7 @@ import moekit
 from moekit.invariance import batch_invariance
 from moekit.nn import gate
 from moekit.nn.config import ModelConfig
+from moekit.nn.gates import gate_of
 from moekit.nn.intervene import Force, plan
 from moekit.routing.compare import compare, weight_change
 
@@ -59,7 +60,7 @@ def test_masked_experts_by_hand():
     """Probabilities 1/2, 1/4, 1/8, 1/8; without the first: 1/2, 1/4, 1/4."""
     logits = torch.tensor([[[0.5, 0.25, 0.125, 0.125]]]).log()
     edit = gate.Edit(mask=torch.tensor([True, False, False, False]))
-    found = gate.route(logits, config(experts=4), fraction=None, edit=edit)
+    found = gate_of(config(experts=4)).route(logits, fraction=None, edit=edit)
     assert found.experts.tolist() == [[[1, 2]]]
     assert found.probs[0, 0].tolist() == pytest.approx([0, 0.5, 0.25, 0.25])
     assert found.weights[0, 0].tolist() == pytest.approx([2 / 3, 1 / 3])
@@ -68,7 +69,7 @@ def test_masked_experts_by_hand():
 def test_forced_experts_by_hand():
     logits = torch.tensor([[[0.5, 0.25, 0.125, 0.125]] * 3]).log()
     forced = torch.tensor([[[3, 1], [2, -1], [-1, -1]]])
-    found = gate.route(logits, config(experts=4), fraction=None, edit=gate.Edit(forced=forced))
+    found = gate_of(config(experts=4)).route(logits, fraction=None, edit=gate.Edit(forced=forced))
     assert found.experts.tolist() == [[[3, 1], [2, 0], [0, 1]]]
     want = [[1 / 3, 2 / 3], [0.2, 0.8], [2 / 3, 1 / 3]]  # their own probabilities, normalised
     assert torch.allclose(found.weights[0], torch.tensor(want))
@@ -79,7 +80,7 @@ def test_forced_tokens_queue_like_others():
     """Five tokens forced to one expert with two places: the first two get in."""
     logits = torch.zeros(1, 5, 8)
     edit = gate.Edit(forced=torch.tensor([[[6, 7]] * 5]))
-    found = gate.route(logits, config(), fraction=0.4, edit=edit)
+    found = gate_of(config()).route(logits, fraction=0.4, edit=edit)
     assert found.capacity == 2
     assert found.kept[0].tolist() == [[True, True]] * 2 + [[False, False]] * 3
     assert not found.weights[0, 2:].any()
@@ -89,8 +90,8 @@ def test_forced_tokens_queue_like_others():
 def test_dropped_second_choices_take_no_place(before, rng):
     logits = torch.randn(1, 40, 8, generator=rng)
     settings = config(normalize_before_dropping=before)
-    plain = gate.route(logits, settings, fraction=0.1)
-    edited = gate.route(logits, settings, fraction=0.1, edit=gate.Edit(drop_second=True))
+    plain = gate_of(settings).route(logits, fraction=0.1)
+    edited = gate_of(settings).route(logits, fraction=0.1, edit=gate.Edit(drop_second=True))
     assert torch.equal(edited.experts, plain.experts) and not edited.kept[..., 1].any()
     assert torch.equal(edited.kept[..., 0], plain.kept[..., 0])
     kept = edited.kept[..., 0]
@@ -102,9 +103,8 @@ def test_dropped_second_choices_take_no_place(before, rng):
 @pytest.mark.parametrize("policy", ["sampling", "random"])
 def test_drop_second_with_drawn_second_experts(policy, rng):
     logits = torch.randn(1, 20, 8, generator=rng)
-    found = gate.route(
+    found = gate_of(config(second_expert=policy)).route(
         logits,
-        config(second_expert=policy),
         fraction=None,
         noise=lambda kind, like: torch.full_like(like, 0.1),
         edit=gate.Edit(drop_second=True),

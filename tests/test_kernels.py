@@ -4,6 +4,7 @@ import itertools
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,15 +25,19 @@ from moekit.bench.score import random_batch
 from moekit.nn import gate
 from moekit.nn import graphs as graph
 from moekit.nn.cache import Cache
-from moekit.nn.config import PAD, ModelConfig
-from moekit.nn.experts import KERNELS, Experts, choose_kernel
+from moekit.nn.config import ModelConfig
+from moekit.nn.experts import Assignment, Experts
+from moekit.nn.gates import gate_of
 from moekit.nn.graphs import Graph
 from moekit.nn.kernels import attention, short_step, tiles, vectors
 from moekit.nn.kernels import gate as fused_gate
 from moekit.nn.kernels.grouped import ACTIVATIONS, ANY, CUTS, Blocks, Cut, cut_for, grouped_ffn
 from moekit.nn.kernels.logprobs import best, target_log_probs
 from moekit.nn.logprobs import log_probs
-from moekit.nn.transformer import Norm, Pass, Transformer
+from moekit.nn.operations import BACKENDS, choose_backend, use
+from moekit.nn.passes import Pass
+from moekit.nn.transformer import AddNorm, Transformer
+from moekit.symbols import PAD
 from moekit.worker import decoding as decode
 from moekit.worker import scoring as worker
 from moekit.worker.sampling import Settings
@@ -68,21 +73,15 @@ def choices_of(rows, choices, experts, seed=0, spread=1.0):
     expert = torch.randint(0, max(1, int(experts * spread)), (rows * choices,), generator=generator)
     expert[torch.rand(rows * choices, generator=generator) < 0.2] = experts
     counts = torch.bincount(expert, minlength=experts + 1)[:experts]
-    return expert.argsort(stable=True).to(DEVICE), counts.to(DEVICE)
+    return Assignment(expert.argsort(stable=True).to(DEVICE), counts.to(DEVICE), choices)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(activation):
     experts = experts_of(activation=activation)
     x = torch.randn(30, 24, device=DEVICE)
-    order, counts = choices_of(30, 2, 5)
-    weights = torch.rand(60, device=DEVICE)
-    torch.testing.assert_close(
-        grouped_ffn(experts, x, order, counts, 2, weights),
-        experts(x, order, counts, 2, weights),
-        rtol=1e-5,
-        atol=1e-5,
-    )
+    some = replace(choices_of(30, 2, 5), weights=torch.rand(60, device=DEVICE))
+    torch.testing.assert_close(grouped_ffn(experts, x, some), experts(x, some), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 17, 90])
@@ -93,23 +92,22 @@ def test_rows_of_any_number_and_spread(rows, choices, spread, dtype):
     """Full and part tiles, experts without rows, sizes that no block divides."""
     experts = experts_of(dtype=dtype)
     x = torch.randn(rows, 24, device=DEVICE).to(dtype)
-    order, counts = choices_of(rows, choices, 5, seed=rows, spread=spread)
-    found = grouped_ffn(experts, x, order, counts, choices, None, cut=SMALL)
-    exact = experts.float()(x.float(), order, counts, choices)
-    none = order[int(counts.sum()) :]
-    assert not found[none].any(), "places of no expert are zero"
+    some = choices_of(rows, choices, 5, seed=rows, spread=spread)
+    found = grouped_ffn(experts, x, some, cut=SMALL)
+    exact = experts.float()(x.float(), some)
+    none = some.order[int(some.counts.sum()) :]
+    assert not found[none].any(), "choices of no expert are zero"
     error = (found.float() - exact).norm() / exact.norm().clamp(min=1e-9)
     assert error < {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}[dtype]
 
 
-@pytest.mark.parametrize("cut", CUTS, ids=lambda cut: f"{cut.places}-{cut.mean}")
+@pytest.mark.parametrize("cut", CUTS, ids=lambda cut: f"{cut.choices}-{cut.mean}")
 def test_every_cut(cut):
     experts = experts_of(3, 32, 64, dtype=torch.float16)
     x = torch.randn(70, 32, device=DEVICE).half()
-    order, counts = choices_of(70, 2, 3)
-    weights = torch.rand(140, device=DEVICE).half()
-    found = grouped_ffn(experts, x, order, counts, 2, weights, cut=cut).float()
-    exact = experts.float()(x.float(), order, counts, 2, weights.float())
+    some = replace(choices_of(70, 2, 3), weights=torch.rand(140, device=DEVICE).half())
+    found = grouped_ffn(experts, x, some, cut=cut).float()
+    exact = experts.float()(x.float(), replace(some, weights=some.weights.float()))
     assert (found - exact).norm() / exact.norm() < 2e-3
 
 
@@ -118,12 +116,12 @@ def test_every_cut(cut):
 def test_torchs_grouped_product(rows, choices, dtype):
     experts = experts_of(3, 32, 48, dtype=dtype)
     x = torch.randn(rows, 32, device=DEVICE).to(dtype)
-    order, counts = choices_of(rows, choices, 3, seed=rows, spread=0.7)
     weights = torch.rand(rows * choices, device=DEVICE).to(dtype)
-    wanted = experts(x, order, counts, choices, weights)
-    experts.kernel = "grouped_mm"
+    some = replace(choices_of(rows, choices, 3, seed=rows, spread=0.7), weights=weights)
+    wanted = experts(x, some)
+    use(experts, "grouped_mm")
     tolerance = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-2}[dtype]
-    found = experts(x, order, counts, choices, weights)
+    found = experts(x, some)
     torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
 
 
@@ -131,18 +129,19 @@ def test_no_rows():
     experts = experts_of()
     nothing = torch.zeros(0, dtype=torch.long, device=DEVICE)
     zero = torch.zeros(5, dtype=torch.long, device=DEVICE)
-    assert grouped_ffn(experts, torch.zeros(0, 24, device=DEVICE), nothing, zero, 1, None).shape == (0, 24)
+    assert grouped_ffn(experts, torch.zeros(0, 24, device=DEVICE), Assignment(nothing, zero)).shape == (0, 24)
     order = torch.arange(4, device=DEVICE)  # all of them no expert's
-    assert not grouped_ffn(experts, torch.ones(4, 24, device=DEVICE), order, zero, 1, None).any()
+    assert not grouped_ffn(experts, torch.ones(4, 24, device=DEVICE), Assignment(order, zero)).any()
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_no_experts(kernel):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_experts(backend):
     """More ranks than experts: one has none, and gets everybody's rows."""
     experts = experts_of(0)
-    experts.kernel = kernel
+    use(experts, backend)
     counts = torch.zeros(0, dtype=torch.long, device=DEVICE)
-    found = experts(torch.ones(3, 24, device=DEVICE), torch.arange(6, device=DEVICE), counts, 2)
+    some = Assignment(torch.arange(6, device=DEVICE), counts, 2)
+    found = experts(torch.ones(3, 24, device=DEVICE), some)
     assert found.shape == (6, 24) and not found.any()
 
 
@@ -196,8 +195,8 @@ def config(**options) -> ModelConfig:
 def test_the_gates_choice(options, dtype, experts):
     logits = 3 * torch.randn(2, 25, experts, generator=torch.Generator().manual_seed(experts))
     logits = logits.to(DEVICE, dtype)
-    chosen = config(experts=experts, **options)
-    slow, fast = gate.choose(logits, chosen), fused_gate.choose(logits, chosen)
+    rule = gate_of(config(experts=experts, **options))
+    slow, fast = rule.choose(logits), fused_gate.choose(rule, logits)
     assert [t.dtype for t in slow] == [t.dtype for t in fast]
     if torch.float32 in (dtype, slow[0].dtype) and dtype != torch.bfloat16:
         assert slow[1].equal(fast[1])
@@ -214,9 +213,24 @@ def test_ties_go_to_the_first_expert():
     logits = torch.zeros(1, 3, 12, device=DEVICE)
     logits[0, 1, [4, 9]] = 2.0
     logits[0, 2, 7] = 1.0
-    _, experts, probs, _ = fused_gate.choose(logits, config(experts=12))
+    _, experts, probs, _ = fused_gate.choose(gate_of(config(experts=12)), logits)
     assert experts[0].tolist() == [[0, 1], [4, 9], [7, 0]]
     assert probs[0, 0].tolist() == pytest.approx([1 / 12, 1 / 12])
+
+
+def test_a_gate_that_the_kernel_cannot_compute():
+    """More choices than the kernel writes are an error; a gate with a rule of its own computes them itself."""
+    rule = gate_of(config())
+    rule.top_k = 3
+    logits = torch.zeros(1, 2, BASE.experts, device=DEVICE)
+    with pytest.raises(AssertionError, match="1 or 2 choices a token, not 3"):
+        fused_gate.choose(rule, logits)
+
+    class Own(gate.Gate):
+        def choose(self, logits, noise=None, edit=None):
+            return "own"
+
+    assert fused_gate.choose(Own(config()), logits) == "own"
 
 
 @pytest.mark.parametrize("vocab", [3, 190, 4096, 9001])
@@ -262,11 +276,11 @@ def test_a_norm_takes_in_what_is_pending(parts, dim, dtype):
     x = 3 + torch.randn(7, 1, dim, generator=generator).to(DEVICE, dtype)
     shape = (7, 1, dim) if parts == 0 else (7, 1, parts, dim)
     pending = None if parts is None else torch.randn(shape, generator=generator).to(DEVICE, dtype)
-    norm = Norm(dim).to(DEVICE, dtype).requires_grad_(False)
+    norm = AddNorm(dim).to(DEVICE, dtype).requires_grad_(False)
     for parameter in norm.parameters():
         parameter.copy_(torch.randn(dim, generator=generator))
     slow = norm(x, pending)
-    norm.use("triton")
+    use(norm, "triton")
     fast = norm(x, pending)
     tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 4e-2}[dtype]
     if DEVICE == "cpu" and dtype == torch.bfloat16:  # the interpreter cuts bits off
@@ -306,15 +320,15 @@ def test_the_fast_model_reads_on_as_the_slow_one(name, tmp_path):
     tokens = torch.randint(4, 190, (3, 9), generator=torch.Generator().manual_seed(7)).to(DEVICE)
     lengths = torch.tensor([5, 2, 3], device=DEVICE)
     found = {}
-    for kernel in ("loop", "triton"):
+    for backend in ("loop", "triton"):
         cache = Cache(model.config, 3, 16, torch.device(DEVICE), torch.float32)
         with torch.inference_mode():
-            features = [model.use(kernel)(tokens[:, :5], Pass(cache=cache))[range(3), lengths - 1]]
+            features = [model.use(backend)(tokens[:, :5], Pass(cache=cache))[range(3), lengths - 1]]
             cache.advance(lengths)
             for step in range(5, 9):
                 features.append(model(tokens[:, step, None], Pass(cache=cache, groups=3))[:, 0])
                 cache.advance(1)
-        found[kernel] = torch.stack(features)
+        found[backend] = torch.stack(features)
     torch.testing.assert_close(found["loop"], found["triton"], rtol=1e-4, atol=1e-5)
 
 
@@ -358,22 +372,22 @@ def few_against_slow(model: Transformer, sequences: int, tolerance: float) -> No
     dtype = model.embed.weight.dtype
     assert short_step.fits(model, sequences)
     found = {}
-    for kernel in ("loop", "triton"):
+    for backend in ("loop", "triton"):
         cache = Cache(model.config, sequences, 16, torch.device(DEVICE), dtype)
-        model.use(kernel)
+        model.use(backend)
         with torch.inference_mode():
             model(tokens[:, :5], Pass(cache=cache))
             cache.advance(lengths)
             logits = []
             for step in range(5, 8):
-                if kernel == "triton":
+                if backend == "triton":
                     logits.append(short_step.read_on(model, tokens[:, step], cache, 150))
                 else:
                     features = model(tokens[:, step, None], Pass(cache=cache, groups=sequences))
                     logits.append(model.logits(features[:, 0], 150))
                 cache.advance(1)
         kept = [cache.kv[:, :, b, :, :length] for b, length in enumerate(cache.lengths.tolist())]
-        found[kernel] = torch.stack(logits), *kept
+        found[backend] = torch.stack(logits), *kept
     for slow, fast in zip(found["loop"], found["triton"], strict=True):
         assert (slow.float() - fast.float()).norm() < tolerance * slow.float().norm()
 
@@ -409,13 +423,13 @@ def test_the_fast_model_is_the_slow_one(name, fraction, tmp_path, monkeypatch):
     tokens[1::2, 7:] = PAD
     tokens = tokens.to(DEVICE)
     found = {}
-    for kernel in ("loop", "triton"):
+    for backend in ("loop", "triton"):
         routings = {}
         step = Pass(fraction, groups=3, padding=tokens == PAD, record=routings.__setitem__)
         with torch.inference_mode():
-            features = model.use(kernel)(tokens, step)
-            found[kernel] = model.logits(features), routings
-    slow, fast = (found[kernel][0] for kernel in ("loop", "triton"))
+            features = model.use(backend)(tokens, step)
+            found[backend] = model.logits(features), routings
+    slow, fast = (found[backend][0] for backend in ("loop", "triton"))
     assert (slow - fast).norm() / slow.norm() < 1e-5
     assert found["loop"][1].keys() == found["triton"][1].keys() != set()
     for layer, slow in found["loop"][1].items():
@@ -581,11 +595,11 @@ def test_ranks_that_compute_with_kernels(reference):
     found = {}
     steps = [[random_batch(2 * i + r, 12, 200) for r in range(2)] for i in range(graph.AFTER + 3)]
     device = "auto" if DEVICE == "cuda" else "cpu"
-    for world_size, kernel in ((1, "loop"), (2, "triton")):
+    for world_size, backend in ((1, "loop"), (2, "triton")):
         with moekit.load(
-            reference / "checkpoint", world_size, device, "float32", kernel=kernel, progress=False
+            reference / "checkpoint", world_size, device, "float32", backend=backend, progress=False
         ) as model:
-            assert {part["kernel"] for part in model.parts} == {kernel}
+            assert {part["backend"] for part in model.parts} == {backend}
             result = model.evaluate(
                 reference / "data-bin",
                 tokens_per_sample=24,
@@ -594,16 +608,16 @@ def test_ranks_that_compute_with_kernels(reference):
                 progress=False,
             )
             scoring = model.ranks.call(repeated, steps)
-            assert {captured for captured, _ in scoring} == {DEVICE == "cuda" and kernel == "triton"}
+            assert {captured for captured, _ in scoring} == {DEVICE == "cuda" and backend == "triton"}
             blocks = dict(pair for _, pairs in scoring for pair in pairs)
             ids = [one.ids for one in model.generate([[5, 6], [7]], max_new_tokens=4, progress=False)]
             # As many on each rank, not as many, and none on the second, which only serves.
             for there in ([[[2, 5]], [[2, 6]]], [[[2, 5], [2, 7]], [[2, 6]]], [[[2, 5]], []]):
                 parts = [list(itertools.chain(*there))] if world_size == 1 else there
                 decoding = model.ranks.call(decoded, parts, graph.AFTER + 3)
-                assert {captured for captured, _ in decoding} == {DEVICE == "cuda" and kernel == "triton"}
+                assert {captured for captured, _ in decoding} == {DEVICE == "cuda" and backend == "triton"}
                 ids.append([tokens for _, part in decoding for tokens in part])
-            found[kernel] = result.tokens, ids, [blocks[i] for i in sorted(blocks)]
+            found[backend] = result.tokens, ids, [blocks[i] for i in sorted(blocks)]
     np.testing.assert_allclose(found["loop"][2], found["triton"][2], atol=1e-4)
     np.testing.assert_allclose(found["loop"][0]["logprob"], found["triton"][0]["logprob"], atol=1e-4)
     assert found["loop"][1] == found["triton"][1]
@@ -629,15 +643,15 @@ def test_they_compile_for_hopper(tmp_path):
 
 def test_kernels_that_are_not_there(reference, monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert choose_kernel("auto", cpu, torch.float16) == "loop"
-    assert choose_kernel("auto", cuda, torch.float16) == "triton"
-    with pytest.raises(ValueError, match="kernel='cublas'; expected auto, loop, grouped_mm, triton"):
-        choose_kernel("cublas", cpu, torch.float16)
+    assert choose_backend("auto", cpu, torch.float16) == "loop"
+    assert choose_backend("auto", cuda, torch.float16) == "triton"
+    with pytest.raises(ValueError, match="backend='cublas'; expected auto, loop, grouped_mm, triton"):
+        choose_backend("cublas", cpu, torch.float16)
     monkeypatch.delenv(INTERPRET, raising=False)
     with pytest.raises(
-        ValueError, match="kernel='triton' needs the package triton and a GPU, and this is a cpu"
+        ValueError, match="backend='triton' needs the package triton and a GPU, and this is a cpu"
     ):
-        moekit.load(reference / "checkpoint", device="cpu", kernel="triton")
+        moekit.load(reference / "checkpoint", device="cpu", backend="triton")
 
 
 def load(name, folder) -> Transformer:

@@ -1,21 +1,29 @@
 """The model beyond the recordings: caches, packing, precision, and randomness that does not know the world size."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from branch_cases import build
+import torch.nn.functional as F
+from branch_cases import BASE, build
 
 import moekit
 from moekit import checkpoint, ranks
 from moekit.batches import Batch
 from moekit.fairseq_data import open_data
 from moekit.nn.cache import Cache
-from moekit.nn.config import PAD
-from moekit.nn.dispatch import AllToAll, owned
+from moekit.nn.config import ModelConfig
+from moekit.nn.dispatch import AllToAll, Local, owned
+from moekit.nn.experts import Assignment
 from moekit.nn.noise import Noise
-from moekit.nn.transformer import Pass, Transformer
+from moekit.nn.operations import BACKENDS, use
+from moekit.nn.passes import Pass
+from moekit.nn.transformer import AddNorm, Attention, MoE, Transformer
 from moekit.scoring import plan_steps
+from moekit.symbols import PAD
 
 
 def load(folder) -> Transformer:
@@ -23,6 +31,47 @@ def load(folder) -> Transformer:
     model = Transformer(plan.config).eval()
     checkpoint.fill(model, plan, range(plan.config.experts))
     return model
+
+
+def test_a_layer_alone_computes_without_being_told_how():
+    config = ModelConfig(**vars(BASE))
+    x = torch.randn(2, 5, config.dim, generator=torch.Generator().manual_seed(1))
+    moe = MoE(config, config.moe_layers[0], config.experts, Local())
+    for parameter in moe.parameters():
+        torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(parameter.numel()))
+    with torch.inference_mode():
+        found = moe(x, Pass())
+        assert found.shape == (2, 5, 2, config.dim)
+        routing = moe.route(x.flatten(0, 1), Pass())
+        w1, b1, w2, b2 = moe.experts.expert(int(routing.experts[0, 0, 0]))
+        wanted = (
+            torch.relu(x[0, 0] @ w1.T + b1) if config.activation == "relu" else F.gelu(x[0, 0] @ w1.T + b1)
+        )
+        wanted = (wanted @ w2.T + b2) * routing.weights[0, 0, 0]
+        torch.testing.assert_close(found[0, 0, 0], wanted, rtol=1e-5, atol=1e-6)
+        use(moe, "grouped_mm")
+        torch.testing.assert_close(moe(x, Pass()), found, rtol=1e-5, atol=1e-6)
+        assert AddNorm(config.dim)(x)[1].shape == Attention(config, 0)(x, None, None).shape == x.shape
+
+
+def test_what_a_model_is_made_of_computes_with_the_same_back_end():
+    with torch.device("meta"):
+        model = Transformer(ModelConfig(**vars(BASE)))
+    assert model.backend == "loop"
+    for backend in BACKENDS[:2]:
+        model.use(backend)
+        tables = {part.operations.backend for part in model.modules() if hasattr(part, "operations")}
+        assert tables == {backend} == {model.backend}
+
+
+def test_triton_is_imported_only_where_it_is_asked_for():
+    code = (
+        "import sys, torch, moekit.worker.scoring, moekit.worker.decoding\n"
+        "from moekit.nn.operations import choose_backend, operations\n"
+        "operations(choose_backend('auto', torch.device('cpu'), torch.float16))\n"
+        "sys.exit('triton' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
 
 
 @pytest.mark.parametrize("name", ["before_dropping", "learned_positions", "mixture", "no_positions"])
@@ -76,7 +125,7 @@ def test_padding_behind_the_text_needs_no_mask_where_nobody_is_dropped(
     monkeypatch.setattr(
         Transformer,
         "forward",
-        lambda self, tokens, step: masked.append(step.padding is not None) or forward(self, tokens, step),
+        lambda self, tokens, asked: masked.append(asked.padding is not None) or forward(self, tokens, asked),
     )
     with moekit.load(tmp_path, 1, "cpu", progress=False) as model:
         found = model.evaluate(reference / "data-bin", **how)
@@ -105,13 +154,14 @@ def test_experts_are_dealt_evenly():
 
 
 class Stamp:
-    """Experts that add their number, counted overall, to the rows of their places."""
+    """Experts that add their number, counted overall, to their rows."""
 
     def __init__(self, first: int):
         self.first = first
 
-    def __call__(self, x, order, counts, choices=1, weights=None):
-        assert len(order) == len(x) * choices and weights is None
+    def __call__(self, x, assignment):
+        order, counts, choices = assignment.order, assignment.counts, assignment.choices
+        assert len(order) == len(x) * choices and assignment.weights is None
         number = torch.arange(self.first, self.first + len(counts)).repeat_interleave(counts)
         order = order[: len(number)]
         out = x.new_zeros(len(x) * choices, x.shape[1])
@@ -128,8 +178,7 @@ def there_and_back(rank, experts, expected):
     counts = torch.bincount(expert, minlength=experts + 1)[:experts]
     stamp = Stamp(owned(experts, rank.world_size, rank.rank).start)
     dispatch = AllToAll(experts)
-    with dispatch.expecting(expected):
-        done = dispatch(stamp, x, expert.argsort(stable=True), counts, 2, weights)
+    done = dispatch(stamp, x, Assignment(expert.argsort(stable=True), counts, 2, weights), expected)
     wanted = (x.repeat_interleave(2, dim=0) + expert[:, None]) * weights[:, None]
     return done, wanted * (expert < experts)[:, None], int(counts.sum())
 

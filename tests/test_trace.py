@@ -18,7 +18,7 @@ from moekit import checkpoint
 from moekit.handle import fingerprint
 from moekit.nn.cache import Cache
 from moekit.nn.config import PAD
-from moekit.nn.experts import activation_fn
+from moekit.nn.ffn import activation_fn
 from moekit.nn.record import Options, Recorder
 from moekit.nn.transformer import MoE, Pass, Transformer
 from moekit.routing import trace

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from moekit.symbols import BOS as BOS
+from moekit.symbols import EOS as EOS
+from moekit.symbols import PAD as PAD
+from moekit.symbols import UNK as UNK
+
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
-BOS, PAD, EOS, UNK = range(4)
 
 
 class Dictionary:

@@ -17,9 +17,10 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from moekit.symbols import EOS
+
 TYPES = 8185  # 256 bytes, the merged types and <|endoftext|>; with fairseq's 4 specials and padding: 8192
 SPECIALS = 4  # <s>, <pad>, </s>, <unk>, which fairseq puts before the lines of dict.txt
-EOS = 2
 END_OF_TEXT = "<|endoftext|>"
 PREPROCESS_SECONDS = 600
 

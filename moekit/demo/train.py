@@ -24,11 +24,14 @@ from tqdm import tqdm
 from moekit.checkpoint.export import save
 from moekit.nn.config import ModelConfig
 from moekit.nn.gate import balance_loss
-from moekit.nn.transformer import Attention, Pass, Transformer
+from moekit.nn.passes import Pass
+from moekit.nn.transformer import Attention, Transformer
 
-BLOCK = 256  # tokens
+# Tokens of a block.
+BLOCK = 256
 FILES = 8
-GATE_LOSS_WEIGHT = 0.01  # moe_gate_loss_wt
+# fairseq's ``moe_gate_loss_wt``.
+GATE_LOSS_WEIGHT = 0.01
 
 
 def demo_config(vocab: int) -> ModelConfig:
@@ -64,10 +67,12 @@ def initialize(model: Transformer) -> None:
                 nn.init.xavier_uniform_(part, gain=1 / math.sqrt(2))
     for layer in model.config.moe_layers:
         experts = model.layers[layer].moe.experts
-        for weight, bias in ((experts.w1, experts.b1), (experts.w2, experts.b2)):
-            for w, b in zip(weight.data, bias.data, strict=True):
-                nn.init.xavier_uniform_(w)
-                nn.init.zeros_(b)
+        for stack in experts.tensors.values():
+            for tensor in stack.data:
+                if tensor.dim() == 2:
+                    nn.init.xavier_uniform_(tensor)
+                else:
+                    nn.init.zeros_(tensor)
     nn.init.normal_(model.embed.weight, std=model.config.input_dim**-0.5)
 
 

@@ -1,17 +1,14 @@
 """How rows get to the ranks that hold their experts, and back.
 
-``Local`` and ``AllToAll`` have one signature, so that the model knows no ranks, and it is that of the experts:
+:class:`Local` and :class:`AllToAll` have one signature, so that the model knows no ranks:
 
-    done = dispatch(experts, x, order, counts, choices, weights)
+    done = dispatch(experts, x, assignment, rows_expected)
 
-Shape letters: N rows, K choices a row, P places (choices of rows, see experts.py), R rows on their way, D model dim,
-E experts in all, W ranks, e experts held here, M rows that a rank has at most.
+Shape letters: N rows, K choices a row, D model dim, E experts in all, W ranks, M rows that a rank brings at most.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Protocol
 
 import torch
@@ -19,7 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from moekit.nn.experts import Experts
+from moekit.nn.experts import Assignment, Experts
 from moekit.nn.gate import sort_by_expert
 
 # Its name from torch 2.13 on, and before.
@@ -32,28 +29,20 @@ def owned(experts: int, world_size: int, rank: int) -> range:
 
 
 class Dispatch(Protocol):
-    def expecting(self, rows: int | None) -> contextlib.AbstractContextManager[None]:
-        """While it is entered, no rank brings more than ``rows`` rows to a call; every rank has to say the same.
-
-        Then nothing asks the device for a number, as a CUDA graph must not. None: nobody knows.
-        """
-        ...
-
     def __call__(
-        self, experts: Experts, x: Tensor, order: Tensor, counts: Tensor, choices: int, weights: Tensor
+        self, experts: Experts, x: Tensor, assignment: Assignment, rows_expected: int | None = None
     ) -> Tensor:
-        """Have the experts work, wherever they are.
+        """Have the experts compute, wherever they are.
 
         Args:
             experts: those held here.
             x: [N, D].
-            order: [P] int64, places sorted by expert; those behind the first ``counts.sum()`` are no expert's.
-            counts: [E] int64, places of each expert.
-            choices: K.
-            weights: [N K].
+            assignment: of the rows to all E experts, with weights.
+            rows_expected: N of no rank is greater, and every rank says the same number; None: nobody knows. Given it,
+                nothing here asks the device for a number, as a CUDA graph must not.
 
         Returns:
-            [N K, D], zero at the places that are no expert's.
+            [N K, D], zero for the choices that are no expert's.
         """
         ...
 
@@ -61,82 +50,72 @@ class Dispatch(Protocol):
 class Local:
     """Every expert is here: nothing moves."""
 
-    def expecting(self, rows: int | None) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
-
     def __call__(
-        self, experts: Experts, x: Tensor, order: Tensor, counts: Tensor, choices: int, weights: Tensor
+        self, experts: Experts, x: Tensor, assignment: Assignment, rows_expected: int | None = None
     ) -> Tensor:
-        return experts(x, order, counts, choices, weights)
+        return experts(x, assignment)
 
 
 class AllToAll:
     """Experts are spread over the ranks of the default process group as :func:`owned` deals them.
 
-    Rows travel unpadded: only what the gate kept crosses the wire, in one exchange each way. Where it is known how many
-    rows to expect, everybody gets all of them instead, which moves more but asks nobody: better for few. A collective:
-    every rank has to call it, with no rows if it has none, and the same number of choices.
+    Rows travel unpadded: only what the gate kept crosses the wire, in one exchange each way. Where the number of rows
+    to expect is known, every rank gets all rows instead: that moves more, but no rank waits for the numbers of others,
+    so it is better for few rows. A collective: every rank has to call it, with no rows if it has none, and with the
+    same number of choices.
     """
 
     def __init__(self, experts: int):
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.deal = [len(owned(experts, self.world_size, r)) for r in range(self.world_size)]
         self.first = owned(experts, self.world_size, self.rank).start
-        self.most: int | None = None
-
-    @contextlib.contextmanager
-    def expecting(self, rows: int | None) -> Iterator[None]:
-        self.most = rows
-        try:
-            yield
-        finally:
-            self.most = None
 
     def __call__(
-        self, experts: Experts, x: Tensor, order: Tensor, counts: Tensor, choices: int, weights: Tensor
+        self, experts: Experts, x: Tensor, assignment: Assignment, rows_expected: int | None = None
     ) -> Tensor:
-        go = self._to_owners if self.most is None else self._to_everybody
-        return go(experts, x, order, counts, choices, weights)
+        if rows_expected is None:
+            return self._to_owners(experts, x, assignment)
+        return self._to_all(experts, x, assignment, rows_expected)
 
-    def _to_owners(
-        self, experts: Experts, x: Tensor, order: Tensor, counts: Tensor, choices: int, weights: Tensor
-    ) -> Tensor:
+    def _to_owners(self, experts: Experts, x: Tensor, assignment: Assignment) -> Tensor:
+        counts, choices = assignment.counts, assignment.choices
         mine = self.deal[self.rank]
-        arriving = counts.new_empty(self.world_size * mine)  # what each rank has for each expert held here
+        # How many choices of each rank are of each expert held here.
+        arriving = counts.new_empty(self.world_size * mine)
         dist.all_to_all_single(arriving, counts, [mine] * self.world_size, self.deal)
         arriving = arriving.view(self.world_size, mine)
-        # The one question to the device: how many rows go where.
+        # How many rows go where is the one question to the device.
         leaving = torch.stack([part.sum() for part in counts.split(self.deal)])
         to_ranks, from_ranks = torch.stack([leaving, arriving.sum(dim=1)]).tolist()
-        order = order[: sum(to_ranks)]
+        order = assignment.order[: sum(to_ranks)]
         received = exchange(x[order // choices], to_ranks, from_ranks)
 
-        # They arrive sorted by rank, then expert.
+        # The rows received are sorted by rank, then by expert.
         expert = torch.arange(mine, device=x.device, dtype=torch.int16).repeat(self.world_size)
         expert = expert.repeat_interleave(arriving.flatten(), output_size=len(received))
-        done = experts(received, *sort_by_expert(expert, mine))
+        done = experts(received, Assignment(*sort_by_expert(expert, mine)))
 
         home = exchange(done, from_ranks, to_ranks)
         out = x.new_zeros(len(x) * choices, x.shape[1])
-        return out.index_copy(0, order, home * weights[order, None])
+        return out.index_copy(0, order, home * assignment.weights[order, None])
 
-    def _to_everybody(
-        self, experts: Experts, x: Tensor, order: Tensor, counts: Tensor, choices: int, weights: Tensor
-    ) -> Tensor:
-        most = self.most
-        assert most is not None and len(x) <= most
-        # The expert of each place, E behind the last expert's, and of the places of rows that are not there.
+    def _to_all(self, experts: Experts, x: Tensor, assignment: Assignment, rows: int) -> Tensor:
+        assert len(x) <= rows, f"a rank brings {len(x)} rows where at most {rows} are expected"
+        order, counts, choices = assignment.order, assignment.counts, assignment.choices
+        # The expert of each choice; E for those that are no expert's and for those of the rows that are padding.
         expert = torch.searchsorted(counts.cumsum(0), torch.arange(len(order), device=x.device), right=True)
-        chosen = counts.new_full((most * choices,), len(counts)).scatter(0, order, expert)
-        rows = gather(F.pad(x, (0, 0, 0, most - len(x))), self.world_size)  # [W M, D]
+        chosen = counts.new_full((rows * choices,), len(counts)).scatter(0, order, expert)
+        everything = gather(F.pad(x, (0, 0, 0, rows - len(x))), self.world_size)  # [W M, D]
         chosen = gather(chosen, self.world_size) - self.first  # [W M K]
         mine = self.deal[self.rank]
         chosen = torch.where((chosen >= 0) & (chosen < mine), chosen, mine)
-        done = experts(rows, *sort_by_expert(chosen, mine), choices)  # [W M K, D]
+        done = experts(everything, Assignment(*sort_by_expert(chosen, mine), choices))  # [W M K, D]
 
         home = torch.empty_like(done)
         dist.all_to_all_single(home, done)
-        home = home.view(self.world_size, most * choices, -1).sum(0)  # all but one of them are zero
+        # Of what the ranks computed for one choice, all but one is zero.
+        home = home.view(self.world_size, rows * choices, -1).sum(0)
+        weights = assignment.weights
         return home[: len(weights)] * weights[:, None]
 
 

@@ -1,137 +1,88 @@
-"""The experts' weights, stacked, and what they compute, with a plain loop and a grouped product from torch.
+"""The experts' weights, stacked, and which of them compute which rows; ffn.py computes.
 
-``Experts.kernel`` names how: "loop" is slow and plain to see that it is right, and the others are checked against it;
-"triton" is moekit/nn/kernels/grouped.py.
-
-Shape letters: N rows, K choices a row, P places (a place p is choice p % K of row p // K), E experts held here,
-D model dim, F expert width.
+Shape letters: N rows, K choices a row, P choices, E experts held here, D model dim, F expert width.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import os
-from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-KERNELS = ("loop", "grouped_mm", "triton")
+from moekit.nn.operations import PLAIN
 
 
-def choose_kernel(kernel: str, device: torch.device, dtype: torch.dtype) -> str:
-    """``Experts.kernel`` for inference there: ``kernel``, or for "auto" what is fastest.
+@dataclass(frozen=True)
+class Assignment:
+    """Which expert computes which row: the N rows' K choices, sorted by expert. Choice p is one of row p // K.
 
-    Raises:
-        ValueError: there is no such kernel, or not there.
+    Attributes:
+        order: [P] int64, numbers of the choices sorted by expert; those behind the first ``counts.sum()`` are no
+            expert's. P = N K.
+        counts: [E] int64, how many choices are of each expert.
+        choices: K.
+        weights: [N K], what each choice's output is multiplied with; None for ones.
     """
-    if kernel not in ("auto", *KERNELS):
-        raise ValueError(f"kernel={kernel!r}; expected auto, {', '.join(KERNELS)}")
-    runs = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
-    runs = runs and importlib.util.find_spec("triton") is not None
-    if kernel == "triton" and not runs:
-        raise ValueError(f"kernel='triton' needs the package triton and a GPU, and this is a {device.type}")
-    if kernel != "auto":
-        return kernel
-    if device.type != "cuda":
-        return "loop"
-    if runs:
-        return "triton"
-    return "grouped_mm" if dtype == torch.bfloat16 else "loop"
+
+    order: Tensor
+    counts: Tensor
+    choices: int = 1
+    weights: Tensor | None = None
 
 
-def activation_fn(name: str) -> Callable[[Tensor], Tensor]:
-    """fairseq's activation functions (``get_activation_fn`` in fairseq/utils.py)."""
-    return {
-        "relu": F.relu,
-        "gelu": F.gelu,
-        "gelu_fast": gelu_tanh,
-        "gelu_accurate": gelu_tanh,
-        "tanh": torch.tanh,
-        "linear": lambda x: x,
-    }[name]
+class Expert(NamedTuple):
+    """The weights of one expert, ``w2 act(w1 x + b1) + b2``: w1 [F, D], b1 [F], w2 [D, F], b2 [D]."""
+
+    w1: Tensor
+    b1: Tensor
+    w2: Tensor
+    b2: Tensor
 
 
-def gelu_tanh(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
+# Tensors of one expert.
+TENSORS = len(Expert._fields)
 
 
 class Experts(nn.Module):
-    """Feed-forward networks with biases, one for each expert held here: ``w2 act(w1 x + b1) + b2``.
+    """The experts held here, stacked: an :class:`Expert` with E in front of each shape.
 
-    w1 [E, F, D], b1 [E, F], w2 [E, D, F], b2 [E, D].
+    Kernels and files take the stacks from :attr:`tensors`; :meth:`expert` has one expert's weights, ready to compute
+    with. Weights of another type are another class with these two.
     """
+
+    operations = PLAIN
 
     def __init__(self, experts: int, dim: int, ffn_dim: int, activation: str):
         super().__init__()
+        self.held, self.width, self.activation = experts, ffn_dim, activation
         self.w1 = nn.Parameter(torch.empty(experts, ffn_dim, dim))
         self.b1 = nn.Parameter(torch.empty(experts, ffn_dim))
         self.w2 = nn.Parameter(torch.empty(experts, dim, ffn_dim))
         self.b2 = nn.Parameter(torch.empty(experts, dim))
-        self.activation = activation
-        self.kernel = "loop"
 
-    def forward(
-        self, x: Tensor, order: Tensor, counts: Tensor, choices: int = 1, weights: Tensor | None = None
-    ) -> Tensor:
-        """What each place's expert makes of its row, times the place's weight.
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The stacked tensors, by the names of :class:`Expert`, in that order."""
+        return {name: getattr(self, name) for name in Expert._fields}
+
+    def expert(self, number: int) -> Expert:
+        """The weights of expert ``number``, counted from 0 among those held here."""
+        return Expert(*(stack[number] for stack in self.tensors.values()))
+
+    def unbind(self) -> list[Expert]:
+        """Every expert's weights. Unlike those of :meth:`expert`, their gradients are no whole stacks of zeros."""
+        stacks = (stack.unbind() for stack in self.tensors.values())
+        return [Expert(*weights) for weights in zip(*stacks, strict=True)]
+
+    def forward(self, x: Tensor, assignment: Assignment) -> Tensor:
+        """What each choice's expert makes of its row, times the choice's weight.
 
         Args:
             x: [N, D].
-            order: [P] int64, places sorted by expert; those behind the first ``counts.sum()`` are no expert's.
-            counts: [E] int64, places of each expert.
-            choices: K.
-            weights: [N K], or None for ones.
 
         Returns:
-            [N K, D], zero at the places that are no expert's.
+            [N K, D], zero for the choices that are no expert's.
         """
-        if self.kernel == "triton":
-            from moekit.nn.kernels.grouped import grouped_ffn
-
-            return grouped_ffn(self, x, order, counts, choices, weights)
-        return {"loop": loop, "grouped_mm": grouped_mm}[self.kernel](self, x, order, counts, choices, weights)
-
-
-def loop(
-    experts: Experts, x: Tensor, order: Tensor, counts: Tensor, choices: int, weights: Tensor | None
-) -> Tensor:
-    """One expert after the other."""
-    counts = counts.tolist()
-    order = order[: sum(counts)]
-    activation = activation_fn(experts.activation)
-    stacks = experts.w1, experts.b1, experts.w2, experts.b2
-    if torch.is_grad_enabled():  # the gradient of an index is a whole stack of zeros
-        stacks = tuple(stack.unbind() for stack in stacks)
-    done = []
-    for expert, rows in enumerate(x[order // choices].split(counts)):
-        if len(rows):
-            w1, b1, w2, b2 = (stack[expert] for stack in stacks)
-            done.append(F.linear(activation(F.linear(rows, w1, b1)), w2, b2))
-    out = x.new_zeros(len(x) * choices, x.shape[1])
-    if not done:
-        return out
-    done = torch.cat(done)
-    done = done if weights is None else done * weights[order, None]
-    return out.index_copy(0, order, done.to(out.dtype))  # in training, autocast multiplies in another type
-
-
-def grouped_mm(
-    experts: Experts, x: Tensor, order: Tensor, counts: Tensor, choices: int, weights: Tensor | None
-) -> Tensor:
-    """``torch.nn.functional.grouped_mm`` and what it lacks around it: fast for bfloat16 on Hopper."""
-    ends = counts.cumsum(0)
-    place = torch.arange(len(order), device=x.device)
-    if len(counts) == 0:
-        return x.new_zeros(len(x) * choices, x.shape[1])
-    expert = torch.searchsorted(ends, place, right=True).clamp_(max=len(counts) - 1)
-    ends = ends.int()
-    h = F.grouped_mm(x[order // choices], experts.w1.transpose(1, 2), offs=ends) + experts.b1[expert]
-    y = F.grouped_mm(activation_fn(experts.activation)(h), experts.w2.transpose(1, 2), offs=ends)
-    y = y + experts.b2[expert]
-    if weights is not None:
-        y = y * weights[order, None]
-    # What grouped_mm leaves in the rows behind the last expert's is no number to rely on.
-    y = y.masked_fill((place >= ends[-1])[:, None], 0)
-    return x.new_zeros(len(x) * choices, x.shape[1]).index_copy(0, order, y)
+        return self.operations.experts_ffn(self, x, assignment)

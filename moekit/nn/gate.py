@@ -1,10 +1,10 @@
-"""The gate: which experts a token goes to, with what weight, and what a full buffer drops.
+"""What all gates share: which experts a token goes to, with what weight, and what a full buffer drops.
 
-The rules are those of fairseq's ``moe`` branch (fairseq/modules/moe/top1gate.py and top2gate.py at ebea0072), after
-GShard (arXiv 2006.16668, algorithm 1): first choices take their places in an expert's buffer before any second
-choice does, each in token order; whoever finds the buffer full is dropped.
+The rules are those of fairseq's ``moe`` branch (fairseq/modules/moe at ebea0072), after GShard (arXiv 2006.16668,
+algorithm 1): an expert's buffer takes all first choices before any second one, each in the order of tokens; a choice
+that finds the buffer full is dropped. The gates themselves are in gates.py.
 
-Shape letters: G routing groups, S tokens of a group, E experts, K choices a token (1 or 2).
+Shape letters: G routing groups, S tokens of a group, E experts, K choices a token, P choices.
 A routing group is what fairseq routes together: the tokens of one forward call on one rank.
 """
 
@@ -15,7 +15,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moekit.nn.config import ModelConfig
@@ -23,7 +22,7 @@ from moekit.nn.config import ModelConfig
 
 @dataclass(frozen=True)
 class Routing:
-    """What the gate decided, and exactly what the dispatch uses.
+    """What a gate decided, and exactly what the dispatch uses.
 
     Attributes:
         probs: [G, S, E], softmax of the gate's logits, float32 (or the model's dtype without ``gate_fp32``).
@@ -32,7 +31,7 @@ class Routing:
         kept: [G, S, K] bool, False where the choice was not dispatched: its expert's buffer was full, the second
             expert was sampled away, or the token is masked padding.
         weights: [G, S, K] in the model's dtype, the combine weights, zero where not kept.
-        capacity: places a group has in an expert's buffer; None when nothing is dropped.
+        capacity: choices of a group that an expert's buffer takes; None where the capacity drops nothing.
     """
 
     probs: Tensor
@@ -64,157 +63,178 @@ class Edit:
         return torch.where(self.forced[..., k] >= 0, self.forced[..., k], chosen)
 
 
-def capacity(tokens: int, config: ModelConfig, fraction: float | None) -> int | None:
-    """Places a routing group of ``tokens`` tokens has in each expert's buffer.
+def capacity(tokens: int, fraction: float | None, top_k: int, experts: int) -> int | None:
+    """Choices of a routing group of ``tokens`` tokens that an expert's buffer takes.
 
-    ``None`` drops nothing. ``fraction > 0``: ``ceil(fraction * tokens)``. Otherwise the training's rule,
-    ``ceil(tokens / experts)`` places for top-1 and twice that for top-2.
+    ``None`` drops nothing. ``fraction > 0``: ``ceil(fraction * tokens)``. Any other number is the training's rule,
+    ``top_k * ceil(tokens / experts)``.
     """
     if fraction is None:
         return None
     if fraction > 0:
         return math.ceil(fraction * tokens)
-    return config.top_k * math.ceil(tokens / config.experts)
+    return top_k * math.ceil(tokens / experts)
 
 
-def places(chosen: Tensor) -> Tensor:
-    """Rank of each choice among those of its group that are of the same expert.
+class Gate:
+    """How logits become a :class:`Routing`; a subclass (see gates.py) says what differs between gates.
+
+    A subclass defines :meth:`choose`. It overrides the others where the defaults do not fit: choices are served in the
+    order of the text, none is dropped but for the capacity and for padding, and weights do not depend on drops.
+
+    Attributes:
+        config: the model's.
+        top_k: K, choices a token.
+        draws: whether routing draws random numbers, from the ``noise`` that :meth:`route` is given.
+        softmax_top_k: whether :meth:`choose` is the softmax and its K best experts, with weights normalised to a sum
+            of 1 where K is 2: then a fused kernel may take its place.
+    """
+
+    top_k: int
+    draws = False
+    softmax_top_k = False
+
+    def __init__(self, config: ModelConfig):
+        self.config = config
+
+    def describe(self) -> str:
+        """The gate in a few words, for tables."""
+        raise NotImplementedError
+
+    def choose(
+        self,
+        logits: Tensor,
+        noise: Callable[[str, Tensor], Tensor] | None = None,
+        edit: Edit | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Which experts each token chooses, whatever the capacity.
+
+        Args:
+            logits: [..., E]; the others as in :meth:`route`.
+
+        Returns:
+            ``probs`` [..., E], ``experts`` [..., K] and ``gate_probs`` [..., K] of a :class:`Routing`; and the weights
+            [..., K] that the choices have if none of them is dropped.
+        """
+        raise NotImplementedError
+
+    def dispatched(
+        self,
+        gate_probs: Tensor,
+        weights: Tensor,
+        noise: Callable[[str, Tensor], Tensor] | None,
+        edit: Edit | None,
+    ) -> Tensor | None:
+        """[G, S, K] bool, the choices that are dispatched where the capacity allows it; None for all.
+
+        Args:
+            gate_probs, weights: [G, S, K], what :meth:`choose` returned; the others as in :meth:`route`.
+        """
+        return None
+
+    def order(self, probs: Tensor) -> Tensor | None:
+        """[G, S] int64, the tokens of a group in the order in which buffers take them; None for that of the text."""
+        return None
+
+    def weigh(self, gate_probs: Tensor, weights: Tensor, kept: Tensor) -> Tensor:
+        """[G, S, K] combine weights of the choices that are ``kept``; what it returns for the others is ignored."""
+        return weights
+
+    def capacity(self, tokens: int, fraction: float | None) -> int | None:
+        """:func:`capacity` of this gate."""
+        return capacity(tokens, fraction, self.top_k, self.config.experts)
+
+    def route(
+        self,
+        logits: Tensor,
+        *,
+        fraction: float | None,
+        padding: Tensor | None = None,
+        noise: Callable[[str, Tensor], Tensor] | None = None,
+        edit: Edit | None = None,
+        choose: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] | None = None,
+    ) -> Routing:
+        """Route the tokens of each group.
+
+        Args:
+            logits: [G, S, E], the output of the gate's matrix in the model's dtype.
+            fraction: ``capacity_token_fraction``, see :func:`capacity`.
+            padding: [G, S] bool, tokens that are not routed (only with ``config.mask_padding``).
+            noise: ``noise("gumbel" or "uniform", like)`` draws a tensor of the shape, dtype and device of ``like``;
+                only a gate that :attr:`draws` needs it.
+            edit: an experiment's changes.
+            choose: called as ``choose(gate, logits, noise, edit)`` in place of :meth:`choose`; must return the same.
+
+        Returns:
+            The routing. Nothing here asks the device for a number.
+        """
+        choose = choose or type(self).choose
+        probs, experts, gate_probs, weights = choose(self, logits, noise, edit)
+        kept = self.dispatched(gate_probs, weights, noise, edit)
+        capacity = self.capacity(logits.shape[1], fraction)
+        if kept is None:
+            kept = torch.ones_like(experts, dtype=torch.bool)
+            if capacity is None and padding is None:
+                return Routing(probs, experts, gate_probs, kept, weights.to(logits.dtype), None)
+        if padding is not None:
+            kept &= ~padding[..., None]
+        if capacity is not None:
+            wanted = torch.where(kept, experts, self.config.experts)
+            kept &= buffer_positions(wanted, self.order(probs)) < capacity
+        weights = self.weigh(gate_probs, weights, kept) * kept
+        return Routing(probs, experts, gate_probs, kept, weights.to(logits.dtype), capacity)
+
+
+def buffer_positions(experts: Tensor, order: Tensor | None) -> Tensor:
+    """The position of each choice in its expert's buffer: all first choices come before any second one.
 
     Args:
-        chosen: [G, P] int64, the expert of each choice in order of service.
+        experts: [G, S, K] int64, the experts chosen; E for none.
+        order: [G, S] int64, the tokens of a group in the order in which buffers take them; None for that of the text.
 
     Returns:
-        [G, P] int64: 0 for the first that an expert gets. Sorted, not one-hot: memory is O(G P), not O(G P E).
+        [G, S, K] int64, from 0.
     """
-    ordered, order = chosen.short().sort(dim=1, stable=True)  # sixteen bits take a quarter of the passes
-    index = torch.arange(chosen.shape[1], device=chosen.device).expand_as(chosen)
-    starts = torch.searchsorted(ordered, ordered)  # where each run of equal experts begins
-    return torch.empty_like(chosen).scatter_(1, order, index - starts)
-
-
-def choose(
-    logits: Tensor,
-    config: ModelConfig,
-    noise: Callable[[str, Tensor], Tensor] | None = None,
-    edit: Edit = Edit(),
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Which experts each token wants, whatever room they have.
-
-    Args:
-        logits: [..., E]; the others as in :func:`route`.
-
-    Returns:
-        ``probs`` [..., E], ``experts`` [..., K] and ``gate_probs`` [..., K] of a :class:`Routing`; and the weights
-        [..., K] that the choices have if none of them is dropped: ``gate_probs`` normalised to a sum of 1, for top-1
-        as they are.
-    """
-    if config.gate_fp32:
-        logits = logits.float()
-    if edit.mask is not None:
-        logits = logits.masked_fill(edit.mask, float("-inf"))
-    probs = F.softmax(logits, dim=-1)
-    first = edit.choose(0, probs.argmax(dim=-1))  # of the probabilities, as fairseq does: ties fall alike
-    if config.top1:
-        experts = first[..., None]
-    else:
-        rest = logits
-        if config.second_expert == "sampling":
-            rest = logits + noise("gumbel", logits)
-        second = edit.choose(1, rest.scatter(-1, first[..., None], float("-inf")).argmax(dim=-1))
-        experts = torch.stack([first, second], dim=-1)
-    gate_probs = probs.gather(-1, experts)
-    return probs, experts, gate_probs, gate_probs if config.top1 else _normalize(gate_probs)
-
-
-def route(
-    logits: Tensor,
-    config: ModelConfig,
-    *,
-    fraction: float | None,
-    padding: Tensor | None = None,
-    noise: Callable[[str, Tensor], Tensor] | None = None,
-    edit: Edit | None = None,
-    choose_fast: Callable[[Tensor, ModelConfig], tuple[Tensor, Tensor, Tensor, Tensor]] | None = None,
-) -> Routing:
-    """Route the tokens of each group.
-
-    Args:
-        logits: [G, S, E], the gate's output in the model's dtype.
-        fraction: ``capacity_token_fraction``, see :func:`capacity`.
-        padding: [G, S] bool, tokens that are not routed (only with ``config.mask_padding``).
-        noise: draws what ``second_expert`` "sampling" and "random" need: ``noise("gumbel" or "uniform", like)``
-            returns a tensor of the shape, dtype and device of ``like``.
-        edit: an experiment's changes.
-        choose_fast: takes the place of :func:`choose` where there is neither noise nor an edit in it.
-
-    Returns:
-        The routing, with K = ``config.top_k``. Nothing here asks the device for a number.
-    """
-    if choose_fast is None or edit is not None or config.second_expert == "sampling":
-        probs, experts, gate_probs, undropped = choose(logits, config, noise, edit or Edit())
-    else:
-        probs, experts, gate_probs, undropped = choose_fast(logits, config)
-
-    kept = torch.ones_like(experts, dtype=torch.bool)
-    room = capacity(logits.shape[1], config, fraction)
-    drop_second = edit is not None and edit.drop_second and not config.top1
-    random = config.second_expert == "random" and not config.top1
-    if room is None and padding is None and not drop_second and not random:
-        return Routing(probs, experts, gate_probs, kept, undropped.to(logits.dtype), None)
-
-    weights = undropped if config.normalize_before_dropping else gate_probs
-    if drop_second:
-        kept[..., 1] = False
-    if random:
-        kept[..., 1] &= 2 * weights[..., 1] > noise("uniform", weights[..., 1])
-    if padding is not None:
-        kept &= ~padding[..., None]
-    if room is not None:
-        served = torch.where(kept, experts, config.experts)
-        order = None
-        if config.batch_prioritized and not config.top1:  # the branch's top-1 gate has no such option
-            order = (-probs.amax(dim=-1)).argsort(dim=1, stable=True)
-        kept &= queue(served, order) < room
-
-    if not config.top1 and not config.normalize_before_dropping:
-        weights = _normalize(weights * kept)
-    return Routing(probs, experts, gate_probs, kept, (weights * kept).to(logits.dtype), room)
-
-
-def queue(served: Tensor, order: Tensor | None) -> Tensor:
-    """The place of each choice in its expert's buffer: all first choices come before any second one.
-
-    Args:
-        served: [G, S, K] int64, the experts in question; E for "none".
-        order: [G, S] int64, the tokens of a group in order of service; None for that of the text.
-
-    Returns:
-        [G, S, K] int64.
-    """
-    groups, tokens, choices = served.shape
+    groups, tokens, top_k = experts.shape
     if order is not None:
-        order = order[..., None].expand_as(served)
-        served = served.gather(1, order)
-    line = served.transpose(1, 2).flatten(1)  # a group's first choices, then its second ones
-    place = places(line).view(groups, choices, tokens).transpose(1, 2)
-    return place if order is None else torch.empty_like(place).scatter_(1, order, place)
+        order = order[..., None].expand_as(experts)
+        experts = experts.gather(1, order)
+    # A group's first choices, then its second ones.
+    in_turn = experts.transpose(1, 2).flatten(1)
+    position = _earlier_of_same(in_turn).view(groups, top_k, tokens).transpose(1, 2)
+    return position if order is None else torch.empty_like(position).scatter_(1, order, position)
+
+
+def _earlier_of_same(experts: Tensor) -> Tensor:
+    """[G, P] int64 -> [G, P] int64: how many earlier elements of the row are the same expert.
+
+    It sorts and makes no one-hot rows, so the memory is O(G P) and not O(G P E).
+    """
+    # Sorting sixteen bits takes a quarter of the passes.
+    ordered, order = experts.short().sort(dim=1, stable=True)
+    index = torch.arange(experts.shape[1], device=experts.device).expand_as(experts)
+    # Where each run of equal experts begins.
+    starts = torch.searchsorted(ordered, ordered)
+    return torch.empty_like(experts).scatter_(1, order, index - starts)
 
 
 def by_expert(routing: Routing, experts: int) -> tuple[Tensor, Tensor]:
-    """The choices of all groups sorted by expert: ``order`` [G S K] int64, what was not kept at the end; ``counts`` [E]."""
+    """The choices of all groups sorted by expert.
+
+    Returns:
+        ``order`` [G S K] int64, indices of the choices, those that are not kept at the end; ``counts`` [E] int64, how
+        many choices of each expert are kept.
+    """
     return sort_by_expert(torch.where(routing.kept, routing.experts, experts).flatten(), experts)
 
 
 def sort_by_expert(expert: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """The expert of each place, [P] integers, E for none -> what :func:`by_expert` returns."""
+    """The expert of each choice, [P] integers, E for none -> what :func:`by_expert` returns."""
     assert experts < torch.iinfo(torch.int16).max
-    ordered, order = expert.short().sort(stable=True)  # sixteen bits take a quarter of the passes
+    # Sorting sixteen bits takes a quarter of the passes.
+    ordered, order = expert.short().sort(stable=True)
     bounds = torch.searchsorted(ordered, torch.arange(experts + 1, device=expert.device, dtype=ordered.dtype))
     return order, bounds.diff()
-
-
-def _normalize(weights: Tensor) -> Tensor:
-    return weights / weights.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).eps)
 
 
 def balance_loss(routing: Routing) -> Tensor:

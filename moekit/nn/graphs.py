@@ -1,4 +1,4 @@
-"""Work that is done again and again as a CUDA graph: hundreds of small kernels, launched with one call.
+"""CUDA graphs of work that is repeated: hundreds of small kernels, launched with one call.
 
 Launching them one by one takes Python some 10 to 40 us each, which is longer than many of them run.
 """
@@ -13,36 +13,44 @@ import torch
 from torch import Tensor
 
 from moekit.nn.cache import Cache
-from moekit.nn.transformer import Pass, Transformer
+from moekit.nn.gates import gate_of
+from moekit.nn.passes import Pass
+from moekit.nn.transformer import Transformer
 
-WARM_UP = 2  # runs before the capture: libraries allocate, and Triton compiles, at their first
-AFTER = 4  # times the same work is done before capturing it pays off
-# In a pass worth capturing, of all ranks together: eight with a block of 2,048 each just fit. With more, the kernels take
-# longer than their launches, and padded exchanges (dispatch.py) more than they save.
+# Runs before the capture: at the first one libraries allocate and Triton compiles.
+WARM_UP = 2
+# Times that the same work is done before a capture pays off.
+AFTER = 4
+# Tokens of all ranks together in a pass worth capturing: eight ranks with a block of 2,048 each just fit. With more, the
+# kernels take longer than their launches, and padded exchanges (dispatch.py) cost more than they save.
 MOST_TOKENS = 16_384
 
 
-def fits(model: Transformer, step: Pass) -> bool:
+def few(rows: int, world_size: int) -> bool:
+    """Whether passes in which each rank brings ``rows`` rows at most are worth capturing."""
+    return rows * world_size <= MOST_TOKENS
+
+
+def fits(model: Transformer, asked: Pass) -> bool:
     """Whether a pass runs on the device alone, with the same kernels every time, so that it can be captured.
 
-    With several ranks it needs to be told what to expect, see :meth:`moekit.nn.dispatch.Dispatch.expecting`, and all ranks
+    With several ranks it needs to know how many rows to expect, see :attr:`moekit.nn.passes.Pass.rows_expected`, and all ranks
     capture at the same time: a capture runs the work several times.
     """
-    config = model.config
-    draws = config.second_expert != "all" and not config.top1
-    on_gpu = model.embed.weight.is_cuda and model.kernel == "triton"
-    plain = step.record is None and step.edit is None and step.padding is None
+    draws = gate_of(model.config).draws
+    on_gpu = model.embed.weight.is_cuda and model.backend == "triton"
+    plain = asked.record is None and asked.edit is None and asked.padding is None
     return on_gpu and plain and not draws
 
 
 @functools.lru_cache
 def capturing(device: int) -> torch.cuda.Stream:
-    """The one stream for it: libraries keep a workspace for every stream they have seen, for good."""
+    """The one stream for captures: libraries keep a workspace for every stream that they have seen, for good."""
     return torch.cuda.Stream(device)
 
 
 class Graph:
-    """``work`` on tensors of the shapes of ``inputs``, for as long as what else it uses stays where it is."""
+    """``work`` on tensors of the shapes of ``inputs``; all other tensors that it uses must stay where they are."""
 
     def __init__(self, work: Callable[..., Tensor | None], *inputs: Tensor):
         self.inputs = [tensor.clone() for tensor in inputs]
@@ -53,7 +61,7 @@ class Graph:
                 work(*self.inputs)
         torch.cuda.current_stream().wait_stream(aside)
         self.graph = torch.cuda.CUDAGraph()
-        # On the stream of the warm-up, whose libraries have their workspaces; other threads may go on allocating.
+        # Libraries have their workspaces on the stream of the warm-up; other threads may go on allocating.
         with torch.cuda.graph(self.graph, stream=aside, capture_error_mode="thread_local"):
             self.output = work(*self.inputs)
 
@@ -66,9 +74,10 @@ class Graph:
 
 
 class Repeated:
-    """Work as it comes, and a graph of it once the same has come :data:`AFTER` times on end.
+    """Work as it comes, and a graph of it once the same has come :data:`AFTER` times in a row.
 
-    Without memory for a graph one goes on without, if ``alone``; of several ranks none can decide that for itself.
+    If a graph does not fit into memory, a single rank (``alone``) carries on without one; with several ranks the error
+    is raised, because all must capture or none.
     """
 
     def __init__(self, alone: bool) -> None:
@@ -87,7 +96,8 @@ class Repeated:
         if self.graph is None:
             try:
                 self.graph = Graph(work, *inputs)
-            except torch.OutOfMemoryError:  # a graph has memory of its own
+            except torch.OutOfMemoryError:
+                # A graph has memory of its own.
                 if not self.alone:
                     raise
                 self.times = -math.inf
@@ -95,20 +105,17 @@ class Repeated:
         return self.graph(*inputs).clone()
 
 
-def of_step(model: Transformer, cache: Cache, vocab: int) -> Graph:
+def of_step(model: Transformer, cache: Cache, vocab: int, rows_expected: int | None) -> Graph:
     """Each of B sequences reads a token, [B] int64: logits [B, V] of what follows, while ``cache`` stays as it is.
 
-    With several ranks a collective, also where B is 0, which gives None.
+    With several ranks a collective, also where B is 0, which gives None; ``rows_expected`` as in :class:`Pass`.
     """
-    from moekit.nn.kernels import short_step
 
     def step(read: Tensor) -> Tensor | None:
         if len(read) == 0:
-            return model.serve()
-        # It writes to the cache where the token comes to lie, and moves nothing: repeating it does no harm.
-        if short_step.fits(model, len(read)):
-            return short_step.read_on(model, read, cache, vocab)
-        features = model(read[:, None], Pass(groups=len(read), cache=cache))
-        return model.logits(features[:, 0], vocab)
+            return model.serve(rows_expected)
+        # It writes to the cache behind what is there and counts nothing as read, so that repeating it does no harm.
+        asked = Pass(groups=len(read), cache=cache, rows_expected=rows_expected)
+        return model.operations.read_on(model, read, asked, vocab)
 
     return Graph(step, torch.zeros(len(cache.lengths), dtype=torch.long, device=cache.lengths.device))

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from moekit.nn.transformer import Pass, Transformer
+from moekit.nn.passes import Pass
+from moekit.nn.transformer import Transformer
 
-# Rows of logits that exist at a time: never tokens x dictionary, and on the CPU what its caches hold.
-LOGIT_ROWS = {"cpu": 256, "cuda": 2048}
+# Rows of logits in memory at a time: all tokens at once would be too many, and a CPU is fast while they fit its caches.
+LOGIT_ROWS = {"cpu": 256, "cuda": 2048, "meta": 2048}
 
 
-def scored(model: Transformer, how: Pass, vocab: int, tokens: Tensor, targets: Tensor) -> Tensor:
+def scored(model: Transformer, asked: Pass, vocab: int, tokens: Tensor, targets: Tensor) -> Tensor:
     """[B, T] tokens and targets -> float32 [B, T] natural log-probabilities."""
-    return log_probs(model, model(tokens, how), targets, vocab)
+    return log_probs(model, model(tokens, asked), targets, vocab)
 
 
 def predictions(model: Transformer, features: Tensor, vocab: int) -> Tensor:
@@ -25,11 +25,8 @@ def predictions(model: Transformer, features: Tensor, vocab: int) -> Tensor:
 
 def log_probs(model: Transformer, features: Tensor, targets: Tensor, vocab: int) -> Tensor:
     """[B, T, D] features and [B, T] targets -> float32 [B, T] natural log-probabilities, over ``vocab`` types."""
-    of = target_log_probs
-    if model.kernel == "triton":
-        from moekit.nn.kernels.logprobs import target_log_probs as of
     parts = [
-        of(model.logits(rows, vocab), wanted)
+        model.operations.target_log_probs(model.logits(rows, vocab), wanted)
         for rows, wanted in zip(_pieces(features), _pieces(targets), strict=True)
     ]
     return torch.cat(parts).view_as(targets)
@@ -37,9 +34,4 @@ def log_probs(model: Transformer, features: Tensor, targets: Tensor, vocab: int)
 
 def _pieces(rows: Tensor) -> tuple[Tensor, ...]:
     """[B, T, ...] -> [N, ...] pieces, as many rows as there may be logits of."""
-    return rows.flatten(0, 1).split(LOGIT_ROWS.get(rows.device.type, 2048))
-
-
-def target_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
-    """[N, V] logits and [N] targets -> [N] float32 natural log-probabilities."""
-    return -F.cross_entropy(logits.float(), targets, reduction="none")
+    return rows.flatten(0, 1).split(LOGIT_ROWS[rows.device.type])

@@ -4,15 +4,14 @@ It knows no ranks: experts may live elsewhere, and ``dispatch`` takes rows to th
 bottom: ``Transformer`` -> ``Block`` -> ``Attention`` and ``DenseFFN`` or ``MoE``.
 
 Shape letters: B samples, T tokens of a sample, N = B T tokens, D model dim, H heads, V dictionary, E experts,
-K choices a token, G routing groups, S = N / G tokens of a group, R rows (a row is one kept choice of a token).
+K choices a token, G routing groups, S = N / G tokens of a group.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,48 +20,32 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from moekit.nn import gate
 from moekit.nn.cache import Cache
-from moekit.nn.config import PAD, ModelConfig
+from moekit.nn.config import ModelConfig
 from moekit.nn.dispatch import Dispatch, Local
-from moekit.nn.experts import Experts, activation_fn
+from moekit.nn.experts import Assignment, Experts
+from moekit.nn.ffn import activation_fn
+from moekit.nn.gates import gate_of
+from moekit.nn.operations import PLAIN, added, use
+from moekit.nn.passes import Pass
+from moekit.symbols import PAD
 
-# Not cuDNN's, which torch prefers on Hopper: it makes a plan for every new shape, in 70 ms and the first in 1 s (H100),
-# and texts have many lengths.
+Module = TypeVar("Module", bound=nn.Module)
+# Without cuDNN's, which torch prefers on Hopper: texts have many lengths, and cuDNN makes a plan for every new shape, in
+# 70 ms and the first in 1 s (H100).
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-
-
-@dataclass
-class Pass:
-    """What one forward pass is asked to do besides computing.
-
-    Attributes:
-        fraction: ``capacity_token_fraction``, see :func:`moekit.nn.gate.capacity`.
-        groups: G, how many routing groups the samples form; each takes B / G consecutive samples.
-        padding: [B, T] bool, or None where nothing is padding.
-        record: called with (layer, :class:`moekit.nn.gate.Routing`) by every MoE layer, on the very tensors it uses.
-        noise: see :func:`moekit.nn.gate.route`, with the layer in front.
-        cache: what came before the tokens, see :class:`moekit.nn.cache.Cache`; without one they start a sample. With one,
-            padding (right of the real tokens) needs no mask: it stands where no real token looks.
-        edit: an experiment's changes to the gate's decision in a layer, see moekit/nn/intervene.py.
-    """
-
-    fraction: float | None = None
-    groups: int = 1
-    padding: Tensor | None = None
-    record: Callable[[int, gate.Routing], None] | None = None
-    noise: Callable[[int, str, Tensor], Tensor] | None = None
-    cache: Cache | None = None
-    edit: Callable[[int, ModelConfig], gate.Edit] | None = None
 
 
 class Transformer(nn.Module):
     """Decoder-only language model; ``held`` experts a layer live here, all of them by default."""
+
+    operations = PLAIN
 
     def __init__(self, config: ModelConfig, held: int | None = None, dispatch: Dispatch | None = None):
         super().__init__()
         self.config = config
         held = config.experts if held is None else held
         self.dispatch = dispatch = dispatch or Local()
-        # Empty, not drawn: drawing on the meta device makes torch import its compiler, which takes seconds.
+        # Uninitialised: drawing on the meta device makes torch import its compiler, which takes seconds.
         self.embed = nn.Embedding.from_pretrained(
             torch.empty(config.vocab_rows, config.input_dim), freeze=False
         )
@@ -70,35 +53,34 @@ class Transformer(nn.Module):
         self.positions = Positions(config) if config.positions else None
         self.embed_norm = nn.LayerNorm(config.dim) if config.embedding_norm else None
         self.layers = nn.ModuleList(Block(config, i, held, dispatch) for i in range(config.layers))
-        self.norm = Norm(config.dim) if config.pre_norm and config.final_norm else None
+        self.norm = AddNorm(config.dim) if config.pre_norm and config.final_norm else None
         self.project_out = _bridge(config.dim, config.output_dim)
         self.output = (
             None if config.share_output else nn.Linear(config.output_dim, config.vocab_rows, bias=False)
         )
-        self.use("loop")
 
-    def forward(self, tokens: Tensor, step: Pass | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, asked: Pass | None = None) -> Tensor:
         """Features of every position.
 
         Args:
-            tokens: [B, T] int64 dictionary ids; ``PAD`` is padding if ``step.padding`` says so.
+            tokens: [B, T] int64 dictionary ids; ``PAD`` is padding if ``asked.padding`` says so.
 
         Returns:
             [B, T, output_dim], for :meth:`logits`.
         """
-        step = step or Pass()
-        x = self.enter(tokens, step)
-        if step.cache is not None:
-            visible = step.cache.open(tokens.shape[1])
+        asked = asked or Pass()
+        x = self.embedded(tokens, asked)
+        if asked.cache is not None:
+            visible = asked.cache.open(tokens.shape[1])
         else:
-            visible = attention_mask(step.padding)
+            visible = attention_mask(asked.padding)
         pending = None
         with sdpa_kernel(ATTENTION):
             for layer in self.layers:
-                x, pending = layer(x, pending, visible, step)
-        return self.leave(x, pending)
+                x, pending = layer(x, pending, visible, asked)
+        return self.features(x, pending)
 
-    def enter(self, tokens: Tensor, step: Pass) -> Tensor:
+    def embedded(self, tokens: Tensor, asked: Pass) -> Tensor:
         """[B, T] -> [B, T, D], what the first layer reads."""
         x = self.embed(tokens)
         if self.config.scale_embedding:
@@ -106,10 +88,10 @@ class Transformer(nn.Module):
         if self.project_in is not None:
             x = self.project_in(x)
         if self.positions is not None:
-            x = x + self.positions(tokens, step).to(x)
+            x = x + self.positions(tokens, asked).to(x)
         return x if self.embed_norm is None else self.embed_norm(x)
 
-    def leave(self, x: Tensor, pending: Tensor | None = None) -> Tensor:
+    def features(self, x: Tensor, pending: Tensor | None = None) -> Tensor:
         """What the last layer gives, [B, T, D] and what is still to be added -> features [B, T, output_dim]."""
         if self.norm is not None:
             _, x = self.norm(x, pending)
@@ -117,22 +99,28 @@ class Transformer(nn.Module):
             x = added(x, pending)
         return x if self.project_out is None else self.project_out(x)
 
-    def use(self, kernel: str) -> Transformer:
-        """Compute with ``kernel`` from now on: "loop", "grouped_mm" or "triton" (see experts.py). Returns itself.
+    def use(self, backend: str) -> Transformer:
+        """Compute with ``backend`` from now on: "loop", "grouped_mm" or "triton". Returns itself.
 
         "loop" is what all others are checked against, and the only one that learns.
         """
-        self.kernel = kernel
-        for module in self.modules():
-            if isinstance(module, (Norm, Attention, MoE)):
-                module.use(kernel)
+        use(self, backend)
         return self
 
-    def serve(self) -> None:
-        """Take part in the exchanges of one forward pass with no tokens of one's own: others' experts may be here."""
+    @property
+    def backend(self) -> str:
+        """The name of what it computes with, see moekit/nn/operations.py."""
+        return self.operations.backend
+
+    def serve(self, rows_expected: int | None = None) -> None:
+        """Take part in the exchanges of one forward pass without tokens: experts held here may get other ranks' rows.
+
+        Args:
+            rows_expected: that of the other ranks' :class:`Pass`.
+        """
         for layer in self.layers:
-            if hasattr(layer, "moe"):
-                layer.moe.serve(self.embed.weight)
+            if layer.moe is not None:
+                layer.moe.serve(self.embed.weight, rows_expected)
 
     def logits(self, features: Tensor, vocab: int | None = None) -> Tensor:
         """[..., output_dim] -> [..., V] for the first ``vocab`` types: rows beyond the dictionary take no part."""
@@ -144,12 +132,36 @@ class Transformer(nn.Module):
         return self.embed.weight if self.output is None else self.output.weight
 
 
+def empty(
+    config: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    held: int | None = None,
+    dispatch: Dispatch | None = None,
+) -> Transformer:
+    """A :class:`Transformer` for inference on ``device`` whose weights are uninitialised memory, to be filled."""
+    with torch.device("meta"):
+        model = Transformer(config, held, dispatch)
+    return allocated(model, device, dtype).eval()
+
+
+def allocated(module: Module, device: torch.device, dtype: torch.dtype) -> Module:
+    """``module``, made on the meta device, with uninitialised memory for its weights, which do not learn."""
+    return module.to(dtype).to_empty(device=device).requires_grad_(False)
+
+
+def parameters(config: ModelConfig, held: int | None = None) -> int:
+    """The number of parameters of a model with ``held`` experts a layer, all of them by default."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in Transformer(config, held).parameters())
+
+
 def _bridge(inner: int, outer: int) -> nn.Linear | None:
     return nn.Linear(inner, outer, bias=False) if inner != outer else None
 
 
 def attention_mask(padding: Tensor | None) -> Tensor | None:
-    """[B, 1, T, T] bool, True where a query may look: back, and never at padding. None: causal is all there is."""
+    """[B, 1, T, T] bool, the keys each query attends to: up to its own, without padding. None where nothing is padding."""
     if padding is None:
         return None
     length = padding.shape[1]
@@ -164,21 +176,22 @@ class Positions(nn.Module):
         super().__init__()
         self.dim, self.rows = config.dim, config.max_positions
         self.weight = None
-        self.table: Tensor | None = None  # kept, since a captured graph may go on reading it
+        # It stays here because a captured graph may read it again.
+        self.table: Tensor | None = None
         if config.learned_positions:
             self.weight = nn.Parameter(torch.empty(config.max_positions + PAD + 1, config.dim))
 
-    def forward(self, tokens: Tensor, step: Pass) -> Tensor:
+    def forward(self, tokens: Tensor, asked: Pass) -> Tensor:
         """The positions of tokens [B, T]: [B, T, D], or [T, D] where all samples have the same."""
         length = tokens.shape[1]
         table = self.weight
         if table is None:
-            rows = max(self.rows, length if step.cache is None else step.cache.slots)
+            rows = max(self.rows, length if asked.cache is None else asked.cache.slots)
             table = self.table = sinusoids(rows + PAD + 1, self.dim, tokens.device)
-        if step.cache is not None:
-            position = step.cache.positions(length) + PAD + 1
-        elif step.padding is not None:
-            real = (~step.padding).long()
+        if asked.cache is not None:
+            position = asked.cache.positions(length) + PAD + 1
+        elif asked.padding is not None:
+            real = (~asked.padding).long()
             position = real.cumsum(dim=1) * real + PAD
         else:
             return table[PAD + 1 : PAD + 1 + length]
@@ -199,31 +212,17 @@ def sinusoids(rows: int, dim: int, device: torch.device) -> Tensor:
     return table.to(device)
 
 
-class Norm(nn.LayerNorm):
-    """A layer norm that first takes in what is pending: an output that is still to be added to its input."""
+class AddNorm(nn.LayerNorm):
+    """A layer norm that first adds what is pending: an output that is still to be added to its input."""
+
+    operations = PLAIN
 
     def __init__(self, dim: int):
         super().__init__(dim)
-        self.use("loop")
-
-    def use(self, kernel: str) -> None:
-        self.add_norm = None
-        if kernel == "triton":
-            from moekit.nn.kernels.norm import add_norm
-
-            self.add_norm = add_norm
 
     def forward(self, x: Tensor, pending: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """[B, T, D], and what :func:`added` takes -> the sum and the norm of it, [B, T, D] each."""
-        if self.add_norm is not None:
-            return self.add_norm(x, pending, self)
-        x = x if pending is None else added(x, pending)
-        return x, super().forward(x)
-
-
-def added(x: Tensor, pending: Tensor) -> Tensor:
-    """x [B, T, D] and what is to be added: [B, T, D], or [B, T, K, D] from the experts of each choice."""
-    return x + (pending if pending.dim() == x.dim() else pending.sum(dim=-2))
+        """[B, T, D], and what :func:`~moekit.nn.operations.added` takes -> the sum and its norm, [B, T, D] each."""
+        return self.operations.add_norm(x, pending, self)
 
 
 class Block(nn.Module):
@@ -232,24 +231,23 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, index: int, held: int, dispatch: Dispatch):
         super().__init__()
         self.pre_norm = config.pre_norm
-        self.attn_norm = Norm(config.dim)
+        self.attn_norm = AddNorm(config.dim)
         self.attn = Attention(config, index)
-        self.ffn_norm = Norm(config.dim)
-        if config.is_moe(index):
-            self.moe = MoE(config, index, held, dispatch)
-        else:
-            self.ffn = DenseFFN(config, index)
+        self.ffn_norm = AddNorm(config.dim)
+        is_moe = config.is_moe(index)
+        self.moe = MoE(config, index, held, dispatch) if is_moe else None
+        self.ffn = None if is_moe else DenseFFN(config, index)
 
     def forward(
-        self, x: Tensor, pending: Tensor | None, visible: Tensor | None, step: Pass
+        self, x: Tensor, pending: Tensor | None, visible: Tensor | None, asked: Pass
     ) -> tuple[Tensor, Tensor | None]:
-        """Take and give the residual stream [B, T, D] and what is still to be added to it: the next norm does so."""
-        feed_forward = (lambda h: self.moe(h, step)) if hasattr(self, "moe") else self.ffn
+        """The residual stream [B, T, D] and what the next norm is to add to it -> the same after this block."""
+        feed_forward = self.ffn if self.moe is None else (lambda h: self.moe(h, asked))
         if self.pre_norm:
             x, h = self.attn_norm(x, pending)
-            x, h = self.ffn_norm(x, self.attn(h, visible, step.cache))
+            x, h = self.ffn_norm(x, self.attn(h, visible, asked.cache))
             return x, feed_forward(h)
-        _, x = self.attn_norm(x, self.attn(x, visible, step.cache))
+        _, x = self.attn_norm(x, self.attn(x, visible, asked.cache))
         _, x = self.ffn_norm(x, feed_forward(x))
         return x, None
 
@@ -257,31 +255,18 @@ class Block(nn.Module):
 class Attention(nn.Module):
     """Causal multi-head self-attention; ``qkv`` holds fairseq's three projections one below the other."""
 
+    operations = PLAIN
+
     def __init__(self, config: ModelConfig, index: int):
         super().__init__()
         self.heads, self.index = config.heads, index
         self.qkv = nn.Linear(config.dim, 3 * config.dim)
         self.out = nn.Linear(config.dim, config.dim)
-        self.use("loop")
-
-    def use(self, kernel: str) -> None:
-        self.attend_one = None
-        if kernel == "triton":
-            from moekit.nn.kernels.attention import attend_one
-
-            self.attend_one = attend_one
 
     def forward(self, x: Tensor, visible: Tensor | None, cache: Cache | None) -> Tensor:
         b, t, d = x.shape
         qkv = self.qkv(x).view(b, t, 3, self.heads, d // self.heads)
-        if self.attend_one is not None and cache is not None and not cache.empty and t == 1:
-            return self.out(self.attend_one(qkv[:, 0], cache.kv[self.index], cache.lengths)[:, None])
-        qkv = qkv.permute(2, 0, 3, 1, 4)
-        q, kv = qkv[0], qkv[1:]  # [B, H, T, D/H] and [2, B, H, T, D/H]
-        if cache is not None:
-            kv = cache.extend(self.index, kv)
-        y = F.scaled_dot_product_attention(q, *kv, attn_mask=visible, is_causal=visible is None)
-        return self.out(y.transpose(1, 2).reshape(b, t, d))
+        return self.out(self.operations.attend(qkv, visible, cache, self.index))
 
 
 class DenseFFN(nn.Module):
@@ -298,54 +283,48 @@ class DenseFFN(nn.Module):
 class MoE(nn.Module):
     """Gate, dispatch, experts, combine."""
 
+    operations = PLAIN
+
     def __init__(self, config: ModelConfig, index: int, held: int, dispatch: Dispatch):
         super().__init__()
         self.config, self.index, self.dispatch = config, index, dispatch
+        # The matrix that gives the logits, and the rule that makes choices of them.
         self.gate = nn.Linear(config.dim, config.experts, bias=False)
+        self.rule = gate_of(config)
         self.experts = Experts(held, config.dim, config.ffn_dim, config.activation)
 
-    def use(self, kernel: str) -> None:
-        self.experts.kernel = kernel
-        self.choose, self.by_expert = None, gate.by_expert
-        if kernel == "triton":
-            from moekit.nn.kernels.gate import choose
-            from moekit.nn.kernels.tiles import by_expert
-
-            self.choose, self.by_expert = choose, by_expert
-
-    def forward(self, x: Tensor, step: Pass) -> Tensor:
+    def forward(self, x: Tensor, asked: Pass) -> Tensor:
         """[B, T, D] -> [B, T, K, D], the weighted output of each choice's expert, zero where it was dropped."""
         rows = x.flatten(0, 1)  # [N, D]
-        routing = self.route(rows, step)
-        if step.record is not None:
-            step.record(self.index, routing)
+        routing = self.route(rows, asked)
+        if asked.record is not None:
+            asked.record(self.index, routing)
+        top_k = self.rule.top_k
+        order, counts = self.operations.by_expert(routing, self.config.experts)
+        assignment = Assignment(order, counts, top_k, routing.weights.flatten())
+        done = self.dispatch(self.experts, rows, assignment, asked.rows_expected)  # [N K, D]
+        return done.view(*x.shape[:-1], top_k, x.shape[-1])
 
-        order, counts = self.by_expert(routing, self.config.experts)
-        done = self.dispatch(
-            self.experts, rows, order, counts, self.config.top_k, routing.weights.flatten()
-        )  # [N K, D]
-        return done.view(*x.shape[:-1], self.config.top_k, x.shape[-1])
+    def serve(self, like: Tensor, rows_expected: int | None) -> None:
+        """Dispatch no row, while other ranks dispatch theirs; ``like`` has the dtype and the device of rows."""
+        counts = torch.zeros(self.config.experts, dtype=torch.long, device=like.device)
+        rows, weights = like.new_empty(0, self.config.dim), like.new_empty(0)
+        assignment = Assignment(counts[:0], counts, self.rule.top_k, weights)
+        self.dispatch(self.experts, rows, assignment, rows_expected)
 
-    def serve(self, like: Tensor) -> None:
-        """Dispatch no token: others' may come here."""
-        nothing = torch.zeros(self.config.experts, dtype=torch.long, device=like.device)
-        x, weights = like.new_empty(0, self.config.dim), like.new_empty(0)
-        self.dispatch(self.experts, x, nothing[:0], nothing, self.config.top_k, weights)
-
-    def route(self, rows: Tensor, step: Pass) -> gate.Routing:
+    def route(self, rows: Tensor, asked: Pass) -> gate.Routing:
         """[N, D] -> the routing of G groups of S tokens."""
-        logits = self.gate(rows).view(step.groups, -1, self.config.experts)
+        logits = self.gate(rows).view(asked.groups, -1, self.config.experts)
         padding = None
-        if self.config.mask_padding and step.padding is not None:
-            padding = step.padding.reshape(step.groups, -1)
-        noise = None if step.noise is None else functools.partial(step.noise, self.index)
-        edit = None if step.edit is None else step.edit(self.index, self.config)
-        return gate.route(
+        if self.config.mask_padding and asked.padding is not None:
+            padding = asked.padding.reshape(asked.groups, -1)
+        noise = None if asked.noise is None else functools.partial(asked.noise, self.index)
+        edit = None if asked.edit is None else asked.edit(self.index, self.config)
+        return self.rule.route(
             logits,
-            self.config,
-            fraction=step.fraction,
+            fraction=asked.fraction,
             padding=padding,
             noise=noise,
             edit=edit,
-            choose_fast=self.choose,
+            choose=self.operations.choose,
         )

@@ -14,6 +14,8 @@ import torch
 from moekit import checkpoint as ckpt
 from moekit import ranks
 from moekit.nn.dispatch import owned
+from moekit.nn.experts import TENSORS
+from moekit.nn.gates import gate_of
 from moekit.ranks.machine import gpus, host_memory
 
 if TYPE_CHECKING:
@@ -92,7 +94,6 @@ def model(model: Model) -> pd.DataFrame:
     """The model, a fact a row."""
     c = model.config
     every = f"every {c.moe_freq}{'nd' if c.moe_freq == 2 else 'th'}" if c.moe_freq > 1 else "every"
-    gate = "top-1" if c.top1 else f"top-2, second expert: {c.second_expert}"
     facts = {
         "checkpoint": str(model.files.shared.parent),
         "layers": c.layers,
@@ -100,7 +101,7 @@ def model(model: Model) -> pd.DataFrame:
         "heads": c.heads,
         "width of dense layers and experts": c.ffn_dim,
         "experts": f"{c.experts} in {every} layer: {len(c.moe_layers)} layers" if c.moe_layers else "none",
-        "gate": gate if c.moe_layers else "none",
+        "gate": gate_of(c).describe() if c.moe_layers else "none",
         "positions": c.max_positions,
         "rows of the embedding": c.vocab_rows,
         "million parameters": round(model.plan.parameters(c.experts) / 1e6, 2),
@@ -128,7 +129,7 @@ def parts(model: Model) -> pd.DataFrame:
 
 
 def filled(model: Model) -> pd.DataFrame:
-    """How many of its four tensors each expert got, over all ranks: layers x experts, 4 everywhere.
+    """How many of its tensors each expert got, over all ranks: layers x experts, 4 everywhere.
 
     Raises:
         ValueError: an expert got fewer or more.
@@ -139,10 +140,10 @@ def filled(model: Model) -> pd.DataFrame:
         for where, count in part["filled"].items():
             if where is not None:
                 table.loc[where] += count
-    if c.moe_layers and not (table == 4).all(axis=None):
-        layer, expert = next(zip(*(table != 4).to_numpy().nonzero(), strict=True))
+    if c.moe_layers and not (table == TENSORS).all(axis=None):
+        layer, expert = next(zip(*(table != TENSORS).to_numpy().nonzero(), strict=True))
         raise ValueError(
-            f"expert {expert} of layer {c.moe_layers[layer]} got {table.iat[layer, expert]} of 4 tensors"
+            f"expert {expert} of layer {c.moe_layers[layer]} got {table.iat[layer, expert]} of {TENSORS} tensors"
         )
     return table
 

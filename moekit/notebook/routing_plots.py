@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import html
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -345,8 +344,8 @@ def uniform_drops(trace: Trace) -> np.ndarray | None:
     if not groups or "capacity_token_fraction" not in trace.meta:
         return None
     samples, tokens, _ = max(groups, key=lambda group: group[2])
-    like = SimpleNamespace(top_k=trace.top_k, experts=trace.num_experts)
-    room = gate.capacity(samples * tokens, like, trace.meta["capacity_token_fraction"])
+    fraction = trace.meta["capacity_token_fraction"]
+    room = gate.capacity(samples * tokens, fraction, trace.top_k, trace.num_experts)
     chance = metrics.drop_probability(samples * tokens, trace.num_experts, trace.top_k, room)
     return chance.reshape(samples, tokens, -1).mean(axis=0)[: trace.position.max() + 1]
 

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from moekit import checkpoint
 from moekit.checkpoint.options import from_fairseq, to_dict
-from moekit.nn.cache import Cache
+from moekit.nn.cache import SLOTS, Cache
 from moekit.nn.config import PAD, ModelConfig
-from moekit.nn.experts import choose_kernel
 from moekit.nn.noise import Noise
-from moekit.nn.transformer import Pass, Transformer
+from moekit.nn.operations import choose_backend
+from moekit.nn.transformer import Pass, empty
 
 NAME = "transformer_lm_moekit"
 CACHE = "moekit"  # its place in fairseq's incremental state
@@ -32,12 +32,10 @@ class Decoder(FairseqIncrementalDecoder):
 
     def __init__(self, dictionary: Any, config: ModelConfig, fraction: float | None):
         super().__init__(dictionary)
-        with torch.device("meta"):
-            transformer = Transformer(config)
-        self.transformer = transformer.to_empty(device="cpu").requires_grad_(False)
+        self.transformer = empty(config, torch.device("cpu"))
         self.fraction = fraction
         self.passes = 0
-        self.where: tuple[torch.device, torch.dtype] | None = None  # what the kernel was chosen for
+        self.where: tuple[torch.device, torch.dtype] | None = None  # what the backend was chosen for
 
     def forward(
         self,
@@ -57,7 +55,7 @@ class Decoder(FairseqIncrementalDecoder):
         weight = self.transformer.embed.weight
         if (weight.device, weight.dtype) != self.where:  # fairseq moves it after it is loaded
             self.where = weight.device, weight.dtype
-            self.transformer.use(choose_kernel("auto", *self.where))
+            self.transformer.use(choose_backend("auto", *self.where))
         noise = Noise(torch.initial_seed(), [self.passes])
         if incremental_state is None:
             padding = prev_output_tokens == PAD
@@ -78,7 +76,7 @@ class Decoder(FairseqIncrementalDecoder):
         batch, length = tokens.shape
         cache = incremental_state.get(CACHE)
         if cache is None or length > cache.slots:
-            slots = min(max(64, 2 * length), max(length, self.transformer.config.max_positions))
+            slots = min(max(SLOTS, 2 * length), max(length, self.transformer.config.max_positions))
             if cache is None:
                 weight = self.transformer.embed.weight
                 cache = Cache(self.transformer.config, batch, slots, weight.device, weight.dtype)

@@ -18,7 +18,6 @@ import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -264,11 +263,10 @@ def _drop_chance(trace: Trace) -> np.ndarray | None:
     if not groups or "capacity_token_fraction" not in trace.meta or k > 2:
         return None
     fraction = trace.meta["capacity_token_fraction"]
-    like = SimpleNamespace(top_k=k, experts=trace.num_experts)
     last = int(trace.position.max()) + 1
     total, weight = np.zeros((last, k)), np.zeros((last, 1))
     for samples, tokens, number in groups:
-        room = capacity(samples * tokens, like, fraction)
+        room = capacity(samples * tokens, fraction, k, trace.num_experts)
         queue = drop_probability(samples * tokens, trace.num_experts, k, room).reshape(samples, tokens, k)
         upto = min(last, tokens)
         total[:upto] += number * queue[:, :upto].sum(axis=0)

@@ -1,9 +1,9 @@
 """What generation does on a rank: it keeps sequences and their caches, runs them one token on, and proposes what follows.
 
-Every function here is one forward pass, or the same number of them, on every rank, whatever the number of sequences a
-rank has: a rank without any serves its experts. What goes on, and with which tokens, is the driver's to say
-(generate.py). The ranks never ask one another: what they decide for themselves, such as when to make a graph, follows from
-what all of them were told.
+Every function runs the same number of forward passes on every rank, because a pass contains collectives. A rank without
+sequences still runs its experts for the others. The driver decides which sequences continue, and with which tokens
+(moekit/generation). The ranks never ask one another: what they decide for themselves, such as when to make a graph,
+follows from what all of them were told.
 
 Shape letters: B sequences of this rank, T tokens of the longest prompt, V dictionary, N beam size, P prompts.
 """
@@ -18,22 +18,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moekit.nn import graphs as graph
-from moekit.nn.cache import Cache
-from moekit.nn.config import PAD
+from moekit.nn import graphs
+from moekit.nn.cache import SLOTS, Cache
 from moekit.nn.logprobs import log_probs
 from moekit.nn.noise import Noise
+from moekit.nn.passes import Pass
 from moekit.nn.record import Recorder
-from moekit.nn.transformer import Pass, Transformer
+from moekit.nn.transformer import Transformer
 from moekit.ranks import Rank
-from moekit.worker.sampling import Candidates, Choice, Chosen, Settings, candidates, choose, on_host
-
-SLOTS = 64  # a cache's slots are a multiple of these, which attention's kernels like
+from moekit.symbols import PAD
+from moekit.worker.sampling import Candidates, Chosen, Settings, candidates, choose, on_host
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A sequence to go on from: its number among all sequences, and ids [n], the leading ``</s>`` included."""
+    """The start of a sequence: its number among all sequences, and ids [n], the leading ``</s>`` included."""
 
     number: int
     ids: Sequence[int]
@@ -42,7 +41,8 @@ class Prompt:
 class Sequences:
     """The sequences of this rank, row by row: their cache, and what choosing their next token needs to know.
 
-    ``on_ranks`` counts those of every rank: what the ranks do together depends on nothing that one of them knows alone.
+    ``on_ranks`` counts the sequences of every rank, since what the ranks do together must not depend on what one of
+    them knows alone.
     """
 
     def __init__(
@@ -50,10 +50,13 @@ class Sequences:
     ):
         self.settings, self.numbers, self.on_ranks = settings, numbers, on_ranks
         self.cache, self.seen = cache, seen
-        self.step = 0  # new tokens of each sequence so far; all go on together
-        self.parts: list[dict[str, np.ndarray]] = []  # of a trace
-        self.graph: graph.Graph | None = None  # of one step with the rows as they are
-        self.still = 0  # steps since the rows of any rank changed
+        # Tokens that each sequence has read since its prompt; all go on together.
+        self.steps = 0
+        # Of a trace.
+        self.parts: list[dict[str, np.ndarray]] = []
+        # Of one step with the rows as they are, and the steps since the rows of any rank changed.
+        self.graph: graphs.Graph | None = None
+        self.unchanged = 0
 
     def select(self, rows: Sequence[list[int]], rank: int) -> None:
         """Keep ``rows`` of each rank, in this order, repeats allowed."""
@@ -61,7 +64,7 @@ class Sequences:
         if all(same):
             return
         self.on_ranks = [len(kept) for kept in rows]
-        self.graph, self.still = None, 0
+        self.graph, self.unchanged = None, 0
         if same[rank]:
             return
         index = torch.tensor(rows[rank], device=self.cache.lengths.device, dtype=torch.long)
@@ -87,7 +90,7 @@ def begin(
         slots: tokens that the longest sequence will have.
         abandoned: keys of generations that are over, but could not be ended because the ranks were busy.
 
-    With a capacity each prompt is read by itself, so that nobody else's tokens and no padding take its places.
+    With a capacity each prompt is read by itself, so that no other tokens and no padding fill its experts' buffers.
     """
     for old in abandoned:
         end(rank, old)
@@ -125,7 +128,7 @@ def begin(
 def run(
     rank: Rank, key: int, rows: Sequence[list[int]], tokens: Sequence[list[int]], steps: int
 ) -> Chosen | None:
-    """``steps`` tokens more of each sequence that goes on, each reading what was chosen for it.
+    """Generate ``steps`` more tokens of each sequence that goes on; each sequence reads what was chosen for it.
 
     Args:
         rows: on each rank, the sequences that go on, by their rows as of the call before.
@@ -207,66 +210,67 @@ def _read(
     lengths, tokens = lengths.to(device), tokens.to(device)
     cache = _cache(model, len(prompts), slots)
     numbers = [prompt.number for prompt in prompts]
-    how = _how(settings, numbers, 0, cache, tokens.shape[1])
-    features = model(tokens, how)
-    parts = _traced(how, numbers, torch.arange(tokens.shape[1], device=device) < lengths[:, None])
+    asked = _asked(settings, numbers, 0, cache, tokens.shape[1])
+    features = model(tokens, asked)
+    parts = _traced(asked, numbers, torch.arange(tokens.shape[1], device=device) < lengths[:, None])
     cache.advance(lengths)
     last = features[torch.arange(len(prompts), device=device), lengths - 1]
     scores = torch.zeros(len(prompts), device=device)
-    if settings.beam_size > 1 and tokens.shape[1] > 1:  # fairseq counts the prompt in
+    if settings.beam_size > 1 and tokens.shape[1] > 1:
+        # fairseq counts the prompt in, and adds one token after the other.
         found = log_probs(model, features[:, :-1], tokens[:, 1:], settings.vocab)
-        for place in range(found.shape[1]):  # one after the other, as fairseq adds
-            scores = torch.where(place + 1 < lengths, scores + found[:, place], scores)
+        for position in range(found.shape[1]):
+            scores = torch.where(position + 1 < lengths, scores + found[:, position], scores)
     return cache, last, scores, parts
 
 
 def _read_on(model: Transformer, sequences: Sequences, read: Tensor) -> Tensor | None:
     """Each sequence reads one token, [B] int64: the logits [B, V] of what follows; None without any sequence."""
     settings, cache = sequences.settings, sequences.cache
-    sequences.step += 1
-    sequences.still += 1
+    sequences.steps += 1
+    sequences.unchanged += 1
     if sequences.seen is not None:
         sequences.seen.scatter_(1, read[:, None], True)
-    how = _how(settings, sequences.numbers, sequences.step, cache, 1)
+    asked = _asked(settings, sequences.numbers, sequences.steps, cache, 1)
+    rows = max(sequences.on_ranks)
+    few = graphs.few(rows, len(sequences.on_ranks))
+    asked.rows_expected = rows if few else None
+    repeats = settings.beam_size == 1 and sequences.unchanged > graphs.AFTER
     logits = None
-    most = max(sequences.on_ranks)
-    few = most * len(sequences.on_ranks) <= graph.MOST_TOKENS
-    repeated = settings.beam_size == 1 and sequences.still > graph.AFTER
-    with model.dispatch.expecting(most if few else None):
-        if few and repeated and graph.fits(model, how):
-            if sequences.graph is None:
-                sequences.graph = graph.of_step(model, cache, settings.vocab)
-            logits = sequences.graph(read)
-        elif len(read):
-            logits = model.logits(model(read[:, None], how)[:, 0], settings.vocab)
-            real = torch.ones_like(read[:, None], dtype=torch.bool)
-            sequences.parts += _traced(how, sequences.numbers, real)
-        else:
-            model.serve()
+    if few and repeats and graphs.fits(model, asked):
+        if sequences.graph is None:
+            sequences.graph = graphs.of_step(model, cache, settings.vocab, rows)
+        logits = sequences.graph(read)
+    elif len(read):
+        logits = model.logits(model(read[:, None], asked)[:, 0], settings.vocab)
+        real = torch.ones_like(read[:, None], dtype=torch.bool)
+        sequences.parts += _traced(asked, sequences.numbers, real)
+    else:
+        model.serve(asked.rows_expected)
     cache.advance(1)
     return logits
 
 
-def _how(settings: Settings, numbers: Sequence[int], step: int, cache: Cache, tokens: int) -> Pass:
+def _asked(settings: Settings, numbers: Sequence[int], step: int, cache: Cache, tokens: int) -> Pass:
     """Each sequence is a routing group, with noise of its own: no sequence depends on its neighbours."""
     noise = Noise(settings.seed, [number << 32 | step for number in numbers])
     record = settings.record if settings.trace is None else Recorder(settings.trace)
-    # A group of one token has room for all its choices, whatever the fraction.
+    # The buffers take all choices of a group of one token, whatever the fraction.
     fraction = settings.fraction if tokens > 1 else None
-    how = Pass(fraction, groups=len(numbers), record=record, noise=noise, cache=cache)
+    asked = Pass(fraction, groups=len(numbers), record=record, noise=noise, cache=cache)
     if settings.intervention is not None:
         samples = torch.tensor(numbers, device=cache.lengths.device)
-        settings.intervention.apply(how, samples, cache.positions(tokens))
-    return how
+        settings.intervention.apply(asked, samples, cache.positions(tokens))
+    return asked
 
 
-def _traced(how: Pass, numbers: Sequence[int], real: Tensor) -> list[dict[str, np.ndarray]]:
+def _traced(asked: Pass, numbers: Sequence[int], real: Tensor) -> list[dict[str, np.ndarray]]:
     """What a pass recorded of its tokens where ``real`` [B, T]; the cache has not moved on yet."""
-    if not isinstance(how.record, Recorder):
+    if not isinstance(asked.record, Recorder):
         return []
     row, column = real.nonzero(as_tuple=True)
-    position = how.cache.positions(real.shape[1])[row, column].cpu().numpy()
-    return [how.record.rows(real) | {"sample": np.array(numbers)[row.cpu().numpy()], "position": position}]
+    position = asked.cache.positions(real.shape[1])[row, column].cpu().numpy()
+    return [asked.record.rows(real) | {"sample": np.array(numbers)[row.cpu().numpy()], "position": position}]
 
 
 def _cache(model: Transformer, batch: int, slots: int) -> Cache:
@@ -277,17 +281,15 @@ def _cache(model: Transformer, batch: int, slots: int) -> Cache:
 # ------------------------------------------------------------------------------------------ what comes next
 
 
-def _choose_next(model: Transformer, sequences: Sequences, logits: Tensor) -> Choice:
-    """[B, V] logits -> a token for each sequence."""
+def _choose_next(model: Transformer, sequences: Sequences, logits: Tensor) -> Chosen:
+    """[B, V] logits -> a token for each sequence, on the device."""
     settings = sequences.settings
-    if model.kernel == "triton" and settings.greedy:
-        from moekit.nn.kernels.logprobs import best
-
-        tokens, logprobs = best(logits)
-        return Choice(tokens, logprobs, tokens.new_empty(len(tokens), 0), logprobs.new_empty(len(tokens), 0))
+    if settings.greedy:
+        tokens, logprobs = model.operations.best(logits)
+        return Chosen(tokens, logprobs, tokens.new_empty(len(tokens), 0), logprobs.new_empty(len(tokens), 0))
     logits = logits.float()
     logprobs = F.log_softmax(logits, dim=-1)
-    keys = [(settings.seed, number, sequences.step) for number in sequences.numbers]
+    keys = [(settings.seed, number, sequences.steps) for number in sequences.numbers]
     tokens = choose(logits, settings, keys, sequences.seen)
     best = logprobs.topk(settings.alternatives, dim=-1)
-    return Choice(tokens, logprobs.gather(1, tokens[:, None])[:, 0], best.indices, best.values)
+    return Chosen(tokens, logprobs.gather(1, tokens[:, None])[:, 0], best.indices, best.values)

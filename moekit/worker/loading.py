@@ -9,11 +9,11 @@ import torch
 
 from moekit import checkpoint
 from moekit.nn.dispatch import AllToAll, owned
-from moekit.nn.transformer import Transformer
+from moekit.nn.transformer import empty
 from moekit.ranks import Rank, usable_cores
 
 
-def load(rank: Rank, plan: checkpoint.Plan, dtype: torch.dtype, kernel: str) -> dict:
+def load(rank: Rank, plan: checkpoint.Plan, dtype: torch.dtype, backend: str) -> dict:
     """Read this rank's part of the checkpoint into ``rank.state["model"]``; reports bytes as they are read.
 
     Returns:
@@ -23,16 +23,14 @@ def load(rank: Rank, plan: checkpoint.Plan, dtype: torch.dtype, kernel: str) -> 
     start = time.perf_counter()
     held = owned(plan.config.experts, rank.world_size, rank.rank)
     dispatch = AllToAll(plan.config.experts) if rank.world_size > 1 and plan.config.moe_layers else None
-    with torch.device("meta"):
-        model = Transformer(plan.config, len(held), dispatch)
-    model = model.to(dtype).to_empty(device=rank.device).requires_grad_(False).eval().use(kernel)
+    model = empty(plan.config, rank.device, dtype, len(held), dispatch).use(backend)
     filled = checkpoint.fill(model, plan, held, rank.report, max(1, usable_cores() // rank.world_size))
     rank.state["model"] = model
     parameters = list(model.parameters())
     return {
         "rank": rank.rank,
         "device": str(rank.device),
-        "kernel": model.kernel,
+        "backend": model.backend,
         "files": [s.path.name for s in plan.needed(held)],
         "experts": held,
         "filled": Counter(place.where for place, times in filled.items() for _ in range(times)),

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moekit.nn.config import EOS, PAD
 from moekit.nn.gate import Routing
 from moekit.nn.intervene import Intervention
 from moekit.nn.noise import uniform
 from moekit.nn.record import Options
+from moekit.symbols import EOS, PAD
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Settings:
     Attributes:
         vocab: types of the dictionary; nothing beyond it is chosen.
         intervention: what :meth:`moekit.api.Model.route` changes; its samples are the sequences' numbers.
-        record: handed to every forward pass, see :class:`moekit.nn.transformer.Pass`. Its routing groups are the sequences.
+        record: handed to every forward pass, see :class:`moekit.nn.passes.Pass`. Its routing groups are the sequences.
         trace: what :func:`end` returns of the routing, in place of ``record``.
     """
 
@@ -47,26 +47,17 @@ class Settings:
         return self.temperature == 0 and self.repetition_penalty == 1 and self.alternatives == 0
 
 
-class Choice(NamedTuple):
-    """The next token of each sequence, on the device.
+class Chosen(NamedTuple):
+    """The next tokens of each sequence: tensors [B] of one step on a rank's device, or arrays [B, S] of S on the host.
 
-    tokens [B] int64; logprobs [B] float32, under the model itself, whatever temperature and penalty; the
-    ``alternatives`` best tokens at each place [B, A] with their logprobs [B, A].
+    tokens int64; logprobs float32, under the model itself, whatever temperature and penalty; best, the
+    ``alternatives`` best tokens at each position, with one dimension more; and their best_logprobs.
     """
 
-    tokens: Tensor
-    logprobs: Tensor
-    best: Tensor
-    best_logprobs: Tensor
-
-
-class Chosen(NamedTuple):
-    """The next S tokens of each sequence: what a :class:`Choice` holds, [B, S] and [B, S, A]."""
-
-    tokens: np.ndarray
-    logprobs: np.ndarray
-    best: np.ndarray
-    best_logprobs: np.ndarray
+    tokens: Tensor | np.ndarray
+    logprobs: Tensor | np.ndarray
+    best: Tensor | np.ndarray
+    best_logprobs: Tensor | np.ndarray
 
 
 class Candidates(NamedTuple):
@@ -82,7 +73,8 @@ class Candidates(NamedTuple):
     logprobs: np.ndarray
 
 
-def on_host(steps: Sequence[Choice]) -> Chosen:
+def on_host(steps: Sequence[Chosen]) -> Chosen:
+    """Steps on the device, one after the other, as one on the host."""
     return Chosen(*(torch.stack(column, dim=1).cpu().numpy() for column in zip(*steps, strict=True)))
 
 
@@ -101,7 +93,8 @@ def choose(
     """
     logits = logits.double() if settings.temperature > 0 else logits.clone()
     logits[:, PAD] = -torch.inf
-    if seen is not None:  # CTRL, arXiv 1909.05858, section 4.1, as transformers does it for negative logits
+    if seen is not None:
+        # CTRL, arXiv 1909.05858, section 4.1, as transformers does it for negative logits.
         punished = torch.where(
             logits > 0, logits / settings.repetition_penalty, logits * settings.repetition_penalty
         )
@@ -115,7 +108,8 @@ def choose(
         if settings.top_k is not None:
             out[:, settings.top_k :] = True
             ordered = ordered.masked_fill(out, -torch.inf)
-        if settings.top_p is not None:  # the smallest set that has top_p (nucleus, arXiv 1904.09751)
+        if settings.top_p is not None:
+            # The smallest set that has top_p (nucleus, arXiv 1904.09751).
             probs = ordered.softmax(dim=-1)
             out |= probs.cumsum(dim=-1) - probs >= settings.top_p
         logits = logits.masked_fill(torch.zeros_like(out).scatter(1, order, out), -torch.inf)

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from moekit.batches import Batch
-from moekit.nn import graphs as graph
-from moekit.nn.config import PAD
+from moekit.nn import graphs
 from moekit.nn.dispatch import Local
 from moekit.nn.intervene import Intervention
 from moekit.nn.logprobs import log_probs, predictions, scored
 from moekit.nn.noise import Noise
+from moekit.nn.passes import Pass
 from moekit.nn.record import Options, Recorder
-from moekit.nn.transformer import Pass, Transformer
+from moekit.nn.transformer import Transformer
 from moekit.ranks import Rank
+from moekit.symbols import PAD
+
+# Key of the rank's state for its :class:`~moekit.nn.graphs.Repeated`, while it has one.
+GRAPH = "repeated"
 
 
 @torch.inference_mode()
@@ -35,8 +40,8 @@ def score(
     """Log-probabilities of the targets of this rank's share of every step's batches.
 
     Args:
-        steps: batches of one shape a step; rank r takes every W-th from r on, in one forward pass. A step with fewer
-            batches than ranks leaves some with nothing but others' tokens to serve.
+        steps: batches of one shape a step; rank r takes every W-th from r on, in one forward pass. In a step with
+            fewer batches than ranks, a rank without any only serves others' tokens.
         vocab: types of the dictionary; the distribution is over these.
         seed: of the noise that some gates draw, together with the batch's index: alike at any world size.
         trace: what to record of the routing, if anything.
@@ -49,60 +54,112 @@ def score(
     model: Transformer = rank.state["model"]
     scores: list[tuple[int, np.ndarray]] = []
     parts: list[dict[str, np.ndarray]] = []
-
-    def collect(mine: Sequence[Batch], found: Tensor) -> None:
-        found = found.cpu().numpy().reshape(len(mine), -1, found.shape[1])
-        scores.extend(zip([b.index for b in mine], found, strict=True))
-        rank.report(sum(int((b.targets != PAD).sum()) for b in mine))
-
-    under_way = None  # a GPU works on a step while the host asks for the next
+    # A GPU works on one step while the host asks for the next.
+    under_way: tuple[Sequence[Batch], Tensor] | None = None
     for step in steps:
         mine = step[rank.rank :: rank.world_size]
-        if not mine:
-            rank.state.pop("repeated", None)  # as on the others
+        inputs = Inputs.of(mine, rank.device) if mine else None
+        asked = ask(mine, inputs, fraction, seed, trace, intervention) if inputs is not None else Pass()
+        captured = worth_capturing(model, asked, step, rank.world_size)
+        if not captured:
+            # A large pass may need the graph's memory, and other ranks drop theirs in the same step.
+            rank.state.pop(GRAPH, None)
+        if inputs is None:
             model.serve()
             continue
-        tokens = torch.from_numpy(np.concatenate([b.tokens for b in mine])).to(rank.device).long()
-        targets = torch.from_numpy(np.concatenate([b.targets for b in mine])).to(rank.device).long()
-        how = Pass(
-            fraction=fraction,
-            groups=len(mine),
-            noise=Noise(seed, [b.index for b in mine]),
-            record=None if trace is None else Recorder(trace),
-        )
-        samples = np.concatenate([b.ids for b in mine])
-        if intervention is not None:
-            positions = torch.arange(tokens.shape[1], device=rank.device)
-            intervention.apply(how, torch.from_numpy(samples).to(rank.device), positions)
-        if padding_matters(mine, how.fraction):
-            how.padding = tokens == PAD
-        # What follows has to be the same on every rank, so it depends on the whole step alone.
-        most = -(-len(step) // rank.world_size) * mine[0].tokens.size
-        few = most * rank.world_size <= graph.MOST_TOKENS and len(step) >= rank.world_size
-        if few and graph.fits(model, how) and not padding_matters(step, how.fraction):
-            key = tuple(mine[0].tokens.shape), len(step), how.fraction, vocab
-            repeated = rank.state.setdefault("repeated", graph.Repeated(isinstance(model.dispatch, Local)))
-            with model.dispatch.expecting(most):
-                found = repeated(key, functools.partial(scored, model, how, vocab), tokens, targets)
+        if captured:
+            found = repeated(rank, asked, inputs, step, vocab)
         else:
-            rank.state.pop("repeated", None)  # a large pass may need its memory
-            features = model(tokens, how)
-            found = log_probs(model, features, targets, vocab)
+            features = model(inputs.tokens, asked)
+            found = log_probs(model, features, inputs.targets, vocab)
         if under_way is not None:
-            collect(*under_way)
+            scores += collected(rank, *under_way)
         under_way = mine, found
         if trace is not None:
             predicted = predictions(model, features, vocab) if trace.predicted else None
-            parts.append(trace_rows(how.record, samples, tokens, targets, found, predicted))
+            parts.append(trace_rows(asked.record, inputs, found, predicted))
     if under_way is not None:
-        collect(*under_way)
+        scores += collected(rank, *under_way)
     return scores, parts
+
+
+class Inputs(NamedTuple):
+    """Batches of one shape one below the other: ids of the samples [B], tokens and targets [B, T] int64 on a device."""
+
+    samples: np.ndarray
+    tokens: Tensor
+    targets: Tensor
+
+    @classmethod
+    def of(cls, batches: Sequence[Batch], device: torch.device) -> Inputs:
+        tokens = torch.from_numpy(np.concatenate([b.tokens for b in batches])).to(device).long()
+        targets = torch.from_numpy(np.concatenate([b.targets for b in batches])).to(device).long()
+        return cls(np.concatenate([b.ids for b in batches]), tokens, targets)
+
+
+def ask(
+    batches: Sequence[Batch],
+    inputs: Inputs,
+    fraction: float | None,
+    seed: int,
+    trace: Options | None,
+    intervention: Intervention | None,
+) -> Pass:
+    """A pass over ``batches``, each of them a routing group."""
+    asked = Pass(
+        fraction=fraction,
+        groups=len(batches),
+        noise=Noise(seed, [b.index for b in batches]),
+        record=None if trace is None else Recorder(trace),
+    )
+    if intervention is not None:
+        positions = torch.arange(inputs.tokens.shape[1], device=inputs.tokens.device)
+        intervention.apply(asked, torch.from_numpy(inputs.samples).to(positions.device), positions)
+    if padding_matters(batches, asked.fraction):
+        asked.padding = inputs.tokens == PAD
+    return asked
+
+
+def worth_capturing(model: Transformer, asked: Pass, step: Sequence[Batch], world_size: int) -> bool:
+    """Whether the ranks repeat passes like this ``step`` as a graph.
+
+    All ranks have to find the same, so it depends on the whole step and on what every rank was asked: on a rank without
+    batches the first condition decides.
+    """
+    return (
+        len(step) >= world_size
+        and graphs.few(rows_of(step, world_size), world_size)
+        and graphs.fits(model, asked)
+        and not padding_matters(step, asked.fraction)
+    )
+
+
+def rows_of(step: Sequence[Batch], world_size: int) -> int:
+    """The tokens that a rank has in ``step`` at most."""
+    return -(-len(step) // world_size) * step[0].tokens.size
+
+
+def repeated(rank: Rank, asked: Pass, inputs: Inputs, step: Sequence[Batch], vocab: int) -> Tensor:
+    """Log-probabilities [B, T] of this rank's share of ``step``, by a graph once enough steps like it have come."""
+    model: Transformer = rank.state["model"]
+    asked.rows_expected = rows_of(step, rank.world_size)
+    kept = rank.state.setdefault(GRAPH, graphs.Repeated(isinstance(model.dispatch, Local)))
+    key = step[0].tokens.shape, len(step), asked.fraction, vocab
+    return kept(key, functools.partial(scored, model, asked, vocab), inputs.tokens, inputs.targets)
+
+
+def collected(rank: Rank, batches: Sequence[Batch], found: Tensor) -> list[tuple[int, np.ndarray]]:
+    """The batches' log-probabilities ``found`` [B, T], on the host; reports how many targets they are of."""
+    logprobs = found.cpu().numpy().reshape(len(batches), -1, found.shape[1])
+    rank.report(sum(int((b.targets != PAD).sum()) for b in batches))
+    return list(zip([b.index for b in batches], logprobs, strict=True))
 
 
 def padding_matters(batches: Sequence[Batch], fraction: float | None) -> bool:
     """Whether a pass over ``batches``, all padded or none, has to be told which tokens are padding.
 
-    Padding behind the text is what no token looks at, and where nobody is dropped it takes no one's place.
+    Causal attention never looks at trailing padding, and without a capacity padding displaces no token: then no mask is
+    needed.
     """
     if not batches[0].padded():
         return False
@@ -112,26 +169,20 @@ def padding_matters(batches: Sequence[Batch], fraction: float | None) -> bool:
 
 
 def trace_rows(
-    recorder: Recorder,
-    samples: np.ndarray,
-    tokens: Tensor,
-    targets: Tensor,
-    logprobs: Tensor,
-    predicted: Tensor | None,
+    recorder: Recorder, inputs: Inputs, logprobs: Tensor, predicted: Tensor | None
 ) -> dict[str, np.ndarray]:
     """What was recorded of one forward pass, with what is known of its tokens: a part of a trace without padding.
 
     Args:
-        samples: [B] ids.
-        tokens, targets, logprobs, predicted: [B, T] each.
+        logprobs, predicted: [B, T] each.
     """
-    real = tokens != PAD
+    real = inputs.tokens != PAD
     row, position = (index.cpu().numpy() for index in real.nonzero(as_tuple=True))
-    target, logprob = targets[real], logprobs[real]
+    target, logprob = inputs.targets[real], logprobs[real]
     return recorder.rows(real) | {
-        "sample": samples[row],
+        "sample": inputs.samples[row],
         "position": position,
-        "token": tokens[real].cpu().numpy(),
+        "token": inputs.tokens[real].cpu().numpy(),
         "target": target.cpu().numpy(),
         "generated": np.zeros(len(row), dtype=bool),
         "logprob": logprob.masked_fill(target == PAD, float("nan")).cpu().numpy(),

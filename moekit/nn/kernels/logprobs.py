@@ -10,9 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moekit.nn.config import PAD
+from moekit.symbols import PAD
 
-PARTS = 32  # of a row of logits, for as many programs: a few rows alone keep no GPU busy
+# A row of logits is read in so many parts, one a program: a few rows alone keep no GPU busy.
+PARTS = 32
 
 
 def target_log_probs(logits: Tensor, targets: Tensor) -> Tensor:

@@ -1,0 +1,126 @@
+"""The gates there are, by the name in :attr:`moekit.nn.config.ModelConfig.gate`: another one is a class more in the table.
+
+Top-1 and top-2 are those of fairseq's ``moe`` branch (fairseq/modules/moe/top1gate.py and top2gate.py at ebea0072).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moekit.nn.config import ModelConfig
+from moekit.nn.gate import Edit, Gate
+
+
+class Top1(Gate):
+    """Each token goes to the expert of the greatest probability, weighted by that."""
+
+    top_k = 1
+    softmax_top_k = True
+
+    def describe(self) -> str:
+        return "top-1"
+
+    def choose(
+        self,
+        logits: Tensor,
+        noise: Callable[[str, Tensor], Tensor] | None = None,
+        edit: Edit | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        _, probs, first = first_choice(logits, self.config, edit)
+        experts = first[..., None]
+        gate_probs = probs.gather(-1, experts)
+        return probs, experts, gate_probs, gate_probs
+
+
+class Top2(Gate):
+    """Each token goes to two experts, weighted by their probabilities normalised to a sum of 1.
+
+    The second one is the best of the others, or ``second_expert`` says that it is drawn: "sampling" adds noise to the
+    logits, and "random" dispatches it with twice its weight as the probability.
+    """
+
+    top_k = 2
+
+    @property
+    def draws(self) -> bool:
+        return self.config.second_expert != "all"
+
+    @property
+    def softmax_top_k(self) -> bool:
+        return self.config.second_expert != "sampling"
+
+    def describe(self) -> str:
+        return f"top-2, second expert: {self.config.second_expert}"
+
+    def choose(
+        self,
+        logits: Tensor,
+        noise: Callable[[str, Tensor], Tensor] | None = None,
+        edit: Edit | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        logits, probs, first = first_choice(logits, self.config, edit)
+        others = logits
+        if self.config.second_expert == "sampling":
+            others = logits + noise("gumbel", logits)
+        second = others.scatter(-1, first[..., None], float("-inf")).argmax(dim=-1)
+        if edit is not None:
+            second = edit.choose(1, second)
+        experts = torch.stack([first, second], dim=-1)
+        gate_probs = probs.gather(-1, experts)
+        return probs, experts, gate_probs, normalized(gate_probs)
+
+    def dispatched(
+        self,
+        gate_probs: Tensor,
+        weights: Tensor,
+        noise: Callable[[str, Tensor], Tensor] | None,
+        edit: Edit | None,
+    ) -> Tensor | None:
+        drop_second = edit is not None and edit.drop_second
+        random = self.config.second_expert == "random"
+        if not drop_second and not random:
+            return None
+        found = torch.ones_like(gate_probs, dtype=torch.bool)
+        if drop_second:
+            found[..., 1] = False
+        if random:
+            second = (weights if self.config.normalize_before_dropping else gate_probs)[..., 1]
+            found[..., 1] &= 2 * second > noise("uniform", second)
+        return found
+
+    def order(self, probs: Tensor) -> Tensor | None:
+        if not self.config.batch_prioritized:
+            return None
+        return (-probs.amax(dim=-1)).argsort(dim=1, stable=True)
+
+    def weigh(self, gate_probs: Tensor, weights: Tensor, kept: Tensor) -> Tensor:
+        return weights if self.config.normalize_before_dropping else normalized(gate_probs * kept)
+
+
+def first_choice(logits: Tensor, config: ModelConfig, edit: Edit | None) -> tuple[Tensor, Tensor, Tensor]:
+    """[..., E] -> the logits as they are used, their softmax [..., E], and each token's first choice [...]."""
+    if config.gate_fp32:
+        logits = logits.float()
+    if edit is not None and edit.mask is not None:
+        logits = logits.masked_fill(edit.mask, float("-inf"))
+    probs = F.softmax(logits, dim=-1)
+    # The greatest probability and not the greatest logit decides, as in fairseq: then ties fall alike.
+    first = probs.argmax(dim=-1)
+    return logits, probs, first if edit is None else edit.choose(0, first)
+
+
+def normalized(weights: Tensor) -> Tensor:
+    """[..., K] -> the same, divided by their sum."""
+    return weights / weights.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).eps)
+
+
+GATES: dict[str, type[Gate]] = {"top1": Top1, "top2": Top2}
+
+
+def gate_of(config: ModelConfig) -> Gate:
+    """The gate that ``config`` names."""
+    return GATES[config.gate](config)

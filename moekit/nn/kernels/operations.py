@@ -1,0 +1,44 @@
+"""The table of operations with Triton: the kernels where they apply, else the plain functions."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from moekit.nn import operations as plain
+from moekit.nn.cache import Cache
+from moekit.nn.kernels import short_step
+from moekit.nn.kernels.attention import attend_one
+from moekit.nn.kernels.gate import choose
+from moekit.nn.kernels.grouped import grouped_ffn
+from moekit.nn.kernels.logprobs import best, target_log_probs
+from moekit.nn.kernels.norm import add_norm
+from moekit.nn.kernels.tiles import by_expert
+from moekit.nn.passes import Pass
+from moekit.nn.transformer import Transformer
+
+
+def attend(qkv: Tensor, visible: Tensor | None, cache: Cache | None, layer: int) -> Tensor:
+    """:func:`moekit.nn.operations.attend`, by the kernel for one new token of sequences that have a cache."""
+    if cache is None or cache.empty or qkv.shape[1] != 1:
+        return plain.attend(qkv, visible, cache, layer)
+    return attend_one(qkv[:, 0], cache.kv[layer], cache.lengths)[:, None]
+
+
+def read_on(model: Transformer, tokens: Tensor, asked: Pass, vocab: int) -> Tensor:
+    """:func:`moekit.nn.operations.read_on`, in fewer and fused kernels for a few sequences."""
+    if short_step.fits(model, len(tokens)):
+        return short_step.read_on(model, tokens, asked.cache, vocab)
+    return plain.read_on(model, tokens, asked, vocab)
+
+
+TRITON = plain.Operations(
+    backend="triton",
+    attend=attend,
+    add_norm=add_norm,
+    choose=choose,
+    by_expert=by_expert,
+    experts_ffn=grouped_ffn,
+    target_log_probs=target_log_probs,
+    best=best,
+    read_on=read_on,
+)

@@ -1,0 +1,165 @@
+"""What a pass computes with, in one table a back end: plain torch, torch's grouped product, or Triton.
+
+Each function of :data:`PLAIN` is slow and plain to see that it is right; the same entry of the other tables is checked
+against it. Modules take what they compute with from ``self.operations``; :func:`use` sets it.
+
+Shape letters: B sequences, T tokens, H heads, C head dim, D model dim, N rows, V dictionary, K choices a token, E experts.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moekit.nn import gate
+from moekit.nn.ffn import grouped_mm, loop
+from moekit.symbols import PAD
+
+if TYPE_CHECKING:
+    from moekit.nn.cache import Cache
+    from moekit.nn.experts import Assignment, Experts
+    from moekit.nn.passes import Pass
+    from moekit.nn.transformer import Transformer
+
+BACKENDS = ("loop", "grouped_mm", "triton")
+
+
+@dataclass(frozen=True)
+class Operations:
+    """A back end: its name and its functions, each described where :data:`PLAIN` has it.
+
+    Of them, only those of "loop" learn: the others are for inference.
+    """
+
+    backend: str
+    attend: Callable[[Tensor, Tensor | None, Cache | None, int], Tensor]
+    add_norm: Callable[[Tensor, Tensor | None, nn.LayerNorm], tuple[Tensor, Tensor]]
+    choose: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    by_expert: Callable[[gate.Routing, int], tuple[Tensor, Tensor]]
+    experts_ffn: Callable[[Experts, Tensor, Assignment], Tensor]
+    target_log_probs: Callable[[Tensor, Tensor], Tensor]
+    best: Callable[[Tensor], tuple[Tensor, Tensor]]
+    read_on: Callable[[Transformer, Tensor, Pass, int], Tensor]
+
+
+def attend(qkv: Tensor, visible: Tensor | None, cache: Cache | None, layer: int) -> Tensor:
+    """Causal attention.
+
+    Args:
+        qkv: [B, T, 3, H, C], queries, keys and values of the tokens.
+        visible: [B or 1, 1, T, M] bool, which of the M keys each token looks at; None for those up to its own.
+        cache: what came before; the tokens' keys and values are written to its ``layer``.
+
+    Returns:
+        [B, T, H C]
+    """
+    qkv = qkv.permute(2, 0, 3, 1, 4)
+    q, kv = qkv[0], qkv[1:]  # [B, H, T, C] and [2, B, H, T, C]
+    if cache is not None:
+        kv = cache.extend(layer, kv)
+    y = F.scaled_dot_product_attention(q, *kv, attn_mask=visible, is_causal=visible is None)
+    return y.transpose(1, 2).flatten(2)
+
+
+def add_norm(x: Tensor, pending: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    """x [B, T, D], and what :func:`added` takes -> the sum and the layer norm of it, [B, T, D] each."""
+    x = x if pending is None else added(x, pending)
+    return x, F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+
+
+def added(x: Tensor, pending: Tensor) -> Tensor:
+    """x [B, T, D] and what is to be added: [B, T, D], or [B, T, K, D] from the experts of each choice."""
+    return x + (pending if pending.dim() == x.dim() else pending.sum(dim=-2))
+
+
+def choose(
+    rule: gate.Gate,
+    logits: Tensor,
+    noise: Callable[[str, Tensor], Tensor] | None = None,
+    edit: gate.Edit | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:meth:`moekit.nn.gate.Gate.choose` of ``rule``."""
+    return rule.choose(logits, noise, edit)
+
+
+def target_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
+    """[N, V] logits and [N] targets -> [N] float32 natural log-probabilities."""
+    return -F.cross_entropy(logits.float(), targets, reduction="none")
+
+
+def best(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """[N, V] logits -> the best token of each row that is no padding, [N] int64, and its float32 log-probability [N]."""
+    logprobs = F.log_softmax(logits.float(), dim=-1)
+    without_padding = logits.clone()
+    without_padding[:, PAD] = -torch.inf
+    tokens = without_padding.argmax(dim=-1)
+    return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
+
+
+def read_on(model: Transformer, tokens: Tensor, asked: Pass, vocab: int) -> Tensor:
+    """Each of B sequences reads one token more, [B] int64: the logits [B, V] of what follows.
+
+    Args:
+        asked: with the sequences' cache, each of them a routing group, and nothing that drops, draws, edits or records.
+        vocab: V, types of the dictionary.
+    """
+    return model.logits(model(tokens[:, None], asked)[:, 0], vocab)
+
+
+PLAIN = Operations(
+    backend="loop",
+    attend=attend,
+    add_norm=add_norm,
+    choose=choose,
+    by_expert=gate.by_expert,
+    experts_ffn=loop,
+    target_log_probs=target_log_probs,
+    best=best,
+    read_on=read_on,
+)
+GROUPED_MM = replace(PLAIN, backend="grouped_mm", experts_ffn=grouped_mm)
+
+
+def operations(backend: str) -> Operations:
+    """The table called ``backend``, one of :data:`BACKENDS`. Triton is imported only if it is asked for."""
+    if backend == "triton":
+        from moekit.nn.kernels.operations import TRITON
+
+        return TRITON
+    return {table.backend: table for table in (PLAIN, GROUPED_MM)}[backend]
+
+
+def use(module: nn.Module, backend: str) -> None:
+    """Have ``module`` and all modules in it compute with ``backend`` from now on."""
+    table = operations(backend)
+    for part in module.modules():
+        if hasattr(part, "operations"):
+            part.operations = table
+
+
+def choose_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The back end for inference on ``device`` with weights of ``dtype``: ``backend``, or for "auto" the fastest.
+
+    Raises:
+        ValueError: no back end has that name, or this one does not run there.
+    """
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"backend={backend!r}; expected auto, {', '.join(BACKENDS)}")
+    runs = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    runs = runs and importlib.util.find_spec("triton") is not None
+    if backend == "triton" and not runs:
+        raise ValueError(f"backend='triton' needs the package triton and a GPU, and this is a {device.type}")
+    if backend != "auto":
+        return backend
+    if device.type != "cuda":
+        return "loop"
+    if runs:
+        return "triton"
+    return "grouped_mm" if dtype == torch.bfloat16 else "loop"
