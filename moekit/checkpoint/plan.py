@@ -69,7 +69,7 @@ def survey(files: Files, dictionary: int | None = None) -> Plan:
     """
     from moekit.nn.transformer import Transformer
 
-    first = (*files.ranks, files.shared)[0]  # fairseq heeds the config of rank 0's file
+    first = files.first
     stamps = {path: stamp(path) for path in files.all}
     states = {path: read(path) for path in (files.shared, first)}
     opened = {path: tensors(state, path) for path, state in states.items()}
