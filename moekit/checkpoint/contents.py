@@ -34,6 +34,11 @@ def short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+def clip(text: str) -> str:
+    """A name for a message: as it is, unless it is long or cannot be printed."""
+    return text if text.isprintable() and len(text) <= 150 else short(text)
+
+
 # ------------------------------------------------------------------------------------------------ names
 
 STORAGES = {
@@ -119,7 +124,7 @@ def _is_value(name: str) -> bool:
 def refused(node: Any) -> str | None:
     """Why a single node is refused, if it is: ``asks to load the class or function ...``."""
     if isinstance(node, Name) and not _is_value(node):
-        return None if node in _rebuilders else f"asks to load the class or function {short(str(node))[1:-1]}"
+        return None if node in _rebuilders else f"asks to load the class or function {clip(str(node))}"
     if isinstance(node, Call):
         name, arguments = called(node)
         if not isinstance(name, Name):
@@ -128,7 +133,7 @@ def refused(node: Any) -> str | None:
             any(pattern.fullmatch(name) and fits(arguments) for pattern, fits in _calls.items())
             or (_is_enumeration(name) and _one_value(arguments))
         ):
-            return f"asks to load and call {short(str(name))[1:-1]} with arguments that no checkpoint needs"
+            return f"asks to load and call {clip(str(name))} with arguments that no checkpoint needs"
     return None
 
 
@@ -236,6 +241,8 @@ class _Plain:
             return self.result(node, depth)
         if isinstance(node, (Name, Reference)):
             return Opaque(str(node) if isinstance(node, Name) else "tensor")
+        if type(node) is int and node.bit_length() > 1024:
+            return Opaque(f"a whole number of {node.bit_length():,} bits")
         if isinstance(node, tuple):
             return tuple(self.of(part, depth + 1) for part in node)
         return [self.of(part, depth + 1) for part in node] if isinstance(node, list) else node

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moekit.checkpoint.archive import START, Layout, Record, layout
-from moekit.checkpoint.contents import Stored, layout_of, pairs, plain, refused, short, walk
+from moekit.checkpoint.contents import Stored, clip, layout_of, pairs, plain, refused, short, walk
 from moekit.checkpoint.pickles import Call, Unreadable
 
 # What is read besides the weights: the config, and what tells one training from another. The state of the optimizer
@@ -136,7 +136,7 @@ def _state(path: Path, memory: np.ndarray, storage: torch.UntypedStorage, found:
         where = layout_of(node) if isinstance(node, Call) else None
         if where is None:
             kind = str(node.function) if isinstance(node, Call) else type(node).__name__
-            raise ValueError(f"{path}: {short(key)[1:-1]} is a {short(kind)[1:-1]}, expected a tensor")
+            raise ValueError(f"{path}: {clip(key)} is a {clip(kind)}, expected a tensor")
         stored, offset, shape, strides, dtype = where
         record = _record(stored, found)
         held[record.name] = record.size
