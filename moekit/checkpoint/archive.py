@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from moekit.checkpoint.contents import short, storage_sizes
-from moekit.checkpoint.pickles import MOST_BYTES, Pairs, Unreadable, parse
+from moekit.checkpoint.pickles import MOST_BYTES, Name, Pairs, Unreadable, parse
 
 # The records of a zip archive, as in section 4.3 of its specification (PKWARE's APPNOTE.TXT).
 END = struct.Struct("<4s4H2LH")
@@ -41,9 +41,10 @@ class Record:
 
 @dataclass(frozen=True)
 class Layout:
-    """A file's pickle, and where the storages lie that it refers to, by their names."""
+    """A file's pickle, the functions and classes that it names, and where the storages lie that it refers to."""
 
     content: Any
+    names: set[Name]
     storages: dict[str, Record]
     folder: str | None = None  # that all members of an archive lie in
 
@@ -70,18 +71,18 @@ def _of_archive(memory: np.ndarray) -> Layout:
     order = records.get(f"{folder}/byteorder")
     if order is not None and _content(memory, order) != b"little":
         raise Unreadable("was written on a big-endian machine, which is not supported")
-    content = parse(_content(memory, records[pickles[0]])).value
+    content, _, names = parse(_content(memory, records[pickles[0]]))
     data = f"{folder}/data/"
     storages = {name.removeprefix(data): r for name, r in records.items() if name.startswith(data)}
-    return Layout(content, storages, folder)
+    return Layout(content, names, storages, folder)
 
 
-def _content(memory: np.ndarray, record: Record) -> bytes:
+def _content(memory: np.ndarray, record: Record) -> memoryview:
     if record.size > MOST_BYTES:
         raise Unreadable(
             f"has a {record.name} of {record.size:,} bytes; expected {MOST_BYTES:,} at most: it may be hostile"
         )
-    content = memory[record.start : record.start + record.size].tobytes()
+    content = memory[record.start : record.start + record.size].data
     if record.checksum is not None and zlib.crc32(content) != record.checksum:
         raise Unreadable(f"is damaged: {record.name} does not have the checksum that its archive tells")
     return content
@@ -166,7 +167,7 @@ def _of_old_file(memory: np.ndarray) -> Layout:
 
     In front of each storage stands how many numbers it has, in eight bytes.
     """
-    data = memory[:MOST_BYTES].tobytes()
+    data = memory[:MOST_BYTES].data
     magic = parse(data)
     if magic.value != MAGIC:
         raise Unreadable("is a pickle, but not one that torch.save wrote")
@@ -191,4 +192,4 @@ def _of_old_file(memory: np.ndarray) -> Layout:
             )
         storages[name] = Record(name, at, count * size, None)
         at += count * size
-    return Layout(content.value, storages)
+    return Layout(content.value, content.names, storages)

@@ -117,24 +117,37 @@ def _is_enumeration(name: str) -> bool:
     return isinstance(_known(name), enum.EnumMeta)
 
 
-def _is_value(name: str) -> bool:
-    return bool(_values.fullmatch(name)) or isinstance(_known(name), (torch.dtype, enum.EnumMeta))
+def is_known(name: str) -> bool:
+    """Whether a class or function of this name may stand in a checkpoint."""
+    return (
+        bool(_values.fullmatch(name))
+        or name in _rebuilders
+        or isinstance(_known(name), (torch.dtype, enum.EnumMeta))
+    )
 
 
 def refused(node: Any) -> str | None:
-    """Why a single node is refused, if it is: ``asks to load the class or function ...``."""
-    if isinstance(node, Name) and not _is_value(node):
-        return None if node in _rebuilders else f"asks to load the class or function {clip(str(node))}"
-    if isinstance(node, Call):
-        name, arguments = called(node)
-        if not isinstance(name, Name):
-            return "asks to call something that is not a function's name"
-        if not isinstance(arguments, tuple) or not (
-            any(pattern.fullmatch(name) and fits(arguments) for pattern, fits in _calls.items())
-            or (_is_enumeration(name) and _one_value(arguments))
-        ):
-            return f"asks to load and call {clip(str(name))} with arguments that no checkpoint needs"
-    return None
+    """Why a single node is refused, if it is: ``asks to load the class or function ...``.
+
+    Raises:
+        Unreadable: it refers to something outside that is no storage.
+    """
+    if isinstance(node, Name) and not is_known(node):
+        return f"asks to load the class or function {clip(str(node))}"
+    if isinstance(node, Reference):
+        Stored(node)
+    if not isinstance(node, Call):
+        return None
+    name, arguments = called(node)
+    if not isinstance(name, Name):
+        return "asks to call something that is not a function's name"
+    if not is_known(name):
+        return f"asks to load the class or function {clip(str(name))}"
+    fits = isinstance(arguments, tuple) and (
+        any(pattern.fullmatch(name) and fits(arguments) for pattern, fits in _calls.items())
+        or (_is_enumeration(name) and _one_value(arguments))
+    )
+    return None if fits else f"asks to call {clip(str(name))} with arguments that no checkpoint needs"
 
 
 def called(call: Call) -> tuple[Any, Any]:

@@ -151,7 +151,7 @@ class Options:
 
     def word(self, name: str, default: str, known: tuple[str, ...]) -> str:
         value = self.options.get(name)
-        if value is None or value == "":
+        if value is None:
             return default
         if not isinstance(value, str) or value not in known:
             raise ValueError(

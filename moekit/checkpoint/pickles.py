@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 MOST_BYTES = 64 << 20  # of a pickle: a file of 25,000 tensors has 5 MB
 # A pickle of n bytes may have FEW + n / EACH instructions, and make half as many things.
-FEW, EACH = 400_000, 32
+FEW, EACH = 350_000, 40
 
 
 class Unreadable(Exception):
@@ -62,9 +62,10 @@ class Reference(NamedTuple):
 class Parsed(NamedTuple):
     value: Any
     end: int  # the first byte behind the pickle
+    names: set[Name]  # all that stand in it, also those that are thrown away again
 
 
-def parse(data: bytes, start: int = 0) -> Parsed:
+def parse(data: bytes | memoryview, start: int = 0) -> Parsed:
     """Read the pickle of protocol 2 to 5 that begins at ``start``.
 
     Raises:
@@ -75,7 +76,7 @@ def parse(data: bytes, start: int = 0) -> Parsed:
     # The collector would look again and again at what is made here, all of which is kept.
     gc.disable()
     try:
-        return Parsed(machine.run(), machine.at)
+        return Parsed(machine.run(), machine.at, machine.names)
     except (IndexError, struct.error):
         raise Unreadable(f"has a damaged pickle (byte {machine.at:,})") from None
     finally:
@@ -84,11 +85,12 @@ def parse(data: bytes, start: int = 0) -> Parsed:
 
 
 class _Machine:
-    def __init__(self, data: bytes, start: int):
+    def __init__(self, data: bytes | memoryview, start: int):
         self.data, self.at = data, start
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
+        self.names: set[Name] = set()
 
     def run(self) -> Any:
         data, stack, act = self.data, self.stack, ACTIONS
@@ -120,13 +122,13 @@ class _Machine:
         if not 0 <= size <= len(self.data) - self.at:
             raise IndexError
         self.at += size
-        return self.data[self.at - size : self.at]
+        return bytes(self.data[self.at - size : self.at])
 
     def line(self) -> str:
-        end = self.data.index(b"\n", self.at) if b"\n" in self.data[self.at : self.at + 1000] else -1
-        if end < 0:
+        text, found, _ = bytes(self.data[self.at : self.at + 1000]).partition(b"\n")
+        if not found:
             raise IndexError
-        text, self.at = self.data[self.at : end], end + 1
+        self.at += len(text) + 1
         return decoded(text)
 
     def marked(self) -> list[Any]:
@@ -208,16 +210,20 @@ def _set_items(machine: _Machine) -> None:
     machine.top((Pairs,)).extend(pairs)
 
 
+def _name(machine: _Machine, module: Any, attribute: Any) -> None:
+    if not isinstance(module, str) or not isinstance(attribute, str):
+        raise IndexError
+    name = Name(f"{module}.{attribute}")
+    machine.names.add(name)
+    machine.stack.append(name)
+
+
 def _global(machine: _Machine) -> None:
-    module, name = machine.line(), machine.line()
-    machine.stack.append(Name(f"{module}.{name}"))
+    _name(machine, machine.line(), machine.line())
 
 
 def _stack_global(machine: _Machine) -> None:
-    module, name = _take(machine, 2)
-    if not isinstance(module, str) or not isinstance(name, str):
-        raise IndexError
-    machine.stack.append(Name(f"{module}.{name}"))
+    _name(machine, *_take(machine, 2))
 
 
 def _call(machine: _Machine) -> None:

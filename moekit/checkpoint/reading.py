@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moekit.checkpoint.archive import START, Layout, Record, layout
-from moekit.checkpoint.contents import Stored, clip, layout_of, pairs, plain, refused, short, walk
+from moekit.checkpoint.contents import Stored, clip, is_known, layout_of, pairs, plain, refused, short, walk
 from moekit.checkpoint.pickles import Call, Unreadable
 
 # What is read besides the weights: the config, and what tells one training from another. The state of the optimizer
@@ -56,7 +56,7 @@ def read(path: Path) -> dict[str, Any]:
         if kind is not None:
             raise ValueError(f"{path} is not a readable checkpoint file but {kind}")
         found = layout(memory)
-        _refuse(path, found.content)
+        _refuse(path, found)
         return _state(path, memory, storage, found)
     except Unreadable as error:
         advice = "; fetch it again" if re.search(r"damage|is cut short", str(error)) else ""
@@ -115,15 +115,19 @@ def _kind(memory: np.ndarray) -> str | None:
     return f"something else: it begins with {short(start[:12])}; expected a file of torch.save"
 
 
-def _refuse(path: Path, content: Any) -> None:
+def _refuse(path: Path, found: Layout) -> None:
     """Refuse a file that names what is not known as harmless, wherever it does."""
-    for node, place in walk(content):
-        reason = refused(node)
-        if reason is not None:
-            where = f" (at {place()})" if place() else ""
-            raise ValueError(
-                f"{path} {reason}{where}, which moekit does not do: a checkpoint is data, and this file may be hostile"
-            )
+    places = ((refused(node), place) for node, place in walk(found.content))
+    reason, where = next(((reason, place()) for reason, place in places if reason is not None), (None, ""))
+    if reason is None:
+        # What a pickle throws away again has no place.
+        odd = next((name for name in found.names if not is_known(name)), None)
+        reason = odd and f"asks to load the class or function {clip(odd)}"
+    if reason is not None:
+        raise ValueError(
+            f"{path} {reason}{where and f' (at {where})'}, which moekit does not do: a checkpoint is data, and this file may "
+            "be hostile"
+        )
 
 
 def _state(path: Path, memory: np.ndarray, storage: torch.UntypedStorage, found: Layout) -> dict[str, Any]:
