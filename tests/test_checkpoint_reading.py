@@ -1,13 +1,18 @@
 """What is read of a file, what is remembered of it, and how each kind of damage is told."""
 
+import contextlib
 import os
+import re
 import shutil
 import struct
+import tempfile
 import threading
 import warnings
 import zipfile
 from pathlib import Path
 
+import hypothesis
+import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
@@ -19,6 +24,9 @@ from moekit.checkpoint.contents import short
 from moekit.checkpoint.pickles import Unreadable, parse
 from moekit.nn.transformer import Transformer
 
+COUNT = int(os.environ.get("FUZZ", 600)) // 4
+# The same examples in every run, unless more are asked for; nothing is written into the folder.
+SETTINGS = {"database": None, "derandomize": "FUZZ" not in os.environ}
 KEY = "decoder.layers.1.moe_layer.experts.1.fc2.weight"
 
 
@@ -344,7 +352,77 @@ def test_damaged_pickles_raise_one_kind_of_error(data):
         parse(data)
 
 
+@hypothesis.given(
+    data=st.binary(max_size=200), start=st.sampled_from([b"", b"\x80\x02", b"\x80\x04]\x94(", b"}("])
+)
+@hypothesis.settings(max_examples=2 * COUNT, deadline=None, **SETTINGS)
+def test_any_bytes_are_a_pickle_or_one_kind_of_error(data, start):
+    with contextlib.suppress(Unreadable):
+        assert parse(start + data + b".").end <= len(start + data) + 1
+
+
+@hypothesis.given(
+    data=st.binary(max_size=300), start=st.sampled_from([b"PK\3\4", b"\x80\x02", b"", b"PK\5\6"])
+)
+@hypothesis.settings(max_examples=COUNT, deadline=None, **SETTINGS)
+def test_any_file_is_one_sentence_that_names_it(data, start):
+    with tempfile.NamedTemporaryFile(suffix=".pt") as file:
+        Path(file.name).write_bytes(start + data)
+        with pytest.raises(ValueError, match=re.escape(file.name)) as raised:
+            checkpoint.read(Path(file.name))
+    assert type(raised.value) is ValueError and str(raised.value).isprintable()
+
+
+@hypothesis.given(
+    name=st.one_of(
+        st.text(max_size=50), st.text("a/.~-_", max_size=20), st.integers(), st.none(), st.binary()
+    )
+)
+@hypothesis.example("a" * 5000)
+@hypothesis.example("x\0y")
+@hypothesis.example("~nobody-of-this-name/model.pt")
+@hypothesis.settings(max_examples=COUNT, deadline=None, **SETTINGS)
+def test_any_path_is_one_sentence(name):
+    hypothesis.assume(name != "demo")
+    with pytest.raises(ValueError) as raised:
+        checkpoint.find(name)
+    assert type(raised.value) is ValueError and len(str(raised.value)) < 700
+
+
 # ------------------------------------------------------------------------------------------------ options
+
+
+VALUE = st.recursive(
+    st.one_of(
+        st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20), st.binary(max_size=9)
+    ),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=3), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
+
+
+@hypothesis.given(given=st.dictionaries(st.sampled_from(sorted(options.READ)), VALUE, max_size=3))
+@hypothesis.settings(max_examples=2 * COUNT, deadline=None, **SETTINGS)
+def test_any_options_are_a_config_within_bounds_or_one_sentence(given):
+    try:
+        config = options.from_fairseq(given, {}, vocab_rows=10, before_final_norm=False, where="x.pt")
+    except ValueError as error:
+        assert (
+            str(error).startswith("x.pt")
+            and len(str(error)) < 300
+            and any(name in str(error) for name in given)
+        )
+        return
+    for name, value in vars(config).items():
+        expected = {"activation": str, "second_expert": str}.get(name) or type(value)
+        assert type(value) is expected in (str, int, bool)
+    assert (
+        config.dim % config.heads == 0
+        and 1 <= config.layers <= 10_000
+        and 1 <= config.max_positions <= 1_000_000
+    )
 
 
 def test_every_option_that_is_read_is_listed():

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moekit import paths
+from moekit.checkpoint.contents import clip, short
 from moekit.checkpoint.keys import SHARED_KEY
 from moekit.checkpoint.reading import read, tensors
 
@@ -42,7 +43,7 @@ def find(checkpoint: str | Path) -> Files:
     Raises:
         ValueError: nothing there, several checkpoints in one folder, a gap in the ranks, or no shared part.
     """
-    path = paths.DEMO_MODEL if str(checkpoint) == "demo" else Path(checkpoint).expanduser()
+    path = _path(checkpoint)
     folder, named = (path, None) if path.is_dir() else (path.parent, _named(path))
     names = _names(folder, checkpoint)
     stem = named["stem"] if named else _only_stem(folder, names)
@@ -54,12 +55,27 @@ def find(checkpoint: str | Path) -> Files:
     return Files(_shared(folder, stem, path, parts), tuple(ranks[rank] for rank in sorted(ranks)))
 
 
+def _path(checkpoint: str | Path) -> Path:
+    try:
+        path = paths.DEMO_MODEL if str(checkpoint) == "demo" else Path(checkpoint).expanduser()
+        # A name that is too long, say, is noticed by the system alone.
+        path.exists()
+    except (OSError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"checkpoint={short(checkpoint)} cannot be opened ({getattr(error, 'strerror', None) or error}): name a "
+            'checkpoint\'s folder, one of its .pt files, or "demo"'
+        ) from error
+    return path
+
+
 def _named(path: Path) -> re.Match:
     """The parts of a file's name."""
     match = NAME.fullmatch(path.name)
     if match is None:
         what = "is not a .pt file or a folder" if path.exists() else "does not exist"
-        raise ValueError(f'{path} {what}: name a checkpoint\'s folder, one of its .pt files, or "demo"')
+        raise ValueError(
+            f'{clip(str(path))} {what}: name a checkpoint\'s folder, one of its .pt files, or "demo"'
+        )
     return match
 
 

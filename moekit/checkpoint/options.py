@@ -192,9 +192,12 @@ def from_fairseq(
     Raises:
         ValueError: an option is missing, malformed, or asks for what moekit does not have.
     """
-    name = model.get("_name") or model.get("arch") or "transformer_lm"
+    said = "_name" if model.get("_name") else "arch"
+    name = model.get(said) or "transformer_lm"
     if not str(name).startswith("transformer_lm"):
-        raise ValueError(f"{where} holds a {short(name)}; moekit runs fairseq's 'transformer_lm' models")
+        raise ValueError(
+            f"{where} holds a {short(name)} ({said}); moekit runs fairseq's 'transformer_lm' models"
+        )
     for option, (asks, what) in REFUSED.items():
         if asks(model.get(option)):
             raise ValueError(
