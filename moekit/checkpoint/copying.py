@@ -175,8 +175,10 @@ class OntoGpu:
 
     def __init__(self, device: torch.device):
         self.device, self.caller = device, torch.cuda.current_stream(device)
-        self.mine = threading.local()  # each thread's stream and buffers
+        self.mine = threading.local()
+        # Of all threads, since the GPU may still read a buffer when its thread has ended.
         self.streams: list[torch.cuda.Stream] = []
+        self.buffers: list[Pinned] = []
 
     @staticmethod
     def loads(pieces: Iterable[Piece]) -> Iterator[Shared]:
@@ -191,7 +193,9 @@ class OntoGpu:
             mine.stream.wait_stream(self.caller)
         with torch.cuda.device(self.device), torch.cuda.stream(mine.stream):
             if not hasattr(mine, "ring"):
-                mine.ring = itertools.cycle([Pinned(LOAD_BYTES, self.device) for _ in range(BUFFERS)])
+                buffers = [Pinned(LOAD_BYTES, self.device) for _ in range(BUFFERS)]
+                self.buffers += buffers
+                mine.ring = itertools.cycle(buffers)
             staged(load, next(mine.ring))
 
     def finish(self) -> None:
