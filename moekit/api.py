@@ -233,6 +233,7 @@ def load(
                 loading.load, plan, kind, backend, on_report=lambda rank, n: bar.update(n)
             )
             plan.opened.clear()
+            ckpt.warn_nonfinite(found for part in model.parts for found in part["nonfinite"])
             bar.update(bar.total - bar.n)  # what is not tensors
         model.load_seconds = time.perf_counter() - start
     except BaseException:

@@ -138,8 +138,7 @@ def applied(files: checkpoint.Files, overrides: dict[str, Any]) -> tuple[float |
     Raises:
         ValueError: an override would change the shape of the weights, or makes no sense.
     """
-    first = (*files.ranks, files.shared)[0]  # fairseq heeds the config of rank 0's file
-    model, task = options_of(checkpoint.read(first), str(first))
+    model, task = options_of(checkpoint.read(files.first), str(files.first))
     unknown = [name for name in overrides if name not in {*model, *task, "world_size", "bpe"}]
     if unknown:
         logger.warning("--model-overrides names what the checkpoint does not have: %s", ", ".join(unknown))

@@ -4,21 +4,26 @@
     plan = survey(files)                    # every file's header, checked against the key table; no weight is read
     fill(model, plan, held)                 # one rank reads the tensors it keeps, straight into place
 
-A checkpoint is untrusted: files are opened with torch's restricted unpickler and memory-mapped, so that nothing in
-them runs and nothing is read that is not kept.
+A checkpoint is untrusted: pickles.py reads what a file says without calling anything, and its weights are memory-mapped, so
+that nothing in it runs and nothing is read that is not kept. From below to above: pickles (the machine), contents (what
+may stand in one), archive (where a file's parts lie), reading (one file), keys (fairseq's names), files (which there are),
+options (the config), belonging (whether files belong together), inspection (checksums), copying, plan (who reads what).
 """
 
 from moekit.checkpoint.files import Files, find
+from moekit.checkpoint.inspection import NonFinite, warn_nonfinite
 from moekit.checkpoint.keys import KEYS, Place, places
 from moekit.checkpoint.plan import Plan, describe, fill, survey
-from moekit.checkpoint.reading import Source, read, stamp, tensors
+from moekit.checkpoint.reading import Source, Weights, read, stamp, tensors
 
 __all__ = [
     "KEYS",
     "Files",
+    "NonFinite",
     "Place",
     "Plan",
     "Source",
+    "Weights",
     "describe",
     "fill",
     "find",
@@ -27,4 +32,5 @@ __all__ = [
     "stamp",
     "survey",
     "tensors",
+    "warn_nonfinite",
 ]

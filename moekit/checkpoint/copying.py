@@ -12,11 +12,11 @@ the others copy loads of 16 MiB, which go to the GPU as a whole, where one call 
 
 from __future__ import annotations
 
-import contextlib
+import collections
 import itertools
-import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -31,11 +31,15 @@ ALIGNMENT = 256  # bytes, of what lies in a buffer: good for the GPU
 
 @dataclass(frozen=True)
 class Piece:
-    """``source``, on the CPU, is to be copied to ``target`` of the same shape, which is contiguous; types may differ."""
+    """``source``, on the CPU, is to be copied to ``target`` of the same shape, which is contiguous; types may differ.
+
+    The thread that copies it calls ``check`` before, which may raise.
+    """
 
     name: str  # for errors
     source: Tensor
     target: Tensor
+    check: Callable[[], None] | None = None
 
 
 def copy(
@@ -53,76 +57,48 @@ def copy(
         progress: called in this thread with the bytes copied since the last call.
 
     Raises:
-        Whatever ``pieces`` raises; RuntimeError with the piece's name if the shapes differ, or with that of the first
-        of a load that cannot be copied.
+        Whatever ``pieces`` or a check raises; RuntimeError with the piece's name if the shapes differ, or with that of
+        the first of a load that cannot be copied.
     """
     carrier = Straight() if device.type == "cpu" else OntoGpu(device)
     threads = max(1, min(threads, THREADS))
-    waiting: queue.Queue[Load | None] = queue.Queue(2 * threads)
-    said: queue.SimpleQueue[int | BaseException | None] = queue.SimpleQueue()  # bytes, an error, or "done"
-    stop = threading.Event()
+    waiting: collections.deque[Future[int]] = collections.deque()
 
-    def work() -> None:
-        try:
-            with torch.no_grad(), carrier.carrying() as carry:
-                while not stop.is_set() and (load := waiting.get()) is not None:
-                    try:
-                        carry(load)
-                    except RuntimeError as error:
-                        raise RuntimeError(
-                            f"{load.name} and what follows cannot be copied: {error}"
-                        ) from error
-                    said.put(load.bytes)
-        except BaseException as error:
-            stop.set()
-            said.put(error)
-        finally:
-            said.put(None)
+    def finish_one() -> None:
+        copied = waiting.popleft().result()
+        if progress is not None:
+            progress(copied)
 
-    def heard(words: Iterable[int | BaseException | None]) -> int:
-        """How many threads are done, of those that spoke."""
-        done = 0
-        for word in words:
-            if isinstance(word, BaseException):
-                raise word
-            done += word is None
-            if word and progress is not None:
-                progress(word)
-        return done
-
-    def ready() -> Iterator[int | BaseException | None]:
-        with contextlib.suppress(queue.Empty):
-            while True:
-                yield said.get_nowait()
-
-    def hand_over(load: Load | None) -> int:
-        done = heard(ready())
-        while not stop.is_set():
-            with contextlib.suppress(queue.Full):
-                waiting.put(load, timeout=0.05)
-                break
-            done += heard(ready())
-        return done
-
-    team = [threading.Thread(target=work, name=f"copying-{i}", daemon=True) for i in range(threads)]
     threads_of_torch = torch.get_num_threads()
     try:
-        for thread in team:
-            thread.start()
-        done = sum(hand_over(load) for load in itertools.chain(carrier.loads(pieces), [None] * threads))
-        while done < threads:
-            done += heard([said.get()])
-    finally:  # an interrupt, too
-        stop.set()
-        with contextlib.suppress(queue.Empty):  # who waits for a load gets a word that there is none
-            while True:
-                waiting.get_nowait()
-        for _ in team:
-            waiting.put(None)
-        for thread in team:
-            if thread.ident is not None:  # it was started
-                thread.join()
-        torch.set_num_threads(threads_of_torch)  # or threads to come would take over what these chose
+        with ThreadPoolExecutor(threads, "copying", torch.set_num_threads, (1,)) as pool:
+            try:
+                for load in carrier.loads(pieces):
+                    if len(waiting) == 2 * threads:
+                        finish_one()
+                    waiting.append(pool.submit(_carry, carrier, load))
+                while waiting:
+                    finish_one()
+            finally:
+                # After an error or an interrupt, loads that no thread has begun are dropped.
+                for future in waiting:
+                    future.cancel()
+    finally:
+        carrier.finish()
+        # A thread of torch's takes over the number that was set last, in whichever thread.
+        torch.set_num_threads(threads_of_torch)
+
+
+def _carry(carrier: Straight | OntoGpu, load: Load) -> int:
+    """Check and copy one load; returns its bytes."""
+    for check in load.checks:
+        check()
+    try:
+        with torch.no_grad():
+            carrier.carry(load)
+    except RuntimeError as error:
+        raise RuntimeError(f"{load.name} and what follows cannot be copied: {error}") from error
+    return load.bytes
 
 
 class Load:
@@ -131,10 +107,16 @@ class Load:
     Attributes:
         name: of the first piece.
         bytes: of the sources.
+        checks: to be made before anything is copied.
     """
 
     def __init__(self, name: str):
         self.name, self.bytes = name, 0
+        self.checks: list[Callable[[], None]] = []
+
+    def take_check(self, piece: Piece) -> None:
+        if piece.check is not None:
+            self.checks.append(piece.check)
 
 
 class Tensors(Load):
@@ -170,6 +152,7 @@ class Straight:
             check(piece)
             load = load or Tensors(piece.name)
             load.pieces.append(piece)
+            load.take_check(piece)
             load.bytes += piece.source.nbytes
             if load.bytes >= LOAD_BYTES:
                 yield load
@@ -178,37 +161,47 @@ class Straight:
             yield load
 
     @staticmethod
-    @contextlib.contextmanager
-    def carrying() -> Iterator[Callable[[Tensors], None]]:
-        torch.set_num_threads(1)  # of this thread: it is one of several
+    def carry(load: Tensors) -> None:
+        for piece in load.pieces:
+            piece.target.copy_(piece.source)
 
-        def carry(load: Tensors) -> None:
-            for piece in load.pieces:
-                piece.target.copy_(piece.source)
-
-        yield carry
+    @staticmethod
+    def finish() -> None:
+        """Nothing is left to wait for."""
 
 
 class OntoGpu:
-    """To a GPU, on a stream of its own for each thread; when a thread is done, all of its loads have arrived."""
+    """To a GPU, on a stream of its own for each thread."""
 
     def __init__(self, device: torch.device):
         self.device, self.caller = device, torch.cuda.current_stream(device)
+        self.mine = threading.local()
+        # Of all threads, since the GPU may still read a buffer when its thread has ended.
+        self.streams: list[torch.cuda.Stream] = []
+        self.buffers: list[Pinned] = []
 
     @staticmethod
     def loads(pieces: Iterable[Piece]) -> Iterator[Shared]:
         return packed(pieces, LOAD_BYTES)
 
-    @contextlib.contextmanager
-    def carrying(self) -> Iterator[Callable[[Shared], None]]:
-        stream = torch.cuda.Stream(self.device)
-        with torch.cuda.device(self.device), torch.cuda.stream(stream):
-            stream.wait_stream(self.caller)  # where the targets' memory may still be in use
-            ring = itertools.cycle([Pinned(LOAD_BYTES, self.device) for _ in range(BUFFERS)])
-            try:
-                yield lambda load: staged(load, next(ring))
-            finally:  # nothing is under way to a target that may be gone soon
-                stream.synchronize()
+    def carry(self, load: Shared) -> None:
+        mine = self.mine
+        if not hasattr(mine, "stream"):
+            mine.stream = torch.cuda.Stream(self.device)
+            self.streams.append(mine.stream)
+            # The targets' memory may still be in use there.
+            mine.stream.wait_stream(self.caller)
+        with torch.cuda.device(self.device), torch.cuda.stream(mine.stream):
+            if not hasattr(mine, "ring"):
+                buffers = [Pinned(LOAD_BYTES, self.device) for _ in range(BUFFERS)]
+                self.buffers += buffers
+                mine.ring = itertools.cycle(buffers)
+            staged(load, next(mine.ring))
+
+    def finish(self) -> None:
+        """Wait until all loads have arrived; nothing is under way to a target that may be gone soon."""
+        for stream in self.streams:
+            stream.synchronize()
 
 
 def check(piece: Piece) -> None:
@@ -226,6 +219,7 @@ def packed(pieces: Iterable[Piece], size: int) -> Iterator[Shared]:
         source, each = numbers.view(torch.uint8).numpy(), numbers.itemsize
         room, step = size // each, ALIGNMENT // each
         start, total = 0, numbers.numel()
+        unchecked = True
         while start < total:
             if load is None or load.dtype != numbers.dtype or load.used == room:
                 if load is not None:
@@ -233,6 +227,9 @@ def packed(pieces: Iterable[Piece], size: int) -> Iterator[Shared]:
                 load = Shared(piece.name, numbers.dtype)
             count = min(total - start, room - load.used)
             part = target if count == total else target[start : start + count]
+            if unchecked:
+                load.take_check(piece)
+                unchecked = False
             load.parts.append((load.used, part))
             load.sources.append((load.used, source[start * each : (start + count) * each]))
             load.bytes += count * each

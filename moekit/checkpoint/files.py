@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moekit import paths
+from moekit.checkpoint.contents import clip, short
 from moekit.checkpoint.keys import SHARED_KEY
 from moekit.checkpoint.reading import read, tensors
 
@@ -22,8 +23,13 @@ class Files:
     def all(self) -> tuple[Path, ...]:
         return (self.shared, *self.ranks)
 
+    @property
+    def first(self) -> Path:
+        """The file whose config counts, as in fairseq: rank 0's, if there are rank files."""
+        return self.ranks[0] if self.ranks else self.shared
 
-FILE = re.compile(r"(?P<stem>.+?)(?P<part>-shared|-rank-(?P<rank>\d+))?\.pt")
+
+NAME = re.compile(r"(?P<stem>.+?)(?P<part>-shared|-rank-(?P<rank>0|[1-9][0-9]*))?\.pt", re.DOTALL)
 
 
 def find(checkpoint: str | Path) -> Files:
@@ -37,53 +43,90 @@ def find(checkpoint: str | Path) -> Files:
     Raises:
         ValueError: nothing there, several checkpoints in one folder, a gap in the ranks, or no shared part.
     """
-    if str(checkpoint) == "demo":
-        checkpoint = paths.DEMO_MODEL
-    path = Path(checkpoint).expanduser()
-    folder = path if path.is_dir() else path.parent
+    path = _path(checkpoint)
+    folder, named = (path, None) if path.is_dir() else (path.parent, _named(path))
+    names = _names(folder, checkpoint)
+    stem = named["stem"] if named else _only_stem(folder, names)
+    parts = {name: match for name, match in names.items() if match["stem"] == stem}
+    ranks = {int(match["rank"]): folder / name for name, match in parts.items() if match["rank"]}
+    if named and named["rank"] and path.name not in parts:
+        raise ValueError(f"there is no file {path}; {folder} holds {len(ranks)} rank files")
+    _check_gaps(folder, stem, ranks)
+    return Files(_shared(folder, stem, path, parts), tuple(ranks[rank] for rank in sorted(ranks)))
+
+
+def _path(checkpoint: str | Path) -> Path:
+    try:
+        path = paths.DEMO_MODEL if str(checkpoint) == "demo" else Path(checkpoint).expanduser()
+        # A name that is too long, say, is noticed by the system alone.
+        path.exists()
+    except (OSError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"checkpoint={short(checkpoint)} cannot be opened ({getattr(error, 'strerror', None) or error}): name a "
+            'checkpoint\'s folder, one of its .pt files, or "demo"'
+        ) from error
+    return path
+
+
+def _named(path: Path) -> re.Match:
+    """The parts of a file's name."""
+    match = NAME.fullmatch(path.name)
+    if match is None:
+        what = "is not a .pt file or a folder" if path.exists() else "does not exist"
+        raise ValueError(
+            f'{clip(str(path))} {what}: name a checkpoint\'s folder, one of its .pt files, or "demo"'
+        )
+    return match
+
+
+def _names(folder: Path, checkpoint: str | Path) -> dict[str, re.Match]:
+    """The names in a folder that a checkpoint's file can have, and their parts."""
     if not folder.is_dir():
         raise ValueError(
             f"there is no folder {folder}; checkpoint={str(checkpoint)!r} must name a folder or a .pt file"
         )
-
-    found = {p.name: match for p in sorted(folder.glob("*.pt")) if (match := FILE.fullmatch(p.name))}
-    if path == folder:
-        stems = sorted(
-            {m["stem"] for m in found.values() if m["part"]} or {m["stem"] for m in found.values()}
-        )
-        if not stems:
-            raise ValueError(
-                f"{folder} holds no checkpoint: expected model-shared.pt and model-rank-0.pt, ..."
-            )
-        if len(stems) > 1 and "model" not in stems:
-            raise ValueError(
-                f"{folder} holds several checkpoints ({', '.join(stems)}): name one, as in {stems[0]}.pt"
-            )
-        stem = "model" if "model" in stems else stems[0]
-    else:
-        match = FILE.fullmatch(path.name)
-        if match is None:
-            what = "is not a .pt file or a folder" if path.exists() else "does not exist"
-            raise ValueError(f'{path} {what}: name a checkpoint\'s folder, one of its .pt files, or "demo"')
-        stem = match["stem"]
-
-    ranks = {int(m["rank"]): folder / name for name, m in found.items() if m["stem"] == stem and m["rank"]}
-    if path.suffix and path != folder and not path.exists() and FILE.fullmatch(path.name)["rank"]:
-        raise ValueError(f"there is no file {path}; {folder} holds {len(ranks)} rank files")
-    missing = sorted(set(range(max(ranks, default=-1) + 1)) - set(ranks))
-    if missing:
-        names = ", ".join(f"{stem}-rank-{r}.pt" for r in missing[:5])
+    try:
+        names = sorted(path.name for path in folder.iterdir())
+    except OSError as error:
         raise ValueError(
-            f"{folder} holds {len(ranks)} rank files up to {stem}-rank-{max(ranks)}.pt but lacks {names}"
+            f"{folder} cannot be listed ({error.strerror}): check the folder's permissions"
+        ) from error
+    return {name: match for name in names if (match := NAME.fullmatch(name))}
+
+
+def _only_stem(folder: Path, names: dict[str, re.Match]) -> str:
+    """The stem that a folder's path stands for: ``model``, or the only one."""
+    stems = sorted({m["stem"] for m in names.values() if m["part"]} or {m["stem"] for m in names.values()})
+    if not stems:
+        raise ValueError(f"{folder} holds no checkpoint: expected model-shared.pt and model-rank-0.pt, ...")
+    if "model" in stems:
+        return "model"
+    if len(stems) > 1:
+        raise ValueError(
+            f"{folder} holds several checkpoints ({', '.join(stems)}): name one, as in {stems[0]}.pt"
+        )
+    return stems[0]
+
+
+def _check_gaps(folder: Path, stem: str, ranks: dict[int, Path]) -> None:
+    last = max(ranks, default=-1)
+    # At most len(ranks) + 1 numbers have to be looked at to find the first that is missing.
+    missing = [rank for rank in range(min(last, len(ranks) + 5)) if rank not in ranks]
+    if missing:
+        lacking = ", ".join(f"{stem}-rank-{rank}.pt" for rank in missing[:5])
+        raise ValueError(
+            f"{folder} holds {len(ranks)} rank files up to {stem}-rank-{last}.pt but lacks {lacking}"
         )
 
+
+def _shared(folder: Path, stem: str, path: Path, parts: dict[str, re.Match]) -> Path:
+    """The file with the shared part; of two the one that ``path`` names."""
     candidates = [folder / f"{stem}-shared.pt", folder / f"{stem}.pt"]
-    if path == candidates[1]:
-        candidates.reverse()
+    candidates.sort(key=lambda candidate: candidate != path)
     for candidate in candidates:
-        if candidate.is_file() and SHARED_KEY in tensors(read(candidate), candidate):
-            return Files(candidate, tuple(ranks[r] for r in sorted(ranks)))
-    there = ", ".join(name for name, m in found.items() if m["stem"] == stem) or "no such file"
+        if candidate.name in parts and SHARED_KEY in tensors(read(candidate), candidate):
+            return candidate
+    there = ", ".join(parts) or "no such file"
     raise ValueError(
         f"{folder} has no shared part of '{stem}' ({there}): expected {stem}-shared.pt, or {stem}.pt, with {SHARED_KEY}"
     )

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from moekit.checkpoint.contents import clip
 from moekit.checkpoint.reading import Source
 from moekit.nn.config import ModelConfig
 
@@ -69,7 +70,8 @@ OLD_KEYS: dict[str, str] = {
 OUTPUT_KEYS = {"decoder.output_projection.weight", "decoder.embed_out"}
 
 
-NUMBER = re.compile(r"(?<=\.layers\.)\d+|(?<=\.experts\.)\d+")
+_NUMBER = r"(?:0|[1-9][0-9]{0,6})(?=\.)"
+NUMBER = re.compile(rf"(?<=\.layers\.){_NUMBER}|(?<=\.experts\.){_NUMBER}")
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,9 @@ def places(
     for key, tensor in found.items():
         pattern, numbers = _split(key)
         if pattern not in KEYS and pattern not in OLD_KEYS:
-            raise ValueError(f"{source.path}: unknown key {key}; expected a key of moekit.checkpoint.KEYS")
+            raise ValueError(
+                f"{source.path}: unknown key {clip(key)}; expected a key of moekit.checkpoint.KEYS"
+            )
         target = KEYS[pattern] if pattern in KEYS else OLD_KEYS[pattern]
         if config.share_output and target == "output.weight[rows]":
             target = "embed.weight[rows]"  # one matrix, which files hold twice; fairseq reads this one last

@@ -1,102 +1,190 @@
-"""One checkpoint file, opened without running anything in it: torch's restricted unpickler, and memory-mapped tensors."""
+"""One checkpoint file, opened without running anything in it: its config as plain data, its weights memory-mapped."""
 
 from __future__ import annotations
 
-import argparse
-import collections
-import pickle
 import re
-import zipfile
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from moekit.checkpoint.archive import START, Layout, Record, layout
+from moekit.checkpoint.contents import Stored, clip, is_known, layout_of, pairs, plain, refused, short, walk
+from moekit.checkpoint.pickles import Call, Unreadable
+
+# What is read besides the weights: the config, and what tells one training from another. The state of the optimizer
+# stays in the file.
+SETTINGS = ("args", "cfg", "optimizer_history", "extra_state")
+
+
+class Weights(dict[str, Tensor]):
+    """The tensors of a file by their keys, memory-mapped.
+
+    Attributes:
+        path: the file.
+        memory: all of it, [bytes] uint8.
+        records: the record of the file that each key's tensor lies in.
+        folder: the folder inside the file's archive, which torch names after the file; None in old files.
+    """
+
+    def __init__(self, path: Path, memory: np.ndarray, folder: str | None):
+        super().__init__()
+        self.path, self.memory, self.folder = path, memory, folder
+        self.records: dict[str, Record] = {}
+
 
 def read(path: Path) -> dict[str, Any]:
-    """The top level of one checkpoint file, its tensors memory-mapped. Nothing in the file is executed.
+    """The top level of one checkpoint file: ``model``, its :class:`Weights`, and of :data:`SETTINGS` those it has.
+
+    Nothing in the file is executed, and only its directory and its pickle are read.
 
     Raises:
-        ValueError: not a checkpoint, damaged, or it asks to build objects of a class that is not known as harmless.
+        ValueError: not a checkpoint, damaged, or it asks to build what is not known as harmless.
     """
+    path = Path(path)
+    size = _size(path)
     try:
-        mapped = zipfile.is_zipfile(path)  # files from before torch 1.6 are no archives, and cannot be mapped
-        with torch.serialization.safe_globals(harmless()):
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except FileNotFoundError:
-        raise ValueError(f"there is no file {path}") from None
-    except pickle.UnpicklingError as error:
-        wanted = re.search(r"GLOBAL (\S+)", str(error))
-        if wanted is None:
-            raise ValueError(f"{path} is not a readable checkpoint file{_kind(path)}") from error
+        storage = torch.UntypedStorage.from_file(str(path), False, size)
+    except (RuntimeError, OSError) as error:
+        raise ValueError(f"{path} cannot be mapped into memory: {_reason(error)}") from error
+    memory = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
+    try:
+        kind = _kind(memory)
+        if kind is not None:
+            raise ValueError(f"{path} is not a readable checkpoint file but {kind}")
+        found = layout(memory)
+        _refuse(path, found)
+        return _state(path, memory, storage, found)
+    except Unreadable as error:
+        advice = "; fetch it again" if re.search(r"damage|is cut short", str(error)) else ""
+        raise ValueError(f"{path} is not a readable checkpoint file: it {error}{advice}") from error
+
+
+def _size(path: Path) -> int:
+    """Bytes of a regular file that can be read."""
+    try:
+        if not path.exists():
+            raise ValueError(f"there is no file {path}")
+        if not path.is_file():
+            what = "a folder" if path.is_dir() else "a device, a pipe or a socket"
+            raise ValueError(f"{path} is {what}; expected a checkpoint file")
+        with open(path, "rb"):
+            size = path.stat().st_size
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({_reason(error)}): check its permissions") from error
+    if size == 0:
+        raise ValueError(f"{path} is not a readable checkpoint file: it is empty; fetch it again")
+    return size
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or type(error).__name__
+
+
+KINDS: list[tuple[bytes, str]] = [
+    (rb"\s*version https://git-lfs", "a Git LFS pointer: run git lfs pull"),
+    (rb".{7}\0\{", "a file of safetensors; expected a file of torch.save"),
+    (rb"\s*<[!?a-zA-Z]", "a web page: fetch the file itself"),
+    (rb"\x1f\x8b", "compressed with gzip: unpack it first"),
+    (rb"BZh", "compressed with bzip2: unpack it first"),
+    (rb"\xfd7zXZ", "compressed with xz: unpack it first"),
+    (rb"\x28\xb5\x2f\xfd", "compressed with zstd: unpack it first"),
+    (rb"7z\xbc\xaf", "an archive of 7-Zip: unpack it first"),
+    (rb".{257}ustar", "a tar archive: unpack it first (if torch before version 0.2 wrote it, save it anew with a later one)"),
+    (rb"\x89PNG", "a picture"),
+    (rb"\x89HDF", "a file of HDF5; expected a file of torch.save"),
+    (rb"\x93NUMPY", "an array of NumPy; expected a file of torch.save"),
+    (rb"GGUF", "a file of llama.cpp; expected a file of torch.save"),
+    (rb"PK\x05\x06", "an empty zip archive: fetch it again"),
+    (rb"\0{512}", "empty where it should begin: the download was not finished; fetch it again"),
+    (rb"\x80[\x00\x01]|\(dp|\(lp|c\w+\n", "a pickle of protocol 0 or 1: save it anew with torch.save"),
+]  # fmt: skip
+
+
+def _kind(memory: np.ndarray) -> str | None:
+    """What a file that is no checkpoint is instead; None if it begins as one."""
+    start = memory[:512].tobytes()
+    for pattern, kind in KINDS:
+        if re.match(pattern, start, re.DOTALL):
+            return kind
+    if start.startswith((START, b"\x80")):
+        return None
+    return f"something else: it begins with {short(start[:12])}; expected a file of torch.save"
+
+
+def _refuse(path: Path, found: Layout) -> None:
+    """Refuse a file that names what is not known as harmless, wherever it does."""
+    places = ((refused(node), place) for node, place in walk(found.content))
+    reason, where = next(((reason, place()) for reason, place in places if reason is not None), (None, ""))
+    if reason is None:
+        # What a pickle throws away again has no place.
+        odd = next((name for name in found.names if not is_known(name)), None)
+        reason = odd and f"asks to load the class or function {clip(odd)}"
+    if reason is not None:
         raise ValueError(
-            f"{path} asks to load the class or function {wanted[1]}, which moekit does not do: a checkpoint is data, and "
-            "this file may be hostile"
-        ) from error
-    except Exception as error:  # torch reads a damaged pickle until something fails, and that may be anything
-        told = isinstance(error, (RuntimeError, OSError)) and str(error)
-        reason = str(error).splitlines()[0] if told else type(error).__name__
-        raise ValueError(f"{path} is not a readable checkpoint file{_kind(path)}: {reason}") from error
-    if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
+            f"{path} {reason}{where and f' (at {where})'}, which moekit does not do: a checkpoint is data, and this file may "
+            "be hostile"
+        )
+
+
+def _state(path: Path, memory: np.ndarray, storage: torch.UntypedStorage, found: Layout) -> dict[str, Any]:
+    top = _named(path, found.content, "its top level") or {}
+    if pairs(top.get("model")) is None:
         raise ValueError(f"{path} has no 'model' with tensors: it is no fairseq checkpoint")
-    return state
+    weights = Weights(path, memory, found.folder)
+    held: dict[str, int] = {}
+    for key, node in _named(path, top["model"], "model").items():
+        where = layout_of(node) if isinstance(node, Call) else None
+        if where is None:
+            kind = str(node.function) if isinstance(node, Call) else type(node).__name__
+            raise ValueError(f"{path}: {clip(key)} is a {clip(kind)}, expected a tensor")
+        stored, offset, shape, strides, dtype = where
+        record = _record(stored, found)
+        held[record.name] = record.size
+        part = storage[record.start : record.start + stored.bytes]
+        weights[key] = torch.empty(0, dtype=dtype).set_(part, offset, shape, strides)
+        weights.records[key] = record
+    total, most = sum(tensor.nbytes for tensor in weights.values()), sum(held.values())
+    # Tied matrices are one storage under two keys.
+    if total > 2 * most or most > len(memory):
+        raise Unreadable(
+            f"has tensors of {total:,} bytes in storages of {most:,}, so it is damaged or hostile"
+        )
+    return {"model": weights} | {name: plain(top[name]) for name in SETTINGS if name in top}
 
 
-def _first_bytes(path: Path) -> bytes:
-    with open(path, "rb") as file:
-        return file.read(64).lstrip()
+def _named(path: Path, node: Any, where: str) -> dict[str, Any] | None:
+    """The entries of a dictionary, whose keys have to be text; None if it is none."""
+    found = pairs(node)
+    if found is None:
+        return None
+    named: dict[str, Any] = {}
+    for key, value in found:
+        if type(key) is not str:
+            raise ValueError(f"{path}: {where} has the key {short(key)}; expected text")
+        if key in named:
+            raise ValueError(f"{path}: {where} has the key {short(key)} twice")
+        named[key] = value
+    return named
 
 
-def _kind(path: Path) -> str:
-    """What a file that is no checkpoint often is instead."""
-    start = _first_bytes(path) if path.is_file() else b""
-    if start.startswith(b"version https://git-lfs"):
-        return " but a Git LFS pointer: run git lfs pull"
-    return " but a web page" if start.startswith(b"<") else ""
+def _record(stored: Stored, found: Layout) -> Record:
+    record = found.storages.get(stored.name)
+    if record is None:
+        raise Unreadable(f"is damaged: its storage {short(stored.name)} is missing")
+    if record.size < stored.bytes:
+        raise Unreadable(
+            f"is damaged: its storage {short(stored.name)} has {record.size:,} bytes, expected {stored.bytes:,}"
+        )
+    return record
 
 
-def tensors(state: dict[str, Any], path: Path) -> dict[str, Tensor]:
-    for key, value in state["model"].items():
-        if not isinstance(value, Tensor):
-            raise ValueError(f"{path}: {key} is a {type(value).__name__}, expected a tensor")
+def tensors(state: dict[str, Any], path: Path) -> Weights:
+    """The tensors of what :func:`read` found in ``path``."""
     return state["model"]
-
-
-def harmless() -> list[tuple[Any, str]]:
-    """The classes that fairseq's configs and training state hold, none of which does anything when it is built."""
-    import omegaconf
-    from omegaconf import base, nodes
-
-    kinds = [getattr(nodes, name) for name in dir(nodes) if name.endswith("Node")]
-    kinds += [omegaconf.DictConfig, omegaconf.ListConfig, base.ContainerMetadata, base.Metadata]
-    kinds += [
-        argparse.Namespace,
-        collections.defaultdict,
-        dict,
-        list,
-        tuple,
-        set,
-        int,
-        float,
-        str,
-        bool,
-        bytes,
-    ]
-    named = [(kind, f"{kind.__module__}.{kind.__qualname__}") for kind in kinds]
-    return [*named, (Any, "typing.Any"), *_numpy()]
-
-
-def _numpy() -> Iterator[tuple[Any, str]]:
-    import numpy as np
-
-    for package in ("numpy.core", "numpy._core"):
-        yield np.float64(0).__reduce__()[0], f"{package}.multiarray.scalar"
-    yield np.dtype, "numpy.dtype"
-    for name in ("Float64DType", "Float32DType", "Int64DType"):
-        yield getattr(np.dtypes, name), f"numpy.dtypes.{name}"
 
 
 def stamp(path: Path) -> tuple[int, ...]:
@@ -105,7 +193,7 @@ def stamp(path: Path) -> tuple[int, ...]:
         found = path.stat()
     except OSError:
         return ()
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 @dataclass(frozen=True)

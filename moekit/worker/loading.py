@@ -18,7 +18,8 @@ def load(rank: Rank, plan: checkpoint.Plan, dtype: torch.dtype, backend: str) ->
 
     Returns:
         ``files`` and ``experts`` (a range) read; ``filled``, which counts the tensors copied by (layer, expert), and
-        under None those of no expert; ``parameters`` and their ``bytes``; ``seconds``.
+        under None those of no expert; ``nonfinite``, what of it is not finite; ``parameters`` and their ``bytes``;
+        ``seconds``.
     """
     start = time.perf_counter()
     held = owned(plan.config.experts, rank.world_size, rank.rank)
@@ -34,6 +35,7 @@ def load(rank: Rank, plan: checkpoint.Plan, dtype: torch.dtype, backend: str) ->
         "files": [s.path.name for s in plan.needed(held)],
         "experts": held,
         "filled": Counter(place.where for place, times in filled.items() for _ in range(times)),
+        "nonfinite": filled.nonfinite,
         "parameters": sum(p.numel() for p in parameters),
         "bytes": sum(p.nbytes for p in parameters),
         "seconds": time.perf_counter() - start,

@@ -1,0 +1,195 @@
+"""Where the parts of a file of ``torch.save`` lie: in a zip archive, or one behind the other in files from before torch 1.6."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from moekit.checkpoint.contents import short, storage_sizes
+from moekit.checkpoint.pickles import MOST_BYTES, Name, Pairs, Unreadable, parse
+
+# The records of a zip archive, as in section 4.3 of its specification (PKWARE's APPNOTE.TXT).
+END = struct.Struct("<4s4H2LH")
+END_64_POINTER = struct.Struct("<4sLQL")
+END_64 = struct.Struct("<4sQ2H2L4Q")
+ENTRY = struct.Struct("<4s6H3L5H2L")
+HEADER = struct.Struct("<4s5H3L2H")
+START = b"PK\x03\x04"
+
+MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of an old file
+
+
+@dataclass(frozen=True)
+class Record:
+    """Bytes that belong together: a member of an archive, or a storage of an old file.
+
+    Attributes:
+        start: of the first byte in the file.
+        size: in bytes.
+        checksum: CRC32 of the bytes; None where the file tells none.
+    """
+
+    name: str
+    start: int
+    size: int
+    checksum: int | None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A file's pickle, the functions and classes that it names, and where the storages lie that it refers to."""
+
+    content: Any
+    names: set[Name]
+    storages: dict[str, Record]
+    folder: str | None = None  # that all members of an archive lie in
+
+
+def layout(memory: np.ndarray) -> Layout:
+    """The layout of a file, mapped into ``memory`` [bytes] uint8.
+
+    Raises:
+        Unreadable: it is not a file of ``torch.save``, or damaged.
+    """
+    if memory[:4].tobytes() == START:
+        return _of_archive(memory)
+    return _of_old_file(memory)
+
+
+def _of_archive(memory: np.ndarray) -> Layout:
+    records = _members(memory)
+    pickles = [name for name in records if name.endswith("/data.pkl") and name.count("/") == 1]
+    if len(pickles) != 1:
+        raise Unreadable("is a zip archive, but not one of torch.save: it has no data.pkl")
+    folder = pickles[0].removesuffix("/data.pkl")
+    if f"{folder}/constants.pkl" in records:
+        raise Unreadable("is a TorchScript program, not a checkpoint of fairseq")
+    order = records.get(f"{folder}/byteorder")
+    if order is not None and _content(memory, order) != b"little":
+        raise Unreadable("was written on a big-endian machine, which is not supported")
+    content, _, names = parse(_content(memory, records[pickles[0]]))
+    data = f"{folder}/data/"
+    storages = {name.removeprefix(data): r for name, r in records.items() if name.startswith(data)}
+    return Layout(content, names, storages, folder)
+
+
+def _content(memory: np.ndarray, record: Record) -> memoryview:
+    if record.size > MOST_BYTES:
+        raise Unreadable(
+            f"has a {record.name} of {record.size:,} bytes; expected {MOST_BYTES:,} at most: it may be hostile"
+        )
+    content = memory[record.start : record.start + record.size].data
+    if record.checksum is not None and zlib.crc32(content) != record.checksum:
+        raise Unreadable(f"is damaged: {record.name} does not have the checksum that its archive tells")
+    return content
+
+
+def _members(memory: np.ndarray) -> dict[str, Record]:
+    """All members of a zip archive whose members are stored as they are."""
+    entries, at, end = _directory(memory)
+    records: dict[str, Record] = {}
+    for _ in range(entries):
+        fields = _unpack(ENTRY, memory, at, b"PK\x01\x02")
+        flags, method, checksum, packed, size = fields[3], fields[4], *fields[7:10]
+        name_size, extra_size, note_size, header = *fields[10:13], fields[16]
+        name = memory[at + ENTRY.size : at + ENTRY.size + name_size].tobytes().decode("utf-8", "replace")
+        extra = memory[at + ENTRY.size + name_size : at + ENTRY.size + name_size + extra_size].tobytes()
+        size, packed, header = _of_64_bits(extra, size, packed, header)
+        at += ENTRY.size + name_size + extra_size + note_size
+        if at > end:
+            raise Unreadable("is damaged: the directory of its zip archive is longer than told")
+        if name in records:
+            raise Unreadable(f"is a zip archive with two members of the name {short(name)}")
+        if method != 0 or packed != size or flags & 1:
+            raise Unreadable(
+                f"is a zip archive whose {short(name)} is compressed; torch.save never does that"
+            )
+        # The header in front of a member repeats all this; only its own length is news.
+        fields = _unpack(HEADER, memory, header, START)
+        start = header + HEADER.size + fields[9] + fields[10]
+        if start + size > len(memory):
+            raise Unreadable(f"is damaged or cut short: its {short(name)} ends behind the end of the file")
+        # Where checksums were switched off, torch writes 0.
+        records[name] = Record(name, start, size, checksum if checksum or not size else None)
+    return records
+
+
+def _directory(memory: np.ndarray) -> tuple[int, int, int]:
+    """(number of entries, first byte, last byte + 1) of a zip archive's directory."""
+    tail_start = max(0, len(memory) - END.size - 0xFFFF)
+    where = memory[tail_start:].tobytes().rfind(b"PK\x05\x06")
+    if where < 0 or tail_start + where + END.size > len(memory):
+        raise Unreadable(
+            f"is cut short: it has {len(memory):,} bytes and begins as a zip archive, but the directory at the archive's "
+            "end is missing"
+        )
+    end = tail_start + where
+    _, _, _, _, entries, size, start, _ = _unpack(END, memory, end, b"PK\x05\x06")
+    pointer = end - END_64_POINTER.size
+    if pointer >= 0 and memory[pointer : pointer + 4].tobytes() == b"PK\x06\x07":
+        end = _unpack(END_64_POINTER, memory, pointer, b"PK\x06\x07")[2]
+        entries, size, start = _unpack(END_64, memory, end, b"PK\x06\x06")[7:10]
+    if start + size > end or entries * ENTRY.size > size:
+        raise Unreadable("is damaged: the directory of its zip archive does not fit into the file")
+    return entries, start, start + size
+
+
+def _of_64_bits(extra: bytes, *values: int) -> tuple[int, ...]:
+    """``values``, those of them that do not fit into 32 bits taken from the extra field with number 1."""
+    if 0xFFFFFFFF not in values:
+        return values
+    at = 0
+    while at + 4 <= len(extra):
+        number, size = struct.unpack_from("<2H", extra, at)
+        if number == 1:
+            count = values.count(0xFFFFFFFF)
+            if size < 8 * count or at + 4 + size > len(extra):
+                break
+            wide = iter(struct.unpack_from(f"<{count}Q", extra, at + 4))
+            return tuple(next(wide) if value == 0xFFFFFFFF else value for value in values)
+        at += 4 + size
+    raise Unreadable("is damaged: a size in the directory of its zip archive is missing")
+
+
+def _unpack(form: struct.Struct, memory: np.ndarray, at: int, signature: bytes) -> tuple[Any, ...]:
+    record = memory[at : at + form.size].tobytes() if at >= 0 else b""
+    if len(record) < form.size or not record.startswith(signature):
+        raise Unreadable("is damaged: the parts of its zip archive are not where its directory says")
+    return form.unpack(record)
+
+
+def _of_old_file(memory: np.ndarray) -> Layout:
+    """Three pickles (a number, the version, the machine), the content, the storages' names, then the storages.
+
+    In front of each storage stands how many numbers it has, in eight bytes.
+    """
+    data = memory[:MOST_BYTES].data
+    magic = parse(data)
+    if magic.value != MAGIC:
+        raise Unreadable("is a pickle, but not one that torch.save wrote")
+    version = parse(data, magic.end)
+    machine = parse(data, version.end)
+    if isinstance(machine.value, Pairs) and ("little_endian", False) in machine.value:
+        raise Unreadable("was written on a big-endian machine, which is not supported")
+    content = parse(data, machine.end)
+    names = parse(data, content.end)
+    if not isinstance(names.value, list):
+        raise Unreadable("is damaged: the list of its storages is missing")
+    sizes = storage_sizes(content.value)
+    at, storages = names.end, {}
+    for name in names.value:
+        if not isinstance(name, str) or name not in sizes or name in storages:
+            raise Unreadable(f"is damaged: it lists a storage {short(name)} that none of its tensors has")
+        count, size = int.from_bytes(memory[at : at + 8].tobytes(), "little"), sizes[name]
+        at += 8
+        if count * size > len(memory) - at:
+            raise Unreadable(
+                f"is cut short: it has {len(memory):,} bytes, and its storage {name} ends behind them"
+            )
+        storages[name] = Record(name, at, count * size, None)
+        at += count * size
+    return Layout(content.value, content.names, storages)

@@ -1,0 +1,120 @@
+"""Whether the files of a folder belong together: none copied over another, swapped, or of another training."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moekit.checkpoint.contents import short
+from moekit.checkpoint.files import Files
+from moekit.checkpoint.keys import NUMBER
+from moekit.checkpoint.options import READ
+from moekit.checkpoint.reading import Weights
+
+RANK = re.compile(r"(?P<stem>.+)-rank-(?P<rank>[0-9]+)(\.pt)?")
+# Sections of cfg that are alike on all ranks of a training. Options that the config reads are those of rank 0's file,
+# as in fairseq, so that a user can change them in that one file.
+SECTIONS = ("model", "task", "criterion", "optimizer", "lr_scheduler", "optimization")
+FLAT = (
+    "arch",
+    "seed",
+    "lr",
+    "max_update",
+    "total_num_update",
+    "update_freq",
+    "save_dir",
+    "optimizer",
+    "clip_norm",
+)
+
+
+def check_belongs(files: Files, states: Mapping[Path, Mapping[str, Any]]) -> None:
+    """Compare what the files' headers tell; no weight is read.
+
+    Raises:
+        ValueError: two files cannot be of one checkpoint, or a file is not the rank that its name says.
+    """
+    for path in files.ranks:
+        _check_name(path, states[path]["model"].folder)
+    _check_copies({path: states[path]["model"] for path in files.ranks})
+    first = _training(states[files.first])
+    for path in files.all:
+        other = _training(states[path])
+        differs = next((name for name in first if name in other and first[name] != other[name]), None)
+        if differs is not None:
+            raise ValueError(
+                f"{path} is of another training than {files.first.name}: {differs} is {short(other[differs])}, expected "
+                f"{short(first[differs])}"
+            )
+
+
+def _check_name(path: Path, folder: str | None) -> None:
+    """torch names the folder in a file's archive after the file. Other names than a rank's say nothing."""
+    written, named = RANK.fullmatch(folder or ""), RANK.fullmatch(path.name)
+    if written and named and written["stem"] == named["stem"] and int(written["rank"]) != int(named["rank"]):
+        raise ValueError(
+            f"{path} was written as {folder}: were files swapped? If it was renamed on purpose, save it anew under its name"
+        )
+
+
+def _check_copies(opened: dict[Path, Weights]) -> None:
+    """Files that hold the same experts. Where all experts are the same, as before a training, that says nothing."""
+    experts: dict[Path, dict[tuple[str, ...], list]] = {}
+    for path, weights in opened.items():
+        experts[path] = defaultdict(list)
+        for key, record in weights.records.items():
+            numbers = NUMBER.findall(key)
+            if len(numbers) == 2 and record.checksum is not None:
+                pattern = NUMBER.sub("{}", key)
+                experts[path][tuple(numbers)].append((pattern, weights[key].shape, record.checksum))
+    layers: dict[str, set[str]] = defaultdict(set)
+    seen: dict[str, Path] = {}
+    for found in experts.values():
+        for (layer, _), tensors in found.items():
+            layers[layer].add(repr(sorted(tensors)))
+    if all(len(kinds) < 2 for kinds in layers.values()):
+        return
+    for path, found in experts.items():
+        told = repr(sorted((numbers, sorted(tensors)) for numbers, tensors in found.items()))
+        if found and told in seen:
+            raise ValueError(
+                f"{path} holds the same experts as {seen[told].name}: one was copied over the other; fetch both again"
+            )
+        seen[told] = path
+
+
+def _training(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What is the same in all files of one training, by its name."""
+    told: dict[str, Any] = {}
+    history = state.get("optimizer_history")
+    if isinstance(history, list) and history and isinstance(history[-1], Mapping):
+        told["optimizer_history[-1].num_updates"] = history[-1].get("num_updates")
+    extra = state.get("extra_state")
+    if isinstance(extra, Mapping):
+        told["extra_state.epoch"] = extra.get("epoch")
+        iterator = extra.get("train_iterator")
+        for name in ("epoch", "iterations_in_epoch") if isinstance(iterator, Mapping) else ():
+            told[f"extra_state.train_iterator.{name}"] = iterator.get(name)
+    # What is missing was left out by who made the files smaller.
+    told = {name: value for name, value in told.items() if value is not None}
+    for section, options in _sections(state).items():
+        told |= {f"{section}{name}": value for name, value in options.items() if name not in READ}
+    # What is no plain value is compared as text; so NaN equals NaN.
+    return {n: v if isinstance(v, (str, int, type(None))) else repr(v) for n, v in told.items()}
+
+
+def _sections(state: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    args = state.get("args")
+    if isinstance(args, Mapping):
+        return {"args.": {name: args[name] for name in FLAT if name in args}}
+    cfg = state.get("cfg")
+    if not isinstance(cfg, Mapping):
+        return {}
+    found = {f"cfg.{name}.": cfg[name] for name in SECTIONS if isinstance(cfg.get(name), Mapping)}
+    common = cfg.get("common")
+    if isinstance(common, Mapping) and "seed" in common:
+        found["cfg.common."] = {"seed": common["seed"]}
+    return found

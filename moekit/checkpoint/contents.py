@@ -1,0 +1,384 @@
+"""What may stand in a checkpoint's pickle, and what it means: storages, plain data, and names that are refused."""
+
+from __future__ import annotations
+
+import enum
+import re
+import reprlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import PurePosixPath
+from typing import Any
+
+import numpy as np
+import torch
+
+from moekit.checkpoint.pickles import Call, Group, Name, Pairs, Reference, Unreadable
+
+DEEPEST = 50  # levels of a config; fairseq's have four
+LONGEST = 200_000  # values of a config
+
+_cut = reprlib.Repr()
+_cut.maxlevel, _cut.maxstring, _cut.maxother, _cut.maxlong = 2, 60, 60, 40
+
+
+def short(value: Any) -> str:
+    """``value`` for a message, in at most 80 characters."""
+    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 128:
+        # Python refuses to print a number of more than 4,300 digits.
+        return f"a whole number of {value.bit_length():,} bits"
+    try:
+        text = _cut.repr(value)
+    except ValueError:
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def clip(text: str) -> str:
+    """A name for a message: as it is, unless it is long or cannot be printed."""
+    return text if text.isprintable() and len(text) <= 150 else short(text)
+
+
+# ------------------------------------------------------------------------------------------------ names
+
+STORAGES = {
+    f"{kind}Storage": dtype
+    for kind, dtype in {
+        "Double": torch.float64,
+        "Float": torch.float32,
+        "Half": torch.float16,
+        "BFloat16": torch.bfloat16,
+        "Long": torch.int64,
+        "Int": torch.int32,
+        "Short": torch.int16,
+        "Char": torch.int8,
+        "Byte": torch.uint8,
+        "Bool": torch.bool,
+        "ComplexFloat": torch.complex64,
+        "ComplexDouble": torch.complex128,
+        "Untyped": torch.uint8,
+    }.items()
+}
+OLD_CODECS = ("latin1", "latin-1")
+
+
+def _any(arguments: tuple) -> bool:
+    return True
+
+
+def _members(arguments: tuple) -> bool:
+    return len(arguments) <= 1 and all(isinstance(a, (list, tuple, Group, Pairs)) for a in arguments)
+
+
+def _one_value(arguments: tuple) -> bool:
+    return len(arguments) == 1 and isinstance(arguments[0], (str, int, float))
+
+
+# What may be called, and with which arguments. Nothing is called in fact: what is none of these is refused, so that
+# a file that was made to do harm is not taken for an honest one.
+CALLS: dict[str, Callable[[tuple], bool]] = {
+    r"collections\.(OrderedDict|defaultdict|deque|Counter)": _any,
+    r"argparse\.Namespace": _any,
+    r"(builtins|__builtin__)\.(set|frozenset|dict|list|tuple)": _members,
+    r"(builtins|__builtin__)\.(slice|complex|range)": _any,
+    # Protocol 2 has no bytes: it writes them as text and its codec.
+    r"(builtins|__builtin__)\.(bytes|bytearray)": lambda a: not a or (len(a) == 2 and a[1] in OLD_CODECS),
+    r"_codecs\.encode": lambda a: len(a) == 2 and isinstance(a[0], str) and a[1] in OLD_CODECS,
+    r"datetime\.(datetime|date|time|timedelta|timezone)": _any,
+    r"pathlib(\._local)?\.(Pure)?(Posix|Windows)?Path": lambda a: all(isinstance(part, str) for part in a),
+    r"omegaconf\.(dictconfig\.DictConfig|listconfig\.ListConfig|nodes\.\w+Node)": _any,
+    r"omegaconf\.base\.(Container)?Metadata": _any,
+    # Enumerations: fairseq's options have some.
+    r"fairseq\.dataclass\.\w+\.\w+": _one_value,
+    r"numpy\.(ndarray|dtype|dtypes\.\w+)": _any,
+    r"numpy\.(_core|core)\.(multiarray\.(scalar|_reconstruct)|numeric\._frombuffer)": _any,
+    r"torch\._utils\._rebuild_(tensor|tensor_v2|tensor_v3|parameter|parameter_with_state)": _any,
+    r"torch\._utils\._rebuild_(qtensor|sparse_tensor|meta_tensor_no_storage|nested_tensor)": _any,
+    r"torch\.(device|Size)": _any,
+}
+# What may also be named, as a default factory or the type of an option.
+VALUES = (
+    r"typing\.\w+|torch(\.cuda|\.storage)?\.\w+Storage|torch\.(Tensor|nn\.parameter\.Parameter)"
+    r"|(builtins|__builtin__)\.(int|long|float|str|unicode|bool|object|type|NoneType)|numpy\.(bool_?|u?int\d*|float\d*|complex\d*)"
+    r"|fairseq\.[\w.]+\.[A-Z]\w*|omegaconf\.base\.(SCMode|Container|Node)"
+)
+_calls = {re.compile(pattern): fits for pattern, fits in CALLS.items()}
+_values = re.compile("|".join([VALUES, *CALLS]))
+_rebuilders = ("copyreg._reconstructor", "copy_reg._reconstructor")
+
+
+def _known(name: str) -> Any:
+    """What ``name`` is in a module that this process has imported already; None if it has not."""
+    module, _, attribute = name.rpartition(".")
+    return getattr(sys.modules.get(module), "__dict__", {}).get(attribute)
+
+
+def _is_enumeration(name: str) -> bool:
+    return isinstance(_known(name), enum.EnumMeta)
+
+
+def is_known(name: str) -> bool:
+    """Whether a class or function of this name may stand in a checkpoint."""
+    return (
+        bool(_values.fullmatch(name))
+        or name in _rebuilders
+        or isinstance(_known(name), (torch.dtype, enum.EnumMeta))
+    )
+
+
+def refused(node: Any) -> str | None:
+    """Why a single node is refused, if it is: ``asks to load the class or function ...``.
+
+    Raises:
+        Unreadable: it refers to something outside that is no storage.
+    """
+    if isinstance(node, Name) and not is_known(node):
+        return f"asks to load the class or function {clip(str(node))}"
+    if isinstance(node, Reference):
+        Stored(node)
+    if not isinstance(node, Call):
+        return None
+    name, arguments = called(node)
+    if not isinstance(name, Name):
+        return "asks to call something that is not a function's name"
+    if not is_known(name):
+        return f"asks to load the class or function {clip(str(name))}"
+    fits = isinstance(arguments, tuple) and (
+        any(pattern.fullmatch(name) and fits(arguments) for pattern, fits in _calls.items())
+        or (_is_enumeration(name) and _one_value(arguments))
+    )
+    return None if fits else f"asks to call {clip(str(name))} with arguments that no checkpoint needs"
+
+
+def called(call: Call) -> tuple[Any, Any]:
+    """(function, arguments); for a class that an old protocol rebuilds, the class and none."""
+    if call.function in _rebuilders and isinstance(call.arguments, tuple) and len(call.arguments) == 3:
+        return call.arguments[0], ()
+    return call.function, call.arguments
+
+
+def walk(root: Any) -> Iterator[tuple[Any, Callable[[], str]]]:
+    """Each node once, and a function that tells its place, as in ``extra_state.best[0]``."""
+    seen: set[int] = set()
+    waiting: list[tuple[Any, tuple]] = [(root, ())]
+    while waiting:
+        node, place = waiting.pop()
+        if isinstance(node, (list, tuple, Call)):
+            if id(node) in seen:
+                continue
+            seen.add(id(node))
+            waiting += ((part, (place, step)) for step, part in _parts(node))
+        elif not isinstance(node, Name):
+            continue
+        yield node, lambda place=place: _spelled(place)
+
+
+def _parts(node: Any) -> list[tuple[Any, Any]]:
+    """(its step, a part) of each part of a node, the last one first."""
+    if isinstance(node, Call):
+        parts = [(None, node.function), (None, node.arguments), (None, node.state)]
+        parts += [(item[0], item[1]) if _is_pair(item) else (None, item) for item in node.items]
+    elif isinstance(node, Pairs):
+        parts = [part for key, value in node for part in ((key, value), (None, key))]
+    elif isinstance(node, Reference):
+        parts = [(None, node.name)]
+    else:
+        parts = list(enumerate(node))
+    return parts[::-1]
+
+
+def _is_pair(item: Any) -> bool:
+    return type(item) is tuple and len(item) == 2
+
+
+def _spelled(place: tuple) -> str:
+    steps = []
+    while place and len(steps) < 10:
+        place, step = place
+        if step is not None:
+            steps.append(
+                f"[{step}]" if isinstance(step, int) else f".{step if isinstance(step, str) else '?'}"
+            )
+    text = "".join(reversed(steps)).lstrip(".")
+    return text if len(text) <= 100 else "..." + text[-97:]
+
+
+# ------------------------------------------------------------------------------------------------ plain data
+
+
+class Opaque:
+    """A value that is neither weights nor plain data, and so was not built."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __repr__(self) -> str:
+        return f"<{self.name}>"
+
+
+def pairs(node: Any) -> list[tuple[Any, Any]] | None:
+    """The (key, value) pairs of a dictionary, ordered or not; None if ``node`` is none."""
+    if isinstance(node, Pairs):
+        return node
+    if isinstance(node, Call) and str(called(node)[0]).startswith("collections."):
+        first = node.arguments[0] if len(node.arguments) == 1 else []
+        begun = first if isinstance(first, (list, Pairs)) else []
+        found = [*begun, *node.items]
+        return found if all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in found) else None
+    return None
+
+
+def plain(node: Any) -> Any:
+    """A node as plain data: dicts, lists, numbers, text; configs of omegaconf and argparse as dicts; else ``Opaque``.
+
+    Raises:
+        Unreadable: it is nested too deeply, or has too many values.
+    """
+    return _Plain().of(node, 0)
+
+
+class _Plain:
+    def __init__(self) -> None:
+        self.count = 0
+
+    def of(self, node: Any, depth: int) -> Any:
+        self.count += 1
+        if depth > DEEPEST or self.count > LONGEST:
+            raise Unreadable(
+                f"has settings that are nested deeper than {DEEPEST} levels, or of more than {LONGEST:,} values"
+            )
+        found = pairs(node)
+        if found is not None:
+            return self.dict(found, depth)
+        if isinstance(node, Call):
+            return self.result(node, depth)
+        if isinstance(node, (Name, Reference)):
+            return Opaque(str(node) if isinstance(node, Name) else "tensor")
+        if type(node) is int and node.bit_length() > 1024:
+            return Opaque(f"a whole number of {node.bit_length():,} bits")
+        if isinstance(node, tuple):
+            return tuple(self.of(part, depth + 1) for part in node)
+        return [self.of(part, depth + 1) for part in node] if isinstance(node, list) else node
+
+    def dict(self, found: list[tuple[Any, Any]], depth: int) -> dict:
+        made: dict = {}
+        for key, value in found:
+            key = self.of(key, depth + 1)
+            if not isinstance(key, (str, bytes, int, float, type(None))):
+                key = Opaque(f"a {type(key).__name__} as key")
+            if isinstance(key, int) and key.bit_length() > 64:
+                raise Unreadable(f"has {short(key)} as a key; expected a name")
+            made[key] = self.of(value, depth + 1)
+        return made
+
+    def result(self, call: Call, depth: int) -> Any:
+        name, arguments = called(call)
+        state = dict_of_text(call.state)
+        if str(name) == "argparse.Namespace":
+            return {key: self.of(value, depth + 1) for key, value in state.items()}
+        if str(name).startswith("omegaconf."):
+            for part in ("_content", "_val"):
+                if part in state:
+                    return self.of(state[part], depth + 1)
+        if re.fullmatch(r"pathlib(\._local)?\.\w+", str(name)):
+            return str(PurePosixPath(*arguments))
+        if str(name).endswith("multiarray.scalar") and len(arguments) == 2:
+            return _number(*arguments)
+        if str(name).endswith((".set", ".frozenset")) and arguments:
+            return [self.of(part, depth + 1) for part in arguments[0]]
+        if _one_value(arguments) and (str(name).startswith("fairseq.") or _is_enumeration(str(name))):
+            return arguments[0]
+        return Opaque(str(name))
+
+
+def dict_of_text(node: Any) -> dict[str, Any]:
+    """The entries of a dictionary whose keys are text, unchanged."""
+    return {key: value for key, value in pairs(node) or [] if type(key) is str}
+
+
+def _number(kind: Any, content: Any) -> Any:
+    """A NumPy scalar of a plain type as Python's number."""
+    if isinstance(content, Call) and str(content.function) == "_codecs.encode":
+        content = content.arguments[0].encode("latin-1", "replace")
+    code = kind.arguments[0] if isinstance(kind, Call) and kind.arguments else None
+    if (
+        not isinstance(code, str)
+        or not re.fullmatch(r"[fiu][1248]|b1", code)
+        or not isinstance(content, bytes)
+    ):
+        return Opaque("numpy scalar")
+    dtype = np.dtype(code)
+    if isinstance(kind.state, tuple) and len(kind.state) > 1 and kind.state[1] == ">":
+        dtype = dtype.newbyteorder(">")
+    return (
+        np.frombuffer(content, dtype)[0].item() if len(content) == dtype.itemsize else Opaque("numpy scalar")
+    )
+
+
+# ------------------------------------------------------------------------------------------------ tensors
+
+
+class Stored:
+    """A storage that a pickle refers to: its name in the file, the type and the number of its numbers."""
+
+    __slots__ = ("count", "dtype", "name")
+
+    def __init__(self, reference: Reference):
+        parts = reference.name
+        if not isinstance(parts, tuple) or len(parts) not in (5, 6) or parts[0] != "storage":
+            raise Unreadable("is damaged: it refers to something outside that is no storage")
+        _, kind, self.name, _, self.count = parts[:5]
+        if len(parts) == 6 and parts[5] is not None:
+            raise Unreadable("has storages that are parts of others, as torch before version 0.4 wrote them")
+        dtype = STORAGES.get(str(kind).rpartition(".")[2]) if isinstance(kind, Name) else None
+        if dtype is None or type(self.name) is not str or type(self.count) is not int or self.count < 0:
+            raise Unreadable(f"is damaged, or has a storage of an unknown kind: {short(kind)}")
+        self.dtype: torch.dtype = dtype
+
+    @property
+    def bytes(self) -> int:
+        return self.count * self.dtype.itemsize
+
+
+def layout_of(call: Call) -> tuple[Stored, int, tuple[int, ...], tuple[int, ...], torch.dtype] | None:
+    """(storage, offset, shape, strides, dtype) of a tensor that torch would rebuild; None if it is nothing of the kind.
+
+    Raises:
+        Unreadable: it reaches beyond its storage.
+    """
+    name, arguments = called(call)
+    kind = str(name).rpartition("_rebuild_")[2]
+    if kind in ("parameter", "parameter_with_state") and arguments and isinstance(arguments[0], Call):
+        name, arguments = called(arguments[0])
+        kind = str(name).rpartition("_rebuild_")[2]
+    if (
+        kind not in ("tensor", "tensor_v2", "tensor_v3")
+        or not isinstance(arguments, tuple)
+        or len(arguments) < 4
+    ):
+        return None
+    storage, offset, shape, strides = arguments[:4]
+    if not isinstance(storage, Reference):
+        return None
+    stored = Stored(storage)
+    dtype = stored.dtype
+    if kind == "tensor_v3":
+        dtype = getattr(torch, str(arguments[6]).removeprefix("torch."), None) if len(arguments) > 6 else None
+        if not isinstance(dtype, torch.dtype):
+            raise Unreadable("is damaged: a tensor has no type")
+    if not isinstance(shape, tuple) or not isinstance(strides, tuple) or len(shape) != len(strides):
+        raise Unreadable("is damaged: a tensor has no shape")
+    if len(shape) > 8 or any(type(n) is not int or not 0 <= n < 2**48 for n in (offset, *shape, *strides)):
+        raise Unreadable("is damaged: a tensor's shape is not made of whole numbers")
+    last = offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
+    if 0 not in shape and (last + 1) * dtype.itemsize > stored.bytes:
+        raise Unreadable(
+            f"is damaged: a tensor of shape {short(list(shape))} is larger than its storage of {stored.count:,} numbers"
+        )
+    return stored, offset, shape, strides, dtype
+
+
+def storage_sizes(root: Any) -> dict[str, int]:
+    """Bytes a number of each storage that is referred to below ``root``."""
+    found = (Stored(node) for node, _ in walk(root) if isinstance(node, Reference))
+    return {stored.name: stored.dtype.itemsize for stored in found}

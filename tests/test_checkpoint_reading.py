@@ -1,0 +1,446 @@
+"""What is read of a file, what is remembered of it, and how each kind of damage is told."""
+
+import contextlib
+import os
+import re
+import shutil
+import struct
+import tempfile
+import threading
+import warnings
+import zipfile
+from pathlib import Path
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+
+import moekit
+from moekit import checkpoint
+from moekit.checkpoint import inspection, options
+from moekit.checkpoint.contents import short
+from moekit.checkpoint.pickles import Unreadable, parse
+from moekit.nn.transformer import Transformer
+
+COUNT = int(os.environ.get("FUZZ", 600)) // 4
+# The same examples in every run, unless more are asked for; nothing is written into the folder.
+SETTINGS = {"database": None, "derandomize": "FUZZ" not in os.environ}
+KEY = "decoder.layers.1.moe_layer.experts.1.fc2.weight"
+
+
+@pytest.fixture
+def folder(reference, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return shutil.copytree(reference / "checkpoint", tmp_path / "checkpoint")
+
+
+def change(path: Path, edit, **how) -> None:
+    state = torch.load(path, weights_only=True)
+    edit(state)
+    torch.save(state, path, **how)
+
+
+def fill(folder, held=None, **how):
+    plan = checkpoint.survey(checkpoint.find(folder))
+    held = held or range(plan.config.experts)
+    return checkpoint.fill(Transformer(plan.config, len(held)), plan, held, **how)
+
+
+def flip(path: Path, key: str) -> None:
+    """Change one bit of a weight."""
+    weights = checkpoint.read(path)["model"]
+    at = weights.records[key].start
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+# ------------------------------------------------------------------------------------------------ checksums
+
+
+def test_one_bit_of_one_weight_is_noticed_and_named(folder):
+    flip(folder / "model-rank-2.pt", KEY)
+    with pytest.raises(ValueError, match=rf"model-rank-2\.pt: {KEY} is damaged .* fetch the file again"):
+        fill(folder)
+    with pytest.raises(ValueError, match=r"model-rank-2\.pt"):
+        fill(folder, range(4, 6), threads=4)
+    # Of the rank's own experts alone.
+    assert fill(folder, range(0, 2))
+    assert fill(folder, verify=False)
+
+
+def test_rows_beyond_the_dictionary_are_part_of_what_is_checked(folder):
+    path = folder / "model-shared.pt"
+    weights = checkpoint.read(path)["model"]
+    # Of the two copies of the tied matrix, this is the one that is read.
+    record = weights.records["decoder.output_projection.weight"]
+    data = bytearray(path.read_bytes())
+    data[record.start + record.size - 1] ^= 1
+    path.write_bytes(data)
+    plan = checkpoint.survey(checkpoint.find(folder), dictionary=190)
+    with pytest.raises(ValueError, match=r"model-shared\.pt: decoder\.\S+ is damaged"):
+        checkpoint.fill(Transformer(plan.config), plan, range(8))
+
+
+def test_the_second_load_checks_nothing_until_the_file_changes(folder, monkeypatch):
+    counted = []
+    crc32 = inspection.crc32
+    monkeypatch.setattr(inspection, "crc32", lambda data: counted.append(len(data)) or crc32(data))
+    fill(folder)
+    once = len(counted)
+    assert once > 100
+    # A file that was written a moment ago is not remembered.
+    fill(folder)
+    assert len(counted) == 2 * once
+    monkeypatch.setattr(inspection, "SETTLED", -1)
+    fill(folder)
+    fill(folder)
+    assert len(counted) == 3 * once
+    # Other tensors are another question.
+    fill(folder, range(0, 1))
+    assert len(counted) > 3 * once
+    counted.clear()
+    os.utime(folder / "model-rank-1.pt")
+    fill(folder)
+    assert len(counted) == 16
+    flip(folder / "model-rank-1.pt", KEY)
+    with pytest.raises(ValueError, match=r"model-rank-1\.pt"):
+        fill(folder)
+
+
+def test_what_was_not_finite_is_remembered_too(folder, monkeypatch):
+    monkeypatch.setattr(inspection, "SETTLED", -1)
+    change(folder / "model-rank-2.pt", lambda state: state["model"][KEY].view(-1)[:3].fill_(float("nan")))
+    for _ in range(2):
+        (found,) = fill(folder).nonfinite
+        assert found == ("model-rank-2.pt", KEY, 1, 5, 3, 0)
+
+
+def test_where_nothing_can_be_remembered_nothing_fails(folder, monkeypatch, tmp_path):
+    monkeypatch.setattr(inspection, "SETTLED", -1)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert fill(folder)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    fill(folder)
+    for path in (tmp_path / "moekit" / "checked").iterdir():
+        path.write_text("not what was written")
+    assert fill(folder)
+
+
+def test_only_so_many_results_are_kept(folder, monkeypatch, tmp_path):
+    monkeypatch.setattr(inspection, "SETTLED", -1)
+    monkeypatch.setattr(inspection, "MOST_REMEMBERED", 3)
+    fill(folder)
+    assert len(list((tmp_path / "cache" / "moekit" / "checked").iterdir())) <= 4
+
+
+def test_files_without_checksums_are_told_once(folder):
+    torch.serialization.set_crc32_options(False)
+    try:
+        change(folder / "model-rank-1.pt", lambda state: None)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    change(folder / "model-rank-2.pt", lambda state: None, _use_new_zipfile_serialization=False)
+    with pytest.warns(
+        UserWarning, match=r"2 of 5 files tell no checksums .model-rank-1\.pt, model-rank-2\.pt"
+    ):
+        fill(folder)
+
+
+def test_a_large_sum_of_finite_numbers_is_no_infinity(folder):
+    """60,000 twice is infinite in half precision."""
+    change(folder / "model-rank-0.pt", lambda state: state["model"][KEY].fill_(60_000))
+    assert fill(folder).nonfinite == []
+
+
+def test_load_warns_of_weights_that_are_not_finite(folder):
+    def edit(state):
+        state["model"][KEY].view(-1)[:3] = float("inf")
+        state["model"][KEY.replace("experts.1", "experts.0")][0, 0] = float("nan")
+
+    change(folder / "model-rank-3.pt", edit)
+    with (
+        pytest.warns(
+            UserWarning, match=r"4 weights in 2 tensors are not finite.*layer 1, expert 6.: 1 NaN, 0 infinite"
+        ),
+        moekit.load(folder, world_size=1, progress=False) as model,
+    ):
+        (part,) = model.parts
+        assert [(found.layer, found.expert) for found in part["nonfinite"]] == [(1, 6), (1, 7)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        inspection.warn_nonfinite([])
+
+
+# ------------------------------------------------------------------------------------------------ which files
+
+
+def test_a_rank_far_away_is_a_gap_that_takes_no_memory(folder):
+    shutil.copy(folder / "model-rank-0.pt", folder / "model-rank-99999999999.pt")
+    with pytest.raises(
+        ValueError,
+        match=r"5 rank files up to model-rank-99999999999\.pt but lacks model-rank-4\.pt, .*8\.pt$",
+    ):
+        checkpoint.find(folder)
+
+
+def test_copied_and_strange_shards_are_told_apart(folder, reference):
+    shutil.copy(folder / "model-rank-0.pt", folder / "model-rank-2.pt")
+    with pytest.raises(ValueError, match=r"model-rank-2\.pt holds the same experts as model-rank-0\.pt"):
+        checkpoint.survey(checkpoint.find(folder))
+    shutil.copy(reference / "checkpoint" / "model-rank-2.pt", folder)
+    change(folder / "model-rank-2.pt", lambda state: state["optimizer_history"][-1].update(num_updates=9))
+    with pytest.raises(
+        ValueError, match=r"model-rank-2\.pt is of another training .*num_updates is 9, expected 5"
+    ):
+        checkpoint.survey(checkpoint.find(folder))
+
+
+def test_a_renamed_file_is_refused_only_if_it_was_another_rank(folder):
+    path = folder / "model-rank-1.pt"
+    for name, refused in [("model-rank-1.pt", False), ("other-rank-3.pt", False), ("model-rank-3.pt", True)]:
+        state = torch.load(path, weights_only=True)
+        torch.save(state, folder / name)
+        if name != path.name:
+            os.replace(folder / name, path)
+        shutil.copy(
+            Path(__file__).parent / "data/reference/checkpoint/model-rank-3.pt", folder / "model-rank-3.pt"
+        )
+        if refused:
+            with pytest.raises(
+                ValueError, match=r"model-rank-1\.pt was written as model-rank-3: were files swapped"
+            ):
+                checkpoint.survey(checkpoint.find(folder))
+        else:
+            checkpoint.survey(checkpoint.find(folder))
+
+
+def test_experts_that_are_all_the_same_say_nothing_of_copies(folder):
+    """As before a training that begins with copies of a dense model."""
+
+    def edit(state):
+        for key in state["model"]:
+            state["model"][key] = torch.full_like(state["model"][key], 0.5)
+
+    for rank in range(4):
+        change(folder / f"model-rank-{rank}.pt", edit)
+    assert checkpoint.survey(checkpoint.find(folder))
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+def test_two_threads_read_at_once(folder):
+    import omegaconf
+
+    for path in folder.iterdir():
+        change(path, lambda state: state.update(cfg=omegaconf.OmegaConf.create(state["cfg"])))
+    files, errors = checkpoint.find(folder), []
+
+    def survey():
+        try:
+            for _ in range(5):
+                checkpoint.survey(files)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=survey) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+
+
+def test_what_is_neither_weights_nor_config_is_not_built(folder):
+    path = folder / "model-rank-1.pt"
+
+    def edit(state):
+        state["last_optimizer_state"] = {0: torch.zeros(100)}
+        state["more"] = np.zeros(3)
+        more = {"a": np.float32(0.5), "b": Path("x/y"), "c": np.zeros(2), "d": {1: frozenset([2])}}
+        state["extra_state"] |= more
+
+    change(path, edit)
+    state = checkpoint.read(path)
+    assert set(state) == {"model", "args", "cfg", "optimizer_history", "extra_state"}
+    extra = state["extra_state"]
+    assert extra["a"] == 0.5 and extra["b"] == "x/y" and extra["d"] == {1: [2]}
+    assert repr(extra["c"]).startswith("<numpy")
+
+
+def test_cut_short_says_how_many_bytes_and_what_to_do(folder):
+    path = folder / "model-rank-2.pt"
+    path.write_bytes(path.read_bytes()[:30_000])
+    with pytest.raises(
+        ValueError, match=r"model-rank-2\.pt .* is cut short: it has 30,000 bytes .*; fetch it again$"
+    ):
+        checkpoint.survey(checkpoint.find(folder))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_without_permission_is_one_sentence(folder):
+    (folder / "model-rank-2.pt").chmod(0)
+    with pytest.raises(ValueError, match=r"model-rank-2\.pt cannot be read .*check its permissions"):
+        checkpoint.survey(checkpoint.find(folder))
+
+
+def test_an_archive_of_more_than_4_gb_has_its_sizes_elsewhere(tmp_path):
+    """Sizes and places that do not fit into 32 bits stand in an extra field; here they are small and stand there, too."""
+    torch.save({"model": {"x": torch.arange(3.0)}}, tmp_path / "x.pt")
+    with zipfile.ZipFile(tmp_path / "x.pt") as archive:
+        content = {info.filename: archive.read(info) for info in archive.infolist()}
+    data, directory = b"", b""
+    for name, member in content.items():
+        crc, start, spelled = zipfile.crc32(member), len(data), name.encode()
+        data += (
+            struct.pack("<4s5H3L2H", b"PK\3\4", 45, 0, 0, 0, 0, crc, 2**32 - 1, 2**32 - 1, len(spelled), 20)
+            + spelled
+        )
+        data += struct.pack("<2H2Q", 1, 16, len(member), len(member)) + member
+        sizes = struct.pack("<4H3Q", 7, 0, 1, 24, len(member), len(member), start)
+        fields = (
+            b"PK\1\2",
+            45,
+            45,
+            0,
+            0,
+            0,
+            0,
+            crc,
+            2**32 - 1,
+            2**32 - 1,
+            len(spelled),
+            len(sizes),
+            0,
+            0,
+            0,
+            0,
+            2**32 - 1,
+        )
+        directory += struct.pack("<4s6H3L5H2L", *fields) + spelled + sizes
+    ends = len(data) + len(directory)
+    end = struct.pack(
+        "<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, len(content), len(content), len(directory), len(data)
+    )
+    end += struct.pack("<4sLQL", b"PK\6\7", 0, ends, 1)
+    end += struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 0xFFFF, 0xFFFF, 2**32 - 1, 2**32 - 1, 0)
+    (tmp_path / "y.pt").write_bytes(data + directory + end)
+    with zipfile.ZipFile(tmp_path / "y.pt") as archive:
+        assert archive.testzip() is None
+    assert checkpoint.read(tmp_path / "y.pt")["model"]["x"].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b".",
+        b"\x80\x02.",
+        b"\x80\x02]q",
+        b"\x80\x02X\xff\xff\xff\x7fx.",
+        b"(((",
+        b"\x80\x04\x8c\x03ab",
+        b"h\0.",
+    ],
+)
+def test_damaged_pickles_raise_one_kind_of_error(data):
+    with pytest.raises(Unreadable):
+        parse(data)
+
+
+@hypothesis.given(
+    data=st.binary(max_size=200), start=st.sampled_from([b"", b"\x80\x02", b"\x80\x04]\x94(", b"}("])
+)
+@hypothesis.settings(max_examples=2 * COUNT, deadline=None, **SETTINGS)
+def test_any_bytes_are_a_pickle_or_one_kind_of_error(data, start):
+    with contextlib.suppress(Unreadable):
+        assert parse(start + data + b".").end <= len(start + data) + 1
+
+
+@hypothesis.given(
+    data=st.binary(max_size=300), start=st.sampled_from([b"PK\3\4", b"\x80\x02", b"", b"PK\5\6"])
+)
+@hypothesis.settings(max_examples=COUNT, deadline=None, **SETTINGS)
+def test_any_file_is_one_sentence_that_names_it(data, start):
+    with tempfile.NamedTemporaryFile(suffix=".pt") as file:
+        Path(file.name).write_bytes(start + data)
+        with pytest.raises(ValueError, match=re.escape(file.name)) as raised:
+            checkpoint.read(Path(file.name))
+    assert type(raised.value) is ValueError and str(raised.value).isprintable()
+
+
+@hypothesis.given(
+    name=st.one_of(
+        st.text(max_size=50), st.text("a/.~-_", max_size=20), st.integers(), st.none(), st.binary()
+    )
+)
+@hypothesis.example("a" * 5000)
+@hypothesis.example("x\0y")
+@hypothesis.example("~nobody-of-this-name/model.pt")
+@hypothesis.settings(max_examples=COUNT, deadline=None, **SETTINGS)
+def test_any_path_is_one_sentence(name):
+    hypothesis.assume(name != "demo")
+    with pytest.raises(ValueError) as raised:
+        checkpoint.find(name)
+    assert type(raised.value) is ValueError and len(str(raised.value)) < 700
+
+
+# ------------------------------------------------------------------------------------------------ options
+
+
+VALUE = st.recursive(
+    st.one_of(
+        st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20), st.binary(max_size=9)
+    ),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=3), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
+
+
+@hypothesis.given(given=st.dictionaries(st.sampled_from(sorted(options.READ)), VALUE, max_size=3))
+@hypothesis.settings(max_examples=2 * COUNT, deadline=None, **SETTINGS)
+def test_any_options_are_a_config_within_bounds_or_one_sentence(given):
+    try:
+        config = options.from_fairseq(given, {}, vocab_rows=10, before_final_norm=False, where="x.pt")
+    except ValueError as error:
+        assert (
+            str(error).startswith("x.pt")
+            and len(str(error)) < 300
+            and any(name in str(error) for name in given)
+        )
+        return
+    for name, value in vars(config).items():
+        expected = {"activation": str, "second_expert": str}.get(name) or type(value)
+        assert type(value) is expected in (str, int, bool)
+    assert (
+        config.dim % config.heads == 0
+        and 1 <= config.layers <= 10_000
+        and 1 <= config.max_positions <= 1_000_000
+    )
+
+
+def test_every_option_that_is_read_is_listed():
+    """What is listed may differ from one file to another; nothing else may."""
+    seen: set[str] = set()
+
+    class Noting(dict):
+        def get(self, name, default=None):
+            seen.add(name)
+            return super().get(name, default)
+
+    options.from_fairseq(Noting(), Noting(), vocab_rows=10, before_final_norm=False)
+    assert seen == options.READ
+
+
+def test_values_in_messages_are_short():
+    nested = []
+    for _ in range(60):
+        nested = [nested, nested]
+    for value in ("x" * 10**6, nested, 10**5000, b"x" * 1000, dict.fromkeys(range(100), nested), object()):
+        assert len(short(value)) <= 80
