@@ -10,7 +10,7 @@ import torch
 from moekit import checkpoint
 from moekit.nn.dispatch import AllToAll, owned
 from moekit.nn.transformer import Transformer
-from moekit.ranks import Rank, usable_cores
+from moekit.ranks import Rank
 
 
 def load(rank: Rank, plan: checkpoint.Plan, dtype: torch.dtype, kernel: str) -> dict:
@@ -26,7 +26,7 @@ def load(rank: Rank, plan: checkpoint.Plan, dtype: torch.dtype, kernel: str) -> 
     with torch.device("meta"):
         model = Transformer(plan.config, len(held), dispatch)
     model = model.to(dtype).to_empty(device=rank.device).requires_grad_(False).eval().use(kernel)
-    filled = checkpoint.fill(model, plan, held, rank.report, max(1, usable_cores() // rank.world_size))
+    filled = checkpoint.fill(model, plan, held, rank.report, rank.cores)
     rank.state["model"] = model
     parameters = list(model.parameters())
     return {
