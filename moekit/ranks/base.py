@@ -95,7 +95,9 @@ def gone(why: str) -> RuntimeError:
 
 
 def forked(owner: int) -> RuntimeError:
-    return RuntimeError(f"the ranks belong to process {owner}, and this one is its fork: load the model here, too")
+    return RuntimeError(
+        f"the ranks belong to process {owner}, and this one is its fork: load the model here, too"
+    )
 
 
 def headline(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Start the processes of ranks."""
+"""Start the process of a rank: forked from a server where there can be one, else an interpreter of its own."""
 
 from __future__ import annotations
 
@@ -8,17 +8,49 @@ import subprocess
 import sys
 from pathlib import Path
 
+from moekit.ranks import forkserver
 from moekit.ranks.base import Rank
 
 
-def launch(me: Rank, folder: Path, pipe: socket.socket, log: int) -> subprocess.Popen:
-    """Start the interpreter of the rank ``me``: ``pipe`` is its stdin, the descriptor ``log`` its stdout and stderr."""
+def prepare() -> None:
+    """Let a server start meanwhile, from which ranks are forked: worth it before a second of other work."""
+    if forkserver.available():
+        forkserver.prepare()
+
+
+def await_server() -> forkserver.Server | None:
+    """The server once it can fork; None where there is none."""
+    if not forkserver.available():
+        return None
+    try:
+        server = forkserver.prepare()
+        server.wait_ready()
+    except (OSError, forkserver.Unavailable):
+        return None
+    return server
+
+
+def launch(
+    me: Rank, folder: Path, pipe: socket.socket, log: int, server: forkserver.Server | None
+) -> subprocess.Popen | forkserver.Forked:
+    """Start the rank ``me``: ``pipe`` is its stdin, the descriptor ``log`` its stdout and stderr."""
     path = [os.path.abspath(entry) for entry in sys.path]
-    options = dict(local_world_size=me.local_world_size, parent=os.getpid(), folder=str(folder))
-    code = (
-        f"import sys; sys.path[:] = {path!r}; from moekit.ranks.server import serve; "
-        f"serve({me.rank}, {me.world_size}, {str(me.device)!r}, **{options!r})"
-    )
+    rank = (me.rank, me.world_size, str(me.device))
+    options = {"local_world_size": me.local_world_size, "folder": str(folder)}
+    if server is not None:
+        order = {
+            "environment": environment(me),
+            "path": path,
+            "cwd": os.getcwd(),
+            "rank": rank,
+            "options": options,
+        }
+        try:
+            return server.fork(order, pipe.fileno(), log)
+        except forkserver.Unavailable:
+            pass
+    options["parent"] = os.getpid()
+    code = f"import sys; sys.path[:] = {path!r}; from moekit.ranks.server import serve; serve(*{rank!r}, **{options!r})"
     return subprocess.Popen(
         [sys.executable, "-u", "-X", "faulthandler", "-c", code],
         stdin=pipe,
@@ -30,6 +62,7 @@ def launch(me: Rank, folder: Path, pipe: socket.socket, log: int) -> subprocess.
 
 
 def environment(me: Rank) -> dict[str, str]:
+    """The environment of a rank."""
     loopback = "lo" if sys.platform == "linux" else "lo0"
     return os.environ | {
         "OMP_NUM_THREADS": str(me.cores),

@@ -73,7 +73,10 @@ class Voice:
             time.sleep(BEAT)
             used = time.process_time() - time.thread_time()
             message = cloudpickle.dumps(("beat", (_frames(), used)))
-            with self._sending, contextlib.suppress(OSError):  # the driver is gone, and soon this process, too
+            with (
+                self._sending,
+                contextlib.suppress(OSError),
+            ):  # the driver is gone, and soon this process, too
                 if self.at_work:
                     channel.send(self._pipe, message)
 

@@ -1,6 +1,7 @@
 """Several ranks of this machine, a process each."""
 
 import contextlib
+import errno
 import math
 import os
 import select
@@ -22,7 +23,8 @@ import torch
 from moekit.interrupts import hold_interrupts
 from moekit.ranks import channel
 from moekit.ranks.base import Rank, RankError, Ranks, forked, gone, headline
-from moekit.ranks.launch import launch
+from moekit.ranks.forkserver import Forked, Server
+from moekit.ranks.launch import await_server, launch
 from moekit.ranks.server import join
 from moekit.ranks.watch import Watch
 
@@ -51,14 +53,15 @@ class SpawnedRanks(Ranks):
         self._timeout, self._silence, self._owner = timeout, silence, os.getpid()
         self._why_gone = "closed"
         self._lock, self._caller, self._joined = threading.Lock(), None, False
-        self._processes: list[subprocess.Popen] = []
+        self._processes: list[subprocess.Popen | Forked] = []
         self._pipes: list[socket.socket] = []
         try:
             self._folder = Path(tempfile.mkdtemp(prefix="moekit-ranks-"))
             self._end = weakref.finalize(
                 self, _end_ranks, self._owner, self._processes, self._pipes, self._folder
             )
-            self._incoming = [self._launch(rank) for rank in range(self.world_size)]
+            server = await_server()
+            self._incoming = [self._launch(rank, server) for rank in range(self.world_size)]
         except BaseException as error:
             if hasattr(self, "_end"):
                 self.close()
@@ -68,14 +71,14 @@ class SpawnedRanks(Ranks):
         self.call(join, str(self._folder / "rendezvous"), timeout, timeout=START_LIMIT)
         self._joined = True
 
-    def _launch(self, rank: int) -> channel.Incoming:
+    def _launch(self, rank: int, server: Server | None) -> channel.Incoming:
         """Start one rank, at the end of a pipe."""
         me = Rank(rank, self.world_size, self.devices[rank])
         with hold_interrupts():  # a process that nobody knows of would stay
             ours, theirs = socket.socketpair()
             self._pipes.append(ours)
             with theirs, open(self._log(rank), "wb") as log:
-                self._processes.append(launch(me, self._folder, theirs, log.fileno()))
+                self._processes.append(launch(me, self._folder, theirs, log.fileno(), server))
         return channel.Incoming(ours)
 
     def call(self, fn, *args, timeout=None, on_report=None, **kwargs):
@@ -143,7 +146,9 @@ class SpawnedRanks(Ranks):
         if left <= 0:
             late = sorted(watch.at_work)
             what = "answer" if timeout is not None else "progress"
-            raise TimeoutError(f"no {what} from ranks {late} in {limit:g} s{watch.late()}{self._log_tail(late[0])}")
+            raise TimeoutError(
+                f"no {what} from ranks {late} in {limit:g} s{watch.late()}{self._log_tail(late[0])}"
+            )
         return left
 
     def _messages(
@@ -168,7 +173,9 @@ class SpawnedRanks(Ranks):
             try:
                 message = self._incoming[rank].read()
                 if message is None and not self._incoming[rank].large:
-                    message = self._incoming[rank].read()  # the length has come, and with it most often the rest
+                    message = self._incoming[
+                        rank
+                    ].read()  # the length has come, and with it most often the rest
             except (EOFError, OSError):
                 raise self._death(rank, watch) from None
             watch.hear(rank)
@@ -262,14 +269,16 @@ def _cannot_start(error: OSError) -> str:
     advice = "see that the temporary folder can be written, and load the model again"
     if isinstance(error, FileNotFoundError):
         advice = "see that the current folder and the temporary one are there, os.chdir to one that is, and load the model again"
-    if error.errno in (24, 23):
+    if error.errno in (errno.EMFILE, errno.ENFILE):
         advice = "close files and models, or raise `ulimit -n`, and load the model again"
-    if error.errno in (11, 12):
+    if error.errno in (errno.EAGAIN, errno.ENOMEM):
         advice = "end other processes, or raise `ulimit -u` and the memory, and load the model again"
     return f"no rank can be started ({headline(error)}): {advice}"
 
 
-def _end_ranks(owner: int, processes: list[subprocess.Popen], pipes: list[socket.socket], folder: Path) -> None:
+def _end_ranks(
+    owner: int, processes: list[subprocess.Popen | Forked], pipes: list[socket.socket], folder: Path
+) -> None:
     """End the ranks and forget their files; a fork of the process that started them leaves them alone."""
     if os.getpid() != owner:
         return
@@ -280,6 +289,8 @@ def _end_ranks(owner: int, processes: list[subprocess.Popen], pipes: list[socket
     for process in processes:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=max(0.0, end - time.monotonic()))
+        if isinstance(process, Forked):
+            process.release()
     for pipe in pipes:
         pipe.close()
     shutil.rmtree(folder, ignore_errors=True)

@@ -21,7 +21,9 @@ from moekit.ranks.base import RankError
 
 BEAT = 1.0  # seconds between two beats of a rank
 
-SILENCE = 30.0  # seconds without a sign of life that a call bears; the environment's MOEKIT_SILENCE goes before it
+SILENCE = (
+    30.0  # seconds without a sign of life that a call bears; the environment's MOEKIT_SILENCE goes before it
+)
 
 USED = 0.001  # seconds of processor time from one beat to the next that count as work
 
@@ -136,7 +138,9 @@ class Watch:
         for rank in sorted(silent, key=lambda rank: rank not in self.stopped()):
             if self.signs[rank].started or rank in self.stopped():
                 return self._silent(rank)
-        idle = [r for r in sorted(self.at_work) if self.signs[r].started and self.signs[r].idle >= self.silence]
+        idle = [
+            r for r in sorted(self.at_work) if self.signs[r].started and self.signs[r].idle >= self.silence
+        ]
         to_blame = [rank for rank in idle if not self.signs[rank].waits_for_peers()]
         if to_blame or (idle and len(idle) == len(self.at_work)):
             return self._idle(to_blame or idle)
