@@ -6,7 +6,6 @@ stop the driver, too.
 
 from __future__ import annotations
 
-import contextlib
 import socket
 import struct
 
@@ -32,21 +31,22 @@ class Incoming:
         return len(self._buffer) > SMALL
 
     def read(self) -> bytearray | None:
-        """Read once: a message if that completes one, else None. EOFError when the other end is closed."""
-        with contextlib.suppress(BlockingIOError):
-            count = self._pipe.recv_into(self._left, 0, socket.MSG_DONTWAIT)
-            if count == 0:
-                raise EOFError
-            self._left = self._left[count:]
-        if len(self._left):
-            return None
-        message = self._buffer
-        if self._is_head:
+        """A message, or None while it is not whole. EOFError when the other end is closed."""
+        while True:
+            while len(self._left):
+                try:
+                    count = self._pipe.recv_into(self._left, 0, socket.MSG_DONTWAIT)
+                except BlockingIOError:
+                    return None
+                if count == 0:
+                    raise EOFError
+                self._left = self._left[count:]
+            message = self._buffer
+            if not self._is_head:
+                self._expect_head()
+                return message
             self._is_head, self._buffer = False, bytearray(*HEAD.unpack(message))
             self._left = memoryview(self._buffer)
-            return None
-        self._expect_head()
-        return message
 
 
 class Outgoing:

@@ -222,6 +222,8 @@ def main(driver: int, idle: float) -> None:
         os.dup2(nothing.fileno(), 0)
     import torch
 
+    with torch.device("meta"):  # the first tensor without memory imports another part of torch
+        torch.nn.Linear(1, 1).to_empty(device="cpu")
     if len(os.listdir("/proc/self/task")) > 1 or torch.cuda.is_initialized():
         return  # threads and CUDA do not outlive a fork: ranks are started without a server
     os.close(os.pidfd_open(os.getpid()))  # an OSError here in place of later, where the system forbids it

@@ -133,6 +133,8 @@ class SpawnedRanks(Ranks):
                     watch.report(rank)
                     if on_report is not None:
                         on_report(rank, content)
+            if time.monotonic() - watch.looked < LOOK:
+                continue
             if dead := self._dead():
                 raise self._death(dead[0], watch)
             if error := watch.look():

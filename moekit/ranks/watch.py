@@ -25,7 +25,7 @@ SILENCE = (
     30.0  # seconds without a sign of life that a call bears; the environment's MOEKIT_SILENCE goes before it
 )
 
-USED = 0.001  # seconds of processor time from one beat to the next that count as work
+USED = 0.01  # seconds of processor time from one beat to the next that count as work
 
 STATES = {
     "T": "is stopped",

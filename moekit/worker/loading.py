@@ -8,6 +8,7 @@ from collections import Counter
 import torch
 
 from moekit import checkpoint
+from moekit.interrupts import hold_interrupts
 from moekit.nn.dispatch import AllToAll, owned
 from moekit.nn.transformer import Transformer
 from moekit.ranks import Rank
@@ -23,7 +24,8 @@ def load(rank: Rank, plan: checkpoint.Plan, dtype: torch.dtype, kernel: str) -> 
     start = time.perf_counter()
     held = owned(plan.config.experts, rank.world_size, rank.rank)
     dispatch = AllToAll(plan.config.experts) if rank.world_size > 1 and plan.config.moe_layers else None
-    with torch.device("meta"):
+    # The first tensors without memory import a part of torch, which must not be cut in the middle.
+    with hold_interrupts(), torch.device("meta"):
         model = Transformer(plan.config, len(held), dispatch)
     model = model.to(dtype).to_empty(device=rank.device).requires_grad_(False).eval().use(kernel)
     filled = checkpoint.fill(model, plan, held, rank.report, rank.cores)
