@@ -17,6 +17,7 @@ from moekit.batches import text_batches, up_to
 from moekit.fairseq_data import is_data
 from moekit.generation.run import generate, stream
 from moekit.handle import Handle, describe_run, dictionary_size, pieces, weights_dtype
+from moekit.interrupts import import_whole
 from moekit.nn.config import changed
 from moekit.nn.experts import choose_kernel
 from moekit.nn.record import Options
@@ -222,6 +223,7 @@ def load(
         moekit.ranks.RankError: a rank failed.
     """
     began = time.perf_counter()
+    import_whole("omegaconf")  # what checkpoints are read with
     devices = choose_devices(world_size, device) if ranks is None else _devices_of(ranks, world_size, device)
     world_size = len(devices)
     if ranks is None and world_size > 1:

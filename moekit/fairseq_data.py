@@ -192,8 +192,6 @@ def importing_fairseq() -> Iterator[None]:
     before = set(sys.modules)
     try:
         with hold_interrupts():
-            import pandas  # noqa: F401  (what comes after fairseq needs it, and it is as easily broken)
-
             yield
     except ImportError:
         for name in set(sys.modules) - before:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import signal
 import threading
 from collections.abc import Iterator
@@ -27,3 +28,10 @@ def hold_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
         if noted:
             signal.raise_signal(signal.SIGINT)
+
+
+def import_whole(*names: str) -> None:
+    """Import modules that are imported when they are needed, and not by half: many cannot be imported again then."""
+    with hold_interrupts():
+        for name in names:
+            importlib.import_module(name)

@@ -51,7 +51,7 @@ def trial(operation, world_size):
     loss = again.evaluate("demo", progress=False).loss_base2
     assert abs(loss - EXPECTED) < 1e-6, loss
     assert len(again.generate("Alice was", max_new_tokens=2)[0].ids) == 2
-    assert len(again.trace("demo", max_tokens=500, progress=False).tokens) > 0
+    assert len(again.trace("demo", max_tokens=500, progress=False).sample) > 0
     again.close()
 
 

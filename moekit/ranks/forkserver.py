@@ -167,7 +167,9 @@ class Server:
             end = time.monotonic() + FORK_LIMIT
             while not self._answers:
                 self.listen(0.2)
-                if not self._answers and (self._gone or time.monotonic() > end):
+                if not self._answers and self._gone:  # it ended for want of work, and took in no request
+                    raise Unavailable
+                if not self._answers and time.monotonic() > end:
                     self._gone = True  # the next start makes another server
                     raise OSError(errno.EAGAIN, "the process that ranks are forked from does not answer")
             if (pid := self._answers.pop()) < 0:
@@ -231,8 +233,9 @@ def main(driver: int, idle: float) -> None:
     gc.freeze()  # a collection would copy every page
     pipe.send(pickle.dumps(("ready",)))
     order = _forks(pipe, driver, idle)
-    if order is not None:
-        _become(**order)
+    if order is None:
+        os._exit(0)
+    _become(**order)
 
 
 def _forks(pipe: socket.socket, driver: int, idle: float) -> dict[str, Any] | None:

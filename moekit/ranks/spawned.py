@@ -143,8 +143,8 @@ class SpawnedRanks(Ranks):
 
     def _left(self, watch: Watch, timeout: float | None) -> float:
         """Seconds that are left to a call: of its own limit, or of the pool's since the last progress."""
-        limit, since = (self._timeout, watch.progress) if timeout is None else (timeout, watch.began)
-        left = since + limit - time.monotonic()
+        limit = self._timeout if timeout is None else timeout
+        left = limit - (watch.unmoved if timeout is None else time.monotonic() - watch.began)
         if left <= 0:
             late = sorted(watch.at_work)
             what = "answer" if timeout is not None else "progress"
@@ -174,10 +174,6 @@ class SpawnedRanks(Ranks):
                 continue
             try:
                 message = self._incoming[rank].read()
-                if message is None and not self._incoming[rank].large:
-                    message = self._incoming[
-                        rank
-                    ].read()  # the length has come, and with it most often the rest
             except (EOFError, OSError):
                 raise self._death(rank, watch) from None
             watch.hear(rank)

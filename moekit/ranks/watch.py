@@ -97,7 +97,8 @@ class Watch:
         self.operation, self.pids, self.silence = operation, pids, silence
         self.signs = [Signs(started=started) for _ in pids]
         self.at_work = set(range(len(pids)))
-        self.began = self.looked = self.progress = time.monotonic()
+        self.began = self.looked = time.monotonic()
+        self.unmoved = 0.0  # seconds since a rank reported or finished
 
     def hear(self, rank: int) -> None:
         """Bytes have come from ``rank``."""
@@ -114,7 +115,7 @@ class Watch:
         signs.frames, signs.used, signs.started = frames, used, True
 
     def report(self, rank: int) -> None:
-        self.progress = time.monotonic()
+        self.unmoved = 0.0
         for signs in self.signs:
             signs.idle = 0.0
 
@@ -127,6 +128,7 @@ class Watch:
         """Count the time since the last look, and say who has been without a sign for too long."""
         now = time.monotonic()
         passed, self.looked = min(now - self.looked, BEAT), now
+        self.unmoved += passed
         for rank in sorted(self.at_work):
             signs = self.signs[rank]
             signs.silent += passed

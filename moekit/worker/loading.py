@@ -25,9 +25,10 @@ def load(rank: Rank, plan: checkpoint.Plan, dtype: torch.dtype, kernel: str) -> 
     held = owned(plan.config.experts, rank.world_size, rank.rank)
     dispatch = AllToAll(plan.config.experts) if rank.world_size > 1 and plan.config.moe_layers else None
     # The first tensors without memory import a part of torch, which must not be cut in the middle.
-    with hold_interrupts(), torch.device("meta"):
-        model = Transformer(plan.config, len(held), dispatch)
-    model = model.to(dtype).to_empty(device=rank.device).requires_grad_(False).eval().use(kernel)
+    with hold_interrupts():
+        with torch.device("meta"):
+            model = Transformer(plan.config, len(held), dispatch)
+        model = model.to(dtype).to_empty(device=rank.device).requires_grad_(False).eval().use(kernel)
     filled = checkpoint.fill(model, plan, held, rank.report, rank.cores)
     rank.state["model"] = model
     parameters = list(model.parameters())
