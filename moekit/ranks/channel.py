@@ -6,6 +6,8 @@ stop the driver, too.
 
 from __future__ import annotations
 
+import math
+import select
 import socket
 import struct
 
@@ -76,3 +78,10 @@ def send(pipe: socket.socket, message: bytes) -> None:
     else:
         pipe.sendall(HEAD.pack(len(message)))
         pipe.sendall(message)
+
+
+def readable(pipe: socket.socket, seconds: float = 0.0) -> bool:
+    """Whether there is something to read, or the other end is closed, within so many seconds."""
+    poll = select.poll()
+    poll.register(pipe, select.POLLIN)
+    return bool(poll.poll(math.ceil(seconds * 1000)))

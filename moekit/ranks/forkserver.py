@@ -24,6 +24,8 @@ import time
 import traceback
 from typing import Any, NoReturn
 
+from moekit.ranks.channel import readable
+
 START_LIMIT = 120.0  # seconds for the server to start
 
 FORK_LIMIT = 20.0  # seconds for a fork
@@ -123,7 +125,7 @@ class Server:
 
     def listen(self, seconds: float = 0.0) -> None:
         """Take in what the server has said, waiting for it so many seconds."""
-        select.select([self._pipe], [], [], seconds)
+        readable(self._pipe, seconds)
         with self._lock:
             while not self._gone:
                 try:

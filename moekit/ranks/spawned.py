@@ -190,7 +190,7 @@ class SpawnedRanks(Ranks):
     def _dead(self) -> list[int]:
         """The ranks whose process has ended, everything that they sent having been read."""
         ended = [rank for rank, process in enumerate(self._processes) if process.poll() is not None]
-        return [rank for rank in ended if not select.select([self._pipes[rank]], [], [], 0)[0]]
+        return [rank for rank in ended if not channel.readable(self._pipes[rank])]
 
     def _blame(self, rank: int, watch: Watch, text: str, error: BaseException | None) -> RankError:
         """What a rank raised, unless it is an echo: peers of a rank that died or stopped raise too, and often first."""
