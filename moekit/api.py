@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import reprlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,22 +12,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moekit import checkpoint as ckpt
-from moekit import ranks
 from moekit.arguments import check_fraction, check_positive
 from moekit.batches import text_batches, up_to
 from moekit.fairseq_data import is_data
 from moekit.generation.run import generate, stream
 from moekit.handle import Handle, describe_run, dictionary_size, pieces, weights_dtype
+from moekit.interrupts import import_whole
 from moekit.nn.config import changed
 from moekit.nn.operations import choose_backend
 from moekit.nn.record import Options
 from moekit.progress import bar as progress_bar
+from moekit.ranks import LentRanks, Ranks, choose_devices, prepare, start
 from moekit.routing import trace as tracing
 from moekit.scoring import Evaluation, score_batches, summarize, warm_up
 from moekit.worker import loading
 
 if TYPE_CHECKING:
     import pandas as pd
+    import torch
 
 
 class Model(Handle):
@@ -191,6 +194,7 @@ def load(
     config: Mapping[str, Any] | None = None,
     backend: str = "auto",
     progress: bool = True,
+    ranks: Ranks | None = None,
 ) -> Model:
     """Load a checkpoint of fairseq's ``moe`` branch onto ``world_size`` ranks.
 
@@ -210,21 +214,27 @@ def load(
         backend: what computes: "triton", "loop" (slow, and plain to see that it is right), "grouped_mm" (the same with
             torch's grouped product for the experts), or "auto": the fastest there is.
         progress: show a bar.
+        ranks: a pool that :func:`moekit.ranks.start` made; world size and device are the pool's. It holds one model at a
+            time: closing the model empties the ranks, and they can load another one. None: ranks of the model's own,
+            which end when it is closed.
 
     Raises:
         ValueError: the checkpoint is incomplete or not what it should be, or an argument makes no sense.
         moekit.ranks.RankError: a rank failed.
     """
-    start = time.perf_counter()
-    devices = ranks.choose_devices(world_size, device)
+    began = time.perf_counter()
+    import_whole("omegaconf")  # what checkpoints are read with
+    devices = choose_devices(world_size, device) if ranks is None else _devices_of(ranks, world_size, device)
     world_size = len(devices)
+    if ranks is None and world_size > 1:
+        prepare()
     files = ckpt.find(checkpoint)
     plan = ckpt.survey(files, dictionary_size(files, dictionary))
     plan = replace(plan, config=changed(plan.config, config or {}))
     kind = weights_dtype(dtype, devices[0], plan)
     backend = choose_backend(backend, devices[0], kind)
 
-    pool = ranks.start(world_size, devices[0].type)
+    pool = start(world_size, devices[0].type) if ranks is None else LentRanks(ranks)
     try:
         model = Model(plan, files, pool, kind, bpe)
         total = sum(source.bytes * (world_size if i == 0 else 1) for i, source in enumerate(plan.sources))
@@ -235,8 +245,21 @@ def load(
             plan.opened.clear()
             ckpt.warn_nonfinite(found for part in model.parts for found in part["nonfinite"])
             bar.update(bar.total - bar.n)  # what is not tensors
-        model.load_seconds = time.perf_counter() - start
+        model.load_seconds = time.perf_counter() - began
     except BaseException:
         pool.close()
         raise
     return model
+
+
+def _devices_of(pool: Ranks, world_size: int | None, device: str) -> list[torch.device]:
+    """The devices of a pool that ``load`` was given, provided that nothing else was asked for."""
+    if not isinstance(pool, Ranks):
+        raise ValueError(f"ranks is {reprlib.repr(pool)}: expected a pool that moekit.ranks.start made")
+    if world_size not in (None, pool.world_size):
+        raise ValueError(
+            f"world_size is {world_size!r}, and ranks has {pool.world_size}: leave world_size out"
+        )
+    if device not in ("auto", pool.devices[0].type):
+        raise ValueError(f"device is {device!r}, and ranks is on {pool.devices[0].type}: leave device out")
+    return pool.devices

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ import numpy as np
 
 from moekit import paths
 from moekit.batches import Batch
+from moekit.interrupts import hold_interrupts
 
 if TYPE_CHECKING:
     pass
@@ -179,13 +181,23 @@ def data_folder(data: str | Path) -> Path:
 
 @contextlib.contextmanager
 def importing_fairseq() -> Iterator[None]:
-    """Import fairseq in here: it sets the whole process's logging to DEBUG."""
+    """Import fairseq in here: it sets the whole process's logging to DEBUG, and half an import of it cannot be mended.
+
+    So an interrupt waits for the import's end, and after an error what was imported is forgotten.
+    """
     root = logging.getLogger()
     level, handlers = root.level, root.handlers[:]
     logging.getLogger("fairseq").setLevel(logging.WARNING)
     mend_numpy()
+    before = set(sys.modules)
     try:
-        yield
+        with hold_interrupts():
+            yield
+    except ImportError:
+        for name in set(sys.modules) - before:
+            if name.partition(".")[0] in ("fairseq", "hydra", "omegaconf"):
+                del sys.modules[name]
+        raise
     finally:
         root.setLevel(level)
         root.handlers[:] = handlers

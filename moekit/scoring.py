@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from moekit.batches import Batch
 from moekit.handle import Handle
+from moekit.interrupts import import_whole
 from moekit.nn.config import PAD
 from moekit.progress import bar as progress_bar
 from moekit.routing import trace as tracing
@@ -80,6 +81,7 @@ def score_batches(
     trace: tracing.Collector | None = None,
 ) -> dict:
     """Score batches on all ranks: batch index -> float32 [B, T] log-probabilities of its targets."""
+    import_whole("pandas")  # what comes of the scores needs it
     real = [(b.ids.tolist(), (b.tokens != PAD).sum(axis=1).tolist()) for b in batches]
     lengths = {sample: n for ids, tokens in real for sample, n in zip(ids, tokens, strict=True)}
     if model.intervention is not None:

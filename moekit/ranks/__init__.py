@@ -10,17 +10,21 @@ Another kind of pool is another subclass of :class:`Ranks`: functions that run o
 
 from moekit.ranks.base import Rank, RankError, Ranks
 from moekit.ranks.devices import choose_devices, usable_cores
+from moekit.ranks.launch import prepare
+from moekit.ranks.lent import LentRanks
 from moekit.ranks.pools import start
 from moekit.ranks.spawned import SpawnedRanks
 from moekit.ranks.this_process import ThisProcess
 
 __all__ = [
+    "LentRanks",
     "Rank",
     "RankError",
     "Ranks",
     "SpawnedRanks",
     "ThisProcess",
     "choose_devices",
+    "prepare",
     "start",
     "usable_cores",
 ]

@@ -8,11 +8,13 @@ from typing import Any, Self
 
 import torch
 
+from moekit.ranks.devices import usable_cores
+
 
 class RankError(RuntimeError):
-    """A rank raised or died: `rank` is its index, `cause` says what happened to it.
+    """A rank raised or died: ``rank`` is its index, ``cause`` says what happened to it.
 
-    `__cause__` is the exception that the rank raised, if it raised one and that can be pickled.
+    ``__cause__`` is the exception that the rank raised, if it raised one and that can be pickled.
     """
 
     def __init__(self, rank: int, cause: str):
@@ -27,8 +29,9 @@ class RankError(RuntimeError):
 class Rank:
     """What a function that runs on a rank sees.
 
-    `state` lives as long as the pool. With `world_size` > 1 the default process group of `torch.distributed`
-    is initialised (NCCL on GPUs, gloo on the CPU); a single rank has none.
+    ``state`` lives as long as the pool. With ``world_size`` > 1 the default process group of ``torch.distributed``
+    is initialised (NCCL on GPUs, gloo on the CPU); a single rank has none. ``local_world_size`` of the ranks run on
+    this rank's machine and share its cores; None: all of them.
     """
 
     rank: int
@@ -36,15 +39,25 @@ class Rank:
     device: torch.device
     state: dict = field(default_factory=dict)
     send_report: Callable[[Any], None] | None = field(default=None, repr=False)
+    local_world_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.local_world_size is None:
+            self.local_world_size = self.world_size
+
+    @property
+    def cores(self) -> int:
+        """This rank's share of the cores of its machine, at least one."""
+        return max(1, usable_cores() // self.local_world_size)
 
     def report(self, message: Any) -> None:
-        """Send `message`, anything picklable, to the driver's `on_report`; how often is up to the caller."""
+        """Send ``message``, anything picklable, to the driver's ``on_report``; how often is up to the caller."""
         if self.send_report is not None:
             self.send_report(message)
 
 
 class Ranks(ABC):
-    """A pool of ranks, `devices[r]` being that of rank r. A context manager; closing it twice is fine."""
+    """A pool of ranks, ``devices[r]`` being that of rank r. A context manager; closing it twice is fine."""
 
     def __init__(self, devices: list[torch.device]):
         self.devices = devices
@@ -59,11 +72,11 @@ class Ranks(ABC):
         on_report: Callable[[int, Any], None] | None = None,
         **kwargs: Any,
     ) -> list[Any]:
-        """Run `fn(rank, *args, **kwargs)` on every rank and return the results in rank order.
+        """Run ``fn(rank, *args, **kwargs)`` on every rank and return the results in rank order.
 
-        `on_report(rank_index, message)` is called here while the ranks run. Results are pickled: move tensors
-        to the CPU first, and know that arrays travel faster. Raises RankError when a rank raises or dies,
-        TimeoutError when `timeout` seconds are over, RuntimeError when the pool is closed or busy.
+        ``on_report(rank_index, message)`` is called here while the ranks run. Results are pickled: move tensors
+        to the CPU first, and know that arrays travel faster. Raises RankError when a rank raises, dies or gives no
+        sign of life, TimeoutError when ``timeout`` seconds are over, RuntimeError when the pool is closed or busy.
         """
 
     @abstractmethod
@@ -79,6 +92,12 @@ class Ranks(ABC):
 
 def gone(why: str) -> RuntimeError:
     return RuntimeError(f"the ranks are gone ({why}): load the model again")
+
+
+def forked(owner: int) -> RuntimeError:
+    return RuntimeError(
+        f"the ranks belong to process {owner}, and this one is its fork: load the model here, too"
+    )
 
 
 def headline(error: BaseException) -> str:

@@ -4,14 +4,26 @@ from moekit.ranks.base import Ranks
 from moekit.ranks.devices import choose_devices
 from moekit.ranks.spawned import SpawnedRanks
 from moekit.ranks.this_process import ThisProcess
+from moekit.ranks.watch import silence_limit
 
 
-def start(world_size: int, device: str = "auto", timeout: float = 1800.0) -> Ranks:
-    """Start `world_size` ranks on this machine; a collective may wait for `timeout` seconds.
+def start(
+    world_size: int | None, device: str = "auto", timeout: float = 1800.0, silence: float | None = None
+) -> Ranks:
+    """Start ``world_size`` ranks on this machine.
 
-    `device` is "cuda" (rank r on cuda:r), "cpu" (the usable cores dealt evenly) or "auto" ("cuda" if there is
-    one). Raises ValueError for a world size or device that cannot be, RankError or TimeoutError when a rank
-    does not come up.
+    Args:
+        world_size: None: a rank for every GPU, one on the CPU.
+        device: "cuda" (rank r on cuda:r), "cpu" (the usable cores dealt evenly) or "auto" ("cuda" if there is one).
+        timeout: seconds that a collective may wait, and that a call without a limit of its own may make no progress.
+        silence: seconds that a rank may give no sign of life before a call ends with its name. None: those of the
+            environment's ``MOEKIT_SILENCE``, or 30.
+
+    Raises:
+        ValueError: a world size, device or limit that cannot be.
+        RuntimeError: the system starts no process; a :class:`RankError` when a rank does not come up.
+        TimeoutError: the ranks do not come up in three minutes.
     """
     devices = choose_devices(world_size, device)
-    return ThisProcess(devices) if world_size == 1 else SpawnedRanks(devices, timeout)
+    limit = silence_limit(silence)
+    return ThisProcess(devices) if len(devices) == 1 else SpawnedRanks(devices, timeout, limit)

@@ -3,53 +3,109 @@
 import contextlib
 import os
 import queue
+import select
 import shutil
 import signal
+import socket
+import sys
 import threading
+import time
 import traceback
 from datetime import timedelta
-from multiprocessing.connection import Connection
+from pathlib import PurePath
 from typing import Any
 
 import cloudpickle
 import torch
 import torch.distributed as dist
 
+from moekit.ranks import channel
 from moekit.ranks.base import Rank, headline
+from moekit.ranks.watch import BEAT
+
+FRAMES = 6  # of the main thread, that a beat tells
 
 
-def serve(rank: int, world_size: int, device: str, driver: int, folder: str) -> None:
-    """Answer the driver's jobs one by one, until the pipe closes."""
+def serve(
+    rank: int, world_size: int, device: str, *, local_world_size: int, parent: int, folder: str
+) -> None:
+    """Answer the driver's jobs one by one, until the pipe closes; ``parent`` is the process that started this one."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    pipe = Connection(os.dup(0))
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    jobs: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(pipe, jobs, driver, folder), daemon=True).start()
-    sending = threading.Lock()
-
-    def send(message: bytes) -> None:
-        with sending:
-            pipe.send_bytes(message)
-
-    def send_report(message: Any) -> None:
-        send(cloudpickle.dumps(("report", message)))
-
-    me = Rank(rank, world_size, torch.device(device), send_report=send_report)
+    pipe = socket.socket(fileno=os.dup(0))
+    with open(os.devnull) as nothing:
+        os.dup2(nothing.fileno(), 0)
+    jobs: queue.SimpleQueue[bytearray] = queue.SimpleQueue()
+    voice = Voice(pipe)
+    threading.Thread(target=_listen, args=(pipe, jobs, parent, folder), name="listen", daemon=True).start()
+    threading.Thread(target=voice.beat, name="beat", daemon=True).start()
+    me = Rank(rank, world_size, torch.device(device), local_world_size=local_world_size)
+    me.send_report = lambda message: voice.say("report", message)
+    torch.set_num_threads(me.cores)
+    voice.say("beat", ((), 0.0))
     while True:
-        send(_answer(me, jobs.get()))
+        job = jobs.get()
+        voice.at_work = True
+        voice.answer(_answer(me, job))
+        del job
 
 
-def _listen(pipe: Connection, jobs: queue.SimpleQueue, driver: int, folder: str) -> None:
+class Voice:
+    """What a rank sends to its driver: reports, answers, and a beat every second while a job runs."""
+
+    def __init__(self, pipe: socket.socket):
+        self._pipe, self._sending = pipe, threading.Lock()
+        self.at_work = False
+
+    def say(self, kind: str, content: Any) -> None:
+        message = cloudpickle.dumps((kind, content))
+        with self._sending:
+            channel.send(self._pipe, message)
+
+    def answer(self, message: bytes) -> None:
+        """The last message of a job: nobody reads beats between calls, and so none is sent."""
+        with self._sending:
+            self.at_work = False
+            channel.send(self._pipe, message)
+
+    def beat(self) -> None:
+        """Tell every second where the main thread is, and how much processor time the others have used."""
+        while True:
+            time.sleep(BEAT)
+            used = time.process_time() - time.thread_time()
+            message = cloudpickle.dumps(("beat", (_frames(), used)))
+            with (
+                self._sending,
+                contextlib.suppress(OSError),
+            ):  # the driver is gone, and soon this process, too
+                if self.at_work:
+                    channel.send(self._pipe, message)
+
+
+def _frames() -> tuple[str, ...]:
+    """The innermost frames of the main thread. No source line is read: that file may be what hangs."""
+    frame = sys._current_frames().get(threading.main_thread().ident)
+    found = []
+    while frame is not None and len(found) < FRAMES and frame.f_code is not _answer.__code__:
+        place = "/".join(PurePath(frame.f_code.co_filename).parts[-3:])
+        found.append(f"{place}:{frame.f_lineno} in {frame.f_code.co_qualname}")
+        frame = frame.f_back
+    return tuple(found)
+
+
+def _listen(pipe: socket.socket, jobs: queue.SimpleQueue, parent: int, folder: str) -> None:
     """Queue the jobs; end this process when the driver is gone, even while it sits in a collective."""
+    poll = select.poll()
+    poll.register(pipe, select.POLLIN)
+    incoming = channel.Incoming(pipe)
     with contextlib.suppress(EOFError, OSError):
-        while os.getppid() == driver:  # a forked child of the driver may hold the pipe open
-            if pipe.poll(1.0):
-                jobs.put(pipe.recv_bytes())
+        while os.getppid() == parent:  # a forked child of the driver may hold the pipe open
+            if poll.poll(1000) and (job := incoming.read()) is not None:
+                jobs.put(job)
     shutil.rmtree(folder, ignore_errors=True)
     os.killpg(0, signal.SIGKILL)
 
 
-def _answer(me: Rank, job: bytes) -> bytes:
+def _answer(me: Rank, job: bytearray) -> bytes:
     """Run one job and pickle what comes of it; nothing of it stays referenced here between calls."""
     try:
         fn, args, kwargs = cloudpickle.loads(job)

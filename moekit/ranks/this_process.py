@@ -1,25 +1,29 @@
 """One rank: this very process."""
 
 import contextlib
+import os
 
 import torch
 
-from moekit.ranks.base import Rank, RankError, Ranks, gone, headline
+from moekit.ranks.base import Rank, RankError, Ranks, forked, gone, headline
 from moekit.ranks.devices import usable_cores
 
 
 class ThisProcess(Ranks):
     """A single rank without a process: no pickling, no process group.
 
-    An error leaves it usable, since no other rank waits for this one. `timeout` has no effect: interrupt it.
+    An error leaves it usable, since no other rank waits for this one. ``timeout`` has no effect: interrupt it.
     """
 
     def __init__(self, devices: list[torch.device]):
         super().__init__(devices)
+        self._owner = os.getpid()
         self._rank: Rank | None = Rank(0, 1, devices[0])
         torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
 
     def call(self, fn, *args, timeout=None, on_report=None, **kwargs):
+        if os.getpid() != self._owner:  # whose threads this process has not
+            raise forked(self._owner)
         if self._rank is None:
             raise gone("closed")
         self._rank.send_report = on_report and (lambda message: on_report(0, message))

@@ -8,9 +8,10 @@ from collections import Counter
 import torch
 
 from moekit import checkpoint
+from moekit.interrupts import hold_interrupts
 from moekit.nn.dispatch import AllToAll, owned
 from moekit.nn.transformer import empty
-from moekit.ranks import Rank, usable_cores
+from moekit.ranks import Rank
 
 
 def load(rank: Rank, plan: checkpoint.Plan, dtype: torch.dtype, backend: str) -> dict:
@@ -24,8 +25,10 @@ def load(rank: Rank, plan: checkpoint.Plan, dtype: torch.dtype, backend: str) ->
     start = time.perf_counter()
     held = owned(plan.config.experts, rank.world_size, rank.rank)
     dispatch = AllToAll(plan.config.experts) if rank.world_size > 1 and plan.config.moe_layers else None
-    model = empty(plan.config, rank.device, dtype, len(held), dispatch).use(backend)
-    filled = checkpoint.fill(model, plan, held, rank.report, max(1, usable_cores() // rank.world_size))
+    # The first tensors without memory import a part of torch, which must not be cut in the middle.
+    with hold_interrupts():
+        model = empty(plan.config, rank.device, dtype, len(held), dispatch).use(backend)
+    filled = checkpoint.fill(model, plan, held, rank.report, rank.cores)
     rank.state["model"] = model
     parameters = list(model.parameters())
     return {

@@ -1,0 +1,327 @@
+"""A process that has imported torch, and from which the processes of ranks are forked: they start in milliseconds.
+
+The server runs one thread, computes nothing and never touches a GPU: what is forked from it is as good as new. Every rank
+gets its own environment, folder, pipe and log. The server ends with its driver, however that ends, and some seconds after
+its last rank; its ranks end with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import gc
+import os
+import pickle
+import random
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from typing import Any, NoReturn
+
+from moekit.ranks.channel import readable
+
+START_LIMIT = 120.0  # seconds for the server to start
+
+FORK_LIMIT = 20.0  # seconds for a fork
+
+IDLE = 5.0  # seconds without a rank after which the server ends
+
+LARGEST = 1 << 20  # bytes of a request
+
+# Variables that change from call to call and that no library reads.
+PASSING = {"_", "COLUMNS", "LINES", "PYTEST_CURRENT_TEST"}
+
+
+class Unavailable(Exception):
+    """There is no server, and ranks have to be started without it."""
+
+
+def available() -> bool:
+    return sys.platform == "linux" and hasattr(os, "pidfd_open") and os.environ.get("MOEKIT_FORK", "1") != "0"
+
+
+# ------------------------------------------------------------------------------------------ in the driver
+
+_starting = threading.Lock()
+
+_server: Server | None = None
+
+
+def _after_fork() -> None:
+    """A fork of the driver has no server, and a lock that another thread held would stay locked in it."""
+    global _starting, _server
+    _starting, _server = threading.Lock(), None
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def prepare() -> Server:
+    """The server of this process and environment; started, not awaited, if there is none."""
+    global _server
+    with _starting:
+        if _server is None or not _server.fits():
+            if _server is not None:
+                _server.retire()
+            _server = Server()
+        return _server
+
+
+def _lasting() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name not in PASSING}
+
+
+class Server:
+    """The driver's end of a server."""
+
+    def __init__(self) -> None:
+        self._owner, self._environment = os.getpid(), _lasting()
+        self._lock = threading.Lock()
+        self._answers: list[int] = []  # to a request to fork: a pid, or less than 0 a number of an error
+        self._codes: dict[int, int] = {}  # exit codes by pid
+        self._ready = self._gone = False
+        path = [os.path.abspath(entry) for entry in sys.path]
+        code = (
+            f"import sys; sys.path[:] = {path!r}; from moekit.ranks.forkserver import main; "
+            f"main({self._owner}, {IDLE!r})"
+        )
+        # Threads of a BLAS that starts with its library would be lost in a fork.
+        single = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+        self._pipe, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            with theirs, tempfile.TemporaryFile() as log:
+                process = subprocess.Popen(
+                    [sys.executable, "-u", "-X", "faulthandler", "-c", code],
+                    stdin=theirs,
+                    stdout=log,
+                    stderr=log,
+                    env=os.environ | single | {"MPLBACKEND": "agg"},
+                    process_group=0,
+                )
+        except BaseException:
+            self._pipe.close()
+            raise
+        # Its end is waited for, so that no zombie stays.
+        threading.Thread(target=process.wait, name="forkserver", daemon=True).start()
+
+    def fits(self) -> bool:
+        """Whether this server is this process's and alive, and libraries read the same environment there as here."""
+        if self._owner != os.getpid():
+            return False
+        self.listen()
+        return not self._gone and self._environment == _lasting()
+
+    def retire(self) -> None:
+        """Let the server end once its ranks have: nobody asks it for others."""
+        if self._owner == os.getpid():
+            with contextlib.suppress(OSError):
+                self._pipe.send(pickle.dumps(("retire",)))
+
+    def listen(self, seconds: float = 0.0) -> None:
+        """Take in what the server has said, waiting for it so many seconds."""
+        readable(self._pipe, seconds)
+        with self._lock:
+            while not self._gone:
+                try:
+                    message = self._pipe.recv(LARGEST, socket.MSG_DONTWAIT)
+                except BlockingIOError:
+                    return
+                except OSError:
+                    message = b""
+                if not message:
+                    self._gone = True
+                    return
+                kind, *content = pickle.loads(message)
+                if kind == "ready":
+                    self._ready = True
+                elif kind == "forked":
+                    self._answers.append(content[0])
+                else:
+                    self._codes[content[0]] = content[1]
+
+    def wait_ready(self) -> None:
+        end = time.monotonic() + START_LIMIT
+        while not self._ready:
+            self.listen(0.2)
+            if self._gone or time.monotonic() > end:
+                self._gone = True
+                raise Unavailable
+
+    def fork(self, order: dict[str, Any], pipe: int, log: int) -> Forked:
+        """A rank, forked: ``pipe`` is its stdin, ``log`` its stdout and stderr.
+
+        Raises:
+            Unavailable: the server is gone.
+            OSError: it cannot fork, or does not answer.
+        """
+        with _starting:  # one at a time, as the answer names no question
+            self._answers.clear()
+            try:
+                socket.send_fds(self._pipe, [pickle.dumps(("fork", order))], [pipe, log])
+            except OSError as error:
+                raise Unavailable from error
+            end = time.monotonic() + FORK_LIMIT
+            while not self._answers:
+                self.listen(0.2)
+                if not self._answers and self._gone:  # it ended for want of work, and took in no request
+                    raise Unavailable
+                if not self._answers and time.monotonic() > end:
+                    self._gone = True  # the next start makes another server
+                    raise OSError(errno.EAGAIN, "the process that ranks are forked from does not answer")
+            if (pid := self._answers.pop()) < 0:
+                raise OSError(-pid, os.strerror(-pid))
+            return Forked(self, pid)
+
+    def code(self, pid: int) -> int | None:
+        self.listen()
+        if self._gone:
+            return self._codes.get(pid, -signal.SIGKILL)  # ranks end with their server
+        return self._codes.get(pid)
+
+    def release(self, pid: int) -> None:
+        """Let the system use ``pid`` again."""
+        self._codes.pop(pid, None)
+        with contextlib.suppress(OSError):
+            self._pipe.send(pickle.dumps(("release", pid)))
+
+
+class Forked:
+    """The process of a rank, with the few methods of :class:`subprocess.Popen` that a pool needs."""
+
+    def __init__(self, server: Server, pid: int):
+        self._server, self.pid = server, pid
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            self.returncode = self._server.code(self.pid)
+        return self.returncode
+
+    def wait(self, timeout: float) -> int:
+        end = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired(f"rank process {self.pid}", timeout)
+            self._server.listen(0.05)
+        return self.returncode
+
+    def release(self) -> None:
+        self._server.release(self.pid)
+
+
+# ------------------------------------------------------------------------------------------ in the server
+
+
+def main(driver: int, idle: float) -> None:
+    """Fork ranks for the process ``driver`` until it is gone or has not needed one for ``idle`` seconds."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    pipe = socket.socket(fileno=os.dup(0))
+    with open(os.devnull) as nothing:
+        os.dup2(nothing.fileno(), 0)
+    import torch
+
+    with torch.device("meta"):  # the first tensor without memory imports another part of torch
+        torch.nn.Linear(1, 1).to_empty(device="cpu")
+    if len(os.listdir("/proc/self/task")) > 1 or torch.cuda.is_initialized():
+        return  # threads and CUDA do not outlive a fork: ranks are started without a server
+    os.close(os.pidfd_open(os.getpid()))  # an OSError here in place of later, where the system forbids it
+    gc.collect()
+    gc.freeze()  # a collection would copy every page
+    pipe.send(pickle.dumps(("ready",)))
+    order = _forks(pipe, driver, idle)
+    if order is None:
+        os._exit(0)
+    _become(**order)
+
+
+def _forks(pipe: socket.socket, driver: int, idle: float) -> dict[str, Any] | None:
+    """Fork what is asked for: in a rank its order, in the server None once it is of no more use."""
+    poll = select.poll()
+    poll.register(pipe, select.POLLIN)
+    alive: dict[int, int] = {}  # pid by the descriptor that tells of its end
+    ended: set[int] = set()
+    released: set[int] = set()
+    last, retired = time.monotonic(), False
+    while os.getppid() == driver:
+        for descriptor, _ in poll.poll(1000):
+            if descriptor == pipe.fileno():
+                message, descriptors, _, _ = socket.recv_fds(pipe, LARGEST, 2)
+                if not message:
+                    return None
+                kind, *content = pickle.loads(message)
+                if kind == "fork":
+                    try:
+                        pid = os.fork()
+                    except OSError as error:
+                        pid = -error.errno
+                    if pid == 0:
+                        for other in alive:
+                            os.close(other)
+                        pipe.close()
+                        return content[0] | {"pipe": descriptors[0], "log": descriptors[1]}
+                    for one in descriptors:
+                        os.close(one)
+                    if pid > 0:
+                        with contextlib.suppress(OSError):  # the rank may have done so itself
+                            os.setpgid(pid, pid)
+                        end = os.pidfd_open(pid)
+                        alive[end] = pid
+                        poll.register(end, select.POLLIN)
+                    pipe.send(pickle.dumps(("forked", pid)))
+                elif kind == "retire":
+                    retired = True
+                else:
+                    released.add(content[0])
+            else:
+                pid = alive.pop(descriptor)
+                poll.unregister(descriptor)
+                os.close(descriptor)
+                ended.add(pid)
+                how = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+                code = how.si_status if how.si_code == os.CLD_EXITED else -how.si_status
+                pipe.send(pickle.dumps(("ended", pid, code)))
+        for pid in ended & released:  # until then the driver may still send signals to this number
+            os.waitpid(pid, 0)
+            ended.discard(pid)
+            released.discard(pid)
+        if alive or ended:
+            last = time.monotonic()
+        elif retired or time.monotonic() - last > idle:
+            return None
+    return None
+
+
+def _become(
+    *, environment: dict[str, str], path: list[str], cwd: str, rank: tuple, options: dict, pipe: int, log: int
+) -> NoReturn:
+    """Turn this fork into a rank."""
+    code = 1
+    try:
+        with contextlib.suppress(OSError):
+            os.setpgid(0, 0)
+        for source, target in ((pipe, 0), (log, 1), (log, 2)):
+            os.dup2(source, target)
+        os.close(pipe)
+        os.close(log)
+        os.environ.clear()
+        os.environ.update(environment)
+        sys.path[:] = path
+        os.chdir(cwd)
+        random.seed()
+        if numpy := sys.modules.get("numpy"):
+            numpy.random.seed()
+        from moekit.ranks.server import serve
+
+        serve(*rank, parent=os.getppid(), **options)
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)

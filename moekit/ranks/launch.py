@@ -1,0 +1,72 @@
+"""Start the process of a rank: forked from a server where there can be one, else an interpreter of its own."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from moekit.ranks import forkserver
+from moekit.ranks.base import Rank
+
+
+def prepare() -> None:
+    """Let a server start meanwhile, from which ranks are forked: worth it before a second of other work."""
+    if forkserver.available():
+        forkserver.prepare()
+
+
+def await_server() -> forkserver.Server | None:
+    """The server once it can fork; None where there is none."""
+    if not forkserver.available():
+        return None
+    try:
+        server = forkserver.prepare()
+        server.wait_ready()
+    except (OSError, forkserver.Unavailable):
+        return None
+    return server
+
+
+def launch(
+    me: Rank, folder: Path, pipe: socket.socket, log: int, server: forkserver.Server | None
+) -> subprocess.Popen | forkserver.Forked:
+    """Start the rank ``me``: ``pipe`` is its stdin, the descriptor ``log`` its stdout and stderr."""
+    path = [os.path.abspath(entry) for entry in sys.path]
+    rank = (me.rank, me.world_size, str(me.device))
+    options = {"local_world_size": me.local_world_size, "folder": str(folder)}
+    if server is not None:
+        order = {
+            "environment": environment(me),
+            "path": path,
+            "cwd": os.getcwd(),
+            "rank": rank,
+            "options": options,
+        }
+        try:
+            return server.fork(order, pipe.fileno(), log)
+        except forkserver.Unavailable:
+            pass
+    options["parent"] = os.getpid()
+    code = f"import sys; sys.path[:] = {path!r}; from moekit.ranks.server import serve; serve(*{rank!r}, **{options!r})"
+    return subprocess.Popen(
+        [sys.executable, "-u", "-X", "faulthandler", "-c", code],
+        stdin=pipe,
+        stdout=log,
+        stderr=log,
+        env=environment(me),
+        process_group=0,  # out of reach of the interrupt key, and its own children end with it
+    )
+
+
+def environment(me: Rank) -> dict[str, str]:
+    """The environment of a rank."""
+    loopback = "lo" if sys.platform == "linux" else "lo0"
+    return os.environ | {
+        "OMP_NUM_THREADS": str(me.cores),
+        "GLOO_SOCKET_IFNAME": loopback,
+        "NCCL_SOCKET_IFNAME": loopback,
+        "MPLBACKEND": "agg",
+    }

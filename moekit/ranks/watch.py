@@ -1,0 +1,194 @@
+"""Signs of life of the ranks during a call, and what to say when they do not come.
+
+A thread of each rank sends a beat every second while the rank works. A beat tells where the main thread is and how much
+processor time the rank has used. Two things end a call:
+
+- A rank is *silent*: no byte comes from it and its processor time stands still. Its process is stopped, frozen or stuck.
+- A rank is *idle*: it sends beats, and it neither reports nor uses the processor. Its main thread waits for something that
+  does not come, such as a file system. A rank that waits in a collective is not to blame as long as another one can be.
+
+Only time counts in which the driver itself runs and looks: a machine that slept has no stopped ranks.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from moekit.ranks.base import RankError
+
+BEAT = 1.0  # seconds between two beats of a rank
+
+SILENCE = (
+    30.0  # seconds without a sign of life that a call bears; the environment's MOEKIT_SILENCE goes before it
+)
+
+USED = 0.01  # seconds of processor time from one beat to the next that count as work
+
+STATES = {
+    "T": "is stopped",
+    "t": "is stopped by a debugger",
+    "D": "waits for a device or a file system",
+    "Z": "has ended",
+    "R": "runs",
+    "S": "sleeps",
+}
+
+WAITS_FOR_PEERS = ("torch/distributed/", "nn/dispatch.py")  # files of frames in which a rank waits for others
+
+
+def silence_limit(silence: float | None) -> float:
+    """``silence`` in seconds; None: that of the environment, or :data:`SILENCE`. ValueError unless it is positive."""
+    said = os.environ.get("MOEKIT_SILENCE", SILENCE) if silence is None else silence
+    try:
+        if (limit := float(said)) > 0:
+            return limit
+    except (TypeError, ValueError):
+        pass
+    name = "MOEKIT_SILENCE" if silence is None else "silence"
+    raise ValueError(f"{name} is {said!r}: expected a number of seconds above 0")
+
+
+@dataclass(frozen=True)
+class Process:
+    """The state of a process (a letter of ``ps``) and the seconds of processor time that it has used."""
+
+    state: str
+    seconds: float
+
+    @classmethod
+    def of(cls, pid: int) -> Process | None:
+        """None where the system does not tell."""
+        try:
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            return cls(fields[0], (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"))
+        except (OSError, IndexError, ValueError):
+            return None
+
+    @property
+    def stopped(self) -> bool:
+        return self.state in "Tt"
+
+    def __str__(self) -> str:
+        return f"its process {STATES.get(self.state, 'is in an unknown state')}: state {self.state}"
+
+
+@dataclass
+class Signs:
+    """What is known of one rank: seconds since the last byte and since the last work, and its innermost frames."""
+
+    silent: float = 0.0
+    idle: float = 0.0
+    frames: tuple[str, ...] = ()
+    used: float = 0.0
+    known: Process | None = None
+    started: bool = False
+
+    def waits_for_peers(self) -> bool:
+        return any(name in frame for frame in self.frames[:3] for name in WAITS_FOR_PEERS)
+
+
+class Watch:
+    """The signs of all ranks during one call of ``operation``."""
+
+    def __init__(self, operation: str, pids: list[int], silence: float, started: bool):
+        self.operation, self.pids, self.silence = operation, pids, silence
+        self.signs = [Signs(started=started) for _ in pids]
+        self.at_work = set(range(len(pids)))
+        self.began = self.looked = time.monotonic()
+        self.unmoved = 0.0  # seconds since a rank reported or finished
+
+    def hear(self, rank: int) -> None:
+        """Bytes have come from ``rank``."""
+        self.signs[rank].silent = 0.0
+
+    def move(self, rank: int) -> None:
+        """A part of a large message has gone to ``rank`` or come from it."""
+        self.signs[rank].silent = self.signs[rank].idle = 0.0
+
+    def beat(self, rank: int, frames: tuple[str, ...], used: float) -> None:
+        signs = self.signs[rank]
+        if used - signs.used > USED or not signs.started:
+            signs.idle = 0.0
+        signs.frames, signs.used, signs.started = frames, used, True
+
+    def report(self, rank: int) -> None:
+        self.unmoved = 0.0
+        for signs in self.signs:
+            signs.idle = 0.0
+
+    def finish(self, rank: int) -> None:
+        """A report of all, too: who waited for this rank may have moved."""
+        self.at_work.discard(rank)
+        self.report(rank)
+
+    def look(self) -> RankError | None:
+        """Count the time since the last look, and say who has been without a sign for too long."""
+        now = time.monotonic()
+        passed, self.looked = min(now - self.looked, BEAT), now
+        self.unmoved += passed
+        for rank in sorted(self.at_work):
+            signs = self.signs[rank]
+            signs.silent += passed
+            signs.idle += passed
+            if signs.silent > 1.5 * BEAT or signs.silent >= self.silence:
+                self._ask_the_system(rank)
+        silent = [rank for rank in sorted(self.at_work) if self.signs[rank].silent >= self.silence]
+        # An interpreter that starts sends no beats, and a slow disk may hold it up: only a stopped one is named.
+        for rank in sorted(silent, key=lambda rank: rank not in self.stopped()):
+            if self.signs[rank].started or rank in self.stopped():
+                return self._silent(rank)
+        idle = [
+            r for r in sorted(self.at_work) if self.signs[r].started and self.signs[r].idle >= self.silence
+        ]
+        to_blame = [rank for rank in idle if not self.signs[rank].waits_for_peers()]
+        if to_blame or (idle and len(idle) == len(self.at_work)):
+            return self._idle(to_blame or idle)
+        return None
+
+    def _ask_the_system(self, rank: int) -> None:
+        """A rank without beats that uses the processor is at work: one long call may keep Python's lock."""
+        signs, process = self.signs[rank], Process.of(self.pids[rank])
+        if process and signs.known and process.seconds > signs.known.seconds:
+            signs.silent = signs.idle = 0.0
+        signs.known = process
+
+    def stopped(self) -> list[int]:
+        """The ranks whose processes are stopped, whether they are at work or not."""
+        states = [Process.of(pid) for pid in self.pids]
+        return [rank for rank, process in enumerate(states) if process and process.stopped]
+
+    def _silent(self, rank: int) -> RankError:
+        return RankError(
+            rank,
+            f"has given no sign of life for {self.silence:g} s while it ran '{self.operation}'"
+            f"{self.state(rank)}: end what stopped it and load the model again{self.stack(rank)}",
+        )
+
+    def _idle(self, ranks: list[int]) -> RankError:
+        others = f"; so have ranks {ranks[1:]}" if ranks[1:] else ""
+        return RankError(
+            ranks[0],
+            f"has neither reported nor used the processor for {self.silence:g} s while it ran '{self.operation}'"
+            f"{self.state(ranks[0])}{others}: look at what it waits for, or set MOEKIT_SILENCE to more seconds"
+            f"{self.stack(ranks[0])}",
+        )
+
+    def state(self, rank: int) -> str:
+        process = Process.of(self.pids[rank])
+        return f" ({process})" if process else ""
+
+    def stack(self, rank: int) -> str:
+        """Where the rank was at its last beat."""
+        frames = "\n".join(self.signs[rank].frames)
+        return f"\n\nWhere it was at its last sign, innermost first:\n{frames}" if frames else ""
+
+    def late(self) -> str:
+        """What the ranks that have not finished do."""
+        spent = time.monotonic() - self.began
+        return "".join(
+            f"\n\nrank {rank} has run '{self.operation}' for {spent:.1f} s{self.state(rank)}{self.stack(rank)}"
+            for rank in sorted(self.at_work)
+        )
