@@ -364,7 +364,6 @@ def test_the_generator_is_splitmix64():
         ({"temperature": -1}, "temperature=-1"),
         ({"temperature": True}, "temperature=True"),
         ({"temperature": float("nan")}, "temperature=nan"),
-        ({"top_k": 5}, "temperature"),
         ({"top_p": 1.5, "temperature": 1}, "top_p=1.5"),
         ({"num_return_sequences": 2}, "num_return_sequences=2"),
         ({"beam_size": 2, "num_return_sequences": 3}, "beam_size=2"),

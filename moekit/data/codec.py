@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from moekit import paths
+from moekit import arguments, paths
 from moekit.data.bpe import BytePairs
 from moekit.data.dictionary import BOS, EOS, PAD, UNK, Dictionary
 
@@ -35,6 +35,7 @@ class Codec:
     """
 
     bos, pad, eos, unk = BOS, PAD, EOS, UNK
+    reads_text = True
 
     def __init__(self, encoder_json: str | Path, vocab_bpe: str | Path, dict_txt: str | Path) -> None:
         self.bpe = BytePairs(encoder_json, vocab_bpe)
@@ -46,7 +47,7 @@ class Codec:
     @classmethod
     def load(cls, folder: str | Path = "demo") -> Codec:
         """The codec whose three files lie in ``folder``; "demo" is the demo model's."""
-        folder = paths.DEMO_BPE if str(folder) == "demo" else Path(folder)
+        folder = paths.DEMO_BPE if str(folder) == "demo" else arguments.check("bpe", folder, arguments.Path())
         return cls(*(folder / name for name in FILES))
 
     def __len__(self) -> int:
@@ -85,3 +86,29 @@ class Codec:
             if not 0 <= number < len(self):
                 raise ValueError(f"id {number} is outside the dictionary, whose ids are 0 to {len(self) - 1}")
         return numbers
+
+
+class Ids:
+    """Stands where a codec is missing: shows tokens by their ids, and says why there is no text when text comes.
+
+    Args:
+        why: the sentence that :meth:`encode` raises.
+    """
+
+    bos, pad, eos, unk = BOS, PAD, EOS, UNK
+    reads_text = False
+
+    def __init__(self, why: str = "these tokens have no codec") -> None:
+        self.why = why
+
+    def encode(self, text: str) -> list[int]:
+        """Raises ValueError with ``why``."""
+        raise ValueError(self.why)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The ids, each after a space."""
+        return "".join(self.pieces(ids))
+
+    def pieces(self, ids: Iterable[int]) -> list[str]:
+        """Each id after a space."""
+        return [f" {int(number)}" for number in ids]

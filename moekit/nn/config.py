@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from moekit.arguments import Choice, Flag, Whole, check
+
 PAD = 1  # fairseq's Dictionary puts <s> <pad> </s> <unk> first, in this order
 EOS = 2
 
@@ -85,17 +87,15 @@ def changed(config: ModelConfig, fields: Mapping[str, Any]) -> ModelConfig:
     Raises:
         ValueError: a field is none of :data:`CHANGEABLE`, or its value none that it can have.
     """
-    for name, value in fields.items():
+    for name in fields:
         if name not in CHANGEABLE:
             raise ValueError(
                 f"config={{{name!r}: ...}} cannot be changed; expected some of {', '.join(CHANGEABLE)}"
             )
-        if name in WORDS:
-            fits, expected = value in WORDS[name], ", ".join(WORDS[name])
-        elif name == "max_positions":
-            fits, expected = type(value) is int and value > 0, "a whole number of at least 1"
-        else:
-            fits, expected = isinstance(value, bool), "True or False"
-        if not fits:
-            raise ValueError(f"config={{{name!r}: {value!r}}}: expected {expected}")
-    return replace(config, **fields)
+    kinds = {name: Choice(words) for name, words in WORDS.items()} | {"max_positions": Whole()}
+    return replace(
+        config,
+        **{
+            name: check(f"config[{name!r}]", value, kinds.get(name, Flag())) for name, value in fields.items()
+        },
+    )

@@ -11,16 +11,16 @@ Shape letters: B samples, T tokens of a sample, G routing groups, S tokens of a 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from moekit.arguments import Capacity, Flag, Whole, Wholes, shown
+from moekit.arguments import check as checked
 from moekit.nn.config import ModelConfig
 from moekit.nn.gate import Edit
 
@@ -64,13 +64,11 @@ class Intervention:
     drop_second: bool
     capacity_token_fraction: float | EllipsisType | None
 
-    def fraction(self, asked: float | None) -> float | None:
-        """The capacity fraction that holds when a call asks for ``asked``."""
-        return asked if self.capacity_token_fraction is ... else self.capacity_token_fraction
-
     def apply(self, step: Pass, samples: Tensor, positions: Tensor) -> None:
-        """Put the changes into ``step``, the pass of B samples with ids ``samples`` [B] and positions [T] or [B, T]."""
-        step.fraction = self.fraction(step.fraction)
+        """Put the changes into ``step``, the pass of B samples with ids ``samples`` [B] and positions [T] or [B, T].
+
+        The capacity is the driver's to merge (:meth:`moekit.handle.Handle.capacity`): ``step.fraction`` holds already.
+        """
         step.edit = functools.partial(self.edit, step.groups, samples, positions)
 
     def check(self, lengths: Mapping[int, int]) -> None:
@@ -128,18 +126,17 @@ def plan(
     mask: Mapping[int, Iterable[int]] | Iterable[tuple[int, int]] = (),
     force: Force | Iterable[Force] = (),
     drop_second: bool = False,
-    capacity_token_fraction: float | EllipsisType | None = ...,
+    capacity_token_fraction: float | str | EllipsisType | None = ...,
 ) -> Intervention:
     """Check an intervention against the model; the arguments are those of :meth:`moekit.api.Model.route`.
 
     Raises:
         ValueError: no such layer or expert, too few experts left, or a contradiction.
     """
-    pairs = [(n, e) for n, some in mask.items() for e in some] if isinstance(mask, Mapping) else list(mask)
     masked: dict[int, tuple[int, ...]] = {}
-    for layer, expert in pairs:
+    for layer, expert in _pairs(mask):
         check(config, layer, expert)
-        masked[int(layer)] = tuple(sorted({*masked.get(layer, ()), int(expert)}))
+        masked[layer] = tuple(sorted({*masked.get(layer, ()), expert}))
     for layer, experts in masked.items():
         if config.experts - len(experts) < config.top_k:
             raise ValueError(
@@ -148,27 +145,42 @@ def plan(
             )
     forced = []
     for one in [force] if isinstance(force, Force) else force:
-        experts = tuple(int(e) for e in np.atleast_1d(one.experts))
+        if not isinstance(one, Force):
+            raise ValueError(f"force={shown(one)}: expected moekit.Force, or several")
+        experts = tuple(checked("Force.experts", one.experts, Wholes()))
         if not 1 <= len(experts) <= config.top_k or len(set(experts)) < len(experts):
-            raise ValueError(f"{one}: expected 1 to {config.top_k} different experts")
-        layers = (
-            config.moe_layers if one.layers is None else [int(n) for n in np.atleast_1d(_list(one.layers))]
-        )
-        positions = None
-        if one.positions is not None:
-            positions = tuple(int(p) for p in np.atleast_1d(_list(one.positions)))
-        for layer in layers:
+            raise ValueError(
+                f"Force.experts={shown(experts)}: expected 1 to {config.top_k} different experts"
+            )
+        sample = checked("Force.sample", one.sample, Whole(0))
+        layers = checked("Force.layers", one.layers, Wholes(optional=True))
+        positions = checked("Force.positions", one.positions, Wholes(optional=True))
+        for layer in config.moe_layers if layers is None else layers:
             for expert in experts:
                 check(config, layer, expert)
                 if expert in masked.get(layer, ()):
-                    raise ValueError(f"{one}: expert {expert} of layer {layer} is masked")
-            forced.append((layer, int(one.sample), positions, experts))
+                    raise ValueError(f"Force.experts={experts}: expert {expert} of layer {layer} is masked")
+            forced.append((layer, sample, None if positions is None else tuple(positions), experts))
+    drop_second = checked("drop_second", drop_second, Flag())
     if drop_second and config.top_k < 2:
         raise ValueError("drop_second: the model's gate makes one choice")
     fraction = capacity_token_fraction
-    if fraction is not ... and fraction is not None and not math.isfinite(fraction):
-        raise ValueError(f"capacity_token_fraction={fraction}: expected None or a number")
-    return Intervention(masked, tuple(forced), bool(drop_second), fraction)
+    if fraction is not ...:
+        fraction = checked("capacity_token_fraction", fraction, Capacity())
+    return Intervention(masked, tuple(forced), drop_second, fraction)
+
+
+def _pairs(mask: Any) -> list[tuple[int, int]]:
+    """(layer, expert) of every masked expert."""
+    if isinstance(mask, Mapping):
+        found = [
+            (layer, expert) for layer, some in mask.items() for expert in checked("mask", some, Wholes())
+        ]
+    else:
+        found = [tuple(pair) if isinstance(pair, Iterable) else (pair,) for pair in mask]
+    if not all(len(pair) == 2 for pair in found):
+        raise ValueError(f"mask={shown(mask)}: expected {{layer: [experts]}} or [(layer, expert), ...]")
+    return [(checked("mask", layer, Whole(0)), checked("mask", expert, Whole(0))) for layer, expert in found]
 
 
 def check(config: ModelConfig, layer: int, expert: int) -> None:
@@ -178,10 +190,3 @@ def check(config: ModelConfig, layer: int, expert: int) -> None:
         )
     if not 0 <= expert < config.experts:
         raise ValueError(f"layer {layer} has no expert {expert}: they are 0 to {config.experts - 1}")
-
-
-def _list(numbers: int | Iterable[int]) -> int | list[int]:
-    return numbers if isinstance(numbers, int | np.integer) else list(numbers)
-
-
-# ------------------------------------------------------------------------------------------------- what it changed
