@@ -36,9 +36,15 @@ _short.maxstring = _short.maxother = 80
 def shown(value: Any) -> str:
     """``repr(value)``, cut short: for messages."""
     try:
-        return _short.repr(value)
-    except ValueError:  # Python does not print an int of more than 4300 digits
-        return f"<a number of {value.bit_length()} bits>"
+        text = _short.repr(value)
+    except ValueError:
+        # Python does not print an int of more than 4300 digits.
+        return (
+            f"<a number of {value.bit_length()} bits>"
+            if isinstance(value, int)
+            else f"a {type(value).__name__}"
+        )
+    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def check(name: str, value: Any, kind: Kind) -> Any:
@@ -54,8 +60,8 @@ def check(name: str, value: Any, kind: Kind) -> Any:
     except _Why as why:
         raise ValueError(f"{name}={shown(value)}: {why}") from None
     except (ValueError, OverflowError, TypeError):
-        or_none = "None or " if kind.optional else ""
-        raise ValueError(f"{name}={shown(value)}: expected {or_none}{kind.expected}") from None
+        or_none = " or None" if kind.optional else ""
+        raise ValueError(f"{name}={shown(value)}: expected {kind.expected}{or_none}") from None
 
 
 def parameter(name: str, value: Any, kind: Kind) -> Any:
@@ -190,7 +196,7 @@ class Capacity:
     """
 
     optional: bool = True
-    expected = "a number, as in fairseq, or 'training'"
+    expected = "a number as in fairseq, 'training'"
 
     def convert(self, value: Any) -> float:
         return -1.0 if isinstance(value, str) and value == "training" else Number().convert(value)

@@ -243,5 +243,5 @@ def summarize(
     tokens = pd.DataFrame({name: np.concatenate(part) for name, part in parts.items()})
     tokens = tokens.sort_values(["sample_id", "position"], kind="stable", ignore_index=True)
     loss = float(-tokens["logprob"].to_numpy(np.float64).mean() / math.log(2))
-    perplexity = 2**loss if loss < 1024 else math.inf  # NaN stays NaN
+    perplexity = math.inf if loss >= 1024 else 2**loss
     return Evaluation(loss, perplexity, len(tokens), seconds, len(tokens) / seconds, tokens)

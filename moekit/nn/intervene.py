@@ -144,7 +144,7 @@ def plan(
                 f"every token needs {config.top_k}"
             )
     forced = []
-    for one in [force] if isinstance(force, Force) else force:
+    for one in force if isinstance(force, Iterable) else [force]:
         if not isinstance(one, Force):
             raise ValueError(f"force={shown(one)}: expected moekit.Force, or several")
         experts = tuple(checked("Force.experts", one.experts, Wholes()))
@@ -177,7 +177,8 @@ def _pairs(mask: Any) -> list[tuple[int, int]]:
             (layer, expert) for layer, some in mask.items() for expert in checked("mask", some, Wholes())
         ]
     else:
-        found = [tuple(pair) if isinstance(pair, Iterable) else (pair,) for pair in mask]
+        pairs = mask if isinstance(mask, Iterable) else [mask]
+        found = [tuple(pair) if isinstance(pair, Iterable) else (pair,) for pair in pairs]
     if not all(len(pair) == 2 for pair in found):
         raise ValueError(f"mask={shown(mask)}: expected {{layer: [experts]}} or [(layer, expert), ...]")
     return [(checked("mask", layer, Whole(0)), checked("mask", expert, Whole(0))) for layer, expert in found]
