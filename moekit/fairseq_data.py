@@ -191,7 +191,10 @@ def open_data(
     )
     try:
         task.load_dataset(data.subset)
-    except IndexError:  # fairseq finds no block in blank lines, which part documents
+    except (IndexError, ValueError):
+        # fairseq finds no block in blank lines, since these part documents.
+        if data.sample_break_mode != "complete_doc":
+            raise
         raise ValueError(
             f"{data.prefix} has only blank lines: sample_break_mode={data.sample_break_mode!r} leaves no sample"
         ) from None
