@@ -181,7 +181,7 @@ class Model(Handle):
         return text_batches(self.ids("texts", texts), batch_size, self.config.max_positions, self.first)
 
     def _collector(self, trace: bool | Options) -> tracing.Collector | None:
-        if trace is False:
+        if not isinstance(trace, Options) and not (trace := check("trace", trace, Flag())):
             return None
         return tracing.Collector((Options() if trace is True else trace).of(self.config))
 

@@ -65,13 +65,15 @@ def check(name: str, value: Any, kind: Kind) -> Any:
 
 
 def parameter(name: str, value: Any, kind: Kind) -> Any:
-    """A notebook's parameter as ``kind`` has it; papermill spells None as a word.
+    """A notebook's parameter as ``kind`` has it; papermill spells None as a word, and a list as a text.
 
     Raises:
         ParameterError: it is something else.
     """
     if kind.optional and isinstance(value, str) and value.lower() in ("none", ""):
         return None
+    if isinstance(kind, Texts | Wholes):
+        value = _spelled(value, str if isinstance(kind, Texts) else int)
     try:
         return check(name, value, kind)
     except ValueError as error:
@@ -218,13 +220,13 @@ class Flag:
 
 @dataclass(frozen=True)
 class Texts:
-    """Texts in an order, from any iterable; one text counts as a list of one, and a text that spells a list as that."""
+    """Texts in an order, from any iterable; one text counts as a list of one."""
 
     optional: bool = False
     expected = "a list of texts"
 
     def convert(self, value: Any) -> list[str]:
-        texts = _items(_spelled(value, str))
+        texts = _items(value)
         if not all(isinstance(text, str) for text in texts):
             raise ValueError
         for text in texts:
@@ -240,7 +242,7 @@ class Wholes:
     expected = "a list of whole numbers"
 
     def convert(self, value: Any) -> list[int]:
-        value = _plain(_spelled(value, int))
+        value = _plain(value)
         return [Whole(0).convert(n) for n in ([value] if isinstance(value, Real) else _items(value))]
 
 

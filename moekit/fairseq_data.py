@@ -116,7 +116,13 @@ class Batches:
         self.order: list = []
         if len(kept):
             limits = {"max_tokens": data.max_tokens, "max_sentences": data.batch_size}
-            self.order = dataset.batch_by_size(kept, **limits)
+            try:
+                self.order = dataset.batch_by_size(kept, **limits)
+            except AssertionError:
+                longest = max(dataset.num_tokens(i) for i in kept)
+                raise ValueError(
+                    f"{data.prefix}: max_tokens={data.max_tokens} is less than the {longest} tokens of the longest sample"
+                ) from None
             if dataset.supports_prefetch:  # the "cached" format serves nothing else
                 dataset.prefetch(kept)
 

@@ -45,21 +45,34 @@ from moekit.arguments import (
         (Texts(), (t for t in ["a", "b"]), ["a", "b"]),
         (Texts(), pd.Series(["a", "b"]), ["a", "b"]),
         (Texts(), {"x": "a"}.values(), ["a"]),
-        (Texts(), '["a", "b"]', ["a", "b"]),
-        (Texts(), "['a', 'b']", ["a", "b"]),
-        (Texts(), "[1] and more", ["[1] and more"]),
-        (Texts(), "[1, 2]", ["[1, 2]"]),
-        (Texts(), "[]", []),
+        (Texts(), '["a", "b"]', ['["a", "b"]']),
         (Wholes(), np.int64(3), [3]),
         (Wholes(), range(1, 4), [1, 2, 3]),
         (Wholes(), np.array([1, 3]), [1, 3]),
         (Wholes(), (n for n in (1, 3)), [1, 3]),
-        (Wholes(), "[1, 3]", [1, 3]),
     ],
 )
 def test_what_is_taken(kind, given, meant):
     found = check("x", given, kind)
     assert found == meant and type(found) is type(meant)
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "meant"),
+    [
+        (Texts(), '["a", "b"]', ["a", "b"]),
+        (Texts(), "['a', 'b']", ["a", "b"]),
+        (Texts(), "[1] and more", ["[1] and more"]),
+        (Texts(), "[1, 2]", ["[1, 2]"]),
+        (Texts(), "[]", []),
+        (Wholes(), "[1, 3]", [1, 3]),
+        (Whole(optional=True), "None", None),
+        (Capacity(), "none", None),
+        (Path(), "~/x", File.home() / "x"),
+    ],
+)
+def test_what_papermill_spells(kind, given, meant):
+    assert parameter("x", given, kind) == meant
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,10 @@ class Ids:
     def __init__(self, why: str = "these tokens have no codec") -> None:
         self.why = why
 
+    def __bool__(self) -> bool:
+        """False: there is no text to read or write."""
+        return False
+
     def encode(self, text: str) -> list[int]:
         """Raises ValueError with ``why``."""
         raise ValueError(self.why)

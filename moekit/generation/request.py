@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moekit.arguments import Capacity, Kind, Number, Texts, Whole, check
+from moekit.arguments import Capacity, Flag, Kind, Number, Texts, Whole, check
 from moekit.handle import Handle
 from moekit.nn.record import Options
 from moekit.routing import trace as tracing
@@ -101,6 +101,8 @@ def rules(asked: dict[str, Any]) -> dict[str, Any]:
         ValueError: one makes no sense, or two contradict each other.
     """
     found = asked | {name: check(name, asked[name], kind) for name, kind in KINDS.items()}
+    trace = asked.get("trace", False)
+    found["trace"] = trace if isinstance(trace, Options) else check("trace", trace, Flag())
     if "" in found["stop"]:
         raise ValueError(f"stop={found['stop']}: expected texts, none of them empty")
     beam_size, copies = found["beam_size"], found["num_return_sequences"]

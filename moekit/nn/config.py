@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from moekit.arguments import Choice, Flag, Whole, check
+from moekit.arguments import Choice, Flag, Whole, check, shown
 
 PAD = 1  # fairseq's Dictionary puts <s> <pad> </s> <unk> first, in this order
 EOS = 2
@@ -87,6 +87,8 @@ def changed(config: ModelConfig, fields: Mapping[str, Any]) -> ModelConfig:
     Raises:
         ValueError: a field is none of :data:`CHANGEABLE`, or its value none that it can have.
     """
+    if not isinstance(fields, Mapping):
+        raise ValueError(f"config={shown(fields)}: expected a dict of some of {', '.join(CHANGEABLE)}")
     for name in fields:
         if name not in CHANGEABLE:
             raise ValueError(
