@@ -321,6 +321,8 @@ def _sequence(one: str, number: int, value: Any) -> str | list[int]:
 
 
 def _is_id(value: Any) -> bool:
+    if type(value) is int:
+        return True
     value = _plain(value)
     return isinstance(value, Integral) and not isinstance(value, bool)
 

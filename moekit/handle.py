@@ -116,11 +116,13 @@ class Handle:
         ]
 
     def _known(self, name: str, number: int, ids: list[int]) -> list[int]:
+        """``ids``, if all are the dictionary's; else a ValueError that names the first that is not."""
+        vocab = self.vocab
         for token in ids:
-            if not 0 <= token < self.vocab or token == PAD:
+            if not 0 <= token < vocab or token == PAD:
                 raise ValueError(
-                    f"{name} {number} has the id {arguments.shown(token)}; expected 0 to {self.vocab - 1}, without {PAD}, "
-                    "the padding"
+                    f"{name} {number} has the id {arguments.shown(token)}; expected 0 to {vocab - 1}, without {PAD}, the "
+                    "padding"
                 )
         return ids
 

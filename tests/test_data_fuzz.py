@@ -8,11 +8,12 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from test_data_verify import texts_of, write_cached
 
 import moekit
 from moekit.nn.config import PAD
 
-TRIALS = int(os.environ.get("FUZZ", "400"))
+TRIALS = int(os.environ.get("FUZZ", "300"))
 HEADER = 26
 MODES = ("none", "eos", "complete")
 
@@ -171,7 +172,45 @@ def test_damaged_data_is_refused_or_read_as_it_is(model, reference, tmp_path):
                 assert found["token"].tolist() == ids[ids != PAD].tolist(), folder.name
                 outcomes["as the ids say"] += 1
         shutil.rmtree(folder)
-    print(dict(outcomes))
+    print(dict(outcomes), end=" ")
     assert outcomes["refused"] > TRIALS / 2 and outcomes["the same"] and outcomes["as the ids say"]
     same = model.evaluate(reference / "data-bin", sample_break_mode="none", **how).tokens
     assert same.equals(wanted["none"]), "the model is as it was"
+
+
+def test_damaged_data_of_the_older_format_is_refused_or_read_as_it_is(model, reference, tmp_path):
+    """``--dataset-impl cached``: numbers of 8 bytes in the index, ids of 4 bytes that are one too large."""
+    write_cached(tmp_path / "valid", texts_of(reference / "data-bin" / "valid"))
+    original = {name: (tmp_path / name).read_bytes() for name in ("valid.bin", "valid.idx")}
+    how = {"tokens_per_sample": 64, "progress": False}
+    wanted = model.evaluate(reference / "data-bin", **how).tokens
+    shutil.copyfile(reference / "data-bin" / "dict.txt", tmp_path / "dict.txt")
+    outcomes: Counter[str] = Counter()
+    for seed in range(TRIALS // 2):
+        rng = random.Random(seed)
+        name = rng.choice(("valid.bin", "valid.idx", "valid.idx"))
+        data = bytearray(original[name])
+        kind = rng.choice(("cut", "longer", "bits", "number"))
+        if kind == "cut":
+            del data[rng.randrange(len(data)) :]
+        elif kind == "longer":
+            data += rng.randbytes(rng.choice((1, 4, 8, 24)))
+        elif kind == "bits":
+            flip(data, 0, len(data), rng)
+        else:
+            form, width = ("<i", 4) if name == "valid.bin" else ("<q", 8)
+            value = rng.choice((0, 1, 2, -1, 60, 200, 201, 2**31 - 1, len(data)))
+            put(data, form, width * rng.randrange(len(data) // width), value)
+        for other in original:
+            (tmp_path / other).write_bytes(data if other == name else original[other])
+        try:
+            found = model.evaluate(tmp_path, **how).tokens
+        except ValueError as error:
+            assert str(tmp_path) in str(error) and "\n" not in str(error), f"{seed}: {error}"
+            outcomes["refused"] += 1
+        else:
+            ids = np.frombuffer((tmp_path / "valid.bin").read_bytes(), "<i4") - 1
+            assert found["token"].tolist() == ids[ids != PAD].tolist(), seed
+            outcomes["the same" if found.equals(wanted) else "as the ids say"] += 1
+    print(dict(outcomes))
+    assert outcomes["refused"] > TRIALS / 4 and outcomes["as the ids say"]

@@ -127,9 +127,8 @@ def _verified(kind: str, prefix: Path, types: int, *stamps: tuple) -> None:
             )
     first = 1 if kind == "cached" else 0  # that format counts from 1
     for start, some in _pieces(ids):
-        bad = (some < first) | (some >= types + first)
-        if bad.any():
-            place = int(np.flatnonzero(bad)[0])
+        if some.min() < first or some.max() >= types + first:
+            place = int(np.flatnonzero((some < first) | (some >= types + first))[0])
             raise ValueError(
                 f"{data}: id {int(some[place]) - first} at place {start + place:,} is outside dict.txt beside it, whose "
                 f"ids are 0 to {types - 1}; binarise the text with that dict.txt"

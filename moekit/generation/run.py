@@ -11,6 +11,7 @@ continue, and turns ids into text: a line end is ``</s>`` on the way in and a li
 from __future__ import annotations
 
 import collections
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -99,6 +100,14 @@ def generate(
             if token.finish_reason is not None:
                 bar.total -= request.max_new_tokens - len(tokens[token.sequence])
     found = [request.generation(tokens[prompt.number]) for prompt in request.prompts]
+    if bad := [n for n, one in enumerate(found) if not np.isfinite(one.logprobs).all()]:
+        named = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
+        warnings.warn(
+            f"log-probabilities of new tokens are not finite in {len(bad)} of {len(found)} sequences ({named}): "
+            "model.score of the same prompt names the layer",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     if request.settings.trace is None:
         return found
     whole = _trace(model, request, found, parts)
