@@ -63,7 +63,7 @@ class Model(Handle):
                 "training" or any other number the training's rule (:func:`moekit.nn.gate.capacity`).
             sample_break_mode: "none", "complete", "complete_doc" or "eos", as in fairseq.
             context_window: tokens of context that are not scored again.
-            max_batches: stop after so many batches.
+            max_batches: stop after this many batches.
             seed: of gates that sample their second expert.
             progress: show a bar.
             trace: also record the routing; :class:`moekit.nn.record.Options` say what of it.

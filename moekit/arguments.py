@@ -124,7 +124,7 @@ class Path:
         try:
             return pathlib.Path(value).expanduser()
         except RuntimeError:
-            raise _Why("nobody here has this home folder; write the path without '~'") from None
+            raise _Why("this machine has no such home folder; write the path without '~'") from None
 
 
 @dataclass(frozen=True)

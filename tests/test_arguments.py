@@ -103,7 +103,7 @@ def test_what_papermill_spells(kind, given, meant):
         (
             Path(),
             "~nobody-of-this-name/x",
-            "x='~nobody-of-this-name/x': nobody here has this home folder; write the path without '~'",
+            "x='~nobody-of-this-name/x': this machine has no such home folder; write the path without '~'",
         ),
         (Texts(), b"a", "x=b'a': expected a list of texts"),
         (Texts(), {"a": 1}, "x={'a': 1}: expected a list of texts"),

@@ -241,3 +241,16 @@ def test_an_interrupt_waits_for_the_import(monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
         done.append("imported")
     assert done == ["imported"] and signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_folder_that_is_none_is_named(tmp_path, data):
+    (tmp_path / "empty").mkdir()
+    for folder, said in (
+        (tmp_path / "nowhere", "nowhere does not exist: expected binarised data"),
+        (data / "dict.txt", "dict.txt is not a folder: expected binarised data"),
+        (tmp_path / "empty", "empty has no dict.txt, it is empty: prepare_data"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            check_files(folder, "valid")
+    with pytest.raises(ValueError, match=r"has no other\.bin, it holds dict\.txt, test\.bin"):
+        check_files(data, "other")

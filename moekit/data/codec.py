@@ -74,7 +74,7 @@ class Codec:
         )
 
     def pieces(self, ids: Iterable[int]) -> list[str]:
-        """Each id for the eye: its text, or its symbol (``</s>``); bytes of half a character as ``\\xe2``."""
+        """Each id as readable text: its own, or its symbol (``</s>``); bytes of half a character as ``\\xe2``."""
         return [self._text(number).decode(errors="backslashreplace") for number in self._checked(ids)]
 
     def _text(self, number: int) -> bytes:

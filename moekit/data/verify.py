@@ -32,13 +32,7 @@ def kind_of(prefix: Path) -> str:
         return "raw"
     for name in (f"{prefix.name}.bin", f"{prefix.name}.idx"):
         if not prefix.with_name(name).is_file():
-            folder = prefix.parent
-            there = (
-                ", ".join(sorted(p.name for p in folder.iterdir())) if folder.is_dir() else "no such folder"
-            )
-            raise ValueError(
-                f"{folder} has no {name} (it has: {there[:500] or 'nothing'}); prepare_data.ipynb makes such a folder"
-            )
+            raise _missing(prefix.parent, name)
     index = prefix.with_name(f"{prefix.name}.idx")
     with open(index, "rb") as file:
         start = file.read(len(MAGIC))
@@ -84,16 +78,22 @@ def dictionary(folder: Path, model: Dictionary | None = None) -> Dictionary:
     """
     path = folder / "dict.txt"
     if not path.is_file():
-        there = ", ".join(sorted(p.name for p in folder.iterdir())) if folder.is_dir() else "no such folder"
-        raise ValueError(
-            f"{folder} has no dict.txt (it has: {there[:500] or 'nothing'}); prepare_data.ipynb makes such a folder"
-        )
+        raise _missing(folder, "dict.txt")
     found = _dictionary(path, _stamp(path))
     if len(found) == len(SPECIAL):
         raise ValueError(f"{path} is empty; expected a line '<symbol> <count>' for each type")
     if model is not None and (difference := found.difference(model)):
         raise ValueError(f"the data is of another dictionary than the model: {difference}")
     return found
+
+
+def _missing(folder: Path, name: str) -> ValueError:
+    if not folder.is_dir():
+        kind = "is not a folder" if folder.exists() else "does not exist"
+        return ValueError(f"{folder} {kind}: expected binarised data, as prepare_data.ipynb makes it")
+    there = ", ".join(sorted(path.name for path in folder.iterdir()))
+    there = "is empty" if not there else f"holds {there if len(there) < 500 else there[:500] + ', ...'}"
+    return ValueError(f"{folder} has no {name}, it {there}: prepare_data.ipynb makes such a folder")
 
 
 def lines(prefix: Path) -> tuple[np.ndarray, np.ndarray]:

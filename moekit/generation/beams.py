@@ -35,7 +35,7 @@ class Beams:
     """The beam search of one prompt, by the rules of ``SequenceGenerator`` (fairseq/sequence_generator.py).
 
     Of the 2 N best candidates, those with ``</s>`` among the first N are finished hypotheses, and the first N others
-    go on. It is over when N are finished. They rank by the mean log-probability of all their tokens.
+    stay alive. The search ends when N hypotheses are finished. They rank by the mean log-probability of all their tokens.
     """
 
     def __init__(self, prompt: Prompt, size: int):

@@ -52,7 +52,7 @@ class Intervention:
 
     Attributes:
         mask: layer -> experts whose gate logits become -inf before the softmax: the other experts' probabilities grow
-            to sum to 1, and whoever would have gone there goes to the best of the others.
+            to sum to 1, and a token that would have chosen one of them chooses the best of the others.
         force: (layer, sample, positions or None for all, experts).
         drop_second: second choices are not dispatched and take no place in a buffer; the first one's weight is what
             the gate gives it then: 1, or its share of both with ``normalize_before_dropping``.
