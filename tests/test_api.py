@@ -360,3 +360,10 @@ def test_finite_results_are_no_reason_to_warn(tiny, reference):
         warnings.simplefilter("error", RuntimeWarning)
         for mode in ("none", "eos", "complete"):
             tiny.evaluate(reference / "data-bin", tokens_per_sample=64, sample_break_mode=mode, **QUIET)
+
+
+def test_texts_of_a_study_are_read_once_too(tiny):
+    from moekit.invariance import batch_invariance
+
+    found = batch_invariance(tiny, (ids for ids in ([5, 6, 7], [8, 9])), batch_sizes=iter([2]), **QUIET)
+    assert {trace.meta["texts"] for trace in found.traces.values()} == {2}
