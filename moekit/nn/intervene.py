@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from moekit.arguments import Capacity, Flag, Whole, Wholes, shown
-from moekit.arguments import check as checked
+from moekit.arguments import Capacity, Flag, Whole, Wholes, check, shown
 from moekit.nn.config import ModelConfig
 from moekit.nn.gate import Edit
 
@@ -135,7 +134,7 @@ def plan(
     """
     masked: dict[int, tuple[int, ...]] = {}
     for layer, expert in _pairs(mask):
-        check(config, layer, expert)
+        check_expert(config, layer, expert)
         masked[layer] = tuple(sorted({*masked.get(layer, ()), expert}))
     for layer, experts in masked.items():
         if config.experts - len(experts) < config.top_k:
@@ -147,44 +146,42 @@ def plan(
     for one in force if isinstance(force, Iterable) else [force]:
         if not isinstance(one, Force):
             raise ValueError(f"force={shown(one)}: expected moekit.Force, or several")
-        experts = tuple(checked("Force.experts", one.experts, Wholes()))
+        experts = tuple(check("Force.experts", one.experts, Wholes()))
         if not 1 <= len(experts) <= config.top_k or len(set(experts)) < len(experts):
             raise ValueError(
                 f"Force.experts={shown(experts)}: expected 1 to {config.top_k} different experts"
             )
-        sample = checked("Force.sample", one.sample, Whole(0))
-        layers = checked("Force.layers", one.layers, Wholes(optional=True))
-        positions = checked("Force.positions", one.positions, Wholes(optional=True))
+        sample = check("Force.sample", one.sample, Whole(0))
+        layers = check("Force.layers", one.layers, Wholes(optional=True))
+        positions = check("Force.positions", one.positions, Wholes(optional=True))
         for layer in config.moe_layers if layers is None else layers:
             for expert in experts:
-                check(config, layer, expert)
+                check_expert(config, layer, expert)
                 if expert in masked.get(layer, ()):
                     raise ValueError(f"Force.experts={experts}: expert {expert} of layer {layer} is masked")
             forced.append((layer, sample, None if positions is None else tuple(positions), experts))
-    drop_second = checked("drop_second", drop_second, Flag())
+    drop_second = check("drop_second", drop_second, Flag())
     if drop_second and config.top_k < 2:
         raise ValueError("drop_second: the model's gate makes one choice")
     fraction = capacity_token_fraction
     if fraction is not ...:
-        fraction = checked("capacity_token_fraction", fraction, Capacity())
+        fraction = check("capacity_token_fraction", fraction, Capacity())
     return Intervention(masked, tuple(forced), drop_second, fraction)
 
 
 def _pairs(mask: Any) -> list[tuple[int, int]]:
     """(layer, expert) of every masked expert."""
     if isinstance(mask, Mapping):
-        found = [
-            (layer, expert) for layer, some in mask.items() for expert in checked("mask", some, Wholes())
-        ]
+        found = [(layer, expert) for layer, some in mask.items() for expert in check("mask", some, Wholes())]
     else:
         pairs = mask if isinstance(mask, Iterable) else [mask]
         found = [tuple(pair) if isinstance(pair, Iterable) else (pair,) for pair in pairs]
     if not all(len(pair) == 2 for pair in found):
         raise ValueError(f"mask={shown(mask)}: expected {{layer: [experts]}} or [(layer, expert), ...]")
-    return [(checked("mask", layer, Whole(0)), checked("mask", expert, Whole(0))) for layer, expert in found]
+    return [(check("mask", layer, Whole(0)), check("mask", expert, Whole(0))) for layer, expert in found]
 
 
-def check(config: ModelConfig, layer: int, expert: int) -> None:
+def check_expert(config: ModelConfig, layer: int, expert: int) -> None:
     if layer not in config.moe_layers:
         raise ValueError(
             f"layer {layer} is not a mixture-of-experts layer; the model's are {config.moe_layers}"
