@@ -6,17 +6,17 @@ import itertools
 import math
 import reprlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moekit import checkpoint as ckpt
-from moekit.arguments import check_fraction, check_positive
-from moekit.batches import text_batches, up_to
-from moekit.fairseq_data import is_data
+from moekit.arguments import Flag, Whole, Wholes, check
+from moekit.batches import Batch, text_batches, up_to
+from moekit.fairseq_data import Batches, Data, is_data
 from moekit.generation.run import generate, stream
-from moekit.handle import Handle, describe_run, dictionary_size, pieces, weights_dtype
+from moekit.handle import Handle, describe_run, find_codec, find_dictionary, weights_dtype
 from moekit.interrupts import import_whole
 from moekit.nn.config import changed
 from moekit.nn.operations import choose_backend
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     import torch
 
 
+SEED = Whole(0)
+
+
 class Model(Handle):
     """A model and its verbs. A context manager: leaving it stops the ranks."""
 
@@ -45,7 +48,7 @@ class Model(Handle):
         subset: str = "valid",
         tokens_per_sample: int | None = None,
         batch_size: int = 1,
-        capacity_token_fraction: float | None = None,
+        capacity_token_fraction: float | str | None = None,
         sample_break_mode: str = "none",
         context_window: int = 0,
         max_batches: int | None = None,
@@ -60,10 +63,10 @@ class Model(Handle):
             tokens_per_sample: tokens of a block, context included; None: as many as the model has positions.
             batch_size: samples that are routed together. With a capacity this changes the result, as in fairseq.
             capacity_token_fraction: None drops nothing. F > 0 gives each expert ``ceil(F * tokens)`` places a batch,
-                any other number the training's rule (:func:`moekit.nn.gate.capacity`).
+                "training" or any other number the training's rule (:func:`moekit.nn.gate.capacity`).
             sample_break_mode: "none", "complete", "complete_doc" or "eos", as in fairseq.
             context_window: tokens of context that are not scored again.
-            max_batches: stop after so many batches.
+            max_batches: stop after this many batches.
             seed: of gates that sample their second expert.
             progress: show a bar.
             trace: also record the routing; :class:`moekit.nn.record.Options` say what of it.
@@ -72,71 +75,58 @@ class Model(Handle):
             ValueError: an argument makes no sense, or a file is missing.
             moekit.ranks.RankError: a rank failed.
         """
-        if max_batches is not None:
-            check_positive("max_batches", max_batches)
-        if not isinstance(context_window, int) or context_window < 0:
-            raise ValueError(f"context_window={context_window!r}: expected a whole number of at least 0")
-        fraction = check_fraction(capacity_token_fraction)
-        batches = self.open_data(
-            data, subset, self.block(tokens_per_sample), batch_size, sample_break_mode, context_window
-        )
-        total = len(batches) if max_batches is None else min(len(batches), max_batches)
-        chosen = list(itertools.islice(batches, total))
-        collector = None
-        if trace:
-            options = Options() if trace is True else trace
-            collector = tracing.Collector(options.of(self.config))
+        max_batches = check("max_batches", max_batches, Whole(optional=True))
+        asked = Data(data, subset, tokens_per_sample, batch_size, sample_break_mode, context_window)
+        fraction, seed = self.capacity(capacity_token_fraction), check("seed", seed, SEED)
+        collector = self._collector(trace)
+        batches = self._open(asked)
         vocab = len(batches.dictionary)
+        chosen = list(itertools.islice(batches, max_batches))
         warm_up(self, chosen, fraction, vocab, progress)
         start = time.perf_counter()
         scores = score_batches(
-            self,
-            chosen,
-            fraction=fraction,
-            vocab=vocab,
-            seed=seed,
-            progress=progress,
-            trace=collector,
+            self, chosen, fraction=fraction, vocab=vocab, seed=seed, progress=progress, trace=collector
         )
         seconds = time.perf_counter() - start
-        found = summarize(chosen, scores, seconds, skip_first=self.config.add_bos)
+        found = summarize(chosen, scores, seconds, self.config.add_bos, str(asked.prefix))
         if collector is None:
             return found
-        meta = describe_run(self, chosen, fraction, seed) | batches.asked
-        return replace(found, trace=collector.trace(self.config.experts, meta))
+        return replace(found, trace=self._trace(collector, chosen, fraction, seed, batches.data.asked()))
 
     def score(
         self,
-        texts: str | Sequence[str] | Sequence[Sequence[int]],
+        texts: str | Iterable[str] | Iterable[int] | Iterable[Iterable[int]],
         batch_size: int = 1,
-        capacity_token_fraction: float | None = None,
+        capacity_token_fraction: float | str | None = None,
         seed: int = 1,
     ) -> pd.DataFrame:
-        """Log-probabilities of texts or of their ids, each begun with ``</s>`` as fairseq's blocks are.
+        """Log-probabilities of texts or of their ids, each begun with ``</s>`` as fairseq's blocks are, or with ``<s>``
+        where the model was trained with ``add_bos_token``.
+
+        Args:
+            texts: a text, texts, ids, or lists of ids. The other arguments are those of :meth:`evaluate`.
 
         Returns:
-            A row a token: ``text`` (its number), ``position``, ``token`` (dictionary id), ``piece`` (for the eye) and
-            ``logprob`` (natural log, float32). The other arguments are those of :meth:`evaluate`.
+            One row per token: ``text`` (its number), ``position``, ``token`` (dictionary id), ``piece`` (the token as
+            text) and ``logprob`` (natural log, float32).
         """
-        check_positive("batch_size", batch_size)
-        fraction = check_fraction(capacity_token_fraction)
-        ids, vocab = self.ids([texts] if isinstance(texts, str) else texts)
-        batches = text_batches(ids, batch_size, self.config.max_positions)
-        scores = score_batches(self, batches, fraction=fraction, vocab=vocab, seed=seed, progress=False)
-        table = summarize(batches, scores, math.nan, skip_first=False).tokens
-        table.insert(3, "piece", pieces(self.codec if self.reads_text else None, table["token"]))
+        fraction, seed = self.capacity(capacity_token_fraction), check("seed", seed, SEED)
+        batches = self._batches(texts, check("batch_size", batch_size, Whole()))
+        scores = score_batches(self, batches, fraction=fraction, vocab=self.vocab, seed=seed, progress=False)
+        table = summarize(batches, scores, math.nan, skip_first=False, whose="the text").tokens
+        table.insert(3, "piece", self.codec.pieces(table["token"]))
         return table.rename(columns={"sample_id": "text"})
 
     def trace(
         self,
-        data_or_texts: str | Path | Sequence[str] | Sequence[Sequence[int]],
+        data_or_texts: str | Path | Iterable[str] | Iterable[int] | Iterable[Iterable[int]],
         subset: str = "valid",
         tokens_per_sample: int | None = None,
         batch_size: int = 1,
-        capacity_token_fraction: float | None = None,
+        capacity_token_fraction: float | str | None = None,
         *,
-        layers: Sequence[int] | None = None,
-        full: Sequence[int] = (),
+        layers: Iterable[int] | None = None,
+        full: Iterable[int] = (),
         predicted: bool = False,
         max_tokens: int | None = None,
         sample_break_mode: str = "none",
@@ -158,30 +148,55 @@ class Model(Handle):
             ValueError: an argument makes no sense, or a file is missing.
             moekit.ranks.RankError: a rank failed.
         """
-        check_positive("batch_size", batch_size)
-        fraction = check_fraction(capacity_token_fraction)
-        options = Options(None if layers is None else tuple(layers), tuple(full), predicted)
-        collector = tracing.Collector(options.of(self.config))
+        fraction, seed = self.capacity(capacity_token_fraction), check("seed", seed, SEED)
+        max_tokens = check("max_tokens", max_tokens, Whole(optional=True))
+        layers, full = check("layers", layers, Wholes(optional=True)), check("full", full, Wholes())
+        options = Options(
+            None if layers is None else tuple(layers), tuple(full), check("predicted", predicted, Flag())
+        )
+        collector = self._collector(options)
         if is_data(data_or_texts):
-            block = self.block(tokens_per_sample)
-            batches = self.open_data(
-                data_or_texts, subset, block, batch_size, sample_break_mode, context_window
+            batches = self._open(
+                Data(data_or_texts, subset, tokens_per_sample, batch_size, sample_break_mode, context_window)
             )
-            vocab, asked = len(batches.dictionary), batches.asked
+            vocab, asked = len(batches.dictionary), batches.data.asked()
         else:
-            texts = [data_or_texts] if isinstance(data_or_texts, str) else data_or_texts
-            ids, vocab = self.ids(texts)
-            batches = text_batches(ids, batch_size, self.config.max_positions)
-            asked = {"texts": len(ids), "batch_size": batch_size}
-        if max_tokens is not None:
-            check_positive("max_tokens", max_tokens)
-            batches = up_to(batches, max_tokens)
-        chosen = list(batches)
+            batches = self._batches(data_or_texts, check("batch_size", batch_size, Whole()))
+            texts = sum(len(batch.ids) for batch in batches)
+            vocab, asked = self.vocab, {"texts": texts, "batch_size": int(batch_size)}
+        chosen = list(batches if max_tokens is None else up_to(batches, max_tokens))
         score_batches(
             self, chosen, fraction=fraction, vocab=vocab, seed=seed, progress=progress, trace=collector
         )
-        meta = describe_run(self, chosen, fraction, seed) | asked
-        return collector.trace(self.config.experts, meta)
+        return self._trace(collector, chosen, fraction, seed, asked)
+
+    def _open(self, data: Data) -> Batches:
+        """Binarised data with at least one sample that the model can take."""
+        batches = self.open_data(data)
+        if not len(batches):
+            raise ValueError(
+                f"{data.prefix}: all {batches.skipped:,} samples are longer than the model's {self.config.max_positions} "
+                "positions; sample_break_mode='none' cuts the text into blocks that fit"
+            )
+        return batches
+
+    def _batches(self, texts: Any, batch_size: int) -> list[Batch]:
+        return text_batches(self.ids("texts", texts), batch_size, self.config.max_positions, self.first)
+
+    def _collector(self, trace: bool | Options) -> tracing.Collector | None:
+        if not isinstance(trace, Options) and not (trace := check("trace", trace, Flag())):
+            return None
+        return tracing.Collector((Options() if trace is True else trace).of(self.config))
+
+    def _trace(
+        self,
+        collector: tracing.Collector,
+        batches: Sequence[Batch],
+        fraction: float | None,
+        seed: int,
+        asked: dict[str, Any],
+    ) -> tracing.Trace:
+        return collector.trace(self.config.experts, describe_run(self, batches, fraction, seed) | asked)
 
 
 def load(
@@ -206,9 +221,10 @@ def load(
         device: "cuda" (a GPU a rank), "cpu", or "auto": GPUs where there are any.
         dtype: "float32", "float16", "bfloat16", or "auto": the checkpoint's own on GPUs, float32 on the CPU.
         dictionary: ``dict.txt`` or its folder; rows of the matrices beyond it are not loaded. None: the one beside the
-            checkpoint, if there is one; else all rows are loaded, and each data set's dictionary decides.
-        bpe: the folder with ``encoder.json``, ``vocab.bpe`` and ``dict.txt`` that turn text into ids. None: where the
-            checkpoint lies, or ``gpt2_bpe`` there or beside it; needed only when text is.
+            checkpoint, if there is one; else all rows are loaded, and each data set's dictionary decides. "demo" is the
+            demo's.
+        bpe: the folder with ``encoder.json``, ``vocab.bpe`` and ``dict.txt`` that turn text into ids; "demo" is the
+            demo's. None: where the checkpoint lies, or ``gpt2_bpe`` there or beside it; needed only when text is.
         config: fields of the checkpoint's :class:`~moekit.nn.config.ModelConfig` to replace, such as ``second_expert``; not
             those that give the weights their shapes.
         backend: what computes: "triton", "loop" (slow, and plain to see that it is right), "grouped_mm" (the same with
@@ -224,19 +240,22 @@ def load(
     """
     began = time.perf_counter()
     import_whole("omegaconf")  # what checkpoints are read with
+    world_size = check("world_size", world_size, Whole(optional=True))
     devices = choose_devices(world_size, device) if ranks is None else _devices_of(ranks, world_size, device)
     world_size = len(devices)
     if ranks is None and world_size > 1:
         prepare()
     files = ckpt.find(checkpoint)
-    plan = ckpt.survey(files, dictionary_size(files, dictionary))
+    known = find_dictionary(files, dictionary)
+    plan = ckpt.survey(files, None if known is None else len(known))
     plan = replace(plan, config=changed(plan.config, config or {}))
+    codec = None if bpe is None else find_codec(files, plan.config, bpe, known)
     kind = weights_dtype(dtype, devices[0], plan)
     backend = choose_backend(backend, devices[0], kind)
 
     pool = start(world_size, devices[0].type) if ranks is None else LentRanks(ranks)
     try:
-        model = Model(plan, files, pool, kind, bpe)
+        model = Model(plan, files, pool, kind, known, codec)
         total = sum(source.bytes * (world_size if i == 0 else 1) for i, source in enumerate(plan.sources))
         with progress_bar("loading", total, "B", show=progress) as bar:
             model.parts = pool.call(

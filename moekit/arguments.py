@@ -1,23 +1,25 @@
-"""Checks of arguments."""
+"""Arguments, checked in one place: what each may be, and the one sentence that names a bad one.
+
+    check("batch_size", np.int64(2), Whole())     # 2
+    check("batch_size", 0, Whole())               # ValueError: batch_size=0: expected a whole number of at least 1
+    sequences("texts", (line for line in file))   # a list of texts, read once
+
+A kind says what an argument may be. NumPy's numbers, arrays of one number and tensors of one number count as numbers.
+"""
 
 from __future__ import annotations
 
+import ast
 import math
+import operator
+import pathlib
+import reprlib
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
-
-def check_positive(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}={value!r}: expected a whole number of at least 1")
-
-
-def check_fraction(value: object) -> float | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"capacity_token_fraction={value!r}: expected None or a number, as in fairseq")
-    return float(value)
+MOST = 2**63 - 1  # what the ranks' int64 holds
 
 
 class ParameterError(ValueError):
@@ -27,17 +29,102 @@ class ParameterError(ValueError):
         return [f"ParameterError: {self}"]
 
 
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 80
+
+
+def shown(value: Any) -> str:
+    """``repr(value)``, cut short: for messages."""
+    try:
+        text = _short.repr(value)
+    except ValueError:
+        # Python does not print an int of more than 4300 digits.
+        return (
+            f"<a number of {value.bit_length()} bits>"
+            if isinstance(value, int)
+            else f"a {type(value).__name__}"
+        )
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+def check(name: str, value: Any, kind: Kind) -> Any:
+    """``value`` as ``kind`` has it.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if value is None and kind.optional:
+        return None
+    try:
+        return kind.convert(value)
+    except _Why as why:
+        raise ValueError(f"{name}={shown(value)}: {why}") from None
+    except (ValueError, OverflowError, TypeError):
+        or_none = " or None" if kind.optional else ""
+        raise ValueError(f"{name}={shown(value)}: expected {kind.expected}{or_none}") from None
+
+
+def parameter(name: str, value: Any, kind: Kind) -> Any:
+    """A notebook's parameter as ``kind`` has it; papermill spells None as a word, and a list as a text.
+
+    Raises:
+        ParameterError: it is something else.
+    """
+    if kind.optional and isinstance(value, str) and value.lower() in ("none", ""):
+        return None
+    if isinstance(kind, Texts | Wholes):
+        value = _spelled(value, str if isinstance(kind, Texts) else int)
+    try:
+        return check(name, value, kind)
+    except ValueError as error:
+        raise ParameterError(str(error)) from None
+
+
+_convert = parameter
+
+
+class _Why(ValueError):
+    """A reason that says more than the kind's ``expected``."""
+
+
+def _plain(value: Any) -> Any:
+    """The Python number of a NumPy scalar, or of an array or tensor without dimensions."""
+    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
+
+
+# ------------------------------------------------------------------------------------------------------- kinds
+
+
 @dataclass(frozen=True)
 class Text:
-    """A string; a number that papermill made of one becomes a string again."""
+    """A string; a path, or a number that papermill made of one, becomes a string again."""
 
     optional: bool = False
     expected = "text"
 
     def convert(self, value: Any) -> str:
-        if isinstance(value, bool) or not isinstance(value, str | int | float):
+        value = _plain(value)
+        if isinstance(value, bool) or not isinstance(value, str | int | float | pathlib.PurePath):
             raise ValueError
         return str(value)
+
+
+@dataclass(frozen=True)
+class Path:
+    """The name of a file or folder on this machine; ``~`` is the home folder."""
+
+    optional: bool = False
+    expected = "the path of a file or folder"
+
+    def convert(self, value: Any) -> pathlib.Path:
+        if not isinstance(value, str | pathlib.PurePath) or not str(value).strip() or "\0" in str(value):
+            raise ValueError
+        if "://" in str(value):
+            raise _Why("an address; expected the path of a file or folder on this machine, without '://'")
+        try:
+            return pathlib.Path(value).expanduser()
+        except RuntimeError:
+            raise _Why("this machine has no such home folder; write the path without '~'") from None
 
 
 @dataclass(frozen=True)
@@ -52,30 +139,31 @@ class Choice:
         return "one of " + ", ".join(self.words)
 
     def convert(self, value: Any) -> str:
-        if value not in self.words:
+        if not isinstance(value, str) or value not in self.words:
             raise ValueError
-        return value
+        return str(value)
 
 
 @dataclass(frozen=True)
 class Whole:
-    """A whole number of at least ``least``; 1e3 counts as one."""
+    """A whole number from ``least`` to ``most``; 1e3 counts as one."""
 
     least: int = 1
     optional: bool = False
+    most: int = MOST
 
     @property
     def expected(self) -> str:
         return f"a whole number of at least {self.least}"
 
     def convert(self, value: Any) -> int:
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or value != int(value)
-            or value < self.least
-        ):
+        value = _plain(value)
+        if isinstance(value, bool) or not isinstance(value, Integral | Real) or value != int(value):
             raise ValueError
+        if value < self.least:
+            raise ValueError
+        if value > self.most:
+            raise _Why(f"expected at most {self.most}")
         return int(value)
 
 
@@ -94,11 +182,26 @@ class Number:
         return "a number" + "".join(f" {word} {x:g}" for word, x in bounds.items() if math.isfinite(x))
 
     def convert(self, value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        value = _plain(value)
+        if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
             raise ValueError
         if not (value >= self.least and value > self.above and value <= self.most):
             raise ValueError
         return float(value)
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """The share of a batch's tokens that each expert has room for; "training" is the training's own rule.
+
+    A number of at most 0 means "training", too, as in fairseq.
+    """
+
+    optional: bool = True
+    expected = "a number as in fairseq, 'training'"
+
+    def convert(self, value: Any) -> float:
+        return -1.0 if isinstance(value, str) and value == "training" else Number().convert(value)
 
 
 @dataclass(frozen=True)
@@ -109,7 +212,7 @@ class Flag:
     expected = "True or False"
 
     def convert(self, value: Any) -> bool:
-        spelled = {"true": True, "false": False}.get(str(value).lower())
+        spelled = {"true": True, "false": False}.get(str(_plain(value)).lower())
         if spelled is None:
             raise ValueError
         return spelled
@@ -117,26 +220,118 @@ class Flag:
 
 @dataclass(frozen=True)
 class Texts:
-    """A list of strings; one string counts as a list of one."""
+    """Texts in an order, from any iterable; one text counts as a list of one."""
 
     optional: bool = False
     expected = "a list of texts"
 
     def convert(self, value: Any) -> list[str]:
-        value = [value] if isinstance(value, str) else value
-        if not isinstance(value, list | tuple) or not all(isinstance(text, str) for text in value):
+        texts = _items(value)
+        if not all(isinstance(text, str) for text in texts):
             raise ValueError
-        return list(value)
+        for text in texts:
+            _whole_characters(text)
+        return [str(text) for text in texts]
 
 
-Kind = Text | Choice | Whole | Number | Flag | Texts
+@dataclass(frozen=True)
+class Wholes:
+    """Whole numbers of at least 0 in an order, from any iterable; one number counts as a list of one."""
+
+    optional: bool = False
+    expected = "a list of whole numbers"
+
+    def convert(self, value: Any) -> list[int]:
+        value = _plain(value)
+        return [Whole(0).convert(n) for n in ([value] if isinstance(value, Real) else _items(value))]
 
 
-def _convert(name: str, value: Any, kind: Kind) -> Any:
-    if kind.optional and (value is None or (isinstance(value, str) and value.lower() in ("none", ""))):
-        return None
+Kind = Text | Path | Choice | Whole | Number | Capacity | Flag | Texts | Wholes
+
+
+def _spelled(value: Any, kind: type) -> Any:
+    """papermill's ``-p prompts '["a", "b"]'`` as the list that it spells; any other text stays one."""
+    if isinstance(value, str) and value.startswith("[") and value.rstrip().endswith("]"):
+        try:
+            read = ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            return value
+        if isinstance(read, list) and all(isinstance(part, kind) for part in read):
+            return read
+    return value
+
+
+def _items(value: Any) -> list:
+    """What an iterable with an order holds, read once; a text is one item.
+
+    Raises:
+        ValueError: it is none: bytes, a mapping, a set, a table, a path or a number.
+    """
+    if isinstance(value, str):
+        return [value]
+    if hasattr(value, "tolist") and getattr(value, "ndim", 1) > 0:
+        value = value.tolist()
+    unordered = isinstance(value, Mapping | Set) or hasattr(value, "columns")
+    if isinstance(value, bytes | bytearray | memoryview) or unordered or not isinstance(value, Iterable):
+        raise ValueError
+    return list(value)
+
+
+# ----------------------------------------------------------------------------------------------- texts and ids
+
+
+def sequences(name: str, value: Any) -> list[str | list[int]]:
+    """One text or many, ids or lists of ids, from any iterables, each read once: a text or its ids an item.
+
+    Args:
+        name: of the argument, such as "texts".
+
+    Raises:
+        ValueError: it is something else, or empty.
+    """
     try:
-        return kind.convert(value)
-    except (ValueError, OverflowError):
-        or_none = " or None" if kind.optional else ""
-        raise ParameterError(f"{name}={value!r}: expected {kind.expected}{or_none}") from None
+        parts = _items(value)
+    except ValueError:
+        raise ValueError(
+            f"{name}={shown(value)}: found {type(value).__name__}, expected a text, texts, ids or lists of ids"
+        ) from None
+    if not parts:
+        raise ValueError(f'there are no {name}; for an empty one give ""')
+    one = name.removesuffix("s")
+    if all(_is_id(part) for part in parts):
+        return [[operator.index(part) for part in parts]]
+    return [_sequence(one, number, part) for number, part in enumerate(parts)]
+
+
+def _sequence(one: str, number: int, value: Any) -> str | list[int]:
+    if isinstance(value, str):
+        try:
+            _whole_characters(value)
+        except _Why as why:
+            raise ValueError(f"{one} {number} is {shown(value)}: {why}") from None
+        return str(value)
+    try:
+        ids = _items(value)
+    except ValueError:
+        ids = None
+    if ids is None or not all(_is_id(part) for part in ids):
+        said = shown(value if ids is None else ids)
+        raise ValueError(f"{one} {number} is {said}; expected a text or ids, which are whole numbers")
+    return [operator.index(part) for part in ids]
+
+
+def _is_id(value: Any) -> bool:
+    if type(value) is int:
+        return True
+    value = _plain(value)
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _whole_characters(text: str) -> None:
+    """UTF-16 in halves, as a wrongly decoded file leaves it, has no bytes that a BPE could read."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise _Why(
+            f"its character {error.start} is half of a surrogate pair; decode the text anew, for instance as UTF-8"
+        ) from None

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moekit.nn.config import EOS, PAD
-
-if TYPE_CHECKING:
-    pass
+from moekit.symbols import EOS, PAD
 
 
 @dataclass(frozen=True)
@@ -42,8 +38,10 @@ class Batch:
         return real
 
 
-def text_batches(texts: Sequence[Sequence[int]], batch_size: int, max_positions: int) -> list[Batch]:
-    """Texts (their ids) as batches of ``batch_size``, in order: a sample a text, ``</s>`` first, as fairseq's blocks begin.
+def text_batches(
+    texts: Sequence[Sequence[int]], batch_size: int, max_positions: int, first: int = EOS
+) -> list[Batch]:
+    """Texts (their ids) as batches of ``batch_size``, in order: a sample a text, which begins with the symbol ``first``.
 
     Position p predicts the text's token p; the last token is an input without a target. Padded on the right.
 
@@ -53,7 +51,7 @@ def text_batches(texts: Sequence[Sequence[int]], batch_size: int, max_positions:
     for number, ids in enumerate(texts):
         if not 1 <= len(ids) < max_positions:
             raise ValueError(
-                f"text {number} has {len(ids)} tokens; expected 1 to {max_positions - 1}, as </s> precedes them"
+                f"text {number} has {len(ids)} tokens; expected 1 to {max_positions - 1}, as one symbol precedes them"
             )
     batches = []
     for index, start in enumerate(range(0, len(texts), batch_size)):
@@ -61,7 +59,7 @@ def text_batches(texts: Sequence[Sequence[int]], batch_size: int, max_positions:
         tokens = np.full((len(some), 1 + max(map(len, some))), PAD, dtype=np.int32)
         targets = tokens.copy()
         for row, ids in enumerate(some):
-            tokens[row, : len(ids) + 1] = [EOS, *ids]
+            tokens[row, : len(ids) + 1] = [first, *ids]
             targets[row, : len(ids)] = ids
         ids = np.arange(start, start + len(some))
         batches.append(Batch(index, ids, tokens, targets, np.zeros(len(some), dtype=np.int64)))

@@ -29,9 +29,10 @@ import numpy as np
 import moekit
 from moekit import checkpoint
 from moekit import fairseq_data as data_order
-from moekit.arguments import check_fraction
+from moekit.arguments import Capacity, check, shown
 from moekit.batches import Batch
 from moekit.checkpoint.options import from_fairseq, options_of
+from moekit.handle import check_size, find_dictionary
 from moekit.nn.config import CHANGEABLE
 from moekit.scoring import score_batches
 
@@ -63,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (Exception, KeyboardInterrupt) as error:
         logger.debug("the error in full", exc_info=True)
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if not isinstance(error, ValueError | RuntimeError | OSError | KeyboardInterrupt):
+            said = f"{type(error).__name__}: {said}"
         print(f"python -m moekit.eval_lm: error: {said}", file=sys.stderr)
         return 1
     return 0
@@ -92,18 +95,26 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
 
     parser.error = fail
     args = options.parse_args_and_arch(parser, None if argv is None else list(argv))
+    known = {*HONOURED, *WITHOUT_EFFECT, *_own_options(args)}
     for name, value in sorted(vars(args).items()):  # --bf16 sets tpu, too, which is not what was asked for
-        if name not in HONOURED + WITHOUT_EFFECT and value not in (parser.get_default(name), None, False):
+        if name not in known and value not in (parser.get_default(name), None, False):
             flag = f"--{name.replace('_', '-')}"
             raise ValueError(
-                f"{flag if value is True else f'{flag} {value}'} has no meaning here, where one model of fairseq's transformer_lm scores one data set whole"
+                f"{flag if value is True else f'{flag} {shown(value)}'} has no meaning here, where one model of fairseq's "
+                "transformer_lm scores one data set whole"
             )
     if args.task != "language_modeling":
-        raise ValueError(f"--task {args.task} is not to be had here: expected language_modeling")
+        raise ValueError(f"--task {args.task} is not implemented: expected language_modeling")
     if args.path is None:
         raise ValueError("--path is missing: it names the checkpoint")
+    if "://" in args.path:
+        raise ValueError(
+            f"--path {args.path} is an address; expected the path of a checkpoint on this machine"
+        )
     if os.pathsep in args.path:
-        raise ValueError(f"--path {args.path} names several models: an ensemble is not to be had here")
+        raise ValueError(
+            f"--path {args.path} names several models: expected one, since ensembles are not implemented"
+        )
     if args.post_process not in (None, "subword_nmt", "@@ "):
         raise ValueError(
             f"--post-process {args.post_process} is not implemented, as in fairseq: expected subword_nmt"
@@ -119,6 +130,18 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
     return args
 
 
+def _own_options(args: Namespace) -> list[str]:
+    """Names of the options that the chosen ``--bpe`` and ``--tokenizer`` bring, which are without effect as these are."""
+    from fairseq.registry import REGISTRIES
+
+    names = []
+    for registry in ("bpe", "tokenizer"):
+        chosen = REGISTRIES[registry]["registry"].get(getattr(args, registry, None))
+        of = getattr(chosen, "__dataclass", None)
+        names += of.__dataclass_fields__ if of is not None else []
+    return names
+
+
 def read_overrides(text: str) -> dict[str, Any]:
     """``--model-overrides``: a Python literal, never evaluated."""
     try:
@@ -127,7 +150,7 @@ def read_overrides(text: str) -> dict[str, Any]:
         overrides = None
     if not isinstance(overrides, dict) or not all(isinstance(name, str) for name in overrides):
         raise ValueError(
-            f"--model-overrides {text} is no literal of a dict of options, such as \"{{'world_size': 4}}\""
+            f"--model-overrides {shown(text)} is no literal of a dict of options, such as \"{{'world_size': 4}}\""
         )
     return overrides
 
@@ -150,7 +173,7 @@ def applied(files: checkpoint.Files, overrides: dict[str, Any]) -> tuple[float |
     if fixed := sorted(set(changed) - set(CHANGEABLE)):
         raise ValueError(f"--model-overrides changes the shape of the weights: {', '.join(fixed)}")
     fraction = (model | overrides).get("moe_eval_capacity_token_fraction", 0.25)
-    return check_fraction(fraction), changed
+    return check("moe_eval_capacity_token_fraction", fraction, Capacity()), changed
 
 
 # --------------------------------------------------------------------------------------------------- evaluating
@@ -159,7 +182,7 @@ def applied(files: checkpoint.Files, overrides: dict[str, Any]) -> tuple[float |
 def run(args: Namespace) -> dict[str, Any]:
     """Score what ``args`` ask for, and log it as the branch does. Returns its figures."""
     start = time.perf_counter()
-    stats = None if args.stats_path is None else Path(f"{args.stats_path}.json")
+    stats = None if args.stats_path is None else Path(f"{args.stats_path}.json").expanduser()
     if stats is not None and (stats.is_dir() or not os.access(stats.parent, os.W_OK)):
         raise ValueError(f"--stats-path {args.stats_path}: {stats} cannot be written, is its folder there?")
     log_config(args)
@@ -168,13 +191,14 @@ def run(args: Namespace) -> dict[str, Any]:
     if files.ranks and not args.is_moe:
         raise ValueError(f"{args.path} has experts in files of their own: add --is-moe")
     fraction, changed = applied(files, args.model_overrides)
-    data_order.check_files(args.data, args.gen_subset)
+    own = find_dictionary(files, None)
+    data_order.check_files(args.data, args.gen_subset, own)
     model = moekit.load(
         args.path,
         args.distributed_world_size,
         device="cpu" if args.cpu else "auto",
         dtype="float16" if args.fp16 else "float32",
-        dictionary=data_order.data_folder(args.data),
+        dictionary=None if own else data_order.data_folder(args.data),
         config=changed,
         progress=not args.no_progress_bar,
     )
@@ -226,7 +250,11 @@ def run(args: Namespace) -> dict[str, Any]:
         total = time.perf_counter() - start
         times = {"wall_time": total, "wall_time_load": load_time, "wall_time_model": total - load_time}
         rounded = {name: round(value, 4) for name, value in (figures | times).items()}
-        stats.write_text(json.dumps({args.gen_subset: rounded}, indent=4))
+        part = stats.with_name(
+            f"{stats.name}.part"
+        )  # a full disk or an interrupt leaves an earlier file as it was
+        part.write_text(json.dumps({args.gen_subset: rounded}, indent=4))
+        part.replace(stats)
         logger.info("Evaluation results saved to %s", stats)
     return figures
 
@@ -240,23 +268,22 @@ def log_config(args: Namespace) -> None:
 
 
 def open_data(args: Namespace, model: moekit.Model) -> data_order.Batches:
-    batches = data_order.open_data(
+    data = data_order.Data(
         args.data,
         args.gen_subset,
-        tokens_per_sample=args.tokens_per_sample,
-        batch_size=args.batch_size,
-        max_positions=model.config.max_positions,
-        sample_break_mode=args.sample_break_mode or "none",
-        context_window=args.context_window,
-        add_bos=args.add_bos_token,
-        max_tokens=args.max_tokens or data_order.MAX_TOKENS,
+        args.tokens_per_sample,
+        args.batch_size or data_order.INT32,
+        args.sample_break_mode or "none",
+        args.context_window,
+        args.max_tokens or data_order.MAX_TOKENS,
+    )
+    positions = model.config.max_positions
+    batches = data_order.open_data(
+        data, max_positions=positions, add_bos=args.add_bos_token, dictionary=model.dictionary
     )
     if batches.skipped:
-        logger.warning(skipped(batches, model.config.max_positions, args))
-    if len(batches.dictionary) > model.config.vocab_rows:
-        raise ValueError(
-            f"{args.data}: its dict.txt has {len(batches.dictionary)} types, the model knows {model.config.vocab_rows}"
-        )
+        logger.warning(skipped(batches, positions, args))
+    check_size(len(batches.dictionary), f"{args.data}: its dict.txt", model.config)
     return batches
 
 

@@ -10,20 +10,73 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from moekit import paths
+from moekit.arguments import Choice, Text, Whole, check
+from moekit.arguments import Path as PathKind
 from moekit.batches import Batch
+from moekit.data import verify
+from moekit.data.dictionary import Dictionary
 from moekit.interrupts import hold_interrupts
 
-if TYPE_CHECKING:
-    pass
-if TYPE_CHECKING:
-    pass
+MAX_TOKENS = 36_000  # fairseq_cli/eval_lm.py: the tokens a batch may have, whatever its batch_size
+BREAK_MODES = ("none", "complete", "complete_doc", "eos")
+INT32 = 2**31 - 1  # what fairseq's Cython code takes
+
+
+@dataclass(frozen=True)
+class Data:
+    """Which binarised data is asked for, and how it is cut into samples and batches.
+
+    Attributes:
+        data: the folder with ``dict.txt``, ``{subset}.bin`` and ``{subset}.idx``; "demo" is the demo's; of several with
+            colons between, the first, as in fairseq.
+        tokens_per_sample: tokens of a block, its context included; None: as many as the model has positions.
+        batch_size: samples of a batch at most.
+        sample_break_mode: "none", "complete", "complete_doc" or "eos", as in fairseq.
+        context_window: tokens of context that are not scored again.
+        max_tokens: a batch's samples times its longest one's tokens at most.
+
+    Raises:
+        ValueError: one of them makes no sense.
+    """
+
+    data: str | Path
+    subset: str = "valid"
+    tokens_per_sample: int | None = None
+    batch_size: int = 1
+    sample_break_mode: str = "none"
+    context_window: int = 0
+    max_tokens: int = MAX_TOKENS
+
+    def __post_init__(self) -> None:
+        kinds = {
+            "subset": Text(),
+            "tokens_per_sample": Whole(optional=True, most=INT32),
+            "batch_size": Whole(most=INT32),
+            "sample_break_mode": Choice(BREAK_MODES),
+            "context_window": Whole(0, most=INT32),
+            "max_tokens": Whole(most=INT32),
+        }
+        data_folder(self.data)
+        for name, kind in kinds.items():
+            object.__setattr__(self, name, check(name, getattr(self, name), kind))
+
+    @property
+    def prefix(self) -> Path:
+        return data_folder(self.data) / self.subset
+
+    def asked(self) -> dict[str, Any]:
+        """For a trace's meta."""
+        told = asdict(self) | {"data": str(self.data)}
+        del told["max_tokens"]
+        return told
 
 
 def is_data(what: object) -> bool:
@@ -32,54 +85,46 @@ def is_data(what: object) -> bool:
     Raises:
         ValueError: it looks like a path, and nothing is there.
     """
-    if isinstance(what, Path) or what == "demo":
+    if isinstance(what, Path) or (isinstance(what, str) and what == "demo"):
         return True
-    if not isinstance(what, str):
+    if not isinstance(what, str) or "\0" in what:
         return False
-    if "\n" not in what and len(what) < 4096 and Path(what).expanduser().is_dir():
+    if "\n" not in what and len(what) < 4096 and Path(what.split(os.pathsep)[0]).expanduser().is_dir():
         return True
     if os.sep in what and not any(c.isspace() for c in what):
         raise ValueError(f"there is no folder {what}; to trace it as a text, put it into a list")
     return False
 
 
-def _lines(prefix: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The lengths of the lines and all ids of a binarised text."""
-    from fairseq.data.indexed_dataset import MMapIndexedDataset
-
-    if not prefix.with_name(prefix.name + ".idx").is_file():
-        raise ValueError(f"there is no file {prefix}.idx")
-    index = MMapIndexedDataset.Index(f"{prefix}.idx")
-    return np.array(index.sizes), np.fromfile(f"{prefix}.bin", dtype=index.dtype)
-
-
-MAX_TOKENS = 36_000  # fairseq_cli/eval_lm.py: the tokens a batch may have, whatever its batch_size
-
-
-BREAK_MODES = ("none", "complete", "complete_doc", "eos")
-
-
 class Batches:
     """fairseq's batches of a data set, in its order; iterate to get them, any number of times.
 
     Attributes:
+        data: what was asked for.
         order: the samples of each batch.
-        asked: what :func:`open_data` was asked for, for the record.
         skipped: how many samples are longer than the model can take; fairseq leaves them out, with a warning.
     """
 
-    def __init__(
-        self, task, dataset, max_positions: int, batch_size: int | None, max_tokens: int, context_window: int
-    ):
+    def __init__(self, data: Data, task, dataset, max_positions: int):
         from fairseq.data.data_utils import numpy_seed
 
-        self.task, self.dataset, self.context_window = task, dataset, context_window
+        self.data, self.task, self.dataset = data, task, dataset
         with numpy_seed(1):  # the branch's seed; released fairseqs add the epoch to it and get another order
             order = self._contextual().ordered_indices()
         kept = task.filter_indices_by_size(order, dataset, max_positions, ignore_invalid_inputs=True)
         self.skipped = len(order) - len(kept)
-        self.order = dataset.batch_by_size(kept, max_tokens=max_tokens, max_sentences=batch_size)
-        self.asked: dict[str, Any] = {}
+        self.order: list = []
+        if len(kept):
+            limits = {"max_tokens": data.max_tokens, "max_sentences": data.batch_size}
+            try:
+                self.order = dataset.batch_by_size(kept, **limits)
+            except AssertionError:
+                longest = max(dataset.num_tokens(i) for i in kept)
+                raise ValueError(
+                    f"{data.prefix}: max_tokens={data.max_tokens} is less than the {longest} tokens of the longest sample"
+                ) from None
+            if dataset.supports_prefetch:  # the "cached" format serves nothing else
+                dataset.prefetch(kept)
 
     @property
     def dictionary(self):
@@ -88,12 +133,12 @@ class Batches:
 
     def _contextual(self):
         """The data set; with a context window, one that remembers what came before and so serves one pass."""
-        if not self.context_window:
+        if not self.data.context_window:
             return self.dataset
         from fairseq.data import LMContextWindowDataset
 
         size, pad = self.task.args.tokens_per_sample, self.dictionary.pad()
-        return LMContextWindowDataset(self.dataset, size, self.context_window, pad)
+        return LMContextWindowDataset(self.dataset, size, self.data.context_window, pad)
 
     def __len__(self) -> int:
         return len(self.order)
@@ -102,7 +147,9 @@ class Batches:
         # One shard whatever the world size, so that no batch and no context depends on it.
         dataset = self._contextual()
         for index, members in enumerate(self.order):
-            sample = dataset.collater([dataset[i] for i in members])
+            # The overflow is in targets that lie in the past (TokenBlockDataset), which nothing reads.
+            with np.errstate(over="ignore"):
+                sample = dataset.collater([dataset[i] for i in members])
             tokens = sample["net_input"]["src_tokens"].numpy().astype(np.int32)
             targets = sample["target"].numpy().astype(np.int32)
             starts = np.asarray(sample.get("start_indices", [0] * len(tokens)))
@@ -110,73 +157,81 @@ class Batches:
 
 
 def open_data(
-    data: str | Path,
-    subset: str,
+    data: Data | str | Path,
+    subset: str = "valid",
     *,
-    tokens_per_sample: int,
-    batch_size: int | None,
     max_positions: int,
-    sample_break_mode: str = "none",
-    context_window: int = 0,
     add_bos: bool = False,
-    max_tokens: int = MAX_TOKENS,
+    dictionary: Dictionary | None = None,
+    **options: Any,
 ) -> Batches:
-    """Open binarised data as ``fairseq_cli.eval_lm --is-moe`` does.
+    """Open binarised data as ``fairseq_cli.eval_lm --is-moe`` does, once it is found whole.
 
     Args:
-        data: the folder with ``dict.txt``, ``{subset}.bin`` and ``{subset}.idx``; ``"demo"`` is the demo's.
-        tokens_per_sample: tokens of a block, its context included.
-        batch_size: samples of a batch at most; None: ``max_tokens`` alone decides.
+        data: what is asked for; or its folder, and ``options`` are the other fields of :class:`Data`.
         max_positions: tokens the model can take; longer samples are left out.
-        max_tokens: a batch's samples times its longest one's tokens at most.
+        add_bos: the model was trained with ``add_bos_token``: each sample begins with ``<s>``.
+        dictionary: the model's own, which the data's has to be.
 
     Raises:
-        ValueError: a file is missing, or an option makes no sense.
+        ValueError: a file is missing or damaged, or an option makes no sense.
     """
-    folder = data_folder(data)
-    if sample_break_mode not in BREAK_MODES:
-        raise ValueError(f"sample_break_mode={sample_break_mode!r}; expected {', '.join(BREAK_MODES)}")
-    if not 0 <= context_window < tokens_per_sample:
+    data = data if isinstance(data, Data) else Data(data, subset, **options)
+    if data.tokens_per_sample is None:
+        data = replace(data, tokens_per_sample=max_positions)
+    block = data.tokens_per_sample
+    if data.context_window >= block:
         raise ValueError(
-            f"context_window={context_window} leaves no room in tokens_per_sample={tokens_per_sample}: "
+            f"context_window={data.context_window} leaves no room in tokens_per_sample={block}: "
             "expected 0 <= context_window < tokens_per_sample"
         )
-    check_files(folder, subset)
+    folder = data_folder(data.data)
+    kind = verify.verify(folder, data.subset, dictionary)
     task = _language_modeling(
         data=str(folder),
-        tokens_per_sample=tokens_per_sample - context_window,  # eval_lm.py counts the context in
-        sample_break_mode=sample_break_mode,
+        dataset_impl=kind,
+        tokens_per_sample=block - data.context_window,  # eval_lm.py counts the context in
+        sample_break_mode=data.sample_break_mode,
         add_bos_token=add_bos,
         pad_to_fixed_length=True,  # eval_lm.py always does for mixtures of experts: padding is routed too
     )
-    task.load_dataset(subset)
-    batches = Batches(task, task.dataset(subset), max_positions, batch_size, max_tokens, context_window)
-    batches.asked = {
-        "data": str(data),
-        "subset": subset,
-        "tokens_per_sample": tokens_per_sample,
-        "batch_size": batch_size,
-        "sample_break_mode": sample_break_mode,
-        "context_window": context_window,
-    }
-    return batches
+    try:
+        task.load_dataset(data.subset)
+    except (IndexError, ValueError):
+        # fairseq finds no block in blank lines, since these part documents.
+        if data.sample_break_mode != "complete_doc":
+            raise
+        raise ValueError(
+            f"{data.prefix} has only blank lines: sample_break_mode={data.sample_break_mode!r} leaves no sample"
+        ) from None
+    return Batches(data, task, task.dataset(data.subset), max_positions)
 
 
-def check_files(data: str | Path, subset: str) -> None:
-    """That the three files of ``data`` and ``subset`` are there; a ValueError that names the first that is not."""
-    folder = data_folder(data)
-    for name in ("dict.txt", f"{subset}.bin", f"{subset}.idx"):
-        if not (folder / name).is_file():
-            there = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else "no such folder"
-            raise ValueError(
-                f"{folder} has no {name} (it has: {there}); prepare_data.ipynb makes such a folder"
-            )
+def check_files(data: str | Path, subset: str, dictionary: Dictionary | None = None) -> None:
+    """That the files of ``data`` and ``subset`` are there and whole; a ValueError names the first that is not."""
+    verify.verify(data_folder(data), check("subset", subset, Text()), dictionary)
+
+
+def lines(prefix: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The lengths of the lines and all ids of a binarised text."""
+    sizes, ids = verify.lines(prefix)
+    return np.array(sizes), ids - 1 if verify.kind_of(prefix) == "cached" else np.array(ids)
+
+
+_lines = lines
 
 
 def data_folder(data: str | Path) -> Path:
-    if str(data) == "demo":
+    """The folder that ``data`` names: "demo" is the demo's; of several with colons between, the first."""
+    if isinstance(data, str) and data == "demo":
         return paths.DEMO_DATA
-    return Path(data).expanduser()
+    folder = check("data", data, PathKind())
+    first = Path(str(folder).split(os.pathsep)[0])
+    if first != folder and folder.is_dir():
+        raise ValueError(
+            f"data={str(data)!r}: fairseq reads a colon as the end of a folder's name; rename the folder"
+        )
+    return first
 
 
 @contextlib.contextmanager

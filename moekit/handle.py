@@ -10,25 +10,21 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import EllipsisType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from moekit import arguments, paths, ranks
 from moekit import checkpoint as ckpt
-from moekit import ranks
-from moekit.arguments import check_positive
+from moekit.arguments import Capacity, Choice, check
 from moekit.batches import Batch
 from moekit.data.codec import FILES as CODEC_FILES
-from moekit.data.codec import Codec
+from moekit.data.codec import Codec, Ids
 from moekit.data.dictionary import Dictionary
-from moekit.fairseq_data import Batches, open_data
-from moekit.generation.request import prompt_ids
+from moekit.fairseq_data import Batches, Data, open_data
 from moekit.nn import intervene
 from moekit.nn.config import ModelConfig
-
-if TYPE_CHECKING:
-    pass
-
+from moekit.symbols import BOS, EOS, PAD
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -51,10 +47,14 @@ class Handle:
         files: ckpt.Files,
         pool: ranks.Ranks,
         dtype: torch.dtype,
-        bpe: str | Path | None = None,
+        dictionary: Dictionary | None = None,
+        codec: Codec | None = None,
     ):
         self.config: ModelConfig = plan.config
-        self.plan, self.files, self.ranks, self.dtype, self.bpe = plan, files, pool, dtype, bpe
+        self.plan, self.files, self.ranks, self.dtype = plan, files, pool, dtype
+        self._dictionary = dictionary
+        if codec is not None:
+            self.codec = codec
         self.parts: list[dict] = []
         self.load_seconds = math.nan
         self.intervention: intervene.Intervention | None = None
@@ -70,26 +70,16 @@ class Handle:
         return self.ranks.devices[0].type
 
     @functools.cached_property
-    def codec(self) -> Codec:
-        """Text to ids and back, see ``load``'s ``bpe``.
+    def codec(self) -> Codec | Ids:
+        """Text to ids and back, see ``load``'s ``bpe``; where there is none, it shows ids and says why at any text."""
+        return find_codec(self.files, self.config, None, self._dictionary)
 
-        Raises:
-            ValueError: its files are nowhere to be found, or its dictionary is not the model's.
-        """
-        folder = self.files.shared.parent
-        places = [Path(self.bpe)] if self.bpe else [folder, folder / "gpt2_bpe", folder.parent / "gpt2_bpe"]
-        for place in places:
-            if all((place / name).is_file() for name in CODEC_FILES):
-                codec = Codec.load(place)
-                if len(codec) > self.config.vocab_rows:
-                    raise ValueError(
-                        f"{place} has {len(codec)} types, the model knows {self.config.vocab_rows}: not its dictionary"
-                    )
-                return codec
-        where = " or ".join(map(str, places))
-        raise ValueError(
-            f"text needs {', '.join(CODEC_FILES)}, expected in {where}: put them there, or give load(bpe=...) their folder"
-        )
+    @functools.cached_property
+    def dictionary(self) -> Dictionary | None:
+        """The model's own: ``load`` was given it, or it lies beside the checkpoint or with the codec; else None."""
+        if self._dictionary is None and self.codec.reads_text:
+            return self.codec.dictionary
+        return self._dictionary
 
     def __repr__(self) -> str:
         c = self.config
@@ -100,21 +90,48 @@ class Handle:
 
     @property
     def reads_text(self) -> bool:
-        """Whether the model's :attr:`codec` is there."""
-        try:
-            return self.codec is not None
-        except ValueError:
-            return False
+        """Whether there is a codec that turns text into ids; without one, ``codec`` shows ids."""
+        return self.codec.reads_text
 
-    def ids(self, texts: Sequence[str] | Sequence[Sequence[int]]) -> tuple[list[list[int]], int]:
-        """Texts, or their ids, as ids; and the types of the dictionary that they are of.
+    @property
+    def vocab(self) -> int:
+        """Types that a text's next token is one of: those of the model's dictionary, else all rows of its matrices."""
+        return self.config.vocab_rows if self.dictionary is None else len(self.dictionary)
+
+    @property
+    def first(self) -> int:
+        """The symbol that begins a text: ``</s>``, or ``<s>`` where the model was trained with ``add_bos_token``."""
+        return BOS if self.config.add_bos else EOS
+
+    def ids(self, name: str, texts: Any) -> list[list[int]]:
+        """A text, texts, ids or lists of ids, from any iterables, as lists of ids; ``name`` is the argument's.
 
         Raises:
-            ValueError: an id is none of the dictionary's, or there is text and no codec.
+            ValueError: they are something else, an id is none of the dictionary's, or there is text and no codec.
         """
-        vocab = len(self.codec) if any(isinstance(text, str) for text in texts) else self.config.vocab_rows
-        codec = self.codec if self.reads_text else None
-        return [prompt_ids(text, number, codec, vocab) for number, text in enumerate(texts)], vocab
+        return [
+            self.codec.encode(ids)
+            if isinstance(ids, str)
+            else self._known(name.removesuffix("s"), number, ids)
+            for number, ids in enumerate(arguments.sequences(name, texts))
+        ]
+
+    def _known(self, name: str, number: int, ids: list[int]) -> list[int]:
+        """``ids``, if all are the dictionary's; else a ValueError that names the first that is not."""
+        vocab = self.vocab
+        for token in ids:
+            if not 0 <= token < vocab or token == PAD:
+                raise ValueError(
+                    f"{name} {number} has the id {arguments.shown(token)}; expected 0 to {vocab - 1}, without {PAD}, the "
+                    "padding"
+                )
+        return ids
+
+    def capacity(self, asked: float | str | None) -> float | None:
+        """The capacity fraction that holds when a call asks for ``asked``: an intervention's own replaces it."""
+        asked = check("capacity_token_fraction", asked, Capacity())
+        own = ... if self.intervention is None else self.intervention.capacity_token_fraction
+        return asked if own is ... else own
 
     @contextlib.contextmanager
     def route(
@@ -123,7 +140,7 @@ class Handle:
         mask: Mapping[int, Iterable[int]] | Iterable[tuple[int, int]] = (),
         force: intervene.Force | Iterable[intervene.Force] = (),
         drop_second: bool = False,
-        capacity_token_fraction: float | EllipsisType | None = ...,
+        capacity_token_fraction: float | str | EllipsisType | None = ...,
     ) -> Iterator[Handle]:
         """Change the routing of every call in the ``with`` block, on all ranks.
 
@@ -152,42 +169,16 @@ class Handle:
         finally:
             self.intervention = None
 
-    def block(self, tokens_per_sample: int | None) -> int:
-        """Tokens of a block: as many as the model has positions unless told."""
-        return self.config.max_positions if tokens_per_sample is None else tokens_per_sample
-
-    def open_data(
-        self,
-        data: str | Path,
-        subset: str,
-        tokens_per_sample: int,
-        batch_size: int,
-        sample_break_mode: str,
-        context_window: int,
-    ) -> Batches:
-        """Data for this model, see :meth:`evaluate`."""
-        check_positive("batch_size", batch_size)
-        check_positive("tokens_per_sample", tokens_per_sample)
-        if tokens_per_sample > self.config.max_positions:
+    def open_data(self, data: Data | str | Path, *options: Any, **more: Any) -> Batches:
+        """Data for this model, checked: a :class:`moekit.fairseq_data.Data`, or the arguments of one."""
+        data = data if isinstance(data, Data) else Data(data, *options, **more)
+        if (data.tokens_per_sample or 1) > self.config.max_positions:
             raise ValueError(
-                f"tokens_per_sample={tokens_per_sample} is more than the model's {self.config.max_positions} positions"
+                f"tokens_per_sample={data.tokens_per_sample} is more than the model's {self.config.max_positions} positions"
             )
-        batches = open_data(
-            data,
-            subset,
-            tokens_per_sample=tokens_per_sample,
-            batch_size=batch_size,
-            max_positions=self.config.max_positions,
-            sample_break_mode=sample_break_mode,
-            context_window=context_window,
-            add_bos=self.config.add_bos,
-        )
-        vocab = len(batches.dictionary)
-        if vocab > self.config.vocab_rows:
-            raise ValueError(
-                f"{data}: its dict.txt has {vocab} types, the model knows {self.config.vocab_rows}: "
-                "use the data that was binarised with the model's own dict.txt"
-            )
+        limits = {"max_positions": self.config.max_positions, "add_bos": self.config.add_bos}
+        batches = open_data(data, **limits, dictionary=self.dictionary)
+        check_size(len(batches.dictionary), f"{data.data}: its dict.txt", self.config)
         return batches
 
     def close(self) -> None:
@@ -203,33 +194,86 @@ class Handle:
 
 def weights_dtype(dtype: str, device: torch.device, plan: ckpt.Plan) -> torch.dtype:
     """What :func:`load`'s ``dtype`` means on ``device``."""
-    if dtype == "auto":
+    if check("dtype", dtype, Choice(("auto", *DTYPES))) == "auto":
         return torch.float32 if device.type == "cpu" else plan.dtype
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r}; expected auto, {', '.join(DTYPES)}")
     return DTYPES[dtype]
 
 
-def dictionary_size(files: ckpt.Files, dictionary: str | Path | None) -> int | None:
-    """Types of the dictionary that ``load`` was given or finds beside the checkpoint; None if there is none."""
-    path = Path(dictionary).expanduser() if dictionary is not None else files.shared.parent
+def find_dictionary(files: ckpt.Files, dictionary: str | Path | None) -> Dictionary | None:
+    """The dictionary that ``load`` was given or finds beside the checkpoint; None if there is none.
+
+    Raises:
+        ValueError: it was given and is not there, or is no dictionary.
+    """
+    if dictionary is None:
+        path = files.shared.parent
+    elif isinstance(dictionary, str) and dictionary == "demo":
+        path = paths.DEMO_BPE
+    else:
+        path = check("dictionary", dictionary, arguments.Path())
     path = path / "dict.txt" if path.is_dir() else path
-    if not path.is_file():
-        if dictionary is not None:
-            raise ValueError(f"there is no dictionary {path}")
-        return None
-    return len(Dictionary(path))
+    if path.is_file():
+        return Dictionary(path)
+    if dictionary is not None:
+        raise ValueError(f"there is no dictionary {path}; expected a dict.txt or its folder")
+    return None
 
 
-def pieces(codec: Codec | None, ids: Iterable[int]) -> list[str]:
-    """Each token for the eye; by its id where there is no codec."""
-    return codec.pieces(ids) if codec is not None else [f" {number}" for number in ids]
+def find_codec(
+    files: ckpt.Files, config: ModelConfig, bpe: str | Path | None, dictionary: Dictionary | None
+) -> Codec | Ids:
+    """What turns text into ids; where its files are missing or another model's, something that shows ids.
+
+    Raises:
+        ValueError: ``bpe`` was given, and its files are missing or another model's.
+    """
+    try:
+        return _codec(files, config, bpe, dictionary)
+    except ValueError as error:
+        if bpe is not None:
+            raise
+        return Ids(str(error))
+
+
+def _codec(
+    files: ckpt.Files, config: ModelConfig, bpe: str | Path | None, dictionary: Dictionary | None
+) -> Codec:
+    folder = files.shared.parent
+    places = [folder, folder / "gpt2_bpe", folder.parent / "gpt2_bpe"]
+    if bpe is not None:
+        demo = isinstance(bpe, str) and bpe == "demo"
+        places = [paths.DEMO_BPE if demo else check("bpe", bpe, arguments.Path())]
+    place = next((p for p in places if all((p / name).is_file() for name in CODEC_FILES)), None)
+    if place is None:
+        raise ValueError(
+            f"text needs {', '.join(CODEC_FILES)}, expected in {' or '.join(map(str, places))}: put them there, or give "
+            "load(bpe=...) their folder"
+        )
+    codec = Codec.load(place)
+    check_size(len(codec), str(place), config)
+    if dictionary is not None and (difference := codec.dictionary.difference(dictionary)):
+        raise ValueError(f"the codec is of another dictionary than the model: {difference}")
+    return codec
+
+
+def check_size(types: int, whose: str, config: ModelConfig) -> None:
+    """That the model's matrices have a row for each of a dictionary's ``types``."""
+    if types > config.vocab_rows:
+        raise ValueError(
+            f"{whose} has {types} types, the model knows {config.vocab_rows}: use the model's own dict.txt, and the data "
+            "that was binarised with it"
+        )
+
+
+def pieces(codec: Codec | Ids | None, ids: Iterable[int]) -> list[str]:
+    """Each token as text; by its id where there is no codec."""
+    return (codec or Ids()).pieces(ids)
 
 
 def describe_run(
     model: Handle, batches: Sequence[Batch], fraction: float | None, seed: int
 ) -> dict[str, Any]:
-    """A trace's meta, but for what was asked of the data.
+    """A trace's meta, but for what was asked of the data; ``fraction`` is the capacity that held (:meth:`Handle.capacity`).
 
     Returns:
         ``checkpoint`` (``path``, ``files`` with name and size, ``fingerprint``, see :func:`fingerprint`),
@@ -255,7 +299,7 @@ def describe_run(
             "files": [{"name": path.name, "bytes": path.stat().st_size} for path in model.files.all],
             "fingerprint": fingerprint(model.files.all),
         },
-        "capacity_token_fraction": fraction if change is None else change.fraction(fraction),
+        "capacity_token_fraction": fraction,
         "intervention": None if change is None else change.describe(),
         "groups": [[*shape, count] for shape, count in sorted(shapes.items())],
         "seed": seed,

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moekit.arguments import sequences
+from moekit.fairseq_data import is_data
 from moekit.routing.compare import compare
 
 if TYPE_CHECKING:
@@ -53,6 +55,7 @@ def batch_invariance(
     """
     import pandas as pd
 
+    texts = texts if is_data(texts) else sequences("texts", texts)  # an iterator serves once
     sizes = sorted({1, *batch_sizes})
     traces, rows = {}, []
     for fraction in capacities:

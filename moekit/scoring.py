@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
 
 from moekit.batches import Batch
 from moekit.handle import Handle
 from moekit.interrupts import import_whole
-from moekit.nn.config import PAD
+from moekit.nn.intervene import Intervention
+from moekit.nn.noise import Noise
+from moekit.nn.passes import Pass
+from moekit.nn.transformer import Transformer
 from moekit.progress import bar as progress_bar
+from moekit.ranks import Rank
 from moekit.routing import trace as tracing
+from moekit.symbols import PAD
 from moekit.worker import scoring
 
 if TYPE_CHECKING:
@@ -70,6 +79,80 @@ def warm_up(
         model.warm |= fresh.keys()
 
 
+def not_finite(model: Handle, batches: Sequence[Batch], scores: dict, **how: Any) -> str | None:
+    """A sentence on log-probabilities that are NaN or infinite: how many, of which samples, and from which layer on.
+
+    Args:
+        how: ``fraction``, ``vocab`` and ``seed`` of :func:`score_batches`.
+    """
+    bad = {b.index: (b.targets != PAD) & ~np.isfinite(scores[b.index]) for b in batches}
+    count = sum(int(places.sum()) for places in bad.values())
+    if not count:
+        return None
+    first = next(batch for batch in batches if bad[batch.index].any())
+    samples = [int(b.ids[row]) for b in batches for row in np.flatnonzero(bad[b.index].any(axis=1))]
+    named = ", ".join(map(str, samples[:5])) + (", ..." if len(samples) > 5 else "")
+    total = sum(int((b.targets != PAD).sum()) for b in batches)
+    found = model.ranks.call(first_not_finite, first, intervention=model.intervention, **how)[0]
+    kind = str(model.dtype).removeprefix("torch.")
+    if found is None:
+        where = "all layers give finite numbers, so the output's log-probabilities overflow"
+    elif found.startswith("weights"):
+        where = f"the {found} are not finite already: the checkpoint is damaged, or overflows {kind}"
+    else:
+        where = f"the {found} is the first whose output is not finite"
+    remedy = "; load the model with dtype='bfloat16' or 'float32'" if kind == "float16" else ""
+    return f"{count:,} of {total:,} log-probabilities are not finite ({kind}), in samples {named}: {where}{remedy}"
+
+
+@torch.inference_mode()
+def first_not_finite(
+    rank: Rank,
+    batch: Batch,
+    *,
+    fraction: float | None,
+    vocab: int,
+    seed: int,
+    intervention: Intervention | None,
+) -> str | None:
+    """Run ``batch`` once more, on rank 0, and name what first gives NaN or infinity; None if nothing does."""
+    model: Transformer = rank.state["model"]
+    if rank.rank > 0:
+        return model.serve()
+    names: list[str] = []
+
+    def looks(name: str) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, _: Any, output: Any) -> None:
+            tensors = output if isinstance(output, tuple) else (output,)
+            if not all(bool(t.isfinite().all()) for t in tensors if t is not None):
+                weights = any(not bool(p.isfinite().all()) for p in module.parameters())
+                names.append(f"weights of the {name}" if weights else name)
+
+        return hook
+
+    parts = [("embedding", model.embed)]
+    for number, layer in enumerate(model.layers):
+        for name, kind in {"attn": "attention", "ffn": "feed-forward network", "moe": "experts"}.items():
+            if hasattr(layer, name):
+                parts.append((f"{kind} of layer {number}", getattr(layer, name)))
+    hooks = [module.register_forward_hook(looks(name)) for name, module in parts]
+    try:
+        tokens = torch.from_numpy(batch.tokens).to(rank.device).long()
+        how = Pass(fraction=fraction, noise=Noise(seed, [batch.index]))
+        if batch.padded():
+            how.padding = tokens == PAD
+        if intervention is not None:
+            positions = torch.arange(tokens.shape[1], device=rank.device)
+            intervention.apply(how, torch.from_numpy(batch.ids).to(rank.device), positions)
+        logits = model.logits(model(tokens, how), vocab)
+        if not names and not bool(logits.isfinite().all()):
+            names.append("output matrix")
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return names[0] if names else None
+
+
 def score_batches(
     model: Handle,
     batches: Sequence[Batch],
@@ -80,7 +163,13 @@ def score_batches(
     progress: bool,
     trace: tracing.Collector | None = None,
 ) -> dict:
-    """Score batches on all ranks: batch index -> float32 [B, T] log-probabilities of its targets."""
+    """Score batches on all ranks: batch index -> float32 [B, T] log-probabilities of its targets.
+
+    Warns, once a call, of log-probabilities that are not finite.
+
+    Args:
+        fraction: the capacity that holds (:meth:`moekit.handle.Handle.capacity`).
+    """
     import_whole("pandas")  # what comes of the scores needs it
     real = [(b.ids.tolist(), (b.tokens != PAD).sum(axis=1).tolist()) for b in batches]
     lengths = {sample: n for ids, tokens in real for sample, n in zip(ids, tokens, strict=True)}
@@ -111,6 +200,8 @@ def score_batches(
                 scores.update(pairs)
                 if trace is not None:
                     trace.add(parts)
+    if said := not_finite(model, batches, scores, fraction=fraction, vocab=vocab, seed=seed):
+        warnings.warn(said, RuntimeWarning, stacklevel=3)
     return scores
 
 
@@ -127,13 +218,15 @@ def plan_steps(batches: Iterable[Batch], world_size: int, tokens: int) -> Iterat
         yield from (alike[i : i + size] for i in range(0, len(alike), size))
 
 
-def summarize(batches: Sequence[Batch], scores: dict, seconds: float, skip_first: bool) -> Evaluation:
+def summarize(
+    batches: Sequence[Batch], scores: dict, seconds: float, skip_first: bool, whose: str = "the data"
+) -> Evaluation:
     """Put scored batches into fairseq's figures (``eval_lm`` in fairseq_cli/eval_lm.py).
 
     Args:
+        whose: what holds the tokens, for the error where there are none.
         skip_first: the first target of each sample is the begin-of-sentence symbol, which does not count.
     """
-    import numpy as np
     import pandas as pd
 
     parts: dict[str, list] = {"sample_id": [], "position": [], "token": [], "logprob": []}
@@ -149,8 +242,9 @@ def summarize(batches: Sequence[Batch], scores: dict, seconds: float, skip_first
             parts["token"].append(token)
             parts["logprob"].append(logprob)
     if not any(len(part) for part in parts["token"]):
-        raise ValueError("the data has no tokens to score")
+        raise ValueError(f"{whose} has no tokens to score")
     tokens = pd.DataFrame({name: np.concatenate(part) for name, part in parts.items()})
     tokens = tokens.sort_values(["sample_id", "position"], kind="stable", ignore_index=True)
-    loss = -tokens["logprob"].to_numpy(np.float64).mean() / math.log(2)
-    return Evaluation(float(loss), float(2**loss), len(tokens), seconds, len(tokens) / seconds, tokens)
+    loss = float(-tokens["logprob"].to_numpy(np.float64).mean() / math.log(2))
+    perplexity = math.inf if loss >= 1024 else 2**loss
+    return Evaluation(loss, perplexity, len(tokens), seconds, len(tokens) / seconds, tokens)

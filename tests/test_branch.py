@@ -11,8 +11,9 @@ from branch_cases import CASES, build
 import moekit
 from moekit import checkpoint
 from moekit import fairseq_data as batches
-from moekit.nn.config import PAD
-from moekit.nn.transformer import Pass, Transformer
+from moekit.nn.passes import Pass
+from moekit.nn.transformer import Transformer
+from moekit.symbols import PAD
 
 REFERENCE = sorted((Path(__file__).parent / "data" / "reference").glob("base_*bsz?.npz"))
 RECORDED = Path(__file__).parent / "data" / "branch"

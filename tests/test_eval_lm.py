@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from branch_cases import BASE
+from test_data_verify import texts_of, write_cached
 
 import moekit
 from moekit import eval_lm
@@ -185,6 +186,7 @@ def test_several_ranks_say_the_same(command):
         (["--is-moe", "--batch-size", "many"], "--batch-size"),
         (["--is-moe", "--path", "nowhere/model.pt"], "nowhere"),
         (["--is-moe", "--path", "a.pt:b.pt"], "a.pt:b.pt"),
+        (["--is-moe", "--path", "file:///ck/model.pt"], "file:///ck/model.pt is an address"),
         (["--is-moe", "--tokens-per-sample", "0"], "--tokens-per-sample 0"),
         (["--is-moe", "--post-process", "sentencepiece"], "sentencepiece"),
         ([], "--is-moe"),
@@ -235,3 +237,63 @@ def test_infinite_scores_are_left_out():
     assert words == [("a", -1.0), ("bc", -5.0), ("a", -np.inf)]
     assert (found.total, found.count) == (-6.0, 2)  # a and bc
     assert found.loss_base2 == pytest.approx(3 / math.log(2))
+
+
+def test_options_of_a_bpe_are_without_effect_as_the_bpe_is(command):
+    plain = command("--is-moe", "--batch-size", "2")[1][-1]
+    status, messages = command(
+        *"--is-moe --batch-size 2 --bpe gpt2 --gpt2-encoder-json x --gpt2-vocab-bpe y".split(),
+        *"--tokenizer moses --moses-no-escape --dataset-impl mmap".split(),
+    )
+    assert status == 0 and messages[-1] == plain
+
+
+def test_data_of_the_older_formats_and_the_first_of_several_folders(command, reference, tmp_path):
+    plain = command("--is-moe", "--batch-size", "2")[1][-1]
+    shutil.copyfile(reference / "data-bin" / "dict.txt", tmp_path / "dict.txt")
+    write_cached(tmp_path / "valid", texts_of(reference / "data-bin" / "valid"))
+    for impl in ("cached", "lazy"):
+        status, messages = command("--is-moe", "--batch-size", "2", "--dataset-impl", impl, data=tmp_path)
+        assert status == 0 and messages[-1] == plain
+    status, messages = command("--is-moe", "--batch-size", "2", data=f"{tmp_path}:/nowhere")
+    assert status == 0 and messages[-1] == plain
+
+
+def test_data_of_another_dictionary_than_the_one_beside_the_checkpoint(command, reference, tmp_path, capsys):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(reference / "checkpoint", folder, copy_function=shutil.copyfile)
+    lines = (reference / "data-bin" / "dict.txt").read_text().splitlines()
+    (folder / "dict.txt").write_text("\n".join(reversed(lines)) + "\n")
+    assert command("--is-moe", "--path", str(folder / "model.pt"))[0] == 1
+    said = capsys.readouterr().err
+    assert f"{reference / 'data-bin'}/dict.txt and {folder}/dict.txt differ first in line 1" in said
+    (folder / "dict.txt").write_text("\n".join(lines) + "\n")
+    plain = command("--is-moe")[1][-1]
+    assert command("--is-moe", "--path", str(folder / "model.pt"))[1][-1] == plain
+
+
+def test_an_error_of_another_kind_says_which(command, capsys, monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        raise KeyError(58)
+
+    monkeypatch.setattr(eval_lm.moekit, "load", fail)
+    assert command("--is-moe")[0] == 1
+    assert capsys.readouterr().err == "python -m moekit.eval_lm: error: KeyError: 58\n"
+
+
+def test_earlier_figures_stay_until_new_ones_are_whole(command, tmp_path, monkeypatch):
+    stats = tmp_path / "stats.json"
+    stats.write_text("earlier")
+    write_text = Path.write_text
+
+    def full(self: Path, text: str) -> None:
+        write_text(self, text[:10])
+        raise OSError(28, "No space left on device", str(self))
+
+    with monkeypatch.context() as changed:
+        changed.setattr(Path, "write_text", full)
+        assert command("--is-moe", "--stats-path", str(tmp_path / "stats"))[0] == 1
+    assert stats.read_text() == "earlier"
+    assert command("--is-moe", "--stats-path", str(tmp_path / "stats"))[0] == 0
+    assert json.loads(stats.read_text())["valid"]["ntok_total"] == 976
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["stats.json"]

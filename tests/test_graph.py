@@ -15,7 +15,7 @@ import moekit
 from moekit import ranks
 from moekit.batches import Batch
 from moekit.nn import graphs as graph
-from moekit.nn.config import PAD
+from moekit.symbols import PAD
 from moekit.worker import scoring as worker
 
 if importlib.util.find_spec("triton") is None:  # not imported here, or it could not be interpreted elsewhere

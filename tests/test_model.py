@@ -250,7 +250,7 @@ def test_half_precision_is_close(dtype, reference):
         ({"max_batches": 0}, "max_batches=0"),
         ({"tokens_per_sample": 65}, "tokens_per_sample=65 is more than the model's 64 positions"),
         ({"context_window": 64}, "context_window=64 leaves no room"),
-        ({"sample_break_mode": "some"}, "sample_break_mode='some'; expected none, complete"),
+        ({"sample_break_mode": "some"}, "sample_break_mode='some': expected one of none, complete"),
         ({"capacity_token_fraction": "0.1"}, "capacity_token_fraction='0.1'"),
         ({"capacity_token_fraction": float("nan")}, "capacity_token_fraction=nan"),
         ({"subset": "nothing"}, r"has no nothing\.bin"),
@@ -273,7 +273,7 @@ def test_data_of_another_dictionary_is_refused(reference, tmp_path):
         pytest.raises(ValueError, match=r"dict\.txt has 304 types, the model knows 200"),
     ):
         model.evaluate(tmp_path, progress=False)
-    with pytest.raises(ValueError, match=r"dtype='half'; expected auto, float32"):
+    with pytest.raises(ValueError, match=r"dtype='half': expected one of auto, float32"):
         moekit.load(reference / "checkpoint", 1, "cpu", "half", progress=False)
 
 
@@ -282,7 +282,7 @@ def test_data_of_another_dictionary_is_refused(reference, tmp_path):
     [
         ({"capacity": 1}, "'capacity': ...} cannot be changed; expected some of max_positions, activation"),
         ({"layers": 3}, "'layers': ...} cannot be changed"),
-        ({"second_expert": "both"}, "'both'}: expected all, sampling, random"),
+        ({"second_expert": "both"}, "'both': expected one of all, sampling, random"),
         ({"max_positions": 0}, "expected a whole number of at least 1"),
         ({"top1": 1}, "expected True or False"),
     ],

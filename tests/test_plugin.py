@@ -22,11 +22,12 @@ from moekit.checkpoint import export
 from moekit.checkpoint import options as config
 from moekit.data.codec import Codec
 from moekit.fairseq_data import open_data
-from moekit.nn.config import EOS, PAD, ModelConfig
+from moekit.nn.config import ModelConfig
 from moekit.nn.transformer import Transformer
 from moekit.paths import DEMO_BPE as DEMO
 from moekit.plugin import loading
 from moekit.plugin.language_model import LanguageModel
+from moekit.symbols import EOS, PAD
 
 PLUGIN = Path(moekit.__file__).parent / "plugin"
 GPT2 = {

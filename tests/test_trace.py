@@ -17,13 +17,13 @@ import moekit
 from moekit import checkpoint
 from moekit.handle import fingerprint
 from moekit.nn.cache import Cache
-from moekit.nn.config import PAD
 from moekit.nn.ffn import activation_fn
 from moekit.nn.record import Options, Recorder
 from moekit.nn.transformer import MoE, Pass, Transformer
 from moekit.routing import trace
 from moekit.routing.domains import domains_of
 from moekit.routing.trace import Trace
+from moekit.symbols import PAD
 from moekit.worker import scoring as worker
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the ranks run functions of this file

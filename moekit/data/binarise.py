@@ -16,9 +16,10 @@ from typing import BinaryIO
 
 import numpy as np
 
-from moekit.data.dictionary import EOS, UNK, Dictionary
+from moekit.data.dictionary import Dictionary
 from moekit.data.lines import Block, blocks, in_order
 from moekit.data.progress import bar
+from moekit.symbols import EOS, UNK
 
 # The magic, the version, the code of the ids' type, the number of lines.
 HEADER = struct.Struct("<9sQBQ")

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from moekit import paths
+from moekit import arguments, paths
 from moekit.data.bpe import BytePairs
-from moekit.data.dictionary import BOS, EOS, PAD, UNK, Dictionary
+from moekit.data.dictionary import Dictionary
+from moekit.symbols import BOS, EOS, PAD, UNK
 
 FILES = ("encoder.json", "vocab.bpe", "dict.txt")
 
@@ -35,6 +36,7 @@ class Codec:
     """
 
     bos, pad, eos, unk = BOS, PAD, EOS, UNK
+    reads_text = True
 
     def __init__(self, encoder_json: str | Path, vocab_bpe: str | Path, dict_txt: str | Path) -> None:
         self.bpe = BytePairs(encoder_json, vocab_bpe)
@@ -46,7 +48,7 @@ class Codec:
     @classmethod
     def load(cls, folder: str | Path = "demo") -> Codec:
         """The codec whose three files lie in ``folder``; "demo" is the demo model's."""
-        folder = paths.DEMO_BPE if str(folder) == "demo" else Path(folder)
+        folder = paths.DEMO_BPE if str(folder) == "demo" else arguments.check("bpe", folder, arguments.Path())
         return cls(*(folder / name for name in FILES))
 
     def __len__(self) -> int:
@@ -73,7 +75,7 @@ class Codec:
         )
 
     def pieces(self, ids: Iterable[int]) -> list[str]:
-        """Each id for the eye: its text, or its symbol (``</s>``); bytes of half a character as ``\\xe2``."""
+        """Each id as readable text: its own, or its symbol (``</s>``); bytes of half a character as ``\\xe2``."""
         return [self._text(number).decode(errors="backslashreplace") for number in self._checked(ids)]
 
     def _text(self, number: int) -> bytes:
@@ -85,3 +87,33 @@ class Codec:
             if not 0 <= number < len(self):
                 raise ValueError(f"id {number} is outside the dictionary, whose ids are 0 to {len(self) - 1}")
         return numbers
+
+
+class Ids:
+    """Stands where a codec is missing: shows tokens by their ids, and says why there is no text when text comes.
+
+    Args:
+        why: the sentence that :meth:`encode` raises.
+    """
+
+    bos, pad, eos, unk = BOS, PAD, EOS, UNK
+    reads_text = False
+
+    def __init__(self, why: str = "these tokens have no codec") -> None:
+        self.why = why
+
+    def __bool__(self) -> bool:
+        """False: there is no text to read or write."""
+        return False
+
+    def encode(self, text: str) -> list[int]:
+        """Raises ValueError with ``why``."""
+        raise ValueError(self.why)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The ids, each after a space."""
+        return "".join(self.pieces(ids))
+
+    def pieces(self, ids: Iterable[int]) -> list[str]:
+        """Each id after a space."""
+        return [f" {int(number)}" for number in ids]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 from moekit.symbols import BOS as BOS
@@ -15,7 +16,10 @@ SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
 class Dictionary:
     """The symbols of a ``dict.txt``, in fairseq's numbering: the four special ones, then a symbol a line.
 
+    Counts may be negative, as fairseq takes them; nothing here depends on them.
+
     Attributes:
+        path: where the file lies.
         symbols: symbol by id.
         index: id by symbol.
 
@@ -25,7 +29,7 @@ class Dictionary:
     """
 
     def __init__(self, dict_txt: str | Path) -> None:
-        path = Path(dict_txt)
+        self.path = path = Path(dict_txt)
         self.symbols = list(SPECIAL)
         self.index = {symbol: number for number, symbol in enumerate(self.symbols)}
         try:
@@ -34,13 +38,15 @@ class Dictionary:
             raise ValueError(f"there is no file {path}") from None
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not a dict.txt: {error}") from None
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read: {error.strerror}") from None
         if lines[-1] == "":
             lines.pop()
         for number, line in enumerate(lines, start=1):
             row = line.rstrip()
             overwrite = row.endswith(" #fairseq:overwrite")
             symbol, _, count = row.removesuffix(" #fairseq:overwrite").rpartition(" ")
-            if not symbol or not count.isdecimal():
+            if not symbol or not _is_count(count):
                 raise ValueError(f"{path}, line {number}: expected '<symbol> <count>', found {line[:80]!r}")
             if symbol in self.index and not overwrite:
                 raise ValueError(
@@ -52,3 +58,22 @@ class Dictionary:
 
     def __len__(self) -> int:
         return len(self.symbols)
+
+    def difference(self, other: Dictionary) -> str | None:
+        """A sentence on the first line in which two files differ, both named; None if they hold the same symbols."""
+        if self.symbols == other.symbols:
+            return None
+        pairs = itertools.zip_longest(self.symbols, other.symbols)
+        place, (mine, theirs) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+        shown = ["nothing" if symbol is None else repr(symbol[:40]) for symbol in (mine, theirs)]
+        line = place - len(SPECIAL) + 1
+        return f"{self.path} and {other.path} differ first in line {line}: {shown[0]} and {shown[1]}"
+
+
+def _is_count(text: str) -> bool:
+    """Whether fairseq, which calls ``int``, takes ``text`` for a count."""
+    try:
+        int(text)
+    except ValueError:
+        return False
+    return True

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moekit.generation.request import Generation, Request
-from moekit.generation.session import Session, _slots
-from moekit.nn.config import EOS
+from moekit.generation.session import Session
+from moekit.symbols import EOS
 from moekit.worker.decoding import Prompt
 from moekit.worker.sampling import Candidates
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-    from moekit.data.codec import Codec
+    from moekit.data.codec import Codec, Ids
     from moekit.handle import Handle
 
 
@@ -35,7 +35,7 @@ class Beams:
     """The beam search of one prompt, by the rules of ``SequenceGenerator`` (fairseq/sequence_generator.py).
 
     Of the 2 N best candidates, those with ``</s>`` among the first N are finished hypotheses, and the first N others
-    go on. It is over when N are finished. They rank by the mean log-probability of all their tokens.
+    stay alive. The search ends when N hypotheses are finished. They rank by the mean log-probability of all their tokens.
     """
 
     def __init__(self, prompt: Prompt, size: int):
@@ -56,13 +56,13 @@ class Beams:
                 self.finished.append((mean, "length" if last else "stop", hypothesis))
         self.alive = [] if last or len(self.finished) == self.size else alive[: self.size]
 
-    def best(self, count: int, codec: Codec | None) -> list[Generation]:
+    def best(self, count: int, codec: Codec | Ids) -> list[Generation]:
         """The ``count`` best finished hypotheses, best first; ``</s>`` at their end is no text."""
         ranked = sorted(self.finished, key=lambda found: -found[0])[:count]
         return [
             Generation(
                 prompt=self.prompt.number,
-                text=None if codec is None else codec.decode(hypothesis.ids[:-1]),
+                text=codec.decode(hypothesis.ids[:-1]) if codec.reads_text else None,
                 ids=list(hypothesis.ids),
                 logprobs=np.array(hypothesis.logprobs, np.float32),
                 finish_reason=reason,
@@ -72,22 +72,23 @@ class Beams:
         ]
 
 
-def _search(model: Handle, request: Request, bar: tqdm) -> Iterator[Generation]:
+def search(model: Handle, request: Request, bar: tqdm) -> Iterator[Generation]:
+    """The best hypotheses of each prompt, prompt by prompt."""
     for wave in request.waves(model):
         searches = {prompt.number: Beams(prompt, request.settings.beam_size) for prompt in wave}
-        with Session(model, wave, request.settings, _slots(wave, request)) as session:
+        with Session(model, wave, request) as session:
             found = session.begin()
             for step in range(1, request.max_new_tokens + 1):
                 for number, candidates in found.items():
                     searches[number].grow(candidates, last=step == request.max_new_tokens)
                     bar.update()
-                going = {
-                    number: [(beam.parent, beam.ids[-1], beam.score) for beam in search.alive]
-                    for number, search in searches.items()
-                    if search.alive
+                alive = {
+                    number: [(beam.parent, beam.ids[-1], beam.score) for beam in one.alive]
+                    for number, one in searches.items()
+                    if one.alive
                 }
-                if not going:
+                if not alive:
                     break
-                found = session.grow(going, last=step + 1 == request.max_new_tokens)
-        for search in searches.values():
-            yield from search.best(request.copies, request.codec)
+                found = session.search(alive, last=step + 1 == request.max_new_tokens)
+        for one in searches.values():
+            yield from one.best(request.copies, request.codec)

@@ -11,47 +11,47 @@ continue, and turns ids into text: a line end is ``</s>`` on the way in and a li
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moekit.generation.beams import _search
-from moekit.generation.request import Generation, Request, Token, ask
-from moekit.generation.session import Session, _slots
+from moekit.generation.beams import search
+from moekit.generation.request import Generation, Request, Token
+from moekit.generation.session import Session
 from moekit.generation.text import Text
 from moekit.handle import describe_run
-from moekit.nn.config import PAD
 from moekit.nn.record import Options
 from moekit.progress import bar as progress_bar
 from moekit.routing import trace as tracing
+from moekit.symbols import PAD
 
 if TYPE_CHECKING:
     from moekit.handle import Handle
     from moekit.nn.gate import Routing
 
 
-# Tokens that the ranks go on by themselves before this side looks at them, and whether it pays to move the sequences
-# that go on together whenever one is over: a GPU has as good as finished the step by the time it is asked for it.
+# Decode steps that the ranks run per call. A GPU computes several while the driver would look at one.
 BURST = {"cpu": 1, "cuda": 16}
 
 
 def generate(
     model: Handle,
-    prompts: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]],
+    prompts: str | Iterable[str] | Iterable[int] | Iterable[Iterable[int]],
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
     beam_size: int = 1,
     repetition_penalty: float = 1.0,
-    stop: str | Sequence[str] = (),
+    stop: str | Iterable[str] = (),
     seed: int = 1,
     num_return_sequences: int = 1,
     *,
     alternatives: int = 0,
-    capacity_token_fraction: float | None = None,
+    capacity_token_fraction: float | str | None = None,
     record: Callable[[int, Routing], None] | None = None,
     trace: bool | Options = False,
     progress: bool = True,
@@ -61,17 +61,17 @@ def generate(
     Args:
         prompts: a text, texts, ids, or lists of ids, of any lengths. Each is read after ``</s>`` (``<s>`` where the
             model was trained with ``add_bos_token``), so an empty one starts a line.
-        max_new_tokens: at most so many a sequence.
+        max_new_tokens: new tokens a sequence may have.
         temperature: 0 always takes the best token; else tokens are drawn from ``softmax(logits / temperature)``.
-        top_k: draw from the best so many only.
-        top_p: draw from the fewest, of these, that together have this probability.
+        top_k: draw from this many of the best tokens only; without effect at temperature 0.
+        top_p: draw from the fewest, of these, that together have this probability; without effect at temperature 0.
         beam_size: N > 1 searches as fairseq's ``SequenceGenerator`` does by default: a hypothesis ends with ``</s>``,
             and the prompt's own tokens count in its score.
         repetition_penalty: divides the positive logits of all tokens that came before, and multiplies the negative ones.
         stop: a sequence ends where one of these texts is complete; a line end is such a text.
         seed: what is drawn depends on it, on the number of the sequence, and on the step.
-        num_return_sequences: so many draws for each prompt, or the best so many of its beam search.
-        alternatives: tell so many of the best tokens at each place.
+        num_return_sequences: draws for each prompt, or best hypotheses of its beam search.
+        alternatives: tell this many of the best tokens at each place.
         capacity_token_fraction: of the experts while they read a prompt, each prompt by itself, as in
             :meth:`moekit.api.Model.evaluate`. None drops nothing. New tokens are never dropped.
         record: called on the ranks by every MoE layer, see :class:`moekit.nn.transformer.Pass`; a group is a sequence.
@@ -86,22 +86,28 @@ def generate(
         ValueError: an argument makes no sense, or a prompt leaves too little room. Nothing has run yet.
         moekit.ranks.RankError: a rank failed.
     """
-    request = ask(
-        model, prompts, max_new_tokens, temperature, top_k, top_p, beam_size, repetition_penalty, stop, seed,
-        num_return_sequences, alternatives, capacity_token_fraction, record, trace,
-    )  # fmt: skip
+    # All arguments by their names; ``progress`` has no meaning there.
+    request = Request.of(**locals())
     parts: list[dict[str, np.ndarray]] = []
-    total = len(request.prompts) * max_new_tokens
+    total = len(request.prompts) * request.max_new_tokens
     with progress_bar("generating", total, " tokens", show=progress) as bar:
-        if beam_size > 1:
-            return list(_search(model, request, bar))
+        if request.settings.beam_size > 1:
+            return list(search(model, request, bar))
         tokens = collections.defaultdict(list)
         for token in _sample(model, request, parts):
             tokens[token.sequence].append(token)
             bar.update()
             if token.finish_reason is not None:
-                bar.total -= max_new_tokens - len(tokens[token.sequence])
+                bar.total -= request.max_new_tokens - len(tokens[token.sequence])
     found = [request.generation(tokens[prompt.number]) for prompt in request.prompts]
+    if bad := [n for n, one in enumerate(found) if not np.isfinite(one.logprobs).all()]:
+        named = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
+        warnings.warn(
+            f"log-probabilities of new tokens are not finite in {len(bad)} of {len(found)} sequences ({named}): "
+            "model.score of the same prompt names the layer",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     if request.settings.trace is None:
         return found
     whole = _trace(model, request, found, parts)
@@ -120,7 +126,8 @@ def _trace(
     starts = np.cumsum([0, *map(len, ids)])[:-1]
     ids, logprobs, read = np.concatenate(ids), np.concatenate(logprobs), np.array(read)
     for part in parts:
-        place = starts[part["sample"]] + part["position"]  # never a sequence's last: nobody read it
+        # Never a sequence's last token, which is never an input.
+        place = starts[part["sample"]] + part["position"]
         part |= {
             "token": ids[place],
             "target": ids[place + 1],
@@ -137,47 +144,44 @@ def _trace(
 
 def stream(
     model: Handle,
-    prompts: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]],
+    prompts: str | Iterable[str] | Iterable[int] | Iterable[Iterable[int]],
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
     repetition_penalty: float = 1.0,
-    stop: str | Sequence[str] = (),
+    stop: str | Iterable[str] = (),
     seed: int = 1,
     num_return_sequences: int = 1,
     *,
     alternatives: int = 0,
-    capacity_token_fraction: float | None = None,
+    capacity_token_fraction: float | str | None = None,
     record: Callable[[int, Routing], None] | None = None,
 ) -> Iterator[Token]:
     """The tokens that :func:`generate` finds with the same arguments, as they come: all sequences' first, and so on.
 
     Closing the iterator ends the generation. A beam search cannot be streamed: it has no token until its end.
     """
-    request = ask(
-        model, prompts, max_new_tokens, temperature, top_k, top_p, 1, repetition_penalty, stop, seed,
-        num_return_sequences, alternatives, capacity_token_fraction, record, False,
-    )  # fmt: skip
+    request = Request.of(**locals(), beam_size=1, trace=False)
     return _sample(model, request, [])
 
 
 def _sample(model: Handle, request: Request, parts: list[dict[str, np.ndarray]]) -> Iterator[Token]:
-    """Greedy or drawn: every sequence reads the token that was chosen for it, until it is over.
+    """Greedy or drawn: every sequence reads the token that was chosen for it, until it is finished.
 
     Adds what was recorded of the routing to ``parts``.
     """
-    listening = request.settings.record is not None or request.settings.trace is not None
-    burst = 1 if listening else BURST[model.device]
+    recording = request.settings.record is not None or request.settings.trace is not None
+    burst = 1 if recording else BURST[model.device]
     for wave in request.waves(model):
         texts = {prompt.number: Text(request.codec, request.stop) for prompt in wave}
-        with Session(model, wave, request.settings, _slots(wave, request)) as session:
+        with Session(model, wave, request) as session:
             found, step = session.begin(), 0
             while found:
-                going = dict.fromkeys(found, PAD)
+                inputs = dict.fromkeys(found, PAD)
                 for place in range(len(next(iter(found.values())).tokens)):
                     step += 1
-                    for number in list(going):
+                    for number in list(inputs):
                         token, logprob, best, best_logprobs = (column[place] for column in found[number])
                         text = texts[number]
                         piece = text.add(int(token))
@@ -185,12 +189,12 @@ def _sample(model: Handle, request: Request, parts: list[dict[str, np.ndarray]])
                             "stop" if text.stopped else "length" if step == request.max_new_tokens else None
                         )
                         if reason is None:
-                            going[number] = int(token)
+                            inputs[number] = int(token)
                         else:
-                            del going[number]
+                            del inputs[number]
                             piece = None if piece is None else piece + text.rest()
                         alternatives = list(zip(best.tolist(), best_logprobs.tolist(), strict=True))
                         yield Token(number, int(token), piece, float(logprob), alternatives, reason)
                 steps = min(burst, request.max_new_tokens - step)
-                found = session.run(going, steps) if going else {}
+                found = session.sample(inputs, steps) if inputs else {}
         parts += session.parts

@@ -9,77 +9,84 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moekit.generation.request import Request
-from moekit.nn.config import PAD
+from moekit.symbols import PAD
 from moekit.worker import decoding as decode
 from moekit.worker.decoding import Prompt
-from moekit.worker.sampling import Candidates, Chosen, Settings
+from moekit.worker.sampling import Candidates, Chosen
 
 if TYPE_CHECKING:
     from moekit.handle import Handle
 
 
+# Whether to drop finished sequences from the batch at once: on a GPU that costs more than it saves.
 MOVES = {"cpu": True, "cuda": False}
 
 
 class Session:
-    """Sequences that live on the ranks while they are generated."""
+    """Sequences that live on the ranks while they are generated.
+
+    Attributes:
+        sequences: for each rank the numbers of its sequences, in the order of their rows there.
+        parts: of the trace, once the session is over.
+    """
 
     keys = itertools.count()
 
-    def __init__(self, model: Handle, prompts: Sequence[Prompt], settings: Settings, slots: int):
-        self.model, self.settings, self.slots = model, settings, slots
+    def __init__(self, model: Handle, prompts: Sequence[Prompt], request: Request):
+        self.model, self.settings, self.slots = model, request.settings, request.slots(prompts)
         self.key = next(self.keys)
-        self.dealt = [prompts[rank :: model.world_size] for rank in range(model.world_size)]
-        self.there = [[prompt.number for prompt in part] for part in self.dealt]  # in the order of the rows
-        self.beams = 1  # rows a sequence
-        self.parts: list[dict[str, np.ndarray]] = []  # of the trace, once it is over
+        self.prompts = [prompts[rank :: model.world_size] for rank in range(model.world_size)]
+        self.sequences = [[prompt.number for prompt in part] for part in self.prompts]
+        self.rows_each = 1
+        self.parts: list[dict[str, np.ndarray]] = []
 
     def begin(self) -> dict[int, Chosen | Candidates]:
         """Read the prompts. Returns, for each sequence's number, its row of what the ranks propose."""
         abandoned = tuple(self.model.abandoned)
         found = self.model.ranks.call(
-            decode.begin, self.key, self.dealt, self.settings, self.slots, abandoned
+            decode.begin, self.key, self.prompts, self.settings, self.slots, abandoned
         )
         del self.model.abandoned[: len(abandoned)]
-        return self._by_number(found)
+        return self._by_sequence(found)
 
-    def run(self, going: Mapping[int, int], steps: int) -> dict[int, Chosen]:
-        """``steps`` tokens on; sequences that are not in ``going`` are over.
+    def sample(self, tokens: Mapping[int, int], steps: int) -> dict[int, Chosen]:
+        """Run ``steps`` decode steps of the sequences in ``tokens``; the others are finished.
 
         Args:
-            going: the token that each sequence reads first.
+            tokens: the token that each sequence reads first.
         """
-        keep = set(going)
-        if not MOVES[self.model.device] and 2 * len(going) > sum(map(len, self.there)):
-            keep = {n for numbers in self.there for n in numbers}  # the dead read padding, and nobody listens
-        rows = [[place for place, n in enumerate(numbers) if n in keep] for numbers in self.there]
-        self.there = [[n for n in numbers if n in keep] for numbers in self.there]
-        tokens = [[going.get(n, PAD) for n in numbers] for numbers in self.there]
-        found = self._by_number(self.model.ranks.call(decode.run, self.key, rows, tokens, steps))
-        return {number: row for number, row in found.items() if number in going}
+        kept = set(tokens)
+        if not MOVES[self.model.device] and 2 * len(kept) > sum(map(len, self.sequences)):
+            # Finished sequences keep their rows and read padding; what comes of it is left out below.
+            kept = {number for numbers in self.sequences for number in numbers}
+        rows = [[row for row, n in enumerate(numbers) if n in kept] for numbers in self.sequences]
+        self.sequences = [[n for n in numbers if n in kept] for numbers in self.sequences]
+        inputs = [[tokens.get(n, PAD) for n in numbers] for numbers in self.sequences]
+        found = self._by_sequence(self.model.ranks.call(decode.run, self.key, rows, inputs, steps))
+        return {number: row for number, row in found.items() if number in tokens}
 
-    def grow(
-        self, going: Mapping[int, Sequence[tuple[int, int, float]]], last: bool
+    def search(
+        self, beams: Mapping[int, Sequence[tuple[int, int, float]]], last: bool
     ) -> dict[int, Candidates]:
-        """One token on in a beam search; sequences that are not in ``going`` are over.
+        """Run one decode step of the beams of each sequence in ``beams``; the other sequences are finished.
 
         Args:
-            going: for each sequence its beams: (the beam it goes on from, the token it reads, its score so far).
+            beams: for each sequence its beams: (the beam of the step before, the token to read, the score so far).
             last: nothing but ``</s>`` may follow.
         """
-        rows, tokens, scores = [], [], []
-        for numbers in self.there:
-            beams = [(place, beam) for place, n in enumerate(numbers) for beam in going.get(n, ())]
-            rows.append([place * self.beams + beam for place, (beam, _, _) in beams])
-            tokens.append([token for _, (_, token, _) in beams])
-            scores.append([score for _, (_, _, score) in beams])
-        self.there = [[n for n in numbers if n in going] for numbers in self.there]
-        self.beams = self.settings.beam_size
-        return self._by_number(self.model.ranks.call(decode.grow, self.key, rows, tokens, scores, last))
+        rows, inputs, scores = [], [], []
+        for numbers in self.sequences:
+            mine = [(place, beam) for place, n in enumerate(numbers) for beam in beams.get(n, ())]
+            rows.append([place * self.rows_each + beam for place, (beam, _, _) in mine])
+            inputs.append([token for _, (_, token, _) in mine])
+            scores.append([score for _, (_, _, score) in mine])
+        self.sequences = [[n for n in numbers if n in beams] for numbers in self.sequences]
+        self.rows_each = self.settings.beam_size
+        return self._by_sequence(self.model.ranks.call(decode.grow, self.key, rows, inputs, scores, last))
 
-    def _by_number(self, found: Sequence[Chosen | Candidates | None]) -> dict[int, Chosen | Candidates]:
+    def _by_sequence(self, found: Sequence[Chosen | Candidates | None]) -> dict[int, Chosen | Candidates]:
         rows = {}
-        for numbers, part in zip(self.there, found, strict=True):
+        for numbers, part in zip(self.sequences, found, strict=True):
             if part is not None:
                 rows |= {n: part._make(row) for n, row in zip(numbers, zip(*part, strict=True), strict=True)}
         return dict(sorted(rows.items()))
@@ -92,7 +99,3 @@ class Session:
             self.parts = [part for parts in self.model.ranks.call(decode.end, self.key) for part in parts]
         except RuntimeError:  # the ranks are busy with another call, or gone, and the sequences with them
             self.model.abandoned.append(self.key)
-
-
-def _slots(wave: Sequence[Prompt], request: Request) -> int:
-    return max(len(prompt.ids) for prompt in wave) + request.max_new_tokens - 1

@@ -6,21 +6,21 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from moekit.data.codec import Codec
+    from moekit.data.codec import Codec, Ids
 
 
 class Text:
     """The text of a sequence as its tokens come: a character may need several tokens."""
 
-    def __init__(self, codec: Codec | None, stop: Sequence[str]):
+    def __init__(self, codec: Codec | Ids, stop: Sequence[str]):
         self.codec, self.stop = codec, stop
         self.pending: list[int] = []
         self.tail = ""  # as much of the text as a stop text may begin in
         self.stopped = False
 
     def add(self, token: int) -> str | None:
-        """What ``token`` adds to the text."""
-        if self.codec is None:
+        """What ``token`` adds to the text: nothing until a character is whole; None without a codec."""
+        if not self.codec.reads_text:
             return None
         self.pending.append(token)
         piece = self.codec.decode(self.pending)
@@ -33,6 +33,6 @@ class Text:
         return piece
 
     def rest(self) -> str:
-        """What is left of a character that never became whole."""
+        """The bytes of a character that never became whole, as U+FFFD."""
         rest, self.pending = self.codec.decode(self.pending), []
         return rest

@@ -11,8 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from moekit.symbols import EOS as EOS
-from moekit.symbols import PAD as PAD
+from moekit.arguments import Choice, Flag, Whole, check, shown
 
 
 @dataclass(frozen=True)
@@ -97,17 +96,17 @@ def changed(config: ModelConfig, fields: Mapping[str, Any]) -> ModelConfig:
     Raises:
         ValueError: a field is none of :data:`CHANGEABLE`, or its value none that it can have.
     """
-    for name, value in fields.items():
+    if not isinstance(fields, Mapping):
+        raise ValueError(f"config={shown(fields)}: expected a dict of some of {', '.join(CHANGEABLE)}")
+    for name in fields:
         if name not in CHANGEABLE:
             raise ValueError(
                 f"config={{{name!r}: ...}} cannot be changed; expected some of {', '.join(CHANGEABLE)}"
             )
-        if name in WORDS:
-            fits, expected = value in WORDS[name], ", ".join(WORDS[name])
-        elif name == "max_positions":
-            fits, expected = type(value) is int and value > 0, "a whole number of at least 1"
-        else:
-            fits, expected = isinstance(value, bool), "True or False"
-        if not fits:
-            raise ValueError(f"config={{{name!r}: {value!r}}}: expected {expected}")
-    return replace(config, **fields)
+    kinds = {name: Choice(words) for name, words in WORDS.items()} | {"max_positions": Whole()}
+    return replace(
+        config,
+        **{
+            name: check(f"config[{name!r}]", value, kinds.get(name, Flag())) for name, value in fields.items()
+        },
+    )

@@ -11,16 +11,15 @@ Shape letters: B samples, T tokens of a sample, G routing groups, S tokens of a 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from moekit.arguments import Capacity, Flag, Whole, Wholes, check, shown
 from moekit.nn.config import ModelConfig
 from moekit.nn.gate import Edit
 
@@ -64,13 +63,11 @@ class Intervention:
     drop_second: bool
     capacity_token_fraction: float | EllipsisType | None
 
-    def fraction(self, call: float | None) -> float | None:
-        """The capacity fraction that holds when a call asks for ``call``."""
-        return call if self.capacity_token_fraction is ... else self.capacity_token_fraction
-
     def apply(self, asked: Pass, samples: Tensor, positions: Tensor) -> None:
-        """Put the changes into ``asked``, the pass of B samples with ids ``samples`` [B] and positions [T] or [B, T]."""
-        asked.fraction = self.fraction(asked.fraction)
+        """Put the changes into ``asked``, the pass of B samples with ids ``samples`` [B] and positions [T] or [B, T].
+
+        The capacity is the driver's to merge (:meth:`moekit.handle.Handle.capacity`): ``asked.fraction`` holds already.
+        """
         asked.edit = functools.partial(self.edit, asked.groups, samples, positions)
 
     def check(self, lengths: Mapping[int, int]) -> None:
@@ -128,18 +125,17 @@ def plan(
     mask: Mapping[int, Iterable[int]] | Iterable[tuple[int, int]] = (),
     force: Force | Iterable[Force] = (),
     drop_second: bool = False,
-    capacity_token_fraction: float | EllipsisType | None = ...,
+    capacity_token_fraction: float | str | EllipsisType | None = ...,
 ) -> Intervention:
     """Check an intervention against the model; the arguments are those of :meth:`moekit.api.Model.route`.
 
     Raises:
         ValueError: no such layer or expert, too few experts left, or a contradiction.
     """
-    pairs = [(n, e) for n, some in mask.items() for e in some] if isinstance(mask, Mapping) else list(mask)
     masked: dict[int, tuple[int, ...]] = {}
-    for layer, expert in pairs:
-        check(config, layer, expert)
-        masked[int(layer)] = tuple(sorted({*masked.get(layer, ()), int(expert)}))
+    for layer, expert in _pairs(mask):
+        check_expert(config, layer, expert)
+        masked[layer] = tuple(sorted({*masked.get(layer, ()), expert}))
     for layer, experts in masked.items():
         if config.experts - len(experts) < config.top_k:
             raise ValueError(
@@ -147,38 +143,48 @@ def plan(
                 f"every token needs {config.top_k}"
             )
     forced = []
-    for one in [force] if isinstance(force, Force) else force:
-        experts = tuple(int(e) for e in np.atleast_1d(one.experts))
+    for one in force if isinstance(force, Iterable) else [force]:
+        if not isinstance(one, Force):
+            raise ValueError(f"force={shown(one)}: expected moekit.Force, or several")
+        experts = tuple(check("Force.experts", one.experts, Wholes()))
         if not 1 <= len(experts) <= config.top_k or len(set(experts)) < len(experts):
-            raise ValueError(f"{one}: expected 1 to {config.top_k} different experts")
-        layers = (
-            config.moe_layers if one.layers is None else [int(n) for n in np.atleast_1d(_list(one.layers))]
-        )
-        positions = None
-        if one.positions is not None:
-            positions = tuple(int(p) for p in np.atleast_1d(_list(one.positions)))
-        for layer in layers:
+            raise ValueError(
+                f"Force.experts={shown(experts)}: expected 1 to {config.top_k} different experts"
+            )
+        sample = check("Force.sample", one.sample, Whole(0))
+        layers = check("Force.layers", one.layers, Wholes(optional=True))
+        positions = check("Force.positions", one.positions, Wholes(optional=True))
+        for layer in config.moe_layers if layers is None else layers:
             for expert in experts:
-                check(config, layer, expert)
+                check_expert(config, layer, expert)
                 if expert in masked.get(layer, ()):
-                    raise ValueError(f"{one}: expert {expert} of layer {layer} is masked")
-            forced.append((layer, int(one.sample), positions, experts))
+                    raise ValueError(f"Force.experts={experts}: expert {expert} of layer {layer} is masked")
+            forced.append((layer, sample, None if positions is None else tuple(positions), experts))
+    drop_second = check("drop_second", drop_second, Flag())
     if drop_second and config.top_k < 2:
         raise ValueError("drop_second: the model's gate makes one choice")
     fraction = capacity_token_fraction
-    if fraction is not ... and fraction is not None and not math.isfinite(fraction):
-        raise ValueError(f"capacity_token_fraction={fraction}: expected None or a number")
-    return Intervention(masked, tuple(forced), bool(drop_second), fraction)
+    if fraction is not ...:
+        fraction = check("capacity_token_fraction", fraction, Capacity())
+    return Intervention(masked, tuple(forced), drop_second, fraction)
 
 
-def check(config: ModelConfig, layer: int, expert: int) -> None:
+def _pairs(mask: Any) -> list[tuple[int, int]]:
+    """(layer, expert) of every masked expert."""
+    if isinstance(mask, Mapping):
+        found = [(layer, expert) for layer, some in mask.items() for expert in check("mask", some, Wholes())]
+    else:
+        pairs = mask if isinstance(mask, Iterable) else [mask]
+        found = [tuple(pair) if isinstance(pair, Iterable) else (pair,) for pair in pairs]
+    if not all(len(pair) == 2 for pair in found):
+        raise ValueError(f"mask={shown(mask)}: expected {{layer: [experts]}} or [(layer, expert), ...]")
+    return [(check("mask", layer, Whole(0)), check("mask", expert, Whole(0))) for layer, expert in found]
+
+
+def check_expert(config: ModelConfig, layer: int, expert: int) -> None:
     if layer not in config.moe_layers:
         raise ValueError(
             f"layer {layer} is not a mixture-of-experts layer; the model's are {config.moe_layers}"
         )
     if not 0 <= expert < config.experts:
         raise ValueError(f"layer {layer} has no expert {expert}: they are 0 to {config.experts - 1}")
-
-
-def _list(numbers: int | Iterable[int]) -> int | list[int]:
-    return numbers if isinstance(numbers, int | np.integer) else list(numbers)

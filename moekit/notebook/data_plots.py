@@ -8,7 +8,7 @@ import numpy as np
 
 from moekit.data.binarise import Binarised
 from moekit.data.codec import Codec
-from moekit.data.dictionary import UNK
+from moekit.symbols import UNK
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

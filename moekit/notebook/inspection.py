@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moekit.arguments import Kind, Number, Text, Texts, Whole
+from moekit.arguments import Kind, Number, Text, Texts, Whole, Wholes
 from moekit.notebook import report
 from moekit.notebook.parameters import MACHINE
 from moekit.routing import compare as intervene
@@ -21,23 +20,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from moekit.api import Model
-    from moekit.data.codec import Codec
+    from moekit.data.codec import Codec, Ids
     from moekit.notebook.explorer import Explorer
     from moekit.routing.trace import Trace
 
 
-@dataclass(frozen=True)
-class Wholes:
-    """A list of whole numbers; one number counts as a list of one."""
-
-    optional: bool = False
-    expected = "a list of whole numbers"
-
-    def convert(self, value: Any) -> list[int]:
-        return [Whole(0).convert(n) for n in (value if isinstance(value, list | tuple) else [value])]
-
-
-PARAMETERS: dict[str, Kind | Wholes] = MACHINE | {
+PARAMETERS: dict[str, Kind] = MACHINE | {
     "data": Text(),
     "subset": Text(),
     "texts": Texts(optional=True),
@@ -51,13 +39,11 @@ PARAMETERS: dict[str, Kind | Wholes] = MACHINE | {
 }
 
 
-def codec_of(model: Model) -> Codec | None:
-    """The model's codec; where its files are missing, None and a sentence that says so: tokens are then shown by id."""
-    try:
-        return model.codec
-    except ValueError as error:
-        print(f"Tokens are shown by their ids: {error}.")
-        return None
+def codec_of(model: Model) -> Codec | Ids:
+    """The model's codec; where its files are missing, a sentence that says so: tokens are then shown by their ids."""
+    if not model.reads_text:
+        print(f"Tokens are shown by their ids: {model.codec.why}.")
+    return model.codec
 
 
 def labels_of(trace: Trace, data: str, domains: Sequence[str] | None, of_texts: bool) -> np.ndarray | None:

@@ -140,6 +140,8 @@ class Playground:
     """
 
     def __init__(self, model: Model, prompt: str = ""):
+        if not model.codec:
+            raise ValueError(model.codec.why)
         self.model, self.codec = model, model.codec
         self.runs: list[Run] = []
         self.thread: threading.Thread | None = None

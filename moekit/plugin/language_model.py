@@ -16,10 +16,12 @@ from torch import Tensor
 from moekit import checkpoint
 from moekit.checkpoint.options import from_fairseq, to_dict
 from moekit.nn.cache import SLOTS, Cache
-from moekit.nn.config import PAD, ModelConfig
+from moekit.nn.config import ModelConfig
 from moekit.nn.noise import Noise
 from moekit.nn.operations import choose_backend
-from moekit.nn.transformer import Pass, empty
+from moekit.nn.passes import Pass
+from moekit.nn.transformer import empty
+from moekit.symbols import PAD
 
 NAME = "transformer_lm_moekit"
 CACHE = "moekit"  # its place in fairseq's incremental state

@@ -28,8 +28,8 @@ from pathlib import Path
 
 import numpy as np
 
-from moekit.nn.config import PAD
 from moekit.routing.trace import Trace
+from moekit.symbols import PAD
 
 LAYOUTS = ("vllm", "sglang", "megatron", "olmoe", "moe-infinity")
 

@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moekit.nn.config import PAD
 from moekit.routing import expert_caches as offload
 from moekit.routing.trace import Trace, align
+from moekit.symbols import PAD
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moekit.nn.config import PAD
+from moekit.symbols import PAD
 
 if TYPE_CHECKING:
     from moekit.data import Codec

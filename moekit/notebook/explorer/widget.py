@@ -10,10 +10,10 @@ import numpy as np
 import traitlets
 
 from moekit.batches import Batch
-from moekit.nn.config import PAD
 from moekit.notebook.explorer import page
 from moekit.notebook.explorer.pack import pack
 from moekit.scoring import score_batches
+from moekit.symbols import PAD
 
 if TYPE_CHECKING:
     from moekit.api import Model
@@ -92,7 +92,7 @@ class Explorer(anywidget.AnyWidget):
         fraction = trace.meta.get("capacity_token_fraction")
         how = {
             "fraction": fraction,
-            "vocab": model.config.vocab_rows if self.codec is None else len(self.codec),
+            "vocab": model.vocab,
             "seed": trace.meta.get("seed", 1),
             "progress": False,
         }
