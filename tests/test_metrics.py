@@ -10,6 +10,7 @@ from synthetic_traces import synthetic
 
 from moekit.routing import expert_caches as offload
 from moekit.routing import metrics
+from moekit.routing.statistics import random_choices
 from moekit.routing.trace import Trace
 
 
@@ -123,7 +124,7 @@ def test_chance_values_are_what_uniform_routing_gives():
     """Every metric on a trace that is uniformly random: its value is close to what it calls chance."""
     rng = np.random.default_rng(7)
     tokens, experts = 40_000, 32
-    chosen = np.stack([metrics._random_choices(rng, tokens, 2, experts) for _ in range(2)], axis=1)
+    chosen = np.stack([random_choices(rng, tokens, 2, experts) for _ in range(2)], axis=1)
     trace = make(
         chosen, sample=np.arange(tokens) // 200, token=rng.integers(4, 300, tokens), num_experts=experts
     )
@@ -231,7 +232,7 @@ def test_drop_probability_against_simulation(room):
     tokens, experts, runs = 24, 8, 2000
     dropped = np.zeros((tokens, 2))
     for _ in range(runs):
-        chosen = metrics._random_choices(rng, tokens, 2, experts)
+        chosen = random_choices(rng, tokens, 2, experts)
         taken = Counter()
         for k, t in itertools.product(range(2), range(tokens)):  # all first choices, then all second ones
             dropped[t, k] += taken[chosen[t, k]] >= room

@@ -43,7 +43,7 @@ def compare(before: Trace, after: Trace) -> Comparison:
     """
     import pandas as pd
 
-    from moekit.routing.trace import align
+    from moekit.routing.trace import align, kept_by_expert
 
     before, after = align(before, after)
     sets = np.sort(before.experts, axis=2) != np.sort(after.experts, axis=2)
@@ -79,11 +79,6 @@ def compare(before: Trace, after: Trace) -> Comparison:
     )
     known = delta[~np.isnan(delta)]
     return Comparison(tokens, layers, float(known.mean(dtype=np.float64)) if len(known) else math.nan)
-
-
-def kept_by_expert(trace: Trace) -> np.ndarray:
-    """[T, L, K]: the experts that got the token in ascending order, -1 for each choice not dispatched."""
-    return np.sort(np.where(trace.kept, trace.experts, -1), axis=2)
 
 
 def weight_change(before: Trace, after: Trace) -> np.ndarray:
