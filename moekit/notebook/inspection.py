@@ -12,6 +12,7 @@ import numpy as np
 from moekit.arguments import Kind, Number, Text, Texts, Whole
 from moekit.notebook import report
 from moekit.notebook.parameters import MACHINE
+from moekit.notebook.pieces import pieces
 from moekit.routing import compare as intervene
 from moekit.routing import metrics
 from moekit.routing.domains import domains_of
@@ -110,7 +111,7 @@ def favourites(trace: Trace, labels: np.ndarray, codec: Codec | None, tokens: in
         layer, expert = (table[domain] - others).idxmax()
         at = (layer, expert)
         top = metrics.top_tokens(trace.select(mask=labels == domain), layer, expert, n=2 * tokens)["token"]
-        shown = map(str, top) if codec is None else (piece.strip() or "␣" for piece in codec.pieces(top))
+        shown = (piece.strip() or "␣" for piece in pieces(codec, top))
         rows.append(
             {
                 "domain": domain,

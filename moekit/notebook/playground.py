@@ -20,13 +20,18 @@ from IPython.display import display
 
 from moekit.generation.request import Generation, Token
 from moekit.generation.text import Text
+from moekit.notebook import coloured_text
+from moekit.notebook.coloured_text import Span
 
 if TYPE_CHECKING:
     from moekit.api import Model
     from moekit.data.codec import Codec
 
 ALTERNATIVES = 5
-REDRAW = 0.05  # seconds between two pictures of a stream
+# seconds between two pictures of a stream
+REDRAW = 0.05
+RAREST, DARKEST = 1e-3, 0.7
+LINE_END = "⏎"
 
 
 @dataclass(frozen=True)
@@ -39,22 +44,28 @@ class Shown:
 
 
 def coloured(tokens: Iterable[Shown]) -> str:
-    """HTML: the less probable a token, the darker its background; the mouse over it shows what else there was."""
+    """HTML: the less probable a token, the darker its ground; the mouse over it shows the alternatives."""
     spans, lines = [], []
     for token in tokens:
         lines.append(f"{token.probability:.1%}")
         lines += [f"{probability:6.1%}  {text!r}" for text, probability in token.alternatives]
-        if not token.text:  # a part of a character: it shows with the token that makes it whole
-            continue
-        tip = html.escape("\n".join(lines)).replace("\n", "&#10;")
-        text = html.escape(token.text).replace("\n", "⏎<br>")
-        surprise = min(
-            1.0, abs(math.log10(max(token.probability, 1e-9))) / 3
-        )  # 0 at 100 %, 1 at 0.1 % and below
-        shade = f"background-color: rgba(230, 120, 0, {0.7 * surprise:.2f})"
-        spans.append(f'<span style="{shade}" title="{tip}">{text}</span>')
-        lines = []
-    return f'<span style="white-space: pre-wrap">{"".join(spans)}</span>'
+        # A part of a character has no text: its lines show with the token that completes the character.
+        if token.text:
+            tip = html.escape("\n".join(lines)).replace("\n", "&#10;")
+            spans.append(Span(_marked(token.text), _shade(token.probability), tip))
+            lines = []
+    return coloured_text.html(spans)
+
+
+def _marked(text: str) -> str:
+    """Text whose line ends can be seen."""
+    return text.replace("\n", f"{LINE_END}\n")
+
+
+def _shade(probability: float) -> str:
+    """An orange of opacity 0 at a probability of 1, and of ``DARKEST`` at ``RAREST`` and below."""
+    surprise = math.log(min(1.0, max(probability, RAREST))) / math.log(RAREST)
+    return f"rgba(230, 120, 0, {DARKEST * abs(surprise):.2f})"
 
 
 def shown(token: Token, codec: Codec) -> Shown:
@@ -219,8 +230,7 @@ class Playground:
     def _draw(self, run: Run) -> None:
         rate = f"{len(run.tokens) / run.seconds:.1f} tokens/s" if run.tokens else ""
         self.status.value = html.escape(", ".join(part for part in (rate, run.said) if part))
-        prompt = html.escape(run.prompt).replace("\n", "⏎<br>")
-        self.text.value = f'<span style="white-space: pre-wrap">{prompt}</span>{coloured(run.tokens)}'
+        self.text.value = coloured_text.html([Span(_marked(run.prompt))]) + coloured(run.tokens)
 
     def _recall(self, number: int | None) -> None:
         """Show a run of the history, its prompt and settings included."""
