@@ -25,6 +25,7 @@ from moekit.fairseq_data import Batches, open_data
 from moekit.generation.request import prompt_ids
 from moekit.nn import intervene
 from moekit.nn.config import ModelConfig
+from moekit.versions import versions
 
 if TYPE_CHECKING:
     pass
@@ -76,20 +77,7 @@ class Handle:
         Raises:
             ValueError: its files are nowhere to be found, or its dictionary is not the model's.
         """
-        folder = self.files.shared.parent
-        places = [Path(self.bpe)] if self.bpe else [folder, folder / "gpt2_bpe", folder.parent / "gpt2_bpe"]
-        for place in places:
-            if all((place / name).is_file() for name in CODEC_FILES):
-                codec = Codec.load(place)
-                if len(codec) > self.config.vocab_rows:
-                    raise ValueError(
-                        f"{place} has {len(codec)} types, the model knows {self.config.vocab_rows}: not its dictionary"
-                    )
-                return codec
-        where = " or ".join(map(str, places))
-        raise ValueError(
-            f"text needs {', '.join(CODEC_FILES)}, expected in {where}: put them there, or give load(bpe=...) their folder"
-        )
+        return find_codec(self.files, self.config, self.bpe)
 
     def __repr__(self) -> str:
         c = self.config
@@ -221,6 +209,30 @@ def dictionary_size(files: ckpt.Files, dictionary: str | Path | None) -> int | N
     return len(Dictionary(path))
 
 
+def find_codec(
+    files: ckpt.Files, config: ModelConfig, bpe: str | Path | None, dictionary: Dictionary | None = None
+) -> Codec:
+    """What turns text into the ids of a model whose files these are; ``bpe`` is ``load``'s.
+
+    Raises:
+        ValueError: its files are nowhere to be found, or its dictionary is not the model's.
+    """
+    folder = files.shared.parent
+    places = [Path(bpe)] if bpe else [folder, folder / "gpt2_bpe", folder.parent / "gpt2_bpe"]
+    for place in places:
+        if all((place / name).is_file() for name in CODEC_FILES):
+            codec = Codec.load(place)
+            if len(codec) > config.vocab_rows:
+                raise ValueError(
+                    f"{place} has {len(codec)} types, the model knows {config.vocab_rows}: not its dictionary"
+                )
+            return codec
+    where = " or ".join(map(str, places))
+    raise ValueError(
+        f"text needs {', '.join(CODEC_FILES)}, expected in {where}: put them there, or give load(bpe=...) their folder"
+    )
+
+
 def pieces(codec: Codec | None, ids: Iterable[int]) -> list[str]:
     """Each token for the eye; by its id where there is no codec."""
     return codec.pieces(ids) if codec is not None else [f" {number}" for number in ids]
@@ -237,16 +249,8 @@ def describe_run(
         groups as [samples, tokens a sample, how many], padding included), ``seed``, ``intervention``, ``dtype``,
         ``device``, ``world_size``, ``kernel``, ``versions``, ``created`` (UTC).
     """
-    import platform
     from datetime import UTC, datetime
-    from importlib import metadata
 
-    import torch
-
-    try:
-        own = metadata.version("moekit")
-    except metadata.PackageNotFoundError:  # run from a source tree
-        own = "source"
     change = model.intervention
     shapes = Counter(batch.tokens.shape for batch in batches)
     return {
@@ -263,7 +267,7 @@ def describe_run(
         "device": model.device,
         "world_size": model.world_size,
         "kernel": model.parts[0]["kernel"],
-        "versions": {"moekit": own, "torch": torch.__version__, "python": platform.python_version()},
+        "versions": versions(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

@@ -35,6 +35,7 @@ class Codec:
     """
 
     bos, pad, eos, unk = BOS, PAD, EOS, UNK
+    reads_text = True
 
     def __init__(self, encoder_json: str | Path, vocab_bpe: str | Path, dict_txt: str | Path) -> None:
         self.bpe = BytePairs(encoder_json, vocab_bpe)

@@ -1,64 +1,27 @@
-"""What inspect_routing.ipynb needs beside traces, metrics and pictures: its parameters, labels, tables and files."""
+"""What inspect_routing.ipynb needs beside traces, metrics and pictures: labels, tables and files."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moekit.arguments import Kind, Number, Text, Texts, Whole
+from moekit import results
 from moekit.notebook import report
-from moekit.notebook.parameters import MACHINE
 from moekit.notebook.pieces import pieces
-from moekit.routing import compare as intervene
 from moekit.routing import metrics
+from moekit.routing.compare import compare
 from moekit.routing.domains import domains_of
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-    from moekit.api import Model
     from moekit.data.codec import Codec
     from moekit.notebook.explorer import Explorer
     from moekit.routing.trace import Trace
-
-
-@dataclass(frozen=True)
-class Wholes:
-    """A list of whole numbers; one number counts as a list of one."""
-
-    optional: bool = False
-    expected = "a list of whole numbers"
-
-    def convert(self, value: Any) -> list[int]:
-        return [Whole(0).convert(n) for n in (value if isinstance(value, list | tuple) else [value])]
-
-
-PARAMETERS: dict[str, Kind | Wholes] = MACHINE | {
-    "data": Text(),
-    "subset": Text(),
-    "texts": Texts(optional=True),
-    "domains": Texts(optional=True),
-    "tokens_per_sample": Whole(optional=True),
-    "batch_size": Whole(),
-    "capacity_token_fraction": Number(optional=True),
-    "layers": Wholes(optional=True),
-    "max_tokens": Whole(optional=True),
-    "compare_with": Text(optional=True),
-}
-
-
-def codec_of(model: Model) -> Codec | None:
-    """The model's codec; where its files are missing, None and a sentence that says so: tokens are then shown by id."""
-    try:
-        return model.codec
-    except ValueError as error:
-        print(f"Tokens are shown by their ids: {error}.")
-        return None
 
 
 def labels_of(trace: Trace, data: str, domains: Sequence[str] | None, of_texts: bool) -> np.ndarray | None:
@@ -76,7 +39,8 @@ def labels_of(trace: Trace, data: str, domains: Sequence[str] | None, of_texts: 
     if of_texts:
         texts = int(trace.sample.max()) + 1
         domains = [f"text {n}" for n in range(texts)] if domains is None else domains
-        if len(domains) < texts:  # more where max_tokens ended the trace before the last text
+        # There are more labels where max_tokens ended the trace before the last text.
+        if len(domains) < texts:
             raise ValueError(f"domains has {len(domains)} labels for {texts} texts; expected one for each")
         return np.array(domains)[trace.sample]
     if domains is None:
@@ -149,7 +113,7 @@ def change_by_domain(before: Trace, after: Trace, labels: np.ndarray | None) -> 
     """
     import pandas as pd
 
-    found = intervene.compare(before, after).tokens
+    found = compare(before, after).tokens
     if len(found) != len(before):
         raise ValueError(
             f"the traces share {len(found)} of {len(before)} tokens: they are not of the same text"
@@ -177,18 +141,25 @@ def change_by_domain(before: Trace, after: Trace, labels: np.ndarray | None) -> 
 def save(
     output_dir: str | Path,
     trace: Trace,
-    figures: Mapping[str, Figure],
-    tables: Mapping[str, pd.DataFrame],
+    figures: Mapping[str, Figure | None],
+    tables: Mapping[str, pd.DataFrame | None],
     explorer: Explorer,
 ) -> Path:
     """Write ``trace.parquet``, ``explorer.html``, ``{name}.png`` of each figure and ``{name}.csv`` of each table.
 
+    They appear together, at the end. None stands for a figure or a table that was not made.
+
     Returns:
         The folder, absolute.
+
+    Raises:
+        moekit.results.NotWritten: the folder cannot be written to, or its disk is full; earlier files are as they were.
     """
-    folder = report.save_figures(output_dir, dict(figures))
-    trace.save(folder / "trace.parquet")
-    for name, table in tables.items():
-        table.to_csv(folder / f"{name}.csv", index=False)
-    explorer.save_html(folder / "explorer.html")
-    return folder
+    with results.together(output_dir) as folder:
+        report.draw(folder, figures)
+        trace.save(folder / "trace.parquet")
+        for name, table in tables.items():
+            if table is not None:
+                table.to_csv(folder / f"{name}.csv", index=False)
+        explorer.save_html(folder / "explorer.html")
+    return report.absolute(output_dir)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from moekit import handle
 from moekit.notebook.coloured_text import visible
 
 if TYPE_CHECKING:
@@ -17,7 +16,8 @@ UNKNOWN = "?"
 def pieces(codec: Codec | None, ids: Iterable[int]) -> list[str]:
     """Each token's piece; its id where there is no codec; ? for -1, a token that an imported trace does not tell."""
     ids = [int(number) for number in ids]
-    known = iter(handle.pieces(codec, [number for number in ids if number >= 0]))
+    told = [number for number in ids if number >= 0]
+    known = iter(codec.pieces(told) if codec is not None else [f" {number}" for number in told])
     return [next(known) if number >= 0 else UNKNOWN for number in ids]
 
 

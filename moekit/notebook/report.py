@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import platform
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
 
 from moekit import checkpoint as ckpt
-from moekit import ranks
+from moekit import ranks, results
 from moekit.nn.dispatch import owned
 from moekit.ranks.machine import gpus, host_memory
+from moekit.versions import versions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
     from moekit.scoring import Evaluation
 
 GIB = 2**30
-PACKAGES = ("moekit", "torch", "ve-fairseq", "numpy", "papermill", "jupyterlab", "ipywidgets")
 
 
 def machine() -> pd.DataFrame:
@@ -39,17 +40,6 @@ def machine() -> pd.DataFrame:
     if not torch.cuda.is_available():
         facts["GPUs"] = "none that torch sees: everything runs on the CPU"
     return pd.DataFrame({"": facts})
-
-
-def versions() -> dict[str, str | None]:
-    """The versions that a result depends on; None where a package is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
 
 
 def files(checkpoint: str | Path) -> pd.DataFrame:
@@ -159,9 +149,25 @@ def result(evaluation: Evaluation) -> pd.DataFrame:
     return pd.DataFrame({"": facts})
 
 
-def save(output_dir: str | Path, model: Model, evaluation: Evaluation, settings: dict[str, Any]) -> Path:
-    """Write ``results.json`` and ``tokens.parquet``; returns the folder, absolute."""
-    figures_of = {
+def save(
+    output_dir: str | Path,
+    model: Model,
+    evaluation: Evaluation,
+    parameters: dict[str, Any],
+    figures: Mapping[str, Figure] = MappingProxyType({}),
+) -> Path:
+    """Write ``results.json``, ``tokens.parquet`` and ``{name}.png`` of each figure; they appear together, at the end.
+
+    Args:
+        parameters: the notebook's, as ``vars(p)`` has them.
+
+    Returns:
+        The folder, absolute.
+
+    Raises:
+        moekit.results.NotWritten: the folder cannot be written to, or its disk is full; earlier files are as they were.
+    """
+    found = {
         "loss_base2": evaluation.loss_base2,
         "perplexity": evaluation.perplexity,
         "ntokens": evaluation.ntokens,
@@ -172,18 +178,35 @@ def save(output_dir: str | Path, model: Model, evaluation: Evaluation, settings:
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device,
         "versions": versions(),
-        "parameters": settings,
+        "parameters": parameters,
     }
-    folder = save_figures(output_dir, {})
-    (folder / "results.json").write_text(json.dumps(figures_of, indent=2) + "\n")
-    evaluation.tokens.to_parquet(folder / "tokens.parquet", index=False)
-    return folder
+    with results.together(output_dir) as folder:
+        (folder / "results.json").write_text(json.dumps(found, indent=2) + "\n")
+        evaluation.tokens.to_parquet(folder / "tokens.parquet", index=False)
+        draw(folder, figures)
+    return absolute(output_dir)
 
 
-def save_figures(output_dir: str | Path, figures: dict[str, Figure]) -> Path:
-    """Write ``{name}.png`` of each figure; returns the folder, absolute."""
-    folder = Path(output_dir).expanduser().resolve()
-    folder.mkdir(parents=True, exist_ok=True)
+def save_figures(
+    output_dir: str | Path,
+    figures: Mapping[str, Figure],
+    tables: Mapping[str, pd.DataFrame] = MappingProxyType({}),
+) -> Path:
+    """Write ``{name}.png`` of each figure and ``{name}.csv`` of each table with its index, as :func:`save` does."""
+    with results.together(output_dir) as folder:
+        draw(folder, figures)
+        for name, table in tables.items():
+            table.to_csv(folder / f"{name}.csv")
+    return absolute(output_dir)
+
+
+def draw(folder: Path, figures: Mapping[str, Figure | None]) -> None:
+    """Write ``{name}.png`` of each figure into ``folder``; None stands for a figure that was not made."""
     for name, figure in figures.items():
-        figure.savefig(folder / f"{name}.png", dpi=160, bbox_inches="tight")
-    return folder
+        if figure is not None:
+            figure.savefig(folder / f"{name}.png", dpi=160, bbox_inches="tight")
+
+
+def absolute(folder: str | Path) -> Path:
+    """The folder as a notebook shows it."""
+    return Path(folder).expanduser().resolve()

@@ -92,7 +92,7 @@ class Explorer(anywidget.AnyWidget):
         fraction = trace.meta.get("capacity_token_fraction")
         how = {
             "fraction": fraction,
-            "vocab": model.config.vocab_rows if self.codec is None else len(self.codec),
+            "vocab": len(model.codec) if model.reads_text else model.config.vocab_rows,
             "seed": trace.meta.get("seed", 1),
             "progress": False,
         }
