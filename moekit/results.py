@@ -17,10 +17,14 @@ import fcntl
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
-PREFIX = ".moekit-"
+PREFIX, LOCK = ".moekit-", ".lock"
+# seconds after which a temporary folder without a lock was left by a killed run
+OLD = 60
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -49,20 +53,17 @@ def together(folder: str | Path, make: bool = True) -> Iterator[Path]:
         place = Path(tempfile.mkdtemp(prefix=PREFIX, dir=folder))
     except OSError as error:
         raise NotWritten(_sentence(folder, error)) from None
-    held = os.open(place, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        try:
+        with open(place / LOCK, "w") as lock:
+            _locked(lock)
             yield place
             _move(place, folder)
-        except NotWritten:
-            raise
-        except OSError as error:
-            raise NotWritten(_sentence(folder, error)) from error
+    except NotWritten:
+        raise
+    except OSError as error:
+        raise NotWritten(_sentence(folder, error)) from error
     finally:
         shutil.rmtree(place, ignore_errors=True)
-        os.close(held)
 
 
 @contextlib.contextmanager
@@ -82,7 +83,7 @@ def whole(path: str | Path, make: bool = False) -> Iterator[Path]:
 
 def _move(place: Path, folder: Path) -> None:
     """Move every file below ``place`` to its name below ``folder``, once all of them are on the disk."""
-    files = sorted(path for path in place.rglob("*") if path.is_file())
+    files = sorted(path for path in place.rglob("*") if path.is_file() and path != place / LOCK)
     targets = [folder / path.relative_to(place) for path in files]
     for path, target in zip(files, targets, strict=True):
         if target.is_dir():
@@ -104,15 +105,27 @@ def _flush(path: Path) -> None:
 
 
 def _remove_left_over(folder: Path) -> None:
-    """Remove the temporary folders of runs that were killed: nothing holds their lock any more."""
+    """Remove the temporary folders of runs that were killed: no process holds their lock any more.
+
+    A folder without a lock may be one that another process has made a moment ago.
+    """
     for place in folder.glob(f"{PREFIX}*"):
         with contextlib.suppress(OSError):
-            held = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-            try:
-                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if (place / LOCK).is_file():
+                with open(place / LOCK) as lock:
+                    if _locked(lock):
+                        shutil.rmtree(place, ignore_errors=True)
+            elif time.time() - place.stat().st_mtime > OLD:
                 shutil.rmtree(place, ignore_errors=True)
-            finally:
-                os.close(held)
+
+
+def _locked(lock: IO[str]) -> bool:
+    """Take the lock, which ends with the file or the process; False where another has it, or there are no locks."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _sentence(folder: Path, error: OSError) -> str:
