@@ -531,6 +531,20 @@ def test_caches_by_hand():
     assert found["lru", 1] == 1 / 7 and found["lru", 3] == found["oracle", 3] == 4 / 7
 
 
+def test_the_worked_examples():
+    never = offload.NEVER
+    assert offload.lru_distance(np.array([0, 1, 2, 1, 0])).tolist() == [never, never, never, 1, 2]
+    assert offload.oracle_hits([np.array([0, 1, 2, 0, 1])], 3, np.array([1, 2, 3])).tolist() == [[1, 2, 2]]
+
+
+@pytest.mark.parametrize("length", [offload.BLOCK - 1, offload.BLOCK, 3 * offload.BLOCK + 1])
+def test_ranks_do_not_depend_on_blocks(length, monkeypatch):
+    stream = np.random.default_rng(length).integers(0, 40, length)
+    found = [offload.lru_distance(stream), offload.lfu_rank(stream)]
+    monkeypatch.setattr(offload, "BLOCK", 3)
+    assert np.array_equal(found, [offload.lru_distance(stream), offload.lfu_rank(stream)])
+
+
 @pytest.mark.parametrize("experts, length", [(3, 0), (3, 1), (4, 60), (9, 200), (25, 250)])
 def test_caches_brute(experts, length):
     rng = np.random.default_rng(length)

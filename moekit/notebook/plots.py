@@ -159,6 +159,7 @@ def passage(
     words = visible_pieces(codec, rows["token"])
     spans = [Span(word, _surprise(b)) for word, b in zip(words, bits, strict=True)]
     keys = [(f"{b} bits", _surprise(b)) for b in SURPRISE_KEYS]
+    keys[-1] = (f"{keys[-1][0]} and more", keys[-1][1])
     return coloured_text.figure(spans, f"Sample {sample_id}, coloured by surprise", keys, columns=92)
 
 
