@@ -62,7 +62,7 @@ def favourites(trace: Trace, labels: np.ndarray, codec: Codec | None, tokens: in
     Preference is :func:`moekit.routing.metrics.domain_specialisation` of this domain over that of the domain next in line.
 
     Returns:
-        A row a domain: ``domain``, ``layer``, ``expert``, ``share`` (of the domain's tokens that choose it), ``next``
+        One row per domain: ``domain``, ``layer``, ``expert``, ``share`` (of the domain's tokens that choose it), ``next``
         (the largest share of another domain), ``chance``, and its ``top tokens``.
     """
     import pandas as pd
@@ -92,7 +92,7 @@ def favourites(trace: Trace, labels: np.ndarray, codec: Codec | None, tokens: in
 
 
 def wide(table: pd.DataFrame) -> pd.DataFrame:
-    """A metric's table with a row a (layer, statistic) as one with a column a statistic, and a last row of chance."""
+    """A metric's table with one row per (layer, statistic) as one with one column per statistic, and a last row of chance."""
     import pandas as pd
 
     values = table.pivot(index="layer", columns="statistic", values="value")
@@ -101,7 +101,7 @@ def wide(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def change_by_domain(before: Trace, after: Trace, labels: np.ndarray | None) -> pd.DataFrame:
-    """What an intervention did to the log-probability, a row a domain.
+    """What an intervention did to the log-probability, one row per domain.
 
     Args:
         labels: [T] of ``before``; None: everything is one domain.

@@ -1,7 +1,7 @@
 """Generation to look at: tokens coloured by probability, in a notebook's widgets or as a table that needs none.
 
-Playground(model)                                          # in a live notebook
-static(model.generate(prompts, alternatives=5), prompts, model.codec)    # where nobody can click
+Playground(model)                                                        # in a live notebook
+static(model.generate(prompts, alternatives=5), prompts, model.codec)    # where there is no kernel
 """
 
 from __future__ import annotations
@@ -178,7 +178,8 @@ class Playground:
         self.history.observe(lambda change: self._recall(change["new"]), names="value")
         for setting in self.settings.values():
             setting.layout.width, setting.style.description_width = "auto", "100px"
-        columns = "repeat(auto-fill, minmax(290px, 1fr))"  # as many as the page has room for
+        # as many columns as the page has room for
+        columns = "repeat(auto-fill, minmax(290px, 1fr))"
         grid = widgets.GridBox(list(self.settings.values()), layout={"grid_template_columns": columns})
         buttons = widgets.HBox([self.go, self.halt, self.status])
         self.box = widgets.VBox([self.prompt, grid, buttons, self.text, self.history])
@@ -190,7 +191,7 @@ class Playground:
         return {name: widget.value for name, widget in self.settings.items()}
 
     def generate(self) -> None:
-        """What the button does: start; a generation that is under way goes on."""
+        """What the button does: start a generation, unless one is running."""
         if self.thread is not None and self.thread.is_alive():
             return
         self._stop.clear()
@@ -218,12 +219,14 @@ class Playground:
                 elif time.monotonic() - drawn > REDRAW:
                     self._draw(run)
                     drawn = time.monotonic()
-        except Exception as error:  # in a thread nobody else would say it
+        except Exception as error:
+            # An error in a thread would be shown nowhere else.
             run.said = (str(error) or type(error).__name__).splitlines()[0]
         finally:
             self.runs.append(run)
             self.history.options = [(r.label, number) for number, r in enumerate(self.runs)][::-1]
-            self.history.value = None  # so that choosing the latest is a change, too
+            # so that choosing the latest is a change, too
+            self.history.value = None
             self._draw(run)
             self.go.disabled, self.halt.disabled = False, True
 
@@ -234,7 +237,8 @@ class Playground:
 
     def _recall(self, number: int | None) -> None:
         """Show a run of the history, its prompt and settings included."""
-        if number is None or self.go.disabled:  # nothing chosen, or by _run and not by hand
+        # Nothing is chosen, or the generation that runs has changed the list.
+        if number is None or self.go.disabled:
             return
         run = self.runs[number]
         self.prompt.value = run.prompt

@@ -31,7 +31,7 @@ SURPRISE_KEYS = (0, 3, 6, 9, 12)
 
 
 def shards(checkpoint: str | Path, world_size: int) -> Figure:
-    """Files on the left, ranks on the right, experts between them as ribbons: who reads which file for which experts."""
+    """Which rank reads which file for which experts: files on the left, ranks on the right, experts as ribbons."""
     plan = ckpt.survey(ckpt.find(checkpoint))
     sources = [source for source in plan.sources if len(source.experts)]
     experts = plan.config.experts

@@ -43,14 +43,14 @@ def machine() -> pd.DataFrame:
 
 
 def files(checkpoint: str | Path) -> pd.DataFrame:
-    """What lies in a checkpoint's folder, a row a file."""
+    """The files in a checkpoint's folder, one row per file."""
     table = pd.DataFrame(ckpt.describe(checkpoint)).drop(columns="rank")
     table.insert(1, "MB", (table.pop("bytes") / 1e6).round(2))
     return table.set_index("file")
 
 
 def shares(checkpoint: str | Path, world_size: int | None, device: str, dtype: str) -> pd.DataFrame:
-    """Who will read what, a row a rank: files, experts, and the memory it takes against what is free."""
+    """What each rank will read, one row per rank: its files, its experts, and the memory that they take beside what is free."""
     from moekit.handle import weights_dtype
 
     plan = ckpt.survey(ckpt.find(checkpoint))
@@ -101,7 +101,7 @@ def model(model: Model) -> pd.DataFrame:
 
 
 def parts(model: Model) -> pd.DataFrame:
-    """What each rank holds, a row a rank."""
+    """What each rank holds, one row per rank."""
     rows = [
         {
             "rank": part["rank"],

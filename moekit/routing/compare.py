@@ -19,11 +19,11 @@ class Comparison:
     """Two runs over the same tokens.
 
     Attributes:
-        tokens: a row a token of both: ``sample``, ``position``, ``token``, ``target``, ``logprob_before``,
+        tokens: one row per token of both: ``sample``, ``position``, ``token``, ``target``, ``logprob_before``,
             ``logprob_after``, ``delta`` (after - before, nats), ``layers_changed`` (layers where the set of chosen
             experts differs), ``first_changed`` (the first such layer, -1 if none), ``drops_before``, ``drops_after``
             (choices not dispatched, over all layers).
-        layers: a row a layer: shares of tokens whose set of experts (``experts_changed``), first choice
+        layers: one row per layer: shares of tokens whose set of experts (``experts_changed``), first choice
             (``first_choice_changed``) or kept choices (``kept_changed``) differ, the shares of choices not dispatched
             (``dropped_before``, ``dropped_after``), and the mean ``weight_change`` (half the sum over experts of
             |weight before - after|: 1 is all of it).
@@ -47,7 +47,7 @@ def compare(before: Trace, after: Trace) -> Comparison:
 
     before, after = align(before, after)
     sets = np.sort(before.experts, axis=2) != np.sort(after.experts, axis=2)
-    changed = sets.any(axis=2)  # [T, L]
+    changed = sets.any(axis=2)
     first = np.where(changed.any(axis=1), np.array(before.layers)[changed.argmax(axis=1)], -1)
     delta = after.logprob - before.logprob
     tokens = pd.DataFrame(
@@ -83,7 +83,8 @@ def compare(before: Trace, after: Trace) -> Comparison:
 
 def weight_change(before: Trace, after: Trace) -> np.ndarray:
     """[T, L]: half the L1 distance of the combine weights, taken over all experts."""
-    same = before.experts[..., :, None] == after.experts[..., None, :]  # [T, L, K, K]
+    # [T, L, K, K]: whether a choice before and a choice after are the same expert
+    same = before.experts[..., :, None] == after.experts[..., None, :]
     met_before = (same * after.weights[..., None, :]).sum(axis=-1)
     only_after = after.weights * ~same.any(axis=-2)
     return (np.abs(before.weights - met_before).sum(axis=-1) + only_after.sum(axis=-1)) / 2

@@ -135,7 +135,7 @@ class Trace:
         return Trace(**columns, layers=wanted, full=full, num_experts=self.num_experts, meta=self.meta)
 
     def to_pandas(self) -> pd.DataFrame:
-        """A row a (token, layer): the token's columns, ``layer``, ``entropy``, and for each choice k ``expert_k``,
+        """One row per (token, layer): the token's columns, ``layer``, ``entropy``, and for each choice k ``expert_k``,
         ``prob_k``, ``weight_k`` and ``kept_k``."""
         import pandas as pd
 

@@ -69,7 +69,8 @@ def pack(
     def place(column: np.ndarray, known: np.ndarray | bool = True) -> np.ndarray:
         return np.where(known, np.searchsorted(ids, column), NONE).astype(np.uint32)
 
-    def share(values: np.ndarray) -> np.ndarray:  # [T, L, ...] -> [L, T, ...]
+    def share(values: np.ndarray) -> np.ndarray:
+        """[T, L, ...] -> [L, T, ...] in units."""
         return np.rint(np.clip(np.nan_to_num(values.swapaxes(0, 1)), 0, 1) * UNIT).astype(np.uint16)
 
     choice = trace.experts.astype(np.uint16) | np.where(trace.kept, 0, DROPPED).astype(np.uint16)
@@ -137,5 +138,6 @@ def choose_samples(sample: np.ndarray, domains: np.ndarray | None, max_tokens: i
 
 def _spread(group: Sequence[int]) -> list[tuple[int, int]]:
     """The group's members with their turn: any first few turns are spread over the whole group."""
-    order = sorted(range(len(group)), key=lambda place: int(f"{place:032b}"[::-1], 2))  # van der Corput
+    # The order of van der Corput's sequence: by the place's binary digits in reverse.
+    order = sorted(range(len(group)), key=lambda place: int(f"{place:032b}"[::-1], 2))
     return [(turn, group[place]) for turn, place in enumerate(order)]

@@ -74,7 +74,8 @@ def save_html(
         domains = None if domains is None else np.asarray(domains)[here]
     header, arrays = pack(trace, codec, domains, mask=NO_KERNEL, cut=cut)
 
-    held = json.dumps(header).replace("<", "\\u003c")  # no token can end the element it stands in
+    # Without "<" no token's text can end the element that holds the header.
+    held = json.dumps(header).replace("<", "\\u003c")
     parts = [
         PAGE,
         (HERE / "explorer.css").read_text("utf-8"),

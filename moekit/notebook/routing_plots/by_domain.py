@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 
 def domain_heatmap(trace: Trace, domains: np.ndarray) -> Figure:
-    """Which experts the domains use: a panel a layer, a row a domain; experts stand by the domain that uses them most.
+    """Which experts the domains use: one panel per layer, one row per domain; experts are ordered by the domain that uses
+    them most.
 
     The colour is :func:`moekit.routing.metrics.domain_specialisation` as a multiple of its chance value; over each panel
     :func:`moekit.routing.metrics.domain_information`.

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def drops_by_position(trace: Trace, bins: int = 32) -> Figure:
-    """Share of choices that capacity dropped, along the sample: one panel a layer, one line a choice."""
+    """Share of choices that capacity dropped, along the sample: one panel per layer, one line per choice."""
     edges = np.linspace(0, trace.position.max() + 1, min(bins, int(trace.position.max()) + 1) + 1)
     where = np.digitize(trace.position, edges) - 1
     size = np.bincount(where, minlength=len(edges) - 1)

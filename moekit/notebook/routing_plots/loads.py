@@ -21,7 +21,7 @@ def load_heatmap(trace: Trace, seed: int = 0) -> Figure:
     Load is the share of all K T choices, dropped ones included, as a multiple of the uniform share 1/E. The grey band
     holds 90 % of what uniform random routing gives at this number of tokens: even then some experts are busier.
     """
-    counts = metrics.counts(trace)  # [L, E]
+    counts = metrics.counts(trace)
     total, experts = len(trace) * trace.top_k, trace.num_experts
     ratio = -np.sort(-counts, axis=1) / (total / experts)
     drawn = np.random.default_rng(seed).multinomial(total, np.full(experts, 1 / experts), size=100)

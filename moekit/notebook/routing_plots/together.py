@@ -19,7 +19,7 @@ def coactivation(trace: Trace, layer: int | None = None, pairs: int = 15) -> Fig
     """Which experts of a layer are chosen together: N(i, j) / N(i), clustered, as a multiple of chance.
 
     :func:`moekit.routing.metrics.coactivation`; at the right the pairs that share most tokens. Grey: the diagonal, and experts
-    that nobody chose.
+    that no token chose.
 
     Raises:
         ValueError: each token has one choice, or no such layer.
@@ -32,7 +32,7 @@ def coactivation(trace: Trace, layer: int | None = None, pairs: int = 15) -> Fig
     found = metrics.coactivation(trace.select(layers=layer))
     experts, chance, both, alone = trace.num_experts, found.chance, found.counts[0], found.base[0]
     given = both / np.maximum(alone, 1)[:, None]
-    # Near are experts that go together more than their loads explain.
+    # Experts are near each other if they share more tokens than their loads explain.
     apart = 1 / (1 + both * alone.sum() / np.maximum(np.outer(alone, alone), 1))
     tree = hierarchy.linkage(apart[np.triu_indices(experts, 1)], "average")
     order = hierarchy.leaves_list(

@@ -24,7 +24,7 @@ RANDOM_REQUESTS = 50_000
 
 @measured
 def cache_hits(trace: Trace, sizes: Sequence[int] | None = None, *, dispatched: bool = True) -> pd.DataFrame:
-    """Hit rates of a cache of experts, a cache a layer, for those who offload the others.
+    """Hit rates of a cache of experts for each layer, for machines that keep the other experts elsewhere.
 
     Requests are the choices in the order of the trace, a token's first before its second; at the start the cache is
     empty. ``policy``:
@@ -42,7 +42,7 @@ def cache_hits(trace: Trace, sizes: Sequence[int] | None = None, *, dispatched: 
         dispatched: only choices that were kept need their expert.
 
     Returns:
-        A row a (layer, policy, size): ``layer``, ``policy``, ``size``, ``requests``, ``value``, ``low``, ``high``,
+        One row per (layer, policy, size): ``layer``, ``policy``, ``size``, ``requests``, ``value``, ``low``, ``high``,
         ``chance``.
     """
     experts, k = trace.num_experts, trace.top_k

@@ -27,7 +27,7 @@ def gate(trace: Trace) -> pd.DataFrame:
     ``chance`` is that of a gate with equal logits. Interval: bootstrap over samples.
 
     Returns:
-        A row a (layer, ``statistic``): ``layer``, ``statistic``, ``value``, ``low``, ``high``, ``chance``.
+        One row per (layer, ``statistic``): ``layer``, ``statistic``, ``value``, ``low``, ``high``, ``chance``.
     """
     experts, k = trace.num_experts, trace.top_k
     log = math.log(experts) if experts > 1 else math.nan

@@ -38,7 +38,7 @@ def drops(trace: Trace, by: str = "layer", *, bins: int = 64) -> pd.DataFrame:
         bins: positions are put into at most so many bins of one width; ``position`` is a bin's first.
 
     Returns:
-        A row a (layer, ``by``): ``layer``, ``by``'s own column, ``choices``, ``dropped``, ``value``, ``low``, ``high``,
+        One row per (layer, ``by``): ``layer``, ``by``'s own column, ``choices``, ``dropped``, ``value``, ``low``, ``high``,
         ``chance``.
     """
     k, experts, depth = trace.top_k, trace.num_experts, len(trace.layers)
@@ -63,7 +63,7 @@ def drops(trace: Trace, by: str = "layer", *, bins: int = 64) -> pd.DataFrame:
         made[place] = np.bincount(cell, minlength=size)
         dropped[place] = np.bincount(cell[~trace.kept[:, place].ravel()], minlength=size)
 
-    chance = drop_chance(trace)  # [position, K], or None
+    chance = drop_chance(trace)
     if chance is None:
         expected = np.full(size, np.nan)
     elif by == "choice":

@@ -34,7 +34,7 @@ def load(trace: Trace, *, choice: int | None = None, dispatched: bool = False) -
     ``value`` = N(e) / sum over experts of N; ``chance`` = 1/E. Wilson's interval. ``choice``: only this one (0: first).
 
     Returns:
-        A row a (layer, expert): ``layer``, ``expert``, ``count``, ``value``, ``low``, ``high``, ``chance``.
+        One row per (layer, expert): ``layer``, ``expert``, ``count``, ``value``, ``low``, ``high``, ``chance``.
     """
     count = counts(trace, choice=choice, dispatched=dispatched)
     total = count.sum(axis=1, keepdims=True)
@@ -73,7 +73,7 @@ def balance(trace: Trace, *, choice: int | None = None, dispatched: bool = False
     Interval: bootstrap over samples (which widens what unevenness each sample has). ``chance``: mean of a simulation.
 
     Returns:
-        A row a (layer, ``statistic``): ``layer``, ``statistic``, ``value``, ``low``, ``high``, ``chance``.
+        One row per (layer, ``statistic``): ``layer``, ``statistic``, ``value``, ``low``, ``high``, ``chance``.
     """
     resamples, block = bootstrap(trace)
     k = trace.top_k if choice is None else 1
@@ -116,7 +116,7 @@ def dead_experts(trace: Trace, *, dispatched: bool = False) -> pd.DataFrame:
     tokens below this (Wilson, 95 %): in a short trace "dead" says little.
 
     Returns:
-        A row a layer: ``layer``, ``value`` (how many), ``experts`` (list), ``chance``, ``limit``.
+        One row per layer: ``layer``, ``value`` (how many), ``experts`` (list), ``chance``, ``limit``.
     """
     count = counts(trace, dispatched=dispatched)
     tokens, experts = len(trace), trace.num_experts
@@ -141,14 +141,15 @@ def hot_set(trace: Trace, sizes: Sequence[int] | None = None, *, dispatched: boo
         sizes: None: about E/32, E/16, ... E/2.
 
     Returns:
-        A row a (layer, size): ``layer``, ``size``, ``value``, ``low``, ``high``, ``held_out``, ``chance``.
+        One row per (layer, size): ``layer``, ``size``, ``value``, ``low``, ``high``, ``held_out``, ``chance``.
     """
     experts = trace.num_experts
     sizes = np.array(set_sizes(sizes, experts))
     resamples, block = bootstrap(trace)
     odd = np.searchsorted(np.unique(trace.sample), trace.sample) % 2
 
-    def coverage(c: np.ndarray) -> np.ndarray:  # [..., E] -> [..., sizes]
+    def coverage(c: np.ndarray) -> np.ndarray:
+        """Counts [..., E] -> shares [..., sizes]."""
         best = -np.sort(-c, axis=-1)
         return best.cumsum(axis=-1)[..., sizes - 1] / np.maximum(c.sum(axis=-1, keepdims=True), 1e-30)
 

@@ -26,7 +26,7 @@ def repeats(trace: Trace) -> pd.DataFrame:
     Interval: bootstrap over samples.
 
     Returns:
-        A row a (layer, ``statistic``): ``layer``, ``statistic``, ``value``, ``low``, ``high``, ``chance``.
+        One row per (layer, ``statistic``): ``layer``, ``statistic``, ``value``, ``low``, ``high``, ``chance``.
     """
     experts, k = trace.num_experts, trace.top_k
     here = np.flatnonzero((np.diff(trace.sample) == 0) & (np.diff(trace.position) == 1))
@@ -56,7 +56,7 @@ def agreement(before: Trace, after: Trace) -> pd.DataFrame:
     Interval: bootstrap over samples.
 
     Returns:
-        A row a (layer, ``statistic``): ``layer``, ``statistic``, ``value``, ``low``, ``high``, ``chance``.
+        One row per (layer, ``statistic``): ``layer``, ``statistic``, ``value``, ``low``, ``high``, ``chance``.
 
     Raises:
         ValueError: as :func:`moekit.routing.trace.align`.

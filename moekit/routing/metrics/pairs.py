@@ -116,7 +116,7 @@ def predictability(trace: Trace) -> pd.DataFrame:
     of the hits.
 
     Returns:
-        A row a pair of layers: ``layer``, ``to_layer``, ``value``, ``low``, ``high``, ``chance``.
+        One row per pair of layers: ``layer``, ``to_layer``, ``value``, ``low``, ``high``, ``chance``.
     """
     experts = trace.num_experts
     resamples, block = bootstrap(trace)

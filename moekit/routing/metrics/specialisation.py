@@ -40,7 +40,7 @@ def domain_specialisation(
         groups: [T] labels, such as :func:`moekit.routing.domains.domains_of` gives.
 
     Returns:
-        A row a (layer, domain, expert): ``layer``, ``domain``, ``expert``, ``count``, ``value``, ``low``, ``high``,
+        One row per (layer, domain, expert): ``layer``, ``domain``, ``expert``, ``count``, ``value``, ``low``, ``high``,
         ``chance``.
     """
     names, label = labels_of(trace, groups)
@@ -73,14 +73,15 @@ def domain_information(trace: Trace, groups: Sequence[str] | np.ndarray) -> pd.D
     Interval: bootstrap over samples.
 
     Returns:
-        A row a layer: ``layer``, ``value``, ``low``, ``high``, ``chance``, ``domain_entropy`` (bits).
+        One row per layer: ``layer``, ``value``, ``low``, ``high``, ``chance``, ``domain_entropy`` (bits).
     """
     names, label = labels_of(trace, groups)
     experts, domains = trace.num_experts, len(names)
     resamples, block = bootstrap(trace)
     rng = np.random.default_rng(SEED)
 
-    def information(c: np.ndarray) -> np.ndarray:  # [..., domains * experts]
+    def information(c: np.ndarray) -> np.ndarray:
+        """Counts [..., D * E] -> bits [...]."""
         p = c.reshape(*c.shape[:-1], domains, experts) / c.sum(axis=-1)[..., None, None]
         return entropy_bits(p.sum(axis=-1)) + entropy_bits(p.sum(axis=-2)) - entropy_bits(p.reshape(*c.shape))
 
@@ -111,7 +112,7 @@ def vocabulary_specialisation(
         by: the type is that of the "input", the "target" or the "predicted" token.
 
     Returns:
-        A row a layer, or a (layer, expert) that has types: ``layer``, [``expert``,] ``types``, ``value``, ``low``,
+        One row per layer, or a (layer, expert) that has types: ``layer``, [``expert``,] ``types``, ``value``, ``low``,
         ``high``, ``chance``.
     """
     token, rows_of = tokens_by(trace, by)
