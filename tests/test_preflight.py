@@ -47,7 +47,7 @@ def test_what_is_whole_passes():
         ({"checkpoint": "demo/model-rank-99.pt"}, "no folder|no file"),
         ({"device": "cuda", "world_size": 99}, "world_size 99 needs as many GPUs"),
         ({"subset": "bogus"}, r"has no bogus\.bin"),
-        ({"data": "/nowhere"}, r"/nowhere has no dict\.txt"),
+        ({"data": "/nowhere"}, r"/nowhere (has no dict\.txt|does not exist)"),
         ({"tokens_per_sample": 9999}, "tokens_per_sample=9999: the model has 256 positions"),
         ({"context_window": 256}, "context_window=256: expected less than a block's 256 tokens"),
         ({"max_new_tokens": 256}, "max_new_tokens=256: the model has 256 positions"),
