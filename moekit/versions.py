@@ -1,4 +1,7 @@
-"""The versions that a result depends on."""
+"""The versions that a result depends on.
+
+A checkout is asked before the installed package: an editable installation's version is that of the day it was made.
+"""
 
 from __future__ import annotations
 

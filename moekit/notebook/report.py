@@ -28,7 +28,7 @@ GIB = 2**30
 
 
 def machine() -> pd.DataFrame:
-    """The machine this runs on, a fact a row."""
+    """The machine that this runs on, one fact per row."""
     facts = {
         "system": platform.platform(),
         "cores": ranks.usable_cores(),
@@ -79,7 +79,7 @@ def shares(checkpoint: str | Path, world_size: int | None, device: str, dtype: s
 
 
 def model(model: Model) -> pd.DataFrame:
-    """The model, a fact a row."""
+    """The model, one fact per row."""
     c = model.config
     every = f"every {c.moe_freq}{'nd' if c.moe_freq == 2 else 'th'}" if c.moe_freq > 1 else "every"
     gate = "top-1" if c.top1 else f"top-2, second expert: {c.second_expert}"
@@ -138,7 +138,7 @@ def filled(model: Model) -> pd.DataFrame:
 
 
 def result(evaluation: Evaluation) -> pd.DataFrame:
-    """A result's figures, one a row."""
+    """A result's figures, one per row."""
     facts = {
         "loss, bits a token": f"{evaluation.loss_base2:.4f}",
         "perplexity": f"{evaluation.perplexity:.2f}",
