@@ -1,5 +1,6 @@
 """moekit: load, run and look inside fairseq's sparse mixture-of-experts language models."""
 
+import importlib
 import os
 
 # Threads that spin while they wait for work take the cores from whatever else runs: with a busy neighbour on two cores,
@@ -12,12 +13,36 @@ from moekit.ranks import RankError
 from moekit.routing.trace import Trace
 from moekit.scoring import Evaluation
 
-__all__ = ["Evaluation", "Force", "Model", "RankError", "Trace", "explore", "load"]
+__all__ = [
+    "Evaluation",
+    "Force",
+    "Model",
+    "RankError",
+    "Trace",
+    "__version__",
+    "compare",
+    "exchange",
+    "explore",
+    "load",
+    "metrics",
+]
+
+# What is imported when it is asked for: module, and name in it; "" for the module itself.
+LAZY = {
+    "compare": ("moekit.routing.compare", "compare"),
+    "exchange": ("moekit.routing.exchange", ""),
+    "explore": ("moekit.notebook.explorer", "explore"),
+    "metrics": ("moekit.routing.metrics", ""),
+}
 
 
 def __getattr__(name: str):
-    if name == "explore":  # needs Jupyter's widgets, so it is imported when it is asked for
-        from moekit.notebook.explorer import explore
+    if name == "__version__":
+        from moekit.versions import own
 
-        return explore
+        return own()
+    if name in LAZY:
+        module, attribute = LAZY[name]
+        found = importlib.import_module(module)
+        return getattr(found, attribute) if attribute else found
     raise AttributeError(f"module 'moekit' has no attribute {name!r}")

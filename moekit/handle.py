@@ -25,6 +25,7 @@ from moekit.fairseq_data import Batches, Data, open_data
 from moekit.nn import intervene
 from moekit.nn.config import ModelConfig
 from moekit.symbols import BOS, EOS, PAD
+from moekit.versions import versions
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -281,16 +282,8 @@ def describe_run(
         groups as [samples, tokens a sample, how many], padding included), ``seed``, ``intervention``, ``dtype``,
         ``device``, ``world_size``, ``backend``, ``versions``, ``created`` (UTC).
     """
-    import platform
     from datetime import UTC, datetime
-    from importlib import metadata
 
-    import torch
-
-    try:
-        own = metadata.version("moekit")
-    except metadata.PackageNotFoundError:  # run from a source tree
-        own = "source"
     change = model.intervention
     shapes = Counter(batch.tokens.shape for batch in batches)
     return {
@@ -307,7 +300,7 @@ def describe_run(
         "device": model.device,
         "world_size": model.world_size,
         "backend": model.parts[0]["backend"],
-        "versions": {"moekit": own, "torch": torch.__version__, "python": platform.python_version()},
+        "versions": versions(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

@@ -27,7 +27,7 @@ class Invariance:
     """How much scores depend on the company that a text is scored in.
 
     Attributes:
-        summary: a row a setting: ``batch_size``, ``capacity_token_fraction``, ``loss_base2`` (bits a token), ``dropped``
+        summary: one row per setting: ``batch_size``, ``capacity_token_fraction``, ``loss_base2`` (bits a token), ``dropped``
             (share of choices not dispatched), and against the same texts alone at the same capacity
             ``experts_changed``, ``kept_changed`` (shares of tokens x layers), ``mean_abs_delta``, ``max_abs_delta``
             (of the log-probability, nats), ``tokens_changed`` (share of tokens whose log-probability moved by more

@@ -72,6 +72,211 @@ def test_a_pass_of_several_sequences_and_a_wider_buffer(tmp_path):
     assert back.layers == (1,) and back.experts[3, 0].tolist() == [6, 7] and back.num_experts == 10
 
 
+# ---------------------------------------------------------------------- files built as the tools build them
+
+
+def vllm_array(layers, moe, choices):
+    """As vLLM's capturer does: zeros for every hidden layer, filled where a layer routes."""
+    array = np.zeros((len(choices), layers, 2), dtype=np.uint8)
+    array[:, moe] = choices
+    return array
+
+
+def test_vllm_has_a_slice_for_every_hidden_layer(tmp_path):
+    choices = np.array([[[5, 0], [1, 2]], [[0, 3], [7, 0]], [[2, 1], [0, 4]]])
+    np.save(tmp_path / "x.npy", vllm_array(5, [1, 3], choices))
+    back = exchange.read(tmp_path / "x.npy", "vllm")
+    assert back.layers == (1, 3) and np.array_equal(back.experts, choices) and back.num_experts == 8
+    # Names for all of its slices, or for those with experts.
+    assert exchange.read(tmp_path / "x.npy", "vllm", layers=[10, 11, 12, 13, 14]).layers == (11, 13)
+    assert exchange.read(tmp_path / "x.npy", "vllm", layers=[6, 8]).layers == (6, 8)
+    with pytest.raises(ValueError, match="the file has 5 layers, 2 of them with experts"):
+        exchange.read(tmp_path / "x.npy", "vllm", layers=[1, 2, 3])
+    np.save(tmp_path / "x.npy", np.zeros((3, 5, 2), np.uint8))
+    with pytest.raises(ValueError, match="nothing was recorded"):
+        exchange.read(tmp_path / "x.npy", "vllm")
+
+
+def test_vllm_leaves_a_token_that_was_not_recorded_at_zero(tmp_path):
+    choices = np.array([[[5, 0], [1, 2]], [[0, 0], [0, 0]], [[2, 1], [0, 4]]])
+    np.save(tmp_path / "x.npy", vllm_array(4, [2, 3], choices))
+    back = exchange.read(tmp_path / "x.npy", "vllm")
+    assert back.position.tolist() == [0, 2] and np.array_equal(back.experts, choices[[0, 2]])
+
+
+def test_vllm_with_one_choice(tmp_path):
+    array = np.zeros((3, 4, 1), np.int16)
+    array[:, 1, 0] = [1, 0, 2]
+    np.save(tmp_path / "x.npy", array)
+    assert exchange.read(tmp_path / "x.npy", "vllm").layers == (1,)
+    all_moe = exchange.read(tmp_path / "x.npy", "vllm", layers=[0, 1, 2, 3])
+    assert all_moe.layers == (0, 1, 2, 3) and np.array_equal(all_moe.experts, array)
+
+
+def test_vllm_requests_in_one_file(tmp_path):
+    requests = [vllm_array(3, [2], np.array(c)[:, None]) for c in ([[1, 2], [3, 0]], [[4, 0]], [[0, 1]] * 3)]
+    np.savez(tmp_path / "x.npz", *requests)
+    back = exchange.read(tmp_path / "x.npz", "vllm")
+    assert back.sample.tolist() == [0, 0, 1, 2, 2, 2] and back.position.tolist() == [0, 1, 0, 0, 1, 2]
+    assert back.layers == (2,) and back.experts[2, 0].tolist() == [4, 0]
+    padded = np.full((3, 3, 3, 2), -1, np.int16)
+    for row, request in zip(padded, requests, strict=True):
+        row[: len(request)] = request
+    np.save(tmp_path / "x.npy", padded)
+    again = exchange.read(tmp_path / "x.npy", "vllm")
+    assert np.array_equal(again.experts, back.experts) and again.layers == (2,)
+    assert np.array_equal(again.sample, back.sample) and np.array_equal(again.position, back.position)
+    objects = np.empty(3, dtype=object)
+    objects[:] = requests
+    np.save(tmp_path / "x.npy", objects, allow_pickle=True)
+    with pytest.raises(ValueError, match=r"x.npy is no array of whole numbers.*np.savez of several"):
+        exchange.read(tmp_path / "x.npy", "vllm")
+
+
+def sglang_record(ids, layers=2, width=8, **fields):
+    """As SGLang's gatherer for mode per_token does: -1 in a buffer of 8 choices, filled where a layer routes."""
+    ids = torch.tensor(ids)
+    buffer = torch.full((layers, len(ids), width), -1, dtype=torch.int32)
+    buffer[layers - 1, :, : ids.shape[1]] = ids
+    tokens = list(range(100, 100 + len(ids)))
+    record = {"forward_pass_id": 1, "rank": 0, "gatherer_key": "primary", "input_ids": tokens}
+    record |= {
+        "positions": list(range(len(ids))),
+        "extend_seq_lens": None,
+        "forward_mode": 1,
+        "misc_objects": [],
+    }
+    return record | {"topk_ids_of_layer": buffer} | fields
+
+
+def read_sglang(folder, *records, physical=None):
+    content = {"records": list(records)}
+    if physical is not None:
+        content["last_physical_to_logical_map"] = torch.tensor(physical)
+    torch.save(content, folder / "x.pt")
+    return exchange.read(folder / "x.pt", "sglang")
+
+
+SIX = [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [1, 0]]
+
+
+def test_sglang_splits_a_prefill_by_its_lengths(tmp_path):
+    """A prefix of the second request was cached: its positions begin at 3, as if the first went on."""
+    back = read_sglang(tmp_path, sglang_record(SIX, extend_seq_lens=[3, 3]))
+    assert back.sample.tolist() == [0, 0, 0, 1, 1, 1] and back.position.tolist() == [0, 1, 2, 3, 4, 5]
+    assert back.target.tolist() == [101, 102, 1, 104, 105, 1]
+    assert back.layers == (1,) and np.array_equal(back.experts[:, 0], SIX)
+    with pytest.raises(ValueError, match="extend_seq_lens adds up to 7 of 6 tokens"):
+        read_sglang(tmp_path, sglang_record(SIX, extend_seq_lens=[3, 4]))
+
+
+def test_sglang_decodes_a_token_of_each_request(tmp_path):
+    """Positions that go on by chance are still those of different requests."""
+    prefill = sglang_record(SIX[:3], extend_seq_lens=[1, 2], positions=[4, 5, 6])
+    decode = sglang_record(SIX[3:], forward_mode=2, positions=[5, 6, 7], forward_pass_id=2)
+    back = read_sglang(tmp_path, prefill, decode)
+    assert back.sample.tolist() == [0, 1, 1, 2, 3, 4] and back.position.tolist() == [4, 5, 6, 5, 6, 7]
+    assert back.target.tolist() == [1, 102, 1, 1, 1, 1]
+
+
+def test_sglang_pads_with_minus_one(tmp_path):
+    """Rows behind the requests, and rows that a captured graph pads a decode pass with; an idle pass has none."""
+    padded = torch.tensor(SIX[:4] + [[-1, -1]] * 2)
+    idle = sglang_record([[0, 0]])
+    idle = idle | {
+        "input_ids": [],
+        "positions": [],
+        "topk_ids_of_layer": torch.zeros(2, 0, 8, dtype=torch.int32),
+    }
+    first = sglang_record(padded.tolist(), extend_seq_lens=[2, 2])
+    second = sglang_record(padded.tolist(), forward_mode=2, positions=[9, 4, 7, 2, 0, 0])
+    back = read_sglang(tmp_path, idle, first, second)
+    assert back.sample.tolist() == [0, 0, 1, 1, 2, 3, 4, 5]
+    assert back.position.tolist() == [0, 1, 2, 3, 9, 4, 7, 2]
+    partly = sglang_record([[0, 1], [2, -1]], extend_seq_lens=[2])
+    with pytest.raises(ValueError, match="a token has fewer choices than others"):
+        read_sglang(tmp_path, partly)
+
+
+def test_sglang_records_physical_experts(tmp_path):
+    """Under load balancing experts are moved and copied; the map of the layer gives the model's."""
+    physical = [[0, 1, 2, 3, 0, 1], [3, 2, 1, 0, 3, 0]]
+    back = read_sglang(tmp_path, sglang_record([[0, 5], [4, 1]], extend_seq_lens=[2]), physical=physical)
+    assert back.experts[:, 0].tolist() == [[3, 0], [3, 2]] and back.num_experts == 4
+    with pytest.raises(ValueError, match=r"last_physical_to_logical_map has shape \[2, 6\]"):
+        read_sglang(tmp_path, sglang_record([[0, 6]], extend_seq_lens=[1]), physical=physical)
+
+
+def megatron_lines(folder, *records, rank=0):
+    lines = []
+    for step, layer, indices in records:
+        record = {"step": step, "stage": "pre_dispatch", "block": "decoder", "layer": layer, "rank": rank}
+        lines.append(json.dumps(record | {"num_tokens": len(indices), "topk": 2, "top_indices": indices}))
+    (folder / f"router_trace_rank{rank}.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def test_megatron_repeats_layers_for_microbatches(tmp_path):
+    one, two, three = [[0, 1], [2, 3]], [[4, 5]], [[6, 7]] * 3
+    megatron_lines(tmp_path, (0, 1, one), (0, 3, one), (0, 1, two), (0, 3, two), (1, 1, three), (1, 3, three))
+    megatron_lines(tmp_path, (0, 1, two), (0, 3, one[:1]), rank=1)
+    back = exchange.read(tmp_path, "megatron")
+    assert back.sample.tolist() == [0, 0, 1, 2, 3, 3, 3] and back.layers == (1, 3)
+    assert back.experts[:, 0].tolist() == [*one, *two, *two, *three]
+    assert back.experts[3].tolist() == [[4, 5], [0, 1]]
+    megatron_lines(tmp_path, (0, 1, one), (0, 3, one), (0, 1, two), rank=1)
+    with pytest.raises(ValueError, match="layers of step 0 on rank 1 have different numbers of microbatches"):
+        exchange.read(tmp_path, "megatron")
+
+
+def test_megatron_leaves_out_other_blocks_and_empty_steps(tmp_path):
+    path = tmp_path / "router_trace_rank0.jsonl"
+    base = {"step": 0, "rank": 0, "layer": 1, "topk": 2}
+    records = [
+        base | {"block": "decoder", "top_indices": [[0, 1]]},
+        base | {"block": "mtp", "mtp_idx": 0, "top_indices": [[5, 6]]},
+        base | {"step": 1, "top_indices": []},
+        base | {"step": 2, "top_indices": [[2, 3], [1, 0]]},
+    ]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    back = exchange.read(path, "megatron")
+    assert back.sample.tolist() == [0, 1, 1] and back.experts[:, 0].tolist() == [[0, 1], [2, 3], [1, 0]]
+
+
+@pytest.mark.parametrize(
+    "layout, content",
+    [
+        ("megatron", '{"step": 0}'),
+        ("megatron", '{"step": 0, "rank": 0, "layer": 1, "top_indices": 5}'),
+        ("megatron", '{"step": 0, "rank": 0, "layer": 1, "top_indices": [[1, 2], [3]]}'),
+        ("megatron", "[1]"),
+        ("olmoe", '{"exp_ids": [[[1]]]}'),
+        ("olmoe", '{"input_ids": [1], "exp_ids": [[[1], [2, 3]]]}'),
+        ("olmoe", '{"input_ids": [1, 2], "exp_ids": [[[1]]]}'),
+        ("olmoe", '{"input_ids": [1], "predicted_token_ids": [1, 2], "exp_ids": [[[1]]]}'),
+        ("olmoe", "\x00"),
+        ("vllm", ""),
+        ("vllm", "text"),
+        ("sglang", "text"),
+    ],
+)
+def test_files_of_another_content_are_one_sentence(layout, content, tmp_path):
+    (tmp_path / "x").write_text(content)
+    with pytest.raises(ValueError, match=f"^{tmp_path / 'x'}") as caught:
+        exchange.read(tmp_path / "x", layout)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("layout", exchange.READERS)
+def test_a_folder_is_no_file(layout, tmp_path):
+    with pytest.raises(ValueError, match=f"^{tmp_path}"):
+        exchange.read(tmp_path, layout)
+
+
+def test_a_file_is_written_whole_or_not_at_all(trace, tmp_path):
+    with pytest.raises(ValueError, match="nowhere does not exist"):
+        exchange.write(trace, tmp_path / "nowhere" / "x", "vllm")
+
+
 def test_mistakes_are_told(trace, tmp_path):
     with pytest.raises(ValueError, match="layout='vLLM'"):
         exchange.write(trace, tmp_path / "x", "vLLM")

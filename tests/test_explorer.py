@@ -1,7 +1,10 @@
 import dataclasses
 import json
 import re
+import shutil
+import subprocess
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +13,9 @@ from synthetic_traces import synthetic
 import moekit
 from moekit.notebook.explorer import explore, save_html
 from moekit.notebook.explorer.pack import DROPPED, NONE, UNIT, choose_samples, pack
+from moekit.symbols import PAD
+
+EXPLORER = Path(moekit.__file__).parent / "notebook" / "explorer"
 
 
 def arrays_of(header, arrays):
@@ -158,3 +164,48 @@ def test_masking_scores_the_sample_with_and_without_the_expert(reference, sent):
         part = explore(trace.select(mask=trace.position > 0), model=model)
         with pytest.raises(ValueError, match="only a part of sample"):
             part.mask(slice(0, 10), 0, 0)
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
+def test_the_look_ups_in_the_page_are_those_of_the_trace(tmp_path):
+    """explorer.js on the arrays that pack made, run by node, with the constants of the header."""
+    trace, domains = synthetic(tokens=300, layers=(1, 3, 5), experts=512, block=128)
+    header, arrays = pack(trace, None, domains, mask=None, cut=None)
+    (tmp_path / "header.json").write_text(json.dumps(header))
+    for number, array in enumerate(arrays):
+        (tmp_path / f"{number}.bin").write_bytes(array.tobytes())
+    (tmp_path / "explorer.mjs").write_text((EXPLORER / "explorer.js").read_text("utf-8"), "utf-8")
+    (tmp_path / "run.mjs").write_text(
+        """
+import { readFileSync } from "node:fs";
+import { Data } from "./explorer.mjs";
+const header = JSON.parse(readFileSync("header.json", "utf8"));
+const data = new Data(header, header.arrays.map((_, i) => readFileSync(`${i}.bin`)));
+const all = data.allowed({ domain: -1, dropped: false, layer: -1 });
+const lost = data.allowed({ domain: -1, dropped: true, layer: 1 });
+const rows = Array.from({ length: data.T }, (_, i) => data.picks(1, i));
+const unknown = Array.from(data.target, (piece) => piece === data.NONE);
+console.log(JSON.stringify({
+  load: data.load(all).map((n) => Array.from(n)), lost: Array.from(lost.mask), rows, unknown,
+  entropy: Array.from({ length: data.T }, (_, i) => data.entropyOf(1, i)),
+  dropped: data.expert(1, rows[0][0].expert, all).dropped,
+}));
+"""
+    )
+    ran = subprocess.run(["node", "run.mjs"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads(ran.stdout)
+    for place, load in enumerate(found["load"]):
+        assert load == np.bincount(trace.experts[:, place].ravel(), minlength=512).tolist()
+    assert np.array_equal(np.array(found["lost"], bool), ~trace.kept[:, 1].all(axis=1))
+    for name, wanted, atol in (
+        ("expert", trace.experts, 0),
+        ("kept", trace.kept, 0),
+        ("prob", trace.probs, 1e-5),
+    ):
+        got = np.array([[pick[name] for pick in row] for row in found["rows"]], float)
+        np.testing.assert_allclose(got, wanted[:, 1], rtol=0, atol=atol)
+    np.testing.assert_allclose(found["entropy"], trace.entropy[:, 1], atol=1e-4)
+    assert found["unknown"] == (trace.target == PAD).tolist()
+    here = trace.experts[:, 1] == trace.experts[0, 1, 0]
+    assert found["dropped"] == (here & ~trace.kept[:, 1]).sum()

@@ -15,9 +15,10 @@ from moekit.routing.trace import Trace
 
 
 def test_layers_are_whole_numbers():
-    kind = {"layers": inspection.Wholes(optional=True)}
+    kind = {"layers": parameters.Wholes(optional=True)}
     assert parameters.check({"layers": [1, 3.0]}, kind).layers == [1, 3]
     assert parameters.check({"layers": 5}, kind).layers == [5]
+    assert parameters.check({"layers": "[1, 5]"}, kind).layers == [1, 5]
     assert parameters.check({"layers": None}, kind).layers is None
     with pytest.raises(ParameterError, match=r"layers=\['a'\]: expected a list of whole numbers or None"):
         parameters.check({"layers": ["a"]}, kind)

@@ -10,6 +10,7 @@ from synthetic_traces import synthetic
 
 from moekit.routing import expert_caches as offload
 from moekit.routing import metrics
+from moekit.routing.statistics import random_choices
 from moekit.routing.trace import Trace
 
 
@@ -123,7 +124,7 @@ def test_chance_values_are_what_uniform_routing_gives():
     """Every metric on a trace that is uniformly random: its value is close to what it calls chance."""
     rng = np.random.default_rng(7)
     tokens, experts = 40_000, 32
-    chosen = np.stack([metrics._random_choices(rng, tokens, 2, experts) for _ in range(2)], axis=1)
+    chosen = np.stack([random_choices(rng, tokens, 2, experts) for _ in range(2)], axis=1)
     trace = make(
         chosen, sample=np.arange(tokens) // 200, token=rng.integers(4, 300, tokens), num_experts=experts
     )
@@ -231,7 +232,7 @@ def test_drop_probability_against_simulation(room):
     tokens, experts, runs = 24, 8, 2000
     dropped = np.zeros((tokens, 2))
     for _ in range(runs):
-        chosen = metrics._random_choices(rng, tokens, 2, experts)
+        chosen = random_choices(rng, tokens, 2, experts)
         taken = Counter()
         for k, t in itertools.product(range(2), range(tokens)):  # all first choices, then all second ones
             dropped[t, k] += taken[chosen[t, k]] >= room
@@ -528,6 +529,20 @@ def test_caches_by_hand():
     found = rows(metrics.cache_hits(trace, [1, 2, 3]), "policy", "size")
     assert found["lru", 2] == 2 / 7 and found["lfu", 2] == 3 / 7 and found["oracle", 2] == 4 / 7
     assert found["lru", 1] == 1 / 7 and found["lru", 3] == found["oracle", 3] == 4 / 7
+
+
+def test_the_worked_examples():
+    never = offload.NEVER
+    assert offload.lru_distance(np.array([0, 1, 2, 1, 0])).tolist() == [never, never, never, 1, 2]
+    assert offload.oracle_hits([np.array([0, 1, 2, 0, 1])], 3, np.array([1, 2, 3])).tolist() == [[1, 2, 2]]
+
+
+@pytest.mark.parametrize("length", [offload.BLOCK - 1, offload.BLOCK, 3 * offload.BLOCK + 1])
+def test_ranks_do_not_depend_on_blocks(length, monkeypatch):
+    stream = np.random.default_rng(length).integers(0, 40, length)
+    found = [offload.lru_distance(stream), offload.lfu_rank(stream)]
+    monkeypatch.setattr(offload, "BLOCK", 3)
+    assert np.array_equal(found, [offload.lru_distance(stream), offload.lfu_rank(stream)])
 
 
 @pytest.mark.parametrize("experts, length", [(3, 0), (3, 1), (4, 60), (9, 200), (25, 250)])

@@ -1,8 +1,13 @@
+from pathlib import Path
+
+import nbformat
 import pytest
+from test_project import ROOT
 
 import moekit
 from moekit.arguments import Choice, Flag, Number, ParameterError, Text, Texts, Whole
-from moekit.notebook.parameters import check
+from moekit.notebook import models, parameters
+from moekit.notebook.parameters import Place, check
 
 
 @pytest.mark.parametrize(
@@ -60,18 +65,132 @@ def test_a_misspelt_or_missing_parameter_is_named():
     assert check({"world_size": 1, "_hidden": 2, "In": [], "exit": object()}, kinds).world_size == 1
 
 
+def test_the_users_own_variables_are_no_parameters():
+    """Those of an IPython startup file stand in no cell; those of a cell count where they are close to a parameter."""
+    kinds = {"world_size": Whole(), "texts": Texts(optional=True)}
+    own = {"world_size": 1, "texts": None, "DATA_DIR": "/data", "text": "mine", "In": ["", "world_size = 1"]}
+    assert check(own, kinds).world_size == 1
+    with pytest.raises(ParameterError, match="text is not a parameter.*did you mean texts"):
+        check(own | {"In": ["", "world_size = 1", 'text = "mine"']}, kinds)
+    assert check(own | {"In": ["", 'DATA_DIR = "/data"', "import os; x = os"]}, kinds).world_size == 1
+    assert check(own | {"In": ["", "no Python ("]}, kinds).world_size == 1
+
+
+def test_what_papermill_injected_is_a_parameter_or_an_error():
+    kinds = {"world_size": Whole()}
+    given = {"world_size": 1, "colour": "red", "In": ["", "world_size = 1", '# Parameters\ncolour = "red"\n']}
+    with pytest.raises(
+        ParameterError, match="colour is not a parameter of this notebook: there are world_size"
+    ):
+        check(given, kinds)
+    paths = dict.fromkeys(("PAPERMILL_INPUT_PATH", "PAPERMILL_OUTPUT_PATH", "PAPERMILL_OUTPUT_DIR_PATH"), "x")
+    cell = "# Parameters\n" + "".join(f'{name} = "x"\n' for name in paths)
+    assert check({"world_size": 1, "In": ["", cell], **paths}, kinds).world_size == 1
+
+
+@pytest.mark.parametrize(
+    "given, meant",
+    [
+        ('["a", "b"]', ["a", "b"]),
+        ("['a']", ["a"]),
+        ("[]", []),
+        ("[a, b]", ["[a, b]"]),
+        ("[1] says", ["[1] says"]),
+        ("[1, 2]", ["[1, 2]"]),
+    ],
+)
+def test_a_list_that_papermill_passes_as_text(given, meant):
+    assert check({"prompts": given}, {"prompts": Texts()}).prompts == meant
+
+
+def test_paths_are_expanded():
+    home = Path.home()
+    assert check({"bpe": "~/x"}, {"bpe": Place()}).bpe == str(home / "x")
+    assert check({"bpe": Path("~/x")}, {"bpe": Place()}).bpe == str(home / "x")
+    assert check({"bpe": "demo"}, {"bpe": Place()}).bpe == "demo"
+    for wrong in ("", " ", "file:///x", "a\0b", True, ["x"]):
+        with pytest.raises(ParameterError, match="bpe=.*: expected the path of a file or folder"):
+            check({"bpe": wrong}, {"bpe": Place()})
+
+
+def test_the_tables_are_those_of_the_notebooks():
+    """Each notebook's parameters cell assigns what its table names, in every notebook."""
+    tables = {"README", "prepare_data", "load_shards", "run_inference", "inspect_routing"}
+    assert tables == {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")}
+    for name in tables:
+        cells = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4).cells
+        [cell] = [cell for cell in cells if "parameters" in cell.metadata.get("tags", ())]
+        values: dict = {}
+        exec(cell.source, values)
+        del values["__builtins__"]
+        table = getattr(parameters, name.upper())
+        assert values.keys() == table.keys()
+        assert vars(check(values, table)) == values
+        first = next(c for c in cells[cells.index(cell) + 1 :] if c.cell_type == "code")
+        assert f"p = parameters.check(globals(), parameters.{name.upper()})" in first.source
+
+
 def test_jupyter_shows_one_sentence():
     assert ParameterError("x=0: expected 1")._render_traceback_() == ["ParameterError: x=0: expected 1"]
 
 
 def test_a_notebook_may_be_run_again_in_its_kernel():
-    """Its own variables are no parameters; those that are get checked as ever, and models are closed."""
-    kinds = {"world_size": Whole()}
-    variables = {"world_size": 1}
+    """Its own variables are no parameters, however close; those that are get checked as ever."""
+    kinds = {"world_size": Whole(), "texts": Texts(optional=True)}
+    variables = {"world_size": 1, "texts": None, "In": ["", "world_size = 1"]}
     variables |= {"p": check(variables, kinds), "text": "demo", "how": {}, "world_size": 2}
-    variables["model"] = model = moekit.load("demo", 1, "cpu", progress=False)
+    variables["In"] = [*variables["In"], 'text = "demo"']
     assert check(variables, kinds).world_size == 2
-    with pytest.raises(RuntimeError, match="closed"):
-        model.score("Gone.")
     with pytest.raises(ParameterError, match="world_size='two'"):
         check(variables | {"world_size": "two"}, kinds)
+
+
+def test_an_earlier_runs_models_are_closed():
+    model = moekit.load("demo", 1, "cpu", progress=False)
+    models.close_earlier({"model": model, "text": "demo", "kind": moekit.Model})
+    with pytest.raises(RuntimeError, match="closed"):
+        model.score("Gone.")
+
+
+class Shell:
+    """What IPython does with a handler of errors."""
+
+    def __init__(self):
+        self.shown = []
+
+    def set_custom_exc(self, kinds, handler):
+        self.kinds, self.handler = kinds, handler
+
+    def showtraceback(self, error, tb_offset=None):
+        render = getattr(error[1], "_render_traceback_", lambda: ["a traceback"])
+        self.shown += render()
+
+    def run(self, code):
+        try:
+            code()
+        except self.kinds as error:
+            self.handler(self, type(error), error, error.__traceback__, tb_offset=1)
+            assert not hasattr(error, "_render_traceback_")
+
+
+def test_errors_of_moekit_take_one_line(monkeypatch):
+    shell = Shell()
+    monkeypatch.setattr("IPython.get_ipython", lambda: shell)
+    check({}, {})
+
+    def rank_error():
+        raise moekit.RankError(1, "raised KeyError: 3")
+
+    shell.run(lambda: moekit.load("/nowhere"))
+    shell.run(rank_error)
+    assert shell.shown[0].startswith("ValueError: /nowhere does not exist")
+    assert shell.shown[1] == "RankError: rank 1 raised KeyError: 3"
+
+
+def test_other_errors_keep_their_traceback(monkeypatch):
+    shell = Shell()
+    monkeypatch.setattr("IPython.get_ipython", lambda: shell)
+    check({}, {})
+    shell.run(lambda: int("x"))
+    shell.run(lambda: open("/nowhere"))
+    assert shell.shown == ["a traceback"] * 2

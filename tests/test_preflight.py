@@ -1,13 +1,18 @@
+import errno
 import tempfile
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from synthetic_traces import synthetic
 
 from moekit.arguments import ParameterError
 from moekit.notebook import preflight
+from moekit.paths import DEMO_BPE
 
 GOOD = {
     "checkpoint": "demo",
+    "bpe": None,
     "data": "demo",
     "subset": "valid",
     "world_size": 2,
@@ -42,7 +47,7 @@ def test_what_is_whole_passes():
         ({"checkpoint": "demo/model-rank-99.pt"}, "no folder|no file"),
         ({"device": "cuda", "world_size": 99}, "world_size 99 needs as many GPUs"),
         ({"subset": "bogus"}, r"has no bogus\.bin"),
-        ({"data": "/nowhere"}, r"/nowhere has no dict\.txt"),
+        ({"data": "/nowhere"}, r"/nowhere (has no dict\.txt|does not exist)"),
         ({"tokens_per_sample": 9999}, "tokens_per_sample=9999: the model has 256 positions"),
         ({"context_window": 256}, "context_window=256: expected less than a block's 256 tokens"),
         ({"max_new_tokens": 256}, "max_new_tokens=256: the model has 256 positions"),
@@ -57,12 +62,93 @@ def test_what_would_fail_later_is_said_at_once(changes, said):
         preflight.run_inference(given(**changes))
 
 
-@pytest.mark.parametrize("texts", [[], ["some text", ""]])
-def test_empty_texts_are_said_at_once(texts):
-    rest = {"layers": None, "compare_with": None}
-    assert preflight.inspect_routing(given(texts=["some text"], **rest)).experts == 16
-    with pytest.raises(ParameterError, match="expected at least one text, and none of them empty"):
-        preflight.inspect_routing(given(texts=texts, **rest))
+INSPECT = {"texts": None, "domains": None, "layers": None, "compare_with": None}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"texts": []}, "expected at least one text, and none of them empty"),
+        ({"texts": ["some text", ""]}, "expected at least one text, and none of them empty"),
+        ({"texts": [__file__]}, "is the name of a file or folder, expected the text itself"),
+        ({"texts": ["a", "b"], "domains": ["x"]}, "domains has 1 labels for 2 texts; expected one for each"),
+        ({"domains": ["/nowhere/x"]}, "expected the one file with a domain for each line"),
+        ({"domains": ["a", "b"]}, "expected the one file with a domain for each line"),
+        ({"layers": [0]}, "layer 0 holds no experts"),
+        ({"compare_with": "/nowhere"}, "there is no trace /nowhere"),
+        ({"bpe": "/nowhere"}, "text needs encoder.json, vocab.bpe, dict.txt, expected in /nowhere"),
+        ({"subset": "bogus"}, r"has no bogus\.bin"),
+    ],
+)
+def test_what_inspect_routing_would_trip_over(changes, said):
+    assert preflight.inspect_routing(given(**INSPECT)).experts == 16
+    assert preflight.inspect_routing(given(**INSPECT | {"texts": ["some/text"]})).experts == 16
+    with pytest.raises(ParameterError, match=said):
+        preflight.inspect_routing(given(**INSPECT | changes))
+
+
+def test_a_trace_of_another_model_is_said(tmp_path):
+    trace, _ = synthetic(tokens=64, layers=(1, 3), experts=8)
+    trace.save(tmp_path / "t.parquet")
+    with pytest.raises(ParameterError, match=r"has 8 experts and the layers \[1, 3\]; this run has 16 and"):
+        preflight.inspect_routing(given(**INSPECT | {"compare_with": str(tmp_path / "t.parquet")}))
+
+
+def test_a_dense_model_has_no_routing(monkeypatch):
+    dense = replace(preflight.load_shards(given()), moe_freq=0)
+    assert not dense.moe_layers
+    monkeypatch.setattr(preflight, "load_shards", lambda p: dense)
+    with pytest.raises(ParameterError, match="checkpoint='demo': the model is dense"):
+        preflight.inspect_routing(given(**INSPECT))
+
+
+def test_a_dictionary_of_another_size_is_said(reference, tmp_path):
+    small = str(reference / "checkpoint")
+    with pytest.raises(ParameterError, match="demo/data/data-bin/dict.txt has 8192 types, the model knows"):
+        preflight.run_inference(given(checkpoint=small))
+    with pytest.raises(ParameterError, match="has 200 types, the model's own dictionary has 8192"):
+        preflight.run_inference(given(data=str(reference / "data-bin")))
+    with pytest.raises(ParameterError, match="8192 types, the model knows"):
+        preflight.load_shards(given(checkpoint=small, bpe=str(DEMO_BPE)))
+
+
+def test_what_prepare_data_would_trip_over(tmp_path):
+    (tmp_path / "text.txt").write_text("some text\n")
+
+    def asked(**changes):
+        values = {
+            "source": str(tmp_path / "text.txt"),
+            "checkpoint": "none",
+            "data_dir": str(tmp_path / "data"),
+        }
+        rest = {"workers": 1, "keep_empty": True, "mirrors": [], "bpe": "auto", "delete_archive": False}
+        return preflight.prepare_data(SimpleNamespace(**values | rest | changes))
+
+    assert asked().bpe == "gpt2" and asked(source="demo").bpe == "demo"
+    for changes, said in (
+        ({"data_dir": str(tmp_path / "text.txt")}, "data_dir=.*text.txt': nothing can be written to"),
+        ({"data_dir": "/proc/nowhere"}, "data_dir='/proc/nowhere': nothing can be written to"),
+        ({"source": "/nowhere"}, "source='/nowhere': no text there"),
+        ({"workers": 999}, "workers=999: expected at most 256"),
+        ({"bpe": "demo", "checkpoint": "en_moe_lm_15b"}, "reads GPT-2's pieces"),
+    ):
+        with pytest.raises(ParameterError, match=said):
+            asked(**changes)
+
+
+def test_an_unreadable_folder_is_said(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(preflight.os, "listdir", refuse)
+    monkeypatch.setattr(preflight.ckpt, "find", refuse)
+    with pytest.raises(
+        ParameterError, match=r"^demo cannot be read \(Permission denied\); change its permissions"
+    ):
+        preflight.load_shards(given())
+    settings = {"source": str(tmp_path), "data_dir": str(tmp_path)}
+    with pytest.raises(ParameterError, match=rf"^{tmp_path} cannot be read \(Permission denied\)"):
+        preflight.prepare_data(SimpleNamespace(**settings))
 
 
 def test_settings_of_the_generation_fit_each_other():

@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 from synthetic_traces import synthetic
 
-from moekit.notebook import routing_plots
+from moekit.notebook import coloured_text, routing_plots
+from moekit.notebook.pieces import pieces, visible_pieces
+from moekit.routing import metrics
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +55,37 @@ def test_drops_have_a_baseline_where_the_capacity_is_known():
     trace, _ = synthetic(tokens=64, layers=(1,), experts=4, block=16)
     known = {"capacity_token_fraction": 0.25, "groups": [[1, 16, 4]]}
     trace = dataclasses.replace(trace, meta=known)
-    chance = routing_plots.uniform_drops(trace)
+    chance = metrics.drop_chance(trace)
     assert chance.shape == (16, 2)
     assert (chance[:4, 0] == 0).all() and chance[15, 0] > 0  # the first four always find one of four places
     assert (chance[:, 1] >= chance[:, 0]).all()
     assert len(routing_plots.drops_by_position(trace).axes[0].lines) == 4
-    assert routing_plots.uniform_drops(synthetic(tokens=64)[0]) is None
+    assert metrics.drop_chance(synthetic(tokens=64)[0]) is None
+
+
+def test_table_and_picture_have_the_same_baseline():
+    """Groups of three shapes, the commonest of which is not that of the longest samples."""
+    groups = [[1, 16, 1], [4, 8, 5], [2, 12, 2]]
+    samples = [16, *[8] * 20, *[12] * 4]
+    trace, _ = synthetic(tokens=sum(samples), layers=(1,), experts=4, block=1)
+    columns = {
+        "sample": np.repeat(np.arange(len(samples)), samples).astype(np.int32),
+        "position": np.concatenate([np.arange(n) for n in samples]).astype(np.int32),
+        "meta": {"capacity_token_fraction": 0.25, "groups": groups},
+    }
+    trace = dataclasses.replace(trace, **columns)
+    lines = routing_plots.drops_by_position(trace).axes[0].lines
+    picture = [line.get_ydata() / 100 for line in lines if line.get_linestyle() == ":"]
+    table = metrics.drops(trace, "position", bins=16)["chance"]
+    np.testing.assert_allclose(np.mean(picture, axis=0), table)
+    # By hand: position 12 is in the one sample of 16 tokens only; position 8 in that and in 2 groups of 2 x 12.
+    alone = metrics.drop_probability(16, 4, 2, 4)
+    pair = metrics.drop_probability(24, 4, 2, 6).reshape(2, 12, 2)
+    np.testing.assert_allclose([line[12] for line in picture], alone[12])
+    at_8 = (alone[8] + 2 * pair[:, 8].sum(axis=0)) / 5
+    np.testing.assert_allclose([line[8] for line in picture], at_8)
+    by_choice = metrics.drops(trace, "choice")["chance"]
+    np.testing.assert_allclose(by_choice, [line[trace.position].mean() for line in picture])
 
 
 def test_coactivation_puts_partners_side_by_side():
@@ -152,3 +179,25 @@ def test_every_picture_renders(experts, choices, tmp_path):
         figures.append(routing_plots.coactivation(trace, layer=3))
     for figure in figures:
         figure.savefig(tmp_path / "picture.png")
+
+
+def test_coloured_text_is_wrapped_between_pieces():
+    spans = [
+        coloured_text.Span(*each) for each in (("ab", "#000000"), (" cd", "#FFFFFF"), ("x¶\n",), (" ef",))
+    ]
+    figure = coloured_text.figure(spans, columns=4)
+    face = [t for t in figure.axes[0].texts if t.get_family() == ["DejaVu Sans Mono"]]
+    where = {t.get_text(): (t.get_position()[0] - 0.5, int(t.get_position()[1]), t.get_color()) for t in face}
+    assert where["a"] == (0, 0, "white") and where["c"] == (0, 1, "#111111")
+    assert (
+        where["x"] == (2, 1, "#111111")
+        and where["¶"] == (3, 1, "#111111")
+        and where["e"] == (1, 2, "#111111")
+    )
+    assert len(figure.axes[0].patches) == 2
+
+
+def test_pieces_of_tokens_that_nobody_told():
+    assert pieces(None, [7, -1, 8]) == [" 7", "?", " 8"]
+    assert pieces(Letters(), [-1, 1, -1]) == ["?", " a&b", "?"]
+    assert visible_pieces(Letters(), [2, 0]) == ["¶\n", "<b>"]

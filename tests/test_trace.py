@@ -434,20 +434,6 @@ def test_saved_and_loaded(made, tmp_path):
     same(Trace.load(tmp_path / "t.parquet"), made)
 
 
-def test_columns_are_read_when_touched(made, tmp_path, monkeypatch):
-    made.save(tmp_path / "t.parquet")
-    read = []
-    real = trace._Columns._read
-    monkeypatch.setattr(trace._Columns, "_read", lambda self, names: read.extend(names) or real(self, names))
-    back = Trace.load(tmp_path / "t.parquet")
-    assert back.layers == (1, 3, 9) and not read
-    assert len(back) == 300 and read == ["sample"]
-    assert back.full[3].shape == (300, 300) and read[1:] == ["full.3"]
-    assert back.entropy is back.entropy and read[2:] == ["entropy.1", "entropy.3", "entropy.9"]
-    with pytest.raises(AttributeError):
-        back.nothing  # noqa: B018
-
-
 def test_any_parquet_reader_can_read_it(made, tmp_path):
     made.save(tmp_path / "t.parquet")
     table = pd.read_parquet(tmp_path / "t.parquet")
@@ -455,23 +441,6 @@ def test_any_parquet_reader_can_read_it(made, tmp_path):
     assert np.array_equal(table["experts.9.1"], made.experts[:, 2, 1])
     assert np.array_equal(table["kept.1.0"], made.kept[:, 0, 0])
     assert np.array_equal(np.frombuffer(table["full.3"][7], np.float16), made.full[3][7])
-
-
-def test_files_that_are_no_traces(made, tmp_path):
-    path = tmp_path / "t.parquet"
-    with pytest.raises(ValueError, match="there is no trace"):
-        Trace.load(path)
-    path.write_text("text")
-    with pytest.raises(ValueError, match="not a trace that moekit saved"):
-        Trace.load(path)
-    pd.DataFrame({"a": [1]}).to_parquet(path)
-    with pytest.raises(ValueError, match="not a trace that moekit saved"):
-        Trace.load(path)
-    made.save(path)
-    back = Trace.load(path)
-    made.select(samples=0).save(path)
-    with pytest.raises(ValueError, match="has changed since"):
-        back.experts  # noqa: B018
 
 
 def test_select(made):

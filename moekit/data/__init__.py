@@ -1,7 +1,7 @@
 """Data: from text, and from the web, to what a model reads.
 
     codec = Codec.load("demo")          # text to ids and back
-    prepared = prepare(settings({"source": "my/texts", "bpe": "demo"}))
+    prepared = prepare(settings(source="my/texts", bpe="demo"))
 
 Pictures of what was prepared are in :mod:`moekit.notebook.data_plots`, which needs matplotlib.
 """

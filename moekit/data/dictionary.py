@@ -5,11 +5,6 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
-from moekit.symbols import BOS as BOS
-from moekit.symbols import EOS as EOS
-from moekit.symbols import PAD as PAD
-from moekit.symbols import UNK as UNK
-
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
 
 

@@ -1,37 +1,12 @@
-"""What a user of ``prepare_data.ipynb`` asks for."""
+"""What ``prepare`` is to make."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from moekit.arguments import Choice, Flag, Kind, ParameterError, Text, Texts, Whole
-from moekit.data.sources import CHECKPOINTS
-from moekit.notebook import parameters
-
-PARAMETERS: dict[str, Kind] = {
-    "source": Text(),
-    "checkpoint": Choice(("none", *CHECKPOINTS)),
-    "data_dir": Text(),
-    "workers": Whole(0),
-    "keep_empty": Flag(),
-    "mirrors": Texts(),
-    "bpe": Choice(("auto", "gpt2", "demo")),
-    "delete_archive": Flag(),
-}
-DEFAULTS = {
-    "source": "demo",
-    "checkpoint": "none",
-    "data_dir": "data",
-    "workers": 0,
-    "keep_empty": True,
-    "mirrors": [],
-    "bpe": "auto",
-    "delete_archive": False,
-}
 MOST_WORKERS = 256
 
 
@@ -61,35 +36,48 @@ class Settings:
     delete_archive: bool
 
 
-def settings(variables: Mapping[str, Any]) -> Settings:
-    """The settings that parameters describe: a notebook's ``globals()``, or a dict with those that are no defaults.
+def settings(
+    source: str | Path = "demo",
+    checkpoint: str = "none",
+    data_dir: str | Path = "data",
+    workers: int = 0,
+    keep_empty: bool = True,
+    mirrors: Sequence[str] = (),
+    bpe: str = "auto",
+    delete_archive: bool = False,
+) -> Settings:
+    """The :class:`Settings` that these values describe, checked against each other.
+
+    Args:
+        workers: 0: one a core.
+        mirrors: addresses; one text may hold several, with commas or blanks between them.
+        bpe: "auto" is "demo" for the demo's text without a checkpoint, otherwise "gpt2".
 
     Raises:
-        ParameterError: (a ValueError) one makes no sense, or is no parameter.
+        ValueError: a value makes no sense, or two do not go together.
     """
-    p = parameters.check({**DEFAULTS, **variables}, PARAMETERS)
-    if p.workers > MOST_WORKERS:
-        raise ParameterError(f"workers={p.workers}: expected at most {MOST_WORKERS}, or 0 for one a core")
-    for name in ("source", "data_dir"):
-        if not getattr(p, name).strip():
-            raise ParameterError(f"{name} is empty")
-    mirrors = [address for text in p.mirrors for address in text.replace(",", " ").split()]
-    for address in mirrors:
+    for name, value in (("source", source), ("data_dir", data_dir)):
+        if not str(value).strip():
+            raise ValueError(f"{name} is empty; expected the path of a file or folder")
+    if not 0 <= workers <= MOST_WORKERS:
+        raise ValueError(f"workers={workers}: expected at most {MOST_WORKERS}, or 0 for one a core")
+    addresses = [address for text in mirrors for address in text.replace(",", " ").split()]
+    for address in addresses:
         if not address.startswith(("http://", "https://")):
-            raise ParameterError(f"mirrors: {address!r} does not begin with http:// or https://")
-    if p.bpe == "demo" and p.checkpoint != "none":
-        raise ParameterError(
-            f"bpe='demo' does not go with {p.checkpoint}, which reads GPT-2's pieces: expected 'gpt2'"
+            raise ValueError(f"mirrors: {address[:80]!r} does not begin with http:// or https://")
+    if bpe == "demo" and checkpoint != "none":
+        raise ValueError(
+            f"bpe='demo' does not go with {checkpoint}, which reads GPT-2's pieces: expected 'gpt2'"
         )
-    if p.bpe == "auto":
-        p.bpe = "demo" if p.source == "demo" and p.checkpoint == "none" else "gpt2"
+    if bpe == "auto":
+        bpe = "demo" if str(source) == "demo" and checkpoint == "none" else "gpt2"
     return Settings(
-        source=p.source,
-        checkpoint=p.checkpoint,
-        data_dir=Path(p.data_dir).expanduser().resolve(),
-        workers=p.workers or len(os.sched_getaffinity(0)),
-        keep_empty=p.keep_empty,
-        mirrors=tuple(mirrors),
-        bpe=p.bpe,
-        delete_archive=p.delete_archive,
+        source=str(source),
+        checkpoint=checkpoint,
+        data_dir=Path(data_dir).expanduser().resolve(),
+        workers=workers or len(os.sched_getaffinity(0)),
+        keep_empty=keep_empty,
+        mirrors=tuple(addresses),
+        bpe=bpe,
+        delete_archive=delete_archive,
     )

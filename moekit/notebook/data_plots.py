@@ -8,6 +8,7 @@ import numpy as np
 
 from moekit.data.binarise import Binarised
 from moekit.data.codec import Codec
+from moekit.notebook.style import done
 from moekit.symbols import UNK
 
 if TYPE_CHECKING:
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
 
     from moekit.data.preparing import Prepared
 
-COUNTED_AT_ONCE = 1 << 22  # ids
+# ids
+COUNTED_AT_ONCE = 1 << 22
 
 
 def picture(prepared: Prepared, top: int = 20) -> Figure:
@@ -30,8 +32,7 @@ def picture(prepared: Prepared, top: int = 20) -> Figure:
     plot_frequent(middle, sum(counts.values()), prepared.codec, top)
     unknown = {name: summary.unknown_types for name, summary in prepared.summaries.items()}
     plot_types(right, counts, unknown)
-    plt.close(figure)  # whoever shows it does so once
-    return figure
+    return done(figure)
 
 
 def document_lengths(sizes: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What inspect_routing.ipynb needs beside traces, metrics and pictures: its parameters, labels, tables and files."""
+"""What inspect_routing.ipynb needs beside traces, metrics and pictures: labels, tables and files."""
 
 from __future__ import annotations
 
@@ -8,42 +8,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moekit.arguments import Kind, Number, Text, Texts, Whole, Wholes
+from moekit import results
 from moekit.notebook import report
-from moekit.notebook.parameters import MACHINE
-from moekit.routing import compare as intervene
+from moekit.notebook.pieces import pieces
 from moekit.routing import metrics
+from moekit.routing.compare import compare
 from moekit.routing.domains import domains_of
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-    from moekit.api import Model
-    from moekit.data.codec import Codec, Ids
+    from moekit.data.codec import Codec
     from moekit.notebook.explorer import Explorer
     from moekit.routing.trace import Trace
-
-
-PARAMETERS: dict[str, Kind] = MACHINE | {
-    "data": Text(),
-    "subset": Text(),
-    "texts": Texts(optional=True),
-    "domains": Texts(optional=True),
-    "tokens_per_sample": Whole(optional=True),
-    "batch_size": Whole(),
-    "capacity_token_fraction": Number(optional=True),
-    "layers": Wholes(optional=True),
-    "max_tokens": Whole(optional=True),
-    "compare_with": Text(optional=True),
-}
-
-
-def codec_of(model: Model) -> Codec | Ids:
-    """The model's codec; where its files are missing, a sentence that says so: tokens are then shown by their ids."""
-    if not model.reads_text:
-        print(f"Tokens are shown by their ids: {model.codec.why}.")
-    return model.codec
 
 
 def labels_of(trace: Trace, data: str, domains: Sequence[str] | None, of_texts: bool) -> np.ndarray | None:
@@ -61,7 +39,8 @@ def labels_of(trace: Trace, data: str, domains: Sequence[str] | None, of_texts: 
     if of_texts:
         texts = int(trace.sample.max()) + 1
         domains = [f"text {n}" for n in range(texts)] if domains is None else domains
-        if len(domains) < texts:  # more where max_tokens ended the trace before the last text
+        # There are more labels where max_tokens ended the trace before the last text.
+        if len(domains) < texts:
             raise ValueError(f"domains has {len(domains)} labels for {texts} texts; expected one for each")
         return np.array(domains)[trace.sample]
     if domains is None:
@@ -83,7 +62,7 @@ def favourites(trace: Trace, labels: np.ndarray, codec: Codec | None, tokens: in
     Preference is :func:`moekit.routing.metrics.domain_specialisation` of this domain over that of the domain next in line.
 
     Returns:
-        A row a domain: ``domain``, ``layer``, ``expert``, ``share`` (of the domain's tokens that choose it), ``next``
+        One row per domain: ``domain``, ``layer``, ``expert``, ``share`` (of the domain's tokens that choose it), ``next``
         (the largest share of another domain), ``chance``, and its ``top tokens``.
     """
     import pandas as pd
@@ -96,7 +75,7 @@ def favourites(trace: Trace, labels: np.ndarray, codec: Codec | None, tokens: in
         layer, expert = (table[domain] - others).idxmax()
         at = (layer, expert)
         top = metrics.top_tokens(trace.select(mask=labels == domain), layer, expert, n=2 * tokens)["token"]
-        shown = map(str, top) if codec is None else (piece.strip() or "␣" for piece in codec.pieces(top))
+        shown = (piece.strip() or "␣" for piece in pieces(codec, top))
         rows.append(
             {
                 "domain": domain,
@@ -113,7 +92,7 @@ def favourites(trace: Trace, labels: np.ndarray, codec: Codec | None, tokens: in
 
 
 def wide(table: pd.DataFrame) -> pd.DataFrame:
-    """A metric's table with a row a (layer, statistic) as one with a column a statistic, and a last row of chance."""
+    """A metric's table with one row per (layer, statistic) as one with one column per statistic, and a last row of chance."""
     import pandas as pd
 
     values = table.pivot(index="layer", columns="statistic", values="value")
@@ -122,7 +101,7 @@ def wide(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def change_by_domain(before: Trace, after: Trace, labels: np.ndarray | None) -> pd.DataFrame:
-    """What an intervention did to the log-probability, a row a domain.
+    """What an intervention did to the log-probability, one row per domain.
 
     Args:
         labels: [T] of ``before``; None: everything is one domain.
@@ -134,7 +113,7 @@ def change_by_domain(before: Trace, after: Trace, labels: np.ndarray | None) -> 
     """
     import pandas as pd
 
-    found = intervene.compare(before, after).tokens
+    found = compare(before, after).tokens
     if len(found) != len(before):
         raise ValueError(
             f"the traces share {len(found)} of {len(before)} tokens: they are not of the same text"
@@ -162,18 +141,25 @@ def change_by_domain(before: Trace, after: Trace, labels: np.ndarray | None) -> 
 def save(
     output_dir: str | Path,
     trace: Trace,
-    figures: Mapping[str, Figure],
-    tables: Mapping[str, pd.DataFrame],
+    figures: Mapping[str, Figure | None],
+    tables: Mapping[str, pd.DataFrame | None],
     explorer: Explorer,
 ) -> Path:
     """Write ``trace.parquet``, ``explorer.html``, ``{name}.png`` of each figure and ``{name}.csv`` of each table.
 
+    They appear together, at the end. None stands for a figure or a table that was not made.
+
     Returns:
         The folder, absolute.
+
+    Raises:
+        moekit.results.NotWritten: the folder cannot be written to, or its disk is full; earlier files are as they were.
     """
-    folder = report.save_figures(output_dir, dict(figures))
-    trace.save(folder / "trace.parquet")
-    for name, table in tables.items():
-        table.to_csv(folder / f"{name}.csv", index=False)
-    explorer.save_html(folder / "explorer.html")
-    return folder
+    with results.together(output_dir) as folder:
+        report.draw(folder, figures)
+        trace.save(folder / "trace.parquet")
+        for name, table in tables.items():
+            if table is not None:
+                table.to_csv(folder / f"{name}.csv", index=False)
+        explorer.save_html(folder / "explorer.html")
+    return report.absolute(output_dir)

@@ -1,36 +1,74 @@
 """The notebooks' parameters, checked in their first cell: a bad one ends the run there, with one sentence.
 
-papermill passes ``-p flag true`` as the string "true", ``-p name 007`` as the number 7 and ``-p world_size 1e3`` as a
-float, and only warns of a parameter that the notebook does not have. ``check`` sorts that out.
+    p = parameters.check(globals(), parameters.RUN_INFERENCE)
+
+papermill passes ``-p flag true`` as the string "true", ``-p name 007`` as the number 7, ``-p world_size 1e3`` as a float and
+``-p prompts '["a", "b"]'`` as a string, and only warns of a parameter that the notebook does not have. A kernel's namespace
+also holds variables of the user's own, such as those of an IPython startup file: these are no parameters.
 """
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import difflib
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from moekit.arguments import Choice, Kind, Number, ParameterError, Text, Texts, Whole, _convert
+from moekit.arguments import Choice, Flag, Kind, Number, ParameterError, Text, Texts, Whole, _convert
+from moekit.data.sources import CHECKPOINTS
+from moekit.notebook import errors
 
-MACHINE: dict[str, Kind] = {
-    "checkpoint": Text(),
-    "bpe": Text(optional=True),
+
+@dataclass(frozen=True)
+class Place:
+    """The path of a file or folder, a glob, or a name such as "demo"; ``~`` is the home folder."""
+
+    optional: bool = False
+    expected = "the path of a file or folder"
+
+    def convert(self, value: Any) -> str:
+        if isinstance(value, bool) or not isinstance(value, str | int | float | os.PathLike):
+            raise ValueError
+        text = os.path.expanduser(str(value))
+        if not text.strip() or "\0" in text or "://" in text:
+            raise ValueError
+        return text
+
+
+@dataclass(frozen=True)
+class Wholes:
+    """A list of whole numbers; one number counts as a list of one."""
+
+    optional: bool = False
+    expected = "a list of whole numbers"
+
+    def convert(self, value: Any) -> list[int]:
+        return [Whole(0).convert(n) for n in (value if isinstance(value, list | tuple) else [value])]
+
+
+Table = Mapping[str, Kind | Place | Wholes]
+
+MODEL: Table = {
+    "checkpoint": Place(),
+    "bpe": Place(optional=True),
     "world_size": Whole(optional=True),
     "device": Choice(("auto", "cuda", "cpu")),
     "dtype": Choice(("auto", "float32", "float16", "bfloat16")),
-    "output_dir": Text(),
+    "output_dir": Place(),
 }
-LOAD_SHARDS = MACHINE
-RUN_INFERENCE: dict[str, Kind] = MACHINE | {
-    "data": Text(),
+DATA: Table = {
+    "data": Place(),
     "subset": Text(),
     "tokens_per_sample": Whole(optional=True),
     "batch_size": Whole(),
     "capacity_token_fraction": Number(optional=True),
-    "sample_break_mode": Choice(("none", "complete", "complete_doc", "eos")),
-    "context_window": Whole(0),
-    "max_batches": Whole(optional=True),
+}
+GENERATION: Table = {
     "prompts": Texts(),
     "max_new_tokens": Whole(),
     "temperature": Number(least=0),
@@ -42,53 +80,116 @@ RUN_INFERENCE: dict[str, Kind] = MACHINE | {
     "seed": Whole(0),
 }
 
-# What a kernel's globals hold before the first cell has run.
-OF_IPYTHON = {"In", "Out", "exit", "quit", "open", "get_ipython"}
+README: Table = {"prompt": Text()}
+PREPARE_DATA: Table = {
+    "source": Place(),
+    "checkpoint": Choice(("none", *CHECKPOINTS)),
+    "data_dir": Place(),
+    "workers": Whole(0),
+    "keep_empty": Flag(),
+    "mirrors": Texts(),
+    "bpe": Choice(("auto", "gpt2", "demo")),
+    "delete_archive": Flag(),
+}
+LOAD_SHARDS: Table = MODEL
+RUN_INFERENCE: Table = {
+    **MODEL,
+    **DATA,
+    "sample_break_mode": Choice(("none", "complete", "complete_doc", "eos")),
+    "context_window": Whole(0),
+    "max_batches": Whole(optional=True),
+    **GENERATION,
+}
+INSPECT_ROUTING: Table = {
+    **MODEL,
+    **DATA,
+    "texts": Texts(optional=True),
+    "domains": Texts(optional=True),
+    "layers": Wholes(optional=True),
+    "max_tokens": Whole(optional=True),
+    "compare_with": Place(optional=True),
+}
+
+# papermill's comment at the top of the cell that it injects
+INJECTED = "# Parameters"
+# what papermill's --inject-paths and its kin define
+OF_PAPERMILL = "PAPERMILL_"
+# how alike two names are, from 0 to 1, for one to count as a misspelling of the other
+CLOSE = 0.75
 
 
 class Checked(SimpleNamespace):
     """Parameters that have been checked."""
 
 
-def check(variables: Mapping[str, Any], kinds: Mapping[str, Kind]) -> Checked:
+def check(variables: Mapping[str, Any], kinds: Table) -> Checked:
     """The parameters among a notebook's variables, converted, as attributes.
 
-    Where a kernel runs the notebook again, all of the earlier run's variables are there, too: they are no misspelt
-    parameters, and its models are closed, so that the next one finds their memory free.
+    From here on, moekit's own errors in the notebook are shown as one sentence (:mod:`moekit.notebook.errors`).
 
     Args:
         variables: ``globals()`` of the notebook, in the first cell after the parameters.
         kinds: what each parameter has to be, such as :data:`RUN_INFERENCE`.
 
     Raises:
-        ParameterError: one is missing, makes no sense, or is none of this notebook's.
+        ParameterError: one is missing or makes no sense; or a name that papermill injected, or that is close to a
+            parameter's, is none of this notebook's.
     """
-    given = {
-        name: value
-        for name, value in variables.items()
-        if not name.startswith("_")
-        and name not in OF_IPYTHON
-        and (value is None or isinstance(value, str | int | float | bool | list | tuple | dict))
-    }
-    again = any(isinstance(value, Checked) for value in variables.values())
-    for name in given:
-        if name not in kinds and not again:
-            close = difflib.get_close_matches(name, kinds, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(kinds)}"
-            raise ParameterError(f"{name} is not a parameter of this notebook: {hint}")
+    errors.show_one_line()
+    for name in _strange(variables, kinds):
+        close = difflib.get_close_matches(name, kinds, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(kinds)}"
+        raise ParameterError(f"{name} is not a parameter of this notebook: {hint}")
     checked = Checked()
     for name, kind in kinds.items():
-        if name not in given:
+        if name not in variables:
             raise ParameterError(f"{name} is missing: expected {kind.expected}")
-        setattr(checked, name, _convert(name, given[name], kind))
-    if again:
-        _close_models(variables)
+        setattr(checked, name, _convert(name, _spelled(variables[name], kind), kind))
     return checked
 
 
-def _close_models(variables: Mapping[str, Any]) -> None:
-    from moekit.api import Model
+def _strange(variables: Mapping[str, Any], kinds: Table) -> list[str]:
+    """Names that are meant as parameters and are none: all that papermill injected, and close misspellings.
 
-    for value in variables.values():
-        if isinstance(value, Model):
-            value.close()
+    Close misspellings are looked for among what the cells so far assign, as the kernel's history ``In`` tells; without
+    a history, among all variables. A notebook that runs again in its kernel has all of its own variables there: what is
+    close to a parameter then is no misspelling.
+    """
+    cells = variables.get("In")
+    again = any(isinstance(value, Checked) for value in variables.values())
+    if isinstance(cells, list):
+        injected = {name for cell in cells if cell.startswith(INJECTED) for name in _assigned(cell)}
+        written = {name for cell in cells for name in _assigned(cell)}
+    else:
+        injected, written = set(), {name for name, value in variables.items() if _plain(value)}
+    misspelt = set() if again else {n for n in written if difflib.get_close_matches(n, kinds, 1, CLOSE)}
+    return sorted(
+        name
+        for name in injected | misspelt
+        if name not in kinds and not name.startswith(("_", OF_PAPERMILL)) and _plain(variables.get(name))
+    )
+
+
+def _plain(value: Any) -> bool:
+    """Whether a parameter could have this value."""
+    return value is None or isinstance(value, str | int | float | bool | list | tuple | dict | Path)
+
+
+def _assigned(cell: str) -> Iterator[str]:
+    """The names that a cell assigns, outside of functions and classes."""
+    with contextlib.suppress(SyntaxError, ValueError):
+        for statement in ast.parse(cell).body:
+            if isinstance(statement, ast.Assign | ast.AnnAssign):
+                targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+                yield from (target.id for target in targets if isinstance(target, ast.Name))
+
+
+def _spelled(value: Any, kind: Any) -> Any:
+    """A list that a string spells, where a list is wanted; anything else as it is."""
+    if isinstance(kind, Texts | Wholes) and isinstance(value, str) and value.strip().startswith("["):
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            found = ast.literal_eval(value.strip())
+            wanted = str if isinstance(kind, Texts) else int
+            if isinstance(found, list) and all(isinstance(part, wanted) for part in found):
+                return found
+    return value

@@ -1,7 +1,7 @@
 """Generation to look at: tokens coloured by probability, in a notebook's widgets or as a table that needs none.
 
-Playground(model)                                          # in a live notebook
-static(model.generate(prompts, alternatives=5), prompts, model.codec)    # where nobody can click
+Playground(model)                                                        # in a live notebook
+static(model.generate(prompts, alternatives=5), prompts, model.codec)    # where there is no kernel
 """
 
 from __future__ import annotations
@@ -20,13 +20,18 @@ from IPython.display import display
 
 from moekit.generation.request import Generation, Token
 from moekit.generation.text import Text
+from moekit.notebook import coloured_text
+from moekit.notebook.coloured_text import Span
 
 if TYPE_CHECKING:
     from moekit.api import Model
     from moekit.data.codec import Codec
 
 ALTERNATIVES = 5
-REDRAW = 0.05  # seconds between two pictures of a stream
+# seconds between two pictures of a stream
+REDRAW = 0.05
+RAREST, DARKEST = 1e-3, 0.7
+LINE_END = "⏎"
 
 
 @dataclass(frozen=True)
@@ -39,22 +44,28 @@ class Shown:
 
 
 def coloured(tokens: Iterable[Shown]) -> str:
-    """HTML: the less probable a token, the darker its background; the mouse over it shows what else there was."""
+    """HTML: the less probable a token, the darker its ground; the mouse over it shows the alternatives."""
     spans, lines = [], []
     for token in tokens:
         lines.append(f"{token.probability:.1%}")
         lines += [f"{probability:6.1%}  {text!r}" for text, probability in token.alternatives]
-        if not token.text:  # a part of a character: it shows with the token that makes it whole
-            continue
-        tip = html.escape("\n".join(lines)).replace("\n", "&#10;")
-        text = html.escape(token.text).replace("\n", "⏎<br>")
-        surprise = min(
-            1.0, abs(math.log10(max(token.probability, 1e-9))) / 3
-        )  # 0 at 100 %, 1 at 0.1 % and below
-        shade = f"background-color: rgba(230, 120, 0, {0.7 * surprise:.2f})"
-        spans.append(f'<span style="{shade}" title="{tip}">{text}</span>')
-        lines = []
-    return f'<span style="white-space: pre-wrap">{"".join(spans)}</span>'
+        # A part of a character has no text: its lines show with the token that completes the character.
+        if token.text:
+            tip = html.escape("\n".join(lines)).replace("\n", "&#10;")
+            spans.append(Span(_marked(token.text), _shade(token.probability), tip))
+            lines = []
+    return coloured_text.html(spans)
+
+
+def _marked(text: str) -> str:
+    """Text whose line ends can be seen."""
+    return text.replace("\n", f"{LINE_END}\n")
+
+
+def _shade(probability: float) -> str:
+    """An orange of opacity 0 at a probability of 1, and of ``DARKEST`` at ``RAREST`` and below."""
+    surprise = math.log(min(1.0, max(probability, RAREST))) / math.log(RAREST)
+    return f"rgba(230, 120, 0, {DARKEST * abs(surprise):.2f})"
 
 
 def shown(token: Token, codec: Codec) -> Shown:
@@ -169,7 +180,8 @@ class Playground:
         self.history.observe(lambda change: self._recall(change["new"]), names="value")
         for setting in self.settings.values():
             setting.layout.width, setting.style.description_width = "auto", "100px"
-        columns = "repeat(auto-fill, minmax(290px, 1fr))"  # as many as the page has room for
+        # as many columns as the page has room for
+        columns = "repeat(auto-fill, minmax(290px, 1fr))"
         grid = widgets.GridBox(list(self.settings.values()), layout={"grid_template_columns": columns})
         buttons = widgets.HBox([self.go, self.halt, self.status])
         self.box = widgets.VBox([self.prompt, grid, buttons, self.text, self.history])
@@ -181,7 +193,7 @@ class Playground:
         return {name: widget.value for name, widget in self.settings.items()}
 
     def generate(self) -> None:
-        """What the button does: start; a generation that is under way goes on."""
+        """What the button does: start a generation, unless one is running."""
         if self.thread is not None and self.thread.is_alive():
             return
         self._stop.clear()
@@ -209,24 +221,26 @@ class Playground:
                 elif time.monotonic() - drawn > REDRAW:
                     self._draw(run)
                     drawn = time.monotonic()
-        except Exception as error:  # in a thread nobody else would say it
+        except Exception as error:
+            # An error in a thread would be shown nowhere else.
             run.said = (str(error) or type(error).__name__).splitlines()[0]
         finally:
             self.runs.append(run)
             self.history.options = [(r.label, number) for number, r in enumerate(self.runs)][::-1]
-            self.history.value = None  # so that choosing the latest is a change, too
+            # so that choosing the latest is a change, too
+            self.history.value = None
             self._draw(run)
             self.go.disabled, self.halt.disabled = False, True
 
     def _draw(self, run: Run) -> None:
         rate = f"{len(run.tokens) / run.seconds:.1f} tokens/s" if run.tokens else ""
         self.status.value = html.escape(", ".join(part for part in (rate, run.said) if part))
-        prompt = html.escape(run.prompt).replace("\n", "⏎<br>")
-        self.text.value = f'<span style="white-space: pre-wrap">{prompt}</span>{coloured(run.tokens)}'
+        self.text.value = coloured_text.html([Span(_marked(run.prompt))]) + coloured(run.tokens)
 
     def _recall(self, number: int | None) -> None:
         """Show a run of the history, its prompt and settings included."""
-        if number is None or self.go.disabled:  # nothing chosen, or by _run and not by hand
+        # Nothing is chosen, or the generation that runs has changed the list.
+        if number is None or self.go.disabled:
             return
         run = self.runs[number]
         self.prompt.value = run.prompt

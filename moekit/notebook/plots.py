@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from moekit import checkpoint as ckpt
-from moekit.handle import pieces
 from moekit.nn.dispatch import owned
 from moekit.nn.experts import TENSORS
+from moekit.notebook import coloured_text
+from moekit.notebook.coloured_text import Span
+from moekit.notebook.pieces import visible_pieces
+from moekit.notebook.style import done
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,10 +27,12 @@ if TYPE_CHECKING:
 
 RANK_COLOURS = plt.get_cmap("tab10").colors
 SURPRISE = plt.get_cmap("YlOrRd")
+# bits that the legend of a passage shows; more than the last have its colour
+SURPRISE_KEYS = (0, 3, 6, 9, 12)
 
 
 def shards(checkpoint: str | Path, world_size: int) -> Figure:
-    """Files on the left, ranks on the right, experts between them as ribbons: who reads which file for which experts."""
+    """Which rank reads which file for which experts: files on the left, ranks on the right, experts as ribbons."""
     plan = ckpt.survey(ckpt.find(checkpoint))
     sources = [source for source in plan.sources if len(source.experts)]
     experts = plan.config.experts
@@ -58,7 +63,7 @@ def shards(checkpoint: str | Path, world_size: int) -> Figure:
         color="0.4",
     )
     figure.suptitle(f"{experts} experts a layer: {len(sources)} files to {world_size} ranks", fontsize=13)
-    return _done(figure)
+    return done(figure)
 
 
 def _box(axes, left: float, right: float, rows: range, colour, label: str, boxes: int) -> None:
@@ -82,7 +87,7 @@ def filled(table: pd.DataFrame) -> Figure:
     if table.empty:
         axes.axis("off")
         axes.set_title("this model has no experts", fontsize=11)
-        return _done(figure)
+        return done(figure)
     complete = (table.to_numpy() == TENSORS).astype(float)
     axes.imshow(complete, aspect="auto", cmap="RdYlGn", vmin=0, vmax=1, interpolation="nearest", alpha=0.8)
     axes.set_yticks(range(len(table)), table.index)
@@ -93,7 +98,7 @@ def filled(table: pd.DataFrame) -> Figure:
         axes.tick_params(which="minor", length=0)
     axes.set(xlabel="expert", ylabel="layer")
     axes.set_title(f"{int(complete.sum())} of {complete.size} experts filled exactly once", fontsize=11)
-    return _done(figure)
+    return done(figure)
 
 
 def loss_by_position(tokens: pd.DataFrame, bins: int = 32) -> Figure:
@@ -131,7 +136,7 @@ def loss_by_position(tokens: pd.DataFrame, bins: int = 32) -> Figure:
     axes.set(xscale="log", xlabel="position in the sample", ylabel="loss, bits a token")
     axes.set_title("Loss by position in the sample", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
-    return _done(figure)
+    return done(figure)
 
 
 def passage(
@@ -152,41 +157,13 @@ def passage(
     if rows.empty:
         raise ValueError(f"there is no sample {sample_id} among the scored tokens")
     bits = -rows["logprob"].to_numpy() / math.log(2)
-    figure, scale = coloured_text(pieces(codec, rows["token"]), bits, 0, 12)
-    figure.colorbar(scale, ax=figure.axes[0], label="bits", fraction=0.03, pad=0.01, extend="max")
-    figure.axes[0].set_title(f"Sample {sample_id}, coloured by surprise", fontsize=11, loc="left")
-    return figure
+    words = visible_pieces(codec, rows["token"])
+    spans = [Span(word, _surprise(b)) for word, b in zip(words, bits, strict=True)]
+    keys = [(f"{b} bits", _surprise(b)) for b in SURPRISE_KEYS]
+    keys[-1] = (f"{keys[-1][0]} and more", keys[-1][1])
+    return coloured_text.figure(spans, f"Sample {sample_id}, coloured by surprise", keys, columns=92)
 
 
-def coloured_text(
-    words: Sequence[str], values: Sequence[float], least: float, most: float, width: int = 92
-) -> tuple[Figure, plt.cm.ScalarMappable]:
-    """Text in a fixed-width face, wrapped at ``width`` characters, each piece on a ground that shows its value."""
-    places, line, column = [], 0, 0
-    for piece in words:
-        shown = "¶" if piece == "</s>" else piece.replace("\t", "    ")
-        if column and column + len(shown) > width:
-            line, column = line + 1, 0
-        places.append((line, column, shown))
-        column += len(shown)
-        if piece == "</s>":
-            line, column = line + 1, 0
-    lines = line + 1
-    scale = plt.cm.ScalarMappable(plt.Normalize(least, most), SURPRISE)
-    figure, axes = plt.subplots(figsize=(9.5, 0.24 * lines + 0.5), layout="constrained")
-    axes.set(xlim=(0, width), ylim=(lines, 0))
-    axes.axis("off")
-    face = {"family": "monospace", "fontsize": 8.2, "ha": "center", "va": "center", "parse_math": False}
-    for (line, column, shown), value in zip(places, values, strict=True):
-        ground = scale.to_rgba(value)
-        ink = "white" if sum(ground[:3]) < 1.4 else "black"
-        axes.add_patch(Rectangle((column, line + 0.04), len(shown), 0.92, facecolor=ground, linewidth=0))
-        for i, character in enumerate(shown):
-            axes.text(column + i + 0.5, line + 0.52, character, color=ink, **face)
-    return _done(figure), scale
-
-
-def _done(figure: Figure) -> Figure:
-    figure.patch.set_facecolor("white")  # also on a dark page: the text is dark
-    plt.close(figure)  # shown once, by the cell that returns it
-    return figure
+def _surprise(bits: float) -> str:
+    """The colour of a token that took so many bits."""
+    return to_hex(SURPRISE(min(1.0, bits / SURPRISE_KEYS[-1])))

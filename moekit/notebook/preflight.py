@@ -1,7 +1,8 @@
-"""What can be known to fail before anything is loaded: looked at in a notebook's first cell, said in one sentence."""
+"""What can be known to fail before anything is loaded: checked in a notebook's first cell, said in one sentence."""
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -9,34 +10,52 @@ from types import SimpleNamespace
 from typing import Any
 
 from moekit import checkpoint as ckpt
+from moekit import data, handle, ranks
 from moekit import fairseq_data as batches
-from moekit import ranks
 from moekit.arguments import ParameterError
+from moekit.data import corpus
+from moekit.data.dictionary import Dictionary
 from moekit.nn.config import ModelConfig
 from moekit.routing.trace import Trace
 
+# sources of prepare_data that name no file
+NAMED_SOURCES = ("demo", "wikitext-103")
+
+
+def prepare_data(p: SimpleNamespace) -> data.Settings:
+    """What to prepare; the text is there, and ``data_dir`` can be written to. ``p`` holds the checked parameters.
+
+    Raises:
+        ParameterError: what is wrong.
+    """
+    settings = _said(lambda: data.settings(**vars(p)))
+    _writable("data_dir", p.data_dir)
+    if settings.source not in NAMED_SOURCES:
+        if Path(settings.source).is_dir():
+            _said(os.listdir, settings.source)
+        _said(corpus.own, settings.source, settings.data_dir)
+    return settings
+
 
 def load_shards(p: SimpleNamespace) -> ModelConfig:
-    """The checkpoint is whole, the devices are there, and ``output_dir`` can be written to; ``p`` holds the checked
-    parameters.
+    """The checkpoint is whole, the devices are there, ``bpe`` is the model's, and ``output_dir`` can be written to.
 
     Raises:
         ParameterError: what is wrong.
     """
     _said(ranks.choose_devices, p.world_size, p.device)
-    config = _said(lambda: ckpt.survey(ckpt.find(p.checkpoint))).config
-    _writable(p.output_dir)
+    files = _said(ckpt.find, p.checkpoint)
+    config = _said(ckpt.survey, files).config
+    if p.bpe is not None:
+        _codec(p, files, config)
+    _writable("output_dir", p.output_dir)
     return config
 
 
 def run_inference(p: SimpleNamespace) -> ModelConfig:
-    """As :func:`load_shards`; the data is there too, and the settings fit the model and each other."""
+    """As :func:`load_shards`; the data is there and the model's, and the settings fit the model and each other."""
     config = load_shards(p)
-    _said(batches.check_files, p.data, p.subset)
-    if p.tokens_per_sample is not None and p.tokens_per_sample > config.max_positions:
-        raise ParameterError(
-            f"tokens_per_sample={p.tokens_per_sample}: the model has {config.max_positions} positions"
-        )
+    _data(p, config)
     block = p.tokens_per_sample or config.max_positions
     if p.context_window >= block:
         raise ParameterError(
@@ -59,19 +78,25 @@ def run_inference(p: SimpleNamespace) -> ModelConfig:
 
 
 def inspect_routing(p: SimpleNamespace) -> ModelConfig:
-    """As :func:`load_shards`; the data or texts, the layers and the other trace are there too."""
+    """As :func:`load_shards`; the model has experts, and the data or texts, the layers and the other trace fit it."""
     config = load_shards(p)
+    if not config.moe_layers:
+        raise ParameterError(
+            f"checkpoint={p.checkpoint!r}: the model is dense, it has no layer with experts whose routing could be "
+            "inspected; name one with experts, or use run_inference.ipynb"
+        )
     if p.texts is None:
-        _said(batches.check_files, p.data, p.subset)
-    elif not p.texts or "" in p.texts:
-        raise ParameterError(f"texts={p.texts!r}: expected at least one text, and none of them empty")
+        _data(p, config)
+    else:
+        _texts(p, config)
+    _domains(p)
     for layer in p.layers or []:
         if layer not in config.moe_layers:
             raise ParameterError(
                 f"layers={p.layers}: layer {layer} holds no experts; those that do are {config.moe_layers}"
             )
     if p.compare_with is not None:
-        _said(Trace.load, p.compare_with)
+        _other_trace(p, config)
     return config
 
 
@@ -90,15 +115,96 @@ def generation(p: SimpleNamespace) -> dict[str, Any]:
     return given | {"temperature": p.temperature, "alternatives": 5} | draws
 
 
-def _writable(output_dir: str) -> None:
-    """Make the folder and try: what permissions say of a mount that is read-only, or of root, is not to be relied on."""
-    folder = Path(output_dir).expanduser().resolve()
+def _codec(p: SimpleNamespace, files: ckpt.Files, config: ModelConfig) -> None:
+    """``bpe``, or what lies beside the checkpoint, turns text into this model's ids."""
+    codec = _said(handle.find_codec, files, config, p.bpe, None)
+    if not codec.reads_text:
+        raise ParameterError(codec.why)
+
+
+def _data(p: SimpleNamespace, config: ModelConfig) -> None:
+    """The files are there, their dictionary is as large as the model's, and blocks are no longer than it can read."""
+    _said(batches.check_files, p.data, p.subset)
+    if (p.tokens_per_sample or 1) > config.max_positions:
+        raise ParameterError(
+            f"tokens_per_sample={p.tokens_per_sample}: the model has {config.max_positions} positions"
+        )
+    of_data = batches.data_folder(p.data) / "dict.txt"
+    types = len(_said(Dictionary, of_data))
+    if types > config.vocab_rows:
+        raise ParameterError(
+            f"{of_data} has {types} types, the model knows {config.vocab_rows}: use the data that was binarised with the "
+            "model's own dict.txt"
+        )
+    own = _own_types(p, config)
+    if own not in (None, types):
+        raise ParameterError(
+            f"{of_data} has {types} types, the model's own dictionary has {own}: use the data that was binarised with the "
+            "model's own dict.txt"
+        )
+
+
+def _own_types(p: SimpleNamespace, config: ModelConfig) -> int | None:
+    """Types of the dictionary beside the checkpoint, or else of its codec; None where neither is known."""
+    files = ckpt.find(p.checkpoint)
+    beside = files.shared.parent / "dict.txt"
+    if beside.is_file():
+        return len(_said(Dictionary, beside))
+    try:
+        codec = handle.find_codec(files, config, p.bpe, None)
+    except ValueError:
+        return None
+    return len(codec) if codec.reads_text else None
+
+
+def _texts(p: SimpleNamespace, config: ModelConfig) -> None:
+    """There are texts, none is empty, none names a file, and there is a codec to read them with."""
+    if not p.texts or "" in p.texts:
+        raise ParameterError(f"texts={p.texts!r}: expected at least one text, and none of them empty")
+    for text in p.texts:
+        if os.sep in text and len(text) < 1000 and os.path.exists(os.path.expanduser(text)):
+            raise ParameterError(
+                f"texts={text!r} is the name of a file or folder, expected the text itself; prepare_data.ipynb makes data "
+                "of a file"
+            )
+    _codec(p, ckpt.find(p.checkpoint), config)
+
+
+def _domains(p: SimpleNamespace) -> None:
+    """As many labels as texts, or the one file with a label for each line of the data."""
+    if p.domains is None:
+        return
+    if p.texts is not None:
+        if len(p.domains) < len(p.texts):
+            raise ParameterError(
+                f"domains has {len(p.domains)} labels for {len(p.texts)} texts; expected one for each"
+            )
+    elif len(p.domains) != 1 or not Path(p.domains[0]).expanduser().is_file():
+        raise ParameterError(
+            f"domains={p.domains}: expected the one file with a domain for each line of the data's text"
+        )
+
+
+def _other_trace(p: SimpleNamespace, config: ModelConfig) -> None:
+    """The trace to compare with is of as many experts and of the same layers."""
+    other = _said(Trace.load, p.compare_with)
+    layers = tuple(sorted(set(p.layers or config.moe_layers)))
+    if (other.num_experts, other.layers) != (config.experts, layers):
+        raise ParameterError(
+            f"compare_with={p.compare_with!r} has {other.num_experts} experts and the layers {list(other.layers)}; this run "
+            f"has {config.experts} and {list(layers)}: name a trace of the same layers, or set layers"
+        )
+
+
+def _writable(name: str, place: str) -> None:
+    """Make the folder and try: the permissions of a read-only mount, or those that root sees, say nothing certain."""
+    folder = Path(place).expanduser().resolve()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise ParameterError(
-            f"output_dir={output_dir!r}: nothing can be written to {folder} ({error.strerror}); name another folder"
+            f"{name}={place!r}: nothing can be written to {folder} ({error.strerror}); name another folder"
         ) from None
 
 
@@ -107,3 +213,8 @@ def _said(check: Callable[..., Any], *arguments: Any) -> Any:
         return check(*arguments)
     except ValueError as error:
         raise ParameterError(str(error)) from None
+    except OSError as error:
+        where = error.filename if error.filename is not None else ", ".join(map(str, arguments))
+        raise ParameterError(
+            f"{where} cannot be read ({error.strerror or error}); change its permissions or name another"
+        ) from None

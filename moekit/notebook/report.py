@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import platform
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
 
 from moekit import checkpoint as ckpt
-from moekit import ranks
+from moekit import ranks, results
 from moekit.nn.dispatch import owned
 from moekit.nn.experts import TENSORS
 from moekit.nn.gates import gate_of
 from moekit.ranks.machine import gpus, host_memory
+from moekit.versions import versions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,11 +27,10 @@ if TYPE_CHECKING:
     from moekit.scoring import Evaluation
 
 GIB = 2**30
-PACKAGES = ("moekit", "torch", "ve-fairseq", "numpy", "papermill", "jupyterlab", "ipywidgets")
 
 
 def machine() -> pd.DataFrame:
-    """The machine this runs on, a fact a row."""
+    """The machine that this runs on, one fact per row."""
     facts = {
         "system": platform.platform(),
         "cores": ranks.usable_cores(),
@@ -43,26 +44,15 @@ def machine() -> pd.DataFrame:
     return pd.DataFrame({"": facts})
 
 
-def versions() -> dict[str, str | None]:
-    """The versions that a result depends on; None where a package is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
-
-
 def files(checkpoint: str | Path) -> pd.DataFrame:
-    """What lies in a checkpoint's folder, a row a file."""
+    """The files in a checkpoint's folder, one row per file."""
     table = pd.DataFrame(ckpt.describe(checkpoint)).drop(columns="rank")
     table.insert(1, "MB", (table.pop("bytes") / 1e6).round(2))
     return table.set_index("file")
 
 
 def shares(checkpoint: str | Path, world_size: int | None, device: str, dtype: str) -> pd.DataFrame:
-    """Who will read what, a row a rank: files, experts, and the memory it takes against what is free."""
+    """What each rank will read, one row per rank: its files, its experts, and the memory that they take beside what is free."""
     from moekit.handle import weights_dtype
 
     plan = ckpt.survey(ckpt.find(checkpoint))
@@ -91,7 +81,7 @@ def shares(checkpoint: str | Path, world_size: int | None, device: str, dtype: s
 
 
 def model(model: Model) -> pd.DataFrame:
-    """The model, a fact a row."""
+    """The model, one fact per row."""
     c = model.config
     every = f"every {c.moe_freq}{'nd' if c.moe_freq == 2 else 'th'}" if c.moe_freq > 1 else "every"
     facts = {
@@ -112,7 +102,7 @@ def model(model: Model) -> pd.DataFrame:
 
 
 def parts(model: Model) -> pd.DataFrame:
-    """What each rank holds, a row a rank."""
+    """What each rank holds, one row per rank."""
     rows = [
         {
             "rank": part["rank"],
@@ -149,7 +139,7 @@ def filled(model: Model) -> pd.DataFrame:
 
 
 def result(evaluation: Evaluation) -> pd.DataFrame:
-    """A result's figures, one a row."""
+    """A result's figures, one per row."""
     facts = {
         "loss, bits a token": f"{evaluation.loss_base2:.4f}",
         "perplexity": f"{evaluation.perplexity:.2f}",
@@ -160,9 +150,25 @@ def result(evaluation: Evaluation) -> pd.DataFrame:
     return pd.DataFrame({"": facts})
 
 
-def save(output_dir: str | Path, model: Model, evaluation: Evaluation, settings: dict[str, Any]) -> Path:
-    """Write ``results.json`` and ``tokens.parquet``; returns the folder, absolute."""
-    figures_of = {
+def save(
+    output_dir: str | Path,
+    model: Model,
+    evaluation: Evaluation,
+    parameters: dict[str, Any],
+    figures: Mapping[str, Figure] = MappingProxyType({}),
+) -> Path:
+    """Write ``results.json``, ``tokens.parquet`` and ``{name}.png`` of each figure; they appear together, at the end.
+
+    Args:
+        parameters: the notebook's, as ``vars(p)`` has them.
+
+    Returns:
+        The folder, absolute.
+
+    Raises:
+        moekit.results.NotWritten: the folder cannot be written to, or its disk is full; earlier files are as they were.
+    """
+    found = {
         "loss_base2": evaluation.loss_base2,
         "perplexity": evaluation.perplexity,
         "ntokens": evaluation.ntokens,
@@ -173,18 +179,35 @@ def save(output_dir: str | Path, model: Model, evaluation: Evaluation, settings:
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device,
         "versions": versions(),
-        "parameters": settings,
+        "parameters": parameters,
     }
-    folder = save_figures(output_dir, {})
-    (folder / "results.json").write_text(json.dumps(figures_of, indent=2) + "\n")
-    evaluation.tokens.to_parquet(folder / "tokens.parquet", index=False)
-    return folder
+    with results.together(output_dir) as folder:
+        (folder / "results.json").write_text(json.dumps(found, indent=2) + "\n")
+        evaluation.tokens.to_parquet(folder / "tokens.parquet", index=False)
+        draw(folder, figures)
+    return absolute(output_dir)
 
 
-def save_figures(output_dir: str | Path, figures: dict[str, Figure]) -> Path:
-    """Write ``{name}.png`` of each figure; returns the folder, absolute."""
-    folder = Path(output_dir).expanduser().resolve()
-    folder.mkdir(parents=True, exist_ok=True)
+def save_figures(
+    output_dir: str | Path,
+    figures: Mapping[str, Figure],
+    tables: Mapping[str, pd.DataFrame] = MappingProxyType({}),
+) -> Path:
+    """Write ``{name}.png`` of each figure and ``{name}.csv`` of each table with its index, as :func:`save` does."""
+    with results.together(output_dir) as folder:
+        draw(folder, figures)
+        for name, table in tables.items():
+            table.to_csv(folder / f"{name}.csv")
+    return absolute(output_dir)
+
+
+def draw(folder: Path, figures: Mapping[str, Figure | None]) -> None:
+    """Write ``{name}.png`` of each figure into ``folder``; None stands for a figure that was not made."""
     for name, figure in figures.items():
-        figure.savefig(folder / f"{name}.png", dpi=160, bbox_inches="tight")
-    return folder
+        if figure is not None:
+            figure.savefig(folder / f"{name}.png", dpi=160, bbox_inches="tight")
+
+
+def absolute(folder: str | Path) -> Path:
+    """The folder as a notebook shows it."""
+    return Path(folder).expanduser().resolve()

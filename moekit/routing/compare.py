@@ -19,11 +19,11 @@ class Comparison:
     """Two runs over the same tokens.
 
     Attributes:
-        tokens: a row a token of both: ``sample``, ``position``, ``token``, ``target``, ``logprob_before``,
+        tokens: one row per token of both: ``sample``, ``position``, ``token``, ``target``, ``logprob_before``,
             ``logprob_after``, ``delta`` (after - before, nats), ``layers_changed`` (layers where the set of chosen
             experts differs), ``first_changed`` (the first such layer, -1 if none), ``drops_before``, ``drops_after``
             (choices not dispatched, over all layers).
-        layers: a row a layer: shares of tokens whose set of experts (``experts_changed``), first choice
+        layers: one row per layer: shares of tokens whose set of experts (``experts_changed``), first choice
             (``first_choice_changed``) or kept choices (``kept_changed``) differ, the shares of choices not dispatched
             (``dropped_before``, ``dropped_after``), and the mean ``weight_change`` (half the sum over experts of
             |weight before - after|: 1 is all of it).
@@ -43,11 +43,11 @@ def compare(before: Trace, after: Trace) -> Comparison:
     """
     import pandas as pd
 
-    from moekit.routing.trace import align
+    from moekit.routing.trace import align, kept_by_expert
 
     before, after = align(before, after)
     sets = np.sort(before.experts, axis=2) != np.sort(after.experts, axis=2)
-    changed = sets.any(axis=2)  # [T, L]
+    changed = sets.any(axis=2)
     first = np.where(changed.any(axis=1), np.array(before.layers)[changed.argmax(axis=1)], -1)
     delta = after.logprob - before.logprob
     tokens = pd.DataFrame(
@@ -81,14 +81,10 @@ def compare(before: Trace, after: Trace) -> Comparison:
     return Comparison(tokens, layers, float(known.mean(dtype=np.float64)) if len(known) else math.nan)
 
 
-def kept_by_expert(trace: Trace) -> np.ndarray:
-    """[T, L, K]: the experts that got the token in ascending order, -1 for each choice not dispatched."""
-    return np.sort(np.where(trace.kept, trace.experts, -1), axis=2)
-
-
 def weight_change(before: Trace, after: Trace) -> np.ndarray:
     """[T, L]: half the L1 distance of the combine weights, taken over all experts."""
-    same = before.experts[..., :, None] == after.experts[..., None, :]  # [T, L, K, K]
+    # [T, L, K, K]: whether a choice before and a choice after are the same expert
+    same = before.experts[..., :, None] == after.experts[..., None, :]
     met_before = (same * after.weights[..., None, :]).sum(axis=-1)
     only_after = after.weights * ~same.any(axis=-2)
     return (np.abs(before.weights - met_before).sum(axis=-1) + only_after.sum(axis=-1)) / 2

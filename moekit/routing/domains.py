@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from moekit.fairseq_data import _lines, data_folder
 from moekit.routing.trace import Trace
-
-if TYPE_CHECKING:
-    pass
 
 
 def domains_of(
@@ -55,7 +51,8 @@ def domains_of(
     block = trace.meta.get("tokens_per_sample")
     if block is None or trace.meta.get("sample_break_mode") != "none" or trace.meta.get("context_window"):
         raise ValueError("domains are known for data in blocks: sample_break_mode='none', context_window=0")
-    place = trace.sample.astype(np.int64) * block + trace.position - 1  # in the text; inputs lag by one
+    # The token's place in the text: a block begins with the last token of the block before it.
+    place = trace.sample.astype(np.int64) * block + trace.position - 1
     fits = place < len(ids)
     fits[fits] &= (ids[place[fits]] == trace.token[fits]) | (place[fits] < 0)
     if not fits.all():

@@ -2,19 +2,17 @@
 
     trace = model.trace("demo", capacity_token_fraction=0.05)
     trace.save("trace.parquet")
-    trace = Trace.load("trace.parquet")       # columns are read when they are touched
+    trace = Trace.load("trace.parquet")
 
-A :class:`Recorder` sits in ``Pass.record`` on each rank and keeps what the MoE layers hand out; the driver merges the
-ranks' parts in the order of samples and positions, so that a trace does not depend on the world size.
+A :class:`moekit.nn.record.Recorder` sits in ``Pass.record`` on each rank and keeps what the MoE layers hand out. The driver
+merges the ranks' parts in the order of samples and positions, so that a trace does not depend on the world size.
 
 Shape letters: T tokens, L traced MoE layers, K choices a token, E experts.
 """
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +25,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-TOKEN_COLUMNS = {  # [T]
+# [T] each
+TOKEN_COLUMNS = {
     "sample": np.int32,
     "position": np.int32,
     "token": np.int32,
@@ -36,7 +35,6 @@ TOKEN_COLUMNS = {  # [T]
     "logprob": np.float32,
     "predicted": np.int32,
 }
-FORMAT = 1  # of the Parquet file
 
 
 # ------------------------------------------------------------------------------------------------ what a trace is
@@ -123,13 +121,13 @@ class Trace:
         """The part of the trace with these samples, these model layers, and the tokens where ``mask`` ([T] bool) is true."""
         chosen = np.ones(len(self), dtype=bool)
         if samples is not None:
-            chosen &= np.isin(self.sample, np.atleast_1d(_listed(samples)))
+            chosen &= np.isin(self.sample, _listed(samples))
         if mask is not None:
             mask = np.asarray(mask)
             if mask.shape != chosen.shape or mask.dtype != bool:
                 raise ValueError(f"mask is {mask.dtype} {list(mask.shape)}; expected bool [{len(self)}]")
             chosen &= mask
-        wanted = self.layers if layers is None else tuple(int(n) for n in np.atleast_1d(_listed(layers)))
+        wanted = self.layers if layers is None else tuple(int(n) for n in _listed(layers))
         places = [self.at(layer) for layer in wanted]
         columns = {name: getattr(self, name)[chosen] for name in TOKEN_COLUMNS}
         columns |= {name: getattr(self, name)[chosen][:, places] for name in (*CHOICE_COLUMNS, "entropy")}
@@ -137,7 +135,7 @@ class Trace:
         return Trace(**columns, layers=wanted, full=full, num_experts=self.num_experts, meta=self.meta)
 
     def to_pandas(self) -> pd.DataFrame:
-        """A row a (token, layer): the token's columns, ``layer``, ``entropy``, and for each choice k ``expert_k``,
+        """One row per (token, layer): the token's columns, ``layer``, ``entropy``, and for each choice k ``expert_k``,
         ``prob_k``, ``weight_k`` and ``kept_k``."""
         import pandas as pd
 
@@ -151,153 +149,37 @@ class Trace:
         return pd.DataFrame(columns, copy=False)
 
     def save(self, path: str | Path) -> None:
-        """Write one Parquet file, which any Parquet reader opens: a row a token.
+        """Write one Parquet file (:mod:`moekit.routing.parquet` says what is in it); ``path`` is replaced at once, at the end.
 
-        Columns: those of the token; for each traced layer n and choice k ``experts.n.k``, ``probs.n.k``,
-        ``weights.n.k``, ``kept.n.k``; ``entropy.n``; and ``full.n``, the E float16 of the full distribution in one
-        binary value. The schema's metadata holds under "moekit.routing.trace" a JSON object with ``format``, ``layers``,
-        ``top_k``, ``num_experts`` and ``meta``.
+        Raises:
+            moekit.results.NotWritten: (a ValueError) the folder is missing or cannot be written to, or its disk is full.
         """
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+        from moekit.routing import parquet
 
-        columns = {name: pa.array(getattr(self, name)) for name in TOKEN_COLUMNS}
-        for place, layer in enumerate(self.layers):
-            for name in CHOICE_COLUMNS:
-                for k in range(self.top_k):
-                    column = np.ascontiguousarray(getattr(self, name)[:, place, k])
-                    columns[f"{name}.{layer}.{k}"] = pa.array(column)
-            columns[f"entropy.{layer}"] = pa.array(np.ascontiguousarray(self.entropy[:, place]))
-            if layer in self.full:
-                probs = np.ascontiguousarray(self.full[layer], dtype=np.float16)
-                kind = pa.binary(2 * self.num_experts)
-                columns[f"full.{layer}"] = pa.Array.from_buffers(kind, len(self), [None, pa.py_buffer(probs)])
-        head = {
-            "format": FORMAT,
-            "layers": self.layers,
-            "top_k": self.top_k,
-            "num_experts": self.num_experts,
-            "meta": self.meta,
-        }
-        table = pa.table(columns).replace_schema_metadata({"moekit.routing.trace": json.dumps(head)})
-        part = Path(path).with_name(Path(path).name + ".part")
-        floats = [name for name, column in columns.items() if pa.types.is_floating(column.type)]
-        pq.write_table(
-            table,
-            part,
-            compression="zstd",
-            row_group_size=65_536,
-            use_dictionary=[name for name in columns if name.startswith("experts.")],
-            use_byte_stream_split=floats,
-        )
-        os.replace(part, path)
+        parquet.write(self, path)
 
     @classmethod
     def load(cls, path: str | Path) -> Trace:
-        """A trace that reads each column of the file ``path`` when it is first touched.
+        """Read the file ``path`` whole; a checksum tells whether it is what :meth:`save` wrote.
 
         Raises:
-            ValueError: there is no such file, or it is no trace of this format.
+            ValueError: there is no such file, it is no trace, or it is damaged.
         """
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+        from moekit.routing import parquet
 
-        path = Path(path).expanduser().resolve()
-        if not path.is_file():
-            raise ValueError(f"there is no trace {path}")
-        try:
-            head = json.loads((pq.read_schema(path).metadata or {})[b"moekit.routing.trace"])
-        except (KeyError, pa.ArrowInvalid):
-            raise ValueError(f"{path} is not a trace that moekit saved") from None
-        if head["format"] != FORMAT:
-            raise ValueError(f"{path} has format {head['format']}; this moekit reads format {FORMAT}")
-        columns = _Columns(path, tuple(head["layers"]), head["top_k"], head["num_experts"])
-        trace = cls.__new__(cls)  # without its arrays: __getattr__ fetches them
-        vars(trace).update(
-            _columns=columns,
-            layers=columns.layers,
-            num_experts=columns.num_experts,
-            meta=head["meta"],
-            full=_Full(columns),
-        )
-        return trace
-
-    def __getattr__(self, name: str) -> np.ndarray:
-        if name not in _ARRAYS or "_columns" not in vars(self):
-            raise AttributeError(name)
-        vars(self)[name] = self._columns.read(name)
-        return vars(self)[name]
+        return parquet.read(path)
 
 
-_ARRAYS = {f.name for f in fields(Trace)} - {"layers", "full", "num_experts", "meta"}
+ARRAYS = {f.name for f in fields(Trace)} - {"layers", "full", "num_experts", "meta"}
 
 
-def _listed(numbers: int | Iterable[int]) -> int | list[int]:
-    return numbers if isinstance(numbers, int | np.integer) else list(numbers)
+def kept_by_expert(trace: Trace) -> np.ndarray:
+    """[T, L, K] int16: the experts that got the token in ascending order, -1 for each choice not dispatched."""
+    return np.sort(np.where(trace.kept, trace.experts, np.int16(-1)), axis=2)
 
 
-class _Columns:
-    """The columns of a saved trace, by name."""
-
-    def __init__(self, path: Path, layers: tuple[int, ...], top_k: int, num_experts: int):
-        self.path, self.layers, self.top_k, self.num_experts = path, layers, top_k, num_experts
-        self.stamp = self._stamp()
-
-    def _stamp(self) -> tuple[int, int]:
-        stat = self.path.stat()
-        return stat.st_size, stat.st_mtime_ns
-
-    def read(self, name: str) -> np.ndarray:
-        if name in TOKEN_COLUMNS:
-            return self._read([name])[0].astype(TOKEN_COLUMNS[name], copy=False)
-        if name == "entropy":
-            return np.stack(self._read([f"entropy.{layer}" for layer in self.layers]), axis=1)
-        found = self._read([f"{name}.{layer}.{k}" for layer in self.layers for k in range(self.top_k)])
-        return np.stack(found, axis=1).reshape(-1, len(self.layers), self.top_k)
-
-    def full(self, layer: int) -> np.ndarray:
-        return self._read([f"full.{layer}"])[0]
-
-    def _read(self, names: list[str]) -> list[np.ndarray]:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        if self._stamp() != self.stamp:
-            raise ValueError(f"{self.path} has changed since the trace was loaded: load it again")
-        table = pq.read_table(self.path, columns=names)
-        arrays = [table[name].combine_chunks() for name in names]
-        return [
-            np.frombuffer(a.buffers()[1], np.float16).reshape(-1, self.num_experts)[
-                a.offset : a.offset + len(a)
-            ]
-            if pa.types.is_fixed_size_binary(a.type)
-            else a.to_numpy(zero_copy_only=False)
-            for a in arrays
-        ]
-
-
-class _Full(Mapping):
-    """``Trace.full`` of a saved trace: a layer's distribution is read when it is asked for, and not kept."""
-
-    def __init__(self, columns: _Columns):
-        import pyarrow.parquet as pq
-
-        names = set(pq.read_schema(columns.path).names)
-        self.columns, self.there = columns, [n for n in columns.layers if f"full.{n}" in names]
-
-    def __getitem__(self, layer: int) -> np.ndarray:
-        if layer not in self.there:
-            raise KeyError(layer)
-        return self.columns.full(layer)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.there)
-
-    def __len__(self) -> int:
-        return len(self.there)
-
-
-# --------------------------------------------------------------------------------------------- recording on a rank
+def _listed(numbers: int | Iterable[int]) -> list[int]:
+    return [numbers] if isinstance(numbers, int | np.integer) else list(numbers)
 
 
 # ----------------------------------------------------------------------------------------------- merging the ranks
@@ -339,6 +221,8 @@ def join(traces: Iterable[Trace]) -> Trace:
         ValueError: they share a sample, or are of other layers or another number of experts.
     """
     traces = list(traces)
+    if not traces:
+        raise ValueError("there are no traces to join; expected at least one")
     for name in ("layers", "num_experts", "top_k"):
         found = {getattr(trace, name) for trace in traces}
         if len(found) != 1:
@@ -347,7 +231,7 @@ def join(traces: Iterable[Trace]) -> Trace:
     samples = [set(np.unique(trace.sample).tolist()) for trace in traces]
     if sum(map(len, samples)) > len(set().union(*samples)):
         raise ValueError("two of the traces have a sample in common")
-    parts = [{name: getattr(t, name) for name in _ARRAYS} for t in traces]
+    parts = [{name: getattr(t, name) for name in ARRAYS} for t in traces]
     full = tuple(layer for layer in first.full if all(layer in t.full for t in traces))
     for part, trace in zip(parts, traces, strict=True):
         part |= {f"full.{layer}": trace.full[layer] for layer in full}
@@ -375,6 +259,3 @@ def align(one: Trace, other: Trace) -> tuple[Trace, Trace]:
     if differ:
         raise ValueError(f"{differ} of {len(one)} tokens differ: the traces are not of the same text")
     return one, other
-
-
-# --------------------------------------------------------------------------------------------------------- domains

@@ -1,14 +1,12 @@
 // The explorer: linked views of one routing trace. The same file runs as an anywidget in a notebook and inside the
-// stand-alone page. All look-ups happen here, on typed arrays sent once (see pack.py); only masking needs the kernel.
+// stand-alone page. All look-ups happen here, on typed arrays sent once (see pack.py, whose header names the constants
+// that the arrays are packed with); only masking needs the kernel.
 //
 // Letters: T tokens (rows), L traced layers (indices, named by data.layers), K choices, E experts.
 
 // ---------------------------------------------------------------------------------------------------- the trace
 
 const KINDS = { uint8: Uint8Array, uint16: Uint16Array, uint32: Uint32Array, int32: Int32Array, float32: Float32Array };
-const NONE = 0xffffffff; // no piece: the target or prediction is unknown
-const DROPPED = 0x8000; // this bit of a choice; the others are the expert
-const UNIT = 65535; // probabilities and weights are stored as shares of it
 
 export class Data {
   constructor(header, buffers) {
@@ -29,10 +27,10 @@ export class Data {
   // Where each expert of a layer was chosen: its entries (row * K + choice) are at[from[e]] .. at[from[e + 1] - 1].
   post(l) {
     const n = this.T * this.K, of = l * n, from = new Uint32Array(this.E + 1), at = new Uint32Array(n);
-    for (let j = 0; j < n; j++) from[(this.choice[of + j] & ~DROPPED) + 1]++;
+    for (let j = 0; j < n; j++) from[(this.choice[of + j] & ~this.DROPPED) + 1]++;
     for (let e = 0; e < this.E; e++) from[e + 1] += from[e];
     const next = from.slice();
-    for (let j = 0; j < n; j++) at[next[this.choice[of + j] & ~DROPPED]++] = j;
+    for (let j = 0; j < n; j++) at[next[this.choice[of + j] & ~this.DROPPED]++] = j;
     return { from, at };
   }
 
@@ -49,7 +47,7 @@ export class Data {
   // One choice of a token: {expert, prob, weight, kept}.
   pick(l, row, k) {
     const j = (l * this.T + row) * this.K + k, c = this.choice[j];
-    return { expert: c & ~DROPPED, kept: !(c & DROPPED), prob: this.prob[j] / UNIT, weight: this.weight[j] / UNIT };
+    return { expert: c & ~this.DROPPED, kept: !(c & this.DROPPED), prob: this.prob[j] / this.UNIT, weight: this.weight[j] / this.UNIT };
   }
 
   picks(l, row) {
@@ -57,7 +55,7 @@ export class Data {
   }
 
   entropyOf(l, row) { // nats
-    return (this.entropy[l * this.T + row] / UNIT) * Math.log(this.E);
+    return (this.entropy[l * this.T + row] / this.UNIT) * Math.log(this.E);
   }
 
   // Rows that pass the filter, as [T] 0/1, and how many; all of them without a filter.
@@ -70,7 +68,7 @@ export class Data {
       const [a, b] = layer < 0 ? [0, this.L] : [layer, layer + 1];
       for (let l = a; l < b; l++)
         for (let i = 0; i < this.T; i++)
-          for (let k = 0; k < this.K; k++) if (this.choice[(l * this.T + i) * this.K + k] & DROPPED) lost[i] = 1;
+          for (let k = 0; k < this.K; k++) if (this.choice[(l * this.T + i) * this.K + k] & this.DROPPED) lost[i] = 1;
       for (let i = 0; i < this.T; i++) mask[i] &= lost[i];
     }
     let count = 0;
@@ -83,7 +81,7 @@ export class Data {
     return this.layers.map((_, l) => {
       const n = new Uint32Array(this.E), of = l * this.T * this.K;
       for (let i = 0; i < this.T; i++)
-        if (allowed.mask[i]) for (let k = 0; k < this.K; k++) n[this.choice[of + i * this.K + k] & ~DROPPED]++;
+        if (allowed.mask[i]) for (let k = 0; k < this.K; k++) n[this.choice[of + i * this.K + k] & ~this.DROPPED]++;
       return n;
     });
   }
@@ -97,16 +95,16 @@ export class Data {
     for (let p = from[e]; p < from[e + 1]; p++) {
       const row = (at[p] / K) | 0, k = at[p] % K;
       if (!allowed.mask[row]) continue;
-      const j = of + at[p], p1 = this.prob[j] / UNIT;
+      const j = of + at[p], p1 = this.prob[j] / this.UNIT;
       n++;
       prob += p1;
       if (k === 0) first++;
-      if (this.choice[j] & DROPPED) dropped++;
+      if (this.choice[j] & this.DROPPED) dropped++;
       byPiece.set(this.token[row], (byPiece.get(this.token[row]) || 0) + 1);
       byDomain[this.domain[row]]++;
-      for (let o = 0; o < K; o++) if (o !== k) partner[this.choice[j - k + o] & ~DROPPED]++;
-      if (l > 0) before[this.choice[of - step + row * K] & ~DROPPED]++;
-      if (l + 1 < this.L) after[this.choice[of + step + row * K] & ~DROPPED]++;
+      for (let o = 0; o < K; o++) if (o !== k) partner[this.choice[j - k + o] & ~this.DROPPED]++;
+      if (l > 0) before[this.choice[of - step + row * K] & ~this.DROPPED]++;
+      if (l + 1 < this.L) after[this.choice[of + step + row * K] & ~this.DROPPED]++;
       if (best.length < top || p1 > best[best.length - 1].prob) {
         best.push({ row, prob: p1 });
         best.sort((a, b) => b.prob - a.prob);
@@ -146,7 +144,7 @@ export class Data {
       if (!hit[this.token[i]]) continue;
       total++;
       if (rows.length < top) rows.push(i);
-      for (let k = 0; k < this.K; k++) chosen[this.choice[(l * this.T + i) * this.K + k] & ~DROPPED]++;
+      for (let k = 0; k < this.K; k++) chosen[this.choice[(l * this.T + i) * this.K + k] & ~this.DROPPED]++;
     }
     const gets = Array.from(chosen, (count, expert) => ({ expert, count, share: count / total }))
       .filter((x) => x.count).sort((a, b) => b.count - a.count).slice(0, 8);
@@ -397,7 +395,7 @@ class Views {
   // --- pieces of views
 
   piece(index, extra = {}) {
-    return h("span", { class: "mk-piece", ...extra }, index === NONE ? "–" : visible(this.data.pieces[index]));
+    return h("span", { class: "mk-piece", ...extra }, index === this.data.NONE ? "–" : visible(this.data.pieces[index]));
   }
 
   chip(l, e, text) {
@@ -508,12 +506,12 @@ class Views {
         c.kept ? `${number(c.prob)} → ${number(c.weight)}` : `${number(c.prob)} dropped`)]),
       h("td", { class: "mk-number" }, number(data.entropyOf(l, row))));
     const names = ["first", "second"].slice(0, data.K);
-    const known = data.target[row] !== NONE;
+    const known = data.target[row] !== data.NONE;
     this.tokenView.body.replaceChildren(
       h("table", {}, h("tr", {}, h("th", {}, "layer"), names.map((n) => h("th", { colspan: 2 }, `${n}: prob → weight`)), h("th", { title: `nats; uniform ${number(Math.log(data.E))}` }, "entropy")),
         data.layers.map((_, l) => line(l))),
       h("p", {}, known ? ["next ", this.piece(data.target[row]), `, log-probability ${number(data.logprob[row])} nats`] : "no next token",
-        data.predicted[row] !== NONE ? ["; predicted ", this.piece(data.predicted[row])] : []));
+        data.predicted[row] !== data.NONE ? ["; predicted ", this.piece(data.predicted[row])] : []));
   }
 
   strip(l) {

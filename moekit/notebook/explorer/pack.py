@@ -10,15 +10,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from moekit.notebook.pieces import pieces
 from moekit.symbols import PAD
 
 if TYPE_CHECKING:
     from moekit.data import Codec
     from moekit.routing.trace import Trace
 
-NONE = 0xFFFFFFFF  # no piece: the target or the prediction is unknown
-DROPPED = 0x8000  # this bit of a choice; the others are the expert
-UNIT = 65_535  # probabilities, weights and entropy/log(E) are stored as shares of it: exact to 1e-5
+# in place of a piece's number where the target or the prediction is unknown
+NONE = 0xFFFFFFFF
+# the bit of a choice that says that it was dropped; the other bits are the expert
+DROPPED = 0x8000
+# Probabilities, weights and entropy/log(E) are stored as shares of it: exact to 1e-5.
+UNIT = 65_535
 
 
 def pack(
@@ -38,8 +42,8 @@ def pack(
         cut: what of the trace is not here; None if nothing.
 
     Returns:
-        The header: ``T``, ``K``, ``E``, ``layers``, ``pieces``, ``domains``, ``mask``, ``cut``, and ``arrays`` as
-        (name, dtype) pairs; and the arrays, one-dimensional: ``choice``, ``prob`` and ``weight`` are [L, T, K] and
+        The header: ``T``, ``K``, ``E``, ``layers``, ``pieces``, ``domains``, ``mask``, ``cut``, the constants ``NONE``,
+        ``DROPPED`` and ``UNIT``, and ``arrays`` as (name, dtype) pairs; and the arrays, one-dimensional: ``choice``, ``prob`` and ``weight`` are [L, T, K] and
         ``entropy`` is [L, T], the others [T].
     """
     tokens = len(trace)
@@ -61,13 +65,12 @@ def pack(
     ids = np.unique(
         np.concatenate([trace.token, trace.target[known_target], trace.predicted[known_prediction]])
     )
-    # -1 stands for what a trace from another tool does not tell
-    pieces = [f" {i}" if codec is None else codec.pieces([i])[0] if i >= 0 else "?" for i in ids]
 
     def place(column: np.ndarray, known: np.ndarray | bool = True) -> np.ndarray:
         return np.where(known, np.searchsorted(ids, column), NONE).astype(np.uint32)
 
-    def share(values: np.ndarray) -> np.ndarray:  # [T, L, ...] -> [L, T, ...]
+    def share(values: np.ndarray) -> np.ndarray:
+        """[T, L, ...] -> [L, T, ...] in units."""
         return np.rint(np.clip(np.nan_to_num(values.swapaxes(0, 1)), 0, 1) * UNIT).astype(np.uint16)
 
     choice = trace.experts.astype(np.uint16) | np.where(trace.kept, 0, DROPPED).astype(np.uint16)
@@ -90,7 +93,10 @@ def pack(
         "K": trace.top_k,
         "E": trace.num_experts,
         "layers": list(trace.layers),
-        "pieces": pieces,
+        "pieces": pieces(codec, ids),
+        "NONE": NONE,
+        "DROPPED": DROPPED,
+        "UNIT": UNIT,
         "domains": [str(label) for label in labels],
         "mask": mask,
         "cut": cut,
@@ -132,5 +138,6 @@ def choose_samples(sample: np.ndarray, domains: np.ndarray | None, max_tokens: i
 
 def _spread(group: Sequence[int]) -> list[tuple[int, int]]:
     """The group's members with their turn: any first few turns are spread over the whole group."""
-    order = sorted(range(len(group)), key=lambda place: int(f"{place:032b}"[::-1], 2))  # van der Corput
+    # The order of van der Corput's sequence: by the place's binary digits in reverse.
+    order = sorted(range(len(group)), key=lambda place: int(f"{place:032b}"[::-1], 2))
     return [(turn, group[place]) for turn, place in enumerate(order)]

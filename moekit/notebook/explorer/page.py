@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from moekit import results
 from moekit.notebook.explorer.pack import choose_samples, pack
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def save_html(
 
     Raises:
         ValueError: an argument makes no sense.
+        moekit.results.NotWritten: (a ValueError) the folder cannot be written to, or its disk is full.
     """
     if not isinstance(max_tokens, int) or isinstance(max_tokens, bool) or max_tokens < 1:
         raise ValueError(f"max_tokens={max_tokens!r}: expected a whole number of at least 1")
@@ -72,7 +74,8 @@ def save_html(
         domains = None if domains is None else np.asarray(domains)[here]
     header, arrays = pack(trace, codec, domains, mask=NO_KERNEL, cut=cut)
 
-    held = json.dumps(header).replace("<", "\\u003c")  # no token can end the element it stands in
+    # Without "<" no token's text can end the element that holds the header.
+    held = json.dumps(header).replace("<", "\\u003c")
     parts = [
         PAGE,
         (HERE / "explorer.css").read_text("utf-8"),
@@ -84,6 +87,6 @@ def save_html(
         parts.append(f'<script type="application/octet-stream" id="array-{name}">{text}</script>\n')
     script = (HERE / "explorer.js").read_text("utf-8")
     parts.append(f'<script type="module">\n{script}\nopenPage();\n</script>\n</body>\n</html>\n')
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(parts), "utf-8")
+    with results.whole(path, make=True) as part:
+        part.write_text("".join(parts), "utf-8")
     return path

@@ -38,7 +38,7 @@ class Explorer(anywidget.AnyWidget):
     expert = traitlets.List(traitlets.Int(), [-1, -1]).tag(sync=True)
 
     def __init__(self, trace: Trace, model: Model | None, codec: Codec | None, domains: np.ndarray | None):
-        # Not traits: a saved notebook keeps the traits, and the trace belongs into its own file.
+        # These are no traits, because a saved notebook keeps its traits and would hold the whole trace.
         self.trace, self.model, self.codec, self.domains = trace, model, codec, domains
         self.packed = pack(trace, codec, domains, mask=NO_MODEL if model is None else None, cut=None)
         super().__init__()
@@ -58,7 +58,8 @@ class Explorer(anywidget.AnyWidget):
                 rows = slice(content["from"], content["to"])
                 delta, said = self.mask(rows, content["layer"], content["expert"])
                 self.send({"id": content["id"], "said": said}, [delta])
-        except Exception as error:  # shown in the view: nobody sees what a comm's handler raises
+        except Exception as error:
+            # The view shows it: Jupyter drops what the handler of a message raises.
             self.send({"id": content["id"], "error": f"{type(error).__name__}: {error}"})
 
     def mask(self, rows: slice, layer: int, expert: int) -> tuple[np.ndarray, str]:

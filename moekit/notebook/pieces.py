@@ -1,0 +1,26 @@
+"""A token as a reader sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from moekit.notebook.coloured_text import visible
+
+if TYPE_CHECKING:
+    from moekit.data import Codec
+
+UNKNOWN = "?"
+
+
+def pieces(codec: Codec | None, ids: Iterable[int]) -> list[str]:
+    """Each token's piece; its id where there is no codec; ? for -1, a token that an imported trace does not tell."""
+    ids = [int(number) for number in ids]
+    told = [number for number in ids if number >= 0]
+    known = iter(codec.pieces(told) if codec is not None else [f" {number}" for number in told])
+    return [next(known) if number >= 0 else UNKNOWN for number in ids]
+
+
+def visible_pieces(codec: Codec | None, ids: Iterable[int]) -> list[str]:
+    """The same with line ends and tabs that can be seen (:func:`moekit.notebook.coloured_text.visible`)."""
+    return [visible(piece) for piece in pieces(codec, ids)]

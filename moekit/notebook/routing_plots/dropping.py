@@ -1,0 +1,64 @@
+"""What capacity drops along a sample."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from moekit.notebook.style import CHOICE_COLOURS, STYLE
+from moekit.routing import metrics
+
+if TYPE_CHECKING:
+    from moekit.routing.trace import Trace
+
+
+def drops_by_position(trace: Trace, bins: int = 32) -> Figure:
+    """Share of choices that capacity dropped, along the sample: one panel per layer, one line per choice."""
+    edges = np.linspace(0, trace.position.max() + 1, min(bins, int(trace.position.max()) + 1) + 1)
+    where = np.digitize(trace.position, edges) - 1
+    size = np.bincount(where, minlength=len(edges) - 1)
+    middle = (edges[:-1] + edges[1:]) / 2
+    chance = metrics.drop_chance(trace)
+    columns = min(3, len(trace.layers))
+    rows = -(-len(trace.layers) // columns)
+    with rc_context(STYLE):
+        fig = Figure(figsize=(9, 0.9 + 1.7 * rows), layout="constrained")
+        axes = fig.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+        for place, (ax, layer) in enumerate(zip(axes, trace.layers, strict=False)):
+            for k in range(trace.top_k):
+                lost = np.bincount(where, weights=~trace.kept[:, place, k], minlength=len(size))
+                ax.plot(
+                    middle,
+                    100 * lost / np.maximum(size, 1),
+                    color=CHOICE_COLOURS[k % len(CHOICE_COLOURS)],
+                    lw=1.6,
+                    label=f"choice {k + 1}",
+                )
+                if chance is not None:
+                    ax.plot(
+                        100 * chance[:, k],
+                        color=CHOICE_COLOURS[k % len(CHOICE_COLOURS)],
+                        lw=1.2,
+                        ls=":",
+                        label=f"choice {k + 1}, uniform random routing",
+                    )
+            share = 100 * (~trace.kept[:, place]).mean()
+            ax.set_title(f"layer {layer}: {share:.1f} % dropped")
+        for ax in axes[len(trace.layers) :]:
+            ax.axis("off")
+        axes[0].set_ylim(0, max(1, axes[0].get_ylim()[1]))
+        fraction = trace.meta.get("capacity_token_fraction")
+        room = "no limit" if fraction is None else f"fraction {fraction:g}"
+        fig.suptitle(
+            f"Choices dropped, by position in the sample; capacity: {room}", x=0.01, ha="left", fontsize=10
+        )
+        for place in range(0, len(trace.layers), columns):
+            axes[place].set_ylabel("% dropped")
+        for place in range(max(0, len(trace.layers) - columns), len(trace.layers)):
+            axes[place].set_xlabel("position")
+        handles, labels = axes[0].get_legend_handles_labels()
+        fig.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
+    return fig

@@ -1,0 +1,69 @@
+"""Who is busy."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from moekit.notebook.style import INK, RATIO, RATIO_COLOURS, STYLE, log2, plain_log, ramp, ratio_bar
+from moekit.routing import metrics
+
+if TYPE_CHECKING:
+    from moekit.routing.trace import Trace
+
+
+def load_heatmap(trace: Trace, seed: int = 0) -> Figure:
+    """Load of every expert of every layer, busiest first: a heat map, and the curves below it.
+
+    Load is the share of all K T choices, dropped ones included, as a multiple of the uniform share 1/E. The grey band
+    holds 90 % of what uniform random routing gives at this number of tokens: even then some experts are busier.
+    """
+    counts = metrics.counts(trace)
+    total, experts = len(trace) * trace.top_k, trace.num_experts
+    ratio = -np.sort(-counts, axis=1) / (total / experts)
+    drawn = np.random.default_rng(seed).multinomial(total, np.full(experts, 1 / experts), size=100)
+    low, high = np.quantile(-np.sort(-drawn, axis=1) / (total / experts), (0.05, 0.95), axis=0)
+    rank = np.arange(1, experts + 1)
+    with rc_context(STYLE):
+        rows = max(1.0, 0.24 * len(trace.layers))
+        fig = Figure(figsize=(9, rows + 3.4), layout="constrained")
+        heat, curve = fig.subplots(2, 1, height_ratios=[rows, 2.6])
+        image = heat.imshow(
+            log2(ratio),
+            aspect="auto",
+            cmap=RATIO_COLOURS,
+            norm=RATIO,
+            interpolation="nearest",
+            extent=(0.5, experts + 0.5, len(counts), 0),
+        )
+        heat.set_yticks(np.arange(len(counts)) + 0.5, [f"layer {n}" for n in trace.layers])
+        heat.set_title(f"Load of {experts} experts, busiest first in each layer; {len(trace):,} tokens")
+        heat.tick_params(left=False)
+        ratio_bar(fig, image, heat, "× uniform")
+        curve.fill_between(
+            rank, low, high, color="#BBBBBB", lw=0, step="mid", label="uniform random routing, 90 %"
+        )
+        for row, layer, colour in zip(ratio, trace.layers, ramp(len(counts)), strict=True):
+            curve.plot(
+                rank,
+                np.where(row > 0, row, np.nan),
+                color=colour,
+                lw=1.4,
+                drawstyle="steps-mid",
+                label=f"layer {layer}",
+            )
+        curve.axhline(1, color=INK, lw=1, ls="--")
+        curve.set(
+            xlabel="expert, by rank in its layer", ylabel="× uniform", xlim=(0.5, experts + 0.5), yscale="log"
+        )
+        plain_log(curve)
+        curve.legend(ncols=2, loc="upper right", fontsize=8)
+        idle = "; ".join(
+            f"layer {n}: {z}" for n, z in zip(trace.layers, (counts == 0).sum(axis=1), strict=True) if z
+        )
+        if idle:
+            curve.set_title(f"experts that no token chose: {idle}", fontsize=8)
+    return fig

@@ -1,0 +1,90 @@
+"""The way of tokens through the layers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from moekit.notebook.pieces import visible_pieces
+from moekit.notebook.style import INK, STYLE, commonest
+
+if TYPE_CHECKING:
+    from moekit.data import Codec
+    from moekit.routing.trace import Trace
+
+
+def paths(
+    trace: Trace, codec: Codec | None = None, sample: int | None = None, start: int = 0, tokens: int = 40
+) -> Figure:
+    """The way of some tokens through the layers: every choice's expert by number, as wide as its combine weight.
+
+    Colours mark the experts commonest in these tokens, layer by layer; dropped choices are struck through.
+
+    Args:
+        sample: its number in the trace; None: the first.
+        start, tokens: which of its tokens.
+    """
+    sample = int(trace.sample[0]) if sample is None else sample
+    part = trace.select(samples=sample)
+    part = part.select(mask=(part.position >= start) & (part.position < start + tokens))
+    if not len(part):
+        raise ValueError(f"the trace has no tokens of sample {sample} from position {start} on")
+    words, count, depth, k = visible_pieces(codec, part.token), len(part), len(trace.layers), trace.top_k
+    with rc_context(STYLE):
+        fig = Figure(figsize=(2.2 + 1.25 * depth, 0.8 + 0.2 * count), layout="constrained")
+        ax = fig.subplots()
+        for place in range(depth):
+            colours = commonest(part.experts[:, place].ravel())
+            for row in range(count):
+                left = place + 0.04
+                for n in range(k):
+                    expert, kept = int(part.experts[row, place, n]), bool(part.kept[row, place, n])
+                    slot = 0.92 / k
+                    wide = slot * float(part.weights[row, place, n])
+                    ax.add_patch(Rectangle((left, row - 0.42), slot - 0.03, 0.84, fc="#F3F3F3", ec="none"))
+                    ax.add_patch(
+                        Rectangle(
+                            (left, row - 0.42),
+                            max(0, wide - 0.03),
+                            0.84,
+                            fc=colours.get(expert, "#CCCCCC"),
+                            ec="none",
+                        )
+                    )
+                    ax.text(
+                        left + (slot - 0.03) / 2,
+                        row,
+                        f"{expert}",
+                        ha="center",
+                        va="center_baseline",
+                        size=7.5,
+                        color=INK if kept else "#999999",
+                    )
+                    if not kept:
+                        ax.plot([left + 0.06, left + slot - 0.09], [row, row], color="#D55E00", lw=1.1)
+                    left += slot
+        ax.set(xlim=(0, depth), ylim=(count - 0.4, -0.6))
+        ax.set_xticks(np.arange(depth) + 0.48, [f"layer {n}" for n in trace.layers])
+        ax.xaxis.tick_top()
+        ax.set_yticks(
+            range(count),
+            [w.strip() or "␣" for w in words],
+            family="DejaVu Sans Mono",
+            size=8,
+            parse_math=False,
+        )
+        ax.tick_params(length=0)
+        for side in ax.spines.values():
+            side.set_visible(False)
+        fig.suptitle(
+            f"Sample {sample}, positions {part.position[0]} to {part.position[-1]}\n"
+            "experts by number, bars by combine weight, dropped struck through",
+            x=0.01,
+            ha="left",
+            fontsize=9,
+        )
+    return fig

@@ -1,0 +1,109 @@
+"""A sample's text, coloured by where the router sent each token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+
+from moekit.notebook import coloured_text
+from moekit.notebook.coloured_text import Span
+from moekit.notebook.pieces import visible_pieces
+from moekit.notebook.style import commonest
+
+if TYPE_CHECKING:
+    from IPython.display import HTML
+
+    from moekit.data import Codec
+    from moekit.routing.trace import Trace
+
+# The darkest colour of a probability, as a part of its scale: black text stands on it.
+DARKEST = 0.65
+
+
+def text_html(
+    trace: Trace,
+    codec: Codec | None = None,
+    sample: int | None = None,
+    layer: int | None = None,
+    by: str = "expert",
+) -> HTML:
+    """A sample's text, each token coloured by its first choice; inline styles only, so that nbconvert keeps it.
+
+    Args:
+        sample: its number in the trace; None: the first.
+        layer: a traced model layer; None: the first.
+        by: "expert": the 8 most frequent experts have colours; "confidence": the first choice's gate probability.
+
+    Raises:
+        ValueError: no such sample or layer, or another ``by``.
+    """
+    from IPython.display import HTML
+
+    shown = _passage(trace, codec, sample, layer, by)
+    return HTML(
+        f'<div style="font-family:system-ui,sans-serif;font-size:14px;line-height:1.8;max-width:60em">'
+        f'<div style="font-size:12px"><b>{shown.title}</b> &nbsp; {coloured_text.chips(shown.keys)}{shown.note}</div>'
+        f"{coloured_text.html(shown.spans)}</div>"
+    )
+
+
+def text_figure(
+    trace: Trace,
+    codec: Codec | None = None,
+    sample: int | None = None,
+    layer: int | None = None,
+    by: str = "expert",
+    max_tokens: int = 300,
+) -> Figure:
+    """:func:`text_html` as a figure, of the sample's first ``max_tokens`` tokens."""
+    shown = _passage(trace, codec, sample, layer, by)
+    return coloured_text.figure(shown.spans[:max_tokens], shown.title, shown.keys, shown.note)
+
+
+@dataclass(frozen=True)
+class _Passage:
+    title: str
+    keys: list[tuple[str, str]]
+    note: str
+    spans: list[Span]
+
+
+def _passage(trace: Trace, codec: Codec | None, sample: int | None, layer: int | None, by: str) -> _Passage:
+    if by not in ("expert", "confidence"):
+        raise ValueError(f"by={by!r}; expected expert or confidence")
+    sample = int(trace.sample[0]) if sample is None else sample
+    part = trace.select(samples=sample)
+    if not len(part):
+        raise ValueError(f"the trace has no sample {sample}; its samples are {_range(trace)}")
+    place = 0 if layer is None else trace.at(layer)
+    first = part.experts[:, place, 0].tolist()
+    if by == "expert":
+        colours = commonest(part.experts[:, place, 0])
+        fills = [colours.get(expert, "") for expert in first]
+        keys = [(f"E{expert}", colour) for expert, colour in colours.items()]
+        note = "other experts: no colour"
+    else:
+        fills = [_shade(probability) for probability in part.probs[:, place, 0]]
+        keys = [(f"{probability:g}", _shade(probability)) for probability in (0, 0.25, 0.5, 0.75, 1)]
+        note = f"gate probability of the first choice; uniform {1 / trace.num_experts:.3g}"
+    words = visible_pieces(codec, part.token)
+    tips = [_tip(part, place, row) for row in range(len(part))]
+    title = f"sample {part.sample[0]}, layer {part.layers[place]}"
+    return _Passage(title, keys, note, [Span(*each) for each in zip(words, fills, tips, strict=True)])
+
+
+def _tip(part: Trace, place: int, row: int) -> str:
+    choices = zip(part.experts[row, place], part.probs[row, place], part.kept[row, place], strict=True)
+    return ", ".join(f"E{e} {p:.2f}" + ("" if kept else " dropped") for e, p, kept in choices)
+
+
+def _shade(probability: float) -> str:
+    return to_hex(colormaps["YlGnBu"](DARKEST * probability))
+
+
+def _range(trace: Trace) -> str:
+    return f"{trace.sample.min()} to {trace.sample.max()}"

@@ -1,0 +1,303 @@
+"""Files that other tools wrote, as samples; the package's page says what each layout holds.
+
+A reader yields a dict for each sample: ``experts`` [T, L, k], -1 for none, and what it knows of ``token``, ``position``,
+``predicted`` [T], ``layers`` and ``num_experts``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import pickle
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moekit.routing.trace import Trace
+from moekit.symbols import PAD
+
+Layers = tuple[int, ...] | None
+NONE = -1
+# SGLang's mark of a pass with one token of each request
+DECODE = 2
+
+
+# -------------------------------------------------------------------------------------------------------- vLLM
+
+
+def _read_vllm(path: Path, layers: Layers) -> Iterator[dict]:
+    requests = [request for request in _requests(path) if len(request)]
+    shapes = {request.shape[1:] for request in requests}
+    if len(shapes) > 1:
+        raise ValueError(
+            f"{path}: its requests have different numbers of layers or choices: {sorted(shapes)}"
+        )
+    if not requests:
+        return
+    dense = np.all([~(request > 0).any(axis=(0, 2)) for request in requests], axis=0)
+    if requests[0].shape[2] == 1 and layers is not None and len(layers) == len(dense):
+        # With one choice, zeros may be choices of expert 0, and the caller says that all of these layers have experts.
+        dense[:] = False
+    places = np.flatnonzero(~dense)
+    if not len(places):
+        raise ValueError(f"{path}: expert 0 is every choice of every layer, so nothing was recorded")
+    names = places if layers is None else np.array(layers)
+    if len(names) == len(dense):
+        names = names[places] if layers is not None else places
+    elif len(names) != len(places):
+        raise ValueError(
+            f"layers={list(layers or ())}: the file has {len(dense)} layers, {len(places)} of them with experts; expected "
+            "either number"
+        )
+    for request in requests:
+        if request.shape[2] > 1:
+            request[~(request > 0).any(axis=(1, 2))] = NONE
+        yield {"experts": request[:, places], "layers": tuple(names.tolist())}
+
+
+def _requests(path: Path) -> list[np.ndarray]:
+    """The arrays [T, L, k] of a file, one for each request."""
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        arrays = [loaded] if isinstance(loaded, np.ndarray) else [loaded[name] for name in loaded.files]
+    except (ValueError, zipfile.BadZipFile, EOFError):
+        raise ValueError(
+            f"{path} is no array of whole numbers; expected what np.save makes of a request's routed_experts, or np.savez of "
+            "several (an array of objects is not opened, since it could run code)"
+        ) from None
+    found = []
+    for array in arrays:
+        if array.ndim not in (3, 4) or array.dtype.kind not in "iu":
+            raise ValueError(
+                f"{path} has {array.dtype} {list(array.shape)}; expected whole numbers [tokens, layers, choices]"
+            )
+        found += list(array) if array.ndim == 4 else [array]
+    return [array.astype(np.int64) for array in found]
+
+
+# ------------------------------------------------------------------------------------------------------ SGLang
+
+
+def _read_sglang(path: Path, layers: Layers) -> Iterator[dict]:
+    import torch
+
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError):
+        content = None
+    if not isinstance(content, dict) or "records" not in content:
+        raise ValueError(f"{path} has no 'records'; expected what SGLang's recorder writes in mode per_token")
+    logical = content.get("last_physical_to_logical_map")
+    logical = None if logical is None else np.asarray(logical).astype(np.int64)
+    for record in content["records"]:
+        if "topk_ids_of_layer" not in record:
+            raise ValueError(f"{path}: a record has no 'topk_ids_of_layer'; record in mode per_token")
+        ids = record["topk_ids_of_layer"].numpy().astype(np.int64)
+        token, position = np.array(record["input_ids"]), np.array(record["positions"])
+        if ids.ndim != 3 or position.shape != token.shape or ids.shape[1] != len(token):
+            raise ValueError(
+                f"{path}: a record has {len(token)} input_ids, positions of shape {list(position.shape)} and ids of shape "
+                f"{list(ids.shape)}; expected [layers, tokens, choices] of the same tokens"
+            )
+        if not len(token):
+            continue
+        ids, told = _logical(path, ids, logical)
+        places = np.flatnonzero((ids >= 0).any(axis=(1, 2)))
+        # The recorder's buffer is wider than the model's k.
+        ids = ids[places][:, :, (ids[places] >= 0).any(axis=(0, 1))]
+        for a, b in itertools.pairwise(_bounds(path, record, position)):
+            yield {
+                "experts": ids[:, a:b].transpose(1, 0, 2),
+                "token": token[a:b],
+                "position": position[a:b],
+                "layers": tuple(places.tolist()),
+                "num_experts": told,
+            }
+
+
+def _logical(path: Path, ids: np.ndarray, logical: np.ndarray | None) -> tuple[np.ndarray, int | None]:
+    """The model's experts [layers, T, k] in place of physical ones, and how many there are."""
+    if logical is None:
+        return ids, None
+    if logical.ndim != 2 or len(logical) < len(ids) or ids.max(initial=0) >= logical.shape[1]:
+        raise ValueError(
+            f"{path}: last_physical_to_logical_map has shape {list(logical.shape)}, which does not fit ids up to "
+            f"{ids.max(initial=0)} in {len(ids)} layers"
+        )
+    layer = np.arange(len(ids))[:, None, None]
+    return np.where(ids >= 0, logical[layer, ids], NONE), int(logical.max()) + 1
+
+
+def _bounds(path: Path, record: dict, position: np.ndarray) -> Sequence[int]:
+    """Where the requests of a pass begin, and where the last one ends; what comes after that is padding."""
+    tokens, lengths = len(position), record.get("extend_seq_lens")
+    if lengths is not None:
+        bounds = [0, *np.cumsum(lengths).tolist()]
+        if bounds[-1] > tokens or min(lengths, default=0) < 0:
+            raise ValueError(
+                f"{path}: extend_seq_lens adds up to {bounds[-1]} of {tokens} tokens; expected no more"
+            )
+        return bounds
+    if record.get("forward_mode") == DECODE:
+        return range(tokens + 1)
+    # A pass that does not tell its requests: one begins wherever positions do not go on.
+    return [*np.flatnonzero(np.diff(position, prepend=-2) != 1).tolist(), tokens]
+
+
+# ---------------------------------------------------------------------------------------------------- Megatron
+
+
+def _read_megatron(path: Path, layers: Layers) -> Iterator[dict]:
+    files = sorted(path.glob("router_trace_rank*.jsonl")) if path.is_dir() else [path]
+    passes: dict[tuple[int, int], dict[int, list]] = {}
+    for file in files:
+        for record in _json_lines(file):
+            if record.get("block", "decoder") == "decoder":
+                by_layer = passes.setdefault((record["step"], record["rank"]), {})
+                by_layer.setdefault(record["layer"], []).append(record["top_indices"])
+    if not passes:
+        raise ValueError(f"{path} holds no router_trace_rank*.jsonl with a decoder's records")
+    for (step, rank), by_layer in sorted(passes.items()):
+        names = tuple(sorted(by_layer))
+        if len({len(by_layer[layer]) for layer in names}) > 1:
+            raise ValueError(
+                f"{path}: the layers of step {step} on rank {rank} have different numbers of microbatches"
+            )
+        # The n-th record of each layer is of the n-th microbatch.
+        for batch in zip(*(by_layer[layer] for layer in names), strict=True):
+            if len({len(part) for part in batch}) > 1:
+                raise ValueError(f"{path}: the layers of a step have different numbers of tokens")
+            if batch[0]:
+                yield {"experts": np.stack([_square(path, part) for part in batch], axis=1), "layers": names}
+
+
+def _square(path: Path, rows: list) -> np.ndarray:
+    try:
+        array = np.array(rows)
+    except ValueError:
+        array = np.empty(0)
+    if array.ndim != 2 or array.dtype.kind not in "iu":
+        raise ValueError(f"{path}: top_indices is no table of whole numbers; expected [tokens][choices]")
+    return array
+
+
+# ------------------------------------------------------------------------------------------------------- OLMoE
+
+
+def _read_olmoe(path: Path, layers: Layers) -> Iterator[dict]:
+    for record in _json_lines(path):
+        try:
+            experts = np.array(record["exp_ids"])
+        except ValueError:
+            experts = np.empty(0)
+        if not len(record["input_ids"]):
+            continue
+        if experts.ndim != 3 or experts.dtype.kind not in "iu" or len(experts) != len(record["input_ids"]):
+            raise ValueError(
+                f"{path}: exp_ids has shape {list(experts.shape)} for {len(record['input_ids'])} tokens; expected whole "
+                "numbers [tokens, choices, layers]"
+            )
+        predicted = record.get("predicted_token_ids", [-1] * len(experts))
+        yield {
+            "experts": experts.transpose(0, 2, 1),
+            "token": np.array(record["input_ids"]),
+            "predicted": np.array(predicted),
+        }
+
+
+READERS: dict[str, Callable[[Path, Layers], Iterator[dict]]] = {
+    "vllm": _read_vllm,
+    "sglang": _read_sglang,
+    "megatron": _read_megatron,
+    "olmoe": _read_olmoe,
+}
+
+
+def _json_lines(path: Path) -> Iterator[dict]:
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                record = json.loads(line)
+            except (json.JSONDecodeError, RecursionError):
+                record = None
+            if not isinstance(record, dict):
+                raise ValueError(f"{path}, line {number}: expected a JSON object")
+            yield record
+
+
+# --------------------------------------------------------------------------------------------------- the trace
+
+
+def as_trace(
+    samples: list[dict[str, Any]], num_experts: int | None, layers: Layers, source: dict[str, str]
+) -> Trace:
+    """The samples that a reader found, as a trace; ``source`` becomes its meta.
+
+    Raises:
+        ValueError: they do not fit each other or the arguments.
+    """
+    path = source["path"]
+    samples = [part for part in (_without_padding(sample, path) for sample in samples) if part is not None]
+    if not samples:
+        raise ValueError(f"{path} holds no token")
+    shapes = {(s["experts"].shape[1:], s.get("layers")) for s in samples}
+    if len(shapes) > 1:
+        raise ValueError(f"{path}: samples differ in layers or choices: {sorted(map(str, shapes))}")
+    (depth, _), told = shapes.pop()
+    layers = told if told is not None else tuple(range(depth)) if layers is None else layers
+    if len(layers) != depth:
+        raise ValueError(f"layers={layers}: the file has {depth}")
+    experts = np.concatenate([s["experts"] for s in samples])
+    highest = int(experts.max())
+    known = num_experts or max((s.get("num_experts") or 0 for s in samples), default=0) or highest + 1
+    if experts.min() < 0 or highest >= known:
+        raise ValueError(f"{path} has experts {experts.min()} to {highest}; num_experts={known}")
+
+    lengths = [len(s["experts"]) for s in samples]
+    token = [s.get("token", np.full(n, -1)) for s, n in zip(samples, lengths, strict=True)]
+    follows = [np.append(t[1:], PAD) if t[0] >= 0 else np.full(len(t), PAD) for t in token]
+    unknown = np.full(experts.shape, np.nan, dtype=np.float32)
+
+    def joined(parts: list[np.ndarray]) -> np.ndarray:
+        return np.concatenate(parts).astype(np.int32)
+
+    return Trace(
+        sample=np.repeat(np.arange(len(samples), dtype=np.int32), lengths),
+        position=joined([s["position"] for s in samples]),
+        token=joined(token),
+        target=joined(follows),
+        generated=np.zeros(len(experts), dtype=bool),
+        logprob=np.full(len(experts), np.nan, dtype=np.float32),
+        predicted=joined([s.get("predicted", np.full(n, -1)) for s, n in zip(samples, lengths, strict=True)]),
+        layers=layers,
+        experts=experts.astype(np.int16),
+        probs=unknown,
+        weights=unknown,
+        kept=np.ones(experts.shape, dtype=bool),
+        entropy=unknown[:, :, 0],
+        full={},
+        num_experts=known,
+        meta={"imported": source},
+    )
+
+
+def _without_padding(sample: dict[str, Any], path: str) -> dict[str, Any] | None:
+    """The tokens that have experts, with their positions; None where none has."""
+    experts = sample["experts"]
+    sample = {"position": np.arange(len(experts))} | sample
+    real = ~(experts == NONE).all(axis=(1, 2))
+    if not real.any():
+        return None
+    if (experts[real] == NONE).any():
+        raise ValueError(
+            f"{path}: a token has fewer choices than others, or none in some layers; expected alike for all"
+        )
+    for name in ("experts", "position", "token", "predicted"):
+        if name in sample:
+            if len(sample[name]) != len(real):
+                raise ValueError(f"{path}: a sample has {len(sample[name])} {name} for {len(real)} tokens")
+            sample[name] = sample[name][real]
+    return sample

@@ -1,0 +1,167 @@
+"""How many choices each expert gets, and how evenly they spread."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from moekit.routing.metrics.registry import measured
+from moekit.routing.metrics.tables import (
+    block_counts,
+    broadcast_table,
+    chosen_experts,
+    layers_of,
+    set_sizes,
+    table_of_rows,
+)
+from moekit.routing.statistics import bootstrap, percentiles, random_counts, share, wilson
+from moekit.routing.trace import Trace
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# the part of the experts whose share ``top_20_share`` is
+BUSIEST = 0.2
+
+
+@measured
+def load(trace: Trace, *, choice: int | None = None, dispatched: bool = False) -> pd.DataFrame:
+    """How many choices each expert gets.
+
+    ``value`` = N(e) / sum over experts of N; ``chance`` = 1/E. Wilson's interval. ``choice``: only this one (0: first).
+
+    Returns:
+        One row per (layer, expert): ``layer``, ``expert``, ``count``, ``value``, ``low``, ``high``, ``chance``.
+    """
+    count = counts(trace, choice=choice, dispatched=dispatched)
+    total = count.sum(axis=1, keepdims=True)
+    return broadcast_table(
+        {"layer": layers_of(trace)[:, None], "expert": np.arange(trace.num_experts)[None], "count": count},
+        share(count, total),
+        chance=1 / trace.num_experts,
+    )
+
+
+@measured
+def counts(trace: Trace, *, choice: int | None = None, dispatched: bool = False) -> np.ndarray:
+    """[L, E] int64: how many choices each expert gets."""
+    experts = trace.num_experts
+    return np.stack(
+        [
+            np.bincount(chosen_experts(trace, place, choice, dispatched).ravel(), minlength=experts + 1)[
+                :experts
+            ]
+            for place in range(len(trace.layers))
+        ]
+    )
+
+
+@measured
+def balance(trace: Trace, *, choice: int | None = None, dispatched: bool = False) -> pd.DataFrame:
+    """How evenly a layer's choices spread over its experts. With c the counts and p = c / sum(c):
+
+    - ``cv`` = std(c) / mean(c), the coefficient of variation (Shazeer et al. 2017, arXiv 1701.06538, section 4);
+    - ``gini`` = sum over e, f of \\|c_e - c_f\\| / (2 E sum(c)): 0 even, 1 - 1/E all on one;
+    - ``max_over_mean`` = max(c) / mean(c); minus 1 it is MaxVio (Wang et al. 2024, arXiv 2408.15664);
+    - ``effective_experts`` = exp(H), H = - sum p ln p: how many even experts would be as spread (Hill number);
+    - ``top_20_share``: the share of the 20 % busiest experts, as fairseq logs it (top2gate.py, SAMPLE_FRACTION);
+    - ``unused`` = experts without a choice.
+
+    Interval: bootstrap over samples (which widens what unevenness each sample has). ``chance``: mean of a simulation.
+
+    Returns:
+        One row per (layer, ``statistic``): ``layer``, ``statistic``, ``value``, ``low``, ``high``, ``chance``.
+    """
+    resamples, block = bootstrap(trace)
+    k = trace.top_k if choice is None else 1
+    chance = _spread(random_counts(len(trace), k, trace.num_experts))
+    rows = []
+    for place, layer in enumerate(trace.layers):
+        chosen = chosen_experts(trace, place, choice, dispatched)
+        cells = block_counts(block, chosen, trace.num_experts, len(resamples[0]))
+        again = _spread(resamples @ cells)
+        for name, value in _spread(cells.sum(axis=0, keepdims=True)).items():
+            low, high = percentiles(again[name])
+            rows.append((layer, name, value[0], low, high, chance[name].mean()))
+    return table_of_rows(rows, "layer statistic value low high chance")
+
+
+def _spread(c: np.ndarray) -> dict[str, np.ndarray]:
+    """Counts [..., E] -> statistics [...]."""
+    experts = c.shape[-1]
+    total = np.maximum(c.sum(axis=-1), 1e-30)
+    ordered = np.sort(c, axis=-1)
+    p = c / total[..., None]
+    entropy = -(p * np.log(np.where(p > 0, p, 1))).sum(axis=-1)
+    rank = 2 * np.arange(1, experts + 1) - experts - 1
+    top = max(1, math.ceil(BUSIEST * experts))
+    return {
+        "cv": c.std(axis=-1) * experts / total,
+        "gini": (ordered * rank).sum(axis=-1) / (experts * total),
+        "max_over_mean": ordered[..., -1] * experts / total,
+        "effective_experts": np.exp(entropy),
+        "top_20_share": ordered[..., -top:].sum(axis=-1) / total,
+        "unused": (c == 0).sum(axis=-1).astype(float),
+    }
+
+
+@measured
+def dead_experts(trace: Trace, *, dispatched: bool = False) -> pd.DataFrame:
+    """Experts that no token of the trace chose.
+
+    ``chance`` = E (1 - K/E)^T, the expected number. ``limit``: an expert that never showed up has a share of the
+    tokens below this (Wilson, 95 %): in a short trace "dead" says little.
+
+    Returns:
+        One row per layer: ``layer``, ``value`` (how many), ``experts`` (list), ``chance``, ``limit``.
+    """
+    count = counts(trace, dispatched=dispatched)
+    tokens, experts = len(trace), trace.num_experts
+    limit = wilson(np.zeros(1), np.array([tokens]))[1][0]
+    expected = experts * (1 - trace.top_k / experts) ** tokens
+    rows = [
+        (layer, int((c == 0).sum()), np.flatnonzero(c == 0).tolist(), expected, limit)
+        for layer, c in zip(trace.layers, count, strict=True)
+    ]
+    return table_of_rows(rows, "layer value experts chance limit")
+
+
+@measured
+def hot_set(trace: Trace, sizes: Sequence[int] | None = None, *, dispatched: bool = False) -> pd.DataFrame:
+    """Coverage: the share of choices that go to the ``size`` busiest experts of a layer.
+
+    ``value`` ranks the experts by the very choices it counts, which flatters a short trace; ``held_out`` ranks them by
+    the samples with even numbers (in order) and counts the others. ``chance``: simulated, for ``value``. Interval:
+    bootstrap over samples, of ``value``. (NVIDIA/Megatron-LM tools/moe_routing.)
+
+    Args:
+        sizes: None: about E/32, E/16, ... E/2.
+
+    Returns:
+        One row per (layer, size): ``layer``, ``size``, ``value``, ``low``, ``high``, ``held_out``, ``chance``.
+    """
+    experts = trace.num_experts
+    sizes = np.array(set_sizes(sizes, experts))
+    resamples, block = bootstrap(trace)
+    odd = np.searchsorted(np.unique(trace.sample), trace.sample) % 2
+
+    def coverage(c: np.ndarray) -> np.ndarray:
+        """Counts [..., E] -> shares [..., sizes]."""
+        best = -np.sort(-c, axis=-1)
+        return best.cumsum(axis=-1)[..., sizes - 1] / np.maximum(c.sum(axis=-1, keepdims=True), 1e-30)
+
+    chance = coverage(random_counts(len(trace), trace.top_k, experts)).mean(axis=0)
+    rows = []
+    for place, layer in enumerate(trace.layers):
+        chosen = chosen_experts(trace, place, None, dispatched)
+        cells = block_counts(block, chosen, experts, len(resamples[0]))
+        value, again = coverage(cells.sum(axis=0)), coverage(resamples @ cells)
+        fit, test = block_counts(odd, chosen, experts, 2)
+        ranked = test[np.argsort(-fit, kind="stable")].cumsum()
+        held_out = ranked[sizes - 1] / test.sum() if test.sum() else np.full(len(sizes), np.nan)
+        for i, size in enumerate(sizes):
+            rows.append((layer, size, value[i], *percentiles(again[:, i]), held_out[i], chance[i]))
+    return table_of_rows(rows, "layer size value low high held_out chance")

@@ -1,0 +1,197 @@
+"""The Parquet file of a trace, which any Parquet reader opens: one row for each token.
+
+Columns: those of the token; for each traced layer n and choice k ``experts.n.k``, ``probs.n.k``, ``weights.n.k``,
+``kept.n.k``; ``entropy.n``; and ``full.n``, the E float16 of the full distribution in one binary value. The schema's
+metadata holds under "moekit.trace" a JSON object with ``format``, ``layers``, ``top_k``, ``num_experts`` and ``meta``, and
+under "moekit.crc32" the CRC32 of that object followed by the columns' values. Format 1 had no checksum.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moekit import results
+from moekit.nn.record import CHOICE_COLUMNS
+from moekit.routing.trace import TOKEN_COLUMNS, Trace
+
+FORMAT = 2
+FORMATS = (1, 2)
+HEAD, CHECKSUM = b"moekit.trace", b"moekit.crc32"
+ROWS = 65_536
+# bounds of what a head may say, so that a damaged one allocates nothing absurd
+MOST_LAYERS, MOST_CHOICES, MOST_EXPERTS = 10_000, 64, np.iinfo(np.int16).max
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a file says of its trace beside the columns."""
+
+    layers: tuple[int, ...]
+    top_k: int
+    num_experts: int
+    meta: dict[str, Any]
+
+    def columns(self, full: tuple[int, ...]) -> Iterator[tuple[str, str, np.dtype]]:
+        """Name in the file, name in the trace and dtype of each column, in the order that the checksum takes them."""
+        for name, dtype in TOKEN_COLUMNS.items():
+            yield name, name, np.dtype(dtype)
+        for layer in self.layers:
+            for name, dtype in CHOICE_COLUMNS.items():
+                for k in range(self.top_k):
+                    yield f"{name}.{layer}.{k}", name, np.dtype(dtype)
+            yield f"entropy.{layer}", "entropy", np.dtype(np.float32)
+            if layer in full:
+                yield f"full.{layer}", "full", np.dtype(np.float16)
+
+
+def write(trace: Trace, path: str | Path) -> None:
+    """Write ``trace`` to ``path``; see :meth:`moekit.routing.trace.Trace.save`."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    head = Head(trace.layers, trace.top_k, trace.num_experts, trace.meta)
+    text = json.dumps({"format": FORMAT} | vars(head)).encode()
+    checksum, columns = zlib.crc32(text), {}
+    for column, name, dtype in head.columns(tuple(trace.full)):
+        values = _of_trace(trace, column, name).astype(dtype, copy=False)
+        checksum = zlib.crc32(_bytes(values), checksum)
+        if name == "full":
+            kind = pa.binary(values.itemsize * trace.num_experts)
+            columns[column] = pa.Array.from_buffers(kind, len(trace), [None, pa.py_buffer(values)])
+        else:
+            columns[column] = pa.array(values)
+    table = pa.table(columns).replace_schema_metadata({HEAD: text, CHECKSUM: str(checksum)})
+    with results.whole(path) as part:
+        pq.write_table(
+            table,
+            part,
+            compression="zstd",
+            row_group_size=ROWS,
+            use_dictionary=[column for column in columns if column.startswith("experts.")],
+            use_byte_stream_split=[name for name, c in columns.items() if pa.types.is_floating(c.type)],
+            write_page_checksum=True,
+        )
+
+
+def read(path: str | Path) -> Trace:
+    """The trace in the file ``path``; see :meth:`moekit.routing.trace.Trace.load`."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = Path(path).expanduser().resolve()
+    if not path.is_file():
+        raise ValueError(f"there is no trace {path}; expected a file that Trace.save wrote")
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            found = file.schema_arrow.metadata or {}
+            if HEAD not in found:
+                raise ValueError(
+                    f"{path} is not a trace that moekit saved; expected a file that Trace.save wrote"
+                )
+            head, version = _head(found[HEAD], path)
+            layers = tuple(layer for layer in head.layers if f"full.{layer}" in file.schema_arrow.names)
+            columns = list(head.columns(layers))
+            missing = {column for column, *_ in columns} - set(file.schema_arrow.names)
+            if missing:
+                raise _damaged(path, f"it lacks the column {min(missing)}")
+            table = file.read([column for column, *_ in columns])
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        if isinstance(error, pa.ArrowInvalid) and "magic bytes" in str(error):
+            raise ValueError(
+                f"{path} is not a trace that moekit saved; expected a file that Trace.save wrote"
+            ) from None
+        raise _damaged(path, str(error).splitlines()[0]) from None
+
+    arrays, checksum = {}, zlib.crc32(found[HEAD])
+    for column, name, dtype in columns:
+        values = _of_table(table[column], name, dtype, head.num_experts)
+        if values is None:
+            raise _damaged(path, f"the column {column} holds {table[column].type}")
+        arrays[column] = values
+        checksum = zlib.crc32(_bytes(values), checksum)
+    if version > 1 and found.get(CHECKSUM) != str(checksum).encode():
+        raise _damaged(path, "its checksum differs from its content")
+    return _trace(head, arrays, layers)
+
+
+def _of_trace(trace: Trace, column: str, name: str) -> np.ndarray:
+    """The values of one column of the file, contiguous: [T], or [T, E] of ``full``."""
+    if name in TOKEN_COLUMNS:
+        return np.ascontiguousarray(getattr(trace, name))
+    layer, *k = (int(number) for number in column.split(".")[1:])
+    if name == "full":
+        return np.ascontiguousarray(trace.full[layer])
+    return np.ascontiguousarray(getattr(trace, name)[:, trace.at(layer), *k])
+
+
+def _of_table(column: Any, name: str, dtype: np.dtype, experts: int) -> np.ndarray | None:
+    """The values of a column that was read, contiguous; None where it is not of its dtype."""
+    import pyarrow as pa
+
+    kind = pa.binary(dtype.itemsize * experts) if name == "full" else pa.from_numpy_dtype(dtype)
+    if column.type != kind or column.null_count:
+        return None
+    array = column.combine_chunks()
+    if name != "full":
+        return np.ascontiguousarray(array.to_numpy(zero_copy_only=False))
+    if not len(array):
+        return np.empty((0, experts), dtype)
+    rows = np.frombuffer(array.buffers()[1], dtype).reshape(-1, experts)
+    return rows[array.offset : array.offset + len(array)]
+
+
+def _trace(head: Head, arrays: dict[str, np.ndarray], full: tuple[int, ...]) -> Trace:
+    tokens, shape = len(arrays["sample"]), (len(head.layers), head.top_k)
+
+    def stacked(name: str) -> np.ndarray:
+        parts = [arrays[f"{name}.{layer}.{k}"] for layer in head.layers for k in range(head.top_k)]
+        columns = np.stack(parts, axis=1) if parts else np.empty((tokens, 0), CHOICE_COLUMNS[name])
+        return columns.reshape(tokens, *shape)
+
+    entropy = [arrays[f"entropy.{layer}"] for layer in head.layers]
+    return Trace(
+        **{name: arrays[name] for name in TOKEN_COLUMNS},
+        **{name: stacked(name) for name in CHOICE_COLUMNS},
+        entropy=np.stack(entropy, axis=1) if entropy else np.empty((tokens, 0), np.float32),
+        layers=head.layers,
+        full={layer: arrays[f"full.{layer}"] for layer in full},
+        num_experts=head.num_experts,
+        meta=head.meta,
+    )
+
+
+def _head(text: bytes, path: Path) -> tuple[Head, int]:
+    """The head and the format of a file."""
+    try:
+        said = json.loads(text)
+        version = said["format"]
+        head = Head(tuple(said["layers"]), said["top_k"], said["num_experts"], said["meta"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(path, f"its head cannot be read ({type(error).__name__})") from None
+    if version not in FORMATS:
+        raise ValueError(f"{path} has format {str(version)[:20]}; this moekit reads the formats 1 and 2")
+    numbers = (*head.layers, head.top_k, head.num_experts)
+    whole = all(isinstance(n, int) and not isinstance(n, bool) for n in numbers)
+    if not whole or not isinstance(head.meta, dict):
+        raise _damaged(path, "its head names layers, choices or experts that are no whole numbers")
+    different = len(set(head.layers)) == len(head.layers) <= MOST_LAYERS and min(head.layers, default=0) >= 0
+    if not (different and 1 <= head.top_k <= MOST_CHOICES and 1 <= head.num_experts <= MOST_EXPERTS):
+        raise _damaged(path, "its head names an absurd number of layers, choices or experts")
+    return head, version
+
+
+def _bytes(values: np.ndarray) -> memoryview:
+    return memoryview(values.view(np.uint8).reshape(-1))
+
+
+def _damaged(path: Path, why: str) -> ValueError:
+    return ValueError(
+        f"{path} is damaged: {why[:200]}; expected what Trace.save wrote, so record or copy it again"
+    )

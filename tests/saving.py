@@ -1,0 +1,103 @@
+"""A run that saves its results again and again, for tests that kill it: ``python saving.py FOLDER TRIALS SEED``.
+
+Each trial forks a process that saves a newer version of every file over the last one, and kills it after a random time.
+Prints a JSON object: how many processes were killed while they saved, and the files that were not whole afterwards.
+"""
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from PIL import Image
+from synthetic_traces import synthetic
+
+from moekit.notebook import inspection, report
+from moekit.notebook.explorer import page
+from moekit.routing.trace import Trace
+from moekit.scoring import Evaluation
+
+MODEL = SimpleNamespace(load_seconds=1.0, world_size=1, dtype="torch.float32", device="cpu")
+FILES = {"results.json", "tokens.parquet", "picture.png", "trace.parquet", "table.csv", "explorer.html"}
+
+
+def save(folder: Path, version: int) -> None:
+    """All files that notebooks write, each with ``version`` in it."""
+    figure = Figure(figsize=(2, 1))
+    figure.text(0.5, 0.5, str(version))
+    tokens = pd.DataFrame({"version": np.full(5000, version), "noise": np.random.default_rng(0).random(5000)})
+    evaluation = Evaluation(1.0, 2.0, 5000, 1.0, 5000.0, tokens)
+    report.save(folder, MODEL, evaluation, {"version": version}, {"picture": figure})
+    trace, _ = synthetic(tokens=300)
+    trace.meta["version"] = version
+    explorer = SimpleNamespace(save_html=lambda path: page.save_html(trace, path))
+    table = pd.DataFrame({"version": np.full(500, version)})
+    inspection.save(folder, trace, {"picture": figure}, {"table": table}, explorer)
+
+
+def broken(folder: Path) -> list[str]:
+    """The files that cannot be read whole."""
+    readers = {
+        "results.json": lambda path: json.loads(path.read_text())["parameters"]["version"],
+        "tokens.parquet": lambda path: 1 / (len(pd.read_parquet(path)) == 5000),
+        "picture.png": lambda path: Image.open(path).load(),
+        "trace.parquet": lambda path: Trace.load(path).meta["version"],
+        "table.csv": lambda path: 1 / (len(pd.read_csv(path)) == 500),
+        "explorer.html": lambda path: 1 / path.read_text().rstrip().endswith("</html>"),
+    }
+    found = []
+    for name, read in readers.items():
+        try:
+            read(folder / name)
+        except Exception as error:
+            found.append(f"{name}: {type(error).__name__}")
+    return found
+
+
+def main(folder: Path, trials: int, seed: int) -> dict:
+    draw = random.Random(seed)
+    child = os.fork()
+    if child == 0:
+        save(folder, 0)
+        start = time.perf_counter()
+        save(folder, 0)
+        (folder / "seconds").write_text(str(time.perf_counter() - start))
+        os._exit(0)
+    os.waitpid(child, 0)
+    seconds = float((folder / "seconds").read_text())
+    killed, bad = 0, []
+    for version in range(1, trials + 1):
+        child = os.fork()
+        if child == 0:
+            try:
+                save(folder, version)
+            finally:
+                os._exit(0)
+        time.sleep(draw.uniform(0, 1.1 * seconds))
+        os.kill(child, signal.SIGKILL)
+        killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        # Read in a process of its own, since pyarrow's threads must not run where forks are made.
+        child = os.fork()
+        if child == 0:
+            (folder / "bad").write_text(json.dumps(broken(folder)))
+            os._exit(0)
+        os.waitpid(child, 0)
+        bad += json.loads((folder / "bad").read_text())
+    child = os.fork()
+    if child == 0:
+        save(folder, trials + 1)
+        os._exit(0)
+    os.waitpid(child, 0)
+    left = sorted(path.name for path in folder.iterdir() if path.name not in {*FILES, "seconds", "bad"})
+    return {"killed": killed, "broken": bad, "left": left}
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))))

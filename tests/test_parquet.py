@@ -1,0 +1,144 @@
+"""A trace's file: whole, damaged, of another version, and no trace at all."""
+
+import json
+import zlib
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from synthetic_traces import synthetic
+
+from moekit.routing import parquet
+from moekit.routing.trace import TOKEN_COLUMNS, Trace
+
+ARRAYS = [*TOKEN_COLUMNS, "experts", "probs", "weights", "kept", "entropy"]
+
+
+def same(one: Trace, other: Trace) -> bool:
+    plain = one.layers == other.layers and one.num_experts == other.num_experts and one.meta == other.meta
+    columns = all(
+        np.array_equal(getattr(one, n), getattr(other, n), equal_nan=n == "logprob") for n in ARRAYS
+    )
+    full = one.full.keys() == other.full.keys()
+    return plain and columns and full and all(np.array_equal(one.full[n], other.full[n]) for n in one.full)
+
+
+@pytest.fixture(scope="module")
+def made():
+    made, _ = synthetic(tokens=200, layers=(1, 3), experts=8, block=64)
+    probs = np.random.default_rng(0).dirichlet(np.ones(8), 200).astype(np.float16)
+    columns = {name: getattr(made, name) for name in ARRAYS}
+    return Trace(**columns, layers=(1, 3), full={3: probs}, num_experts=8, meta={"subset": "valid", "é": [1]})
+
+
+def with_head(path, change) -> None:
+    """The file with another head, and the checksum that goes with it."""
+    table = pq.read_table(path)
+    head = json.loads(table.schema.metadata[parquet.HEAD])
+    change(head)
+    text = json.dumps(head).encode()
+    checksum = zlib.crc32(text)
+    for name in table.column_names:
+        column = table[name].combine_chunks()
+        if pa.types.is_fixed_size_binary(column.type):
+            checksum = zlib.crc32(b"".join(column.to_pylist()), checksum)
+        else:
+            checksum = zlib.crc32(column.to_numpy(zero_copy_only=False).tobytes(), checksum)
+    pq.write_table(table.replace_schema_metadata({parquet.HEAD: text, parquet.CHECKSUM: str(checksum)}), path)
+
+
+def test_what_is_saved_is_what_is_loaded(made, tmp_path):
+    made.save(tmp_path / "t.parquet")
+    assert same(Trace.load(tmp_path / "t.parquet"), made)
+    with_head(tmp_path / "t.parquet", lambda head: None)
+    assert same(Trace.load(tmp_path / "t.parquet"), made)
+    nothing = made.select(mask=np.zeros(200, dtype=bool))
+    nothing.save(tmp_path / "t.parquet")
+    assert same(Trace.load(tmp_path / "t.parquet"), nothing)
+
+
+def test_a_file_of_format_1_has_no_checksum(made, tmp_path):
+    path = tmp_path / "t.parquet"
+    made.save(path)
+    table = pq.read_table(path)
+    head = json.loads(table.schema.metadata[b"moekit.trace"]) | {"format": 1}
+    pq.write_table(table.replace_schema_metadata({"moekit.trace": json.dumps(head)}), path)
+    assert same(Trace.load(path), made)
+
+
+def test_no_changed_bit_gives_another_trace(made, tmp_path):
+    """1,000 files with one bit changed: an error that names the file, or the very trace."""
+    path = tmp_path / "t.parquet"
+    made.save(path)
+    good, rng, refused = path.read_bytes(), np.random.default_rng(0), 0
+    for at, bit in zip(rng.integers(0, len(good), 1000), rng.integers(0, 8, 1000), strict=True):
+        bad = bytearray(good)
+        bad[at] ^= 1 << bit
+        path.write_bytes(bad)
+        try:
+            assert same(Trace.load(path), made)
+        except ValueError as error:
+            assert str(path) in str(error) and "\n" not in str(error) and len(str(error)) < 500
+            refused += 1
+    assert refused > 700
+
+
+def test_files_that_are_cut(made, tmp_path):
+    path = tmp_path / "t.parquet"
+    made.save(path)
+    good = path.read_bytes()
+    for length in (0, 1, 3, 12, len(good) // 2, len(good) - 9, len(good) - 1):
+        path.write_bytes(good[:length])
+        with pytest.raises(ValueError, match=r"t\.parquet is (damaged|not a trace)"):
+            Trace.load(path)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda head: head.pop("top_k"), r"is damaged: its head cannot be read \(KeyError\)"),
+        (lambda head: head.pop("meta"), "its head cannot be read"),
+        (lambda head: head.update(layers=3), "its head cannot be read"),
+        (lambda head: head.update(layers=["a"]), "no whole numbers"),
+        (lambda head: head.update(meta=None), "no whole numbers"),
+        (lambda head: head.update(top_k=10**9), "an absurd number"),
+        (lambda head: head.update(top_k=0), "an absurd number"),
+        (lambda head: head.update(num_experts=10**9), "an absurd number"),
+        (lambda head: head.update(num_experts=7), "the column full.3 holds"),
+        (lambda head: head.update(layers=[1, 1]), "an absurd number"),
+        (lambda head: head.update(layers=[1, 5]), "it lacks the column entropy.5"),
+        (lambda head: head.update(top_k=3), r"it lacks the column experts\.1\.2"),
+        (lambda head: head.update(format=99), "has format 99; this moekit reads the formats 1 and 2"),
+    ],
+)
+def test_heads_that_make_no_sense(made, tmp_path, change, said):
+    path = tmp_path / "t.parquet"
+    made.save(path)
+    with_head(path, change)
+    with pytest.raises(ValueError, match=f"t.parquet.*{said}"):
+        Trace.load(path)
+
+
+def test_files_that_are_no_traces(made, tmp_path):
+    path = tmp_path / "t.parquet"
+    with pytest.raises(ValueError, match="there is no trace"):
+        Trace.load(path)
+    path.write_text("text, and more than a few letters of it")
+    with pytest.raises(ValueError, match="not a trace that moekit saved"):
+        Trace.load(path)
+    pd.DataFrame({"a": [1]}).to_parquet(path)
+    with pytest.raises(ValueError, match="not a trace that moekit saved"):
+        Trace.load(path)
+
+
+def test_a_folder_that_is_not_there(made, tmp_path):
+    with pytest.raises(ValueError, match="nowhere does not exist, so nothing was written: make it"):
+        made.save(tmp_path / "nowhere" / "t.parquet")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="file is not a folder"):
+        made.save(tmp_path / "file" / "t.parquet")
+    (tmp_path / "t.parquet").mkdir()
+    with pytest.raises(ValueError, match="t.parquet is a folder, expected a file"):
+        made.save(tmp_path / "t.parquet")

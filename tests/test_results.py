@@ -1,0 +1,196 @@
+"""Results appear whole: after an error, a kill at any moment, and on a full disk."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import saving
+
+from moekit import results
+
+HERE = Path(__file__).parent
+
+
+class Killed(BaseException):
+    """Ends a block at any call."""
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def write(folder: Path, version: int) -> None:
+    with results.together(folder) as place:
+        for name in ("a.txt", "b.txt", "c.txt"):
+            with open(place / name, "w") as file:
+                for _ in range(3):
+                    file.write(f"{version} " * 5000)
+        (place / "sub").mkdir()
+        (place / "sub" / "d.txt").write_text(str(version))
+
+
+def test_files_appear_together(tmp_path):
+    folder = tmp_path / "made" / "out"
+    with results.together(folder) as place:
+        (place / "a.txt").write_text("a")
+        assert list(folder.iterdir()) == [place]
+    assert contents(folder) == {"a.txt": b"a"}
+    with results.whole(folder / "b.txt") as part:
+        part.write_text("b")
+        assert not (folder / "b.txt").exists()
+    assert contents(folder) == {"a.txt": b"a", "b.txt": b"b"}
+
+
+def test_an_error_leaves_everything_as_it_was(tmp_path):
+    (tmp_path / "a.txt").write_text("old")
+    with pytest.raises(KeyError), results.together(tmp_path) as place:
+        (place / "a.txt").write_text("new")
+        raise KeyError
+    assert contents(tmp_path) == {"a.txt": b"old"}
+
+
+def test_200_moments_of_an_end(tmp_path):
+    """An exception at one of the calls that a save makes, drawn at random: old or new files, each whole, nothing else."""
+    folder = tmp_path / "out"
+
+    def ended_at(call: int | None, version: int) -> int:
+        calls = 0
+
+        def count(frame, event, argument):
+            nonlocal calls
+            calls += 1
+            if calls == call:
+                sys.setprofile(None)
+                raise Killed
+
+        sys.setprofile(count)
+        try:
+            write(folder, version)
+        finally:
+            sys.setprofile(None)
+        return calls
+
+    write(folder, 0)
+    total, draw, kept = ended_at(None, 0), random.Random(0), 0
+    for version in range(1, 201):
+        before = {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*.txt")}
+        try:
+            ended_at(draw.randrange(1, total), version)
+        except Killed:
+            pass
+        after = {
+            p.relative_to(folder): p.read_bytes() for p in folder.rglob("*.txt") if ".moekit" not in str(p)
+        }
+        kept += after == before
+        for name, held in after.items():
+            said = held.split()
+            assert len(said) == (1 if name.name == "d.txt" else 15_000) and len(set(said)) == 1
+    assert 50 < kept < 200
+    for left in folder.glob(f"{results.PREFIX}*"):
+        os.utime(left, (0, 0))
+    write(folder, 201)
+    assert sorted(path.name for path in folder.iterdir()) == ["a.txt", "b.txt", "c.txt", "sub"]
+
+
+def kills(folder: Path, trials: int) -> dict:
+    ran = subprocess.run(
+        [sys.executable, HERE / "saving.py", folder, str(trials), "1"],
+        env=os.environ | {"PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert ran.returncode == 0, ran.stderr
+    return json.loads(ran.stdout)
+
+
+def test_files_of_notebooks_are_whole_after_kills(tmp_path):
+    found = kills(tmp_path, 25)
+    assert found["killed"] >= 15 and found["broken"] == [] and found["left"] == []
+
+
+@pytest.mark.slow
+def test_files_of_notebooks_are_whole_after_200_kills(tmp_path):
+    found = kills(tmp_path, 200)
+    assert found["killed"] >= 150 and found["broken"] == [] and found["left"] == []
+
+
+def test_a_full_disk_is_one_sentence_and_touches_nothing(tmp_path):
+    """On a file system of 40 kB, where there is leave to mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=40k", "tmpfs", disk]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no leave to mount a file system")
+    try:
+        (disk / "results.json").write_text('{"parameters": {"version": 1}}')
+        (disk / "table.csv").write_text("old")
+        before = contents(disk)
+        with pytest.raises(results.NotWritten, match=f"^{disk}: the disk is full.*name another folder$"):
+            saving.save(disk, 2)
+        assert contents(disk) == before
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_limit_on_the_size_of_files(tmp_path):
+    (tmp_path / "tokens.parquet").write_text("old")
+    code = (
+        "import resource, sys, pathlib, saving\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))\n"
+        "try: saving.save(pathlib.Path(sys.argv[1]), 1)\n"
+        "except OSError as error: print(type(error).__name__, error)\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code, tmp_path],
+        env=os.environ | {"PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ran.stdout.startswith(f"NotWritten {tmp_path}: the disk is full or the file too large"), ran.stderr
+    assert contents(tmp_path) == {"tokens.parquet": b"old"}
+
+
+def test_folders_that_cannot_be(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.txt").mkdir()
+    with pytest.raises(results.NotWritten, match="file is not a folder"), results.together(tmp_path / "file"):
+        pass
+    with (
+        pytest.raises(ValueError, match="nowhere does not exist.*make it"),
+        results.whole(tmp_path / "nowhere" / "x"),
+    ):
+        pass
+    with pytest.raises(OSError, match="folder.txt is a folder, expected a file"):
+        with results.together(tmp_path) as place:
+            (place / "a.txt").write_text("")
+            (place / "folder.txt").write_text("")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.txt"]
+
+
+def test_what_a_killed_run_left_goes_and_what_a_running_one_writes_stays(tmp_path):
+    left = tmp_path / f"{results.PREFIX}left"
+    left.mkdir()
+    (left / "a.txt").write_text("half")
+    (left / results.LOCK).write_text("")
+    young, old = (tmp_path / f"{results.PREFIX}{name}" for name in ("young", "old"))
+    young.mkdir()
+    old.mkdir()
+    os.utime(old, (0, 0))
+    with results.together(tmp_path) as place:
+        assert not left.exists() and not old.exists() and young.exists()
+        with results.together(tmp_path) as other:
+            assert place.is_dir()
+            (other / "b.txt").write_text("b")
+        (place / "a.txt").write_text("a")
+    young.rmdir()
+    assert contents(tmp_path) == {"a.txt": b"a", "b.txt": b"b"}
+
+
+def test_jupyter_shows_one_sentence():
+    assert results.NotWritten("full")._render_traceback_() == ["NotWritten: full"]
