@@ -8,7 +8,9 @@ from collections import Counter
 import torch
 
 from moekit import checkpoint
-from moekit.nn.dispatch import AllToAll, owned
+from moekit.nn.config import ModelConfig
+from moekit.nn.dispatch import AllToAll, Dispatch, owned
+from moekit.nn.peer_memory import reachable
 from moekit.nn.transformer import Transformer
 from moekit.ranks import Rank, usable_cores
 
@@ -22,7 +24,7 @@ def load(rank: Rank, plan: checkpoint.Plan, dtype: torch.dtype, backend: str) ->
     """
     start = time.perf_counter()
     held = owned(plan.config.experts, rank.world_size, rank.rank)
-    dispatch = AllToAll(plan.config.experts) if rank.world_size > 1 and plan.config.moe_layers else None
+    dispatch = _dispatch(rank, plan.config, dtype, backend)
     with torch.device("meta"):
         model = Transformer(plan.config, len(held), dispatch)
     model = model.to(dtype).to_empty(device=rank.device).requires_grad_(False).eval().use(backend)
@@ -40,3 +42,15 @@ def load(rank: Rank, plan: checkpoint.Plan, dtype: torch.dtype, backend: str) ->
         "bytes": sum(p.nbytes for p in parameters),
         "seconds": time.perf_counter() - start,
     }
+
+
+def _dispatch(rank: Rank, config: ModelConfig, dtype: torch.dtype, backend: str) -> Dispatch | None:
+    """How rows reach the experts of other ranks: through their memory if every rank can address it."""
+    if rank.world_size == 1 or not config.moe_layers:
+        return None
+    if backend == "triton" and reachable(rank.device):
+        # Triton is imported only if it is asked for.
+        from moekit.nn.kernels.peer_dispatch import PeerDispatch
+
+        return PeerDispatch(config.experts, config.top_k, config.dim, dtype, rank.device)
+    return AllToAll(config.experts)
