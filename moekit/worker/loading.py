@@ -24,10 +24,7 @@ def load(rank: Rank, plan: checkpoint.Plan, dtype: torch.dtype, backend: str) ->
     """
     start = time.perf_counter()
     held = owned(plan.config.experts, rank.world_size, rank.rank)
-    dispatch = _dispatch(rank, plan.config, dtype, backend)
-    with torch.device("meta"):
-        model = Transformer(plan.config, len(held), dispatch)
-    model = model.to(dtype).to_empty(device=rank.device).requires_grad_(False).eval().use(backend)
+    model = empty(rank, plan.config, dtype, backend)
     filled = checkpoint.fill(model, plan, held, rank.report, max(1, usable_cores() // rank.world_size))
     rank.state["model"] = model
     parameters = list(model.parameters())
@@ -42,6 +39,14 @@ def load(rank: Rank, plan: checkpoint.Plan, dtype: torch.dtype, backend: str) ->
         "bytes": sum(p.nbytes for p in parameters),
         "seconds": time.perf_counter() - start,
     }
+
+
+def empty(rank: Rank, config: ModelConfig, dtype: torch.dtype, backend: str) -> Transformer:
+    """This rank's part of a model on its device, its weights not set yet; a collective."""
+    held = owned(config.experts, rank.world_size, rank.rank)
+    with torch.device("meta"):
+        model = Transformer(config, len(held), _dispatch(rank, config, dtype, backend))
+    return model.to(dtype).to_empty(device=rank.device).requires_grad_(False).eval().use(backend)
 
 
 def _dispatch(rank: Rank, config: ModelConfig, dtype: torch.dtype, backend: str) -> Dispatch | None:
