@@ -207,8 +207,8 @@ def load(
             checkpoint lies, or ``gpt2_bpe`` there or beside it; needed only when text is.
         config: fields of the checkpoint's :class:`~moekit.nn.config.ModelConfig` to replace, such as ``second_expert``; not
             those that give the weights their shapes.
-        backend: how the experts are computed: "triton", "grouped_mm", "loop" (slow, and plain to see that it is right), or
-            "auto": the fastest there is.
+        backend: what computes: "triton", "loop" (slow, and plain to see that it is right), "grouped_mm" (the same with
+            torch's grouped product for the experts), or "auto": the fastest there is.
         progress: show a bar.
 
     Raises:

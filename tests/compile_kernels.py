@@ -74,10 +74,10 @@ if __name__ == "__main__":
         "kept": "*i1",
         "order": "*i64",
         "counts": "*i64",
-        "places": "i32",
+        "choices": "i32",
         "experts": "i32",
     }
-    compile_for_hopper(tiles._by_expert, types, {"PLACES": 128}, 1)
+    compile_for_hopper(tiles._by_expert, types, {"CHOICES": 128}, 1)
     types = {"counts": "*i64", "table": "*i32", "experts": "i32", "width": "i32"}
     compile_for_hopper(tiles._tiles, types, {"ROWS": 16, "EXPERTS": 512})
     types = dict.fromkeys(("qkv", "kv", "out"), "*fp16") | {

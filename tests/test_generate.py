@@ -408,7 +408,7 @@ def test_a_step_that_is_replayed_changes_nothing(text_model, monkeypatch):
     made = []
 
     class StandIn:
-        def __init__(self, model, cache, vocab):
+        def __init__(self, model, cache, vocab, rows_expected):
             self.model, self.cache, self.vocab, self.kv = model, cache, vocab, cache.kv
             self.lengths = cache.lengths
             made.append(len(cache.lengths))
@@ -420,8 +420,8 @@ def test_a_step_that_is_replayed_changes_nothing(text_model, monkeypatch):
             return self.model.logits(self.model(read[:, None], step)[:, 0], self.vocab)
 
     monkeypatch.setattr(run, "BURST", {"cpu": 3})
-    monkeypatch.setattr(session.decode.graph, "of_step", StandIn)
-    monkeypatch.setattr(session.decode.graph, "fits", lambda model, step: True)
+    monkeypatch.setattr(session.decode.graphs, "of_step", StandIn)
+    monkeypatch.setattr(session.decode.graphs, "fits", lambda model, step: True)
     found = text_model.generate(prompts, **how)
     assert len(made) > 1, "rows that end call for another graph"
     for one, other in zip(wanted, found, strict=True):

@@ -101,7 +101,7 @@ def test_rows_of_any_number_and_spread(rows, choices, spread, dtype):
     assert error < {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}[dtype]
 
 
-@pytest.mark.parametrize("cut", CUTS, ids=lambda cut: f"{cut.places}-{cut.mean}")
+@pytest.mark.parametrize("cut", CUTS, ids=lambda cut: f"{cut.choices}-{cut.mean}")
 def test_every_cut(cut):
     experts = experts_of(3, 32, 64, dtype=torch.float16)
     x = torch.randn(70, 32, device=DEVICE).half()

@@ -1,5 +1,8 @@
 """The model beyond the recordings: caches, packing, precision, and randomness that does not know the world size."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -59,6 +62,16 @@ def test_what_a_model_is_made_of_computes_with_the_same_back_end():
         model.use(backend)
         tables = {part.operations.backend for part in model.modules() if hasattr(part, "operations")}
         assert tables == {backend} == {model.backend}
+
+
+def test_triton_is_imported_only_where_it_is_asked_for():
+    code = (
+        "import sys, torch, moekit.worker.scoring, moekit.worker.decoding\n"
+        "from moekit.nn.operations import choose_backend, operations\n"
+        "operations(choose_backend('auto', torch.device('cpu'), torch.float16))\n"
+        "sys.exit('triton' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
 
 
 @pytest.mark.parametrize("name", ["before_dropping", "learned_positions", "mixture", "no_positions"])

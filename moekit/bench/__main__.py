@@ -22,12 +22,13 @@ import pandas as pd
 import torch
 
 from moekit.bench import data, decode, load, moe_layer, routing, score
-from moekit.bench import setting as settings
+from moekit.bench.setting import Setting
+from moekit.bench.setting import add_arguments as add_setting
 from moekit.notebook.report import versions
 
 MODEL = {"score": score, "decode": decode, "load": load, "moe-layer": moe_layer}
 OTHER = {"data": data, "routing": routing}
-# What "all" asks of the others where the shape is a tiny one, and so is what they may take.
+# Arguments of the others in "all" where the shape is tiny: then they must be quick, too.
 TINY = {"data": ["--megabytes", "0.2", "--repeats", "1"], "routing": ["--tokens", "5000"]}
 
 Rows = list[dict[str, Any]]
@@ -48,7 +49,7 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         bench.add_arguments(found[name])
     found["all"] = benches.add_parser("all", help="all of them, with what they do by default")
     for name in (*MODEL, "all"):
-        settings.add_arguments(found[name])
+        add_setting(found[name])
     for sub in found.values():
         sub.add_argument("--json", type=Path, help="also write the figures to this file")
     return parser, found
@@ -62,7 +63,7 @@ def run(name: str, args: argparse.Namespace) -> Rows:
     """
     if name in OTHER:
         return OTHER[name].run(args)
-    return [figure.row() for figure in MODEL[name].run(settings.of(args), args)]
+    return [figure.row() for figure in MODEL[name].run(Setting.of(args), args)]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -71,7 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     try:
         if args.json is not None:
-            args.json.open("a").close()  # before hours of measuring, not after
+            # It fails before hours of measuring, and not after.
+            args.json.open("a").close()
         tables = tables_of(args, arguments[1:], parser, benches)
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
@@ -88,7 +90,7 @@ def tables_of(
         show(args.bench, rows)
         return {args.bench: rows}
     tables = {}
-    tiny = settings.of(args).shape == "tiny"
+    tiny = Setting.of(args).shape == "tiny"
     for name in (*MODEL, *OTHER):
         own = asked if name in MODEL else TINY[name] if tiny else []
         tables[name] = run(name, parser.parse_args([name, *own]))
@@ -99,7 +101,8 @@ def tables_of(
 def show(name: str, rows: Rows) -> None:
     table = pd.DataFrame(rows).dropna(axis=1, how="all").astype(object)
     table = table.where(table.notna(), "")
-    table = table.map(lambda cell: ("no", "yes")[cell] if isinstance(cell, bool) else cell)  # 1.0 is no yes
+    # The number 1.0 is no bool.
+    table = table.map(lambda cell: ("no", "yes")[cell] if isinstance(cell, bool) else cell)
     with pd.option_context("display.max_colwidth", None):
         print(f"\n{name}\n{table.to_string(index=False)}", flush=True)
 

@@ -26,7 +26,8 @@ from moekit.bench.setting import at_least_one
 from moekit.data import binarise, encode_files
 from moekit.data.codec import FILES
 
-GOAL = 10  # times fairseq's speed, for encoding
+# Times fairseq's speed, for encoding.
+GOAL = 10
 
 ENCODE = """
 import sys, time
@@ -75,9 +76,8 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
         ValueError: ours and fairseq's files differ, a file is missing, or there is nothing to do.
     """
     encoder_json, vocab_bpe, dict_txt = needed = [args.bpe / name for name in FILES]
-    if missing := [
-        str(path) for path in needed if not path.is_file()
-    ]:  # fairseq's workers would start for ever
+    # Without a file, fairseq's workers would start for ever.
+    if missing := [str(path) for path in needed if not path.is_file()]:
         raise ValueError(f"--bpe {args.bpe}: there is no {', '.join(missing)}")
     if args.megabytes <= 0:
         raise ValueError(f"--megabytes {args.megabytes}: expected more than 0")

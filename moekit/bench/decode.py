@@ -11,12 +11,11 @@ import numpy as np
 import torch
 
 from moekit.api import Model
-from moekit.bench import figures, measure, shapes
-from moekit.bench import setting as settings
-from moekit.bench.figures import Figure
+from moekit.bench import measure, shapes
+from moekit.bench.figures import Figure, spread
 from moekit.bench.measure import Ceilings
 from moekit.bench.score import numbers
-from moekit.bench.setting import Setting
+from moekit.bench.setting import Setting, ceiling_figures
 from moekit.nn.gate import Routing
 from moekit.ranks import Rank
 from moekit.worker import decoding as decode
@@ -24,9 +23,12 @@ from moekit.worker.decoding import Prompt
 from moekit.worker.sampling import Settings
 
 PROMPT = 128
-NEW = {"cpu": 8, "cuda": 64}  # tokens of a measurement, in one call
-WARM_UP = 8  # steps after which a graph of a step is there
-KEY = 0  # of the generation on the ranks; the product's own begin at 1
+# Tokens of a measurement, in one call.
+NEW = {"cpu": 8, "cuda": 64}
+# Steps after which a rank has a graph of a step.
+WARM_UP = 8
+# Key of the generation on the ranks.
+KEY = -1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,12 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(setting: Setting, args: argparse.Namespace) -> list[Figure]:
     """Measure; see :func:`limit` for the limits."""
-    if why := settings.room(setting):
+    if why := setting.too_large():
         return [Figure("decode", None, "ms", note=why)]
-    with settings.model(setting) as (model, ceilings):
-        rows = settings.ceiling_figures(ceilings, setting.dtype)
+    with setting.model() as (model, ceilings):
+        rows = ceiling_figures(ceilings, setting.dtype)
         for batch in args.batches:
-            rows += figures_of(model, setting, ceilings, batch)
+            rows += measured(model, setting, ceilings, batch)
     return rows
 
 
@@ -61,7 +63,7 @@ def limit(setting: Setting, ceilings: Ceilings, experts: list[float], batch: int
     return ceilings.seconds(read * setting.itemsize, flop)
 
 
-def figures_of(model: Model, setting: Setting, ceilings: Ceilings, batch: int) -> list[Figure]:
+def measured(model: Model, setting: Setting, ceilings: Ceilings, batch: int) -> list[Figure]:
     ranks, new = setting.world_size, NEW[setting.device]
     found: list[Decoded] = model.ranks.call(time_decoding, batch, new, setting.repeats)
     seconds = statistics.median(found[0].seconds) / new
@@ -69,7 +71,7 @@ def figures_of(model: Model, setting: Setting, ceilings: Ceilings, batch: int) -
     reached = statistics.mean(found[0].experts)
     gpu = max(f.peak.gpu_gib or 0 for f in found) or None
     host = max(f.peak.host_gib or 0 for f in found) or None
-    note = f"{figures.spread(found[0].seconds)}; {reached:.1f} of {setting.config.experts} experts a layer"
+    note = f"{spread(found[0].seconds)}; {reached:.1f} of {setting.config.experts} experts a layer"
     row = {"gpu_gib": gpu, "host_gib": host, "note": note}
     goal = setting.goal(f"decode {batch}", ceilings)
     name = f"decode, batch {batch}" + (f" on each of {ranks} ranks" if ranks > 1 else "")
@@ -110,8 +112,8 @@ class Decoded:
 def time_decoding(rank: Rank, batch: int, new: int, repeats: int) -> Decoded:
     """Time :func:`moekit.worker.decoding.run`, ``new`` tokens a call, and count the experts in a run of its own.
 
-    Every time the prompts are read again and a few tokens decoded before the clock starts, so that all measurements are
-    of the same places, and of the graph that a rank then has.
+    Before the clock starts, the prompts are read again and a few tokens decoded, so that all measurements are of the
+    same positions, and of the graph that a rank has by then.
     """
     model = rank.state["model"]
     vocab = model.config.vocab_rows
@@ -126,9 +128,11 @@ def time_decoding(rank: Rank, batch: int, new: int, repeats: int) -> Decoded:
         for steps in (WARM_UP, new):
             measure.synchronise(rank.device)
             start = time.perf_counter()
-            last = [chosen.tokens[:, -1].tolist()] * rank.world_size  # others' are not read here
+            # A rank reads its own tokens alone.
+            last = [chosen.tokens[:, -1].tolist()] * rank.world_size
             chosen = decode.run(rank, KEY, rows, last, steps)
-            seconds = time.perf_counter() - start  # what was chosen is on the host
+            # The device is done, since the tokens are on the host.
+            seconds = time.perf_counter() - start
         decode.end(rank, KEY)
         return seconds
 
@@ -138,7 +142,8 @@ def time_decoding(rank: Rank, batch: int, new: int, repeats: int) -> Decoded:
     distinct: dict[int, list[int]] = {layer: [] for layer in model.config.moe_layers}
 
     def count(layer: int, routing: Routing) -> None:
-        if routing.experts.shape[1] == 1:  # not the prompts
+        # Prompts are longer.
+        if routing.experts.shape[1] == 1:
             distinct[layer].append(len(routing.experts.unique()))
 
     decoded(Settings(vocab, record=count))

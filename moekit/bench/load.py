@@ -14,10 +14,9 @@ import torch
 import moekit
 from moekit import checkpoint
 from moekit.api import Model
-from moekit.bench import figures, measure, shapes
-from moekit.bench import setting as settings
-from moekit.bench.figures import GIB, Figure
-from moekit.bench.setting import Setting
+from moekit.bench import measure, shapes
+from moekit.bench.figures import GIB, Figure, spread
+from moekit.bench.setting import Setting, ceiling_figures
 from moekit.nn.dispatch import owned
 from moekit.ranks import Rank
 from moekit.ranks.machine import host_memory
@@ -44,7 +43,7 @@ def run(setting: Setting, args: argparse.Namespace) -> list[Figure]:
             if free < 1.05 * size:
                 note = f"does not fit: {size / GIB:.1f} GiB of files, {free / GIB:.1f} GiB are free"
                 return [Figure("load", None, "s", note=f"{note} in {folder}: give another with --folder")]
-        if why := settings.room(setting):
+        if why := setting.too_large():
             return [Figure("load", None, "s", note=why)]
         sums = None
         if not there:
@@ -59,7 +58,8 @@ def measured(setting: Setting, folder: Path, sums: shapes.Sums | None) -> list[F
     measure.give_back(device)
     paths = checkpoint.find(folder).all
     size = sum(path.stat().st_size for path in paths)
-    cached = host_memory("MemAvailable")  # before the files are read, cached pages count as free
+    # Read before the files are: cached pages count as free.
+    cached = host_memory("MemAvailable")
     warm(paths)
 
     loads: list[Loaded] = []
@@ -83,17 +83,17 @@ def measured(setting: Setting, folder: Path, sums: shapes.Sums | None) -> list[F
     surveying = measure.median(
         lambda: checkpoint.survey(checkpoint.find(folder)), torch.device("cpu"), repeats=repeats, warm_up=0
     )
-    note = f"{size / 1e9:.1f} GB in {len(paths)} files, {figures.spread([one.seconds for one in loads])}"
+    note = f"{size / 1e9:.1f} GB in {len(paths)} files, {spread([one.seconds for one in loads])}"
     if cached < 1.1 * size:
         note += "; too large for the page cache"
     least = size / setting.world_size / ceilings.fetch
     rows = [
-        *settings.ceiling_figures(ceilings, setting.dtype),
+        *ceiling_figures(ceilings, setting.dtype),
         Figure("load", seconds, "s", least, setting.goal("load", ceilings), lower=True, note=note),
         Figure("of that, reading on the slowest rank", reading, "s", least, lower=True),
         Figure("of that, all headers", surveying, "s", lower=True, note="before ranks read"),
     ]
-    # One rank is this process, whose peak is known; of others what they hold at the end, buffers included.
+    # A single rank is this process, whose peak is known. Other ranks say what they hold at the end, buffers included.
     host = (peak.host_gib or 0.0) if setting.world_size == 1 else host / GIB
     if host:
         held = setting.rank_bytes() / GIB if setting.device == "cpu" else 0.0

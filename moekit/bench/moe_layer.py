@@ -13,19 +13,18 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from moekit.bench import figures, measure, shapes
-from moekit.bench import setting as settings
-from moekit.bench.figures import Figure
+from moekit.bench import measure, shapes
+from moekit.bench.figures import GIB, Figure, spread
 from moekit.bench.measure import Ceilings
 from moekit.bench.score import FRACTION, numbers
-from moekit.bench.setting import Setting
+from moekit.bench.setting import Setting, ceiling_figures
 from moekit.nn.dispatch import Local
 from moekit.nn.experts import Experts
 from moekit.nn.ffn import activation_fn
 from moekit.nn.gate import Routing
 from moekit.nn.operations import use
 from moekit.nn.passes import Pass
-from moekit.nn.transformer import MoE
+from moekit.nn.transformer import MoE, allocated
 from moekit.ranks import Rank
 from moekit.ranks.machine import host_memory
 
@@ -33,7 +32,7 @@ AGAINST = ("grouped_mm", "transformers", "loop")
 Layer = Callable[[Tensor, Pass], Tensor]
 # Relative error of a token's output, in the dtype that it is computed in.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-# Of the tokens, so many may differ: gates round differently, and where two experts tie, another one is chosen.
+# Share of the tokens that may differ: gates round differently, and where two experts tie, another one is chosen.
 TIES = 1e-3
 
 
@@ -61,20 +60,20 @@ def run(setting: Setting, args: argparse.Namespace) -> list[Figure]:
     operations for each parameter of an expert and each choice that was kept, and for the gate; whichever takes longer.
 
     Raises:
-        ValueError: somebody's result is not that of the loop.
+        ValueError: a result is not that of the loop.
     """
     device = torch.device(setting.device, 0) if setting.device == "cuda" else torch.device("cpu")
     ceilings = measure.ceilings(Rank(0, 1, device), setting.kind)
     config = setting.config
     with torch.device("meta"):
         moe = MoE(config, config.moe_layers[0], config.experts, Local())
-    moe = moe.to(setting.kind).to_empty(device=device).requires_grad_(False).eval()
+    moe = allocated(moe, device, setting.kind)
     generator = torch.Generator(device).manual_seed(1)
     for name, parameter in moe.named_parameters():
         shapes.draw(name, parameter, config, generator)
 
     block = config.max_positions
-    rows = settings.ceiling_figures(ceilings, setting.dtype)
+    rows = ceiling_figures(ceilings, setting.dtype)
     for tokens in args.tokens or ([block, 32 * block] if setting.device == "cuda" else [block]):
         groups = max(1, tokens // block)
         x = torch.randn(groups, tokens // groups, config.dim, generator=generator, device=device)
@@ -113,7 +112,7 @@ def compared(moe: MoE, x: Tensor, setting: Setting, ceilings: Ceilings, against:
                 lower=True,
                 gpu_gib=peak.gpu_gib,
                 host_gib=peak.host_gib,
-                note=f"{figures.spread(seconds)}; {note}",
+                note=f"{spread(seconds)}; {note}",
             )
         )
     return rows
@@ -137,9 +136,11 @@ def same(name: str, found: Tensor, expected: Tensor) -> str:
         ValueError: too far.
     """
     found, wanted = found.flatten(0, 1).float(), expected.flatten(0, 1).float()
-    scale = wanted.norm(dim=1).mean()  # of all tokens: those that were dropped are zero
+    # The mean is over all tokens, since those that were dropped are zero.
+    scale = wanted.norm(dim=1).mean()
     error = (found - wanted).norm(dim=1) / scale
-    wrong = int((~(error < TOLERANCE[expected.dtype])).sum())  # what is no number is wrong, too
+    # NaN counts as wrong, too.
+    wrong = int((~(error < TOLERANCE[expected.dtype])).sum())
     if wrong > max(1, TIES * len(error)):
         raise ValueError(
             f"{name} computes something else than the loop: {wrong} of {len(error)} tokens are off by more than "
@@ -187,9 +188,7 @@ def theirs(implementation: str, setting: Setting, tokens: int) -> Make:
         on_gpu = setting.device == "cuda"
         free = torch.cuda.mem_get_info()[0] if on_gpu else host_memory("MemAvailable")
         if implementation == "batched_mm" and gathered > free / 2:
-            raise Missing(
-                f"would copy {gathered / figures.GIB:.0f} GiB of weights, one matrix for each choice"
-            )
+            raise Missing(f"would copy {gathered / GIB:.0f} GiB of weights, one matrix for each choice")
         try:
             experts = transformers_experts(moe.experts, implementation)
         except (ImportError, TypeError):
@@ -222,6 +221,7 @@ def transformers_experts(experts: Experts, implementation: str) -> nn.Module:
             self.act_fn = activation_fn(experts.activation)
 
         def forward(self, rows: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-            raise NotImplementedError  # always an implementation's
+            # The decorator puts an implementation in its place.
+            raise NotImplementedError
 
     return Theirs(SimpleNamespace(_experts_implementation=implementation))

@@ -18,7 +18,8 @@ from moekit.bench.setting import at_least_one
 from moekit.routing import metrics
 from moekit.routing.trace import Trace
 
-SECONDS = 5.0  # what a metric may take on 2 cores
+# The limit for a metric on 2 cores.
+SECONDS = 5.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -16,16 +16,16 @@ import torch.distributed as dist
 
 from moekit.api import Model
 from moekit.batches import Batch
-from moekit.bench import figures, measure, shapes
-from moekit.bench import setting as settings
-from moekit.bench.figures import Figure
+from moekit.bench import measure, shapes
+from moekit.bench.figures import GIB, Figure, spread
 from moekit.bench.measure import Ceilings
-from moekit.bench.setting import Setting
-from moekit.nn import graphs as graph
+from moekit.bench.setting import Setting, at_least_one, ceiling_figures
+from moekit.nn import graphs
 from moekit.nn.gate import Routing
-from moekit.nn.transformer import Pass, Transformer
+from moekit.nn.passes import Pass
+from moekit.nn.transformer import Transformer
 from moekit.ranks import Rank
-from moekit.scoring import score_batches
+from moekit.scoring import TOKENS_A_PASS, score_batches
 from moekit.worker import scoring as worker
 
 FRACTION = 0.05
@@ -38,16 +38,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def numbers(text: str) -> list[int]:
-    return [settings.at_least_one(part) for part in text.split(",")]
+    return [at_least_one(part) for part in text.split(",")]
 
 
 def run(setting: Setting, args: argparse.Namespace) -> list[Figure]:
     """Measure; see :func:`limit` for the limits."""
-    if why := settings.room(setting):
+    if why := setting.too_large():
         return [Figure("score", None, "tokens/s", note=why)]
-    with settings.model(setting) as (model, ceilings):
-        rows = settings.ceiling_figures(ceilings, setting.dtype)
-        found = [figures_of(model, setting, ceilings, blocks) for blocks in args.blocks]
+    with setting.model() as (model, ceilings):
+        rows = ceiling_figures(ceilings, setting.dtype)
+        found = [measured(model, setting, ceilings, blocks) for blocks in args.blocks]
         rows += [row for some in found for row in some]
         rows.append(whole(model, setting, ceilings, max(args.blocks)))
         goal = setting.goal("against one", ceilings)
@@ -60,24 +60,26 @@ def against_one(setting: Setting, blocks: list[int], best: float, goal: float | 
     """The best rate of all ranks, ``best``, beside the best that one of them has alone, measured in the same run."""
     work = f"{setting.world_size} ranks against one, best of each"
     alone = replace(setting, world_size=1)
-    if why := settings.room(alone):
+    if why := alone.too_large():
         return Figure(work, None, "times", setting.world_size, goal, note=f"alone it {why}")
-    with settings.model(alone) as (model, ceilings):
-        one = max(figures_of(model, alone, ceilings, count)[0].value for count in blocks)
+    with alone.model() as (model, ceilings):
+        one = max(measured(model, alone, ceilings, count)[0].value for count in blocks)
     note = f"{best:.0f} tokens/s against {one:.0f}"
     return Figure(work, best / one, "times", setting.world_size, goal, note=note)
 
 
 def limit(setting: Setting, ceilings: Ceilings, blocks: int) -> float:
-    """Tokens a second, of all ranks: a call reads all weights of a rank once, or does its share of the operations
-    (:func:`moekit.bench.shapes.flop_per_token`), whichever takes longer. What moves between ranks is not counted."""
+    """Tokens a second of all ranks, where a call reads all weights of a rank once or does its share of the operations.
+
+    The slower of the two counts (:func:`moekit.bench.shapes.flop_per_token`). Exchanges between ranks do not.
+    """
     length = setting.config.max_positions
     flop = blocks * length * shapes.flop_per_token(setting.config, length)
     seconds = ceilings.seconds(setting.rank_bytes(), flop)
     return setting.world_size * blocks * length / seconds
 
 
-def figures_of(model: Model, setting: Setting, ceilings: Ceilings, blocks: int) -> list[Figure]:
+def measured(model: Model, setting: Setting, ceilings: Ceilings, blocks: int) -> list[Figure]:
     """What ``blocks`` blocks a call and rank give."""
     length, ranks = setting.config.max_positions, setting.world_size
     found: list[Scored] = model.ranks.call(score, blocks, setting.repeats)
@@ -94,16 +96,16 @@ def figures_of(model: Model, setting: Setting, ceilings: Ceilings, blocks: int) 
             setting.goal(f"score {blocks}", ceilings),
             gpu_gib=gpu,
             host_gib=host,
-            note=f"{seconds * 1e3:.1f} ms a call ({figures.spread(calls)}); {found[0].routing}",
+            note=f"{seconds * 1e3:.1f} ms a call ({spread(calls)}); {found[0].routing}",
         )
     ]
-    if gpu is not None and blocks * length == 65_536:
+    if gpu is not None and blocks * length == TOKENS_A_PASS["cuda"]:
         rows.append(
             Figure(
                 "peak GPU memory of that",
                 gpu,
                 "GiB",
-                setting.rank_bytes() / figures.GIB,
+                setting.rank_bytes() / GIB,
                 setting.goal("score memory", ceilings),
                 lower=True,
             )
@@ -133,7 +135,7 @@ def whole(model: Model, setting: Setting, ceilings: Ceilings, blocks: int) -> Fi
         tokens / seconds,
         "tokens/s",
         limit(setting, ceilings, blocks),
-        note="packed by handle.plan_steps",
+        note="packed by scoring.plan_steps",
     )
 
 
@@ -173,7 +175,7 @@ def score(rank: Rank, blocks: int, repeats: int) -> Scored:
     try:
         routing = describe(rank, step[:blocks])
         with measure.memory(rank.device) as peak:
-            warm_up = graph.AFTER + 1 if rank.device.type == "cuda" else 2
+            warm_up = graphs.AFTER + 1 if rank.device.type == "cuda" else 2
             seconds = measure.seconds(work, rank.device, repeats=repeats, warm_up=warm_up)
         assert all(np.isfinite(found).all() for _, found in work()), "a log-probability is no finite number"
         exchange = exchanged(rank, work) if rank.world_size > 1 else 0.0
@@ -184,7 +186,7 @@ def score(rank: Rank, blocks: int, repeats: int) -> Scored:
 
 @torch.inference_mode()
 def describe(rank: Rank, batches: list[Batch]) -> str:
-    """Where random weights send random tokens: few experts would be less work than a trained gate makes."""
+    """How random weights route random tokens: if they chose few experts, the bench would do less work than real models."""
     model: Transformer = rank.state["model"]
     seen: list[Routing] = []
     tokens = torch.from_numpy(np.concatenate([b.tokens for b in batches])).to(rank.device).long()
@@ -204,8 +206,8 @@ MOVING = ("nccl", "_publish", "_meet", "_merge", "_pull", "_hand_out", "_collect
 def exchanged(rank: Rank, work: Callable[[], object]) -> float:
     """The part of ``work``'s time in which this rank moves rows, or waits for slower ranks to."""
     if rank.device.type == "cuda":
-        # By their kernels: those of a graph are nobody's calls. Profilers take their time to start, each its own: ranks
-        # wait for one another in the barrier, whose kernel is an all-reduce.
+        # Count NCCL kernels: a CUDA graph replays them without Python calls. Profilers start at different times on
+        # different ranks, hence the barrier; it is an all-reduce and is left out.
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
             dist.barrier()
             seconds = sum(measure.seconds(work, rank.device, repeats=3, warm_up=0))

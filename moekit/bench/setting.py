@@ -12,7 +12,8 @@ import torch
 
 from moekit import checkpoint, ranks
 from moekit.api import Model
-from moekit.bench import figures, measure, shapes
+from moekit.bench import measure, shapes
+from moekit.bench.figures import GIB, Figure, goal
 from moekit.bench.measure import Ceilings
 from moekit.handle import DTYPES
 from moekit.nn.config import ModelConfig
@@ -49,8 +50,49 @@ class Setting:
         experts = len(self.config.moe_layers) * self.config.experts * shapes.expert_parameters(self.config)
         return (total - experts + experts / self.world_size) * self.itemsize
 
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Setting:
+        """What the arguments of :func:`add_arguments` ask for.
+
+        Raises:
+            ValueError: this machine cannot have it.
+        """
+        device = ranks.choose_devices(args.world_size, args.device)[0]
+        on_gpu = device.type == "cuda"
+        dtype = args.dtype or ("float16" if on_gpu else "float32")
+        return cls(
+            args.shape or ("15b" if on_gpu else "tiny"),
+            device.type,
+            dtype,
+            choose_backend(args.backend, device, DTYPES[dtype]),
+            args.world_size,
+            args.repeats or (10 if on_gpu else 3),
+        )
+
+    def too_large(self) -> str:
+        """Why the weights do not fit into the memory that is free; "" if they do."""
+        needed = self.rank_bytes()
+        if self.device == "cuda":
+            free = min(gpu.free for gpu in gpus()[: self.world_size])
+        else:
+            free = host_memory("MemAvailable") / self.world_size
+        # What is free may be unknown, and then it is no number.
+        if not needed >= free:
+            return ""
+        return f"does not fit: {needed / GIB:.1f} GiB of weights, {free / GIB:.1f} GiB are free"
+
+    @contextlib.contextmanager
+    def model(self) -> Iterator[tuple[Model, Ceilings]]:
+        """The handle of a model with random weights, as ``moekit.load`` would give it, and the ceilings of its devices."""
+        with ranks.start(self.world_size, self.device) as pool:
+            ceilings = measure.slowest(pool.call(measure.ceilings, self.kind))
+            pool.call(shapes.build, self.config, self.kind, self.backend)
+            plan = checkpoint.Plan(self.config, self.kind, ())
+            yield Model(plan, checkpoint.Files(Path("random weights"), ()), pool, self.kind), ceilings
+        measure.give_back(self.device)
+
     def goal(self, what: str, ceilings: Ceilings) -> float | None:
-        return figures.goal(self.shape, self.world_size, what, ceilings.device, self.dtype)
+        return goal(self.shape, self.world_size, what, ceilings.device, self.dtype)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,51 +114,9 @@ def at_least_one(text: str) -> int:
     return int(text)
 
 
-def of(args: argparse.Namespace) -> Setting:
-    """The setting that the arguments ask for.
-
-    Raises:
-        ValueError: this machine cannot have it.
-    """
-    device = ranks.choose_devices(args.world_size, args.device)[0]
-    on_gpu = device.type == "cuda"
-    dtype = args.dtype or ("float16" if on_gpu else "float32")
-    return Setting(
-        args.shape or ("15b" if on_gpu else "tiny"),
-        device.type,
-        dtype,
-        choose_backend(args.backend, device, DTYPES[dtype]),
-        args.world_size,
-        args.repeats or (10 if on_gpu else 3),
-    )
-
-
-def room(setting: Setting) -> str:
-    """Why the weights do not fit into the memory that is free; nothing if they do."""
-    needed = setting.rank_bytes()
-    if setting.device == "cuda":
-        free = min(gpu.free for gpu in gpus()[: setting.world_size])
-    else:
-        free = host_memory("MemAvailable") / setting.world_size
-    if not needed >= free:  # what is free may be unknown, and no number
-        return ""
-    return f"does not fit: {needed / figures.GIB:.1f} GiB of weights, {free / figures.GIB:.1f} GiB are free"
-
-
-@contextlib.contextmanager
-def model(setting: Setting) -> Iterator[tuple[Model, Ceilings]]:
-    """The handle of a model with random weights, as ``moekit.load`` would give it, and the ceilings of its devices."""
-    with ranks.start(setting.world_size, setting.device) as pool:
-        ceilings = measure.slowest(pool.call(measure.ceilings, setting.kind))
-        pool.call(shapes.build, setting.config, setting.kind, setting.backend)
-        plan = checkpoint.Plan(setting.config, setting.kind, ())
-        yield Model(plan, checkpoint.Files(Path("random weights"), ()), pool, setting.kind), ceilings
-    measure.give_back(setting.device)
-
-
-def ceiling_figures(ceilings: Ceilings, dtype: str) -> list[figures.Figure]:
+def ceiling_figures(ceilings: Ceilings, dtype: str) -> list[Figure]:
     return [
-        figures.Figure("copy on the device, read + written", ceilings.copy / 1e9, "GB/s"),
-        figures.Figure(f"matmul, {dtype}", ceilings.matmul / 1e12, "TFLOP/s"),
-        figures.Figure("from pinned host memory", ceilings.fetch / 1e9, "GB/s"),
+        Figure("copy on the device, read + written", ceilings.copy / 1e9, "GB/s"),
+        Figure(f"matmul, {dtype}", ceilings.matmul / 1e12, "TFLOP/s"),
+        Figure("from pinned host memory", ceilings.fetch / 1e9, "GB/s"),
     ]

@@ -1,7 +1,7 @@
 """The shapes that are benched, their random weights, and what a pass over them costs at least.
 
-Nothing is downloaded: what a model computes takes as long with random weights as with trained ones, as long as its
-numbers stay finite and its gates send the tokens to many experts. Both are looked at, see score.py.
+Nothing is downloaded: a model with random weights takes as long as a trained one, if its numbers stay finite and its
+gates choose many experts. score.py checks both.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moekit.checkpoint import export
+from moekit.nn import transformer
 from moekit.nn.config import ModelConfig
 from moekit.nn.transformer import Transformer
 from moekit.ranks import Rank
@@ -55,7 +56,8 @@ SHAPES = {
         experts=16,
     ),
 }
-FILES = {"15b": 64, "52b": 64, "15b-64e": 8, "tiny": 4}  # with experts; one more holds the rest
+# Files with experts; one more holds the rest.
+FILES = {"15b": 64, "52b": 64, "15b-64e": 8, "tiny": 4}
 
 # ------------------------------------------------------------------------------------------------ random weights
 
@@ -67,18 +69,19 @@ def draw(name: str, parameter: Tensor, config: ModelConfig, generator: torch.Gen
     (GPT-2's rule). The embeddings outweigh the positions, which all tokens share and which would crowd a few experts.
     """
     if name == "norm.weight":
-        parameter.uniform_(-1, 1, generator=generator).sign_()  # or each token would predict itself
+        # With gains of one sign, each token would predict itself.
+        parameter.uniform_(-1, 1, generator=generator).sign_()
         return
     if "norm." in name:
         parameter.fill_(1.0 if name.endswith("weight") else 0.0)
         return
     if name.startswith("embed."):
         std = 3 / math.sqrt(config.dim)
-    elif name.endswith(("bias", ".b1", ".b2")):
+    elif name.endswith("bias") or parameter.dim() == (2 if "experts." in name else 1):
         std = 0.02
     else:
         std = 1 / math.sqrt(parameter.shape[-1])
-        if name.endswith((".out.weight", ".fc2.weight", ".w2")):
+        if name.endswith((".out.weight", ".fc2.weight", "experts.w2")):
             std /= math.sqrt(2 * config.layers)
     parameter.uniform_(-math.sqrt(3) * std, math.sqrt(3) * std, generator=generator)
 
@@ -93,7 +96,8 @@ def build(rank: Rank, config: ModelConfig, dtype: torch.dtype, backend: str) -> 
     rank.state["model"] = model
 
 
-Sums = dict[str, list[float]]  # of each stack of experts, the sum of each expert's numbers
+# For each stack of experts, the sum of each expert's numbers.
+Sums = dict[str, list[float]]
 
 
 @torch.no_grad()
@@ -139,24 +143,12 @@ def expert_sums(stack: Tensor) -> list[float]:
 
 def parameters(config: ModelConfig) -> int:
     """Parameters of the model: each is read once by a pass whose tokens reach every expert."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in Transformer(config).parameters())
+    return transformer.parameters(config)
 
 
 def expert_parameters(config: ModelConfig) -> int:
     """Parameters of one expert: two matrices and two biases."""
     return 2 * config.dim * config.ffn_dim + config.ffn_dim + config.dim
-
-
-def active_parameters(config: ModelConfig, batch: int) -> float:
-    """Parameters that a pass over one token of each of ``batch`` sequences reads, if gates choose at random.
-
-    All but the experts, and of E experts those chosen: E (1 - (1 - K/E)^batch) expected, K for a single token. Of the
-    embeddings, only the output matrix is read as a whole, and the two are one here.
-    """
-    experts, k = config.experts, config.top_k
-    chosen = experts * (1 - (1 - k / experts) ** batch)
-    return parameters(config) - len(config.moe_layers) * (experts - chosen) * expert_parameters(config)
 
 
 def flop_per_token(config: ModelConfig, length: int) -> float:

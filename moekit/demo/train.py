@@ -27,9 +27,11 @@ from moekit.nn.gate import balance_loss
 from moekit.nn.passes import Pass
 from moekit.nn.transformer import Attention, Transformer
 
-BLOCK = 256  # tokens
+# Tokens of a block.
+BLOCK = 256
 FILES = 8
-GATE_LOSS_WEIGHT = 0.01  # moe_gate_loss_wt
+# fairseq's ``moe_gate_loss_wt``.
+GATE_LOSS_WEIGHT = 0.01
 
 
 def demo_config(vocab: int) -> ModelConfig:
@@ -67,7 +69,10 @@ def initialize(model: Transformer) -> None:
         experts = model.layers[layer].moe.experts
         for stack in experts.tensors.values():
             for tensor in stack.data:
-                nn.init.xavier_uniform_(tensor) if tensor.dim() == 2 else nn.init.zeros_(tensor)
+                if tensor.dim() == 2:
+                    nn.init.xavier_uniform_(tensor)
+                else:
+                    nn.init.zeros_(tensor)
     nn.init.normal_(model.embed.weight, std=model.config.input_dim**-0.5)
 
 

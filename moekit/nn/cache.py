@@ -1,7 +1,7 @@
-"""The key/value cache: what attention remembers of a batch of sequences of different lengths.
+"""The key/value cache of a batch of sequences of different lengths.
 
-Each sequence fills its own slots from 0 on, so nothing is padded on the left; what a shorter prompt leaves behind its
-end is never looked at and gets overwritten by the tokens that follow.
+Each sequence fills its own slots from 0 on, so nothing is padded on the left. The slots behind a shorter prompt hold
+keys and values of padding: no token attends to them, and the tokens that follow overwrite them.
 
 Shape letters: L layers, B sequences, H heads, M slots, C head dim, T tokens of one forward pass.
 """
@@ -14,12 +14,15 @@ from torch import Tensor
 
 from moekit.nn.config import ModelConfig
 
+# Attention's kernels are fast where the number of slots is a multiple of this one.
+SLOTS = 64
+
 
 class Cache:
     """Keys and values [L, 2, B, H, M, C] of ``lengths`` [B] tokens each; hand it to the model in ``Pass.cache``.
 
-    A forward pass writes its tokens behind what is there and looks back at all of it. It does not move ``lengths``:
-    the caller does, by :meth:`advance`, since only the caller knows which tokens were real.
+    A forward pass writes its tokens behind those that are there and attends to all of them. It does not change
+    ``lengths``: the caller does, by :meth:`advance`, since only the caller knows which tokens were real.
     """
 
     def __init__(self, config: ModelConfig, batch: int, slots: int, device: torch.device, dtype: torch.dtype):
@@ -38,9 +41,9 @@ class Cache:
         return self.lengths[:, None] + torch.arange(tokens, device=self.lengths.device)
 
     def open(self, tokens: int) -> Tensor | None:
-        """Begin a forward pass: [B, 1, T, M] bool, the slots that each of its tokens may look at, its own included.
+        """Begin a forward pass: [B, 1, T, M] bool, the slots that each of its tokens may attend to, its own included.
 
-        None for the first pass, whose tokens look back at nothing but each other.
+        None for the first pass, whose tokens attend to each other alone.
         """
         positions = self.positions(tokens)
         self._write = positions[:, None, :, None]
@@ -49,7 +52,7 @@ class Cache:
         return (torch.arange(self.slots, device=positions.device) <= positions[:, :, None])[:, None]
 
     def extend(self, layer: int, kv: Tensor) -> Tensor:
-        """Write [2, B, H, T, C] behind what layer ``layer`` has, and return what is there to look at."""
+        """Write [2, B, H, T, C] behind what layer ``layer`` has, and return what its tokens attend to."""
         self.kv[layer].scatter_(3, self._write.expand_as(kv), kv)
         return kv if self.empty else self.kv[layer]
 
@@ -59,11 +62,11 @@ class Cache:
         self.empty = False
 
     def grow(self, slots: int) -> None:
-        """Make room for ``slots`` tokens a sequence."""
+        """Enlarge it to ``slots`` tokens a sequence."""
         self.kv = F.pad(self.kv, (0, 0, 0, slots - self.slots))
 
     def select(self, sequences: Tensor) -> None:
-        """Keep the sequences ``sequences`` [B'] in this order, repeats allowed: what a beam search chose."""
+        """Keep the sequences ``sequences`` [B'] in this order; a beam search may repeat one."""
         self.kv = self.kv[:, :, sequences]
         self.lengths = self.lengths[sequences]
 

@@ -19,22 +19,28 @@ from moekit.symbols import PAD as PAD
 class ModelConfig:
     """The options of fairseq's ``transformer_lm`` decoder that change its result at inference.
 
-    ``ffn_dim`` is the width of the dense layers *and* of the experts (the branch never reads its own
-    ``moe_expert_ffn_dim``). ``moe_freq`` 2 puts experts in every second layer, 0 in none.
+    Attributes:
+        ffn_dim: width of the dense layers and of the experts; the branch never reads its own ``moe_expert_ffn_dim``.
+        vocab_rows: rows of the embedding matrix; may exceed the dictionary.
+        max_positions: tokens a sample may have.
+        before_final_norm: the file is older than the final norm, so the model has none, whatever the file holds.
+        moe_freq: 2 puts experts in every second layer, 0 in none.
+        alternate_ffn_dim: above 0, the layers that would hold experts are dense and this wide.
+        second_expert: one of :data:`SECOND_EXPERT`, see :class:`moekit.nn.gates.Top2`.
     """
 
     layers: int
     dim: int
     ffn_dim: int
     heads: int
-    vocab_rows: int  # rows of the embedding matrix; may exceed the dictionary
+    vocab_rows: int
     input_dim: int
     output_dim: int
-    max_positions: int  # tokens a sample may have
+    max_positions: int
     activation: str = "relu"
     pre_norm: bool = False
     final_norm: bool = True
-    before_final_norm: bool = False  # the file is older than the final norm: it has none, whatever it holds
+    before_final_norm: bool = False
     learned_positions: bool = False
     positions: bool = True
     scale_embedding: bool = True
@@ -42,10 +48,10 @@ class ModelConfig:
     share_output: bool = False
     moe_freq: int = 0
     experts: int = 0
-    alternate_ffn_dim: int = 0  # > 0: the layers that would hold experts are dense and this wide
+    alternate_ffn_dim: int = 0
     top1: bool = False
     gate_fp32: bool = False
-    second_expert: str = "sampling"  # all | sampling | random
+    second_expert: str = "sampling"
     normalize_before_dropping: bool = False
     batch_prioritized: bool = False
     mask_padding: bool = False

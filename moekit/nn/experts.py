@@ -41,11 +41,15 @@ class Expert(NamedTuple):
     b2: Tensor
 
 
+# Tensors of one expert.
+TENSORS = len(Expert._fields)
+
+
 class Experts(nn.Module):
     """The experts held here, stacked: an :class:`Expert` with E in front of each shape.
 
-    Only this class names its tensors. :attr:`tensors` has the stacks, for kernels and files; :meth:`expert` has one
-    expert's weights, ready to compute with.
+    Kernels and files take the stacks from :attr:`tensors`; :meth:`expert` has one expert's weights, ready to compute
+    with. Weights of another type are another class with these two.
     """
 
     operations = PLAIN

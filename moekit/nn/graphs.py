@@ -1,4 +1,4 @@
-"""Work that is done again and again as a CUDA graph: hundreds of small kernels, launched with one call.
+"""CUDA graphs of work that is repeated: hundreds of small kernels, launched with one call.
 
 Launching them one by one takes Python some 10 to 40 us each, which is longer than many of them run.
 """
@@ -17,9 +17,11 @@ from moekit.nn.gates import gate_of
 from moekit.nn.passes import Pass
 from moekit.nn.transformer import Transformer
 
-WARM_UP = 2  # runs before the capture: libraries allocate, and Triton compiles, at their first
-AFTER = 4  # times the same work is done before capturing it pays off
-# In a pass worth capturing. With more, the kernels take longer than their launches.
+# Runs before the capture: at the first one libraries allocate and Triton compiles.
+WARM_UP = 2
+# Times that the same work is done before a capture pays off.
+AFTER = 4
+# Tokens in a pass worth capturing. With more, the kernels take longer than their launches.
 MOST_TOKENS = 16_384
 
 
@@ -34,7 +36,7 @@ def few(model: Transformer, rows: int, world_size: int) -> bool:
 def fits(model: Transformer, asked: Pass) -> bool:
     """Whether a pass runs on the device alone, with the same kernels every time, so that it can be captured.
 
-    With several ranks it needs to be told what to expect, see :attr:`moekit.nn.passes.Pass.rows_expected`, and all ranks
+    With several ranks it needs to know how many rows to expect, see :attr:`moekit.nn.passes.Pass.rows_expected`, and all ranks
     capture at the same time: a capture runs the work several times.
     """
     draws = gate_of(model.config).draws
@@ -45,12 +47,12 @@ def fits(model: Transformer, asked: Pass) -> bool:
 
 @functools.lru_cache
 def capturing(device: int) -> torch.cuda.Stream:
-    """The one stream for it: libraries keep a workspace for every stream they have seen, for good."""
+    """The one stream for captures: libraries keep a workspace for every stream that they have seen, for good."""
     return torch.cuda.Stream(device)
 
 
 class Graph:
-    """``work`` on tensors of the shapes of ``inputs``, for as long as what else it uses stays where it is."""
+    """``work`` on tensors of the shapes of ``inputs``; all other tensors that it uses must stay where they are."""
 
     def __init__(self, work: Callable[..., Tensor | None], *inputs: Tensor):
         self.inputs = [tensor.clone() for tensor in inputs]
@@ -61,7 +63,7 @@ class Graph:
                 work(*self.inputs)
         torch.cuda.current_stream().wait_stream(aside)
         self.graph = torch.cuda.CUDAGraph()
-        # On the stream of the warm-up, whose libraries have their workspaces; other threads may go on allocating.
+        # Libraries have their workspaces on the stream of the warm-up; other threads may go on allocating.
         with torch.cuda.graph(self.graph, stream=aside, capture_error_mode="thread_local"):
             self.output = work(*self.inputs)
 
@@ -74,9 +76,10 @@ class Graph:
 
 
 class Repeated:
-    """Work as it comes, and a graph of it once the same has come :data:`AFTER` times on end.
+    """Work as it comes, and a graph of it once the same has come :data:`AFTER` times in a row.
 
-    Without memory for a graph one goes on without, if ``alone``; of several ranks none can decide that for itself.
+    If a graph does not fit into memory, a single rank (``alone``) carries on without one; with several ranks the error
+    is raised, because all must capture or none.
     """
 
     def __init__(self, alone: bool) -> None:
@@ -95,7 +98,8 @@ class Repeated:
         if self.graph is None:
             try:
                 self.graph = Graph(work, *inputs)
-            except torch.OutOfMemoryError:  # a graph has memory of its own
+            except torch.OutOfMemoryError:
+                # A graph has memory of its own.
                 if not self.alone:
                     raise
                 self.times = -math.inf

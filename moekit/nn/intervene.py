@@ -1,4 +1,4 @@
-"""Interventions: change what the router does, and see what that changes.
+"""Interventions: what an experiment changes in the gate's decisions, checked here and applied on the ranks.
 
     before = model.trace(texts)
     with model.route(mask={3: [7]}):
@@ -52,9 +52,9 @@ class Intervention:
 
     Attributes:
         mask: layer -> experts whose gate logits become -inf before the softmax: the other experts' probabilities grow
-            to sum to 1, and whoever would have gone there goes to the best of the others.
+            to sum to 1, and the tokens that chose a masked expert choose the best of the others.
         force: (layer, sample, positions or None for all, experts).
-        drop_second: second choices are not dispatched and take no place in a buffer; the first one's weight is what
+        drop_second: second choices are not dispatched and take nothing of a buffer; the first one's weight is what
             the gate gives it then: 1, or its share of both with ``normalize_before_dropping``.
         capacity_token_fraction: in place of the calls' own; ``...`` leaves that alone.
     """
@@ -182,6 +182,3 @@ def check(config: ModelConfig, layer: int, expert: int) -> None:
 
 def _list(numbers: int | Iterable[int]) -> int | list[int]:
     return numbers if isinstance(numbers, int | np.integer) else list(numbers)
-
-
-# ------------------------------------------------------------------------------------------------- what it changed

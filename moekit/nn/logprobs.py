@@ -8,7 +8,7 @@ from torch import Tensor
 from moekit.nn.passes import Pass
 from moekit.nn.transformer import Transformer
 
-# Rows of logits that exist at a time: never tokens x dictionary, and on the CPU what its caches hold.
+# Rows of logits in memory at a time: all tokens at once would be too many, and a CPU is fast while they fit its caches.
 LOGIT_ROWS = {"cpu": 256, "cuda": 2048, "meta": 2048}
 
 

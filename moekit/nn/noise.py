@@ -50,6 +50,6 @@ def _signed(number: int) -> int:
     return number - (1 << 64) if number >= 1 << 63 else number
 
 
-def _shifted(x: Tensor, places: int) -> Tensor:
-    """Shift to the right, zeros coming in from the left."""
-    return (x >> places) & ((1 << (64 - places)) - 1)
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """Shift to the right by ``bits``; zeros come in from the left."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)

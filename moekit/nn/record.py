@@ -57,7 +57,7 @@ class Options:
 
 
 class Recorder:
-    """What ``Pass.record`` calls in one forward pass; keeps what it is handed, compactly, on its device.
+    """The function in ``Pass.record`` for one forward pass: it keeps each layer's routing, compactly, on its device.
 
     A layer that never calls it is an error in :meth:`rows`: a trace cannot silently lack what an execution path
     forgot to record.

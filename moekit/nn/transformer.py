@@ -11,25 +11,27 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from moekit.nn import gate, operations
+from moekit.nn import gate
 from moekit.nn.cache import Cache
 from moekit.nn.config import ModelConfig
 from moekit.nn.dispatch import Dispatch, Local
 from moekit.nn.experts import Assignment, Experts
 from moekit.nn.ffn import activation_fn
 from moekit.nn.gates import gate_of
-from moekit.nn.operations import PLAIN, added
+from moekit.nn.operations import PLAIN, added, use
 from moekit.nn.passes import Pass
 from moekit.symbols import PAD
 
-# Not cuDNN's, which torch prefers on Hopper: it makes a plan for every new shape, in 70 ms and the first in 1 s (H100),
-# and texts have many lengths.
+Module = TypeVar("Module", bound=nn.Module)
+# Without cuDNN's, which torch prefers on Hopper: texts have many lengths, and cuDNN makes a plan for every new shape, in
+# 70 ms and the first in 1 s (H100).
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -43,7 +45,7 @@ class Transformer(nn.Module):
         self.config = config
         held = config.experts if held is None else held
         self.dispatch = dispatch = dispatch or Local()
-        # Empty, not drawn: drawing on the meta device makes torch import its compiler, which takes seconds.
+        # Uninitialised: drawing on the meta device makes torch import its compiler, which takes seconds.
         self.embed = nn.Embedding.from_pretrained(
             torch.empty(config.vocab_rows, config.input_dim), freeze=False
         )
@@ -67,7 +69,7 @@ class Transformer(nn.Module):
             [B, T, output_dim], for :meth:`logits`.
         """
         asked = asked or Pass()
-        x = self.enter(tokens, asked)
+        x = self.embedded(tokens, asked)
         if asked.cache is not None:
             visible = asked.cache.open(tokens.shape[1])
         else:
@@ -76,9 +78,9 @@ class Transformer(nn.Module):
         with sdpa_kernel(ATTENTION):
             for layer in self.layers:
                 x, pending = layer(x, pending, visible, asked)
-        return self.leave(x, pending)
+        return self.features(x, pending)
 
-    def enter(self, tokens: Tensor, asked: Pass) -> Tensor:
+    def embedded(self, tokens: Tensor, asked: Pass) -> Tensor:
         """[B, T] -> [B, T, D], what the first layer reads."""
         x = self.embed(tokens)
         if self.config.scale_embedding:
@@ -89,7 +91,7 @@ class Transformer(nn.Module):
             x = x + self.positions(tokens, asked).to(x)
         return x if self.embed_norm is None else self.embed_norm(x)
 
-    def leave(self, x: Tensor, pending: Tensor | None = None) -> Tensor:
+    def features(self, x: Tensor, pending: Tensor | None = None) -> Tensor:
         """What the last layer gives, [B, T, D] and what is still to be added -> features [B, T, output_dim]."""
         if self.norm is not None:
             _, x = self.norm(x, pending)
@@ -102,7 +104,7 @@ class Transformer(nn.Module):
 
         "loop" is what all others are checked against, and the only one that learns.
         """
-        operations.use(self, backend)
+        use(self, backend)
         return self
 
     @property
@@ -117,7 +119,7 @@ class Transformer(nn.Module):
             rows_expected: that of the other ranks' :class:`Pass`.
         """
         for layer in self.layers:
-            if hasattr(layer, "moe"):
+            if layer.moe is not None:
                 layer.moe.serve(self.embed.weight, rows_expected)
 
     def logits(self, features: Tensor, vocab: int | None = None) -> Tensor:
@@ -130,12 +132,36 @@ class Transformer(nn.Module):
         return self.embed.weight if self.output is None else self.output.weight
 
 
+def empty(
+    config: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    held: int | None = None,
+    dispatch: Dispatch | None = None,
+) -> Transformer:
+    """A :class:`Transformer` for inference on ``device`` whose weights are uninitialised memory, to be filled."""
+    with torch.device("meta"):
+        model = Transformer(config, held, dispatch)
+    return allocated(model, device, dtype).eval()
+
+
+def allocated(module: Module, device: torch.device, dtype: torch.dtype) -> Module:
+    """``module``, made on the meta device, with uninitialised memory for its weights, which do not learn."""
+    return module.to(dtype).to_empty(device=device).requires_grad_(False)
+
+
+def parameters(config: ModelConfig, held: int | None = None) -> int:
+    """The number of parameters of a model with ``held`` experts a layer, all of them by default."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in Transformer(config, held).parameters())
+
+
 def _bridge(inner: int, outer: int) -> nn.Linear | None:
     return nn.Linear(inner, outer, bias=False) if inner != outer else None
 
 
 def attention_mask(padding: Tensor | None) -> Tensor | None:
-    """[B, 1, T, T] bool, True where a query may look: back, and never at padding. None: causal is all there is."""
+    """[B, 1, T, T] bool, the keys each query attends to: up to its own, without padding. None where nothing is padding."""
     if padding is None:
         return None
     length = padding.shape[1]
@@ -150,7 +176,8 @@ class Positions(nn.Module):
         super().__init__()
         self.dim, self.rows = config.dim, config.max_positions
         self.weight = None
-        self.table: Tensor | None = None  # kept, since a captured graph may go on reading it
+        # It stays here because a captured graph may read it again.
+        self.table: Tensor | None = None
         if config.learned_positions:
             self.weight = nn.Parameter(torch.empty(config.max_positions + PAD + 1, config.dim))
 
@@ -207,16 +234,15 @@ class Block(nn.Module):
         self.attn_norm = AddNorm(config.dim)
         self.attn = Attention(config, index)
         self.ffn_norm = AddNorm(config.dim)
-        if config.is_moe(index):
-            self.moe = MoE(config, index, held, dispatch)
-        else:
-            self.ffn = DenseFFN(config, index)
+        is_moe = config.is_moe(index)
+        self.moe = MoE(config, index, held, dispatch) if is_moe else None
+        self.ffn = None if is_moe else DenseFFN(config, index)
 
     def forward(
         self, x: Tensor, pending: Tensor | None, visible: Tensor | None, asked: Pass
     ) -> tuple[Tensor, Tensor | None]:
-        """Take and give the residual stream [B, T, D] and what is still to be added to it: the next norm does so."""
-        feed_forward = (lambda h: self.moe(h, asked)) if hasattr(self, "moe") else self.ffn
+        """The residual stream [B, T, D] and what the next norm is to add to it -> the same after this block."""
+        feed_forward = self.ffn if self.moe is None else (lambda h: self.moe(h, asked))
         if self.pre_norm:
             x, h = self.attn_norm(x, pending)
             x, h = self.ffn_norm(x, self.attn(h, visible, asked.cache))

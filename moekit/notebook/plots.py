@@ -15,6 +15,7 @@ from matplotlib.patches import Rectangle
 from moekit import checkpoint as ckpt
 from moekit.handle import pieces
 from moekit.nn.dispatch import owned
+from moekit.nn.experts import TENSORS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -76,13 +77,13 @@ def _box(axes, left: float, right: float, rows: range, colour, label: str, boxes
 
 
 def filled(table: pd.DataFrame) -> Figure:
-    """``report.filled``: a cell an expert, green where it got its four tensors."""
+    """``report.filled``: a cell an expert, green where it got all its tensors."""
     figure, axes = plt.subplots(figsize=(8, 0.6 + 0.35 * max(1, len(table))), layout="constrained")
     if table.empty:
         axes.axis("off")
         axes.set_title("this model has no experts", fontsize=11)
         return _done(figure)
-    complete = (table.to_numpy() == 4).astype(float)
+    complete = (table.to_numpy() == TENSORS).astype(float)
     axes.imshow(complete, aspect="auto", cmap="RdYlGn", vmin=0, vmax=1, interpolation="nearest", alpha=0.8)
     axes.set_yticks(range(len(table)), table.index)
     if table.shape[1] <= 64:

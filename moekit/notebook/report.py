@@ -14,6 +14,7 @@ import torch
 from moekit import checkpoint as ckpt
 from moekit import ranks
 from moekit.nn.dispatch import owned
+from moekit.nn.experts import TENSORS
 from moekit.nn.gates import gate_of
 from moekit.ranks.machine import gpus, host_memory
 
@@ -128,7 +129,7 @@ def parts(model: Model) -> pd.DataFrame:
 
 
 def filled(model: Model) -> pd.DataFrame:
-    """How many of its four tensors each expert got, over all ranks: layers x experts, 4 everywhere.
+    """How many of its tensors each expert got, over all ranks: layers x experts, 4 everywhere.
 
     Raises:
         ValueError: an expert got fewer or more.
@@ -139,10 +140,10 @@ def filled(model: Model) -> pd.DataFrame:
         for where, count in part["filled"].items():
             if where is not None:
                 table.loc[where] += count
-    if c.moe_layers and not (table == 4).all(axis=None):
-        layer, expert = next(zip(*(table != 4).to_numpy().nonzero(), strict=True))
+    if c.moe_layers and not (table == TENSORS).all(axis=None):
+        layer, expert = next(zip(*(table != TENSORS).to_numpy().nonzero(), strict=True))
         raise ValueError(
-            f"expert {expert} of layer {c.moe_layers[layer]} got {table.iat[layer, expert]} of 4 tensors"
+            f"expert {expert} of layer {c.moe_layers[layer]} got {table.iat[layer, expert]} of {TENSORS} tensors"
         )
     return table
 

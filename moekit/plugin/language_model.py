@@ -15,11 +15,11 @@ from torch import Tensor
 
 from moekit import checkpoint
 from moekit.checkpoint.options import from_fairseq, to_dict
-from moekit.nn.cache import Cache
+from moekit.nn.cache import SLOTS, Cache
 from moekit.nn.config import PAD, ModelConfig
 from moekit.nn.noise import Noise
 from moekit.nn.operations import choose_backend
-from moekit.nn.transformer import Pass, Transformer
+from moekit.nn.transformer import Pass, empty
 
 NAME = "transformer_lm_moekit"
 CACHE = "moekit"  # its place in fairseq's incremental state
@@ -30,9 +30,7 @@ class Decoder(FairseqIncrementalDecoder):
 
     def __init__(self, dictionary: Any, config: ModelConfig, fraction: float | None):
         super().__init__(dictionary)
-        with torch.device("meta"):
-            transformer = Transformer(config)
-        self.transformer = transformer.to_empty(device="cpu").requires_grad_(False)
+        self.transformer = empty(config, torch.device("cpu"))
         self.fraction = fraction
         self.passes = 0
         self.where: tuple[torch.device, torch.dtype] | None = None  # what the backend was chosen for
@@ -76,7 +74,7 @@ class Decoder(FairseqIncrementalDecoder):
         batch, length = tokens.shape
         cache = incremental_state.get(CACHE)
         if cache is None or length > cache.slots:
-            slots = min(max(64, 2 * length), max(length, self.transformer.config.max_positions))
+            slots = min(max(SLOTS, 2 * length), max(length, self.transformer.config.max_positions))
             if cache is None:
                 weight = self.transformer.embed.weight
                 cache = Cache(self.transformer.config, batch, slots, weight.device, weight.dtype)

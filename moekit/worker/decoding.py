@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moekit.nn import graphs
-from moekit.nn.cache import Cache
+from moekit.nn.cache import SLOTS, Cache
 from moekit.nn.logprobs import log_probs
 from moekit.nn.noise import Noise
 from moekit.nn.passes import Pass
@@ -29,8 +29,6 @@ from moekit.nn.transformer import Transformer
 from moekit.ranks import Rank
 from moekit.symbols import PAD
 from moekit.worker.sampling import Candidates, Chosen, Settings, candidates, choose, on_host
-
-SLOTS = 64  # a cache's slots are a multiple of these, which attention's kernels like
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from collections import Counter
 import torch
 
 from moekit import checkpoint
+from moekit.nn import transformer
 from moekit.nn.config import ModelConfig
 from moekit.nn.dispatch import AllToAll, Dispatch, owned
 from moekit.nn.peer_memory import reachable
@@ -44,9 +45,8 @@ def load(rank: Rank, plan: checkpoint.Plan, dtype: torch.dtype, backend: str) ->
 def empty(rank: Rank, config: ModelConfig, dtype: torch.dtype, backend: str) -> Transformer:
     """This rank's part of a model on its device, its weights not set yet; a collective."""
     held = owned(config.experts, rank.world_size, rank.rank)
-    with torch.device("meta"):
-        model = Transformer(config, len(held), _dispatch(rank, config, dtype, backend))
-    return model.to(dtype).to_empty(device=rank.device).requires_grad_(False).eval().use(backend)
+    dispatch = _dispatch(rank, config, dtype, backend)
+    return transformer.empty(config, rank.device, dtype, len(held), dispatch).use(backend)
 
 
 def _dispatch(rank: Rank, config: ModelConfig, dtype: torch.dtype, backend: str) -> Dispatch | None:

@@ -22,7 +22,8 @@ from moekit.nn.transformer import Transformer
 from moekit.ranks import Rank
 from moekit.symbols import PAD
 
-GRAPH = "repeated"  # the rank's Repeated, while it has one
+# Key of the rank's state for its :class:`~moekit.nn.graphs.Repeated`, while it has one.
+GRAPH = "repeated"
 
 
 @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""Attention of one new token a sequence: its key and value are written, and it looks back at what is there, and no further.
+"""Attention of one new token a sequence: the kernel writes its key and value and reads the filled slots alone.
 
 Shape letters: B sequences, H heads, C head dim, M slots of the cache.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moekit.nn.kernels.overlap import overlapped, start, wait
 
-# Slots looked at at a time, and warps: much at once where there are few programs, or each would wait for its loads.
+# (slots read at a time, warps): more at a time where there are few programs, or each would wait for its loads.
 FEW_PROGRAMS, ALONE, IN_COMPANY = 264, (256, 8), (128, 4)
 
 
@@ -77,7 +77,7 @@ def _attend_one(
     tl.store(keys + length * C + c, key, mask=real)
     tl.store(values + length * C + c, value, mask=real)
 
-    # The softmax as it goes: the greatest score so far, and sums relative to it. The new token's own comes first.
+    # An online softmax: the greatest score so far, and sums relative to it. The new token comes first.
     top = tl.sum(q * key.to(tl.float32), axis=0)
     total = top * 0.0 + 1.0
     found = value.to(tl.float32)

@@ -3,7 +3,7 @@
 One kernel serves both products of an expert. It reads rows through ``order`` (the first product) or from where the
 first one left them, adds the bias, and ends in the activation (the first) or in weighting and scattering (the second).
 
-Shape letters: N rows, K choices a row, P places sorted by expert, E experts, T tiles; a tile is up to ``rows`` places
+Shape letters: N rows, K choices a row, P choices sorted by expert, E experts, T tiles; a tile is up to ``rows`` choices
 of one expert. D model dim, F expert width.
 """
 
@@ -45,20 +45,20 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Cut:
-    """The blocks of both products, for up to ``places`` places and up to ``mean`` an expert.
+    """The blocks of both products, for up to ``choices`` choices and up to ``mean`` an expert.
 
     They share ``rows``, since they share tiles.
     """
 
-    places: float
+    choices: float
     mean: float
     up: Blocks
     down: Blocks
 
 
-# A handful of places: columns cut finely, to keep all multiprocessors busy. Few rows an expert: the weights' bytes are
-# what takes time, so small tiles and many loads under way. Many: the multiplications are, so tiles as large as
-# registers allow.
+# A few choices: narrow columns, to keep all multiprocessors busy. Few rows an expert: reading the weights takes the
+# time, so small tiles and many loads under way. Many rows: multiplying takes the time, so tiles as large as registers
+# allow.
 ANY = float("inf")
 CUTS = (
     Cut(16, ANY, Blocks(16, 32, 128, 4, 4), Blocks(16, 16, 256, 2, 4)),
@@ -67,12 +67,12 @@ CUTS = (
     Cut(ANY, 128, Blocks(64, 128, 64, 4, 3), Blocks(64, 128, 64, 4, 3)),
     Cut(ANY, ANY, Blocks(128, 128, 64, 8, 3), Blocks(128, 256, 64, 8, 4)),
 )
-# float32 takes twice the room, and is for checking.
+# float32 takes twice the memory, and is for checking.
 PLAIN = Cut(ANY, ANY, Blocks(32, 64, 32, 4, 2), Blocks(32, 64, 32, 4, 2))
 
 
-def cut_for(places: int, experts: int, dtype: torch.dtype, shared: float = ANY) -> Cut:
-    """How to cut ``places`` places of ``experts`` experts: the decision rests on what the host knows.
+def cut_for(choices: int, experts: int, dtype: torch.dtype, shared: float = ANY) -> Cut:
+    """How to cut ``choices`` choices of ``experts`` experts; all of it is known to the host.
 
     ``shared`` is the shared memory of a multiprocessor in bytes: GPUs with less than Hopper's take smaller tiles.
     """
@@ -80,7 +80,7 @@ def cut_for(places: int, experts: int, dtype: torch.dtype, shared: float = ANY) 
         return PLAIN
     fitting = [cut for cut in CUTS if max(cut.up.shared(), cut.down.shared()) <= shared]
     return next(
-        (cut for cut in fitting if places <= cut.places and places <= cut.mean * experts), fitting[-1]
+        (cut for cut in fitting if choices <= cut.choices and choices <= cut.mean * experts), fitting[-1]
     )
 
 
@@ -184,19 +184,19 @@ def _linear(
 
 @triton.jit(do_not_specialize=["tiles", "experts", "slots"])
 def _grouped_linear(
-    x,  # [N rows, K] if FIRST, else [P, K] in the order of places
+    x,  # [N rows, K] if FIRST, else [P, K] in the order of ``order``
     w,  # [E, N, K]
     b,  # [E, N]
-    out,  # [P, N] in the order of places if FIRST, else [N K, N] by place
+    out,  # [P, N] in the order of ``order`` if FIRST, else [N K, N] by choice
     order,  # [P]
-    table,  # [3, T]: each tile's expert, first place, and end
+    table,  # [3, T]: each tile's expert, first index into ``order``, and end
     weights,  # [N K] or None; [P] if SORTED
     reach,  # [W] if HOME, see peers.py
     tiles,
     experts,
     slots,  # choices that a mailbox has room for, if HOME
     CHOICES: tl.constexpr,
-    SORTED: tl.constexpr,  # rows and weights come in the order of places
+    SORTED: tl.constexpr,  # rows and weights come in the order of ``order``
     HOME: tl.constexpr,  # results go to the mailbox of the rank that asked for them
     N: tl.constexpr,  # columns of the output
     K: tl.constexpr,  # terms of the sum
@@ -208,7 +208,7 @@ def _grouped_linear(
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
 ):
-    # Neighbouring programs share a tile's rows, and the next tile's, of the same expert, its matrix.
+    # Neighbouring programs share the rows of a tile, and those of the next tile share the matrix of its expert.
     across: tl.constexpr = (N + COLUMNS - 1) // COLUMNS
     tile = tl.program_id(0) // across
     column = (tl.program_id(0) % across) * COLUMNS + tl.arange(0, COLUMNS)
@@ -216,8 +216,8 @@ def _grouped_linear(
     if expert < experts:
         row = tl.load(table + tiles + tile) + tl.arange(0, ROWS)
         live = row < tl.load(table + 2 * tiles + tile)
-        place = tl.load(order + row, mask=live, other=0)
-        source = (place // CHOICES if FIRST and not SORTED else row).to(tl.int64)
+        choice = tl.load(order + row, mask=live, other=0)
+        source = (choice // CHOICES if FIRST and not SORTED else row).to(tl.int64)
 
         inner = tl.arange(0, INNER)
         a_at = x + source[:, None] * K + inner[None, :]
@@ -237,14 +237,14 @@ def _grouped_linear(
         total += tl.load(b + expert * N + column, mask=fits, other=0.0).to(tl.float32)[None, :]
         total = activate(total, ACTIVATION, EXACT)
         if WEIGHTED:
-            weight = tl.load(weights + (row if SORTED else place), mask=live, other=0.0)
+            weight = tl.load(weights + (row if SORTED else choice), mask=live, other=0.0)
             total *= weight.to(tl.float32)[:, None]
-        target = (row if FIRST else place).to(tl.int64) * N
+        target = (row if FIRST else choice).to(tl.int64) * N
         if HOME:
-            far = tl.load(reach + place // slots, mask=live, other=0)
+            far = tl.load(reach + choice // slots, mask=live, other=0)
             far = far // (out.dtype.element_ty.primitive_bitwidth // 8)
             # Known, so that 16 bytes are stored at a time.
-            target = tl.multiple_of(far, 16) + (place % slots).to(tl.int64) * N
+            target = tl.multiple_of(far, 16) + (choice % slots).to(tl.int64) * N
         tl.store(
             out + target[:, None] + column[None, :],
             total.to(out.dtype.element_ty),
@@ -261,7 +261,8 @@ def activate(x, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
     elif ACTIVATION == 2:
         # Abramowitz and Stegun 7.1.26: within 1.5e-7 of erf, with fewer instructions and registers.
         size = tl.abs(x)
-        t = 1.0 / (1.0 + 0.23164189 * size)  # 0.3275911 / sqrt(2)
+        # 0.23164189 is 0.3275911 / sqrt(2).
+        t = 1.0 / (1.0 + 0.23164189 * size)
         tail = 1.061405429 * t - 1.453152027
         tail = tail * t + 1.421413741
         tail = tail * t - 0.284496736

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from moekit.symbols import PAD
 
-PARTS = 32  # of a row of logits, for as many programs: a few rows alone keep no GPU busy
+# A row of logits is read in so many parts, one a program: a few rows alone keep no GPU busy.
+PARTS = 32
 
 
 def target_log_probs(logits: Tensor, targets: Tensor) -> Tensor:

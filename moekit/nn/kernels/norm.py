@@ -1,4 +1,4 @@
-"""What is pending is added and the sum normalised, in one pass over the residual stream.
+"""Add what is pending and normalise the sum, in one pass over the residual stream.
 
 Shape letters: N tokens, K choices a token, D model dim.
 """
@@ -10,11 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-ROWS = 4  # tokens of a program
+# Tokens of a program.
+ROWS = 4
 
 
 def add_norm(x: Tensor, pending: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-    """:meth:`moekit.nn.transformer.AddNorm.forward`; for inference. Numbers are rounded where the plain path rounds them."""
+    """:func:`moekit.nn.operations.add_norm`; for inference. Numbers are rounded where the plain path rounds them."""
     x, dim = x.contiguous(), x.shape[-1]
     rows = x.numel() // dim
     normed = torch.empty_like(x)

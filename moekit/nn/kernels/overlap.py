@@ -1,8 +1,8 @@
 """A kernel that starts while the one before it still runs: Hopper's programmatic dependent launch.
 
-A kernel calls ``start`` first, so that its successor may come, and ``wait`` before it touches what a kernel before it
-wrote or reads. What nobody writes, such as weights, it may fetch in between. All kernels that are launched so call
-both: then whoever has waited knows that everything before is done.
+A kernel calls ``start`` first, so that the next one may start, and ``wait`` before it touches what an earlier kernel
+writes or reads. Between the two calls it may prefetch data that no kernel writes, such as weights. Since every such
+kernel calls both, a kernel that has waited can rely on all earlier ones being complete.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """One more token of a few sequences through the whole model: the same as ``Transformer.forward`` in fewer, fused kernels.
 
-With so few rows the time of a step is the number of its kernels, so norms, activations, residuals and the sums over
-choices go into the linear layers beside them, and experts need no plan: each choice reads its own expert.
+With so few rows the number of kernels decides the time of a step. So norms, activations, residuals and the sums over
+choices are fused with the linear layers beside them, and experts need no tiles: each choice reads its own expert.
 
 Shape letters: B sequences, D model dim, V dictionary.
 """
@@ -20,7 +20,8 @@ from moekit.nn.kernels.vectors import experts_linear, linear
 from moekit.nn.passes import Pass
 from moekit.nn.transformer import MoE, Transformer
 
-FEW = 4  # sequences at most: a step of four took 0.65 ms, and 0.76 with the ordinary kernels (H100); more were not tried
+# Sequences at most: a step of four took 0.65 ms, and 0.76 with the ordinary kernels (H100); more were not tried.
+FEW = 4
 
 
 def fits(model: Transformer, sequences: int) -> bool:
@@ -29,7 +30,7 @@ def fits(model: Transformer, sequences: int) -> bool:
 
 
 def read_on(model: Transformer, tokens: Tensor, cache: Cache, vocab: int, rows: int) -> Tensor | None:
-    """Each sequence reads a token behind what the cache has, and no choice is dropped; for inference.
+    """Each sequence reads a token behind what the cache has, and none is dropped; for inference.
 
     Over several ranks a collective, also where B is 0.
 
@@ -45,14 +46,14 @@ def read_on(model: Transformer, tokens: Tensor, cache: Cache, vocab: int, rows: 
         _serve(model, rows)
         return None
     heads = model.config.heads
-    x = model.enter(tokens[:, None], Pass(cache=cache))[:, 0].contiguous()
+    x = model.embedded(tokens[:, None], Pass(cache=cache))[:, 0].contiguous()
     for layer in model.layers:
         attn = layer.attn
         qkv, _ = linear(x, attn.qkv.weight, attn.qkv.bias, norm=layer.attn_norm)
         seen = attend_one(qkv.view(len(x), 3, heads, -1), cache.kv[attn.index], cache.lengths)
         x, _ = linear(seen, attn.out.weight, attn.out.bias, onto=x)
-        if hasattr(layer, "moe"):
-            moe = layer.moe
+        moe = layer.moe
+        if moe is not None:
             logits, h = linear(x, moe.gate.weight, norm=layer.ffn_norm)
             x = _experts(model, moe, logits, h, x, rows)
         else:
@@ -61,7 +62,7 @@ def read_on(model: Transformer, tokens: Tensor, cache: Cache, vocab: int, rows: 
             x, _ = linear(h, fc2.weight, fc2.bias, onto=x)
     norm = model.norm
     if model.project_out is not None:
-        x, norm = model.leave(x), None
+        x, norm = model.features(x), None
     logits, _ = linear(x, model.output_weight[:vocab], norm=norm)
     return logits
 
@@ -81,5 +82,5 @@ def _serve(model: Transformer, rows: int) -> None:
     nothing = model.embed.weight.new_empty(0, model.config.dim)
     logits = nothing.new_empty(0, model.config.experts)
     for layer in model.layers:
-        if hasattr(layer, "moe"):
+        if layer.moe is not None:
             _experts(model, layer.moe, logits, nothing, nothing, rows)

@@ -1,10 +1,10 @@
-"""Linear layers of a few rows: reading the weights is all that takes time, and what lies around a layer comes with it.
+"""Linear layers of a few rows: reading the weights takes all the time, so the operations around a layer are fused with it.
 
-A program computes a few columns of all rows, with the whole of the sum in flight at once. A norm before the layer is
-computed by every program for itself, since its rows are few; activation, gate's weight and residual end it.
+A program computes a few columns of all rows, with the whole of the sum in flight at once. Each program computes the
+norm before the layer for itself, since its rows are few; activation, gate's weight and residual come last.
 
-Shape letters: B rows (sequences), K terms of a sum, N columns, P places (a place p is choice p % C of row p // C), C
-choices a row, E experts.
+Shape letters: B rows (sequences), K terms of a sum, N columns, P choices, C of them a row (choice p is one of
+row p // C), E experts.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from moekit.nn.kernels.grouped import ACTIVATIONS, activate
 from moekit.nn.kernels.overlap import overlapped, start, wait
 
 WARPS = 4
-NUMBERS = 4096  # of products that a program keeps, which is 32 a thread; twice as many with several rows
-LONGEST = 1024  # terms of a sum at a time, unless a norm wants all of them
+# Products that a program keeps, which is 32 a thread; twice as many with several rows.
+NUMBERS = 4096
+# Terms of a sum at a time; a norm needs all at once.
+LONGEST = 1024
 
 
 def linear(
@@ -138,7 +140,7 @@ def experts_linear(experts: Experts, x: Tensor, chosen: Tensor, weights: Tensor,
 
 
 def columns_of(n: int, each: int, device: torch.device, others: int = 1) -> int:
-    """Columns of a program: as many as fit, but not so many that multiprocessors have nothing to do."""
+    """Columns of a program: as many as fit, but few enough that every multiprocessor has a program."""
     fit = max(1, NUMBERS // each)
     while fit > 1 and triton.cdiv(n, fit) * others < _multiprocessors(device):
         fit //= 2
@@ -179,7 +181,7 @@ def _linear(
     here = row < rows
     inner = tl.arange(0, INNER)
     w_at = w + column[:, None] * K + inner[None, :]
-    # What no other kernel writes is read before the wait for those before this one.
+    # No kernel writes the weights, so they are read before the wait for earlier kernels.
     m = tl.load(w_at, mask=fits[:, None] & (inner < K)[None, :], other=0.0)
     if gain is not None:
         g = tl.load(gain + inner, mask=inner < K, other=0.0).to(tl.float32)
@@ -230,14 +232,14 @@ def _experts_up(
     OVERLAP: tl.constexpr,
 ):
     start(OVERLAP)
-    place = tl.program_id(1)
+    choice = tl.program_id(1)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     fits = column < N
     inner = tl.arange(0, INNER)
     wait(OVERLAP)
-    expert = tl.load(chosen + place)
+    expert = tl.load(chosen + choice)
     w_at = w + expert * (N * K) + column[:, None] * K + inner[None, :]
-    a_at = x + (place // CHOICES) * K + inner
+    a_at = x + (choice // CHOICES) * K + inner
     products = tl.zeros((COLUMNS, INNER), dtype=tl.float32)
     for done in tl.static_range(0, K, INNER):
         rest = inner < K - done
@@ -246,7 +248,7 @@ def _experts_up(
         products += m * a[None, :]
     total = tl.sum(products, axis=1) + tl.load(b + expert * N + column, mask=fits, other=0.0).to(tl.float32)
     total = activate(total, ACTIVATION, EXACT)
-    tl.store(out + place * N + column, total.to(out.dtype.element_ty), mask=fits)
+    tl.store(out + choice * N + column, total.to(out.dtype.element_ty), mask=fits)
 
 
 @triton.jit
@@ -271,12 +273,12 @@ def _experts_down(
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     fits = column < N
     inner = tl.arange(0, INNER)
-    place = row * CHOICES + tl.arange(0, CHOICES)
+    choice = row * CHOICES + tl.arange(0, CHOICES)
     wait(OVERLAP)
-    expert = tl.load(chosen + place)
+    expert = tl.load(chosen + choice)
     w_at = w + tl.expand_dims(expert * (N * K), [1, 2]) + tl.expand_dims(column, [0, 2]) * K
     w_at += tl.expand_dims(inner, [0, 1])
-    a_at = x + place[:, None] * K + inner[None, :]
+    a_at = x + choice[:, None] * K + inner[None, :]
     products = tl.zeros((CHOICES, COLUMNS, INNER), dtype=tl.float32)
     for done in tl.static_range(0, K, INNER):
         rest = inner < K - done
@@ -286,7 +288,7 @@ def _experts_down(
         products += m * tl.expand_dims(a, 1)
     at = expert[:, None] * N + column[None, :]
     total = tl.sum(products, axis=2) + tl.load(b + at, mask=fits[None, :], other=0.0).to(tl.float32)
-    total *= tl.load(weights + place).to(kind).to(tl.float32)[:, None]
+    total *= tl.load(weights + choice).to(kind).to(tl.float32)[:, None]
     total = tl.sum(total.to(kind).to(tl.float32), axis=0).to(kind).to(tl.float32)
     target = row * N + column
     total += tl.load(onto + target, mask=fits, other=0.0).to(tl.float32)
