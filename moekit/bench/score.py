@@ -198,6 +198,11 @@ def describe(rank: Rank, batches: list[Batch]) -> str:
     return f"{reached:.0f} of {experts} experts, {most:.1f}x at most, {dropped:.1%} dropped"
 
 
+# Names of the kernels that move rows, or wait for other ranks to. Rows also travel in the second product of the experts
+# where results are written straight into the peers' memory; that time is not counted.
+MOVING = ("nccl", "_publish", "_meet", "_merge", "_pull", "_hand_out", "_collect")
+
+
 def exchanged(rank: Rank, work: Callable[[], object]) -> float:
     """The part of ``work``'s time in which this rank moves rows, or waits for slower ranks to."""
     if rank.device.type == "cuda":
@@ -206,7 +211,7 @@ def exchanged(rank: Rank, work: Callable[[], object]) -> float:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
             dist.barrier()
             seconds = sum(measure.seconds(work, rank.device, repeats=3, warm_up=0))
-        kernels = [event for event in seen.key_averages() if event.key.startswith("nccl")]
+        kernels = [event for event in seen.key_averages() if event.key.startswith(MOVING)]
         moving = (event for event in kernels if "AllReduce" not in event.key)
         spent = sum(event.self_device_time_total for event in moving) / 1e6
     else:

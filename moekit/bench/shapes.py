@@ -16,9 +16,9 @@ from torch import Tensor
 from moekit.checkpoint import export
 from moekit.nn import transformer
 from moekit.nn.config import ModelConfig
-from moekit.nn.dispatch import AllToAll, owned
-from moekit.nn.transformer import Transformer, empty
+from moekit.nn.transformer import Transformer
 from moekit.ranks import Rank
+from moekit.worker import loading
 
 EN_MOE_LM_15B = ModelConfig(
     layers=12,
@@ -89,9 +89,7 @@ def draw(name: str, parameter: Tensor, config: ModelConfig, generator: torch.Gen
 @torch.no_grad()
 def build(rank: Rank, config: ModelConfig, dtype: torch.dtype, backend: str) -> None:
     """Put a model with random weights into ``rank.state["model"]``: this rank's experts, and what all ranks share."""
-    held = owned(config.experts, rank.world_size, rank.rank)
-    dispatch = AllToAll(config.experts) if rank.world_size > 1 else None
-    model = empty(config, rank.device, dtype, len(held), dispatch).use(backend)
+    model = loading.empty(rank, config, dtype, backend)
     shared, own = (torch.Generator(rank.device).manual_seed(seed) for seed in (1, 2 + rank.rank))
     for name, parameter in model.named_parameters():
         draw(name, parameter, config, own if ".experts." in name else shared)

@@ -29,6 +29,10 @@ def owned(experts: int, world_size: int, rank: int) -> range:
 
 
 class Dispatch(Protocol):
+    """``by_expectation``: whether it does best with ``rows_expected``, however many they are."""
+
+    by_expectation: bool
+
     def __call__(
         self, experts: Experts, x: Tensor, assignment: Assignment, rows_expected: int | None = None
     ) -> Tensor:
@@ -50,6 +54,8 @@ class Dispatch(Protocol):
 class Local:
     """Every expert is here: nothing moves."""
 
+    by_expectation = False
+
     def __call__(
         self, experts: Experts, x: Tensor, assignment: Assignment, rows_expected: int | None = None
     ) -> Tensor:
@@ -64,6 +70,8 @@ class AllToAll:
     so it is better for few rows. A collective: every rank has to call it, with no rows if it has none, and with the
     same number of choices.
     """
+
+    by_expectation = False
 
     def __init__(self, experts: int):
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()

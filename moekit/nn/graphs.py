@@ -21,14 +21,16 @@ from moekit.nn.transformer import Transformer
 WARM_UP = 2
 # Times that the same work is done before a capture pays off.
 AFTER = 4
-# Tokens of all ranks together in a pass worth capturing: eight ranks with a block of 2,048 each just fit. With more, the
-# kernels take longer than their launches, and padded exchanges (dispatch.py) cost more than they save.
+# Tokens in a pass worth capturing. With more, the kernels take longer than their launches.
 MOST_TOKENS = 16_384
 
 
-def few(rows: int, world_size: int) -> bool:
-    """Whether passes in which each rank brings ``rows`` rows at most are worth capturing."""
-    return rows * world_size <= MOST_TOKENS
+def few(model: Transformer, rows: int, world_size: int) -> bool:
+    """Whether passes in which each rank brings ``rows`` rows at most are worth capturing.
+
+    An exchange that pads (dispatch.py) moves the rows of all ranks to each of them, so they count together there.
+    """
+    return rows * (1 if model.dispatch.by_expectation else world_size) <= MOST_TOKENS
 
 
 def fits(model: Transformer, asked: Pass) -> bool:
@@ -112,8 +114,6 @@ def of_step(model: Transformer, cache: Cache, vocab: int, rows_expected: int | N
     """
 
     def step(read: Tensor) -> Tensor | None:
-        if len(read) == 0:
-            return model.serve(rows_expected)
         # It writes to the cache behind what is there and counts nothing as read, so that repeating it does no harm.
         asked = Pass(groups=len(read), cache=cache, rows_expected=rows_expected)
         return model.operations.read_on(model, read, asked, vocab)

@@ -103,13 +103,15 @@ def best(logits: Tensor) -> tuple[Tensor, Tensor]:
     return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
 
 
-def read_on(model: Transformer, tokens: Tensor, asked: Pass, vocab: int) -> Tensor:
-    """Each of B sequences reads one token more, [B] int64: the logits [B, V] of what follows.
+def read_on(model: Transformer, tokens: Tensor, asked: Pass, vocab: int) -> Tensor | None:
+    """Each of B sequences reads one token more, [B] int64: the logits [B, V] of what follows; None where B is 0.
 
     Args:
         asked: with the sequences' cache, each of them a routing group, and nothing that drops, draws, edits or records.
         vocab: V, types of the dictionary.
     """
+    if len(tokens) == 0:
+        return model.serve(asked.rows_expected)
     return model.logits(model(tokens[:, None], asked)[:, 0], vocab)
 
 

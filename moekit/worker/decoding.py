@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -99,9 +100,10 @@ def begin(
     mine = passes[rank.rank]
     numbers = [prompt.number for prompt in prompts[rank.rank]]
     on_ranks = [len(part) for part in prompts]
-    read = [_read(model, part, settings, slots) for part in mine]
-    for _ in range(max(len(part) for part in passes) - len(mine)):
-        model.serve()
+    expected = _expected(passes) if model.dispatch.by_expectation else [None] * max(map(len, passes))
+    read = [_read(model, part, settings, slots, rows) for part, rows in zip(mine, expected, strict=False)]
+    for rows in expected[len(mine) :]:
+        model.serve(rows)
     if not read:
         rank.state[key] = Sequences(settings, [], on_ranks, _cache(model, 0, slots), None)
         return None
@@ -198,8 +200,17 @@ def _passes(prompts: Sequence[Prompt], settings: Settings) -> list[Sequence[Prom
     return [prompts] if prompts else []
 
 
+def _expected(passes: Sequence[Sequence[Sequence[Prompt]]]) -> list[int]:
+    """The tokens, padding included, that any rank brings to each pass at most; ``passes`` has each rank's."""
+
+    def rows(prompts: Sequence[Prompt]) -> int:
+        return len(prompts) * max(len(prompt.ids) for prompt in prompts)
+
+    return [max(rows(part) for part in ranks if part) for ranks in zip_longest(*passes, fillvalue=())]
+
+
 def _read(
-    model: Transformer, prompts: Sequence[Prompt], settings: Settings, slots: int
+    model: Transformer, prompts: Sequence[Prompt], settings: Settings, slots: int, rows_expected: int | None
 ) -> tuple[Cache, Tensor, Tensor, list[dict[str, np.ndarray]]]:
     """A cache with ``prompts``, the features [B, D] of their last tokens, their log-probabilities [B], and trace."""
     device = model.embed.weight.device
@@ -211,6 +222,7 @@ def _read(
     cache = _cache(model, len(prompts), slots)
     numbers = [prompt.number for prompt in prompts]
     asked = _asked(settings, numbers, 0, cache, tokens.shape[1])
+    asked.rows_expected = rows_expected
     features = model(tokens, asked)
     parts = _traced(asked, numbers, torch.arange(tokens.shape[1], device=device) < lengths[:, None])
     cache.advance(lengths)
@@ -233,8 +245,8 @@ def _read_on(model: Transformer, sequences: Sequences, read: Tensor) -> Tensor |
         sequences.seen.scatter_(1, read[:, None], True)
     asked = _asked(settings, sequences.numbers, sequences.steps, cache, 1)
     rows = max(sequences.on_ranks)
-    few = graphs.few(rows, len(sequences.on_ranks))
-    asked.rows_expected = rows if few else None
+    few = graphs.few(model, rows, len(sequences.on_ranks))
+    asked.rows_expected = rows if few or model.dispatch.by_expectation else None
     repeats = settings.beam_size == 1 and sequences.unchanged > graphs.AFTER
     logits = None
     if few and repeats and graphs.fits(model, asked):

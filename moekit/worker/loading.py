@@ -9,8 +9,11 @@ import torch
 
 from moekit import checkpoint
 from moekit.interrupts import hold_interrupts
-from moekit.nn.dispatch import AllToAll, owned
-from moekit.nn.transformer import empty
+from moekit.nn import transformer
+from moekit.nn.config import ModelConfig
+from moekit.nn.dispatch import AllToAll, Dispatch, owned
+from moekit.nn.peer_memory import reachable
+from moekit.nn.transformer import Transformer
 from moekit.ranks import Rank
 
 
@@ -24,10 +27,7 @@ def load(rank: Rank, plan: checkpoint.Plan, dtype: torch.dtype, backend: str) ->
     """
     start = time.perf_counter()
     held = owned(plan.config.experts, rank.world_size, rank.rank)
-    dispatch = AllToAll(plan.config.experts) if rank.world_size > 1 and plan.config.moe_layers else None
-    # The first tensors without memory import a part of torch, which must not be cut in the middle.
-    with hold_interrupts():
-        model = empty(plan.config, rank.device, dtype, len(held), dispatch).use(backend)
+    model = empty(rank, plan.config, dtype, backend)
     filled = checkpoint.fill(model, plan, held, rank.report, rank.cores)
     rank.state["model"] = model
     parameters = list(model.parameters())
@@ -43,3 +43,24 @@ def load(rank: Rank, plan: checkpoint.Plan, dtype: torch.dtype, backend: str) ->
         "bytes": sum(p.nbytes for p in parameters),
         "seconds": time.perf_counter() - start,
     }
+
+
+def empty(rank: Rank, config: ModelConfig, dtype: torch.dtype, backend: str) -> Transformer:
+    """This rank's part of a model on its device, its weights not set yet; a collective."""
+    held = owned(config.experts, rank.world_size, rank.rank)
+    dispatch = _dispatch(rank, config, dtype, backend)
+    # The first tensors without memory import a part of torch, which must not be cut in the middle.
+    with hold_interrupts():
+        return transformer.empty(config, rank.device, dtype, len(held), dispatch).use(backend)
+
+
+def _dispatch(rank: Rank, config: ModelConfig, dtype: torch.dtype, backend: str) -> Dispatch | None:
+    """How rows reach the experts of other ranks: through their memory if every rank can address it."""
+    if rank.world_size == 1 or not config.moe_layers:
+        return None
+    if backend == "triton" and reachable(rank.device):
+        # Triton is imported only if it is asked for.
+        from moekit.nn.kernels.peer_dispatch import PeerDispatch
+
+        return PeerDispatch(config.experts, config.top_k, config.dim, dtype, rank.device)
+    return AllToAll(config.experts)

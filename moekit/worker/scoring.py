@@ -59,13 +59,15 @@ def score(
     for step in steps:
         mine = step[rank.rank :: rank.world_size]
         inputs = Inputs.of(mine, rank.device) if mine else None
+        rows = rows_of(step, rank.world_size)
         asked = ask(mine, inputs, fraction, seed, trace, intervention) if inputs is not None else Pass()
         captured = worth_capturing(model, asked, step, rank.world_size)
         if not captured:
             # A large pass may need the graph's memory, and other ranks drop theirs in the same step.
             rank.state.pop(GRAPH, None)
+        asked.rows_expected = rows if captured or model.dispatch.by_expectation else None
         if inputs is None:
-            model.serve()
+            model.serve(asked.rows_expected)
             continue
         if captured:
             found = repeated(rank, asked, inputs, step, vocab)
@@ -128,7 +130,7 @@ def worth_capturing(model: Transformer, asked: Pass, step: Sequence[Batch], worl
     """
     return (
         len(step) >= world_size
-        and graphs.few(rows_of(step, world_size), world_size)
+        and graphs.few(model, rows_of(step, world_size), world_size)
         and graphs.fits(model, asked)
         and not padding_matters(step, asked.fraction)
     )
@@ -142,7 +144,6 @@ def rows_of(step: Sequence[Batch], world_size: int) -> int:
 def repeated(rank: Rank, asked: Pass, inputs: Inputs, step: Sequence[Batch], vocab: int) -> Tensor:
     """Log-probabilities [B, T] of this rank's share of ``step``, by a graph once enough steps like it have come."""
     model: Transformer = rank.state["model"]
-    asked.rows_expected = rows_of(step, rank.world_size)
     kept = rank.state.setdefault(GRAPH, graphs.Repeated(isinstance(model.dispatch, Local)))
     key = step[0].tokens.shape, len(step), asked.fraction, vocab
     return kept(key, functools.partial(scored, model, asked, vocab), inputs.tokens, inputs.targets)

@@ -67,25 +67,53 @@ def _choose(
     wait(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     expert = tl.arange(0, BLOCK)
-    real = expert < E
-    x = tl.load(logits + token * E + expert, mask=real, other=float("-inf")).to(tl.float32)
-    p = tl.exp(x - tl.max(x, axis=0))
-    # Rounded as stored, so that ties fall as they do in what is stored.
-    p = (p / tl.sum(p, axis=0)).to(probs.dtype.element_ty)
-    tl.store(probs + token * E + expert, p, mask=real)
-    p = tl.where(real, p.to(tl.float32), -1.0)
+    real = (expert < E)[None, :]
+    at = token * E + expert[None, :]
+    x = tl.load(logits + at, mask=real, other=float("-inf")).to(tl.float32)
+    kind: tl.constexpr = probs.dtype.element_ty
+    p, first, second, greatest, other, one, two = top(x, eps, E, K, kind == tl.float16, kind == tl.bfloat16)
+    tl.store(probs + at, p, mask=real)
+    to = token * K + tl.arange(0, 1)
+    tl.store(chosen + to, first.to(tl.int64))
+    tl.store(gate_probs + to, greatest)
+    if K == 2:
+        tl.store(chosen + to + 1, second.to(tl.int64))
+        tl.store(gate_probs + to + 1, other)
+        tl.store(weights + to, one)
+        tl.store(weights + to + 1, two)
+
+
+@triton.jit
+def top(x, eps, E: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, BRAIN: tl.constexpr):
+    """The choices of tokens with logits ``x``, [tokens, experts] and -inf beyond E: all probabilities, the experts of both
+    choices, their probabilities and their weights. The gate computes in float16, bfloat16, or float32 if neither."""
+    expert = tl.arange(0, x.shape[1])[None, :]
+    p = tl.exp(x - tl.max(x, axis=1)[:, None])
+    p = _rounded(p / tl.sum(p, axis=1)[:, None], HALF, BRAIN)
+    p = tl.where(expert < E, p, -1.0)
     # Of NaNs, a GPU may take the last lane.
-    first = tl.minimum(tl.argmax(p, axis=0, tie_break_left=True), E - 1)
-    tl.store(chosen + token * K, first.to(tl.int64))
-    greatest = tl.max(p, axis=0)
-    tl.store(gate_probs + token * K, greatest)
+    first = tl.minimum(tl.argmax(p, axis=1, tie_break_left=True), E - 1)
+    greatest = tl.max(p, axis=1)
+    second = first
+    other = greatest
+    one = greatest
+    two = greatest
     if K == 2:
         # The logits decide here, as in moekit/nn/gates.py: probabilities may have rounded to the same number.
-        rest = tl.where(expert == first, float("-inf"), x)
-        second = tl.minimum(tl.argmax(rest, axis=0, tie_break_left=True), E - 1)
-        tl.store(chosen + token * K + 1, second.to(tl.int64))
-        other = tl.sum(tl.where(expert == second, p, 0.0), axis=0)
-        tl.store(gate_probs + token * K + 1, other)
-        total = tl.maximum((greatest + other).to(probs.dtype.element_ty).to(tl.float32), eps)
-        tl.store(weights + token * K, greatest / total)
-        tl.store(weights + token * K + 1, other / total)
+        rest = tl.where(expert == first[:, None], float("-inf"), x)
+        second = tl.minimum(tl.argmax(rest, axis=1, tie_break_left=True), E - 1)
+        other = tl.sum(tl.where(expert == second[:, None], p, 0.0), axis=1)
+        total = tl.maximum(_rounded(greatest + other, HALF, BRAIN), eps)
+        one = greatest / total
+        two = other / total
+    return p, first, second, greatest, other, one, two
+
+
+@triton.jit
+def _rounded(x, HALF: tl.constexpr, BRAIN: tl.constexpr):
+    """As it is stored, so that ties fall as they do in what is stored."""
+    if HALF:
+        x = x.to(tl.float16).to(tl.float32)
+    elif BRAIN:
+        x = x.to(tl.bfloat16).to(tl.float32)
+    return x

@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moekit.nn.kernels import peers
+from moekit.nn.kernels.peers import Mailbox
 from moekit.nn.kernels.tiles import tiles
 
 if TYPE_CHECKING:
@@ -110,6 +112,29 @@ def grouped_ffn(experts: Experts, x: Tensor, assignment: Assignment, cut: Cut | 
     return out
 
 
+def gathered_ffn(
+    experts: Experts, box: Mailbox, first: int, rows_expected: int, cut: Cut | None = None
+) -> None:
+    """Have the experts held here, from number ``first`` on, compute the rows in all mailboxes, and send the results home.
+
+    For inference; no rank brings more than ``rows_expected`` rows.
+    """
+    if experts.held == 0:
+        return
+    rows, weights, order, counts = peers.gather(box, first, experts.held, rows_expected)
+    made = len(order)
+    w1, b1, w2, b2 = experts.tensors.values()
+    # Of the choices of all ranks, those that arrive here are about one rank's.
+    cut = cut or cut_for(made // box.world_size, experts.held, rows.dtype, shared_memory(rows.device))
+    plan = order, tiles(counts, made, cut.up.rows)
+    hidden = rows.new_empty(made, experts.width)
+    act = ACTIVATIONS[experts.activation]
+    _linear(rows, w1, b1, hidden, plan, None, 1, cut.up, first=True, act=act, sorted_rows=True)
+    _linear(
+        hidden, w2, b2, box.home, plan, weights, 1, cut.down, first=False, act=0, sorted_rows=True, box=box
+    )
+
+
 def _linear(
     x: Tensor,
     w: Tensor,
@@ -122,6 +147,8 @@ def _linear(
     *,
     first: bool,
     act: int,
+    sorted_rows: bool = False,
+    box: Mailbox | None = None,
 ) -> None:
     held, n, k = w.shape
     order, table = plan
@@ -134,9 +161,13 @@ def _linear(
         order,
         table,
         weights,
+        None if box is None else box.reach,
         table.shape[1],
         held,
+        0 if box is None else box.rows * box.choices,
         CHOICES=choices,
+        SORTED=sorted_rows,
+        HOME=box is not None,
         N=n,
         K=k,
         FIRST=first,
@@ -151,7 +182,7 @@ def _linear(
     )
 
 
-@triton.jit(do_not_specialize=["tiles", "experts"])
+@triton.jit(do_not_specialize=["tiles", "experts", "slots"])
 def _grouped_linear(
     x,  # [N rows, K] if FIRST, else [P, K] in the order of ``order``
     w,  # [E, N, K]
@@ -159,10 +190,14 @@ def _grouped_linear(
     out,  # [P, N] in the order of ``order`` if FIRST, else [N K, N] by choice
     order,  # [P]
     table,  # [3, T]: each tile's expert, first index into ``order``, and end
-    weights,  # [N K] or None
+    weights,  # [N K] or None; [P] if SORTED
+    reach,  # [W] if HOME, see peers.py
     tiles,
     experts,
+    slots,  # choices that a mailbox has room for, if HOME
     CHOICES: tl.constexpr,
+    SORTED: tl.constexpr,  # rows and weights come in the order of ``order``
+    HOME: tl.constexpr,  # results go to the mailbox of the rank that asked for them
     N: tl.constexpr,  # columns of the output
     K: tl.constexpr,  # terms of the sum
     FIRST: tl.constexpr,
@@ -182,7 +217,7 @@ def _grouped_linear(
         row = tl.load(table + tiles + tile) + tl.arange(0, ROWS)
         live = row < tl.load(table + 2 * tiles + tile)
         choice = tl.load(order + row, mask=live, other=0)
-        source = (choice // CHOICES if FIRST else row).to(tl.int64)
+        source = (choice // CHOICES if FIRST and not SORTED else row).to(tl.int64)
 
         inner = tl.arange(0, INNER)
         a_at = x + source[:, None] * K + inner[None, :]
@@ -202,10 +237,16 @@ def _grouped_linear(
         total += tl.load(b + expert * N + column, mask=fits, other=0.0).to(tl.float32)[None, :]
         total = activate(total, ACTIVATION, EXACT)
         if WEIGHTED:
-            total *= tl.load(weights + choice, mask=live, other=0.0).to(tl.float32)[:, None]
-        target = row if FIRST else choice
+            weight = tl.load(weights + (row if SORTED else choice), mask=live, other=0.0)
+            total *= weight.to(tl.float32)[:, None]
+        target = (row if FIRST else choice).to(tl.int64) * N
+        if HOME:
+            far = tl.load(reach + choice // slots, mask=live, other=0)
+            far = far // (out.dtype.element_ty.primitive_bitwidth // 8)
+            # Known, so that 16 bytes are stored at a time.
+            target = tl.multiple_of(far, 16) + (choice % slots).to(tl.int64) * N
         tl.store(
-            out + target.to(tl.int64)[:, None] * N + column[None, :],
+            out + target[:, None] + column[None, :],
             total.to(out.dtype.element_ty),
             mask=live[:, None] & fits[None, :],
         )

@@ -24,10 +24,12 @@ def attend(qkv: Tensor, visible: Tensor | None, cache: Cache | None, layer: int)
     return attend_one(qkv[:, 0], cache.kv[layer], cache.lengths)[:, None]
 
 
-def read_on(model: Transformer, tokens: Tensor, asked: Pass, vocab: int) -> Tensor:
+def read_on(model: Transformer, tokens: Tensor, asked: Pass, vocab: int) -> Tensor | None:
     """:func:`moekit.nn.operations.read_on`, in fewer and fused kernels for a few sequences."""
-    if short_step.fits(model, len(tokens)):
-        return short_step.read_on(model, tokens, asked.cache, vocab)
+    # The same on every rank.
+    rows = len(tokens) if asked.rows_expected is None else asked.rows_expected
+    if short_step.fits(model, rows):
+        return short_step.read_on(model, tokens, asked.cache, vocab, rows)
     return plain.read_on(model, tokens, asked, vocab)
 
 

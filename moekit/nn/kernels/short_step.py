@@ -12,31 +12,39 @@ from torch import Tensor
 
 from moekit.nn.cache import Cache
 from moekit.nn.dispatch import Local
+from moekit.nn.kernels import short_peers
 from moekit.nn.kernels.attention import attend_one
 from moekit.nn.kernels.gate import choose
+from moekit.nn.kernels.peer_dispatch import PeerDispatch
 from moekit.nn.kernels.vectors import experts_linear, linear
 from moekit.nn.passes import Pass
-from moekit.nn.transformer import Transformer
+from moekit.nn.transformer import MoE, Transformer
 
 # Sequences at most: a step of four took 0.65 ms, and 0.76 with the ordinary kernels (H100); more were not tried.
 FEW = 4
 
 
 def fits(model: Transformer, sequences: int) -> bool:
-    """Whether :func:`read_on` is for this model and so many sequences; all experts have to be here."""
-    return sequences <= FEW and model.config.pre_norm and isinstance(model.dispatch, Local)
+    """Whether :func:`read_on` is for this model and so many sequences of each rank."""
+    return sequences <= FEW and model.config.pre_norm and isinstance(model.dispatch, Local | PeerDispatch)
 
 
-def read_on(model: Transformer, tokens: Tensor, cache: Cache, vocab: int) -> Tensor:
+def read_on(model: Transformer, tokens: Tensor, cache: Cache, vocab: int, rows: int) -> Tensor | None:
     """Each sequence reads a token behind what the cache has, and none is dropped; for inference.
+
+    Over several ranks a collective, also where B is 0.
 
     Args:
         tokens: [B] int64.
         vocab: V, types of the dictionary.
+        rows: the sequences of any rank at most.
 
     Returns:
-        [B, V] logits of what follows.
+        [B, V] logits of what follows; None where B is 0.
     """
+    if len(tokens) == 0:
+        _serve(model, rows)
+        return None
     heads = model.config.heads
     x = model.embedded(tokens[:, None], Pass(cache=cache))[:, 0].contiguous()
     for layer in model.layers:
@@ -47,8 +55,7 @@ def read_on(model: Transformer, tokens: Tensor, cache: Cache, vocab: int) -> Ten
         moe = layer.moe
         if moe is not None:
             logits, h = linear(x, moe.gate.weight, norm=layer.ffn_norm)
-            _, chosen, _, weights = choose(moe.rule, logits)
-            x = experts_linear(moe.experts, h, chosen, weights, x)
+            x = _experts(model, moe, logits, h, x, rows)
         else:
             fc1, fc2 = layer.ffn.fc1, layer.ffn.fc2
             h, _ = linear(x, fc1.weight, fc1.bias, norm=layer.ffn_norm, activation=model.config.activation)
@@ -58,3 +65,22 @@ def read_on(model: Transformer, tokens: Tensor, cache: Cache, vocab: int) -> Ten
         x, norm = model.features(x), None
     logits, _ = linear(x, model.output_weight[:vocab], norm=norm)
     return logits
+
+
+def _experts(model: Transformer, moe: MoE, logits: Tensor, h: Tensor, onto: Tensor, rows: int) -> Tensor:
+    """``onto`` [B, D] and what the experts chosen by ``logits`` [B, E] make of ``h`` [B, D]."""
+    dispatch = model.dispatch
+    if isinstance(dispatch, Local):
+        _, chosen, _, weights = choose(moe.rule, logits)
+        return experts_linear(moe.experts, h, chosen, weights, onto)
+    box, fp32 = dispatch.mailbox(rows), model.config.gate_fp32
+    return short_peers.experts_linear(moe.experts, box, dispatch.first, rows, logits, h, onto, fp32)
+
+
+def _serve(model: Transformer, rows: int) -> None:
+    """Compute other ranks' choices of the experts held here."""
+    nothing = model.embed.weight.new_empty(0, model.config.dim)
+    logits = nothing.new_empty(0, model.config.experts)
+    for layer in model.layers:
+        if layer.moe is not None:
+            _experts(model, layer.moe, logits, nothing, nothing, rows)

@@ -55,7 +55,7 @@ def linear(
     padded = triton.next_power_of_2(rows)
     inner = triton.next_power_of_2(k)
     inner = inner if norm is not None else min(inner, LONGEST)
-    columns = _columns(n, padded * inner // min(padded, 2), x.device)
+    columns = columns_of(n, padded * inner // min(padded, 2), x.device)
     _linear[(triton.cdiv(n, columns),)](
         x,
         weight,
@@ -101,7 +101,7 @@ def experts_linear(experts: Experts, x: Tensor, chosen: Tensor, weights: Tensor,
     out = torch.empty_like(onto)
     exact = x.dtype == torch.float32
     inner = min(triton.next_power_of_2(dim), LONGEST)
-    columns = _columns(width, inner, x.device, rows * choices)
+    columns = columns_of(width, inner, x.device, rows * choices)
     _experts_up[(triton.cdiv(width, columns), rows * choices)](
         x,
         w1,
@@ -119,7 +119,7 @@ def experts_linear(experts: Experts, x: Tensor, chosen: Tensor, weights: Tensor,
         **overlapped(x.device),
     )
     inner = min(triton.next_power_of_2(width), LONGEST)
-    columns = _columns(dim, choices * inner, x.device, rows)
+    columns = columns_of(dim, choices * inner, x.device, rows)
     _experts_down[(triton.cdiv(dim, columns), rows)](
         hidden,
         w2,
@@ -139,7 +139,7 @@ def experts_linear(experts: Experts, x: Tensor, chosen: Tensor, weights: Tensor,
     return out
 
 
-def _columns(n: int, each: int, device: torch.device, others: int = 1) -> int:
+def columns_of(n: int, each: int, device: torch.device, others: int = 1) -> int:
     """Columns of a program: as many as fit, but few enough that every multiprocessor has a program."""
     fit = max(1, NUMBERS // each)
     while fit > 1 and triton.cdiv(n, fit) * others < _multiprocessors(device):

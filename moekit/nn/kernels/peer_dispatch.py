@@ -1,0 +1,67 @@
+"""Dispatch through the peers' memory, see peers.py: no rank asks the host how many rows go where.
+
+Shape letters: N rows, K choices a row, D model dim, E experts in all, M rows that a rank brings at most.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moekit.nn.dispatch import AllToAll, owned
+from moekit.nn.experts import Assignment, Experts
+from moekit.nn.kernels import peers
+from moekit.nn.kernels.grouped import gathered_ffn
+from moekit.nn.kernels.peers import Mailbox
+from moekit.nn.peer_memory import symmetric
+
+FEWEST = 16  # rows of the smallest mailbox
+
+
+class PeerDispatch:
+    """Experts are spread over the ranks of one host as :func:`moekit.nn.dispatch.owned` deals them.
+
+    Mailboxes are made for a power of two of rows and kept, since captured graphs go on using them. Where the number of
+    rows to expect is not known, rows travel as ``otherwise`` does it.
+    """
+
+    by_expectation = True
+
+    def __init__(self, experts: int, choices: int, dim: int, dtype: torch.dtype, device: torch.device):
+        self.otherwise = AllToAll(experts)
+        self.rank, self.world_size = self.otherwise.rank, self.otherwise.world_size
+        self.first = owned(experts, self.world_size, self.rank).start
+        self.of = choices, experts, dim, dtype, self.world_size
+        self.device = device
+        self.boxes: dict[int, Mailbox] = {}
+        self.gave_up = torch.zeros(1, dtype=torch.int32, device=device)
+
+    def mailbox(self, rows: int) -> Mailbox:
+        """The mailbox for ``rows`` rows; a collective when it is the first one of its size."""
+        size = max(FEWEST, 1 << (rows - 1).bit_length())
+        if size not in self.boxes:
+            how = (size, *self.of)
+            self.boxes[size] = Mailbox(
+                *symmetric(Mailbox.size(*how), self.device), self.rank, self.gave_up, how
+            )
+        return self.boxes[size]
+
+    def __call__(
+        self, experts: Experts, x: Tensor, assignment: Assignment, rows_expected: int | None = None
+    ) -> Tensor:
+        if rows_expected is None:
+            return self.otherwise(experts, x, assignment)
+        assert len(x) <= rows_expected, (
+            f"a rank brings {len(x)} rows where at most {rows_expected} are expected"
+        )
+        box = self.mailbox(rows_expected)
+        peers.publish(box, x, assignment)
+        peers.meet(box)
+        gathered_ffn(experts, box, self.first, rows_expected)
+        peers.meet(box)
+        return box.home[: len(x)].flatten(0, 1)
+
+    def check(self) -> None:
+        """Raise if this rank has given up waiting for a peer since it began; asks the device."""
+        if int(self.gave_up):
+            raise RuntimeError(f"a peer did not come to an exchange within {peers.LIMIT:g} s")

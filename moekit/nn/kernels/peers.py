@@ -1,0 +1,274 @@
+"""Exchange through the peers' memory: rows are read from it, and results are written to it, by kernels alone.
+
+Every rank has a buffer that its peers can address (NVLink between GPUs of one host). A MoE layer is five steps, none of
+which asks the host for a number:
+
+    publish    my rows, my choices sorted by expert, and their weights go into my own buffer
+    meet       every rank has published
+    gather     the choices of all ranks for the experts held here, and their rows, are read from the peers
+    experts    the second product writes each weighted result into the buffer of the rank that asked for it
+    meet       every result is home
+
+Shape letters: W ranks, M rows that a rank brings at most, N rows that it brings, K choices a row, P = W M K choices of all
+ranks at most, E experts in all, e experts held here, D model dim.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moekit.nn.experts import Assignment
+
+PULLED = 4  # rows that a program pulls
+SEGMENT = 256  # choices that a program copies at a time
+# Seconds that a rank waits for its peers, and looks at their flags where kernels are interpreted and know no clock.
+LIMIT = 120.0
+LOOKS = 10_000_000
+
+
+class Mailbox:
+    """One rank's buffer, and the way to those of its peers.
+
+    Attributes:
+        x: [M, D], the rows that the experts read.
+        chosen: [M K] int32, the expert of each choice, E for none; where there are few choices, in place of ``order``.
+        order: [M K] int32, the rank's choices sorted by expert.
+        starts: [E + 1] int32, where the choices of each expert begin in ``order``.
+        weights: [M K] float32.
+        home: [M, K, D], what the experts made of each choice.
+        flags: [W] int32, how often each peer has come to :func:`meet`.
+        reach: [W] int64, bytes from this rank's buffer to that of each rank.
+        times: [1] int32, how often this rank has come.
+        gave_up: [1] int32, not 0 once this rank has waited for longer than ``limit``; mailboxes share it.
+        ways, limit: what the kernels that wait for peers are launched with.
+    """
+
+    @staticmethod
+    def layout(rows: int, choices: int, experts: int, dim: int, dtype: torch.dtype, world_size: int):
+        """(name, shape, dtype) of each part, in the order in which they lie in the buffer."""
+        return (
+            ("flags", (world_size,), torch.int32),
+            ("x", (rows, dim), dtype),
+            ("chosen", (rows * choices,), torch.int32),
+            ("order", (rows * choices,), torch.int32),
+            ("starts", (experts + 1,), torch.int32),
+            ("weights", (rows * choices,), torch.float32),
+            ("home", (rows, choices, dim), dtype),
+        )
+
+    @classmethod
+    def size(cls, *how) -> int:
+        """Bytes of a buffer; the arguments are those of :meth:`layout`."""
+        return sum(_padded(shape, dtype) for _, shape, dtype in cls.layout(*how))
+
+    def __init__(self, buffer: Tensor, reach: Tensor, rank: int, gave_up: Tensor, how: tuple):
+        self.rows, self.choices, self.experts, self.dim, self.dtype, self.world_size = how
+        self.rank, self.reach, self.buffer = rank, reach, buffer
+        self.times, self.gave_up = torch.zeros_like(gave_up), gave_up
+        timed = buffer.is_cuda
+        self.ways = {
+            "W": self.world_size,
+            "RANKS": triton.next_power_of_2(self.world_size),
+            "TIMED": timed,
+        }
+        self.limit = int(LIMIT * 1e9) if timed else LOOKS
+        at = 0
+        for name, shape, dtype in self.layout(*how):
+            size = shape.numel() if isinstance(shape, torch.Size) else torch.Size(shape).numel()
+            setattr(self, name, buffer[at : at + size * dtype.itemsize].view(dtype).view(shape))
+            at += _padded(shape, dtype)
+
+
+def _padded(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    size = torch.Size(shape).numel() * dtype.itemsize
+    return -(-size // 256) * 256
+
+
+def publish(box: Mailbox, x: Tensor, assignment: Assignment) -> None:
+    """Put this rank's rows, x [N, D], and their choices where its peers find them; a choice of no expert is zero at home."""
+    rows, dim = x.shape
+    order, counts, weights = assignment.order, assignment.counts, assignment.weights
+    assert rows <= box.rows and len(counts) == box.experts
+    _publish[(rows + 1,)](
+        x.contiguous(), order.contiguous(), counts.contiguous(), weights.contiguous(), box.x, box.order, box.starts, box.weights, box.home,
+        rows,
+        E=box.experts, K=box.choices, D=dim,
+        BLOCK=triton.next_power_of_2(dim), EXPERTS=triton.next_power_of_2(box.experts), num_warps=4,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _publish(
+    x, order, counts, weights, x_out, order_out, starts_out, weights_out, home, rows,
+    E: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, EXPERTS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    expert = tl.arange(0, EXPERTS)
+    if row == rows:
+        count = tl.load(counts + expert, mask=expert < E, other=0).to(tl.int32)
+        ends = tl.cumsum(count, axis=0)
+        tl.store(starts_out + expert + 1, ends, mask=expert < E)
+        tl.store(starts_out + expert, ends - count, mask=expert == 0)
+    else:
+        column = tl.arange(0, BLOCK)
+        here = column < D
+        tl.store(x_out + row * D + column, tl.load(x + row * D + column, mask=here), mask=here)
+        for k in tl.static_range(K):
+            tl.store(order_out + row * K + k, tl.load(order + row * K + k).to(tl.int32))
+            weight = tl.load(weights + row * K + k).to(tl.float32)
+            tl.store(weights_out + row * K + k, weight)
+            # A choice that was dropped has no weight, and no expert writes to its place.
+            if weight == 0.0:
+                nothing = tl.zeros((BLOCK,), dtype=home.dtype.element_ty)
+                tl.store(home + (row * K + k) * D + column, nothing, mask=here)
+
+
+def meet(box: Mailbox) -> None:
+    """Wait on the device until every rank has come here as often as this one: what they wrote before can be read."""
+    _meet[(1,)](
+        box.flags, box.reach, box.times, box.gave_up, box.rank, box.limit, **box.ways, num_warps=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _ticks(TIMED: tl.constexpr):
+    """Nanoseconds where there is a clock."""
+    if TIMED:
+        return tl.inline_asm_elementwise(
+            "mov.u64 $0, %globaltimer;", "=l", [], dtype=tl.int64, is_pure=False, pack=1
+        )
+    return tl.zeros((), dtype=tl.int64)
+
+
+@triton.jit(do_not_specialize=["rank", "limit"])
+def _meet(
+    flags, reach, times, gave_up, rank, limit, W: tl.constexpr, RANKS: tl.constexpr, TIMED: tl.constexpr
+):
+    wait_for_peers(flags, reach, times, gave_up, rank, limit, W, RANKS, TIMED)
+
+
+@triton.jit
+def wait_for_peers(
+    flags, reach, times, gave_up, rank, limit, W: tl.constexpr, RANKS: tl.constexpr, TIMED: tl.constexpr
+):
+    """Tell all peers that this program has come, and wait for them; a kernel of one program calls it.
+
+    What this program and earlier kernels wrote is visible to the peers then, and what they wrote is visible here.
+    """
+    peer = tl.arange(0, RANKS)
+    there = peer < W
+    now = tl.load(times) + 1
+    stuck = tl.load(gave_up)
+    far = tl.load(reach + peer, mask=there, other=0) // 4
+    tl.debug_barrier()
+    tl.store(times, now)
+    tl.atomic_xchg(
+        flags + far + rank, tl.zeros((RANKS,), dtype=tl.int32) + now, mask=there, sem="release", scope="sys"
+    )
+    begun = _ticks(TIMED)
+    looks = tl.zeros((), dtype=tl.int64)
+    waiting = stuck == 0
+    while waiting:
+        seen = tl.load(flags + peer, mask=there, other=0, volatile=True)
+        # A difference, since the count may wrap around.
+        waiting = tl.max(tl.where(there & (seen - now < 0), 1, 0), axis=0) != 0
+        looks += 1
+        if waiting:
+            spent = _ticks(TIMED) - begun if TIMED else looks
+            if spent > limit:
+                tl.store(gave_up, 1)
+                waiting = waiting & (stuck != 0)
+    tl.atomic_add(flags + peer, tl.zeros((RANKS,), dtype=tl.int32), mask=there, sem="acquire", scope="sys")
+    tl.debug_barrier()
+
+
+def gather(box: Mailbox, first: int, held: int, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The choices of all ranks for the experts held here, and their rows.
+
+    Args:
+        first, held: the experts held here.
+        rows: that any rank brings at most; the box may have room for more.
+
+    Returns:
+        rows [P, D] and weights [P] float32 in the order of ``order``; order [P] int32, the choices of all ranks sorted by
+        expert, choice c of rank r being r M K + c; counts [e] int64. What lies behind ``counts.sum()`` means nothing.
+    """
+    most = box.world_size * rows * box.choices
+    device = box.x.device
+    order = torch.empty(most, dtype=torch.int32, device=device)
+    counts = torch.zeros(held, dtype=torch.long, device=device)
+    total = torch.zeros(1, dtype=torch.int32, device=device)
+    found = torch.empty(most, box.dim, dtype=box.dtype, device=device)
+    weights = torch.empty(most, dtype=torch.float32, device=device)
+    _merge[(held, box.world_size)](
+        box.order, box.starts, box.reach, order, counts, total, first, held, box.rows * box.choices,
+        W=box.world_size, EXPERTS=triton.next_power_of_2(max(held, 1)), SEGMENT=SEGMENT, num_warps=4,
+    )  # fmt: skip
+    _pull[(triton.cdiv(most, PULLED),)](
+        box.x, box.weights, box.reach, order, total, found, weights, box.rows * box.choices,
+        K=box.choices, D=box.dim, ROWS=PULLED, BLOCK=triton.next_power_of_2(box.dim), num_warps=4,
+    )  # fmt: skip
+    return found, weights, order, counts
+
+
+@triton.jit(do_not_specialize=["first", "held", "slots"])
+def _merge(
+    order, starts, reach, out, counts, total, first, held, slots,
+    W: tl.constexpr, EXPERTS: tl.constexpr, SEGMENT: tl.constexpr,
+):  # fmt: skip
+    """Each program copies the choices of one rank for one expert."""
+    mine = tl.program_id(0)
+    rank = tl.program_id(1)
+    expert = tl.arange(0, EXPERTS)
+    real = expert < held
+    count = tl.zeros((EXPERTS,), dtype=tl.int32)
+    earlier = 0
+    own = 0
+    for r in tl.static_range(W):
+        at = starts + tl.load(reach + r) // 4 + first + expert
+        n = tl.load(at + 1, mask=real, other=0) - tl.load(at, mask=real, other=0)
+        count += n
+        here = tl.sum(tl.where(expert == mine, n, 0), axis=0)
+        earlier += tl.where(r < rank, here, 0)
+        own += tl.where(r == rank, here, 0)
+    target = tl.sum(tl.where(expert < mine, count, 0), axis=0) + earlier
+    if rank == 0:
+        tl.store(counts + mine, tl.sum(tl.where(expert == mine, count, 0), axis=0).to(tl.int64))
+        if mine == 0:
+            tl.store(total, tl.sum(count, axis=0))
+    far = tl.load(reach + rank) // 4
+    source = tl.load(starts + far + first + mine)
+    for done in range(0, own, SEGMENT):
+        i = done + tl.arange(0, SEGMENT)
+        c = tl.load(order + far + source + i, mask=i < own, other=0)
+        tl.store(out + target + i, c + rank * slots, mask=i < own)
+
+
+@triton.jit(do_not_specialize=["slots"])
+def _pull(
+    x, weights, reach, order, total, rows_out, weights_out, slots,
+    K: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    n = tl.load(total)
+    if tl.program_id(0) * ROWS < n:
+        live = i < n
+        choice = tl.load(order + i, mask=live, other=0)
+        rank = choice // slots
+        own = choice % slots
+        far = tl.multiple_of(
+            tl.load(reach + rank, mask=live, other=0) // x.dtype.element_ty.primitive_bitwidth * 8, 16
+        )
+        column = tl.arange(0, BLOCK)
+        here = live[:, None] & (column < D)[None, :]
+        at = far[:, None] + (own // K).to(tl.int64)[:, None] * D + column[None, :]
+        tl.store(
+            rows_out + i.to(tl.int64)[:, None] * D + column[None, :],
+            tl.load(x + at, mask=here, other=0.0),
+            mask=here,
+        )
+        far4 = tl.load(reach + rank, mask=live, other=0) // 4
+        tl.store(weights_out + i, tl.load(weights + far4 + own, mask=live, other=0.0), mask=live)

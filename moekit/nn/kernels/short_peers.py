@@ -1,0 +1,191 @@
+"""A MoE layer of a few rows with the experts of all ranks: what ``vectors.experts_linear`` does where all of them are here.
+
+Four kernels: the gate's choice and the rows are handed out, both products read them from the peers and write home, and
+what comes home is added up. The first and the last one meet the peers, so no other kernel is needed for that.
+
+Shape letters: W ranks, M rows that a rank brings at most, B rows that it brings, K choices a row, P = W M K choices of all
+ranks, E experts in all, D model dim, F expert width.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moekit.nn.experts import Experts
+from moekit.nn.kernels.gate import top
+from moekit.nn.kernels.grouped import ACTIVATIONS, activate
+from moekit.nn.kernels.overlap import overlapped, start, wait
+from moekit.nn.kernels.peers import Mailbox, wait_for_peers
+from moekit.nn.kernels.vectors import LONGEST, WARPS, columns_of
+
+
+def experts_linear(
+    experts: Experts, box: Mailbox, first: int, most: int, logits: Tensor, x: Tensor, onto: Tensor, fp32: bool
+) -> Tensor:
+    """``onto`` and what the chosen experts of all ranks make of the rows, weighted and added up; for inference.
+
+    A collective of the ranks of ``box``, with no rows from a rank that has none.
+
+    Args:
+        experts: those held here, from number ``first`` on.
+        most: M, rows of any rank at most.
+        logits: [B, E], the gate's.
+        x: [B, D].
+        onto: [B, D].
+        fp32: whether the gate computes in float32.
+
+    Returns:
+        [B, D]
+    """
+    rows, dim = x.shape
+    held, width = experts.held, experts.width
+    w1, b1, w2, b2 = experts.tensors.values()
+    choices, device, exact = box.choices, x.device, x.dtype == torch.float32
+    places = box.world_size * most * choices
+    hidden = torch.empty(places, width, dtype=x.dtype, device=device)
+    out = torch.empty_like(onto)
+    padded = triton.next_power_of_2(most)
+    kind = torch.float32 if fp32 else logits.dtype
+    _hand_out[(1,)](
+        logits, x, box.chosen, box.weights, box.x, box.flags, box.reach, box.times, box.gave_up,
+        rows, box.rank, box.limit, torch.finfo(kind).eps,
+        E=box.experts, K=choices, D=dim, MOST=most, ROWS=padded, EXPERTS=triton.next_power_of_2(box.experts),
+        BLOCK=triton.next_power_of_2(dim), HALF=kind == torch.float16, BRAIN=kind == torch.bfloat16,
+        num_warps=WARPS, **box.ways, **overlapped(device),
+    )  # fmt: skip
+    if held:
+        inner = min(triton.next_power_of_2(dim), LONGEST)
+        columns = columns_of(width, inner, device, most * choices)
+        _up[(triton.cdiv(width, columns), places)](
+            box.x, w1, b1, box.chosen, box.reach, hidden, first, held,
+            K=choices, SLOTS=most * choices, N=width, D=dim, ACTIVATION=ACTIVATIONS[experts.activation], EXACT=exact,
+            COLUMNS=columns, INNER=inner, num_warps=WARPS, **overlapped(device),
+        )  # fmt: skip
+        inner = min(triton.next_power_of_2(width), LONGEST)
+        columns = columns_of(dim, inner, device, most * choices)
+        _down[(triton.cdiv(dim, columns), places)](
+            hidden, w2, b2, box.chosen, box.weights, box.reach, box.home, first, held,
+            SLOTS=most * choices, N=dim, D=width, COLUMNS=columns, INNER=inner, num_warps=WARPS, **overlapped(device),
+        )  # fmt: skip
+    _collect[(1,)](
+        box.home, onto, out, box.flags, box.reach, box.times, box.gave_up, rows, box.rank, box.limit,
+        K=choices, D=dim, ROWS=padded, BLOCK=triton.next_power_of_2(dim), num_warps=WARPS, **box.ways, **overlapped(device),
+    )  # fmt: skip
+    return out
+
+
+@triton.jit(do_not_specialize=["rows", "rank", "limit"])
+def _hand_out(
+    logits, x, chosen, weights, x_out, flags, reach, times, gave_up, rows, rank, limit, eps,
+    E: tl.constexpr, K: tl.constexpr, D: tl.constexpr, MOST: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr,
+    BLOCK: tl.constexpr, HALF: tl.constexpr, BRAIN: tl.constexpr, W: tl.constexpr, RANKS: tl.constexpr, TIMED: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    start(OVERLAP)
+    wait(OVERLAP)
+    row = tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    here = (row < rows)[:, None] & (column < D)[None, :]
+    at = row[:, None] * D + column[None, :]
+    tl.store(x_out + at, tl.load(x + at, mask=here, other=0.0), mask=here)
+    expert = tl.arange(0, EXPERTS)
+    real = (row < rows)[:, None] & (expert < E)[None, :]
+    scores = tl.load(logits + row[:, None] * E + expert[None, :], mask=real, other=float("-inf")).to(
+        tl.float32
+    )
+    scores = tl.where((expert < E)[None, :] & (row >= rows)[:, None], 0.0, scores)
+    _, first, second, _, _, one, two = top(scores, eps, E, K, HALF, BRAIN)
+    there = row < MOST
+    tl.store(chosen + row * K, tl.where(row < rows, first, E), mask=there)
+    tl.store(weights + row * K, one, mask=there)
+    if K == 2:
+        tl.store(chosen + row * K + 1, tl.where(row < rows, second, E), mask=there)
+        tl.store(weights + row * K + 1, two, mask=there)
+    wait_for_peers(flags, reach, times, gave_up, rank, limit, W, RANKS, TIMED)
+
+
+@triton.jit(do_not_specialize=["first", "held"])
+def _up(
+    x, w, b, chosen, reach, out, first, held,
+    K: tl.constexpr, SLOTS: tl.constexpr, N: tl.constexpr, D: tl.constexpr, ACTIVATION: tl.constexpr,
+    EXACT: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    start(OVERLAP)
+    place = tl.program_id(1)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    fits = column < N
+    inner = tl.arange(0, INNER)
+    far = tl.multiple_of(tl.load(reach + place // SLOTS), 256)
+    own = place % SLOTS
+    wait(OVERLAP)
+    expert = (tl.load(chosen + far // 4 + own) - first).to(tl.int64)
+    if (expert >= 0) & (expert < held):
+        w_at = w + expert * (N * D) + column[:, None] * D + inner[None, :]
+        a_at = x + far // (x.dtype.element_ty.primitive_bitwidth // 8) + (own // K) * D + inner
+        products = tl.zeros((COLUMNS, INNER), dtype=tl.float32)
+        for done in tl.static_range(0, D, INNER):
+            rest = inner < D - done
+            m = tl.load(w_at + done, mask=fits[:, None] & rest[None, :], other=0.0).to(tl.float32)
+            a = tl.load(a_at + done, mask=rest, other=0.0).to(tl.float32)
+            products += m * a[None, :]
+        total = tl.sum(products, axis=1)
+        total += tl.load(b + expert * N + column, mask=fits, other=0.0).to(tl.float32)
+        total = activate(total, ACTIVATION, EXACT)
+        tl.store(out + place * N + column, total.to(out.dtype.element_ty), mask=fits)
+
+
+@triton.jit(do_not_specialize=["first", "held"])
+def _down(
+    x, w, b, chosen, weights, reach, home, first, held,
+    SLOTS: tl.constexpr, N: tl.constexpr, D: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    start(OVERLAP)
+    kind: tl.constexpr = home.dtype.element_ty
+    place = tl.program_id(1)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    fits = column < N
+    inner = tl.arange(0, INNER)
+    far = tl.multiple_of(tl.load(reach + place // SLOTS), 256)
+    own = place % SLOTS
+    wait(OVERLAP)
+    expert = (tl.load(chosen + far // 4 + own) - first).to(tl.int64)
+    if (expert >= 0) & (expert < held):
+        w_at = w + expert * (N * D) + column[:, None] * D + inner[None, :]
+        products = tl.zeros((COLUMNS, INNER), dtype=tl.float32)
+        for done in tl.static_range(0, D, INNER):
+            rest = inner < D - done
+            m = tl.load(w_at + done, mask=fits[:, None] & rest[None, :], other=0.0).to(tl.float32)
+            a = tl.load(x + place * D + inner + done, mask=rest, other=0.0).to(tl.float32)
+            products += m * a[None, :]
+        total = tl.sum(products, axis=1)
+        total += tl.load(b + expert * N + column, mask=fits, other=0.0).to(tl.float32)
+        total *= tl.load(weights + far // 4 + own).to(kind).to(tl.float32)
+        at = far // (kind.primitive_bitwidth // 8) + own * N + column
+        tl.store(home + at, total.to(kind), mask=fits)
+
+
+@triton.jit(do_not_specialize=["rows", "rank", "limit"])
+def _collect(
+    home, onto, out, flags, reach, times, gave_up, rows, rank, limit,
+    K: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, W: tl.constexpr, RANKS: tl.constexpr, TIMED: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    start(OVERLAP)
+    wait(OVERLAP)
+    kind: tl.constexpr = out.dtype.element_ty
+    row = tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    here = (row < rows)[:, None] & (column < D)[None, :]
+    at = row[:, None] * D + column[None, :]
+    before = tl.load(onto + at, mask=here, other=0.0).to(tl.float32)
+    wait_for_peers(flags, reach, times, gave_up, rank, limit, W, RANKS, TIMED)
+    part = row[:, None] * (K * D) + column[None, :]
+    total = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    for k in tl.static_range(K):
+        # Not from this multiprocessor's cache: a peer wrote it.
+        total += tl.load(home + part + k * D, mask=here, other=0.0, volatile=True).to(tl.float32)
+    tl.store(out + at, (before + total.to(kind).to(tl.float32)).to(kind), mask=here)
