@@ -246,8 +246,8 @@ def test_an_interrupt_waits_for_the_import(monkeypatch):
 def test_a_folder_that_is_none_is_named(tmp_path, data):
     (tmp_path / "empty").mkdir()
     for folder, said in (
-        (tmp_path / "nowhere", "nowhere does not exist: expected binarised data"),
-        (data / "dict.txt", "dict.txt is not a folder: expected binarised data"),
+        (tmp_path / "nowhere", r"nowhere has no dict\.txt, it does not exist: expected a folder"),
+        (data / "dict.txt", r"dict\.txt has no dict\.txt, it is not a folder: expected a folder"),
         (tmp_path / "empty", "empty has no dict.txt, it is empty: prepare_data"),
     ):
         with pytest.raises(ValueError, match=said):

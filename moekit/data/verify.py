@@ -90,7 +90,9 @@ def dictionary(folder: Path, model: Dictionary | None = None) -> Dictionary:
 def _missing(folder: Path, name: str) -> ValueError:
     if not folder.is_dir():
         kind = "is not a folder" if folder.exists() else "does not exist"
-        return ValueError(f"{folder} {kind}: expected binarised data, as prepare_data.ipynb makes it")
+        return ValueError(
+            f"{folder} has no {name}, it {kind}: expected a folder that prepare_data.ipynb makes"
+        )
     there = ", ".join(sorted(path.name for path in folder.iterdir()))
     there = "is empty" if not there else f"holds {there if len(there) < 500 else there[:500] + ', ...'}"
     return ValueError(f"{folder} has no {name}, it {there}: prepare_data.ipynb makes such a folder")
