@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moekit.arguments import Capacity, Flag, Kind, Number, Texts, Whole, check
+from moekit.generation.text import Text
 from moekit.handle import Handle
 from moekit.nn.record import Options
 from moekit.routing import trace as tracing
@@ -45,6 +46,34 @@ class Token:
     logprob: float
     alternatives: list[tuple[int, float]]
     finish_reason: str | None
+
+
+@dataclass(frozen=True)
+class Burst:
+    """New tokens of one sequence that the ranks chose in one call.
+
+    Attributes:
+        sequence: its number.
+        tokens: [n] int64, dictionary ids.
+        logprobs: [n] float32, natural logs under the model itself.
+        best, best_logprobs: [n, A], the best tokens at each place and their log-probabilities.
+        finish_reason: "length" or "stop" where the sequence is finished, else None.
+    """
+
+    sequence: int
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    best: np.ndarray
+    best_logprobs: np.ndarray
+    finish_reason: str | None
+
+    @property
+    def alternatives(self) -> list[list[tuple[int, float]]]:
+        """The best tokens at each place, (id, logprob) each."""
+        if self.best.shape[1] == 0:
+            return [[] for _ in self.tokens]
+        rows = zip(self.best.tolist(), self.best_logprobs.tolist(), strict=True)
+        return [list(zip(*row, strict=True)) for row in rows]
 
 
 @dataclass(frozen=True)
@@ -181,21 +210,22 @@ class Request:
         for start in range(0, len(self.prompts), rows * model.world_size):
             yield self.prompts[start : start + rows * model.world_size]
 
-    def generation(self, tokens: Sequence[Token]) -> Generation:
-        """What the tokens of a sequence come to."""
+    def generation(self, bursts: Sequence[Burst]) -> Generation:
+        """The result of a sequence, of all its bursts."""
+        ids = np.concatenate([burst.tokens for burst in bursts]).tolist()
         text = None
         if self.codec.reads_text:
-            text = "".join(token.text for token in tokens)
+            text = Text(self.codec, ()).of(ids)
             text = text[: min((at for stop in self.stop if (at := text.find(stop)) >= 0), default=None)]
-        logprobs = np.array([token.logprob for token in tokens], np.float32)
+        logprobs = np.concatenate([burst.logprobs for burst in bursts]).astype(np.float32)
         return Generation(
-            prompt=tokens[0].sequence // self.copies,
+            prompt=bursts[0].sequence // self.copies,
             text=text,
-            ids=[token.id for token in tokens],
+            ids=ids,
             logprobs=logprobs,
-            finish_reason=tokens[-1].finish_reason,
+            finish_reason=bursts[-1].finish_reason,
             score=float(logprobs.sum(dtype=np.float64)),
-            alternatives=[token.alternatives for token in tokens],
+            alternatives=[row for burst in bursts for row in burst.alternatives],
         )
 
 

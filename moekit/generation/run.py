@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moekit.generation.beams import search
-from moekit.generation.request import Generation, Request, Token
+from moekit.generation.request import Burst, Generation, Request, Token
 from moekit.generation.session import Session
 from moekit.generation.text import Text
 from moekit.handle import describe_run
 from moekit.nn.record import Options
 from moekit.progress import bar as progress_bar
 from moekit.routing import trace as tracing
-from moekit.symbols import PAD
+from moekit.worker.sampling import Chosen
 
 if TYPE_CHECKING:
     from moekit.handle import Handle
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 # Decode steps that the ranks run per call. A GPU computes several while the driver would look at one.
 BURST = {"cpu": 1, "cuda": 16}
+# The same where no token is looked at before the end.
+UNHEARD = {"cpu": 16, "cuda": 64}
 
 
 def generate(
@@ -93,13 +95,15 @@ def generate(
     with progress_bar("generating", total, " tokens", show=progress) as bar:
         if request.settings.beam_size > 1:
             return list(search(model, request, bar))
-        tokens = collections.defaultdict(list)
-        for token in _sample(model, request, parts):
-            tokens[token.sequence].append(token)
-            bar.update()
-            if token.finish_reason is not None:
-                bar.total -= request.max_new_tokens - len(tokens[token.sequence])
-    found = [request.generation(tokens[prompt.number]) for prompt in request.prompts]
+        made = collections.defaultdict(list)
+        longest = BURST[model.device] if request.stop else UNHEARD[model.device]
+        for bursts in _bursts(model, request, parts, longest):
+            for burst in bursts:
+                made[burst.sequence].append(burst)
+                bar.update(len(burst.tokens))
+                if burst.finish_reason == "stop":
+                    bar.total -= request.max_new_tokens - sum(len(b.tokens) for b in made[burst.sequence])
+    found = [request.generation(made[prompt.number]) for prompt in request.prompts]
     if bad := [n for n, one in enumerate(found) if not np.isfinite(one.logprobs).all()]:
         named = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
         warnings.warn(
@@ -163,38 +167,62 @@ def stream(
     Closing the iterator ends the generation. A beam search cannot be streamed: it has no token until its end.
     """
     request = Request.of(**locals(), beam_size=1, trace=False)
-    return _sample(model, request, [])
+    return _tokens(model, request)
 
 
-def _sample(model: Handle, request: Request, parts: list[dict[str, np.ndarray]]) -> Iterator[Token]:
+def _tokens(model: Handle, request: Request) -> Iterator[Token]:
+    """The tokens of all sequences as a stream, step by step."""
+    texts = {prompt.number: Text(request.codec, ()) for prompt in request.prompts}
+    for bursts in _bursts(model, request, [], BURST[model.device]):
+        columns = [(burst, burst.alternatives) for burst in bursts]
+        for place in range(max(len(burst.tokens) for burst in bursts)):
+            for burst, alternatives in columns:
+                if place >= len(burst.tokens):
+                    continue
+                text = texts[burst.sequence]
+                token, reason = int(burst.tokens[place]), None
+                piece = text.add(token)
+                if place == len(burst.tokens) - 1 and (reason := burst.finish_reason) and piece is not None:
+                    piece += text.rest()
+                logprob = float(burst.logprobs[place])
+                yield Token(burst.sequence, token, piece, logprob, alternatives[place], reason)
+
+
+def _bursts(
+    model: Handle, request: Request, parts: list[dict[str, np.ndarray]], longest: int
+) -> Iterator[list[Burst]]:
     """Greedy or drawn: every sequence reads the token that was chosen for it, until it is finished.
 
     Adds what was recorded of the routing to ``parts``.
+
+    Args:
+        longest: decode steps of a call at most.
+
+    Yields:
+        What a call found for each sequence that is not finished yet.
     """
-    recording = request.settings.record is not None or request.settings.trace is not None
-    burst = 1 if recording else BURST[model.device]
+    if request.settings.record is not None or request.settings.trace is not None:
+        longest = 1
     for wave in request.waves(model):
-        texts = {prompt.number: Text(request.codec, request.stop) for prompt in wave}
+        texts = {prompt.number: Text(request.codec, request.stop) for prompt in wave} if request.stop else {}
         with Session(model, wave, request) as session:
-            found, step = session.begin(), 0
+            found, made = session.begin(), 0
             while found:
-                inputs = dict.fromkeys(found, PAD)
-                for place in range(len(next(iter(found.values())).tokens)):
-                    step += 1
-                    for number in list(inputs):
-                        token, logprob, best, best_logprobs = (column[place] for column in found[number])
-                        text = texts[number]
-                        piece = text.add(int(token))
-                        reason = (
-                            "stop" if text.stopped else "length" if step == request.max_new_tokens else None
-                        )
-                        if reason is None:
-                            inputs[number] = int(token)
-                        else:
-                            del inputs[number]
-                            piece = None if piece is None else piece + text.rest()
-                        alternatives = list(zip(best.tolist(), best_logprobs.tolist(), strict=True))
-                        yield Token(number, int(token), piece, float(logprob), alternatives, reason)
-                steps = min(burst, request.max_new_tokens - step)
-                found = session.sample(inputs, steps) if inputs else {}
+                made += len(next(iter(found.values())).tokens)
+                last = made == request.max_new_tokens
+                bursts = [_burst(number, row, texts.get(number), last) for number, row in found.items()]
+                yield bursts
+                tokens = {b.sequence: int(b.tokens[-1]) for b in bursts if b.finish_reason is None}
+                steps = min(longest, request.max_new_tokens - made)
+                found = session.sample(tokens, steps) if tokens else {}
         parts += session.parts
+
+
+def _burst(sequence: int, row: Chosen, text: Text | None, last: bool) -> Burst:
+    """A sequence's new tokens up to the one that completes a stop text, which ``text`` finds."""
+    if text is not None:
+        for place, token in enumerate(row.tokens.tolist(), start=1):
+            text.add(token)
+            if text.stopped:
+                return Burst(sequence, *(column[:place] for column in row), "stop")
+    return Burst(sequence, *row, "length" if last else None)

@@ -32,6 +32,14 @@ class Text:
         self.tail = self.tail[-max(map(len, self.stop), default=1) :]
         return piece
 
+    def of(self, tokens: Sequence[int]) -> str:
+        """The whole text of ``tokens``, the same as their pieces one after the other."""
+        whole = self.codec.decode(tokens)
+        # Only of bytes that are no character can the pieces differ from the whole.
+        if "\ufffd" not in whole:
+            return whole
+        return "".join([self.add(int(token)) for token in tokens]) + self.rest()
+
     def rest(self) -> str:
         """The bytes of a character that never became whole, as U+FFFD."""
         rest, self.pending = self.codec.decode(self.pending), []

@@ -22,7 +22,7 @@ from fairseq import checkpoint_utils, file_utils
 from fairseq.dataclass.utils import overwrite_args_by_name
 
 from moekit import checkpoint
-from moekit.checkpoint.files import FILE
+from moekit.checkpoint.files import NAME
 from moekit.fairseq_data import mend_numpy
 from moekit.plugin import options
 
@@ -97,8 +97,8 @@ def find(path: str) -> checkpoint.Files | None:
 
 def lies(path: Path) -> bool:
     """Whether ``path`` or a file that belongs to the same checkpoint is there."""
-    wanted = FILE.fullmatch(path.name)
-    beside = (FILE.fullmatch(other.name) for other in path.parent.glob("*.pt"))
+    wanted = NAME.fullmatch(path.name)
+    beside = (NAME.fullmatch(other.name) for other in path.parent.glob("*.pt"))
     return path.exists() or bool(wanted and wanted["stem"] in {match["stem"] for match in beside if match})
 
 
@@ -110,7 +110,7 @@ def state(files: checkpoint.Files, overrides: Mapping[str, Any]) -> dict[str, An
     """
     try:
         plan = checkpoint.survey(files)
-        first = (*files.ranks, files.shared)[0]  # fairseq heeds the config of rank 0's file
+        first = files.first
         cfg = options.config(checkpoint.read(first), first, plan.config.final_norm)
     except ValueError as error:
         error.add_note(ONLY)
