@@ -61,6 +61,13 @@ class Cache:
         self.lengths += tokens
         self.empty = False
 
+    def clear(self) -> None:
+        """Forget all tokens, where the tensors are: a captured graph goes on reading and writing them."""
+        # What is left of other sequences is masked, but a NaN among it would come through the mask.
+        self.kv.zero_()
+        self.lengths.zero_()
+        self.empty = True
+
     def grow(self, slots: int) -> None:
         """Enlarge it to ``slots`` tokens a sequence."""
         self.kv = F.pad(self.kv, (0, 0, 0, slots - self.slots))

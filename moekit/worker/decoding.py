@@ -10,9 +10,10 @@ Shape letters: B sequences of this rank, T tokens of the longest prompt, V dicti
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -39,6 +40,10 @@ class Prompt:
     ids: Sequence[int]
 
 
+# Where the rank keeps the cache of the last generation that is over, with the graph that reads on in it.
+SPARE = "spare step"
+
+
 class Sequences:
     """The sequences of this rank, row by row: their cache, and what choosing their next token needs to know.
 
@@ -47,7 +52,14 @@ class Sequences:
     """
 
     def __init__(
-        self, settings: Settings, numbers: list[int], on_ranks: list[int], cache: Cache, seen: Tensor | None
+        self,
+        settings: Settings,
+        numbers: list[int],
+        on_ranks: list[int],
+        cache: Cache,
+        seen: Tensor | None,
+        alike: Hashable,
+        spare: Spare | None,
     ):
         self.settings, self.numbers, self.on_ranks = settings, numbers, on_ranks
         self.cache, self.seen = cache, seen
@@ -56,8 +68,9 @@ class Sequences:
         # Of a trace.
         self.parts: list[dict[str, np.ndarray]] = []
         # Of one step with the rows as they are, and the steps since the rows of any rank changed.
-        self.graph: graphs.Graph | None = None
+        self.graph: graphs.Graph | None = None if spare is None else spare.graph
         self.unchanged = 0
+        self.alike: Hashable = alike
 
     def select(self, rows: Sequence[list[int]], rank: int) -> None:
         """Keep ``rows`` of each rank, in this order, repeats allowed."""
@@ -65,7 +78,7 @@ class Sequences:
         if all(same):
             return
         self.on_ranks = [len(kept) for kept in rows]
-        self.graph, self.unchanged = None, 0
+        self.graph, self.unchanged, self.alike = None, 0, None
         if same[rank]:
             return
         index = torch.tensor(rows[rank], device=self.cache.lengths.device, dtype=torch.long)
@@ -100,12 +113,18 @@ def begin(
     mine = passes[rank.rank]
     numbers = [prompt.number for prompt in prompts[rank.rank]]
     on_ranks = [len(part) for part in prompts]
+    alike = (tuple(on_ranks), -(-slots // SLOTS), settings.vocab)
+    spare = _take_spare(rank, alike) if settings.beam_size == 1 and settings.fraction is None else None
     expected = _expected(passes) if model.dispatch.by_expectation else [None] * max(map(len, passes))
-    read = [_read(model, part, settings, slots, rows) for part, rows in zip(mine, expected, strict=False)]
+    cache = None if spare is None else spare.cache
+    read = [
+        _read(model, part, settings, slots, rows, cache) for part, rows in zip(mine, expected, strict=False)
+    ]
     for rows in expected[len(mine) :]:
         model.serve(rows)
     if not read:
-        rank.state[key] = Sequences(settings, [], on_ranks, _cache(model, 0, slots), None)
+        cache = _cache(model, 0, slots) if cache is None else cache
+        rank.state[key] = Sequences(settings, [], on_ranks, cache, None, alike, spare)
         return None
 
     features = torch.cat([last for _, last, _, _ in read])
@@ -115,7 +134,8 @@ def begin(
         seen = torch.zeros(len(numbers), settings.vocab, dtype=torch.bool, device=rank.device)
         for row, prompt in enumerate(prompts[rank.rank]):
             seen[row, torch.tensor(prompt.ids, device=rank.device)] = True
-    sequences = Sequences(settings, numbers, on_ranks, Cache.joined([cache for cache, *_ in read]), seen)
+    joined = Cache.joined([cache for cache, *_ in read])
+    sequences = Sequences(settings, numbers, on_ranks, joined, seen, alike, spare)
     sequences.parts += [part for *_, parts in read for part in parts]
     rank.state[key] = sequences
     logits = model.logits(features, settings.vocab)
@@ -144,8 +164,8 @@ def run(
     sequences.select(rows, rank.rank)
     read = torch.tensor(tokens[rank.rank], device=rank.device, dtype=torch.long)
     found = []
-    for _ in range(steps):
-        logits = _read_on(model, sequences, read)
+    for step in range(steps):
+        logits = _read_on(model, sequences, read, steps - step)
         if logits is not None:
             found.append(_choose_next(model, sequences, logits))
             read = found[-1].tokens
@@ -173,7 +193,7 @@ def grow(
     sequences: Sequences = rank.state[key]
     sequences.select(rows, rank.rank)
     read = torch.tensor(tokens[rank.rank], device=rank.device, dtype=torch.long)
-    logits = _read_on(model, sequences, read)
+    logits = _read_on(model, sequences, read, 1)
     if logits is None:
         return None
     scores = torch.tensor(scores[rank.rank], device=rank.device)
@@ -190,7 +210,28 @@ def end(rank: Rank, key: int) -> list[dict[str, np.ndarray]]:
         :meth:`moekit.nn.record.Recorder.rows`.
     """
     sequences = rank.state.pop(key, None)
-    return [] if sequences is None else sequences.parts
+    if sequences is None:
+        return []
+    if sequences.graph is not None and sequences.alike is not None:
+        rank.state[SPARE] = Spare(sequences.alike, sequences.cache, sequences.graph)
+    return sequences.parts
+
+
+class Spare(NamedTuple):
+    """What a generation like one that is over can go on using: ``alike`` tells which, the same on every rank."""
+
+    alike: Hashable
+    cache: Cache
+    graph: graphs.Graph
+
+
+def _take_spare(rank: Rank, alike: Hashable) -> Spare | None:
+    """The spare cache and graph if they are for sequences like these, emptied; otherwise they are dropped."""
+    spare: Spare | None = rank.state.pop(SPARE, None)
+    if spare is None or spare.alike != alike:
+        return None
+    spare.cache.clear()
+    return spare
 
 
 def _passes(prompts: Sequence[Prompt], settings: Settings) -> list[Sequence[Prompt]]:
@@ -210,7 +251,12 @@ def _expected(passes: Sequence[Sequence[Sequence[Prompt]]]) -> list[int]:
 
 
 def _read(
-    model: Transformer, prompts: Sequence[Prompt], settings: Settings, slots: int, rows_expected: int | None
+    model: Transformer,
+    prompts: Sequence[Prompt],
+    settings: Settings,
+    slots: int,
+    rows_expected: int | None,
+    cache: Cache | None,
 ) -> tuple[Cache, Tensor, Tensor, list[dict[str, np.ndarray]]]:
     """A cache with ``prompts``, the features [B, D] of their last tokens, their log-probabilities [B], and trace."""
     device = model.embed.weight.device
@@ -219,7 +265,7 @@ def _read(
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt.ids)] = torch.tensor(prompt.ids)
     lengths, tokens = lengths.to(device), tokens.to(device)
-    cache = _cache(model, len(prompts), slots)
+    cache = _cache(model, len(prompts), slots) if cache is None else cache
     numbers = [prompt.number for prompt in prompts]
     asked = _asked(settings, numbers, 0, cache, tokens.shape[1])
     asked.rows_expected = rows_expected
@@ -236,8 +282,11 @@ def _read(
     return cache, last, scores, parts
 
 
-def _read_on(model: Transformer, sequences: Sequences, read: Tensor) -> Tensor | None:
-    """Each sequence reads one token, [B] int64: the logits [B, V] of what follows; None without any sequence."""
+def _read_on(model: Transformer, sequences: Sequences, read: Tensor, ahead: int) -> Tensor | None:
+    """Each sequence reads one token, [B] int64: the logits [B, V] of what follows; None without any sequence.
+
+    ``ahead`` is the number of steps that are known to come, this one included.
+    """
     settings, cache = sequences.settings, sequences.cache
     sequences.steps += 1
     sequences.unchanged += 1
@@ -247,7 +296,9 @@ def _read_on(model: Transformer, sequences: Sequences, read: Tensor) -> Tensor |
     rows = max(sequences.on_ranks)
     few = graphs.few(model, rows, len(sequences.on_ranks))
     asked.rows_expected = rows if few or model.dispatch.by_expectation else None
-    repeats = settings.beam_size == 1 and sequences.unchanged > graphs.AFTER
+    many = sequences.unchanged > graphs.AFTER or ahead > 2 * graphs.AFTER
+    known = sequences.graph is not None or many
+    repeats = settings.beam_size == 1 and known
     logits = None
     if few and repeats and graphs.fits(model, asked):
         if sequences.graph is None:

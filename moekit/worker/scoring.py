@@ -21,6 +21,7 @@ from moekit.nn.record import Options, Recorder
 from moekit.nn.transformer import Transformer
 from moekit.ranks import Rank
 from moekit.symbols import PAD
+from moekit.worker.decoding import SPARE
 
 # Key of the rank's state for its :class:`~moekit.nn.graphs.Repeated`, while it has one.
 GRAPH = "repeated"
@@ -65,6 +66,7 @@ def score(
         if not captured:
             # A large pass may need the graph's memory, and other ranks drop theirs in the same step.
             rank.state.pop(GRAPH, None)
+            rank.state.pop(SPARE, None)
         asked.rows_expected = rows if captured or model.dispatch.by_expectation else None
         if inputs is None:
             model.serve(asked.rows_expected)
