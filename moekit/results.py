@@ -16,6 +16,7 @@ import errno
 import fcntl
 import os
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Iterator
@@ -50,7 +51,7 @@ def together(folder: str | Path, make: bool = True) -> Iterator[Path]:
         if make:
             folder.mkdir(parents=True, exist_ok=True)
         _remove_left_over(folder)
-        place = Path(tempfile.mkdtemp(prefix=PREFIX, dir=folder))
+        place = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{_process(os.getpid())}", dir=folder))
     except OSError as error:
         raise NotWritten(_sentence(folder, error)) from None
     try:
@@ -107,7 +108,7 @@ def _flush(path: Path) -> None:
 def _remove_left_over(folder: Path) -> None:
     """Remove the temporary folders of runs that were killed: no process holds their lock any more.
 
-    A folder without a lock may be one that another process has made a moment ago.
+    A folder without a lock may be one that another process has made a moment ago; its name tells the process.
     """
     for place in folder.glob(f"{PREFIX}*"):
         with contextlib.suppress(OSError):
@@ -115,8 +116,26 @@ def _remove_left_over(folder: Path) -> None:
                 with open(place / LOCK) as lock:
                     if _locked(lock):
                         shutil.rmtree(place, ignore_errors=True)
-            elif time.time() - place.stat().st_mtime > OLD:
+            elif time.time() - place.stat().st_mtime > OLD or _is_orphan(place):
                 shutil.rmtree(place, ignore_errors=True)
+
+
+def _process(pid: int) -> str:
+    return f"{socket.gethostname()}-{pid}-"
+
+
+def _is_orphan(place: Path) -> bool:
+    """Whether the process of this machine that made a temporary folder has ended."""
+    pid = place.name.removeprefix(PREFIX).removeprefix(f"{socket.gethostname()}-").partition("-")[0]
+    if not pid.isdecimal() or not place.name.startswith(f"{PREFIX}{_process(int(pid))}"):
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except (PermissionError, OverflowError):
+        return False
+    return False
 
 
 def _locked(lock: IO[str]) -> bool:

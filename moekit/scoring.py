@@ -133,18 +133,19 @@ def first_not_finite(
     parts = [("embedding", model.embed)]
     for number, layer in enumerate(model.layers):
         for name, kind in {"attn": "attention", "ffn": "feed-forward network", "moe": "experts"}.items():
-            if hasattr(layer, name):
-                parts.append((f"{kind} of layer {number}", getattr(layer, name)))
+            module = getattr(layer, name)
+            if module is not None:
+                parts.append((f"{kind} of layer {number}", module))
     hooks = [module.register_forward_hook(looks(name)) for name, module in parts]
     try:
         tokens = torch.from_numpy(batch.tokens).to(rank.device).long()
-        how = Pass(fraction=fraction, noise=Noise(seed, [batch.index]))
+        asked = Pass(fraction=fraction, noise=Noise(seed, [batch.index]))
         if batch.padded():
-            how.padding = tokens == PAD
+            asked.padding = tokens == PAD
         if intervention is not None:
             positions = torch.arange(tokens.shape[1], device=rank.device)
-            intervention.apply(how, torch.from_numpy(batch.ids).to(rank.device), positions)
-        logits = model.logits(model(tokens, how), vocab)
+            intervention.apply(asked, torch.from_numpy(batch.ids).to(rank.device), positions)
+        logits = model.logits(model(tokens, asked), vocab)
         if not names and not bool(logits.isfinite().all()):
             names.append("output matrix")
     finally:

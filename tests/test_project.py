@@ -69,8 +69,8 @@ def test_the_core_has_ranges_and_the_package_imports_what_it_declares():
         "IPython": "jupyterlab",
         "traitlets": "ipywidgets",
     }
-    # Of the bench and the kernels, which say what to do where it is missing.
-    optional = {"triton", "transformers"}
+    # Of the bench and the kernels, which say what to do where it is missing, and a faster checksum.
+    optional = {"triton", "transformers", "isal"}
     graph = grimp.build_graph("moekit", include_external_packages=True, cache_dir=None)
     outside = {
         name
