@@ -13,7 +13,7 @@ options (the config), belonging (whether files belong together), inspection (che
 from moekit.checkpoint.files import Files, find
 from moekit.checkpoint.inspection import NonFinite, warn_nonfinite
 from moekit.checkpoint.keys import KEYS, Place, places
-from moekit.checkpoint.plan import Plan, describe, fill, survey
+from moekit.checkpoint.plan import Plan, describe, fill, inspect, survey
 from moekit.checkpoint.reading import Source, Weights, read, stamp, tensors
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "describe",
     "fill",
     "find",
+    "inspect",
     "places",
     "read",
     "stamp",

@@ -96,7 +96,8 @@ def _members(memory: np.ndarray) -> dict[str, Record]:
         fields = _unpack(ENTRY, memory, at, b"PK\x01\x02")
         flags, method, checksum, packed, size = fields[3], fields[4], *fields[7:10]
         name_size, extra_size, note_size, header = *fields[10:13], fields[16]
-        name = memory[at + ENTRY.size : at + ENTRY.size + name_size].tobytes().decode("utf-8", "replace")
+        spelled = memory[at + ENTRY.size : at + ENTRY.size + name_size].tobytes()
+        name = spelled.decode("utf-8", "replace")
         extra = memory[at + ENTRY.size + name_size : at + ENTRY.size + name_size + extra_size].tobytes()
         size, packed, header = _of_64_bits(extra, size, packed, header)
         at += ENTRY.size + name_size + extra_size + note_size
@@ -108,9 +109,12 @@ def _members(memory: np.ndarray) -> dict[str, Record]:
             raise Unreadable(
                 f"is a zip archive whose {short(name)} is compressed; torch.save never does that"
             )
-        # The header in front of a member repeats all this; only its own length is news.
+        # The header in front of a member repeats all this; only its own length is news. Its name tells whether the
+        # directory means this member.
         fields = _unpack(HEADER, memory, header, START)
         start = header + HEADER.size + fields[9] + fields[10]
+        if memory[header + HEADER.size : header + HEADER.size + fields[9]].tobytes() != spelled:
+            raise Unreadable(f"is damaged: its {short(name)} lies where another member should")
         if start + size > len(memory):
             raise Unreadable(f"is damaged or cut short: its {short(name)} ends behind the end of the file")
         # Where checksums were switched off, torch writes 0.

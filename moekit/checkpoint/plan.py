@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -216,6 +217,7 @@ def fill(
     progress: Callable[[int], None] | None = None,
     threads: int = 1,
     verify: bool = True,
+    share: tuple[int, int] = (0, 1),
 ) -> Filled:
     """Read one rank's tensors from the mapped files into the model's parameters, as copying.py does.
 
@@ -224,6 +226,7 @@ def fill(
         progress: called with the bytes read since the last call.
         threads: that copy at the same time.
         verify: compare checksums and look for numbers that are not finite, as inspection.py does.
+        share: (i, n), where n ranks read the shared file: this one verifies every n-th of its tensors, from i on.
 
     Raises:
         ValueError: a tensor is damaged, or a file has changed since the survey.
@@ -243,12 +246,16 @@ def fill(
         for source in plan.needed(held):
             weights = plan.open(source)
             parts = list(wanted(source, weights))
-            inspection = Inspection(source, weights, parts) if verify else None
-            inspections.extend([inspection] if inspection else [])
-            for part in parts:
-                key, tensor, target = part
+            # Whatever another rank finds ends the load, too.
+            first, step = share if source is plan.sources[0] else (0, 1)
+            checks: dict[str, Callable[[], None] | None] = {}
+            if verify:
+                inspection = Inspection(source, weights, parts[first::step])
+                inspections.append(inspection)
+                checks = {part[0]: inspection.check(part) for part in parts[first::step]}
+            for key, tensor, target in parts:
                 view = target.of(parameters[target.name].data, held.start)
-                check = inspection.check(part) if inspection else None
+                check = checks.get(key)
                 yield copying.Piece(f"{source.path}: {key}", tensor, view, check)
                 filled.update(_unfold(target))
 
@@ -266,6 +273,34 @@ def fill(
     result = Filled(filled)
     result.nonfinite = [found for inspection in inspections for found in inspection.nonfinite]
     return result
+
+
+def inspect(plan: Plan, threads: int = copying.THREADS) -> list[NonFinite]:
+    """Compare the checksum of every tensor that a model has a place for, and look for numbers that are not finite.
+
+    Returns:
+        The tensors with such numbers.
+
+    Raises:
+        ValueError: a tensor is damaged.
+    """
+    found: list[NonFinite] = []
+    threads_of_torch = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, "inspecting", torch.set_num_threads, (1,)) as pool:
+            for source in plan.sources:
+                weights = plan.open(source)
+                parts: list[Wanted] = list(places(source, weights, plan.config))
+                inspection = Inspection(source, weights, parts)
+                checks = [check for part in parts if (check := inspection.check(part)) is not None]
+                for _ in pool.map(lambda check: check(), checks):
+                    pass
+                inspection.remember()
+                found += inspection.nonfinite
+    finally:
+        # A thread of torch's takes over the number that was set last, in whichever thread.
+        torch.set_num_threads(threads_of_torch)
+    return found
 
 
 def describe(checkpoint: str | Path) -> list[dict[str, Any]]:
