@@ -14,7 +14,7 @@ from moekit.checkpoint.files import Files, find
 from moekit.checkpoint.inspection import NonFinite, warn_nonfinite
 from moekit.checkpoint.keys import KEYS, Place, places
 from moekit.checkpoint.plan import Plan, describe, fill, inspect, survey
-from moekit.checkpoint.reading import Source, Weights, read, stamp, tensors
+from moekit.checkpoint.reading import Source, Weights, content, read, stamp, tensors
 
 __all__ = [
     "KEYS",
@@ -24,6 +24,7 @@ __all__ = [
     "Plan",
     "Source",
     "Weights",
+    "content",
     "describe",
     "fill",
     "find",

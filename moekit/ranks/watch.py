@@ -140,13 +140,21 @@ class Watch:
         for rank in sorted(silent, key=lambda rank: rank not in self.stopped()):
             if self.signs[rank].started or rank in self.stopped():
                 return self._silent(rank)
-        idle = [
-            r for r in sorted(self.at_work) if self.signs[r].started and self.signs[r].idle >= self.silence
-        ]
+        idle = [rank for rank in sorted(self.at_work) if self._is_idle(rank)]
         to_blame = [rank for rank in idle if not self.signs[rank].waits_for_peers()]
         if to_blame or (idle and len(idle) == len(self.at_work)):
             return self._idle(to_blame or idle)
         return None
+
+    def _is_idle(self, rank: int) -> bool:
+        """A rank that is ready to run waits for the processor alone: others have it, and the rank is not stuck."""
+        signs = self.signs[rank]
+        if not signs.started or signs.idle < self.silence:
+            return False
+        process = Process.of(self.pids[rank])
+        if process and process.state == "R":
+            signs.idle = 0.0
+        return signs.idle >= self.silence
 
     def _ask_the_system(self, rank: int) -> None:
         """A rank without beats that uses the processor is at work: one long call may keep Python's lock."""
