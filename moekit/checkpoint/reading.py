@@ -17,7 +17,9 @@ from moekit.checkpoint.pickles import Call, Unreadable
 
 # What is read besides the weights: the config, and what tells one training from another. The state of the optimizer
 # stays in the file.
-SETTINGS = ("args", "cfg", "optimizer_history", "extra_state")
+SETTINGS = ("args", "cfg", "optimizer_history", "extra_state", "shard_metadata")
+# What wrappers put into the names of the tensors of what they wrap: fairscale's anywhere, torch's in front.
+WRAPPERS = re.compile(r"(?<![^.])(_fsdp_wrapped_module|_fpw_module)\.")
 
 
 class Weights(dict[str, Tensor]):
@@ -27,6 +29,8 @@ class Weights(dict[str, Tensor]):
         path: the file.
         memory: all of it, [bytes] uint8.
         records: the record of the file that each key's tensor lies in.
+        cut: of a tensor that lies in several files, where the part here begins, and the shape of the whole; the part
+            is [numbers].
         folder: the folder inside the file's archive, which torch names after the file; None in old files.
     """
 
@@ -34,6 +38,11 @@ class Weights(dict[str, Tensor]):
         super().__init__()
         self.path, self.memory, self.folder = path, memory, folder
         self.records: dict[str, Record] = {}
+        self.cut: dict[str, tuple[int, tuple[int, ...]]] = {}
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Of the whole tensor."""
+        return self.cut[key][1] if key in self.cut else tuple(self[key].shape)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -136,7 +145,14 @@ def _state(path: Path, memory: np.ndarray, storage: torch.UntypedStorage, found:
         raise ValueError(f"{path} has no 'model' with tensors: it is no fairseq checkpoint")
     weights = Weights(path, memory, found.folder)
     held: dict[str, int] = {}
-    for key, node in _named(path, top["model"], "model").items():
+    nodes = _named(path, top["model"], "model")
+    prefix = "module." if nodes and all(key.startswith("module.") for key in nodes) else ""
+    for written, node in nodes.items():
+        key = WRAPPERS.sub("", written.removeprefix(prefix))
+        if key in weights:
+            raise ValueError(
+                f"{path}: {clip(written)} is there twice: as itself and without its wrapper's name"
+            )
         where = layout_of(node) if isinstance(node, Call) else None
         if where is None:
             kind = str(node.function) if isinstance(node, Call) else type(node).__name__
@@ -182,11 +198,6 @@ def _record(stored: Stored, found: Layout) -> Record:
     return record
 
 
-def tensors(state: dict[str, Any], path: Path) -> Weights:
-    """The tensors of what :func:`read` found in ``path``."""
-    return state["model"]
-
-
 def stamp(path: Path) -> tuple[int, ...]:
     """What changes when the file does."""
     try:
@@ -205,3 +216,4 @@ class Source:
     bytes: int
     tensors: int
     stamp: tuple[int, ...] = field(repr=False)  # see :func:`stamp`
+    common: bool = False  # whether every rank reads it
