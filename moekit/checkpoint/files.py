@@ -48,7 +48,8 @@ class Files:
 
 _NUMBER = "0|[1-9][0-9]*"
 NAME = re.compile(
-    rf"(?P<stem>.+?)(?P<part>-shared|-rank-(?P<rank>{_NUMBER}))?(-shard(?P<shard>{_NUMBER}))?\.pt", re.DOTALL
+    rf"(?P<stem>.+?)(?P<part>-shared|-rank-(?P<rank>{_NUMBER}))?(-shard(?P<shard>{_NUMBER}))?(?P<end>\.pt|\.safetensors)",
+    re.DOTALL,
 )
 MEGATRON = re.compile(r".+-model_part-[0-9]+.*\.pt", re.DOTALL)
 
@@ -58,7 +59,8 @@ def find(checkpoint: str | Path) -> Files:
 
     Args:
         checkpoint: its folder; ``model-shared.pt``; any ``model-rank-N.pt``; ``model.pt``, which need not exist (if it
-            does and holds the shared part, it stands in for ``model-shared.pt``); ``"demo"``. Stems other than
+            does and holds the shared part, it stands in for ``model-shared.pt``); ``"demo"``; all of these with
+            ``.safetensors`` in place of ``.pt``. Stems other than
             ``model`` work alike.
 
     Raises:
@@ -69,6 +71,10 @@ def find(checkpoint: str | Path) -> Files:
     names = _names(folder, checkpoint)
     stem = named["stem"] if named else _only_stem(folder, names)
     parts = {name: match for name, match in names.items() if match["stem"] == stem}
+    ends = {match["end"] for match in parts.values()}
+    # Where there are both, one was made of the other.
+    end = named["end"] if named and named["end"] in ends else min(ends, default=".pt")
+    parts = {name: match for name, match in parts.items() if match["end"] == end}
     whole = {name: match for name, match in parts.items() if match["shard"] is None}
     sharded = {name: match for name, match in parts.items() if match["shard"] is not None}
     # Where there are both, the files that are whole were made of the shards.
@@ -82,7 +88,7 @@ def find(checkpoint: str | Path) -> Files:
     in_order = tuple(ranks[rank] for rank in sorted(ranks))
     if chosen is sharded:
         return _of_shards(folder, stem, sharded, in_order)
-    return Files(_shared(folder, stem, path, parts), in_order)
+    return Files(_shared(folder, stem, path, parts, end), in_order)
 
 
 def _path(checkpoint: str | Path) -> Path:
@@ -181,14 +187,14 @@ def _of_shards(folder: Path, stem: str, sharded: dict[str, re.Match], ranks: tup
     return Files(first, ranks)
 
 
-def _shared(folder: Path, stem: str, path: Path, parts: dict[str, re.Match]) -> Path:
+def _shared(folder: Path, stem: str, path: Path, parts: dict[str, re.Match], end: str) -> Path:
     """The file with the shared part; of two the one that ``path`` names."""
-    candidates = [folder / f"{stem}-shared.pt", folder / f"{stem}.pt"]
+    candidates = [folder / f"{stem}-shared{end}", folder / f"{stem}{end}"]
     candidates.sort(key=lambda candidate: candidate != path)
     for candidate in candidates:
         if candidate.name in parts and SHARED_KEY in tensors(read(candidate), candidate):
             return candidate
     there = ", ".join(parts) or "no such file"
     raise ValueError(
-        f"{folder} has no shared part of '{stem}' ({there}): expected {stem}-shared.pt, or {stem}.pt, with {SHARED_KEY}"
+        f"{folder} has no shared part of '{stem}' ({there}): expected {stem}-shared{end}, or {stem}{end}, with {SHARED_KEY}"
     )

@@ -1,4 +1,7 @@
-"""One checkpoint file, opened without running anything in it: its config as plain data, its weights memory-mapped."""
+"""One checkpoint file, opened without running anything in it: its config as plain data, its weights memory-mapped.
+
+The file is one of ``torch.save`` or of safetensors; its content tells which.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moekit.checkpoint import safetensors
 from moekit.checkpoint.archive import START, Layout, Record, layout
 from moekit.checkpoint.contents import Stored, clip, is_known, layout_of, pairs, plain, refused, short, walk
 from moekit.checkpoint.pickles import Call, Unreadable
@@ -61,6 +65,8 @@ def read(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be mapped into memory: {_reason(error)}") from error
     memory = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
     try:
+        if safetensors.begins(memory):
+            return _of_safetensors(path, memory, storage)
         kind = _kind(memory)
         if kind is not None:
             raise ValueError(f"{path} is not a readable checkpoint file but {kind}")
@@ -95,7 +101,6 @@ def _reason(error: Exception) -> str:
 
 KINDS: list[tuple[bytes, str]] = [
     (rb"\s*version https://git-lfs", "a Git LFS pointer: run git lfs pull"),
-    (rb".{7}\0\{", "a file of safetensors; expected a file of torch.save"),
     (rb"\s*<[!?a-zA-Z]", "a web page: fetch the file itself"),
     (rb"\x1f\x8b", "compressed with gzip: unpack it first"),
     (rb"BZh", "compressed with bzip2: unpack it first"),
@@ -137,6 +142,18 @@ def _refuse(path: Path, found: Layout) -> None:
             f"{path} {reason}{where and f' (at {where})'}, which moekit does not do: a checkpoint is data, and this file may "
             "be hostile"
         )
+
+
+def _of_safetensors(path: Path, memory: np.ndarray, storage: torch.UntypedStorage) -> dict[str, Any]:
+    entries, settings = safetensors.layout(memory)
+    if not isinstance(settings, dict):
+        raise Unreadable("is damaged: its settings are no object")
+    weights = Weights(path, memory, None)
+    for key, (dtype, shape, record) in entries.items():
+        part = storage[record.start : record.start + record.size]
+        weights[key] = torch.empty(0, dtype=dtype).set_(part).view(shape)
+        weights.records[key] = record
+    return {"model": weights} | {name: settings[name] for name in SETTINGS if name in settings}
 
 
 def _state(path: Path, memory: np.ndarray, storage: torch.UntypedStorage, found: Layout) -> dict[str, Any]:
