@@ -256,7 +256,7 @@ def load(
     pool = start(world_size, devices[0].type) if ranks is None else LentRanks(ranks)
     try:
         model = Model(plan, files, pool, kind, known, codec)
-        total = sum(source.bytes * (world_size if i == 0 else 1) for i, source in enumerate(plan.sources))
+        total = sum(source.bytes * (world_size if source.common else 1) for source in plan.sources)
         with progress_bar("loading", total, "B", show=progress) as bar:
             model.parts = pool.call(
                 loading.load, plan, kind, backend, on_report=lambda rank, n: bar.update(n)
