@@ -22,7 +22,7 @@ from moekit.nn.config import changed
 from moekit.nn.operations import choose_backend
 from moekit.nn.record import Options
 from moekit.progress import bar as progress_bar
-from moekit.ranks import LentRanks, Ranks, choose_devices, prepare, start
+from moekit.ranks import LentRanks, RankError, Ranks, choose_devices, prepare, start
 from moekit.routing import trace as tracing
 from moekit.scoring import Evaluation, score_batches, summarize, warm_up
 from moekit.worker import loading
@@ -210,6 +210,7 @@ def load(
     backend: str = "auto",
     progress: bool = True,
     ranks: Ranks | None = None,
+    verify: bool = True,
 ) -> Model:
     """Load a checkpoint of fairseq's ``moe`` branch onto ``world_size`` ranks.
 
@@ -233,14 +234,19 @@ def load(
         ranks: a pool that :func:`moekit.ranks.start` made; world size and device are the pool's. It holds one model at a
             time: closing the model empties the ranks, and they can load another one. None: ranks of the model's own,
             which end when it is closed.
+        verify: compare the checksum of each tensor that is read with the file's, and warn of weights that are not finite.
+            The result is remembered until a file changes, so that only the first load takes the time.
 
     Raises:
-        ValueError: the checkpoint is incomplete or not what it should be, or an argument makes no sense.
+        ValueError: the checkpoint is incomplete, damaged or not what it should be, or an argument makes no sense.
         moekit.ranks.RankError: a rank failed.
     """
     began = time.perf_counter()
     import_whole("omegaconf")  # what checkpoints are read with
-    world_size = check("world_size", world_size, Whole(optional=True))
+    world_size, verify = (
+        check("world_size", world_size, Whole(optional=True)),
+        check("verify", verify, Flag()),
+    )
     devices = choose_devices(world_size, device) if ranks is None else _devices_of(ranks, world_size, device)
     world_size = len(devices)
     if ranks is None and world_size > 1:
@@ -259,16 +265,25 @@ def load(
         total = sum(source.bytes * (world_size if source.common else 1) for source in plan.sources)
         with progress_bar("loading", total, "B", show=progress) as bar:
             model.parts = pool.call(
-                loading.load, plan, kind, backend, on_report=lambda rank, n: bar.update(n)
+                loading.load, plan, kind, backend, verify, on_report=lambda rank, n: bar.update(n)
             )
             plan.opened.clear()
             ckpt.warn_nonfinite(found for part in model.parts for found in part["nonfinite"])
             bar.update(bar.total - bar.n)  # what is not tensors
         model.load_seconds = time.perf_counter() - began
-    except BaseException:
+    except BaseException as error:
         pool.close()
+        if isinstance(error, RankError) and (said := _of_a_file(error, files)):
+            raise ValueError(said) from error
         raise
     return model
+
+
+def _of_a_file(error: RankError, files: ckpt.Files) -> str | None:
+    """What is wrong with a file, where that is why a rank failed: then the rank is not to blame."""
+    said = str(error.__cause__)
+    about = isinstance(error.__cause__, ValueError) and any(said.startswith(str(path)) for path in files.all)
+    return said if about else None
 
 
 def _devices_of(pool: Ranks, world_size: int | None, device: str) -> list[torch.device]:

@@ -13,8 +13,8 @@ shards (tensors cut over several files), files (which there are), belonging (whe
 from moekit.checkpoint.files import Files, find
 from moekit.checkpoint.inspection import NonFinite, warn_nonfinite
 from moekit.checkpoint.keys import KEYS, Place, places
-from moekit.checkpoint.plan import Plan, describe, fill, survey
-from moekit.checkpoint.reading import Source, Weights, read, stamp
+from moekit.checkpoint.plan import Plan, describe, fill, inspect, survey
+from moekit.checkpoint.reading import Source, Weights, content, read, stamp
 from moekit.checkpoint.shards import tensors
 
 __all__ = [
@@ -25,9 +25,11 @@ __all__ = [
     "Plan",
     "Source",
     "Weights",
+    "content",
     "describe",
     "fill",
     "find",
+    "inspect",
     "places",
     "read",
     "stamp",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -274,6 +275,7 @@ def fill(
     progress: Callable[[int], None] | None = None,
     threads: int = 1,
     verify: bool = True,
+    share: tuple[int, int] = (0, 1),
 ) -> Filled:
     """Read one rank's tensors from the mapped files into the model's parameters, as copying.py does.
 
@@ -282,6 +284,7 @@ def fill(
         progress: called with the bytes read since the last call.
         threads: that copy at the same time.
         verify: compare checksums and look for numbers that are not finite, as inspection.py does.
+        share: (i, n), where n ranks read the shared file: this one verifies every n-th of its tensors, from i on.
 
     Raises:
         ValueError: a tensor is damaged, or a file has changed since the survey.
@@ -311,11 +314,16 @@ def fill(
         for source in plan.needed(held):
             weights = plan.open(source)
             parts = list(wanted(source, weights))
-            inspection = Inspection(source, weights, [part for part, _ in parts]) if verify else None
-            inspections.extend([inspection] if inspection else [])
-            for part, view in parts:
-                check = inspection.check(part) if inspection else None
-                yield copying.Piece(f"{source.path}: {part[0]}", part[1], view, check)
+            # Whatever another rank finds ends the load, too.
+            first, step = share if source is plan.sources[0] else (0, 1)
+            mine = [part for part, _ in parts][first::step]
+            checks: dict[str, Callable[[], None] | None] = {}
+            if verify:
+                inspection = Inspection(source, weights, mine)
+                inspections.append(inspection)
+                checks = {part[0]: inspection.check(part) for part in mine}
+            for (key, tensor, _), view in parts:
+                yield copying.Piece(f"{source.path}: {key}", tensor, view, checks.get(key))
 
     copying.copy(pieces(), next(iter(parameters.values())).device, threads, progress)
     for name, parameter in parameters.items():
@@ -332,6 +340,34 @@ def fill(
     result = Filled(dict.fromkeys(filled, 1))
     result.nonfinite = [found for inspection in inspections for found in inspection.nonfinite]
     return result
+
+
+def inspect(plan: Plan, threads: int = copying.THREADS) -> list[NonFinite]:
+    """Compare the checksum of every tensor that a model has a place for, and look for numbers that are not finite.
+
+    Returns:
+        The tensors with such numbers.
+
+    Raises:
+        ValueError: a tensor is damaged.
+    """
+    found: list[NonFinite] = []
+    threads_of_torch = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, "inspecting", torch.set_num_threads, (1,)) as pool:
+            for source in plan.sources:
+                weights = plan.open(source)
+                parts: list[Wanted] = list(places(source, weights, plan.config))
+                inspection = Inspection(source, weights, parts)
+                checks = [check for part in parts if (check := inspection.check(part)) is not None]
+                for _ in pool.map(lambda check: check(), checks):
+                    pass
+                inspection.remember()
+                found += inspection.nonfinite
+    finally:
+        # A thread of torch's takes over the number that was set last, in whichever thread.
+        torch.set_num_threads(threads_of_torch)
+    return found
 
 
 def describe(checkpoint: str | Path) -> list[dict[str, Any]]:

@@ -173,7 +173,7 @@ def _head(text: bytes, path: Path) -> tuple[Head, int]:
         said = json.loads(text)
         version = said["format"]
         head = Head(tuple(said["layers"]), said["top_k"], said["num_experts"], said["meta"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise _damaged(path, f"its head cannot be read ({type(error).__name__})") from None
     if version not in FORMATS:
         raise ValueError(f"{path} has format {str(version)[:20]}; this moekit reads the formats 1 and 2")

@@ -17,8 +17,11 @@ from moekit.nn.transformer import Transformer
 from moekit.ranks import Rank
 
 
-def load(rank: Rank, plan: checkpoint.Plan, dtype: torch.dtype, backend: str) -> dict:
+def load(rank: Rank, plan: checkpoint.Plan, dtype: torch.dtype, backend: str, verify: bool = True) -> dict:
     """Read this rank's part of the checkpoint into ``rank.state["model"]``; reports bytes as they are read.
+
+    Args:
+        verify: compare checksums and count what is not finite; of the shared file, each rank does a share.
 
     Returns:
         ``files`` and ``experts`` (a range) read; ``filled``, which counts the tensors copied by (layer, expert), and
@@ -28,7 +31,8 @@ def load(rank: Rank, plan: checkpoint.Plan, dtype: torch.dtype, backend: str) ->
     start = time.perf_counter()
     held = owned(plan.config.experts, rank.world_size, rank.rank)
     model = empty(rank, plan.config, dtype, backend)
-    filled = checkpoint.fill(model, plan, held, rank.report, rank.cores)
+    share = (rank.rank, rank.world_size)
+    filled = checkpoint.fill(model, plan, held, rank.report, rank.cores, verify, share)
     rank.state["model"] = model
     parameters = list(model.parameters())
     return {

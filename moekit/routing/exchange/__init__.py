@@ -71,6 +71,8 @@ def read(
     reader = _choose(layout, READERS)
     if not path.exists():
         raise ValueError(f"there is no {path}")
+    if not path.is_file() and not (path.is_dir() and layout == "megatron"):
+        raise ValueError(f"{path} is no regular file; expected what {layout} writes")
     layers = None if layers is None else tuple(int(layer) for layer in layers)
     try:
         samples = list(reader(path, layers))
