@@ -290,12 +290,15 @@ UNREADABLE = """
     import moekit
     from moekit.notebook import preflight
     from moekit.routing import exchange
+    from moekit.routing.domains import domains_of
 
     at = Path(sys.argv[1])
     p = {"bpe": None, "world_size": 1, "device": "cpu", "output_dir": str(at / "out")}
     prepared = {"checkpoint": "none", "workers": 1, "keep_empty": True, "mirrors": [], "bpe": "auto"}
     prepared |= {"delete_archive": False, "data_dir": str(at / "out")}
+    checked = p | {"checkpoint": str(at / "checkpoint")}
     model = moekit.load(at / "checkpoint", 1, "cpu", progress=False)
+    trace = model.trace([[5, 6]], progress=False)
     tried = {
         "shard/model-rank-2.pt": [
             lambda: moekit.load(at / "shard", 1, "cpu", progress=False),
@@ -314,6 +317,14 @@ UNREADABLE = """
             lambda: preflight.prepare_data(SimpleNamespace(**prepared, source=str(at / "closed"))),
             lambda: preflight.prepare_data(SimpleNamespace(**prepared, source=str(at / "closed" / "x"))),
             lambda: preflight.load_shards(SimpleNamespace(**p, checkpoint=str(at / "closed"))),
+            lambda: model.trace(str(at / "closed" / "x")),
+            lambda: model.evaluate(at / "closed" / "x"),
+            lambda: domains_of(trace, "demo", "valid", at / "closed" / "x"),
+            lambda: trace.save(at / "closed" / "t.parquet"),
+            lambda: trace.save(at / "closed" / "x" / "t.parquet"),
+            lambda: exchange.write(trace, at / "closed" / "x" / "t", "vllm"),
+            lambda: preflight.load_shards(SimpleNamespace(**checked | {"output_dir": str(at / "closed")})),
+            lambda: preflight.load_shards(SimpleNamespace(**checked | {"output_dir": str(at / "closed" / "x")})),
         ],
         "data/valid.bin": [lambda: model.evaluate(at / "data")],
         "text.txt": [
@@ -321,6 +332,7 @@ UNREADABLE = """
             lambda: moekit.load(at / "checkpoint", dictionary=at / "text.txt"),
             lambda: exchange.read(at / "text.txt", "sglang"),
             lambda: preflight.prepare_data(SimpleNamespace(**prepared, source=str(at / "text.txt"))),
+            lambda: domains_of(trace, "demo", "valid", at / "text.txt"),
         ],
     }
     for name, calls in tried.items():

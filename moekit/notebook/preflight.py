@@ -192,10 +192,12 @@ def _domains(p: SimpleNamespace) -> None:
             raise ParameterError(
                 f"domains has {len(p.domains)} labels for {len(p.texts)} texts; expected one for each"
             )
-    elif len(p.domains) != 1 or not Path(p.domains[0]).expanduser().is_file():
+    elif len(p.domains) != 1 or not _said(Path(p.domains[0]).expanduser().is_file):
         raise ParameterError(
             f"domains={p.domains}: expected the one file with a domain for each line of the data's text"
         )
+    else:
+        _said(_opened, Path(p.domains[0]).expanduser())
 
 
 def _other_trace(p: SimpleNamespace, config: ModelConfig) -> None:
@@ -212,9 +214,9 @@ def _other_trace(p: SimpleNamespace, config: ModelConfig) -> None:
 def _writable(name: str, place: str) -> None:
     """Make the folder and try: the permissions of a read-only mount, or those that root sees, say nothing certain."""
     folder = Path(place).expanduser().resolve()
-    if folder.is_file():
-        raise ParameterError(f"{name}={place!r} is a file; expected a folder, or a name for a new one")
     try:
+        if folder.is_file():
+            raise ParameterError(f"{name}={place!r} is a file; expected a folder, or a name for a new one")
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
