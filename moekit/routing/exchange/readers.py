@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from moekit.routing.exchange import objects
 from moekit.routing.trace import Trace
 from moekit.symbols import PAD
 
@@ -64,10 +65,12 @@ def _requests(path: Path) -> list[np.ndarray]:
         loaded = np.load(path, allow_pickle=False)
         arrays = [loaded] if isinstance(loaded, np.ndarray) else [loaded[name] for name in loaded.files]
     except (ValueError, zipfile.BadZipFile, EOFError):
+        arrays = objects.read(path)
+    if arrays is None:
         raise ValueError(
             f"{path} is no array of whole numbers; expected what np.save makes of a request's routed_experts, or np.savez of "
-            "several (an array of objects is not opened, since it could run code)"
-        ) from None
+            "several"
+        )
     found = []
     for array in arrays:
         if array.ndim not in (3, 4) or array.dtype.kind not in "iu":
