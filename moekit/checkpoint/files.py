@@ -92,10 +92,18 @@ def find(checkpoint: str | Path) -> Files:
 
 
 def _path(checkpoint: str | Path) -> Path:
+    if isinstance(checkpoint, str) and "://" in checkpoint:
+        raise ValueError(
+            f"checkpoint={short(checkpoint)} is an address: name a checkpoint's folder or one of its .pt files on this machine"
+        )
     try:
         path = paths.DEMO_MODEL if str(checkpoint) == "demo" else Path(checkpoint).expanduser()
         # A name that is too long, say, is noticed by the system alone.
         path.exists()
+    except PermissionError:
+        raise ValueError(
+            f"{path} cannot be read (Permission denied): check the permissions of its folder"
+        ) from None
     except (OSError, RuntimeError, TypeError) as error:
         raise ValueError(
             f"checkpoint={short(checkpoint)} cannot be opened ({getattr(error, 'strerror', None) or error}): name a "
