@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moekit import checkpoint as ckpt
-from moekit.arguments import Flag, Whole, Wholes, check
+from moekit.arguments import Flag, Whole, check
 from moekit.batches import Batch, text_batches, up_to
 from moekit.fairseq_data import Batches, Data, is_data
 from moekit.generation.run import generate, stream
@@ -150,11 +150,7 @@ class Model(Handle):
         """
         fraction, seed = self.capacity(capacity_token_fraction), check("seed", seed, SEED)
         max_tokens = check("max_tokens", max_tokens, Whole(optional=True))
-        layers, full = check("layers", layers, Wholes(optional=True)), check("full", full, Wholes())
-        options = Options(
-            None if layers is None else tuple(layers), tuple(full), check("predicted", predicted, Flag())
-        )
-        collector = self._collector(options)
+        collector = self._collector(Options(layers, full, predicted))
         if is_data(data_or_texts):
             batches = self._open(
                 Data(data_or_texts, subset, tokens_per_sample, batch_size, sample_break_mode, context_window)
@@ -262,7 +258,7 @@ def load(
     pool = start(world_size, devices[0].type) if ranks is None else LentRanks(ranks)
     try:
         model = Model(plan, files, pool, kind, known, codec)
-        total = sum(source.bytes * (world_size if i == 0 else 1) for i, source in enumerate(plan.sources))
+        total = sum(source.bytes * (world_size if source.common else 1) for source in plan.sources)
         with progress_bar("loading", total, "B", show=progress) as bar:
             model.parts = pool.call(
                 loading.load, plan, kind, backend, verify, on_report=lambda rank, n: bar.update(n)

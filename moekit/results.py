@@ -159,7 +159,7 @@ def _sentence(folder: Path, error: OSError) -> str:
             f"{folder}: the disk is full or the file too large ({os.strerror(error.errno)}), so nothing was written and "
             "earlier files are as they were; free some space or name another folder"
         )
-    if not folder.is_dir():
+    if not isinstance(error, PermissionError) and not folder.is_dir():
         found = "is not a folder" if folder.exists() else "does not exist"
         return f"{folder} {found}, so nothing was written: make it or name another folder"
     reason = error.strerror or type(error).__name__

@@ -128,9 +128,26 @@ def test_vllm_requests_in_one_file(tmp_path):
     assert np.array_equal(again.experts, back.experts) and again.layers == (2,)
     assert np.array_equal(again.sample, back.sample) and np.array_equal(again.position, back.position)
     objects = np.empty(3, dtype=object)
-    objects[:] = requests
+    objects[:] = [requests[0], np.asfortranarray(requests[1].astype(">i4")), requests[2].astype(np.int16)]
     np.save(tmp_path / "x.npy", objects, allow_pickle=True)
-    with pytest.raises(ValueError, match=r"x.npy is no array of whole numbers.*np.savez of several"):
+    of_objects = exchange.read(tmp_path / "x.npy", "vllm")
+    assert np.array_equal(of_objects.experts, back.experts) and np.array_equal(of_objects.sample, back.sample)
+    np.save(tmp_path / "x.npy", np.array([requests[0]] * 2, dtype=object), allow_pickle=True)
+    alike = exchange.read(tmp_path / "x.npy", "vllm")
+    assert alike.sample.tolist() == [0, 0, 1, 1] and alike.experts[2:, 0].tolist() == [[1, 2], [3, 0]]
+
+
+class Hostile:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('it ran')",)
+
+
+@pytest.mark.parametrize("objects", [[Hostile()], [[1, 2], [3]], [np.array(["a"])], ["text"], [None, 1.5]])
+def test_vllm_objects_that_are_no_requests_are_refused_unbuilt(objects, tmp_path):
+    array = np.empty(len(objects), dtype=object)
+    array[:] = objects
+    np.save(tmp_path / "x.npy", array, allow_pickle=True)
+    with pytest.raises(ValueError, match=r"x.npy is no array of whole numbers.*np.savez of several$"):
         exchange.read(tmp_path / "x.npy", "vllm")
 
 

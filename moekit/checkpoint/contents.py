@@ -287,6 +287,8 @@ class _Plain:
                     return self.of(state[part], depth + 1)
         if re.fullmatch(r"pathlib(\._local)?\.\w+", str(name)):
             return str(PurePosixPath(*arguments))
+        if str(name) == "torch.Size" and len(arguments) == 1:
+            return self.of(arguments[0], depth + 1)
         if str(name).endswith("multiarray.scalar") and len(arguments) == 2:
             return _number(*arguments)
         if str(name).endswith((".set", ".frozenset")) and arguments:

@@ -1,4 +1,7 @@
-"""One checkpoint file, opened without running anything in it: its config as plain data, its weights memory-mapped."""
+"""One checkpoint file, opened without running anything in it: its config as plain data, its weights memory-mapped.
+
+The file is one of ``torch.save`` or of safetensors; its content tells which.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moekit.checkpoint import safetensors
 from moekit.checkpoint.archive import START, Layout, Record, layout
 from moekit.checkpoint.contents import Stored, clip, is_known, layout_of, pairs, plain, refused, short, walk
 from moekit.checkpoint.pickles import EACH, Call, Unreadable
 
 # What is read besides the weights: the config, and what tells one training from another. The state of the optimizer
 # stays in the file.
-SETTINGS = ("args", "cfg", "optimizer_history", "extra_state")
+SETTINGS = ("args", "cfg", "optimizer_history", "extra_state", "shard_metadata")
+# What wrappers put into the names of the tensors of what they wrap: fairscale's anywhere, torch's in front.
+WRAPPERS = re.compile(r"(?<![^.])(_fsdp_wrapped_module|_fpw_module)\.")
 
 
 class Weights(dict[str, Tensor]):
@@ -29,6 +35,8 @@ class Weights(dict[str, Tensor]):
         path: the file.
         memory: all of it, [bytes] uint8.
         records: the record of the file that each key's tensor lies in.
+        cut: of a tensor that lies in several files, where the part here begins, and the shape of the whole; the part
+            is [numbers].
         folder: the folder inside the file's archive, which torch names after the file; None in old files.
     """
 
@@ -36,6 +44,11 @@ class Weights(dict[str, Tensor]):
         super().__init__()
         self.path, self.memory, self.folder = path, memory, folder
         self.records: dict[str, Record] = {}
+        self.cut: dict[str, tuple[int, tuple[int, ...]]] = {}
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Of the whole tensor."""
+        return self.cut[key][1] if key in self.cut else tuple(self[key].shape)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -46,8 +59,11 @@ def read(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: not a checkpoint, damaged, or it asks to build what is not known as harmless.
     """
-    with _opened(Path(path), "checkpoint file") as (memory, storage, found):
-        return _state(Path(path), memory, storage, found)
+    path = Path(path)
+    with _mapped(path, "checkpoint file") as (memory, storage):
+        if safetensors.begins(memory):
+            return _of_safetensors(path, memory, storage)
+        return _state(path, memory, storage, _layout(path, memory, "checkpoint file", EACH))
 
 
 def content(path: Path, what: str) -> Any:
@@ -61,7 +77,8 @@ def content(path: Path, what: str) -> Any:
     Raises:
         ValueError: not a file of ``torch.save``, damaged, or it asks to build what is not known as harmless.
     """
-    with _opened(Path(path), what, each=1) as (memory, storage, found):
+    with _mapped(Path(path), what) as (memory, storage):
+        found = _layout(Path(path), memory, what, each=1)
         held: dict[str, int] = {}
         total = 0
 
@@ -82,10 +99,8 @@ def content(path: Path, what: str) -> Any:
 
 
 @contextlib.contextmanager
-def _opened(
-    path: Path, what: str, each: int = EACH
-) -> Iterator[tuple[np.ndarray, torch.UntypedStorage, Layout]]:
-    """A file mapped into memory, and its layout; nothing in it is refused."""
+def _mapped(path: Path, what: str) -> Iterator[tuple[np.ndarray, torch.UntypedStorage]]:
+    """A file mapped into memory; what is unreadable in it becomes one sentence."""
     size = _size(path)
     try:
         storage = torch.UntypedStorage.from_file(str(path), False, size)
@@ -93,15 +108,20 @@ def _opened(
         raise ValueError(f"{path} cannot be mapped into memory: {_reason(error)}") from error
     memory = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
     try:
-        kind = _kind(memory)
-        if kind is not None:
-            raise ValueError(f"{path} is not a readable {what} but {kind}")
-        found = layout(memory, each)
-        _refuse(path, found)
-        yield memory, storage, found
+        yield memory, storage
     except Unreadable as error:
         advice = "; fetch it again" if re.search(r"damage|is cut short", str(error)) else ""
         raise ValueError(f"{path} is not a readable {what}: it {error}{advice}") from error
+
+
+def _layout(path: Path, memory: np.ndarray, what: str, each: int) -> Layout:
+    """Where everything lies in a file of ``torch.save``, which names nothing but what is harmless."""
+    kind = _kind(memory)
+    if kind is not None:
+        raise ValueError(f"{path} is not a readable {what} but {kind}")
+    found = layout(memory, each)
+    _refuse(path, found)
+    return found
 
 
 def _size(path: Path) -> int:
@@ -127,7 +147,6 @@ def _reason(error: Exception) -> str:
 
 KINDS: list[tuple[bytes, str]] = [
     (rb"\s*version https://git-lfs", "a Git LFS pointer: run git lfs pull"),
-    (rb".{7}\0\{", "a file of safetensors; expected a file of torch.save"),
     (rb"\s*<[!?a-zA-Z]", "a web page: fetch the file itself"),
     (rb"\x1f\x8b", "compressed with gzip: unpack it first"),
     (rb"BZh", "compressed with bzip2: unpack it first"),
@@ -171,13 +190,32 @@ def _refuse(path: Path, found: Layout) -> None:
         )
 
 
+def _of_safetensors(path: Path, memory: np.ndarray, storage: torch.UntypedStorage) -> dict[str, Any]:
+    entries, settings = safetensors.layout(memory)
+    if not isinstance(settings, dict):
+        raise Unreadable("is damaged: its settings are no object")
+    weights = Weights(path, memory, None)
+    for key, (dtype, shape, record) in entries.items():
+        part = storage[record.start : record.start + record.size]
+        weights[key] = torch.empty(0, dtype=dtype).set_(part).view(shape)
+        weights.records[key] = record
+    return {"model": weights} | {name: settings[name] for name in SETTINGS if name in settings}
+
+
 def _state(path: Path, memory: np.ndarray, storage: torch.UntypedStorage, found: Layout) -> dict[str, Any]:
     top = _named(path, found.content, "its top level") or {}
     if pairs(top.get("model")) is None:
         raise ValueError(f"{path} has no 'model' with tensors: it is no fairseq checkpoint")
     weights = Weights(path, memory, found.folder)
     held: dict[str, int] = {}
-    for key, node in _named(path, top["model"], "model").items():
+    nodes = _named(path, top["model"], "model")
+    prefix = "module." if nodes and all(key.startswith("module.") for key in nodes) else ""
+    for written, node in nodes.items():
+        key = WRAPPERS.sub("", written.removeprefix(prefix))
+        if key in weights:
+            raise ValueError(
+                f"{path}: {clip(written)} is there twice: as itself and without its wrapper's name"
+            )
         made = _tensor(node, storage, found) if isinstance(node, Call) else None
         if made is None:
             kind = str(node.function) if isinstance(node, Call) else type(node).__name__
@@ -230,11 +268,6 @@ def _record(stored: Stored, found: Layout) -> Record:
     return record
 
 
-def tensors(state: dict[str, Any], path: Path) -> Weights:
-    """The tensors of what :func:`read` found in ``path``."""
-    return state["model"]
-
-
 def stamp(path: Path) -> tuple[int, ...]:
     """What changes when the file does."""
     try:
@@ -253,3 +286,4 @@ class Source:
     bytes: int
     tensors: int
     stamp: tuple[int, ...] = field(repr=False)  # see :func:`stamp`
+    common: bool = False  # whether every rank reads it

@@ -62,7 +62,8 @@ def _dispatch(rank: Rank, config: ModelConfig, dtype: torch.dtype, backend: str)
     """How rows reach the experts of other ranks: through their memory if every rank can address it."""
     if rank.world_size == 1 or not config.moe_layers:
         return None
-    if backend == "triton" and reachable(rank.device):
+    one_host = rank.local_world_size == rank.world_size
+    if backend == "triton" and one_host and reachable(rank.device, rank.world_size):
         # Triton is imported only if it is asked for.
         from moekit.nn.kernels.peer_dispatch import PeerDispatch
 

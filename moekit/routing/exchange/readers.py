@@ -17,14 +17,15 @@ import numpy as np
 
 from moekit import checkpoint
 from moekit.arguments import shown
+from moekit.routing.exchange import objects
 from moekit.routing.parquet import MOST_EXPERTS, MOST_LAYERS
 from moekit.routing.trace import Trace
 from moekit.symbols import PAD
 
 Layers = tuple[int, ...] | None
 NONE = -1
-# SGLang's mark of a pass with one token of each request
-DECODE = 2
+# SGLang's mark of a prefill pass; the others tell of no token which request it is of
+EXTEND = 1
 
 
 # -------------------------------------------------------------------------------------------------------- vLLM
@@ -75,10 +76,12 @@ def _requests(path: Path) -> list[np.ndarray]:
     except Exception as error:
         if str(path) in str(error) and type(error) is ValueError:
             raise
+        arrays = objects.read(path)
+    if arrays is None:
         raise ValueError(
             f"{path} is no array of whole numbers; expected what np.save makes of a request's routed_experts, or np.savez of "
-            "several (an array of objects is not opened, since it could run code)"
-        ) from None
+            "several"
+        )
     found = []
     for array in arrays:
         if array.ndim not in (3, 4) or array.dtype.kind not in "iu":
@@ -151,7 +154,7 @@ def _bounds(path: Path, record: dict, position: np.ndarray) -> Sequence[int]:
                 f"{path}: extend_seq_lens adds up to {bounds[-1]} of {tokens} tokens; expected no more"
             )
         return bounds
-    if record.get("forward_mode") == DECODE:
+    if record.get("forward_mode") not in (None, EXTEND):
         return range(tokens + 1)
     # A pass that does not tell its requests: one begins wherever positions do not go on.
     return [*np.flatnonzero(np.diff(position, prepend=-2) != 1).tolist(), tokens]
@@ -161,7 +164,9 @@ def _bounds(path: Path, record: dict, position: np.ndarray) -> Sequence[int]:
 
 
 def _read_megatron(path: Path, layers: Layers) -> Iterator[dict]:
-    files = sorted(path.glob("router_trace_rank*.jsonl")) if path.is_dir() else [path]
+    # Unlike glob, iterdir does not keep quiet about a folder that may not be listed.
+    there = path.iterdir() if path.is_dir() else [path]
+    files = sorted(f for f in there if f == path or f.match("router_trace_rank*.jsonl"))
     passes: dict[tuple[int, int], dict[int, list]] = {}
     for file in files:
         for record in _json_lines(file):
