@@ -397,3 +397,29 @@ def test_numbers_of_all_types_come_back(tmp_path):
     for key, tensor in wanted.items():
         assert found[key].dtype == tensor.dtype and found[key].shape == tensor.shape
         assert torch.equal(found[key].float(), tensor.float())
+
+
+def test_a_header_with_any_byte_changed_is_refused_or_read_as_itself(one):
+    """Whatever is read of a damaged file lies inside it; nothing but a ValueError is raised."""
+    data, rng = one.read_bytes(), np.random.default_rng(0)
+    end = 8 + int.from_bytes(data[:8], "little")
+    outcomes = {"read": 0, "refused": 0}
+    for _ in range(300):
+        changed = bytearray(data)
+        changed[rng.integers(end)] = rng.integers(256)
+        one.write_bytes(changed)
+        try:
+            found = checkpoint.read(one)["model"]
+            assert sum(tensor.nbytes for tensor in found.values()) == len(data) - end
+            outcomes["read"] += 1
+        except ValueError:
+            outcomes["refused"] += 1
+    assert min(outcomes.values()) > 10
+
+
+def test_of_two_formats_in_a_folder_the_one_that_is_named_is_read(source, tmp_path):
+    both = shutil.copytree(source, tmp_path / "both")
+    run("convert", source, tmp_path / "st", "--to", "safetensors", "--quiet")
+    shutil.copytree(tmp_path / "st", both, dirs_exist_ok=True)
+    assert checkpoint.find(both).shared.suffix == ".pt"
+    assert {path.suffix for path in checkpoint.find(both / "model.safetensors").all} == {".safetensors"}
