@@ -169,7 +169,7 @@ def test_damaged_data_is_refused_or_read_as_it_is(model, reference, tmp_path):
                     folder.name
                 )
                 ids = np.frombuffer(files["valid.bin"], "<u2")
-                assert found["token"].tolist() == ids[ids != PAD].tolist(), folder.name
+                assert found["target"].tolist() == ids[ids != PAD].tolist(), folder.name
                 outcomes["as the ids say"] += 1
         shutil.rmtree(folder)
     print(dict(outcomes), end=" ")
@@ -210,7 +210,7 @@ def test_damaged_data_of_the_older_format_is_refused_or_read_as_it_is(model, ref
             outcomes["refused"] += 1
         else:
             ids = np.frombuffer((tmp_path / "valid.bin").read_bytes(), "<i4") - 1
-            assert found["token"].tolist() == ids[ids != PAD].tolist(), seed
+            assert found["target"].tolist() == ids[ids != PAD].tolist(), seed
             outcomes["the same" if found.equals(wanted) else "as the ids say"] += 1
     print(dict(outcomes))
     assert outcomes["refused"] > TRIALS / 4 and outcomes["as the ids say"]
