@@ -118,7 +118,9 @@ def test_domains_stand_by_the_experts_they_use():
     shown = ax.images[0].get_array()
     assert np.allclose(2.0 ** shown[:, :4], [[2, 2, 2**-6, 2**-6], [2**-6, 2**-6, 2, 2]])
     assert "against the expert's own load" in figure.get_suptitle()
-    uniform = routing_plots.domain_heatmap(with_experts(trace, experts), domains, against="uniform", mark=False)
+    uniform = routing_plots.domain_heatmap(
+        with_experts(trace, experts), domains, against="uniform", mark=False
+    )
     shown = uniform.axes[0].images[0].get_array()
     assert np.allclose(2.0 ** shown[:, :4], [[3, 3, 2**-6, 2**-6], [2**-6, 2**-6, 3, 3]])
     assert "against uniform routing" in uniform.get_suptitle()

@@ -79,7 +79,11 @@ def domain_heatmap(
         tokens = f"{size.min():,} to {size.max():,}" if size.min() < size.max() else f"{size.min():,}"
         base = "the expert's own load" if against == "load" else "uniform routing"
         of = "all choices" if choice is None else f"choice {choice + 1}"
-        dots = "; dots: survive a permutation of the domains over samples (5 % a layer)" if mark else ""
+        dots = (
+            "\ndots: the lift over the expert's own load survives a permutation of the domains over samples (5 % a layer)"
+            if mark
+            else ""
+        )
         fig.suptitle(
             f"Experts by domain, {of}, against {base}; {tokens} tokens a domain{dots}",
             x=0.01,
