@@ -295,7 +295,7 @@ def test_mistakes_are_told(trace, tmp_path):
     exchange.write(trace.select(samples=0), tmp_path / "v.npy", "vllm")
     with pytest.raises(ValueError, match="has experts [0-9]+ to"):
         exchange.read(tmp_path / "v.npy", "vllm", num_experts=8)
-    with pytest.raises(ValueError, match="the file has 3"):
+    with pytest.raises(ValueError, match="the file has 6 layers, 3 of them with experts"):
         exchange.read(tmp_path / "v.npy", "vllm", layers=[1])
     with pytest.raises(ValueError, match="no 'records'"):
         exchange.read(tmp_path / "v.npy", "sglang")

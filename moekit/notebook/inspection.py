@@ -15,7 +15,7 @@ from moekit.routing import metrics
 from moekit.routing.compare import change_by_domain
 from moekit.routing.domains import domains_of
 
-__all__ = ["change_by_domain", "favourites", "labels_of", "save", "wide"]
+__all__ = ["change_by_domain", "favourites", "labels_of", "masked_by_domain", "save", "wide"]
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -116,6 +116,23 @@ def favourites(
         )
     order = sorted(rows, key=lambda row: row["next"] - row["share"])
     return pd.DataFrame(order)
+
+
+def masked_by_domain(pairs: Mapping[Trace, Trace], labels: np.ndarray | None) -> pd.DataFrame:
+    """:func:`moekit.routing.compare.change_by_domain` of several pairs of traces, with the capacity that each is under.
+
+    Args:
+        pairs: trace -> the same text's trace without an expert.
+    """
+    import pandas as pd
+
+    tables = []
+    for before, after in pairs.items():
+        fraction = before.meta["capacity_token_fraction"]
+        table = change_by_domain(before, after, labels)
+        table.insert(0, "capacity", "none" if fraction is None else f"{fraction:g}")
+        tables.append(table)
+    return pd.concat(tables, ignore_index=True)
 
 
 def wide(table: pd.DataFrame) -> pd.DataFrame:

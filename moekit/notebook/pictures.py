@@ -34,12 +34,16 @@ class Picture:
     def __init__(self, figure: Figure, alt: str | None = None):
         self.figure, self.alt = figure, alt or described(figure)
 
-    def _repr_mimebundle_(self, **_: Any) -> tuple[dict, dict]:
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
+        # nbconvert's page drops the alternative text of a plain image, and keeps that of an element.
         made = io.BytesIO()
         self.figure.savefig(made, dpi=DPI, format="png", bbox_inches="tight")
-        width = int.from_bytes(made.getvalue()[16:20], "big")
-        data = {"image/png": base64.b64encode(made.getvalue()).decode(), "text/plain": self.alt}
-        return data, {"image/png": {"alt": self.alt, "width": width // 2}}
+        width = int.from_bytes(made.getvalue()[16:20], "big") // 2
+        data, alt = base64.b64encode(made.getvalue()).decode(), html.escape(self.alt)
+        element = (
+            f'<img src="data:image/png;base64,{data}" alt="{alt}" style="width:{width}px;max-width:100%">'
+        )
+        return {"text/html": element, "text/plain": self.alt}
 
 
 def described(figure: Figure) -> str:
@@ -51,6 +55,13 @@ def described(figure: Figure) -> str:
     said += [f"across: {x}" for x in dict.fromkeys(x for x, _ in labels if x)]
     said += [f"up: {y}" for y in dict.fromkeys(y for _, y in labels if y)]
     return "; ".join(" ".join(part.split()) for part in said if part)
+
+
+def clear_progress() -> None:
+    """Remove what a finished call's progress bar left, once the cell has something else to show."""
+    from IPython.display import clear_output
+
+    clear_output(wait=True)
 
 
 def embedded(page: str, title: str, height: int = 900):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moekit.routing.statistics import BLOCK, FEW, Paired, holm, paired, unit_of
+from moekit.routing.statistics import BLOCK, Paired, holm, paired, unit_of
 from moekit.symbols import PAD
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def change_by_domain(
         units), ``p`` (sign flips over units, Holm's correction over domains), ``survives`` (p <= level), ``effect`` and
         ``same_sign`` (:class:`moekit.routing.statistics.Paired`), ``perplexity_ratio`` = exp(-change) with ``ratio_low``,
         ``ratio_high``, ``worst`` (the first percentile of the change), ``rerouted`` (share of tokens whose experts changed
-        anywhere), ``note`` ("too few": fewer than ``FEW`` units, no interval).
+        anywhere), ``note`` ("too few": no interval, as so few units tell too little).
 
     Raises:
         ValueError: the traces are not of the same tokens.
@@ -157,7 +157,7 @@ def change_by_domain(
                 "ratio_high": float(np.exp(-told.low)),
                 "worst": float(np.quantile(delta[here], 0.01)),
                 "rerouted": float(moved[here].mean()),
-                "note": "too few" if told.units < FEW else "",
+                "note": "too few" if math.isnan(told.low) else "",
             }
         )
     if not rows:
