@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 EXPERTS, CHOICES, DOMAINS = 8, 2, 4
 # samples of the source that its truth is computed from
 MANY = 40_000
+# the part of the intervals that are given where a metric says "too few" almost always
+SELDOM = 0.1
 # Tests draw from other seeds than the traces: two generators of one seed give the same numbers.
 OTHER = 10**6
 
@@ -145,14 +147,15 @@ def _measured(trace: Trace, labels: np.ndarray) -> dict[str, tuple[np.ndarray, n
 
 
 def coverage(source: Source, draws: int, seed: int = 0) -> dict[str, float]:
-    """The share of intervals that hold the truth, over ``draws`` traces and all rows; NaN where all say "too few"."""
+    """The share of intervals that hold the truth, over ``draws`` traces and all rows; NaN where nearly all say "too few"."""
     truth = source.truth()
     held: dict[str, list] = {name: [] for name in truth}
     for number in range(draws):
         for name, (low, high) in _measured(*source.draw(seed + number)).items():
             there = ~np.isnan(low)
             held[name].extend(((low <= truth[name]) & (truth[name] <= high))[there])
-    return {name: float(np.mean(hits)) if hits else np.nan for name, hits in held.items()}
+    few = {name: len(hits) < draws * len(truth[name]) * SELDOM for name, hits in held.items()}
+    return {name: np.nan if few[name] else float(np.mean(hits)) for name, hits in held.items()}
 
 
 def level(source: Source, draws: int, permutations: int = 500, seed: int = 0) -> dict[str, float]:
