@@ -63,7 +63,7 @@ class Model(Handle):
             tokens_per_sample: tokens of a block, context included; None: as many as the model has positions.
             batch_size: samples that are routed together. With a capacity this changes the result, as in fairseq.
             capacity_token_fraction: None drops nothing. F > 0 gives each expert ``ceil(F * tokens)`` places a batch,
-                "training" or any other number the training's rule (:func:`moekit.nn.gate.capacity`).
+                "training" (or a negative number) the training's rule (:func:`moekit.nn.gate.capacity`).
             sample_break_mode: "none", "complete", "complete_doc" or "eos", as in fairseq.
             context_window: tokens of context that are not scored again.
             max_batches: stop after this many batches.
@@ -107,15 +107,16 @@ class Model(Handle):
             texts: a text, texts, ids, or lists of ids. The other arguments are those of :meth:`evaluate`.
 
         Returns:
-            One row per token: ``text`` (its number), ``position``, ``token`` (dictionary id), ``piece`` (the token as
-            text) and ``logprob`` (natural log, float32).
+            One row per token: ``sample`` (the text's number), ``position``, ``token`` (dictionary id of what is read
+            there: at position 0 the symbol that begins the text), ``target`` (the text's own token, which is predicted),
+            ``piece`` (the target as text) and ``logprob`` (of the target, natural log, float32).
         """
         fraction, seed = self.capacity(capacity_token_fraction), check("seed", seed, SEED)
         batches = self._batches(texts, check("batch_size", batch_size, Whole()))
         scores = score_batches(self, batches, fraction=fraction, vocab=self.vocab, seed=seed, progress=False)
         table = summarize(batches, scores, math.nan, skip_first=False, whose="the text").tokens
-        table.insert(3, "piece", self.codec.pieces(table["token"]))
-        return table.rename(columns={"sample_id": "text"})
+        table.insert(4, "piece", self.codec.pieces(table["target"]))
+        return table
 
     def trace(
         self,

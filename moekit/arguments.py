@@ -212,14 +212,21 @@ class Number:
 class Capacity:
     """The share of a batch's tokens that each expert has room for; "training" is the training's own rule.
 
-    A number of at most 0 means "training", too, as in fairseq.
+    A negative number means "training", too, as in fairseq. So does 0 there, which reads as no room at all: it is refused
+    unless ``zero`` lets it in.
     """
 
     optional: bool = True
-    expected = "a number as in fairseq, 'training'"
+    zero: bool = False
+    expected = "a number above 0, 'training'"
 
     def convert(self, value: Any) -> float:
-        return -1.0 if isinstance(value, str) and value == "training" else Number().convert(value)
+        fraction = -1.0 if isinstance(value, str) and value == "training" else Number().convert(value)
+        if fraction == 0 and not self.zero:
+            raise _Why(
+                "expected a number above 0, 'training' for the training's rule, or None to drop nothing"
+            )
+        return fraction or -1.0
 
 
 @dataclass(frozen=True)

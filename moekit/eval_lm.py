@@ -173,7 +173,7 @@ def applied(files: checkpoint.Files, overrides: dict[str, Any]) -> tuple[float |
     if fixed := sorted(set(changed) - set(CHANGEABLE)):
         raise ValueError(f"--model-overrides changes the shape of the weights: {', '.join(fixed)}")
     fraction = (model | overrides).get("moe_eval_capacity_token_fraction", 0.25)
-    return check("moe_eval_capacity_token_fraction", fraction, Capacity()), changed
+    return check("moe_eval_capacity_token_fraction", fraction, Capacity(zero=True)), changed
 
 
 # --------------------------------------------------------------------------------------------------- evaluating

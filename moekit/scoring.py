@@ -44,8 +44,9 @@ class Evaluation:
         ntokens: tokens scored.
         seconds: scoring alone, without loading and, on GPUs, without :meth:`Model.warm_up`.
         tokens_per_second: ``ntokens / seconds``.
-        tokens: a row a token, sorted by sample and position: ``sample_id``, ``position`` (in the sample, from 0),
-            ``token`` (dictionary id), ``logprob`` (natural log, float32).
+        tokens: a row a token, sorted by sample and position: ``sample``, ``position`` (in the sample, from
+            0), ``token`` (dictionary id of what is read there), ``target`` (of the next token, which is predicted),
+            ``logprob`` (of the target, natural log, float32). A trace has the same columns.
         trace: what the router did, a :class:`moekit.routing.trace.Trace`, if it was asked for.
     """
 
@@ -236,22 +237,20 @@ def summarize(
     """
     import pandas as pd
 
-    parts: dict[str, list] = {"sample_id": [], "position": [], "token": [], "logprob": []}
+    parts: dict[str, list] = {"sample": [], "position": [], "token": [], "target": [], "logprob": []}
     for batch in batches:
         for row, sample in enumerate(batch.ids):
             real = batch.scored(row)
-            token, logprob = (
-                batch.targets[row][real][skip_first:],
-                scores[batch.index][row][real][skip_first:],
-            )
-            parts["sample_id"].append(np.full(len(token), sample))
-            parts["position"].append(np.arange(skip_first, skip_first + len(token)))
-            parts["token"].append(token)
-            parts["logprob"].append(logprob)
+            place = np.flatnonzero(real)[skip_first:]
+            parts["sample"].append(np.full(len(place), sample))
+            parts["position"].append(place)
+            parts["token"].append(batch.tokens[row][place])
+            parts["target"].append(batch.targets[row][place])
+            parts["logprob"].append(scores[batch.index][row][place])
     if not any(len(part) for part in parts["token"]):
         raise ValueError(f"{whose} has no tokens to score")
     tokens = pd.DataFrame({name: np.concatenate(part) for name, part in parts.items()})
-    tokens = tokens.sort_values(["sample_id", "position"], kind="stable", ignore_index=True)
+    tokens = tokens.sort_values(["sample", "position"], kind="stable", ignore_index=True)
     loss = float(-tokens["logprob"].to_numpy(np.float64).mean() / math.log(2))
     perplexity = math.inf if loss >= 1024 else 2**loss
     return Evaluation(loss, perplexity, len(tokens), seconds, len(tokens) / seconds, tokens)

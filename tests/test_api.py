@@ -192,7 +192,7 @@ def test_the_rules_of_generation_need_no_model():
 
 def test_texts_and_ids_come_from_any_iterable_once(wide):
     wanted = wide.score(["abc", "def"])
-    assert sorted(set(wanted["text"])) == [0, 1]
+    assert sorted(set(wanted["sample"])) == [0, 1]
     lines = {"a": "abc", "b": "def"}
     for texts in (
         (t for t in ["abc", "def"]),
@@ -206,7 +206,7 @@ def test_texts_and_ids_come_from_any_iterable_once(wide):
         pd.testing.assert_frame_equal(wide.score(made), wanted)
     for made in (ids[0], iter(ids[0]), np.array(ids[0])):
         one = wide.score(made)
-        pd.testing.assert_frame_equal(one, wanted[wanted["text"] == 0])
+        pd.testing.assert_frame_equal(one, wanted[wanted["sample"] == 0])
     found = wide.generate((t for t in ["abc", "def"]), 2, stop=(s for s in ["x" * 9]), **QUIET)
     assert [g.prompt for g in found] == [0, 1]
     assert wide.trace((t for t in ["abc", "def"]), **QUIET).meta["texts"] == 2

@@ -29,10 +29,10 @@ def settings(path: Path) -> dict:
 
 
 def agree(result: moekit.Evaluation, recorded) -> None:
-    lengths = result.tokens.groupby("sample_id").size()
+    lengths = result.tokens.groupby("sample").size()
     assert lengths.index.tolist() == recorded["ids"].tolist()
     assert lengths.tolist() == recorded["lengths"].tolist()
-    assert result.tokens["token"].tolist() == recorded["tokens"].tolist()
+    assert result.tokens["target"].tolist() == recorded["tokens"].tolist()
     np.testing.assert_allclose(result.tokens["logprob"], recorded["logprobs"], rtol=0, atol=1e-4)
     assert result.ntokens == recorded["ntokens"]
     assert result.loss_base2 == pytest.approx(float(recorded["loss_base2"]), abs=1e-5)

@@ -169,7 +169,7 @@ def test_damaged_data_is_refused_or_read_as_it_is(model, reference, tmp_path, co
                     folder.name
                 )
                 ids = np.frombuffer(files["valid.bin"], "<u2")
-                assert found["token"].tolist() == ids[ids != PAD].tolist(), folder.name
+                assert found["target"].tolist() == ids[ids != PAD].tolist(), folder.name
                 outcomes["as the ids say"] += 1
         shutil.rmtree(folder)
     for outcome, times in outcomes.items():
@@ -211,7 +211,7 @@ def test_damaged_data_of_the_older_format_is_refused_or_read_as_it_is(model, ref
             outcomes["refused"] += 1
         else:
             ids = np.frombuffer((tmp_path / "valid.bin").read_bytes(), "<i4") - 1
-            assert found["token"].tolist() == ids[ids != PAD].tolist(), seed
+            assert found["target"].tolist() == ids[ids != PAD].tolist(), seed
             outcomes["the same" if found.equals(wanted) else "as the ids say"] += 1
     for outcome, times in outcomes.items():
         counted("damaged data sets of the older format", outcome, times)

@@ -139,7 +139,7 @@ def test_blank_lines_are_scored_without_a_warning(model, data, mode):
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         found = model.evaluate(data, sample_break_mode=mode, **HOW)
-    assert found.tokens["token"].tolist() == [5, 6, 7, EOS, EOS, 8, EOS, EOS, EOS]
+    assert found.tokens["target"].tolist() == [5, 6, 7, EOS, EOS, 8, EOS, EOS, EOS]
     texts = [[5, 6, 7, EOS], [EOS], [8, EOS], [EOS], [EOS]]
     if mode == "eos":
         np.testing.assert_allclose(found.tokens["logprob"], model.score(texts)["logprob"], atol=1e-5)

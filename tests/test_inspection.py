@@ -56,7 +56,12 @@ def test_the_favourite_is_the_expert_that_others_use_least():
     )
     assert table.loc["a", ["layer", "expert", "share", "next"]].tolist() == [3, 4, 1, 0.25]
     assert table.loc["b", ["layer", "expert", "share", "next"]].tolist() == [3, 2, 0.75, 0]
-    assert table["chance"].eq(2 / 6).all()
+    np.testing.assert_allclose(table["chance"], [(200 + 50) / 400, 150 / 400])
+    np.testing.assert_allclose(table["lift"], table["share"] / table["chance"])
+    uniform = inspection.favourites(
+        dataclasses.replace(trace, experts=experts), domains, None, against="uniform"
+    )
+    assert uniform["chance"].eq(2 / 6).all() and uniform["against"].eq("uniform").all()
 
 
 def test_change_is_the_mean_difference_a_domain():
@@ -69,7 +74,7 @@ def test_change_is_the_mean_difference_a_domain():
     assert table["domain"].tolist() == ["a", "b"]
     np.testing.assert_allclose(table["change"], [-0.5, 0.25], atol=1e-6)
     assert table["tokens"].tolist() == [18, 18]  # a sample's last token has no target
-    assert table["rerouted"].eq(0).all() and (table["error"] < 1e-6).all()
+    assert table["rerouted"].eq(0).all() and table["note"].eq("too few").all()
     assert inspection.change_by_domain(trace, after, None)["domain"].tolist() == ["all"]
 
 

@@ -56,6 +56,29 @@ def test_run_inference_on_four_ranks_equals_one(elsewhere):
     assert {"loss_by_position.png", "passage.png"} <= {p.name for p in (elsewhere / "results").iterdir()}
 
 
+def test_the_study_finds_what_is_known_of_the_demo(elsewhere):
+    execute("study_routing", elsewhere, device="cpu", output_dir="results")
+    results = elsewhere / "results"
+    survive = pd.read_csv(results / "survive.csv").set_index("layer")["survive"]
+    assert survive.loc[[1, 3]].tolist() == [7, 15] and 12 <= survive[5] <= 16
+    told = pd.read_csv(results / "told.csv").set_index(["of", "layer"])["share"]
+    assert told["token"].tolist() == pytest.approx([0.92, 0.84, 0.59], abs=0.01)
+    assert (told["position"] < 0.001).all()
+    lost = pd.read_csv(results / "lost.csv").set_index("domain")
+    assert lost.loc["german", "change"] == pytest.approx(-0.86, abs=0.01)
+    assert lost.loc["german", "low"] < -0.9 and lost.loc["german", "high"] > -0.82
+    assert (lost.loc[["french", "english"], "p"] > 0.5).all()
+    costs = pd.read_csv(results / "costs.csv").set_index(["capacity", "domain"])["perplexity_ratio"]
+    assert costs["capacity 0.25", "german"] == pytest.approx(2.08, abs=0.02)
+    assert costs["capacity 0.25", "manual"] == pytest.approx(1.10, abs=0.01)
+    assert {"specialisation.pdf", "capacity.png", "pairs.tex", "settings.csv"} <= {
+        p.name for p in results.iterdir()
+    }
+    for out in outputs(elsewhere / "study_routing.ipynb"):
+        said = out.get("text", "") + out.get("data", {}).get("text/plain", "")
+        assert "%|" not in said and str(elsewhere) not in said and out.get("name") != "stderr"
+
+
 def test_load_shards_at_three_ranks(elsewhere):
     execute("load_shards", elsewhere, world_size=3, output_dir="results")
     shares = pd.read_csv(elsewhere / "results" / "shares.csv")

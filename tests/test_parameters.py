@@ -7,7 +7,7 @@ from test_project import ROOT
 import moekit
 from moekit.arguments import Choice, Flag, Number, ParameterError, Text, Texts, Whole
 from moekit.notebook import models, parameters
-from moekit.notebook.parameters import Place, check
+from moekit.notebook.parameters import Numbers, Pairs, Place, check
 
 
 @pytest.mark.parametrize(
@@ -103,6 +103,23 @@ def test_a_list_that_papermill_passes_as_text(given, meant):
     assert check({"prompts": given}, {"prompts": Texts()}).prompts == meant
 
 
+def test_experts_by_layer_and_lists_of_numbers():
+    kinds = {"mask": Pairs(optional=True), "fractions": Numbers()}
+    for given in ({5: 8}, {"5": [8]}, [[5, 8]], "{5: 8}", "[[5, 8]]"):
+        found = check({"mask": given, "fractions": "[0.25, 1]"}, kinds)
+        assert found.mask == {5: [8]} and found.fractions == [0.25, 1.0]
+    assert check({"mask": None, "fractions": 0.5}, kinds).fractions == [0.5]
+    for wrong in (8, "all", {"a": 1}):
+        with pytest.raises(ParameterError, match="mask=.*: expected experts by layer"):
+            check({"mask": wrong, "fractions": 1}, kinds)
+
+
+def test_labels_are_domains():
+    given = {"domains": None, "In": ["", '# Parameters\nlabels = "x"\n'], "labels": "x"}
+    with pytest.raises(ParameterError, match="labels is not a parameter.*did you mean domains"):
+        check(given, {"domains": Texts(optional=True)})
+
+
 def test_paths_are_expanded():
     home = Path.home()
     assert check({"bpe": "~/x"}, {"bpe": Place()}).bpe == str(home / "x")
@@ -115,7 +132,7 @@ def test_paths_are_expanded():
 
 def test_the_tables_are_those_of_the_notebooks():
     """Each notebook's parameters cell assigns what its table names, in every notebook."""
-    tables = {"README", "prepare_data", "load_shards", "run_inference", "inspect_routing"}
+    tables = {"README", "prepare_data", "load_shards", "run_inference", "inspect_routing", "study_routing"}
     assert tables == {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")}
     for name in tables:
         cells = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4).cells

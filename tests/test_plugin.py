@@ -78,8 +78,8 @@ def test_scores_of_texts_are_moekits(text_folder):
         wanted = model.score(texts)
     for number, text in enumerate(texts):
         found = lm.score(text, replace_newline_with_eos=True)
-        mine = wanted[wanted["text"] == number]
-        assert found["tokens"].tolist() == mine["token"].tolist() and EOS in found["tokens"]
+        mine = wanted[wanted["sample"] == number]
+        assert found["tokens"].tolist() == mine["target"].tolist() and EOS in found["tokens"]
         np.testing.assert_allclose(found["positional_scores"], mine["logprob"], atol=1e-4)
     both = lm.score(texts, replace_newline_with_eos=True)  # of different lengths, padded
     np.testing.assert_allclose(both[1]["positional_scores"], found["positional_scores"], atol=1e-4)

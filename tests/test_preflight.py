@@ -71,7 +71,14 @@ INSPECT = {"texts": None, "domains": None, "layers": None, "compare_with": None}
     [
         ({"texts": []}, "expected at least one text, and none of them empty"),
         ({"texts": ["some text", ""]}, "expected at least one text, and none of them empty"),
-        ({"texts": [__file__]}, "is the name of a file or folder, expected the text itself"),
+        ({"texts": [__file__]}, "reads as the name of a file or folder, expected the text itself"),
+        ({"texts": ["/no/such/file.txt"]}, "reads as the name of a file or folder, expected the text itself"),
+        ({"texts": ["short", "long " * 300]}, "text 1 has [0-9]+ tokens, expected at most 255"),
+        ({"texts": ["a"], "domains": ["x", "y"]}, "domains has 2 labels for 1 texts; expected one for each"),
+        (
+            {"domains": [__file__]},
+            "test_preflight.py has [0-9]+ lines, the text [0-9]+: expected a domain for each line",
+        ),
         ({"texts": ["a", "b"], "domains": ["x"]}, "domains has 1 labels for 2 texts; expected one for each"),
         ({"domains": ["/nowhere/x"]}, "expected the one file with a domain for each line"),
         ({"domains": ["a", "b"]}, "expected the one file with a domain for each line"),

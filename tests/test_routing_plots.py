@@ -116,7 +116,14 @@ def test_domains_stand_by_the_experts_they_use():
     ax = figure.axes[0]
     assert [t.get_text() for t in ax.get_xticklabels()][:4] in (["4", "5", "1", "2"], ["5", "4", "2", "1"])
     shown = ax.images[0].get_array()
+    assert np.allclose(2.0 ** shown[:, :4], [[2, 2, 2**-6, 2**-6], [2**-6, 2**-6, 2, 2]])
+    assert "against the expert's own load" in figure.get_suptitle()
+    uniform = routing_plots.domain_heatmap(
+        with_experts(trace, experts), domains, against="uniform", mark=False
+    )
+    shown = uniform.axes[0].images[0].get_array()
     assert np.allclose(2.0 ** shown[:, :4], [[3, 3, 2**-6, 2**-6], [2**-6, 2**-6, 3, 3]])
+    assert "against uniform routing" in uniform.get_suptitle()
     assert np.ma.getmaskarray(shown)[:, 4:].all()  # experts that nobody chose
     with pytest.raises(ValueError, match="label"):
         routing_plots.domain_heatmap(trace, domains[:-1])

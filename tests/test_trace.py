@@ -135,8 +135,10 @@ def test_evaluate_traces_what_it_scores(model, reference):
     same(result.trace, model.trace(reference / "data-bin", layers=[3], full=[3], **options))
     known = result.trace.target != PAD
     assert np.array_equal(result.trace.logprob[known], result.tokens["logprob"])
-    assert np.array_equal(result.trace.target[known], result.tokens["token"])
-    assert np.array_equal(result.trace.sample[known], result.tokens["sample_id"])
+    assert np.array_equal(result.trace.target[known], result.tokens["target"])
+    assert np.array_equal(result.trace.sample[known], result.tokens["sample"])
+    assert np.array_equal(result.trace.token[known], result.tokens["token"])
+    assert np.array_equal(result.trace.position[known], result.tokens["position"])
     assert model.evaluate(reference / "data-bin", **options).trace is None
 
 

@@ -12,8 +12,10 @@ from moekit import results
 from moekit.notebook import report
 from moekit.notebook.pieces import pieces
 from moekit.routing import metrics
-from moekit.routing.compare import compare
+from moekit.routing.compare import change_by_domain
 from moekit.routing.domains import domains_of
+
+__all__ = ["change_by_domain", "favourites", "labels_of", "masked_by_domain", "save", "wide"]
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,7 +32,7 @@ def labels_of(trace: Trace, data: str, domains: Sequence[str] | None, of_texts: 
     Args:
         data: the folder with the text's data, or "demo".
         domains: for texts a label for each, None numbers them; for data the side file with a label a line, None looks
-            for it beside the data and does without if there is none.
+            for it beside the data and does without if there is none. (A notebook's parameter ``domains``.)
         of_texts: whether the trace is of texts.
 
     Raises:
@@ -56,39 +58,81 @@ def labels_of(trace: Trace, data: str, domains: Sequence[str] | None, of_texts: 
     return domains_of(trace, data, domains=domains[0])
 
 
-def favourites(trace: Trace, labels: np.ndarray, codec: Codec | None, tokens: int = 6) -> pd.DataFrame:
-    """The experts that each domain prefers most, over all layers, strongest first.
+def favourites(
+    trace: Trace,
+    labels: np.ndarray,
+    codec: Codec | None,
+    tokens: int = 6,
+    *,
+    against: str = "load",
+    choice: int | None = None,
+) -> pd.DataFrame:
+    """For each domain the expert that it prefers most, over all layers, strongest preference first.
 
-    Preference is :func:`moekit.routing.metrics.domain_specialisation` of this domain over that of the domain next in line.
+    The preference for an expert is the share of the domain's tokens that choose it minus the largest share among the other
+    domains (:func:`moekit.routing.metrics.domain_specialisation`).
+
+    Args:
+        against: what ``chance`` and ``lift`` refer to: "load", the expert's share of all tokens, or "uniform".
+        choice: only this choice (0: first).
 
     Returns:
-        One row per domain: ``domain``, ``layer``, ``expert``, ``share`` (of the domain's tokens that choose it), ``next``
-        (the largest share of another domain), ``chance``, and its ``top tokens``.
+        One row per domain: ``domain``, ``layer``, ``expert``, ``share``, ``next`` (the largest share of another domain),
+        ``chance``, ``lift``, ``low``, ``high`` (of the lift, over samples), ``p`` and ``survives`` (of
+        :func:`moekit.routing.metrics.permutation`), ``against``, and its ``top tokens``.
     """
     import pandas as pd
 
-    found = metrics.domain_specialisation(trace, labels)
+    found = metrics.domain_specialisation(trace, labels, against=against, choice=choice)
+    tested = metrics.permutation(trace, labels, choice=choice)
+    found = found.merge(
+        tested[["layer", "domain", "expert", "p", "survives"]], on=["layer", "domain", "expert"]
+    )
     table = found.pivot(index=["layer", "expert"], columns="domain", values="value")
+    whole = found.set_index(["domain", "layer", "expert"])
     rows = []
     for domain in table.columns:
         others = table.drop(columns=domain).max(axis=1) if table.shape[1] > 1 else 0 * table[domain]
         layer, expert = (table[domain] - others).idxmax()
-        at = (layer, expert)
         top = metrics.top_tokens(trace.select(mask=labels == domain), layer, expert, n=2 * tokens)["token"]
         shown = (piece.strip() or "␣" for piece in pieces(codec, top))
+        row = whole.loc[(domain, layer, expert)]
         rows.append(
             {
                 "domain": domain,
                 "layer": layer,
                 "expert": expert,
-                "share": table.loc[at, domain],
-                "next": others if np.isscalar(others) else others.loc[at],
-                "chance": found["chance"].iloc[0],
+                "share": row["value"],
+                "next": others.loc[(layer, expert)],
+                "chance": row["chance"],
+                "lift": row["lift"],
+                "low": row["lift_low"],
+                "high": row["lift_high"],
+                "p": row["p"],
+                "survives": bool(row["survives"]),
+                "against": against,
                 "top tokens": "  ".join(list(dict.fromkeys(shown))[:tokens]),
             }
         )
     order = sorted(rows, key=lambda row: row["next"] - row["share"])
     return pd.DataFrame(order)
+
+
+def masked_by_domain(pairs: Mapping[Trace, Trace], labels: np.ndarray | None) -> pd.DataFrame:
+    """:func:`moekit.routing.compare.change_by_domain` of several pairs of traces, with the capacity that each is under.
+
+    Args:
+        pairs: trace -> the same text's trace without an expert.
+    """
+    import pandas as pd
+
+    tables = []
+    for before, after in pairs.items():
+        fraction = before.meta["capacity_token_fraction"]
+        table = change_by_domain(before, after, labels)
+        table.insert(0, "capacity", "none" if fraction is None else f"{fraction:g}")
+        tables.append(table)
+    return pd.concat(tables, ignore_index=True)
 
 
 def wide(table: pd.DataFrame) -> pd.DataFrame:
@@ -98,44 +142,6 @@ def wide(table: pd.DataFrame) -> pd.DataFrame:
     values = table.pivot(index="layer", columns="statistic", values="value")
     chance = table.groupby("statistic")["chance"].first().rename("random routing")
     return pd.concat([values, chance.to_frame().T]).rename_axis(index="layer", columns=None)
-
-
-def change_by_domain(before: Trace, after: Trace, labels: np.ndarray | None) -> pd.DataFrame:
-    """What an intervention did to the log-probability, one row per domain.
-
-    Args:
-        labels: [T] of ``before``; None: everything is one domain.
-
-    Returns:
-        ``domain``, ``tokens``, ``change`` (mean of after - before, nats a token), ``error`` (its standard error over
-        samples), ``worst`` (the first percentile of the change), ``rerouted`` (share of tokens whose experts changed
-        anywhere).
-    """
-    import pandas as pd
-
-    found = compare(before, after).tokens
-    if len(found) != len(before):
-        raise ValueError(
-            f"the traces share {len(found)} of {len(before)} tokens: they are not of the same text"
-        )
-    found["domain"] = "all" if labels is None else labels
-    rows = []
-    for domain, part in found.dropna(subset="delta").groupby("domain"):
-        of_sample = part.groupby("sample")["delta"].agg(["mean", "size"])
-        weight = of_sample["size"] / of_sample["size"].sum()
-        mean = float(part["delta"].mean())
-        spread = float(np.sqrt((weight**2 * (of_sample["mean"] - mean) ** 2).sum()))
-        rows.append(
-            {
-                "domain": domain,
-                "tokens": len(part),
-                "change": mean,
-                "error": spread if len(of_sample) > 1 else np.nan,
-                "worst": float(part["delta"].quantile(0.01)),
-                "rerouted": float((part["layers_changed"] > 0).mean()),
-            }
-        )
-    return pd.DataFrame(rows).sort_values("change", ignore_index=True)
 
 
 def save(

@@ -19,7 +19,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from moekit.arguments import Choice, Flag, Kind, Number, ParameterError, Text, Texts, Whole, _convert
+from moekit.arguments import (
+    Capacity,
+    Choice,
+    Flag,
+    Kind,
+    Number,
+    ParameterError,
+    Text,
+    Texts,
+    Whole,
+    _convert,
+)
 from moekit.data.sources import CHECKPOINTS
 from moekit.notebook import errors
 
@@ -51,7 +62,35 @@ class Wholes:
         return [Whole(0).convert(n) for n in (value if isinstance(value, list | tuple) else [value])]
 
 
-Table = Mapping[str, Kind | Place | Wholes]
+@dataclass(frozen=True)
+class Numbers:
+    """A list of numbers; one number counts as a list of one."""
+
+    optional: bool = False
+    expected = "a list of numbers"
+
+    def convert(self, value: Any) -> list[float]:
+        return [Number().convert(n) for n in (value if isinstance(value, list | tuple) else [value])]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Experts by layer: ``{layer: experts}``, with one expert or several; or a list of ``[layer, expert]``."""
+
+    optional: bool = False
+    expected = "experts by layer, such as {5: 8} or [[5, 8]]"
+
+    def convert(self, value: Any) -> dict[int, list[int]]:
+        pairs = value.items() if isinstance(value, dict) else value
+        found: dict[int, list[int]] = {}
+        for layer, experts in pairs:
+            # papermill's YAML and JSON may spell a key as text.
+            layer = int(layer) if isinstance(layer, str) and layer.isdigit() else layer
+            found.setdefault(Whole(0).convert(layer), []).extend(Wholes().convert(experts))
+        return found
+
+
+Table = Mapping[str, Kind | Place | Wholes | Numbers | Pairs]
 
 MODEL: Table = {
     "checkpoint": Place(),
@@ -66,7 +105,7 @@ DATA: Table = {
     "subset": Text(),
     "tokens_per_sample": Whole(optional=True),
     "batch_size": Whole(),
-    "capacity_token_fraction": Number(optional=True),
+    "capacity_token_fraction": Capacity(),
 }
 GENERATION: Table = {
     "prompts": Texts(),
@@ -109,7 +148,21 @@ INSPECT_ROUTING: Table = {
     "max_tokens": Whole(optional=True),
     "compare_with": Place(optional=True),
 }
+STUDY_ROUTING: Table = {
+    **MODEL,
+    "data": Place(),
+    "subset": Text(),
+    "domains": Place(optional=True),
+    "tokens_per_sample": Whole(optional=True),
+    "batch_size": Whole(),
+    "capacity_token_fractions": Numbers(),
+    "mask": Pairs(optional=True),
+    "resamples": Whole(),
+    "seed": Whole(0),
+}
 
+# names that mean a parameter of another name
+MEANT = {"labels": "domains", "capacity_token_fraction": "capacity_token_fractions"}
 # papermill's comment at the top of the cell that it injects
 INJECTED = "# Parameters"
 # what papermill's --inject-paths and its kin define
@@ -137,7 +190,7 @@ def check(variables: Mapping[str, Any], kinds: Table) -> Checked:
     """
     errors.show_one_line()
     for name in _strange(variables, kinds):
-        close = difflib.get_close_matches(name, kinds, n=1)
+        close = [MEANT[name]] if MEANT.get(name) in kinds else difflib.get_close_matches(name, kinds, n=1)
         hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(kinds)}"
         raise ParameterError(f"{name} is not a parameter of this notebook: {hint}")
     checked = Checked()
@@ -186,10 +239,13 @@ def _assigned(cell: str) -> Iterator[str]:
 
 def _spelled(value: Any, kind: Any) -> Any:
     """A list that a string spells, where a list is wanted; anything else as it is."""
-    if isinstance(kind, Texts | Wholes) and isinstance(value, str) and value.strip().startswith("["):
+    lists = Texts | Wholes | Numbers | Pairs
+    if isinstance(kind, lists) and isinstance(value, str) and value.strip()[:1] in ("[", "{"):
         with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
             found = ast.literal_eval(value.strip())
-            wanted = str if isinstance(kind, Texts) else int
+            if isinstance(kind, Pairs):
+                return found
+            wanted = {Texts: str, Wholes: int, Numbers: int | float}[type(kind)]
             if isinstance(found, list) and all(isinstance(part, wanted) for part in found):
                 return found
     return value

@@ -139,29 +139,27 @@ def loss_by_position(tokens: pd.DataFrame, bins: int = 32) -> Figure:
     return done(figure)
 
 
-def passage(
-    tokens: pd.DataFrame, codec: Codec | None, sample_id: int | None = None, limit: int = 220
-) -> Figure:
+def passage(tokens: pd.DataFrame, codec: Codec | None, sample: int | None = None, limit: int = 220) -> Figure:
     """The beginning of a sample, each piece coloured by how much it surprised the model.
 
     Args:
         tokens: ``Evaluation.tokens``.
         codec: None shows tokens by their ids.
-        sample_id: which sample; None: the one in the middle.
+        sample: which sample; None: the one in the middle.
         limit: how many tokens.
     """
-    if sample_id is None:
-        ids = np.sort(tokens["sample_id"].unique())
-        sample_id = int(ids[len(ids) // 2])
-    rows = tokens[tokens["sample_id"] == sample_id].head(limit)
+    if sample is None:
+        ids = np.sort(tokens["sample"].unique())
+        sample = int(ids[len(ids) // 2])
+    rows = tokens[tokens["sample"] == sample].head(limit)
     if rows.empty:
-        raise ValueError(f"there is no sample {sample_id} among the scored tokens")
+        raise ValueError(f"there is no sample {sample} among the scored tokens")
     bits = -rows["logprob"].to_numpy() / math.log(2)
-    words = visible_pieces(codec, rows["token"])
+    words = visible_pieces(codec, rows["target"])
     spans = [Span(word, _surprise(b)) for word, b in zip(words, bits, strict=True)]
     keys = [(f"{b} bits", _surprise(b)) for b in SURPRISE_KEYS]
     keys[-1] = (f"{keys[-1][0]} and more", keys[-1][1])
-    return coloured_text.figure(spans, f"Sample {sample_id}, coloured by surprise", keys, columns=92)
+    return coloured_text.figure(spans, f"Sample {sample}, coloured by surprise", keys, columns=92)
 
 
 def _surprise(bits: float) -> str:

@@ -9,13 +9,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from moekit import arguments, data, handle, ranks
 from moekit import checkpoint as ckpt
+from moekit import data, handle, ranks
 from moekit import fairseq_data as batches
-from moekit.arguments import ParameterError
-from moekit.data import corpus
+from moekit.arguments import ParameterError, shown
+from moekit.data import Codec, corpus
 from moekit.data.dictionary import Dictionary
+from moekit.nn import intervene
 from moekit.nn.config import ModelConfig
+from moekit.routing.domains import lines_of
 from moekit.routing.trace import Trace
 
 # sources of prepare_data that name no file
@@ -114,6 +116,24 @@ def inspect_routing(p: SimpleNamespace) -> ModelConfig:
     return config
 
 
+def study_routing(p: SimpleNamespace) -> ModelConfig:
+    """As :func:`load_shards`; the data has domains, and the capacities and the mask make sense for the model."""
+    config = load_shards(p)
+    if not config.moe_layers:
+        raise ParameterError(
+            f"checkpoint={p.checkpoint!r}: the model is dense, it has no layer with experts to study"
+        )
+    _data(p, config)
+    _said(lines_of, p.data, p.subset, p.domains)
+    if not all(0 < fraction <= 1 for fraction in p.capacity_token_fractions):
+        raise ParameterError(
+            f"capacity_token_fractions={p.capacity_token_fractions}: expected shares of a batch's tokens, above 0 up to 1"
+        )
+    if p.mask:
+        _said(lambda: intervene.plan(config, mask=p.mask))
+    return config
+
+
 def generation(p: SimpleNamespace) -> dict[str, Any]:
     """The arguments of ``Model.generate`` that a notebook's parameters mean.
 
@@ -129,11 +149,12 @@ def generation(p: SimpleNamespace) -> dict[str, Any]:
     return given | {"temperature": p.temperature, "alternatives": 5} | draws
 
 
-def _codec(p: SimpleNamespace, files: ckpt.Files, config: ModelConfig) -> None:
+def _codec(p: SimpleNamespace, files: ckpt.Files, config: ModelConfig) -> Codec:
     """``bpe``, or what lies beside the checkpoint, turns text into this model's ids."""
     codec = _said(handle.find_codec, files, config, p.bpe, None)
     if not codec.reads_text:
         raise ParameterError(codec.why)
+    return codec
 
 
 def _prompts(p: SimpleNamespace, config: ModelConfig) -> None:
@@ -141,7 +162,7 @@ def _prompts(p: SimpleNamespace, config: ModelConfig) -> None:
     try:
         _codec(p, ckpt.find(p.checkpoint), config)
     except ParameterError as error:
-        raise ParameterError(f"prompts={arguments.shown(p.prompts)}: {error}; or set prompts to []") from None
+        raise ParameterError(f"prompts={shown(p.prompts)}: {error}; or set prompts to []") from None
 
 
 def _data(p: SimpleNamespace, config: ModelConfig) -> None:
@@ -175,12 +196,20 @@ def _texts(p: SimpleNamespace, config: ModelConfig) -> None:
     if not p.texts or "" in p.texts:
         raise ParameterError(f"texts={p.texts!r}: expected at least one text, and none of them empty")
     for text in p.texts:
-        if os.sep in text and len(text) < 1000 and os.path.exists(os.path.expanduser(text)):
+        rooted = text.startswith(("/", "~/", "./", "../")) and not any(c.isspace() for c in text)
+        if rooted or (os.sep in text and len(text) < 1000 and os.path.exists(os.path.expanduser(text))):
             raise ParameterError(
-                f"texts={text!r} is the name of a file or folder, expected the text itself; prepare_data.ipynb makes data "
-                "of a file"
+                f"texts={shown(text)} reads as the name of a file or folder, expected the text itself; prepare_data.ipynb "
+                "makes data of a file"
             )
-    _codec(p, ckpt.find(p.checkpoint), config)
+    codec = _codec(p, ckpt.find(p.checkpoint), config)
+    for number, text in enumerate(p.texts):
+        length = len(_said(codec.encode, text))
+        if length >= config.max_positions:
+            raise ParameterError(
+                f"texts: text {number} has {length} tokens, expected at most {config.max_positions - 1}, as one symbol precedes "
+                "them; shorten it, or make data of it with prepare_data.ipynb"
+            )
 
 
 def _domains(p: SimpleNamespace) -> None:
@@ -188,7 +217,7 @@ def _domains(p: SimpleNamespace) -> None:
     if p.domains is None:
         return
     if p.texts is not None:
-        if len(p.domains) < len(p.texts):
+        if len(p.domains) != len(p.texts):
             raise ParameterError(
                 f"domains has {len(p.domains)} labels for {len(p.texts)} texts; expected one for each"
             )
@@ -197,7 +226,7 @@ def _domains(p: SimpleNamespace) -> None:
             f"domains={p.domains}: expected the one file with a domain for each line of the data's text"
         )
     else:
-        _said(_opened, Path(p.domains[0]).expanduser())
+        _said(lines_of, p.data, p.subset, p.domains[0])
 
 
 def _other_trace(p: SimpleNamespace, config: ModelConfig) -> None:

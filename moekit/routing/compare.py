@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from moekit.routing.statistics import BLOCK, Paired, holm, paired, unit_of
+from moekit.symbols import PAD
+
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import pandas as pd
 
     from moekit.routing.trace import Trace
@@ -28,15 +33,24 @@ class Comparison:
             (``dropped_before``, ``dropped_after``), and the mean ``weight_change`` (half the sum over experts of
             |weight before - after|: 1 is all of it).
         delta: mean change of the log-probability, nats, over the tokens where both know it.
+        units: one row per unit (a sample, or as ``by`` says): ``unit``, ``tokens``, ``delta`` (its mean, nats).
+        paired: ``delta`` with its interval, test and effect over units (:class:`moekit.routing.statistics.Paired`).
     """
 
     tokens: pd.DataFrame
     layers: pd.DataFrame
     delta: float
+    units: pd.DataFrame
+    paired: Paired
 
 
-def compare(before: Trace, after: Trace) -> Comparison:
+def compare(
+    before: Trace, after: Trace, *, by: str | Sequence | np.ndarray = "sample", size: int = BLOCK
+) -> Comparison:
     """What differs between two traces of the same tokens: an intervention, another capacity, another checkpoint.
+
+    Args:
+        by, size: the units of the statistics, as in :func:`moekit.routing.metrics.bootstrap`.
 
     Raises:
         ValueError: as :func:`moekit.routing.trace.align`; or the layers or numbers of experts differ.
@@ -54,8 +68,8 @@ def compare(before: Trace, after: Trace) -> Comparison:
         {
             "sample": before.sample,
             "position": before.position,
-            "token": before.token,
-            "target": before.target,
+            "token": np.where(before.token >= 0, before.token, after.token),
+            "target": np.where(before.target != PAD, before.target, after.target),
             "logprob_before": before.logprob,
             "logprob_after": after.logprob,
             "delta": delta,
@@ -77,8 +91,81 @@ def compare(before: Trace, after: Trace) -> Comparison:
             "weight_change": weight_change(before, after).mean(axis=0),
         }
     )
-    known = delta[~np.isnan(delta)]
-    return Comparison(tokens, layers, float(known.mean(dtype=np.float64)) if len(known) else math.nan)
+    known = ~np.isnan(delta)
+    mean = float(delta[known].mean(dtype=np.float64)) if known.any() else math.nan
+    unit = unit_of(before, by, size)
+    by_unit = pd.DataFrame({"unit": unit, "delta": delta.astype(np.float64)})[known]
+    by_unit = by_unit.groupby("unit")["delta"].agg(["size", "mean"]).reset_index()
+    by_unit.columns = ["unit", "tokens", "delta"]
+    return Comparison(tokens, layers, mean, by_unit, paired(delta, unit))
+
+
+def change_by_domain(
+    before: Trace,
+    after: Trace,
+    labels: np.ndarray | None = None,
+    *,
+    by: str | Sequence | np.ndarray = "sample",
+    size: int = BLOCK,
+    level: float = 0.05,
+) -> pd.DataFrame:
+    """What an intervention or another capacity did to the log-probability, one row per domain, largest loss first.
+
+    Args:
+        labels: [T] of ``before``; None: everything is one domain.
+        by, size: the units of the statistics, as in :func:`moekit.routing.metrics.bootstrap`.
+
+    Returns:
+        ``domain``, ``tokens``, ``units``, ``change`` (mean of after - before, nats a token), ``low``, ``high`` (95 % over
+        units), ``p`` (sign flips over units, Holm's correction over domains), ``survives`` (p <= level), ``effect`` and
+        ``same_sign`` (:class:`moekit.routing.statistics.Paired`), ``perplexity_ratio`` = exp(-change) with ``ratio_low``,
+        ``ratio_high``, ``worst`` (the first percentile of the change), ``rerouted`` (share of tokens whose experts changed
+        anywhere), ``note`` ("too few": no interval, as so few units tell too little).
+
+    Raises:
+        ValueError: the traces are not of the same tokens.
+    """
+    import pandas as pd
+
+    found = compare(before, after).tokens
+    if len(found) != len(before):
+        raise ValueError(
+            f"the traces share {len(found)} of {len(before)} tokens: they are not of the same text"
+        )
+    labels = np.full(len(before), "all") if labels is None else np.asarray(labels)
+    unit, delta = unit_of(before, by, size), found["delta"].to_numpy(np.float64)
+    moved = found["layers_changed"].to_numpy() > 0
+    rows = []
+    for domain in np.unique(labels):
+        here = (labels == domain) & ~np.isnan(delta)
+        if not here.any():
+            continue
+        told = paired(delta[here], unit[here])
+        rows.append(
+            {
+                "domain": domain,
+                "tokens": told.tokens,
+                "units": told.units,
+                "change": told.value,
+                "low": told.low,
+                "high": told.high,
+                "p": told.p,
+                "effect": told.effect,
+                "same_sign": told.same_sign,
+                "perplexity_ratio": float(np.exp(-told.value)),
+                "ratio_low": float(np.exp(-told.high)),
+                "ratio_high": float(np.exp(-told.low)),
+                "worst": float(np.quantile(delta[here], 0.01)),
+                "rerouted": float(moved[here].mean()),
+                "note": "too few" if math.isnan(told.low) else "",
+            }
+        )
+    if not rows:
+        raise ValueError("no token's log-probability is known in both traces")
+    frame = pd.DataFrame(rows)
+    frame["p"] = holm(frame["p"])
+    frame.insert(7, "survives", frame["p"] <= level)
+    return frame.sort_values("change", ignore_index=True)
 
 
 def weight_change(before: Trace, after: Trace) -> np.ndarray:

@@ -8,7 +8,7 @@ import numpy as np
 
 from moekit.arguments import Path as PathKind
 from moekit.arguments import check, reading
-from moekit.fairseq_data import _lines, data_folder
+from moekit.fairseq_data import data_folder, lines
 from moekit.routing.trace import Trace
 
 
@@ -34,20 +34,7 @@ def domains_of(
     subset = subset or trace.meta.get("subset")
     if subset is None:
         raise ValueError("the trace is not of binarised data; give the subset whose lines it holds")
-    folder = data_folder(data)
-    sides = [folder / f"{subset}.domains.txt", folder.parent / f"{subset}.domains.txt"]
-    if domains is not None:
-        sides = [check("domains", domains, PathKind())]
-    with reading(sides[0]):
-        side = next((s for s in sides if s.is_file()), None)
-        if side is None:
-            raise ValueError(f"there is no file {sides[0]} with a domain for each line of the text")
-        labels = np.array(side.read_text("utf-8").split("\n")[:-1])
-    sizes, ids = _lines(folder / subset)
-    if len(labels) != len(sizes):
-        raise ValueError(
-            f"{side} has {len(labels)} lines, the text {len(sizes)}: expected a domain for each line"
-        )
+    labels, sizes, ids = lines_of(data, subset, domains)
 
     block = trace.meta.get("tokens_per_sample")
     if block is None or trace.meta.get("sample_break_mode") != "none" or trace.meta.get("context_window"):
@@ -58,7 +45,33 @@ def domains_of(
     fits[fits] &= (ids[place[fits]] == trace.token[fits]) | (place[fits] < 0)
     if not fits.all():
         raise ValueError(
-            f"{int((~fits).sum())} of {len(trace)} tokens differ from {folder}/{subset}: it is not the trace's data"
+            f"{int((~fits).sum())} of {len(trace)} tokens differ from {data_folder(data)}/{subset}: it is not the trace's "
+            "data"
         )
     line = np.repeat(np.arange(len(sizes)), sizes)
     return labels[line[np.maximum(place, 0)]]
+
+
+def lines_of(
+    data: str | Path, subset: str, domains: str | Path | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The domains of the lines of a binarised text, the lines' lengths in tokens, and all its ids; see :func:`domains_of`.
+
+    Raises:
+        ValueError: a file is missing, or there are not as many domains as lines.
+    """
+    folder = data_folder(data)
+    sides = [folder / f"{subset}.domains.txt", folder.parent / f"{subset}.domains.txt"]
+    if domains is not None:
+        sides = [check("domains", domains, PathKind())]
+    with reading(sides[0]):
+        side = next((s for s in sides if s.is_file()), None)
+        if side is None:
+            raise ValueError(f"there is no file {sides[0]} with a domain for each line of the text")
+        labels = np.array(side.read_text("utf-8").split("\n")[:-1])
+    sizes, ids = lines(folder / subset)
+    if len(labels) != len(sizes):
+        raise ValueError(
+            f"{side} has {len(labels)} lines, the text {len(sizes)}: expected a domain for each line"
+        )
+    return labels, sizes, ids

@@ -1,12 +1,20 @@
-"""Intervals of shares and means, and what uniform random routing gives, for the metrics.
+"""Intervals by resampling whole units, and what uniform random routing gives, for the metrics.
+
+Tokens of one text are not independent, so a unit is a sample, some neighbouring samples, or what the caller names (a
+document). The bootstrap draws units with replacement (Efron and Tibshirani 1993, chapter 8). What it draws is how often each
+unit counts: counts are made once for each unit, and a resample is a product of matrices.
 
 Uniform random routing: every token chooses K different experts, each set of K with the same probability.
-Letters: T tokens, K choices, E experts.
+Letters: T tokens, K choices, E experts, U units, R resamples.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,13 +24,156 @@ if TYPE_CHECKING:
 
 # standard deviations of a normal distribution on either side of its mean that hold 95 %
 Z = 1.959964
-# A trace of more samples than this is resampled in blocks of neighbouring samples.
+# A trace of more samples than this is resampled in groups of neighbouring samples.
 BLOCKS = 500
 RESAMPLES = 400
+# neighbouring samples of a unit, for by="block"
+BLOCK = 4
+# An interval of fewer units than this does not hold what it promises, so there is none.
+FEW = 8
 # of every simulation and bootstrap: the same trace gives the same figures
 SEED = 0
 # simulated traces whose mean is a chance value
 DRAWS = 20
+
+
+@dataclass
+class Plan:
+    """How metrics resample: see :func:`moekit.routing.metrics.bootstrap`. ``used``: whether a metric asked for units."""
+
+    by: str | Sequence | np.ndarray = "sample"
+    size: int = BLOCK
+    resamples: int = RESAMPLES
+    seed: int = SEED
+    used: bool = field(default=False, compare=False)
+
+
+_plan: ContextVar[Plan | None] = ContextVar("plan", default=None)
+
+
+@contextlib.contextmanager
+def resampling(plan: Plan) -> Iterator[Plan]:
+    """Metrics called in here resample as ``plan`` says."""
+    before = _plan.set(plan)
+    try:
+        yield plan
+    finally:
+        _plan.reset(before)
+
+
+def unit_of(trace: Trace, by: str | Sequence | np.ndarray = "sample", size: int = BLOCK) -> np.ndarray:
+    """[T] int64, each token's unit, from 0.
+
+    Args:
+        by: "sample"; "block": ``size`` neighbouring samples; or [T] labels of units, such as a document's number.
+
+    Raises:
+        ValueError: ``by`` is something else.
+    """
+    if not isinstance(by, str):
+        labels = np.asarray(by)
+        if labels.shape != (len(trace),):
+            raise ValueError(
+                f"by has shape {list(labels.shape)}; expected a unit for each of {len(trace)} tokens"
+            )
+        return np.unique(labels, return_inverse=True)[1]
+    if by not in ("sample", "block"):
+        raise ValueError(f"by={by!r}; expected sample, block, or an array with a unit for each token")
+    place = np.unique(trace.sample, return_inverse=True)[1]
+    return place if by == "sample" else place // max(1, int(size))
+
+
+@dataclass(frozen=True)
+class Units:
+    """A trace in units that are drawn whole.
+
+    Attributes:
+        unit: [T] int64, each token's unit.
+        draws: [R, U] float64, how often a resample holds each unit.
+    """
+
+    unit: np.ndarray
+    draws: np.ndarray
+
+    @property
+    def number(self) -> int:
+        return self.draws.shape[1]
+
+
+def units(trace: Trace) -> Units:
+    """The units that the plan in force asks for; more than ``BLOCKS`` are put together with their neighbours."""
+    plan = _plan.get() or Plan()
+    plan.used = True
+    unit = unit_of(trace, plan.by, plan.size)
+    found = int(unit.max(initial=-1)) + 1
+    n = min(found, BLOCKS)
+    unit = unit * n // max(1, found)
+    rng = np.random.default_rng(plan.seed)
+    return Units(unit, rng.multinomial(n, np.full(n, 1 / n), size=plan.resamples).astype(float))
+
+
+def interval(
+    again: np.ndarray, value: np.ndarray | float, number: np.ndarray | float
+) -> tuple[np.ndarray, np.ndarray]:
+    """The 95 % bootstrap interval of each column: expanded percentiles, moved against the bootstrap's bias.
+
+    Percentiles are too narrow for few units. They are taken at a, 1 - a with a = Phi(-sqrt(n / (n - 1)) t_(n-1, 0.975)),
+    n units (Hesterberg 2015, The American Statistician 69:371, section 5). A resample repeats units, so it is less even
+    than the trace by about as much as the trace is less even than its source; with b = mean of the resamples - value the
+    interval is moved by - 2 b (Efron and Tibshirani 1993, section 10.6: bias corrected by resampling).
+
+    Args:
+        again: [R, ...] the statistic of each resample.
+        value: [...] that of the trace.
+        number: [...] units, or as many equal ones as tell as much.
+
+    Returns:
+        ``low`` and ``high`` [...]; NaN for fewer than ``FEW`` units and where all resamples are equal.
+    """
+    from scipy.stats import norm, t
+
+    again = np.asarray(again, dtype=float)
+    number = np.broadcast_to(np.asarray(number, dtype=float), again.shape[1:])
+    known = np.maximum(number, 2)
+    tail = norm.cdf(-np.sqrt(known / (known - 1)) * t.ppf(0.975, known - 1))
+    ordered = np.sort(again, axis=0)
+    bias = again.mean(axis=0) - value
+    ends = []
+    for level in (tail, 1 - tail):
+        place = level * (len(again) - 1)
+        below = np.floor(place).astype(int)
+        above = np.minimum(below + 1, len(again) - 1)
+        one, other = (np.take_along_axis(ordered, i[None], axis=0)[0] for i in (below, above))
+        ends.append(one + (place - below) * (other - one) - 2 * bias)
+    flat = (ordered[-1] - ordered[0] == 0) | (number < FEW)
+    return tuple(np.where(flat, np.nan, end)[()] for end in ends)
+
+
+def effective(size: np.ndarray) -> np.ndarray:
+    """[U, ...] tokens of each unit -> [...]: how many equal units tell as much, (sum n)^2 / sum n^2 (Kish 1965)."""
+    size = np.asarray(size, dtype=float)
+    return size.sum(axis=0) ** 2 / np.maximum((size**2).sum(axis=0), 1e-30)
+
+
+def share_of_units(count: np.ndarray, total: np.ndarray, found: Units) -> dict[str, np.ndarray]:
+    """``value`` = sum of count / sum of total, its bootstrap interval, and how many ``units`` tell it, as columns.
+
+    Args:
+        count, total: [U, ...] of each unit; ``total`` broadcasts against ``count``.
+    """
+    count = np.asarray(count, dtype=float)
+    total = np.asarray(total, dtype=float)
+    value = count.sum(axis=0) / np.maximum(total.sum(axis=0), 1e-30)
+    again = drawn(found, count) / np.maximum(drawn(found, total), 1e-30)
+    number = np.broadcast_to(effective(total), value.shape)
+    low, high = interval(again, value, number)
+    value = np.where(total.sum(axis=0) > 0, value, np.nan)
+    return {"value": value, "low": np.clip(low, 0, 1), "high": np.clip(high, 0, 1), "units": number.round(1)}
+
+
+def drawn(found: Units, count: np.ndarray) -> np.ndarray:
+    """[U, ...] of each unit -> [R, ...] of each resample."""
+    return (found.draws @ count.reshape(len(count), -1)).reshape(-1, *count.shape[1:])
 
 
 def wilson(successes: np.ndarray, trials: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -51,40 +202,74 @@ def normal(n: float, total: float, squares: float) -> tuple[float, float, float]
     return mean, mean - half, mean + half
 
 
-def bootstrap(trace: Trace) -> tuple[np.ndarray, np.ndarray]:
-    """What a bootstrap over samples needs.
-
-    Returns:
-        [RESAMPLES, blocks] float64, how often each block is drawn; and [T] int64, each token's block: its sample, or
-        some neighbouring samples together where there are more than ``BLOCKS``.
-    """
-    samples, block = np.unique(trace.sample, return_inverse=True)
-    n = min(len(samples), BLOCKS)
-    block = block * n // max(1, len(samples))
-    rng = np.random.default_rng(SEED)
-    return rng.multinomial(n, np.full(n, 1 / n), size=RESAMPLES).astype(float), block
-
-
-def percentiles(values: np.ndarray) -> tuple[float, float]:
-    """The middle 95 % of resampled values; NaN if they are all equal, as those of one block are."""
-    if np.ptp(values) == 0:
-        return math.nan, math.nan
-    low, high = np.percentile(values, [2.5, 97.5])
-    return float(low), float(high)
-
-
-def mean_of(values: np.ndarray, block: np.ndarray, resamples: np.ndarray) -> tuple[float, float, float]:
-    """The mean over tokens, with its bootstrap interval over blocks."""
-    blocks = resamples.shape[1]
-    total = np.bincount(block, values, minlength=blocks)
-    number = np.bincount(block, minlength=blocks)
+def mean_of(values: np.ndarray, unit: np.ndarray, found: Units) -> tuple[float, float, float]:
+    """The mean over tokens, with its bootstrap interval over units."""
+    total = np.bincount(unit, values, minlength=found.number)
+    number = np.bincount(unit, minlength=found.number)
     if not number.sum():
         return math.nan, math.nan, math.nan
-    if blocks == 1:
-        return float(total.sum() / number.sum()), math.nan, math.nan
-    again = (resamples @ total) / np.maximum(resamples @ number, 1)
-    low, high = np.percentile(again, [2.5, 97.5])
-    return float(total.sum() / number.sum()), float(low), float(high)
+    value = float(total.sum() / number.sum())
+    again = (found.draws @ total) / np.maximum(found.draws @ number, 1)
+    low, high = interval(again, value, effective(number))
+    return value, float(low), float(high)
+
+
+@dataclass(frozen=True)
+class Paired:
+    """What changed between two runs over the same tokens, by units.
+
+    Attributes:
+        tokens: tokens where the change is known.
+        value: mean change a token.
+        low, high: its 95 % interval over units (:func:`interval`), NaN for too few.
+        p: of the sign-flip test: if the runs did not differ, each unit's change could as well have the other sign (Fisher
+            1935; two-sided). Its least value is 2^(1 - units), so that few units cannot tell anything.
+        effect: mean over standard deviation of the units' means (Cohen's d_z).
+        same_sign: share of the units whose change has the sign of ``value``.
+        units: how many.
+    """
+
+    tokens: int
+    value: float
+    low: float
+    high: float
+    p: float
+    effect: float
+    same_sign: float
+    units: int
+
+
+def paired(change: np.ndarray, unit: np.ndarray, draws: int = 4000, seed: int = SEED) -> Paired:
+    """The statistics of ``change`` [T] (NaN: unknown), whose tokens lie in units ``unit`` [T]."""
+    known = ~np.isnan(change)
+    change = np.asarray(change, dtype=float)[known]
+    if not len(change):
+        return Paired(0, *[math.nan] * 6, units=0)
+    unit = np.unique(np.asarray(unit)[known], return_inverse=True)[1]
+    number, total = np.bincount(unit), np.bincount(unit, change)
+    n, rng = len(number), np.random.default_rng(seed)
+    value = total.sum() / number.sum()
+    again = rng.multinomial(n, np.full(n, 1 / n), size=draws).astype(float)
+    low, high = interval((again @ total) / (again @ number), value, effective(number))
+    signs = rng.choice([-1.0, 1.0], size=(draws, n))
+    reached = np.abs(signs @ total) >= np.abs(total.sum()) * (1 - 1e-9)
+    p = max((1 + reached.sum()) / (1 + draws), 2.0 ** (1 - n))
+    means = total / number
+    spread = means.std(ddof=1) if n > 1 else math.nan
+    effect = float(means.mean() / spread) if spread > 0 else math.nan
+    same = float((np.sign(means) == np.sign(value)).mean())
+    return Paired(len(change), float(value), float(low), float(high), float(p), effect, same, n)
+
+
+def holm(p: np.ndarray) -> np.ndarray:
+    """p values corrected for how many there are (Holm 1979): the probability of any error in the family; NaN stays."""
+    p = np.asarray(p, dtype=float)
+    order = np.argsort(p)
+    known = int((~np.isnan(p)).sum())
+    found = np.full(len(p), np.nan)
+    factors = np.arange(known, 0, -1)
+    found[order[:known]] = np.minimum(1, np.maximum.accumulate(p[order[:known]] * factors))
+    return found
 
 
 def random_choices(rng: np.random.Generator, tokens: int, k: int, experts: int) -> np.ndarray:

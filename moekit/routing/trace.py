@@ -13,7 +13,7 @@ Shape letters: T tokens, L traced MoE layers, K choices a token, E experts.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +43,10 @@ TOKEN_COLUMNS = {
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """What the router did to T real tokens in L MoE layers; padding is not here, but what it displaced shows.
+    """What the router did to T real tokens in L MoE layers.
+
+    Padding has no rows. It is routed as fairseq routes it, so with a capacity it takes places in the buffers, and real tokens
+    that found no place because of it show as dropped.
 
     Attributes:
         sample, position: [T] int32, sorted by both; ``position`` counts from 0 within the sample.
@@ -217,8 +220,12 @@ class Collector:
         return Trace(**columns, layers=self.options.layers, full=full, num_experts=num_experts, meta=meta)
 
 
-def join(traces: Iterable[Trace]) -> Trace:
+def join(traces: Iterable[Trace], *, renumber: bool = False) -> Trace:
     """Traces of different samples in one, with the first one's meta: those of several generations, say.
+
+    Args:
+        renumber: number the samples of all traces anew, from 0 and in their order; else every sample keeps its number, and
+            no two traces may share one.
 
     Raises:
         ValueError: they share a sample, or are of other layers or another number of experts.
@@ -231,9 +238,13 @@ def join(traces: Iterable[Trace]) -> Trace:
         if len(found) != 1:
             raise ValueError(f"the traces' {name} differ: {sorted(found)}")
     first = traces[0]
+    if renumber:
+        traces = _renumbered(traces)
     samples = [set(np.unique(trace.sample).tolist()) for trace in traces]
     if sum(map(len, samples)) > len(set().union(*samples)):
-        raise ValueError("two of the traces have a sample in common")
+        raise ValueError(
+            "two of the traces have a sample in common; expected each sample in one trace: join with renumber=True"
+        )
     parts = [{name: getattr(t, name) for name in ARRAYS} for t in traces]
     full = tuple(layer for layer in first.full if all(layer in t.full for t in traces))
     for part, trace in zip(parts, traces, strict=True):
@@ -243,8 +254,20 @@ def join(traces: Iterable[Trace]) -> Trace:
     return collector.trace(first.num_experts, first.meta)
 
 
+def _renumbered(traces: list[Trace]) -> list[Trace]:
+    """The same traces with samples 0, 1, ... that no two of them share."""
+    found, start = [], 0
+    for trace in traces:
+        numbers, sample = np.unique(trace.sample, return_inverse=True)
+        found.append(replace(trace, sample=(sample + start).astype(np.int32)))
+        start += len(numbers)
+    return found
+
+
 def align(one: Trace, other: Trace) -> tuple[Trace, Trace]:
     """The parts of two traces that cover the same samples and positions, in the same order.
+
+    A token that one of them does not know (-1, as in files of tools that record only experts) is unknown and not different.
 
     Raises:
         ValueError: they share no token, differ in a token's id, or are of other layers or another number of experts.
@@ -258,7 +281,8 @@ def align(one: Trace, other: Trace) -> tuple[Trace, Trace]:
         one, other = (t.select(mask=np.isin(p, common)) for t, p in zip((one, other), places, strict=True))
     if not len(one):
         raise ValueError("the traces have no sample and position in common")
-    differ = int((one.token != other.token).sum())
+    known = (one.token >= 0) & (other.token >= 0)
+    differ = int((one.token != other.token)[known].sum())
     if differ:
         raise ValueError(f"{differ} of {len(one)} tokens differ: the traces are not of the same text")
     return one, other

@@ -405,9 +405,9 @@ class Views {
       onclick: () => this.set({ layer: l, expert: e }) }, text ?? `E${e}`);
   }
 
-  bar(share, chance, full = 1) { // with a tick at what chance gives; `full` is its whole width
+  bar(share, chance, full = 1, against = "uniform") { // with a tick at the baseline `chance`; `full` is its whole width
     const x = (v) => Math.min(100, (100 * v) / full).toFixed(1) + "%";
-    return h("span", { class: "mk-meter", title: `${percent(share, 2)}; chance ${percent(chance, 2)}` },
+    return h("span", { class: "mk-meter", title: `${percent(share, 2)}; ${against} ${percent(chance, 2)}` },
       h("span", { class: "mk-fill", style: `width:${x(share)}` }), h("span", { class: "mk-tick", style: `left:${x(chance)}` }));
   }
 
@@ -570,7 +570,7 @@ class Views {
       counts.length ? h("table", {}, counts.map((p) => row(this.chip(l, p.expert), this.bar(p.share, chance, counts[0].share), percent(p.share)))) : h("p", { class: "mk-muted" }, "none"));
     const { totals } = this;
     const domains = Array.from(x.byDomain, (n, d) => ({ d, share: n / (totals[d] * data.K) })).filter((o) => totals[o.d]).sort((a, b) => b.share - a.share);
-    const widest = Math.max(1 / data.E, ...domains.map((o) => o.share));
+    const own = this.whole[s.layer][s.expert] / (data.T * data.K), widest = Math.max(own, ...domains.map((o) => o.share));
     this.maskButton = h("button", { type: "button", name: "mask", disabled: data.mask !== null || this.waiting, title: data.mask, onclick: () => this.mask() }, "Mask this expert");
     this.expertView.body.replaceChildren(
       h("p", { class: "mk-figures" }, `${whole(x.n)} choices (${percent(share, 2)}, ${times(share * data.E)} uniform)` +
@@ -581,8 +581,8 @@ class Views {
         h("div", { class: "mk-column" }, h("h4", { title: "ordered by count · log2(lift); lift: how much commoner than in the whole trace" }, "Top tokens"),
           h("table", {}, x.tokens.map((t) => row(this.find(t.piece), whole(t.count), times(t.lift))))),
         h("div", { class: "mk-column mk-wide" }, h("h4", {}, "Contexts, surest first"), x.contexts.map((c) => this.context(c.row))),
-        data.domains.length > 1 ? h("div", { class: "mk-column" }, h("h4", { title: "share of a domain's choices that go to this expert; tick: uniform" }, "Domains"),
-          h("table", {}, domains.map((o) => row(data.domains[o.d], this.bar(o.share, 1 / data.E, widest), times(o.share * data.E))))) : null,
+        data.domains.length > 1 ? h("div", { class: "mk-column" }, h("h4", { title: "share of a domain's choices that go to this expert; tick and ×: this expert's own load, its share of the whole trace's choices" }, "Domains, × own load"),
+          h("table", {}, domains.map((o) => row(data.domains[o.d], this.bar(o.share, own, widest, "own load"), times(o.share / own))))) : null,
         data.K > 1 ? list("Chosen together", x.partners, s.layer, 1 / (data.E - 1)) : null,
         h("div", {}, s.layer > 0 ? list(`Before, layer ${data.layers[s.layer - 1]}`, x.before, s.layer - 1, 1 / data.E) : null,
           s.layer + 1 < data.L ? list(`After, layer ${data.layers[s.layer + 1]}`, x.after, s.layer + 1, 1 / data.E) : null)));

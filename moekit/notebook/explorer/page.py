@@ -61,8 +61,18 @@ def save_html(
         ValueError: an argument makes no sense.
         moekit.results.NotWritten: (a ValueError) the folder cannot be written to, or its disk is full.
     """
-    max_tokens = check("max_tokens", max_tokens, Whole())
     path = Path(path).expanduser()
+    text = page(trace, codec, domains, max_tokens)
+    with results.whole(path, make=True) as part:
+        part.write_text(text, "utf-8")
+    return path
+
+
+def page(
+    trace: Trace, codec: Codec | None = None, domains: np.ndarray | None = None, max_tokens: int = 20_000
+) -> str:
+    """The text of the page that :func:`save_html` writes."""
+    max_tokens = check("max_tokens", max_tokens, Whole())
     domains = None if domains is None else labels(domains)
     chosen = choose_samples(trace.sample, domains, max_tokens)
     here = np.isin(trace.sample, chosen)
@@ -89,6 +99,4 @@ def save_html(
         parts.append(f'<script type="application/octet-stream" id="array-{name}">{text}</script>\n')
     script = (HERE / "explorer.js").read_text("utf-8")
     parts.append(f'<script type="module">\n{script}\nopenPage();\n</script>\n</body>\n</html>\n')
-    with results.whole(path, make=True) as part:
-        part.write_text("".join(parts), "utf-8")
-    return path
+    return "".join(parts)

@@ -10,6 +10,7 @@ import numpy as np
 import traitlets
 
 from moekit.batches import Batch
+from moekit.notebook import pictures
 from moekit.notebook.explorer import page
 from moekit.notebook.explorer.pack import pack
 from moekit.routing.trace import labels
@@ -48,6 +49,11 @@ class Explorer(anywidget.AnyWidget):
     def save_html(self, path: str | Path, max_tokens: int = 20_000) -> Path:
         """Write this explorer as a stand-alone page; see :func:`moekit.notebook.explorer.save_html`."""
         return page.save_html(self.trace, path, self.codec, self.domains, max_tokens)
+
+    def embedded(self, max_tokens: int = 20_000):
+        """The page of :meth:`save_html` within the notebook, folded: converted to HTML, the notebook holds the explorer."""
+        text = page.page(self.trace, self.codec, self.domains, max_tokens)
+        return pictures.embedded(text, "The explorer as a page (click to open)")
 
     def _answer(self, _: object, content: dict, buffers: list) -> None:
         """One message of explorer.js's ``ask``, answered under its id."""

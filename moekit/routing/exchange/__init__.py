@@ -1,7 +1,7 @@
 """Traces in the layouts of other tools.
 
-    write(trace, "trace.npy", "vllm")
-    trace = read("trace.npy", "vllm", num_experts=512)
+    write(trace, "trace.npz", "vllm")
+    trace = read("trace.npz", "vllm", num_experts=512)
 
 None of these layouts holds weights or drops, so what is read back has NaN for probabilities, weights and entropy, and
 all choices count as kept. What a layout does not hold of the tokens is unknown too (token and predicted -1, target
@@ -9,7 +9,7 @@ all choices count as kept. What a layout does not hold of the tokens is unknown 
 
 | layout | file | holds |
 | --- | --- | --- |
-| ``vllm`` | ``.npy``, whole numbers [T, L, k]; vLLM hands out such an array for each request (``routed_experts``); a file may also hold several requests: ``.npz``, an array of objects (no object is built), or [requests, T, L, k] padded with -1 | experts |
+| ``vllm`` | whole numbers [T, L, k], L all hidden layers; vLLM hands out such an array for each request (``routed_experts``): a folder with a ``.npy`` for each, one ``.npz`` with all, or one ``.npy`` of one request or of several, as an array of objects (no object is built) or as [requests, T, L, k] padded with -1 | experts |
 | ``sglang`` | ``.pt``, ``records`` of a forward pass each: ``topk_ids_of_layer`` int32 [model layers, T, k], ``input_ids``, ``positions``, ``extend_seq_lens``, ``forward_mode``; the recorder's mode "per_token" | experts, tokens, positions |
 | ``megatron`` | folder with ``router_trace_rank{N}.jsonl``, a line for each step, microbatch and layer | experts |
 | ``olmoe`` | ``.jsonl``, a line for each sample: ``input_ids``, ``predicted_token_ids``, ``exp_ids`` [T][k][L] | experts, tokens, predictions |

@@ -62,7 +62,12 @@ def _read_vllm(path: Path, layers: Layers) -> Iterator[dict]:
 
 
 def _requests(path: Path) -> list[np.ndarray]:
-    """The arrays [T, L, k] of a file, one for each request."""
+    """The arrays [T, L, k] of a file, one for each request; of a folder, those of its files in the order of their names."""
+    if path.is_dir():
+        files = sorted(path.glob("*.npy"))
+        if not files:
+            raise ValueError(f"{path} holds no .npy file; expected one for each request")
+        return [array for file in files for array in _requests(file)]
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:

@@ -23,7 +23,26 @@ def _samples(trace: Trace) -> Iterator[slice]:
 
 
 def _write_vllm(trace: Trace, path: Path) -> None:
-    _save_array(path, trace.experts)
+    arrays = {}
+    for rows in _samples(trace):
+        # vLLM has a slice for every hidden layer, all zeros for one without experts.
+        array = np.zeros((rows.stop - rows.start, max(trace.layers) + 1, trace.top_k), dtype=np.int16)
+        array[:, list(trace.layers)] = trace.experts[rows]
+        arrays[f"sample_{int(trace.sample[rows.start]):08d}"] = array
+    if path.suffix == ".npz":
+        with open(path, "wb") as file:
+            np.savez(file, **arrays)
+    elif path.suffix == ".npy":
+        if len(arrays) > 1:
+            raise ValueError(
+                f"{path.name}: the trace has {len(arrays)} samples, and a .npy file holds one request; name a folder, which gets "
+                "a file a sample, or a .npz file"
+            )
+        _save_array(path, *arrays.values())
+    else:
+        path.mkdir()
+        for name, array in arrays.items():
+            _save_array(path / f"{name}.npy", array)
 
 
 def _write_sglang(trace: Trace, path: Path) -> None:

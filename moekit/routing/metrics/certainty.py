@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from moekit.routing.metrics.registry import measured
 from moekit.routing.metrics.tables import table_of_rows
-from moekit.routing.statistics import bootstrap, mean_of
+from moekit.routing.statistics import mean_of, units
 from moekit.routing.trace import Trace
 
 if TYPE_CHECKING:
@@ -24,14 +24,14 @@ def gate(trace: Trace) -> pd.DataFrame:
     - ``margin`` = the first's minus the second's; chance 0;
     - ``mass`` = the sum of the choices'; chance K/E.
 
-    ``chance`` is that of a gate with equal logits. Interval: bootstrap over samples.
+    ``chance`` is that of a gate with equal logits. Interval: bootstrap over units.
 
     Returns:
         One row per (layer, ``statistic``): ``layer``, ``statistic``, ``value``, ``low``, ``high``, ``chance``.
     """
     experts, k = trace.num_experts, trace.top_k
     log = math.log(experts) if experts > 1 else math.nan
-    resamples, block = bootstrap(trace)
+    found_units = units(trace)
     rows = []
     for place, layer in enumerate(trace.layers):
         probs, entropy = trace.probs[:, place], trace.entropy[:, place]
@@ -44,5 +44,5 @@ def gate(trace: Trace) -> pd.DataFrame:
         if k > 1:
             found.append(("margin", probs[:, 0] - probs[:, 1], 0.0))
         for name, values, chance in found:
-            rows.append((layer, name, *mean_of(values, block, resamples), chance))
+            rows.append((layer, name, *mean_of(values, found_units.unit, found_units), chance))
     return table_of_rows(rows, "layer statistic value low high chance")

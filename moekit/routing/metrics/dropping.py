@@ -10,7 +10,7 @@ import numpy as np
 
 from moekit.routing.metrics.registry import METRICS, measured
 from moekit.routing.metrics.tables import broadcast_table, layers_of
-from moekit.routing.statistics import share
+from moekit.routing.statistics import share_of_units, units
 from moekit.routing.trace import Trace
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def drops(trace: Trace, by: str = "layer", *, bins: int = 64) -> pd.DataFrame:
     capacity, or for K > 2. A buffer has C places and a group S tokens (padding included). First choices in place q of
     the group are dropped when Bin(q, 1/E) >= C, second ones when Bin(q, 2/E) + Bin(S - 1 - q, 1/E) >= C: all
     first choices queue before any second. (With batch-prioritised routing or a padding mask it is no more than a
-    landmark.) Wilson's interval.
+    landmark.) Interval: bootstrap over units.
 
     Args:
         by: "layer", "choice", "position" (in the sample) or "expert".
@@ -38,7 +38,7 @@ def drops(trace: Trace, by: str = "layer", *, bins: int = 64) -> pd.DataFrame:
 
     Returns:
         One row per (layer, ``by``): ``layer``, ``by``'s own column, ``choices``, ``dropped``, ``value``, ``low``, ``high``,
-        ``chance``.
+        ``units``, ``chance``.
     """
     k, experts, depth = trace.top_k, trace.num_experts, len(trace.layers)
     width = max(1, math.ceil((int(trace.position.max()) + 1) / bins))
@@ -55,12 +55,18 @@ def drops(trace: Trace, by: str = "layer", *, bins: int = 64) -> pd.DataFrame:
     else:
         raise ValueError(f"by={by!r}; expected layer, choice, position or expert")
 
-    made = np.zeros((depth, size), dtype=np.int64)
-    dropped = np.zeros((depth, size), dtype=np.int64)
+    again = units(trace)
+    made = np.zeros((depth, again.number, size), dtype=np.int64)
+    dropped = np.zeros((depth, again.number, size), dtype=np.int64)
     for place in range(depth):
-        cell = (trace.experts[:, place] if key is None else key).ravel()
-        made[place] = np.bincount(cell, minlength=size)
-        dropped[place] = np.bincount(cell[~trace.kept[:, place].ravel()], minlength=size)
+        cell = trace.experts[:, place].astype(np.int64) if key is None else key
+        cell = (again.unit[:, None] * size + cell).ravel()
+        lost = cell[~trace.kept[:, place].ravel()]
+        made[place] = np.bincount(cell, minlength=again.number * size).reshape(-1, size)
+        dropped[place] = np.bincount(lost, minlength=again.number * size).reshape(-1, size)
+    parts = [share_of_units(*pair, again) for pair in zip(dropped, made, strict=True)]
+    found = {name: np.stack([part[name] for part in parts]) for name in parts[0]}
+    made, dropped = made.sum(axis=1), dropped.sum(axis=1)
 
     chance = drop_chance(trace)
     if chance is None:
@@ -77,7 +83,7 @@ def drops(trace: Trace, by: str = "layer", *, bins: int = 64) -> pd.DataFrame:
     columns = {"layer": layers_of(trace)[:, None]}
     if by != "layer":
         columns[by] = np.arange(size)[None] * (width if by == "position" else 1)
-    frame = broadcast_table(columns | {"choices": made, "dropped": dropped}, share(dropped, made), expected)
+    frame = broadcast_table(columns | {"choices": made, "dropped": dropped}, found, expected)
     return frame[frame["choices"] > 0].reset_index(drop=True) if by == "position" else frame
 
 

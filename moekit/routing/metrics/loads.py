@@ -17,7 +17,7 @@ from moekit.routing.metrics.tables import (
     set_sizes,
     table_of_rows,
 )
-from moekit.routing.statistics import bootstrap, percentiles, random_counts, share, wilson
+from moekit.routing.statistics import drawn, interval, random_counts, share_of_units, units, wilson
 from moekit.routing.trace import Trace
 
 if TYPE_CHECKING:
@@ -31,16 +31,21 @@ BUSIEST = 0.2
 def load(trace: Trace, *, choice: int | None = None, dispatched: bool = False) -> pd.DataFrame:
     """How many choices each expert gets.
 
-    ``value`` = N(e) / sum over experts of N; ``chance`` = 1/E. Wilson's interval. ``choice``: only this one (0: first).
+    ``value`` = N(e) / sum over experts of N; ``chance`` = 1/E. Interval: bootstrap over units. ``choice``: only this one
+    (0: first).
 
     Returns:
-        One row per (layer, expert): ``layer``, ``expert``, ``count``, ``value``, ``low``, ``high``, ``chance``.
+        One row per (layer, expert): ``layer``, ``expert``, ``count``, ``value``, ``low``, ``high``, ``units``, ``chance``.
     """
     count = counts(trace, choice=choice, dispatched=dispatched)
-    total = count.sum(axis=1, keepdims=True)
+    again, parts = units(trace), []
+    for place in range(len(trace.layers)):
+        chosen = chosen_experts(trace, place, choice, dispatched)
+        cells = block_counts(again.unit, chosen, trace.num_experts, again.number)
+        parts.append(share_of_units(cells, cells.sum(axis=1, keepdims=True), again))
     return broadcast_table(
         {"layer": layers_of(trace)[:, None], "expert": np.arange(trace.num_experts)[None], "count": count},
-        share(count, total),
+        {name: np.stack([part[name] for part in parts]) for name in parts[0]},
         chance=1 / trace.num_experts,
     )
 
@@ -70,21 +75,22 @@ def balance(trace: Trace, *, choice: int | None = None, dispatched: bool = False
     - ``top_20_share``: the share of the 20 % busiest experts, as fairseq logs it (top2gate.py, SAMPLE_FRACTION);
     - ``unused`` = experts without a choice.
 
-    Interval: bootstrap over samples (which widens what unevenness each sample has). ``chance``: mean of a simulation.
+    Interval: bootstrap over units. ``value`` is that of the trace, whose chance unevenness is in it; the interval is
+    corrected for that, so that the value of a short trace may lie above it. ``chance``: mean of a simulation.
 
     Returns:
         One row per (layer, ``statistic``): ``layer``, ``statistic``, ``value``, ``low``, ``high``, ``chance``.
     """
-    resamples, block = bootstrap(trace)
+    found = units(trace)
     k = trace.top_k if choice is None else 1
     chance = _spread(random_counts(len(trace), k, trace.num_experts))
     rows = []
     for place, layer in enumerate(trace.layers):
         chosen = chosen_experts(trace, place, choice, dispatched)
-        cells = block_counts(block, chosen, trace.num_experts, len(resamples[0]))
-        again = _spread(resamples @ cells)
+        cells = block_counts(found.unit, chosen, trace.num_experts, found.number)
+        again = _spread(drawn(found, cells))
         for name, value in _spread(cells.sum(axis=0, keepdims=True)).items():
-            low, high = percentiles(again[name])
+            low, high = interval(again[name], value[0], found.number)
             rows.append((layer, name, value[0], low, high, chance[name].mean()))
     return table_of_rows(rows, "layer statistic value low high chance")
 
@@ -135,7 +141,7 @@ def hot_set(trace: Trace, sizes: Sequence[int] | None = None, *, dispatched: boo
 
     ``value`` ranks the experts by the very choices it counts, which flatters a short trace; ``held_out`` ranks them by
     the samples with even numbers (in order) and counts the others. ``chance``: simulated, for ``value``. Interval:
-    bootstrap over samples, of ``value``. (NVIDIA/Megatron-LM tools/moe_routing.)
+    bootstrap over units, of ``value``. (NVIDIA/Megatron-LM tools/moe_routing.)
 
     Args:
         sizes: None: about E/32, E/16, ... E/2.
@@ -145,7 +151,7 @@ def hot_set(trace: Trace, sizes: Sequence[int] | None = None, *, dispatched: boo
     """
     experts = trace.num_experts
     sizes = np.array(set_sizes(sizes, experts))
-    resamples, block = bootstrap(trace)
+    found = units(trace)
     odd = np.searchsorted(np.unique(trace.sample), trace.sample) % 2
 
     def coverage(c: np.ndarray) -> np.ndarray:
@@ -157,11 +163,12 @@ def hot_set(trace: Trace, sizes: Sequence[int] | None = None, *, dispatched: boo
     rows = []
     for place, layer in enumerate(trace.layers):
         chosen = chosen_experts(trace, place, None, dispatched)
-        cells = block_counts(block, chosen, experts, len(resamples[0]))
-        value, again = coverage(cells.sum(axis=0)), coverage(resamples @ cells)
+        cells = block_counts(found.unit, chosen, experts, found.number)
+        value, again = coverage(cells.sum(axis=0)), coverage(drawn(found, cells))
+        low, high = interval(again, value, found.number)
         fit, test = block_counts(odd, chosen, experts, 2)
         ranked = test[np.argsort(-fit, kind="stable")].cumsum()
         held_out = ranked[sizes - 1] / test.sum() if test.sum() else np.full(len(sizes), np.nan)
         for i, size in enumerate(sizes):
-            rows.append((layer, size, value[i], *percentiles(again[:, i]), held_out[i], chance[i]))
+            rows.append((layer, size, value[i], low[i], high[i], held_out[i], chance[i]))
     return table_of_rows(rows, "layer size value low high held_out chance")

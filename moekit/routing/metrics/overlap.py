@@ -9,7 +9,7 @@ import numpy as np
 
 from moekit.routing.metrics.registry import measured
 from moekit.routing.metrics.tables import table_of_rows
-from moekit.routing.statistics import bootstrap, mean_of
+from moekit.routing.statistics import mean_of, units
 from moekit.routing.trace import Trace, align, kept_by_expert
 
 if TYPE_CHECKING:
@@ -23,14 +23,14 @@ def repeats(trace: Trace) -> pd.DataFrame:
     - ``first``: the first choices are the same; chance 1/E;
     - ``either``: the two tokens share any of their K choices; chance 1 - C(E - K, K) / C(E, K).
 
-    Interval: bootstrap over samples.
+    Interval: bootstrap over units.
 
     Returns:
         One row per (layer, ``statistic``): ``layer``, ``statistic``, ``value``, ``low``, ``high``, ``chance``.
     """
     experts, k = trace.num_experts, trace.top_k
     here = np.flatnonzero((np.diff(trace.sample) == 0) & (np.diff(trace.position) == 1))
-    resamples, block = bootstrap(trace)
+    drawn = units(trace)
     rows = []
     for place, layer in enumerate(trace.layers):
         before, after = trace.experts[here, place], trace.experts[here + 1, place]
@@ -39,7 +39,7 @@ def repeats(trace: Trace) -> pd.DataFrame:
             ("first", before[:, 0] == after[:, 0], 1 / experts),
             ("either", either, 1 - math.comb(experts - k, k) / math.comb(experts, k)),
         ):
-            rows.append((layer, name, *mean_of(hit, block[here], resamples), chance))
+            rows.append((layer, name, *mean_of(hit, drawn.unit[here], drawn), chance))
     return table_of_rows(rows, "layer statistic value low high chance")
 
 
@@ -53,7 +53,7 @@ def agreement(before: Trace, after: Trace) -> pd.DataFrame:
     - ``set``: the same K choices in any order; chance 1 / C(E, K);
     - ``kept``: the same experts got the token after drops; no chance value.
 
-    Interval: bootstrap over samples.
+    Interval: bootstrap over units.
 
     Returns:
         One row per (layer, ``statistic``): ``layer``, ``statistic``, ``value``, ``low``, ``high``, ``chance``.
@@ -63,7 +63,7 @@ def agreement(before: Trace, after: Trace) -> pd.DataFrame:
     """
     before, after = align(before, after)
     experts, k = before.num_experts, before.top_k
-    resamples, block = bootstrap(before)
+    drawn = units(before)
     same_kept = (kept_by_expert(before) == kept_by_expert(after)).all(axis=2)
     rows = []
     for place, layer in enumerate(before.layers):
@@ -75,7 +75,7 @@ def agreement(before: Trace, after: Trace) -> pd.DataFrame:
             ("set", common == k, 1 / math.comb(experts, k)),
             ("kept", same_kept[:, place], math.nan),
         ):
-            rows.append((layer, name, *mean_of(value, block, resamples), chance))
+            rows.append((layer, name, *mean_of(value, drawn.unit, drawn), chance))
     return table_of_rows(rows, "layer statistic value low high chance")
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from moekit.routing.metrics.registry import measured
 from moekit.routing.metrics.tables import chosen_experts, table_of_rows
-from moekit.routing.statistics import SEED, bootstrap, mean_of, wilson
+from moekit.routing.statistics import SEED, mean_of, units, wilson
 from moekit.routing.trace import Trace
 
 if TYPE_CHECKING:
@@ -112,14 +112,14 @@ def predictability(trace: Trace) -> pd.DataFrame:
 
     ``value`` = sum over i of max over j of N(i, j), over T: the accuracy of always guessing the most frequent follower,
     counted on the very tokens it was fitted to. So uniform random routing gives more than 1/E: ``chance`` is simulated
-    with as many tokens. (NVIDIA/Megatron-LM tools/moe_routing predicts the next layer.) Interval: bootstrap over samples
+    with as many tokens. (NVIDIA/Megatron-LM tools/moe_routing predicts the next layer.) Interval: bootstrap over units
     of the hits.
 
     Returns:
         One row per pair of layers: ``layer``, ``to_layer``, ``value``, ``low``, ``high``, ``chance``.
     """
     experts = trace.num_experts
-    resamples, block = bootstrap(trace)
+    drawn = units(trace)
     rng = np.random.default_rng(SEED)
     cells = rng.integers(0, experts**2, len(trace))
     chance = np.bincount(cells, minlength=experts**2).reshape(experts, -1).max(axis=1).sum() / len(trace)
@@ -127,5 +127,5 @@ def predictability(trace: Trace) -> pd.DataFrame:
     for place, count in enumerate(transitions(trace).counts):
         follower = count.argmax(axis=1)
         hit = follower[trace.experts[:, place, 0]] == trace.experts[:, place + 1, 0]
-        rows.append((*trace.layers[place : place + 2], *mean_of(hit, block, resamples), chance))
+        rows.append((*trace.layers[place : place + 2], *mean_of(hit, drawn.unit, drawn), chance))
     return table_of_rows(rows, "layer to_layer value low high chance")

@@ -1,107 +1,32 @@
-"""What experts are used for: domains and types of tokens."""
+"""What experts are used for: types of tokens."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from moekit.routing.metrics.registry import measured
 from moekit.routing.metrics.tables import (
-    block_counts,
     broadcast_table,
     chosen_experts,
-    labels_of,
-    layers_of,
+    made,
     table_of_rows,
     tokens_by,
 )
-from moekit.routing.statistics import SEED, bootstrap, entropy_bits, normal, percentiles, share
+from moekit.routing.statistics import SEED, normal, share
 from moekit.routing.trace import Trace
 
 if TYPE_CHECKING:
     import pandas as pd
 
-# resamples of domain_information, whose statistic is slow to compute
-FEW_RESAMPLES = 100
-
-
-@measured
-def domain_specialisation(
-    trace: Trace, groups: Sequence[str] | np.ndarray, *, dispatched: bool = False
-) -> pd.DataFrame:
-    """``value`` = N(e, d) / N(d): the share of a domain's tokens that expert e is among the K choices of.
-
-    OLMoE's domain specialisation (Muennighoff et al. 2024, arXiv 2409.02060, section 5.3). ``chance`` = K/E. Wilson.
-
-    Args:
-        groups: [T] labels, such as :func:`moekit.routing.domains.domains_of` gives.
-
-    Returns:
-        One row per (layer, domain, expert): ``layer``, ``domain``, ``expert``, ``count``, ``value``, ``low``, ``high``,
-        ``chance``.
-    """
-    names, label = labels_of(trace, groups)
-    experts = trace.num_experts
-    count = np.stack(
-        [
-            block_counts(label, chosen_experts(trace, place, None, dispatched), experts, len(names))
-            for place in range(len(trace.layers))
-        ]
-    ).astype(np.int64)
-    size = np.bincount(label, minlength=len(names))[None, :, None]
-    return broadcast_table(
-        {
-            "layer": layers_of(trace)[:, None, None],
-            "domain": names[None, :, None],
-            "expert": np.arange(experts)[None, None],
-            "count": count,
-        },
-        share(count, size),
-        chance=trace.top_k / experts,
-    )
-
-
-@measured
-def domain_information(trace: Trace, groups: Sequence[str] | np.ndarray) -> pd.DataFrame:
-    """How much a token's first choice tells of its domain: mutual information I(expert; domain), in bits.
-
-    I = sum over e, d of p(e, d) log2(p(e, d) / (p(e) p(d))), between 0 and the domains' entropy. Plug-in estimates
-    are too large by about (E - 1)(D - 1) / (2 T ln 2) bits (Miller 1955): ``chance`` is simulated with as many tokens.
-    Interval: bootstrap over samples.
-
-    Returns:
-        One row per layer: ``layer``, ``value``, ``low``, ``high``, ``chance``, ``domain_entropy`` (bits).
-    """
-    names, label = labels_of(trace, groups)
-    experts, domains = trace.num_experts, len(names)
-    resamples, block = bootstrap(trace)
-    rng = np.random.default_rng(SEED)
-
-    def information(c: np.ndarray) -> np.ndarray:
-        """Counts [..., D * E] -> bits [...]."""
-        p = c.reshape(*c.shape[:-1], domains, experts) / c.sum(axis=-1)[..., None, None]
-        return entropy_bits(p.sum(axis=-1)) + entropy_bits(p.sum(axis=-2)) - entropy_bits(p.reshape(*c.shape))
-
-    shuffled = label * experts + rng.integers(0, experts, len(trace))
-    chance = float(information(np.bincount(shuffled, minlength=domains * experts)))
-    entropy = float(entropy_bits(np.bincount(label, minlength=domains) / len(trace)))
-    rows = []
-    for place, layer in enumerate(trace.layers):
-        cell = label * experts + trace.experts[:, place, 0]
-        cells = block_counts(block, cell[:, None], domains * experts, len(resamples[0]))
-        again = percentiles(information(resamples[:FEW_RESAMPLES] @ cells))
-        rows.append((layer, float(information(cells.sum(axis=0))), *again, chance, entropy))
-    return table_of_rows(rows, "layer value low high chance domain_entropy")
-
 
 @measured
 def vocabulary_specialisation(
-    trace: Trace, by: str = "input", *, per_expert: bool = False, min_count: int = 10
+    trace: Trace, by: str = "input", *, choice: int = 0, per_expert: bool = False, min_count: int = 10
 ) -> pd.DataFrame:
-    """How far a token's type decides its first choice.
+    """How far a token's type decides its expert.
 
     For a type x with N(x) >= ``min_count`` tokens, s(x) = max over e of N(x, e) / N(x). ``value`` = mean of s over types
     (OLMoE, Muennighoff et al. 2024, arXiv 2409.02060, section 5.4, counts every type, however rare: that pulls it towards
@@ -110,6 +35,7 @@ def vocabulary_specialisation(
 
     Args:
         by: the type is that of the "input", the "target" or the "predicted" token.
+        choice: which of the K choices, 0 the first.
 
     Returns:
         One row per layer, or a (layer, expert) that has types: ``layer``, [``expert``,] ``types``, ``value``, ``low``,
@@ -122,7 +48,7 @@ def vocabulary_specialisation(
     chance = random.mean() if len(random) else math.nan
     rows = []
     for place, layer in enumerate(trace.layers):
-        favourite, share = _favourites(token, trace.experts[rows_of, place, 0], experts, min_count)
+        favourite, share = _favourites(token, trace.experts[rows_of, place, choice], experts, min_count)
         if per_expert:
             number = np.bincount(favourite, minlength=experts)
             total = np.bincount(favourite, share, minlength=experts)
@@ -184,9 +110,8 @@ def top_tokens(
     types = np.flatnonzero((total >= min_count) & (count > 0))
     value = count[types] / total[types]
     types = types[np.lexsort((types, -count[types], -value))][:n]
-    k = trace.top_k if choice is None else 1
     return broadcast_table(
         {"token": types, "count": count[types], "total": total[types]},
         share(count[types], total[types]),
-        chance=k / trace.num_experts,
+        chance=made(trace, choice) / trace.num_experts,
     )

@@ -37,6 +37,11 @@ def chosen_experts(trace: Trace, place: int, choice: int | None, dispatched: boo
     return chosen if choice is None else chosen[:, choice : choice + 1]
 
 
+def made(trace: Trace, choice: int | None) -> int:
+    """How many choices a token makes that count: K, or 1 of one ``choice``."""
+    return trace.top_k if choice is None else 1
+
+
 def block_counts(block: np.ndarray, chosen: np.ndarray, experts: int, blocks: int) -> np.ndarray:
     """[blocks, experts] float64: choices [T, K] counted by their token's block [T]; those beyond ``experts`` do not."""
     cell = block[:, None] * (experts + 1) + chosen
@@ -71,12 +76,15 @@ def layers_of(trace: Trace) -> np.ndarray:
 
 
 def broadcast_table(
-    columns: dict[str, np.ndarray], share: dict[str, np.ndarray], chance: float | np.ndarray
+    columns: dict[str, np.ndarray],
+    share: dict[str, np.ndarray],
+    chance: float | np.ndarray | None = None,
+    **more,
 ) -> pd.DataFrame:
     """A table with one row for each cell of arrays that broadcast against each other."""
     import pandas as pd
 
-    columns = columns | share | {"chance": chance}
+    columns = columns | share | ({} if chance is None else {"chance": chance}) | more
     arrays = np.broadcast_arrays(*columns.values())
     return pd.DataFrame({name: a.ravel() for name, a in zip(columns, arrays, strict=True)})
 

@@ -1,0 +1,218 @@
+"""Intervals of any metric over whole units, and tests of labels by permuting them over units."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moekit.routing import statistics
+from moekit.routing.metrics.registry import METRICS, measured
+from moekit.routing.metrics.tables import block_counts, broadcast_table, chosen_experts, labels_of, layers_of
+from moekit.routing.statistics import BLOCK, FEW, SEED, entropy_bits
+from moekit.routing.trace import ARRAYS, Trace
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+By = str | Sequence | np.ndarray
+# the columns that name a table's rows; any other one holds what was measured
+KEYS = "layer to_layer expert partner domain group statistic of policy size choice position token".split()
+STATISTICS = ("lift", "difference", "information")
+# numbers of an array that the permutations make at once
+CHUNK = 4_000_000
+
+
+@measured
+def bootstrap(
+    trace: Trace,
+    metric: str | Callable[..., pd.DataFrame],
+    *args: Any,
+    by: By = "sample",
+    size: int = BLOCK,
+    resamples: int = 1000,
+    seed: int = SEED,
+    **options: Any,
+) -> pd.DataFrame:
+    """A metric's table with 95 % bootstrap intervals over units that are drawn whole.
+
+        metrics.bootstrap(trace, "balance")
+        metrics.bootstrap(trace, metrics.domain_specialisation, labels, by="block", size=4)
+
+    Args:
+        metric: one of the metrics, its name, or a function of a trace that returns a table with ``value``.
+        args, options: the metric's own; those with an item for each token are drawn with it.
+        by: "sample"; "block": ``size`` neighbouring samples, for documents that lie across samples; or [T] units.
+        resamples: of the units. Metrics that count draw counts, 1,000 resamples in seconds; others are computed for each
+            resample again.
+
+    Returns:
+        The metric's table, with ``low``, ``high`` (:func:`moekit.routing.statistics.interval`), ``units`` and ``note``: "too
+        few" where there are fewer than ``FEW`` units (:mod:`moekit.routing.statistics`), and ``low`` and ``high`` are NaN.
+
+    Raises:
+        ValueError: no such metric, or it returns no table with ``value``.
+    """
+    chosen = METRICS.get(metric) if isinstance(metric, str) else metric
+    if chosen is None:
+        raise ValueError(f"metric={metric!r}; expected a function or one of {', '.join(METRICS)}")
+    plan = statistics.Plan(by, size, resamples, seed)
+    with statistics.resampling(plan):
+        frame = chosen(trace, *args, **options)
+        if not hasattr(frame, "columns") or "value" not in frame:
+            raise ValueError(f"{getattr(chosen, '__name__', chosen)} returns no table with the column value")
+        found = statistics.units(trace) if not plan.used else None
+    if found is not None:
+        frame = _redrawn_interval(trace, chosen, args, options, frame, found)
+    if "units" not in frame:
+        unit = statistics.unit_of(trace, by, size)
+        frame = frame.assign(units=float(min(int(unit.max()) + 1, statistics.BLOCKS)))
+    few = frame["units"] < FEW
+    return frame.assign(note=np.where(few, "too few", np.where(frame["low"].isna(), "does not vary", "")))
+
+
+def _redrawn_interval(
+    trace: Trace,
+    metric: Callable[..., pd.DataFrame],
+    args: tuple,
+    options: dict[str, Any],
+    frame: pd.DataFrame,
+    found: statistics.Units,
+) -> pd.DataFrame:
+    """The interval of a metric that is computed for each resample again."""
+    keys = [name for name in KEYS if name in frame.columns]
+    index = frame.set_index(keys).index if keys else frame.index
+    if index.has_duplicates:
+        raise ValueError(
+            f"the metric's rows are not told apart by {keys}; expected columns among {', '.join(KEYS)}"
+        )
+    rows_of = np.split(np.argsort(found.unit, kind="stable"), np.cumsum(np.bincount(found.unit))[:-1])
+    again = np.full((len(found.draws), len(frame)), np.nan)
+    for number, draw in enumerate(found.draws.astype(int)):
+        rows, copy = [], []
+        for unit in np.flatnonzero(draw):
+            for _ in range(draw[unit]):
+                rows.append(rows_of[unit])
+                # Each copy of a sample is a sample of its own.
+                copy.append(trace.sample[rows_of[unit]].astype(np.int64) + (len(copy) << 32))
+        rows, copy = np.concatenate(rows), np.concatenate(copy)
+        sample = np.unique(copy, return_inverse=True)[1].astype(np.int32)
+        some = {name: getattr(trace, name)[rows] for name in ARRAYS} | {"sample": sample}
+        full = {layer: probs[rows] for layer, probs in trace.full.items()}
+        drawn = dataclasses.replace(trace, **some, full=full)
+
+        def of_rows(value: Any, rows: np.ndarray = rows) -> Any:
+            per_token = not isinstance(value, str) and getattr(value, "__len__", lambda: -1)() == len(trace)
+            return np.asarray(value)[rows] if per_token else value
+
+        one = metric(drawn, *map(of_rows, args), **{name: of_rows(value) for name, value in options.items()})
+        again[number] = one.set_index(keys)["value"].reindex(index) if keys else one["value"]
+    value = frame["value"].to_numpy(float)
+    known = ~np.isnan(again).any(axis=0)
+    low, high = statistics.interval(np.nan_to_num(again), np.nan_to_num(value), found.number)
+    return frame.assign(low=np.where(known, low, np.nan), high=np.where(known, high, np.nan))
+
+
+@measured
+def permutation(
+    trace: Trace,
+    groups: Sequence[str] | np.ndarray,
+    *,
+    statistic: str = "lift",
+    choice: int | None = None,
+    dispatched: bool = False,
+    by: By = "sample",
+    size: int = BLOCK,
+    draws: int = 2000,
+    seed: int = SEED,
+    level: float = 0.05,
+) -> pd.DataFrame:
+    """Which (expert, domain) pairs are more than chance: a permutation test of the labels over whole units.
+
+    If labels told nothing of the routing, they could be exchanged between units. ``draws`` times they are, and the largest
+    statistic of all pairs of a layer is noted. ``p`` = (1 + how many of these reach the pair's own) / (1 + draws): the
+    probability that any pair of the layer comes so far by chance (Westfall and Young 1993, single-step maxT; Phipson and
+    Smyth 2010 for the 1). So at most ``level`` of all layers without any structure mark a pair.
+
+    Units have to be exchangeable. Where a document lies across samples, ``by`` has to keep it whole.
+
+    Args:
+        groups: [T] labels. A unit with several is as many units, each with its own label.
+        statistic: "lift": N(e, d) / N(d) over the expert's share of all tokens; "difference": minus it, which weighs busy
+            experts more; "information": I(expert; domain) of the layer, one row a layer.
+        choice: only this one (0: first).
+
+    Returns:
+        One row per (layer, domain, expert), or per layer: ``layer``, [``domain``, ``expert``,] ``value`` (the statistic), ``p``,
+        ``survives`` (p <= level), ``units`` (with this label), ``note``: "too few" where no arrangement of the units could
+        reach ``level``, and ``survives`` is False.
+    """
+    if statistic not in STATISTICS:
+        raise ValueError(f"statistic={statistic!r}; expected one of {', '.join(STATISTICS)}")
+    names, label = labels_of(trace, groups)
+    domains, experts = len(names), trace.num_experts
+    piece, cell = np.unique(statistics.unit_of(trace, by, size) * domains + label, return_inverse=True)
+    label = piece % domains
+    weight = np.bincount(cell).astype(float)
+    cells = np.concatenate(
+        [
+            block_counts(cell, chosen_experts(trace, place, choice, dispatched), experts, len(piece))
+            for place in range(len(trace.layers))
+        ],
+        axis=1,
+    )
+    shape = (domains, len(trace.layers), experts)
+    whole = cells.sum(axis=0).reshape(shape[1:])
+
+    def measure(labels: np.ndarray) -> np.ndarray:
+        """Labels [R, P] of the pieces -> [R, D, L, E], or [R, L] of "information"."""
+        one_hot = (labels[:, None] == np.arange(domains)[:, None]).astype(float)
+        count = (one_hot.reshape(-1, len(piece)) @ cells).reshape(len(labels), *shape)
+        if statistic == "information":
+            p = np.moveaxis(count, 2, 1) / whole.sum(axis=1)[:, None, None]
+            flat = p.reshape(*p.shape[:2], -1)
+            return entropy_bits(p.sum(axis=3)) + entropy_bits(p.sum(axis=2)) - entropy_bits(flat)
+        share = count / np.maximum(one_hot @ weight, 1e-30)[..., None, None]
+        load = whole / weight.sum()
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.nan_to_num(share / load) if statistic == "lift" else share - load
+
+    value = measure(label[None])[0]
+    rng = np.random.default_rng(seed)
+    reached = np.zeros(value.shape, dtype=np.int64)
+    step = max(1, CHUNK // max(cells.shape[1] * domains, len(piece) * domains))
+    for start in range(0, draws, step):
+        labels = np.stack([rng.permutation(label) for _ in range(min(step, draws - start))])
+        again = measure(labels)
+        most = again if statistic == "information" else again.max(axis=(1, 3))[:, None, :, None]
+        # Equal sums in another order may differ in the last digit.
+        reached += (most >= value - 1e-9 * np.abs(value)).sum(axis=0)
+    p = (1 + reached) / (1 + draws)
+    number = np.bincount(label, minlength=domains)
+    few = _least_p(number) > level
+    columns = {"layer": layers_of(trace)}
+    more: dict[str, np.ndarray] = {"units": np.array(len(piece))}
+    if statistic != "information":
+        columns = {
+            "layer": layers_of(trace)[:, None, None],
+            "domain": names[None, :, None],
+            "expert": np.arange(experts)[None, None],
+        }
+        value, p = (np.moveaxis(table, 1, 0) for table in (value, p))
+        more = {"units": number[None, :, None]}
+    survives = (p <= level) & (not few)
+    return broadcast_table(
+        columns,
+        {"value": value, "p": p, "survives": survives},
+        **more,
+        note=np.array("too few" if few else ""),
+    )
+
+
+def _least_p(number: np.ndarray) -> float:
+    """One over how many arrangements there are of as many units with each label: no test comes below."""
+    from scipy.special import gammaln
+
+    return float(np.exp(gammaln(number + 1).sum() - gammaln(number.sum() + 1)))

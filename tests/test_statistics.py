@@ -1,0 +1,330 @@
+"""Intervals over whole units, tests by permutation, and information: by hand, against slow ways, and calibrated."""
+
+import dataclasses
+import itertools
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from synthetic_traces import synthetic
+from test_metrics import make
+
+from moekit.routing import calibration, metrics, statistics
+from moekit.routing.calibration import Source
+from moekit.routing.compare import change_by_domain, compare
+from moekit.routing.trace import align, join
+
+
+def slow(metric):
+    """The same metric, so that bootstrap cannot use its counts."""
+
+    def again(trace, *args, **options):
+        with statistics.resampling(statistics.Plan()):
+            return metric(trace, *args, **options)
+
+    return again
+
+
+# -------------------------------------------------------------------------------------------------------- bootstrap
+
+
+@pytest.mark.parametrize("metric", ["load", "balance", "gate", "drops", "repeats"])
+def test_counting_units_equals_drawing_tokens(metric):
+    """The fast way draws counts, the slow one makes the trace of every resample."""
+    trace, _ = synthetic(tokens=600, block=40, experts=6)
+    fast = metrics.bootstrap(trace, metric, resamples=60)
+    drawn = metrics.bootstrap(trace, slow(metrics.METRICS[metric]), resamples=60)
+    np.testing.assert_allclose(fast["low"], drawn["low"], atol=1e-6)
+    np.testing.assert_allclose(fast["high"], drawn["high"], atol=1e-6)
+    assert (fast["note"] == "").any()
+
+
+@pytest.mark.parametrize("metric", [metrics.domain_specialisation, metrics.domain_information])
+def test_labels_are_drawn_with_their_tokens(metric):
+    trace, labels = synthetic(tokens=800, block=40, experts=6, domains=2)
+    fast = metrics.bootstrap(trace, metric, labels, resamples=60)
+    drawn = metrics.bootstrap(trace, slow(metric), labels, resamples=60)
+    few = fast["units"] < statistics.FEW
+    np.testing.assert_allclose(fast["value"], drawn["value"])
+    if metric is metrics.domain_information:
+        np.testing.assert_allclose(fast[["low", "high"]], drawn[["low", "high"]], atol=1e-6)
+    else:
+        # The slow way knows no domain's own number of units.
+        assert (fast["units"] <= drawn["units"]).all() and not few.all()
+
+
+def test_the_interval_is_that_of_units_and_not_of_tokens():
+    """Samples that are all of one expert: 40 samples tell as much as 40 tokens."""
+    chosen = np.repeat(np.arange(40) % 2, 25)
+    trace = make(chosen[:, None, None], sample=np.repeat(np.arange(40), 25), num_experts=2)
+    row = metrics.bootstrap(trace, "load").iloc[0]
+    spread = math.sqrt(0.25 / 40)
+    assert row["high"] - row["low"] == pytest.approx(2 * 2.02 * spread, rel=0.15)
+    low, high = metrics.wilson(np.array([500]), np.array([1000]))
+    assert (row["high"] - row["low"]) > 4 * (high - low)[0]
+
+
+def test_units_are_samples_groups_of_them_or_the_callers():
+    trace, _ = synthetic(tokens=400, block=10)
+    assert metrics.bootstrap(trace, "load")["units"].iloc[0] == 40
+    assert metrics.bootstrap(trace, "load", by="block", size=4)["units"].iloc[0] == 10
+    documents = np.repeat(["a", "b"], 200)
+    told = metrics.bootstrap(trace, "load", by=documents)
+    assert (told["note"] == "too few").all() and told[["low", "high"]].isna().all(axis=None)
+    with pytest.raises(ValueError, match="by='token'"):
+        metrics.bootstrap(trace, "load", by="token")
+    with pytest.raises(ValueError, match="by has shape"):
+        metrics.bootstrap(trace, "load", by=[1, 2])
+    with pytest.raises(ValueError, match="metric='lod'"):
+        metrics.bootstrap(trace, "lod")
+    with pytest.raises(ValueError, match="no table with the column value"):
+        metrics.bootstrap(trace, metrics.counts)
+
+
+def test_every_metric_of_a_trace_has_an_interval():
+    trace, _ = synthetic(tokens=480, block=40, experts=6)
+    for name in set(metrics.METRICS) - {"counts", "coactivation", "transitions"}:
+        frame = metrics.bootstrap(trace, name, resamples=12)
+        assert {"value", "low", "high", "units", "note"} <= set(frame.columns), name
+        varies = frame["note"] == ""
+        assert (frame.loc[varies, "low"] <= frame.loc[varies, "high"]).all(), name
+
+
+def test_a_metric_of_the_users_own():
+    trace, _ = synthetic(tokens=400, block=20, vocab=30)
+
+    def busiest(trace):
+        return pd.DataFrame({"layer": trace.layers, "value": metrics.counts(trace).max(axis=1) / len(trace)})
+
+    frame = metrics.bootstrap(trace, busiest, resamples=50)
+    assert frame["layer"].tolist() == [1, 3] and frame["note"].eq("").all()
+
+
+# ------------------------------------------------------------------------------------------------------ permutation
+
+
+def test_permutation_by_hand():
+    """Four samples, two labels: of the six arrangements two give the largest lift that is seen."""
+    chosen = np.repeat([0, 0, 1, 1], 5)
+    trace = make(chosen[:, None, None], sample=np.repeat(np.arange(4), 5), num_experts=2)
+    labels = np.repeat(["a", "a", "b", "b"], 5)
+    told = metrics.permutation(trace, labels, draws=3000, level=0.4).set_index(["domain", "expert"])
+    assert told.loc[("a", 0), "value"] == 2 and told.loc[("a", 1), "value"] == 0
+    assert told.loc[("a", 0), "p"] == pytest.approx(1 / 3, abs=0.03)
+    assert told.loc[("a", 0), "survives"] and not told.loc[("a", 1), "survives"]
+    assert told["units"].eq(2).all()
+    few = metrics.permutation(trace, labels, draws=100)
+    assert (few["note"] == "too few").all() and not few["survives"].any()
+    with pytest.raises(ValueError, match="statistic='t'"):
+        metrics.permutation(trace, labels, statistic="t")
+
+
+@pytest.mark.parametrize("statistic", ["lift", "difference", "information"])
+def test_the_observed_statistic_is_that_of_the_metric(statistic):
+    trace, labels = synthetic(tokens=600, block=30, experts=5, domains=3)
+    told = metrics.permutation(trace, labels, statistic=statistic, choice=0, draws=50)
+    if statistic == "information":
+        wanted = metrics.domain_information(trace, labels)["value"]
+    else:
+        table = metrics.domain_specialisation(trace, labels, choice=0)
+        wanted = table["lift"] if statistic == "lift" else table["value"] - table["chance"]
+    np.testing.assert_allclose(told["value"], wanted, atol=1e-12)
+
+
+def test_a_pair_that_is_there_survives_and_a_busy_expert_does_not():
+    """Expert 0 is everybody's; expert 3 is domain b's alone."""
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.where(np.arange(40) % 2, "b", "a"), 20)
+    second = np.where((labels == "b") & (rng.random(800) < 0.6), 3, rng.integers(1, 3, 800))
+    chosen = np.stack([np.zeros(800, int), second], axis=1)[:, None]
+    trace = make(chosen, sample=np.repeat(np.arange(40), 20))
+    told = metrics.permutation(trace, labels).set_index(["domain", "expert"])
+    assert told.loc[("b", 3), "survives"] and not told.loc[[("a", 0), ("b", 0)], "survives"].any()
+    table = metrics.domain_specialisation(trace, labels).set_index(["domain", "expert"])
+    assert table.loc[("a", 0), "lift"] == 1 and table.loc[("a", 0), "value"] == 1
+    uniform = metrics.domain_specialisation(trace, labels, against="uniform").set_index(["domain", "expert"])
+    assert uniform.loc[("a", 0), "lift"] == 2 and uniform.attrs["against"] == "uniform"
+    with pytest.raises(ValueError, match="against='chance'"):
+        metrics.domain_specialisation(trace, labels, against="chance")
+
+
+# --------------------------------------------------------------------------------------------------------- pairs
+
+
+def test_sign_flips_by_hand():
+    """Three units that all lose: of the eight choices of signs two are as far from 0."""
+    told = statistics.paired(np.array([-1.0, -1, -2, -3, np.nan]), np.array([0, 0, 1, 2, 2]))
+    assert told.tokens == 4 and told.units == 3 and told.value == -7 / 4 and told.same_sign == 1
+    assert told.p == pytest.approx(0.25, abs=0.03) and math.isnan(told.low)
+    assert told.effect == pytest.approx(-2.0)  # means -1, -2, -3
+    assert statistics.paired(np.full(3, np.nan), np.arange(3)).tokens == 0
+
+
+def test_holm_by_hand():
+    assert statistics.holm([0.01, 0.04, 0.03, np.nan])[:3].tolist() == pytest.approx([0.03, 0.06, 0.06])
+    assert np.isnan(statistics.holm([np.nan, 0.5])).tolist() == [True, False]
+
+
+def test_change_by_domain_tells_which_survive():
+    trace, _ = synthetic(tokens=2000, block=50)
+    labels = np.repeat(["a", "b"], 1000)
+    rng = np.random.default_rng(1)
+    moved = np.where(labels == "a", -0.5, 0) + rng.normal(0, 0.2, 40)[trace.sample]
+    after = dataclasses.replace(trace, logprob=trace.logprob + moved.astype(np.float32))
+    table = change_by_domain(trace, after, labels).set_index("domain")
+    assert table["survives"].to_dict() == {"a": True, "b": False}
+    assert table["units"].tolist() == [20, 20]
+    assert (table["low"] < table["change"]).all() and (table["change"] < table["high"]).all()
+    np.testing.assert_allclose(table["perplexity_ratio"], np.exp(-table["change"]))
+    found = compare(trace, after)
+    assert len(found.units) == 40 and found.paired.value == pytest.approx(found.delta, abs=1e-6)
+    few = change_by_domain(trace, after, labels, by=np.repeat(np.arange(4), 500))
+    assert (few["note"] == "too few").all() and not few["survives"].any()
+
+
+# ---------------------------------------------------------------------------------------------------- information
+
+
+def test_information_by_hand():
+    """The token decides the expert; the position tells nothing."""
+    chosen = np.tile([0, 1, 0, 1, 0, 1, 1, 0], 20)
+    trace = make(chosen[:, None, None], sample=np.repeat(np.arange(20), 8), token=chosen + 4, num_experts=2)
+    told = metrics.information(trace, np.where(chosen, "x", "y")).set_index("of")
+    assert told.loc["token", "value"] == pytest.approx(1) and told.loc["token", "entropy"] == pytest.approx(1)
+    assert told.loc["token", "corrected"] == pytest.approx(
+        told.loc["token", "value"] - told.loc["token", "chance"]
+    )
+    assert told.loc["domain", "value"] == pytest.approx(1)
+    assert told.loc["previous", "tokens"] == 140, "the first token of a sample has none before it"
+
+
+def test_information_brute():
+    trace, labels = synthetic(tokens=500, block=50, experts=5, vocab=30)
+    told = metrics.information(trace, labels, min_count=5, shuffles=3).set_index(["layer", "of"])
+    for place, layer in enumerate(trace.layers):
+        pairs = list(zip(trace.token.tolist(), trace.experts[:, place, 0].tolist(), strict=True))
+        number = {t: sum(one == t for one, _ in pairs) for t, _ in pairs}
+        pairs = [pair for pair in pairs if number[pair[0]] >= 5]
+        n, bits = len(pairs), 0.0
+        for t, e in set(pairs):
+            both, one, other = (
+                pairs.count((t, e)),
+                sum(a == t for a, _ in pairs),
+                sum(b == e for _, b in pairs),
+            )
+            bits += both / n * math.log2(both * n / (one * other))
+        assert told.loc[(layer, "token"), "value"] == pytest.approx(bits)
+        assert told.loc[(layer, "token"), "tokens"] == n
+
+
+def test_what_tells_nothing_is_corrected_to_nothing():
+    rng = np.random.default_rng(0)
+    trace = make(rng.integers(0, 8, (4000, 1, 1)), sample=np.arange(4000) // 100, num_experts=8)
+    row = metrics.information(trace).set_index("of").loc["position"]
+    assert row["value"] > 0.1 and abs(row["share"]) < 0.01
+
+
+def test_classes_of_tokens():
+    pieces = ["The", " 12", " ca", "ts", "\n", "In", "</s>", "x"]
+    trace = make(np.zeros((8, 1, 1), int), sample=[0] * 8)
+    kind = metrics.classes_of(trace, pieces, lambda piece: "number" if piece.strip().isdigit() else "other")
+    assert kind.tolist() == ["other", "number"] + ["other"] * 6
+    words = metrics.classes_of(trace, pieces, str, words=True)
+    assert words.tolist() == ["The", " 12", " cats", " cats", "\n", "In</s>", "In</s>", "x"]
+    told = metrics.information(trace, classes={"kind": kind}, min_count=1, shuffles=1)
+    assert "kind" in set(told["of"])
+    with pytest.raises(ValueError, match="7 texts for 8 tokens"):
+        metrics.classes_of(trace, pieces[1:], str)
+
+
+# -------------------------------------------------------------------------------------------- which tokens count
+
+
+def test_new_tokens_count_unless_the_prompt_is_asked_for():
+    trace, labels = synthetic(tokens=200, block=50)
+    trace = dataclasses.replace(trace, generated=trace.position >= 30)
+    new = trace.select(mask=trace.generated)
+    pd.testing.assert_frame_equal(metrics.load(trace), metrics.load(new))
+    assert metrics.counts(trace, prompt=True).sum() == 2 * 2 * 200
+    assert metrics.counts(trace).sum() == 2 * 2 * 80
+    pd.testing.assert_frame_equal(
+        metrics.domain_specialisation(trace, labels),
+        metrics.domain_specialisation(new, labels[trace.generated]),
+    )
+    units = np.arange(200) // 10
+    wanted = metrics.bootstrap(new, "load", by=units[trace.generated])
+    pd.testing.assert_frame_equal(metrics.bootstrap(trace, "load", by=units), wanted)
+
+
+def test_samples_are_unique_in_join():
+    one, _ = synthetic(tokens=60, block=20)
+    with pytest.raises(ValueError, match="renumber=True"):
+        join([one, one])
+    both = join([one, one.select(samples=[1, 2])], renumber=True)
+    assert np.unique(both.sample).tolist() == [0, 1, 2, 3, 4]
+    assert np.array_equal(both.experts[60:80], one.experts[20:40])
+
+
+def test_unknown_tokens_are_not_different():
+    one, _ = synthetic(tokens=60, block=20)
+    other = dataclasses.replace(one, token=np.full(60, -1, np.int32), target=np.full(60, 1, np.int32))
+    found = compare(other, one).tokens
+    assert found["token"].tolist() == one.token.tolist() and found["target"].tolist() == one.target.tolist()
+    wrong = dataclasses.replace(
+        one, token=np.where(one.token == one.token[0], -1, one.token + 1).astype(np.int32)
+    )
+    with pytest.raises(ValueError, match="tokens differ"):
+        align(one, wrong)
+
+
+# --------------------------------------------------------------------------------------------------- calibration
+
+
+def test_the_sources_truth_is_what_a_long_trace_gives():
+    source = Source(6000, (20, 20))
+    truth = source.truth()
+    trace, labels = source.draw(5)
+    assert np.allclose(metrics.load(trace)["value"], truth["load"], atol=0.01)
+    assert np.allclose(metrics.drops(trace)["value"], truth["drops"], atol=0.01)
+    table = metrics.domain_specialisation(trace, labels)
+    assert np.allclose(table["value"], truth["domain_specialisation"], atol=0.03)
+    assert np.allclose(table["lift"], truth["domain_specialisation: lift"], atol=0.1)
+    assert metrics.domain_information(trace, labels)["value"][0] == pytest.approx(
+        truth["domain_information"][0], abs=0.01
+    )
+
+
+@pytest.mark.parametrize("source", [Source(60), Source(40, (16, 120))])
+def test_intervals_hold_the_truth(source):
+    """120 draws with fixed seeds; 95 % +- 3 standard errors of the metrics with one row."""
+    for name, held in calibration.coverage(source, 120).items():
+        assert 0.89 <= held, (name, held)
+    # Wilson's interval, which takes the tokens as independent, does not.
+    truth, hits = source.truth()["load"], []
+    for seed in range(60):
+        count = metrics.counts(source.draw(seed)[0])[0]
+        low, high = metrics.wilson(count, np.full(len(count), count.sum()))
+        hits.extend((low <= truth) & (truth <= high))
+    assert np.mean(hits) < 0.8
+
+
+def test_tests_keep_their_level():
+    for name, wrong in calibration.level(Source(24), 150, permutations=200).items():
+        assert 0 <= wrong <= 0.11, (name, wrong)
+
+
+def test_three_documents_a_domain_are_too_few():
+    trace, labels = Source(12).draw(0)
+    told = metrics.bootstrap(trace, metrics.domain_specialisation, labels)
+    assert (told["note"] == "too few").all() and told["low"].isna().all()
+
+
+def test_permutations_count_pieces_of_mixed_units():
+    trace, labels = synthetic(tokens=400, block=40, domains=2)
+    told = metrics.permutation(trace, labels, draws=20)
+    pieces = {(s, d) for s, d in zip(trace.sample, labels, strict=True)}
+    for domain in np.unique(labels):
+        number = sum(d == domain for _, d in pieces)
+        assert told.loc[told["domain"] == domain, "units"].eq(number).all()
+    assert len(told) == len(list(itertools.product(trace.layers, np.unique(labels), range(16))))
