@@ -46,10 +46,6 @@ def _listed(settings: data.Settings) -> corpus.Texts:
     return corpus.own(settings.source, settings.data_dir)
 
 
-def _opened(file: Path) -> None:
-    open(file, "rb").close()
-
-
 def load_shards(p: SimpleNamespace) -> ModelConfig:
     """The checkpoint is whole, the devices are there, ``bpe`` is the model's, and ``output_dir`` can be written to.
 
