@@ -18,7 +18,7 @@ from moekit.fairseq_data import Batches, Data, is_data
 from moekit.generation.run import generate, stream
 from moekit.handle import Handle, describe_run, find_codec, find_dictionary, weights_dtype
 from moekit.interrupts import import_whole
-from moekit.nn.config import changed
+from moekit.nn.changes import changed
 from moekit.nn.operations import choose_backend
 from moekit.nn.record import Options
 from moekit.progress import bar as progress_bar

@@ -33,7 +33,7 @@ from moekit.arguments import Capacity, check, shown
 from moekit.batches import Batch
 from moekit.checkpoint.options import from_fairseq, options_of
 from moekit.handle import check_size, find_dictionary
-from moekit.nn.config import CHANGEABLE
+from moekit.nn.changes import CHANGEABLE
 from moekit.scoring import score_batches
 
 logger = logging.getLogger("fairseq_cli.eval_lm")  # fairseq's name, since scripts look for it

@@ -232,7 +232,7 @@ def from_fairseq(
         moe_freq=max(options.whole("moe_freq", 0, 0, MOST), options.whole("decoder_moe_freq", 0, 0, MOST)),
         experts=options.whole("moe_expert_count", 0, 0, MOST),
         alternate_ffn_dim=options.whole("alternate_decoder_ffn_embed_dim", 0, 0, MOST),
-        top1=options.flag("moe_top1_expert"),
+        gate="top1" if options.flag("moe_top1_expert") else "top2",
         gate_fp32=options.flag("moe_gating_use_fp32"),
         second_expert=options.word("moe_second_expert_policy", "sampling", SECOND_EXPERT),
         normalize_before_dropping=options.flag("moe_normalize_gate_prob_before_dropping"),
