@@ -19,7 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from moekit.arguments import Choice, Flag, Kind, Number, ParameterError, Text, Texts, Whole, _convert
+from moekit.arguments import Capacity, Choice, Flag, Kind, Number, ParameterError, Text, Texts, Whole, _convert
 from moekit.data.sources import CHECKPOINTS
 from moekit.notebook import errors
 
@@ -66,7 +66,7 @@ DATA: Table = {
     "subset": Text(),
     "tokens_per_sample": Whole(optional=True),
     "batch_size": Whole(),
-    "capacity_token_fraction": Number(optional=True),
+    "capacity_token_fraction": Capacity(),
 }
 GENERATION: Table = {
     "prompts": Texts(),
