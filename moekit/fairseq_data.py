@@ -218,9 +218,6 @@ def lines(prefix: Path) -> tuple[np.ndarray, np.ndarray]:
     return np.array(sizes), ids - 1 if verify.kind_of(prefix) == "cached" else np.array(ids)
 
 
-_lines = lines
-
-
 def data_folder(data: str | Path) -> Path:
     """The folder that ``data`` names: "demo" is the demo's; of several with colons between, the first."""
     if isinstance(data, str) and data == "demo":

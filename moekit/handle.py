@@ -266,11 +266,6 @@ def check_size(types: int, whose: str, config: ModelConfig) -> None:
         )
 
 
-def pieces(codec: Codec | Ids | None, ids: Iterable[int]) -> list[str]:
-    """Each token as text; by its id where there is no codec."""
-    return (codec or Ids()).pieces(ids)
-
-
 def describe_run(
     model: Handle, batches: Sequence[Batch], fraction: float | None, seed: int
 ) -> dict[str, Any]:

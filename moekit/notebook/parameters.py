@@ -19,7 +19,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from moekit.arguments import Capacity, Choice, Flag, Kind, Number, ParameterError, Text, Texts, Whole, _convert
+from moekit.arguments import (
+    Capacity,
+    Choice,
+    Flag,
+    Kind,
+    Number,
+    ParameterError,
+    Text,
+    Texts,
+    Whole,
+    _convert,
+)
 from moekit.data.sources import CHECKPOINTS
 from moekit.notebook import errors
 

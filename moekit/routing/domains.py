@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moekit.fairseq_data import _lines, data_folder
+from moekit.fairseq_data import data_folder, lines
 from moekit.routing.trace import Trace
 
 
@@ -42,7 +42,7 @@ def domains_of(
     if not side.is_file():
         raise ValueError(f"there is no file {side} with a domain for each line of the text")
     labels = np.array(side.read_text("utf-8").split("\n")[:-1])
-    sizes, ids = _lines(folder / subset)
+    sizes, ids = lines(folder / subset)
     if len(labels) != len(sizes):
         raise ValueError(
             f"{side} has {len(labels)} lines, the text {len(sizes)}: expected a domain for each line"
