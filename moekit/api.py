@@ -239,7 +239,8 @@ def load(
         moekit.ranks.RankError: a rank failed.
     """
     began = time.perf_counter()
-    import_whole("omegaconf")  # what checkpoints are read with
+    # Checkpoints are read with it.
+    import_whole("omegaconf")
     world_size = check("world_size", world_size, Whole(optional=True))
     devices = choose_devices(world_size, device) if ranks is None else _devices_of(ranks, world_size, device)
     world_size = len(devices)
@@ -263,7 +264,8 @@ def load(
             )
             plan.opened.clear()
             ckpt.warn_nonfinite(found for part in model.parts for found in part["nonfinite"])
-            bar.update(bar.total - bar.n)  # what is not tensors
+            # The bytes of the files that are no tensors.
+            bar.update(bar.total - bar.n)
         model.load_seconds = time.perf_counter() - began
     except BaseException:
         pool.close()

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
-MOST = 2**63 - 1  # what the ranks' int64 holds
+# The greatest number of the ranks' int64.
+MOST = 2**63 - 1
 
 
 class ParameterError(ValueError):

@@ -34,7 +34,8 @@ REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "cross_self_attention": (bool, "cross-self-attention"),
     "decoder_layers_to_keep": (_given, "pruned layers"),
 }
-MOST = 1_000_000  # of dims, experts and positions; LAYERS of layers
+# The most dims, experts or positions of a model; LAYERS is the most layers.
+MOST = 1_000_000
 LAYERS = 10_000
 
 

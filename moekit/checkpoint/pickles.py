@@ -1,7 +1,7 @@
 """What a pickle says, read without running it: nothing is imported, called or built.
 
 A pickle is a program for a small stack machine. :func:`parse` is that machine, but an instruction that would call a
-function only notes the call: a :class:`Call` with the function's name and its arguments. Whoever reads the result
+function only notes the call: a :class:`Call` with the function's name and its arguments. The reader of the result
 decides what a call means. So a pickle cannot execute anything here, and its cost is bounded by its length: the machine
 counts instructions and what they make.
 

@@ -204,4 +204,5 @@ class Source:
     experts: range
     bytes: int
     tensors: int
-    stamp: tuple[int, ...] = field(repr=False)  # see :func:`stamp`
+    # See :func:`stamp`.
+    stamp: tuple[int, ...] = field(repr=False)

@@ -165,5 +165,5 @@ def passage(
 
 
 def _surprise(bits: float) -> str:
-    """The colour of a token that took so many bits."""
+    """The colour of a token that cost ``bits`` bits."""
     return to_hex(SURPRISE(min(1.0, bits / SURPRISE_KEYS[-1])))
