@@ -218,7 +218,7 @@ def load(
             same model (:func:`moekit.checkpoint.find`).
         world_size: ranks, each with a share of the experts; any number, whatever the number of files. None: one for
             every GPU, one on the CPU.
-        device: "cuda" (a GPU a rank), "cpu", or "auto": GPUs where there are any.
+        device: "cuda" (one GPU per rank), "cpu", or "auto": GPUs where there are any.
         dtype: "float32", "float16", "bfloat16", or "auto": the checkpoint's own on GPUs, float32 on the CPU.
         dictionary: ``dict.txt`` or its folder; rows of the matrices beyond it are not loaded. None: the one beside the
             checkpoint, if there is one; else all rows are loaded, and each data set's dictionary decides. "demo" is the

@@ -228,7 +228,7 @@ def summarize(
     """Put scored batches into fairseq's figures (``eval_lm`` in fairseq_cli/eval_lm.py).
 
     Args:
-        whose: what holds the tokens, for the error where there are none.
+        whose: the source of the tokens, named in the error if it has none.
         skip_first: the first target of each sample is the begin-of-sentence symbol, which does not count.
     """
     import pandas as pd

@@ -21,7 +21,7 @@ def _some(value: Any) -> bool:
     return value is not None and not (isinstance(value, (bool, int, float)) and value <= 0)
 
 
-# option -> (does this value ask for it?, what it is)
+# Option -> (whether a value asks for it, its description).
 REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "adaptive_input": (bool, "adaptive input embeddings"),
     "adaptive_softmax_cutoff": (_given, "an adaptive softmax"),

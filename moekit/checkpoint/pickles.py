@@ -73,7 +73,7 @@ def parse(data: bytes | memoryview, start: int = 0) -> Parsed:
     """
     machine = _Machine(data, start)
     collects = gc.isenabled()
-    # The collector would look again and again at what is made here, all of which is kept.
+    # The garbage collector would scan these objects again and again, and all of them are kept.
     gc.disable()
     try:
         return Parsed(machine.run(), machine.at, machine.names)

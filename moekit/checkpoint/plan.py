@@ -270,7 +270,7 @@ def fill(
 
 
 def describe(checkpoint: str | Path) -> list[dict[str, Any]]:
-    """What lies in a checkpoint's folder, a row a file: for tables.
+    """The contents of a checkpoint's folder, one row per file, for tables.
 
     Returns:
         Rows with ``file``, ``bytes``, ``kind`` ("shared" or "rank"), ``rank`` (None for the shared one), ``experts``

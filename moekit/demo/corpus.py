@@ -153,7 +153,7 @@ def hash_text(text: str) -> int:
 def collect(work: Path) -> dict[str, dict[str, list[Document]]]:
     """Documents by split and domain, without repeats within or across documents, domains and splits.
 
-    Held-out documents come first, so that it is the training text which loses what both have.
+    Held-out documents come first, so that the training text loses what both have.
     """
     rng = random.Random(SEED)
     domains: dict[str, dict[str, list[Document]]] = {}

@@ -77,7 +77,7 @@ def generate(
         capacity_token_fraction: of the experts while they read a prompt, each prompt by itself, as in
             :meth:`moekit.api.Model.evaluate`. None drops nothing. New tokens are never dropped.
         record: called on the ranks by every MoE layer, see :class:`moekit.nn.transformer.Pass`; a group is a sequence.
-        trace: also record the routing, a sample a sequence; :class:`moekit.nn.record.Options` say what of it. Not of a
+        trace: also record the routing, one sample per sequence; :class:`moekit.nn.record.Options` say what of it. Not of a
             beam search, nor what the output predicted besides (``alternatives`` tell that).
         progress: show a bar.
 
