@@ -81,9 +81,6 @@ def parameter(name: str, value: Any, kind: Kind) -> Any:
         raise ParameterError(str(error)) from None
 
 
-_convert = parameter
-
-
 class _Why(ValueError):
     """A reason that says more than the kind's ``expected``."""
 

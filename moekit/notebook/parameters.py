@@ -29,7 +29,8 @@ from moekit.arguments import (
     Text,
     Texts,
     Whole,
-    _convert,
+    Wholes,
+    parameter,
 )
 from moekit.data.sources import CHECKPOINTS
 from moekit.notebook import errors
@@ -51,18 +52,7 @@ class Place:
         return text
 
 
-@dataclass(frozen=True)
-class Wholes:
-    """A list of whole numbers; one number counts as a list of one."""
-
-    optional: bool = False
-    expected = "a list of whole numbers"
-
-    def convert(self, value: Any) -> list[int]:
-        return [Whole(0).convert(n) for n in (value if isinstance(value, list | tuple) else [value])]
-
-
-Table = Mapping[str, Kind | Place | Wholes]
+Table = Mapping[str, Kind | Place]
 
 MODEL: Table = {
     "checkpoint": Place(),
@@ -155,7 +145,7 @@ def check(variables: Mapping[str, Any], kinds: Table) -> Checked:
     for name, kind in kinds.items():
         if name not in variables:
             raise ParameterError(f"{name} is missing: expected {kind.expected}")
-        setattr(checked, name, _convert(name, _spelled(variables[name], kind), kind))
+        setattr(checked, name, parameter(name, variables[name], kind))
     return checked
 
 
@@ -193,14 +183,3 @@ def _assigned(cell: str) -> Iterator[str]:
             if isinstance(statement, ast.Assign | ast.AnnAssign):
                 targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
                 yield from (target.id for target in targets if isinstance(target, ast.Name))
-
-
-def _spelled(value: Any, kind: Any) -> Any:
-    """A list that a string spells, where a list is wanted; anything else as it is."""
-    if isinstance(kind, Texts | Wholes) and isinstance(value, str) and value.strip().startswith("["):
-        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-            found = ast.literal_eval(value.strip())
-            wanted = str if isinstance(kind, Texts) else int
-            if isinstance(found, list) and all(isinstance(part, wanted) for part in found):
-                return found
-    return value
