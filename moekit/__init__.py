@@ -25,6 +25,7 @@ __all__ = [
     "explore",
     "load",
     "metrics",
+    "module",
 ]
 
 # What is imported when it is asked for: module, and name in it; "" for the module itself.
@@ -33,6 +34,7 @@ LAZY = {
     "exchange": ("moekit.routing.exchange", ""),
     "explore": ("moekit.notebook.explorer", "explore"),
     "metrics": ("moekit.routing.metrics", ""),
+    "module": ("moekit.plain", "module"),
 }
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moekit import checkpoint as ckpt
-from moekit.arguments import Flag, Whole, Wholes, check
+from moekit.arguments import Flag, Whole, check
 from moekit.batches import Batch, text_batches, up_to
 from moekit.fairseq_data import Batches, Data, is_data
 from moekit.generation.run import generate, stream
@@ -22,7 +22,7 @@ from moekit.nn.changes import changed
 from moekit.nn.operations import choose_backend
 from moekit.nn.record import Options
 from moekit.progress import bar as progress_bar
-from moekit.ranks import LentRanks, Ranks, choose_devices, prepare, start
+from moekit.ranks import LentRanks, RankError, Ranks, choose_devices, prepare, start
 from moekit.routing import trace as tracing
 from moekit.scoring import Evaluation, score_batches, summarize, warm_up
 from moekit.worker import loading
@@ -150,11 +150,7 @@ class Model(Handle):
         """
         fraction, seed = self.capacity(capacity_token_fraction), check("seed", seed, SEED)
         max_tokens = check("max_tokens", max_tokens, Whole(optional=True))
-        layers, full = check("layers", layers, Wholes(optional=True)), check("full", full, Wholes())
-        options = Options(
-            None if layers is None else tuple(layers), tuple(full), check("predicted", predicted, Flag())
-        )
-        collector = self._collector(options)
+        collector = self._collector(Options(layers, full, predicted))
         if is_data(data_or_texts):
             batches = self._open(
                 Data(data_or_texts, subset, tokens_per_sample, batch_size, sample_break_mode, context_window)
@@ -210,6 +206,7 @@ def load(
     backend: str = "auto",
     progress: bool = True,
     ranks: Ranks | None = None,
+    verify: bool = True,
 ) -> Model:
     """Load a checkpoint of fairseq's ``moe`` branch onto ``world_size`` ranks.
 
@@ -233,15 +230,20 @@ def load(
         ranks: a pool that :func:`moekit.ranks.start` made; world size and device are the pool's. It holds one model at a
             time: closing the model empties the ranks, and they can load another one. None: ranks of the model's own,
             which end when it is closed.
+        verify: compare the checksum of each tensor that is read with the file's, and warn of weights that are not finite.
+            The result is remembered until a file changes, so that only the first load takes the time.
 
     Raises:
-        ValueError: the checkpoint is incomplete or not what it should be, or an argument makes no sense.
+        ValueError: the checkpoint is incomplete, damaged or not what it should be, or an argument makes no sense.
         moekit.ranks.RankError: a rank failed.
     """
     began = time.perf_counter()
     # Checkpoints are read with it.
     import_whole("omegaconf")
-    world_size = check("world_size", world_size, Whole(optional=True))
+    world_size, verify = (
+        check("world_size", world_size, Whole(optional=True)),
+        check("verify", verify, Flag()),
+    )
     devices = choose_devices(world_size, device) if ranks is None else _devices_of(ranks, world_size, device)
     world_size = len(devices)
     if ranks is None and world_size > 1:
@@ -257,20 +259,29 @@ def load(
     pool = start(world_size, devices[0].type) if ranks is None else LentRanks(ranks)
     try:
         model = Model(plan, files, pool, kind, known, codec)
-        total = sum(source.bytes * (world_size if i == 0 else 1) for i, source in enumerate(plan.sources))
+        total = sum(source.bytes * (world_size if source.common else 1) for source in plan.sources)
         with progress_bar("loading", total, "B", show=progress) as bar:
             model.parts = pool.call(
-                loading.load, plan, kind, backend, on_report=lambda rank, n: bar.update(n)
+                loading.load, plan, kind, backend, verify, on_report=lambda rank, n: bar.update(n)
             )
             plan.opened.clear()
             ckpt.warn_nonfinite(found for part in model.parts for found in part["nonfinite"])
             # The bytes of the files that are no tensors.
             bar.update(bar.total - bar.n)
         model.load_seconds = time.perf_counter() - began
-    except BaseException:
+    except BaseException as error:
         pool.close()
+        if isinstance(error, RankError) and (said := _of_a_file(error, files)):
+            raise ValueError(said) from error
         raise
     return model
+
+
+def _of_a_file(error: RankError, files: ckpt.Files) -> str | None:
+    """What is wrong with a file, where that is why a rank failed: then the rank is not to blame."""
+    said = str(error.__cause__)
+    about = isinstance(error.__cause__, ValueError) and any(said.startswith(str(path)) for path in files.all)
+    return said if about else None
 
 
 def _devices_of(pool: Ranks, world_size: int | None, device: str) -> list[torch.device]:

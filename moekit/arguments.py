@@ -10,11 +10,12 @@ A kind says what an argument may be. NumPy's numbers, arrays of one number and t
 from __future__ import annotations
 
 import ast
+import contextlib
 import math
 import operator
 import pathlib
 import reprlib
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Iterator, KeysView, Mapping, Set
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
@@ -45,7 +46,24 @@ def shown(value: Any) -> str:
             if isinstance(value, int)
             else f"a {type(value).__name__}"
         )
+    # A table's text has lines.
+    text = " ".join(text.split()) if "\n" in text else text
     return text if len(text) <= 200 else text[:197] + "..."
+
+
+@contextlib.contextmanager
+def reading(what: object) -> Iterator[None]:
+    """Turn the system's error of a file that cannot be read into a ValueError of one sentence that names it.
+
+    Args:
+        what: the path, where the error names none.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"{error.filename or what} cannot be read ({error.strerror or error}); change its permissions or name another"
+        ) from None
 
 
 def check(name: str, value: Any, kind: Kind) -> Any:
@@ -234,13 +252,22 @@ class Texts:
 
 @dataclass(frozen=True)
 class Wholes:
-    """Whole numbers of at least 0 in an order, from any iterable; one number counts as a list of one."""
+    """Whole numbers of at least 0, from any iterable; one number counts as a list of one.
+
+    A set, which has no order, is sorted; it is refused where the order counts (``ordered``).
+    """
 
     optional: bool = False
-    expected = "a list of whole numbers"
+    ordered: bool = False
+
+    @property
+    def expected(self) -> str:
+        return "a list of whole numbers" + (" in an order, which a set does not have" if self.ordered else "")
 
     def convert(self, value: Any) -> list[int]:
         value = _plain(value)
+        if isinstance(value, Set) and not self.ordered:
+            value = sorted(value)
         return [Whole(0).convert(n) for n in ([value] if isinstance(value, Real) else _items(value))]
 
 
@@ -269,7 +296,9 @@ def _items(value: Any) -> list:
         return [value]
     if hasattr(value, "tolist") and getattr(value, "ndim", 1) > 0:
         value = value.tolist()
-    unordered = isinstance(value, Mapping | Set) or hasattr(value, "columns")
+    unordered = isinstance(value, Mapping) or hasattr(value, "columns")
+    # The keys of a dict are a set with an order.
+    unordered |= isinstance(value, Set) and not isinstance(value, KeysView)
     if isinstance(value, bytes | bytearray | memoryview) or unordered or not isinstance(value, Iterable):
         raise ValueError
     return list(value)

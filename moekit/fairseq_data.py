@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from moekit import paths
-from moekit.arguments import Choice, Text, Whole, check
+from moekit.arguments import Choice, Text, Whole, check, reading
 from moekit.arguments import Path as PathKind
 from moekit.batches import Batch
 from moekit.data import verify
@@ -91,8 +91,10 @@ def is_data(what: object) -> bool:
         return True
     if not isinstance(what, str) or "\0" in what:
         return False
-    if "\n" not in what and len(what) < 4096 and Path(what.split(os.pathsep)[0]).expanduser().is_dir():
-        return True
+    if "\n" not in what and len(what) < 4096:
+        with reading(what):
+            if Path(what.split(os.pathsep)[0]).expanduser().is_dir():
+                return True
     if os.sep in what and not any(c.isspace() for c in what):
         raise ValueError(f"there is no folder {what}; to trace it as a text, put it into a list")
     return False

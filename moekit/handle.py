@@ -214,9 +214,10 @@ def find_dictionary(files: ckpt.Files, dictionary: str | Path | None) -> Diction
         path = paths.DEMO_BPE
     else:
         path = check("dictionary", dictionary, arguments.Path())
-    path = path / "dict.txt" if path.is_dir() else path
-    if path.is_file():
-        return Dictionary(path)
+    with arguments.reading(path):
+        path = path / "dict.txt" if path.is_dir() else path
+        if path.is_file():
+            return Dictionary(path)
     if dictionary is not None:
         raise ValueError(f"there is no dictionary {path}; expected a dict.txt or its folder")
     return None
@@ -246,13 +247,15 @@ def _codec(
     if bpe is not None:
         demo = isinstance(bpe, str) and bpe == "demo"
         places = [paths.DEMO_BPE if demo else check("bpe", bpe, arguments.Path())]
-    place = next((p for p in places if all((p / name).is_file() for name in CODEC_FILES)), None)
+    with arguments.reading(places[0]):
+        place = next((p for p in places if all((p / name).is_file() for name in CODEC_FILES)), None)
     if place is None:
         raise ValueError(
             f"text needs {', '.join(CODEC_FILES)}, expected in {' or '.join(map(str, places))}: put them there, or give "
             "load(bpe=...) their folder"
         )
-    codec = Codec.load(place)
+    with arguments.reading(place):
+        codec = Codec.load(place)
     check_size(len(codec), str(place), config)
     if dictionary is not None and (difference := codec.dictionary.difference(dictionary)):
         raise ValueError(f"the codec is of another dictionary than the model: {difference}")

@@ -6,7 +6,9 @@
     # Here both files lie in out/. Had an error ended the block, out/ would be as before.
 
 The files are written into a temporary folder, flushed to the disk, and then moved to their names one after the other. A
-move within a file system replaces a file at once, so that a reader, a kill or a full disk never meets half a file.
+move within a file system replaces a file at once, so that a reader, a kill or a full disk never meets half a file. The
+moves are the last step, and the interrupt key waits for them. No file system moves several files at once: a kill between
+two moves leaves whole files of two runs.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
+
+from moekit.interrupts import hold_interrupts
 
 PREFIX, LOCK = ".moekit-", ".lock"
 # seconds after which a temporary folder without a lock was left by a killed run
@@ -91,8 +95,10 @@ def _move(place: Path, folder: Path) -> None:
             raise NotWritten(f"{target} is a folder, expected a file or nothing there: remove or rename it")
         _flush(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-    for path, target in zip(files, targets, strict=True):
-        os.replace(path, target)
+    # Nothing is left to do but this: with some microseconds a file, a kill seldom falls in between.
+    with hold_interrupts():
+        for path, target in zip(files, targets, strict=True):
+            os.replace(path, target)
     for changed in {target.parent for target in targets}:
         _flush(changed)
 
@@ -153,7 +159,7 @@ def _sentence(folder: Path, error: OSError) -> str:
             f"{folder}: the disk is full or the file too large ({os.strerror(error.errno)}), so nothing was written and "
             "earlier files are as they were; free some space or name another folder"
         )
-    if not folder.is_dir():
+    if not isinstance(error, PermissionError) and not folder.is_dir():
         found = "is not a folder" if folder.exists() else "does not exist"
         return f"{folder} {found}, so nothing was written: make it or name another folder"
     reason = error.strerror or type(error).__name__

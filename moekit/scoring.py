@@ -87,6 +87,8 @@ def not_finite(model: Handle, batches: Sequence[Batch], scores: dict, **how: Any
     Args:
         how: ``fraction``, ``vocab`` and ``seed`` of :func:`score_batches`.
     """
+    if all(np.isfinite(found).all() for found in scores.values()):
+        return None
     bad = {b.index: (b.targets != PAD) & ~np.isfinite(scores[b.index]) for b in batches}
     count = sum(int(places.sum()) for places in bad.values())
     if not count:
@@ -175,18 +177,16 @@ def score_batches(
     """
     # The scores are put into a table by it.
     import_whole("pandas")
-    real = [(b.ids.tolist(), (b.tokens != PAD).sum(axis=1).tolist()) for b in batches]
-    lengths = {sample: n for ids, tokens in real for sample, n in zip(ids, tokens, strict=True)}
     if model.intervention is not None:
-        model.intervention.check(lengths)
-    longest = max(lengths.values(), default=0)
-    if model.config.learned_positions and longest > model.config.max_positions:
+        model.intervention.check(_lengths(batches))
+    longest = max(_lengths(batches).values(), default=0) if model.config.learned_positions else 0
+    if longest > model.config.max_positions:
         raise ValueError(
             f"a sample has {longest} tokens, <s> and context included, and the model "
             f"{model.config.max_positions} learned positions: cut the data into shorter ones"
         )
     scores = {}
-    targets = sum(int((b.targets != PAD).sum()) for b in batches)
+    targets = sum(np.count_nonzero(b.targets != PAD) for b in batches) if progress else 0
     with progress_bar("scoring", targets, " tokens", show=progress) as bar:
         steps = plan_steps(batches, model.world_size, TOKENS_A_PASS[model.device])
         while some := list(itertools.islice(steps, STEPS_A_CALL)):
@@ -207,6 +207,12 @@ def score_batches(
     if said := not_finite(model, batches, scores, fraction=fraction, vocab=vocab, seed=seed):
         warnings.warn(said, RuntimeWarning, stacklevel=3)
     return scores
+
+
+def _lengths(batches: Iterable[Batch]) -> dict[int, int]:
+    """The tokens of each sample, without padding."""
+    real = [(b.ids.tolist(), (b.tokens != PAD).sum(axis=1).tolist()) for b in batches]
+    return {sample: n for ids, tokens in real for sample, n in zip(ids, tokens, strict=True)}
 
 
 def plan_steps(batches: Iterable[Batch], world_size: int, tokens: int) -> Iterator[list[Batch]]:

@@ -7,7 +7,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from moekit.nn.kernels import attention, gate, grouped, logprobs, norm, tiles, vectors
+from moekit.nn.kernels import (
+    attention,
+    gate,
+    grouped,
+    logprobs,
+    norm,
+    peers,
+    short_peers,
+    tiles,
+    vectors,
+)
 
 HOPPER = GPUTarget("cuda", 90, 32)
 SHARED = 227 * 1024  # bytes that a program may have there
@@ -34,14 +44,15 @@ def compile_for_hopper(
     print(kernel.__name__, constants, built.metadata.shared, units, flush=True)
 
 
-def compile_grouped(kind: str, cut: grouped.Cut) -> None:
+def compile_grouped(kind: str, cut: grouped.Cut, over_peers: bool = False) -> None:
     for first, blocks in ((True, cut.up), (False, cut.down)):
         n, k = (3072, 768) if first else (768, 3072)
         types = dict.fromkeys(("x", "w", "b", "out", "weights"), f"*{kind}") | {
-            "order": "*i64",
+            "order": "*i32" if over_peers else "*i64",
             "table": "*i32",
+            "reach": "*i64",
         }
-        types |= dict.fromkeys(("tiles", "experts"), "i32")
+        types |= dict.fromkeys(("tiles", "experts", "slots"), "i32")
         constants = {
             "CHOICES": 2,
             "N": n,
@@ -49,16 +60,20 @@ def compile_grouped(kind: str, cut: grouped.Cut) -> None:
             "FIRST": first,
             "WEIGHTED": not first,
             "EXACT": kind == "fp32",
+            "SORTED": over_peers,
+            "HOME": over_peers and not first,
         }
         constants |= {"ACTIVATION": 2 if first else 0}
         constants |= {"ROWS": blocks.rows, "COLUMNS": blocks.columns, "INNER": blocks.inner}
         constants |= {"weights": None} if first else {}
+        constants |= {} if constants["HOME"] else {"reach": None}
         compile_for_hopper(grouped._grouped_linear, types, constants, blocks.warps, blocks.stages)
 
 
 if __name__ == "__main__":
     for cut in grouped.CUTS:
         compile_grouped("fp16", cut)
+    compile_grouped("fp16", grouped.CUTS[-1], over_peers=True)
     compile_grouped("bf16", grouped.CUTS[-1])
     compile_grouped("fp32", grouped.PLAIN)
     for probs in ("fp32", "fp16"):
@@ -110,3 +125,52 @@ if __name__ == "__main__":
     types |= {"weights": "*fp32", "onto": "*fp16"}
     constants = {"CHOICES": 2, "N": 768, "K": 3072, "COLUMNS": 2, "INNER": 1024, "OVERLAP": True}
     compile_for_hopper(vectors._experts_down, types, constants, vectors.WARPS)
+    waits = {
+        "flags": "*i32",
+        "reach": "*i64",
+        "times": "*i32",
+        "gave_up": "*i32",
+        "rank": "i32",
+        "limit": "i64",
+    }
+    ways = {"W": 8, "RANKS": 8, "TIMED": True}
+    compile_for_hopper(peers._meet, waits, ways, 1)
+    types = {"x": "*fp16", "order": "*i64", "counts": "*i64", "weights": "*fp16", "rows": "i32"}
+    types |= {
+        "x_out": "*fp16",
+        "order_out": "*i32",
+        "starts_out": "*i32",
+        "weights_out": "*fp32",
+        "home": "*fp16",
+    }
+    constants = {"E": 512, "K": 2, "D": 768, "BLOCK": 1024, "EXPERTS": 512}
+    compile_for_hopper(peers._publish, types, constants)
+    types = {
+        "order": "*i32",
+        "starts": "*i32",
+        "reach": "*i64",
+        "out": "*i32",
+        "counts": "*i64",
+        "total": "*i32",
+    }
+    types |= dict.fromkeys(("first", "held", "slots"), "i32")
+    compile_for_hopper(peers._merge, types, {"W": 8, "EXPERTS": 64, "SEGMENT": peers.SEGMENT})
+    types = {"x": "*fp16", "weights": "*fp32", "reach": "*i64", "order": "*i32", "total": "*i32"}
+    types |= {"rows_out": "*fp16", "weights_out": "*fp32", "slots": "i32"}
+    compile_for_hopper(peers._pull, types, {"K": 2, "D": 768, "ROWS": peers.PULLED, "BLOCK": 1024})
+    types = waits | {"logits": "*fp16", "x": "*fp16", "chosen": "*i32", "weights": "*fp32", "x_out": "*fp16"}
+    types |= {"rows": "i32", "eps": "fp32"}
+    constants = ways | {"E": 512, "K": 2, "D": 768, "MOST": 2, "ROWS": 2, "EXPERTS": 512, "BLOCK": 1024}
+    constants |= {"HALF": True, "BRAIN": False, "OVERLAP": True}
+    compile_for_hopper(short_peers._hand_out, types, constants, vectors.WARPS)
+    types = {"x": "*fp16", "w": "*fp16", "b": "*fp16", "chosen": "*i32", "reach": "*i64", "out": "*fp16"}
+    types |= {"first": "i32", "held": "i32"}
+    constants = {"K": 2, "SLOTS": 2, "N": 3072, "D": 768, "ACTIVATION": 2, "EXACT": False, "COLUMNS": 4}
+    compile_for_hopper(short_peers._up, types, constants | {"INNER": 1024, "OVERLAP": True}, vectors.WARPS)
+    types = {"x": "*fp16", "w": "*fp16", "b": "*fp16", "chosen": "*i32", "weights": "*fp32", "reach": "*i64"}
+    types |= {"home": "*fp16", "first": "i32", "held": "i32"}
+    constants = {"SLOTS": 2, "N": 768, "D": 3072, "COLUMNS": 4, "INNER": 1024, "OVERLAP": True}
+    compile_for_hopper(short_peers._down, types, constants, vectors.WARPS)
+    types = waits | {"home": "*fp16", "onto": "*fp16", "out": "*fp16", "rows": "i32"}
+    constants = ways | {"K": 2, "D": 768, "ROWS": 2, "BLOCK": 1024, "OVERLAP": True}
+    compile_for_hopper(short_peers._collect, types, constants, vectors.WARPS)

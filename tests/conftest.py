@@ -1,3 +1,5 @@
+from collections import Counter, defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,3 +11,24 @@ DATA = Path(__file__).parent / "data"
 def reference() -> Path:
     """Recordings of what fairseq's moe branch computes on a tiny checkpoint (see its README)."""
     return DATA / "reference"
+
+
+TRIED: defaultdict[str, Counter[str]] = defaultdict(Counter)
+
+
+@pytest.fixture(scope="session")
+def counted() -> Callable[..., None]:
+    """``counted(what, outcome, times=1)``: the run ends with a table of what was tried and what came of it."""
+
+    def count(what: str, outcome: str, times: int = 1) -> None:
+        TRIED[what][outcome] += times
+
+    return count
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if TRIED:
+        terminalreporter.section("inputs tried and faults injected")
+    for what, outcomes in TRIED.items():
+        said = ", ".join(f"{times:,} {outcome}" for outcome, times in outcomes.most_common())
+        terminalreporter.line(f"{what}: {outcomes.total():,} tried; {said}")

@@ -1,7 +1,8 @@
 """A run that saves its results again and again, for tests that kill it: ``python saving.py FOLDER TRIALS SEED``.
 
 Each trial forks a process that saves a newer version of every file over the last one, and kills it after a random time.
-Prints a JSON object: how many processes were killed while they saved, and the files that were not whole afterwards.
+Prints a JSON object: how many processes were killed while they saved, the files that were not whole afterwards, and the
+pairs of files that were saved together and are of two runs.
 """
 
 import json
@@ -43,22 +44,31 @@ def save(folder: Path, version: int) -> None:
 
 
 def broken(folder: Path) -> list[str]:
-    """The files that cannot be read whole."""
+    """The files that cannot be read whole, and the pairs that were saved together and are of two runs."""
     readers = {
         "results.json": lambda path: json.loads(path.read_text())["parameters"]["version"],
-        "tokens.parquet": lambda path: 1 / (len(pd.read_parquet(path)) == 5000),
+        "tokens.parquet": lambda path: _version(pd.read_parquet(path), 5000),
         "picture.png": lambda path: Image.open(path).load(),
         "trace.parquet": lambda path: Trace.load(path).meta["version"],
-        "table.csv": lambda path: 1 / (len(pd.read_csv(path)) == 500),
+        "table.csv": lambda path: _version(pd.read_csv(path), 500),
         "explorer.html": lambda path: 1 / path.read_text().rstrip().endswith("</html>"),
     }
-    found = []
+    found, versions = [], {}
     for name, read in readers.items():
         try:
-            read(folder / name)
+            versions[name] = read(folder / name)
         except Exception as error:
             found.append(f"{name}: {type(error).__name__}")
+    for one, other in (("results.json", "tokens.parquet"), ("trace.parquet", "table.csv")):
+        if versions.get(one) != versions.get(other):
+            found.append(f"mixed: {one} and {other}")
     return found
+
+
+def _version(table: pd.DataFrame, rows: int) -> int:
+    (version,) = set(table["version"])
+    assert len(table) == rows
+    return version
 
 
 def main(folder: Path, trials: int, seed: int) -> dict:
@@ -96,7 +106,13 @@ def main(folder: Path, trials: int, seed: int) -> dict:
         os._exit(0)
     os.waitpid(child, 0)
     left = sorted(path.name for path in folder.iterdir() if path.name not in {*FILES, "seconds", "bad"})
-    return {"killed": killed, "broken": bad, "left": left}
+    mixed = [pair for pair in bad if pair.startswith("mixed")]
+    return {
+        "killed": killed,
+        "broken": [one for one in bad if one not in mixed],
+        "mixed": mixed,
+        "left": left,
+    }
 
 
 if __name__ == "__main__":

@@ -50,6 +50,8 @@ from moekit.arguments import (
         (Wholes(), range(1, 4), [1, 2, 3]),
         (Wholes(), np.array([1, 3]), [1, 3]),
         (Wholes(), (n for n in (1, 3)), [1, 3]),
+        (Wholes(), {3, 1}, [1, 3]),
+        (Texts(), {"b": 1, "a": 2}.keys(), ["b", "a"]),
     ],
 )
 def test_what_is_taken(kind, given, meant):
@@ -115,7 +117,14 @@ def test_what_papermill_spells(kind, given, meant):
             r"x=['\ud800']: its character 0 is half of a surrogate pair; decode the text anew, for instance as UTF-8",
         ),
         (Wholes(), [1.5], "x=[1.5]: expected a list of whole numbers"),
-        (Wholes(), {1}, "x={1}: expected a list of whole numbers"),
+        (Wholes(), {"a"}, "x={'a'}: expected a list of whole numbers"),
+        (Wholes(), {1: 2}, "x={1: 2}: expected a list of whole numbers"),
+        (
+            Wholes(ordered=True),
+            {1},
+            "x={1}: expected a list of whole numbers in an order, which a set does not have",
+        ),
+        (Texts(), pd.DataFrame({"a": ["b"]}), "x=a 0 b: expected a list of texts"),
     ],
 )
 def test_what_is_refused(kind, given, said):
@@ -165,7 +174,7 @@ def test_texts_and_ids_come_from_any_iterable(given, meant):
         (b"abc", "texts=b'abc': found bytes, expected a text, texts, ids or lists of ids"),
         ({"a": 1}, "texts={'a': 1}: found dict, expected a text"),
         ({"a", "b"}, "found set, expected a text"),
-        ({"a": 1}.keys(), "found dict_keys, expected a text"),
+        (frozenset({5, 6}), "found frozenset, expected a text"),
         (pd.DataFrame({"text": ["abc"]}), "found DataFrame, expected a text"),
         (File("abc"), "found PosixPath, expected a text"),
         (5, "texts=5: found int, expected a text"),

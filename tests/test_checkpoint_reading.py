@@ -69,6 +69,42 @@ def test_one_bit_of_one_weight_is_noticed_and_named(folder):
     # Of the rank's own experts alone.
     assert fill(folder, range(0, 2))
     assert fill(folder, verify=False)
+    with pytest.raises(ValueError, match=rf"model-rank-2\.pt: {KEY} is damaged"):
+        checkpoint.inspect(checkpoint.survey(checkpoint.find(folder)))
+
+
+def test_load_can_leave_the_checksums_out(folder):
+    flip(folder / "model-rank-2.pt", KEY)
+    for world_size in (1, 2):
+        with pytest.raises(
+            ValueError, match=r"^\S+model-rank-2\.pt: \S+ is damaged .* fetch the file again$"
+        ):
+            moekit.load(folder, world_size, "cpu", progress=False)
+    with moekit.load(folder, 1, "cpu", progress=False, verify=False) as model:
+        assert model.parts[0]["nonfinite"] == []
+    with pytest.raises(ValueError, match="verify='no': expected True or False"):
+        moekit.load(folder, 1, "cpu", progress=False, verify="no")
+
+
+def test_ranks_share_the_checks_of_the_shared_file(folder, monkeypatch):
+    """Each of its members is checked by one rank, and each rank checks its own experts."""
+    counted = []
+    crc32 = inspection.crc32
+    monkeypatch.setattr(inspection, "crc32", lambda data: counted.append(len(data)) or crc32(data))
+    fill(folder)
+    alone = sorted(counted)
+    counted.clear()
+    for rank in range(4):
+        fill(folder, range(2 * rank, 2 * rank + 2), share=(rank, 4))
+    assert sorted(counted) == alone
+    flip(folder / "model-shared.pt", "decoder.layers.0.fc1.weight")
+    refused = 0
+    for rank in range(4):
+        try:
+            fill(folder, range(2 * rank, 2 * rank + 2), share=(rank, 4))
+        except ValueError as error:
+            refused += "model-shared.pt: decoder.layers.0.fc1.weight is damaged" in str(error)
+    assert refused == 1
 
 
 def test_rows_beyond_the_dictionary_are_part_of_what_is_checked(folder):
@@ -197,6 +233,49 @@ def test_copied_and_strange_shards_are_told_apart(folder, reference):
         ValueError, match=r"model-rank-2\.pt is of another training .*num_updates is 9, expected 5"
     ):
         checkpoint.survey(checkpoint.find(folder))
+
+
+def rank_of_its_own(state, rank):
+    """What differs by rank where every rank writes its own header, as fairseq's do, or where somebody wrote it anew."""
+    state["cfg"]["distributed_training"] |= {
+        "distributed_rank": rank,
+        "device_id": rank,
+        "distributed_port": 9000 + rank,
+    }
+    state["cfg"]["checkpoint"]["checkpoint_suffix"] = f"-rank-{rank}"
+    state["cfg"]["task"]["data"] = f"/scratch/{rank}/data-bin"
+    state["extra_state"] |= {
+        "val_loss": 2.0 + rank,
+        "metrics": [[rank]],
+        "previous_training_time": 9.5 * rank,
+    }
+    state["last_optimizer_state"] = {"state": {rank: torch.zeros(2)}}
+
+
+def test_the_ranks_of_one_training_may_differ_in_what_is_each_ranks_own(folder):
+    for rank in range(4):
+        change(folder / f"model-rank-{rank}.pt", lambda state, rank=rank: rank_of_its_own(state, rank))
+    for bare in ("extra_state", "optimizer_history", "cfg"):
+        change(folder / "model-shared.pt", lambda state, bare=bare: state.pop(bare))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            checkpoint.survey(checkpoint.find(folder))
+
+
+def test_what_may_be_another_training_is_said_and_loads(folder):
+    def edit(state):
+        state["extra_state"]["epoch"] = 7
+        state["cfg"]["common"]["seed"] = 8
+
+    for rank in (1, 2):
+        change(folder / f"model-rank-{rank}.pt", edit)
+    with pytest.warns(
+        UserWarning,
+        match=r"model-rank-1\.pt may be of another training than model-rank-0\.pt: extra_state\.epoch is 7, expected 1; "
+        "so may 1 others",
+    ) as told:
+        checkpoint.survey(checkpoint.find(folder))
+    assert len(told) == 1
 
 
 def test_a_renamed_file_is_refused_only_if_it_was_another_rank(folder):

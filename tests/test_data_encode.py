@@ -324,6 +324,7 @@ def test_a_piece_that_the_dictionary_lacks_is_unknown(tmp_path, bpe):
         ('{"a": 1e3}', None, "'a' has the id 1000.0, expected a whole number"),
         ('{"a": true}', None, "'a' has the id True, expected a whole number"),
         (f'{{"a": {2**70}}}', None, "'a' has the id 1180591620717411303424, expected"),
+        ('{"a": 1, "b": 1}', None, "two of its symbols have the same id"),
         ('{"\\ud800": 1}', None, "holds half a surrogate pair"),
         ("{}", None, "no symbol for 256 of the 256 bytes"),
         (None, "#version\na b c\n", "line 2: expected two symbols to merge, found 3"),

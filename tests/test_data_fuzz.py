@@ -138,7 +138,7 @@ MUTATIONS = (
 )  # fmt: skip
 
 
-def test_damaged_data_is_refused_or_read_as_it_is(model, reference, tmp_path):
+def test_damaged_data_is_refused_or_read_as_it_is(model, reference, tmp_path, counted):
     how = {"tokens_per_sample": 64, "progress": False}
     original = {p.name: p.read_bytes() for p in (reference / "data-bin").iterdir() if p.name[0] in "vd"}
     wanted = {
@@ -172,13 +172,14 @@ def test_damaged_data_is_refused_or_read_as_it_is(model, reference, tmp_path):
                 assert found["token"].tolist() == ids[ids != PAD].tolist(), folder.name
                 outcomes["as the ids say"] += 1
         shutil.rmtree(folder)
-    print(dict(outcomes), end=" ")
+    for outcome, times in outcomes.items():
+        counted("damaged data sets", outcome, times)
     assert outcomes["refused"] > TRIALS / 2 and outcomes["the same"] and outcomes["as the ids say"]
     same = model.evaluate(reference / "data-bin", sample_break_mode="none", **how).tokens
     assert same.equals(wanted["none"]), "the model is as it was"
 
 
-def test_damaged_data_of_the_older_format_is_refused_or_read_as_it_is(model, reference, tmp_path):
+def test_damaged_data_of_the_older_format_is_refused_or_read_as_it_is(model, reference, tmp_path, counted):
     """``--dataset-impl cached``: numbers of 8 bytes in the index, ids of 4 bytes that are one too large."""
     write_cached(tmp_path / "valid", texts_of(reference / "data-bin" / "valid"))
     original = {name: (tmp_path / name).read_bytes() for name in ("valid.bin", "valid.idx")}
@@ -212,5 +213,6 @@ def test_damaged_data_of_the_older_format_is_refused_or_read_as_it_is(model, ref
             ids = np.frombuffer((tmp_path / "valid.bin").read_bytes(), "<i4") - 1
             assert found["token"].tolist() == ids[ids != PAD].tolist(), seed
             outcomes["the same" if found.equals(wanted) else "as the ids say"] += 1
-    print(dict(outcomes))
+    for outcome, times in outcomes.items():
+        counted("damaged data sets of the older format", outcome, times)
     assert outcomes["refused"] > TRIALS / 4 and outcomes["as the ids say"]

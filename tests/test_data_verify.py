@@ -151,7 +151,7 @@ def test_blank_lines_are_scored_without_a_warning(model, data, mode):
         (b"", "is empty; expected a line '<symbol> <count>' for each type"),
         (b"a 1\na 2\n", "line 2: 'a' for the second time"),
         (b"a\n", "line 1: expected '<symbol> <count>', found 'a'"),
-        (b"\xff\xfea 1\n", "is not a dict.txt: 'utf-8' codec can't decode"),
+        (b"\xff\xfea 1\n", "is not a dict.txt: invalid start byte at byte 0, expected UTF-8"),
         (b"a 1\n", "valid.bin: id 51 at place 0 is outside dict.txt beside it, whose ids are 0 to 4"),
     ],
 )
@@ -254,3 +254,9 @@ def test_a_folder_that_is_none_is_named(tmp_path, data):
             check_files(folder, "valid")
     with pytest.raises(ValueError, match=r"has no other\.bin, it holds dict\.txt, test\.bin"):
         check_files(data, "other")
+
+
+def test_a_dictionary_of_many_bytes_is_not_read(model, data):
+    os.truncate(data / "dict.txt", 1 << 36)
+    with pytest.raises(ValueError, match=r"dict\.txt is not a dict\.txt: it has 68,719,476,736 bytes"):
+        model.evaluate(data, **HOW)

@@ -1,6 +1,7 @@
 """Traces in other tools' layouts: the files are what those tools write, and what is read back is what was written."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -127,9 +128,26 @@ def test_vllm_requests_in_one_file(tmp_path):
     assert np.array_equal(again.experts, back.experts) and again.layers == (2,)
     assert np.array_equal(again.sample, back.sample) and np.array_equal(again.position, back.position)
     objects = np.empty(3, dtype=object)
-    objects[:] = requests
+    objects[:] = [requests[0], np.asfortranarray(requests[1].astype(">i4")), requests[2].astype(np.int16)]
     np.save(tmp_path / "x.npy", objects, allow_pickle=True)
-    with pytest.raises(ValueError, match=r"x.npy is no array of whole numbers.*np.savez of several"):
+    of_objects = exchange.read(tmp_path / "x.npy", "vllm")
+    assert np.array_equal(of_objects.experts, back.experts) and np.array_equal(of_objects.sample, back.sample)
+    np.save(tmp_path / "x.npy", np.array([requests[0]] * 2, dtype=object), allow_pickle=True)
+    alike = exchange.read(tmp_path / "x.npy", "vllm")
+    assert alike.sample.tolist() == [0, 0, 1, 1] and alike.experts[2:, 0].tolist() == [[1, 2], [3, 0]]
+
+
+class Hostile:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('it ran')",)
+
+
+@pytest.mark.parametrize("objects", [[Hostile()], [[1, 2], [3]], [np.array(["a"])], ["text"], [None, 1.5]])
+def test_vllm_objects_that_are_no_requests_are_refused_unbuilt(objects, tmp_path):
+    array = np.empty(len(objects), dtype=object)
+    array[:] = objects
+    np.save(tmp_path / "x.npy", array, allow_pickle=True)
+    with pytest.raises(ValueError, match=r"x.npy is no array of whole numbers.*np.savez of several$"):
         exchange.read(tmp_path / "x.npy", "vllm")
 
 
@@ -289,8 +307,90 @@ def test_mistakes_are_told(trace, tmp_path):
         exchange.read(tmp_path / "v.npy", "vllm", num_experts=8)
     with pytest.raises(ValueError, match="the file has 3"):
         exchange.read(tmp_path / "v.npy", "vllm", layers=[1])
-    with pytest.raises(ValueError, match="no 'records'"):
+    with pytest.raises(ValueError, match="not a readable file of SGLang's recorder but an array of NumPy"):
         exchange.read(tmp_path / "v.npy", "sglang")
     (tmp_path / "o.jsonl").write_text('{"input_ids"\n')
     with pytest.raises(ValueError, match="line 1"):
         exchange.read(tmp_path / "o.jsonl", "olmoe")
+
+
+SGLANG = {
+    "topk_ids_of_layer": torch.zeros(2, 3, 2, dtype=torch.int32),
+    "input_ids": torch.tensor([5, 6, 7]),
+    "positions": torch.tensor([0, 1, 2]),
+}
+ODD_RECORDS = {
+    "a large expert": {"topk_ids_of_layer": torch.full((2, 3, 2), 70_000)},
+    "numbers with a fraction": {"positions": torch.tensor([0.0, 1.0, 2.0])},
+    "a negative position": {"positions": torch.tensor([-5, 1, 2])},
+    "words": {"input_ids": ["a", "b", "c"]},
+    "ragged": {"input_ids": [[1], [2, 3], [4]]},
+    "a large token": {"input_ids": torch.tensor([2**40, 1, 2])},
+    "lengths that overflow": {"extend_seq_lens": [2**62, 2**62]},
+    "lengths that are none": {"extend_seq_lens": "x"},
+    "one number, expanded": {"topk_ids_of_layer": torch.zeros(1, dtype=torch.int32).expand(100_000, 3, 2)},
+}
+
+
+@pytest.mark.parametrize("odd", ODD_RECORDS.values(), ids=ODD_RECORDS)
+def test_odd_records_are_refused_and_nothing_wraps_around(odd, tmp_path):
+    path = tmp_path / "x.pt"
+    torch.save({"records": [SGLANG]}, path)
+    assert len(exchange.read(path, "sglang")) == 3
+    torch.save({"records": [SGLANG | odd]}, path)
+    with pytest.raises(ValueError) as said:
+        exchange.read(path, "sglang")
+    assert str(path) in str(said.value) and "\n" not in str(said.value)
+
+
+ODD_LINES = {
+    "a layer of text": ("megatron", '{"step":0,"rank":0,"layer":"x","top_indices":[[1,2]]}'),
+    "a layer below 0": ("megatron", '{"step":0,"rank":0,"layer":-3,"top_indices":[[1,2]]}'),
+    "a large expert": ("megatron", '{"step":0,"rank":0,"layer":0,"top_indices":[[70000,1]]}'),
+    "many digits": ("megatron", '{"step":' + "9" * 5000 + "}"),
+    "a large token": ("olmoe", '{"input_ids":[99999999999],"exp_ids":[[[1]]]}'),
+    "a text for ids": ("olmoe", '{"input_ids":"x","exp_ids":[[[1]]]}'),
+    "tokens in tokens": ("olmoe", '{"input_ids":[[1]],"exp_ids":[[[1]]]}'),
+}
+
+
+@pytest.mark.parametrize(("layout", "line"), ODD_LINES.values(), ids=ODD_LINES)
+def test_odd_lines_are_refused(layout, line, tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(ValueError) as said:
+        exchange.read(path, layout)
+    assert str(path) in str(said.value) and len(str(said.value)) < 500
+
+
+def headed(header: str) -> bytes:
+    return b"\x93NUMPY\1\0" + len(header).to_bytes(2, "little") + header.encode() + bytes(64)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "{'descr': '<i4', 'fortran_order': False, 'shape': (100000000000, 3, 2)}\n",
+        "{'descr': '|O', 'fortran_order': False, 'shape': (1, 3, 2)}\n",
+        "__import__('os').system('touch mark')\n",
+        "(" * 5000,
+    ],
+    ids=["huge", "objects", "a call", "brackets"],
+)
+def test_odd_arrays_are_refused(header, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "x.npy"
+    path.write_bytes(headed(header))
+    with pytest.raises(ValueError, match=r"x\.npy is no array of whole numbers"):
+        exchange.read(path, "vllm")
+    assert not (tmp_path / "mark").exists()
+
+
+def test_a_compressed_archive_and_what_is_no_file_are_refused(tmp_path):
+    np.savez_compressed(tmp_path / "x.npz", np.zeros((10_000, 10, 10), np.int32))
+    with pytest.raises(ValueError, match=r"x\.npz is compressed; expected what np\.savez makes"):
+        exchange.read(tmp_path / "x.npz", "vllm")
+    os.mkfifo(tmp_path / "pipe")
+    for layout in ("vllm", "sglang", "olmoe", "megatron"):
+        with pytest.raises(ValueError, match="pipe is no regular file"):
+            exchange.read(tmp_path / "pipe", layout)

@@ -100,28 +100,28 @@ def plant(rank, where, act):
 @LINUX
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("fault", FAULTS)
-def test_the_rank_is_named_and_nothing_is_left(temp, operation, fault):
+def test_the_rank_is_named_and_nothing_is_left(temp, operation, fault, counted):
     if fault == "hangs" and operation not in ("load", "evaluate", "generate"):
         pytest.skip("the others wait in the same places")
     (act, said), (ran, call) = FAULTS[fault], OPERATIONS[operation]
     shared = set(os.listdir("/dev/shm"))
-    with start(2, "cpu", silence=2) as pool:
+    # Where other programs have the processor, a healthy rank may be without it for some seconds.
+    silence = 2 if fault in ("stopped", "hangs") else None
+    with start(2, "cpu", silence=silence) as pool:
         pids = pool.call(pid)
         if operation == "load":
             pool.call(plant, "load", act)
-        began = time.monotonic()
         with pytest.raises(RankError, match=said) as caught:
             model = moekit.load("demo", ranks=pool, progress=False)
             pool.call(plant, operation, act)
-            began = time.monotonic()
             call(model)
-        assert time.monotonic() - began < 20
     assert caught.value.rank == 1, caught.value
     if fault not in ("raises", "out of memory"):
         assert f"'{ran}'" in str(caught.value)
     if fault == "hangs":
         assert "in fail" in str(caught.value) or ".fail" in str(caught.value)
     assert all_gone(pids) and not list(temp.iterdir()) and set(os.listdir("/dev/shm")) == shared
+    counted(f"faults of a rank: {fault}", "with the rank named and nothing left")
 
 
 @LINUX
@@ -458,7 +458,7 @@ def test_arguments_that_contradict_the_pool_are_refused(options, said):
 # ------------------------------------------------------------------------------------------ many times
 
 
-def test_interrupts_at_random_moments(tmp_path):
+def test_interrupts_at_random_moments(tmp_path, counted):
     trials = os.environ.get("FUZZ", "4")
     program = [sys.executable, str(Path(__file__).with_name("interrupted.py")), trials, "1", str(tmp_path)]
     environment = os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
@@ -466,6 +466,7 @@ def test_interrupts_at_random_moments(tmp_path):
         program, env=environment, capture_output=True, text=True, timeout=60 + 60 * int(trials)
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
+    counted("interrupts at random moments", "after which the kernel works", int(trials))
 
 
 def held(process):
@@ -473,7 +474,7 @@ def held(process):
 
 
 @LINUX
-def test_starts_and_stops_leave_nothing(temp):
+def test_starts_and_stops_leave_nothing(temp, counted):
     times = int(os.environ.get("SOAK", "0")) // 100 or 20
     with start(2, "cpu"):
         pass
@@ -484,15 +485,16 @@ def test_starts_and_stops_leave_nothing(temp):
         assert all_gone(pids)
     assert held(psutil.Process()) == before
     assert not list(temp.iterdir()) and set(os.listdir("/dev/shm")) == shared
+    counted("starts and stops of two ranks", "that left nothing", times)
 
 
 @pytest.mark.slow
-def test_many_calls_take_no_more(temp):
+def test_many_calls_take_no_more(temp, counted):
     times = int(os.environ.get("SOAK", "400")) // 4
 
     def use(model):
         model.evaluate("demo", max_batches=1, progress=False)
-        model.generate(TWICE, max_new_tokens=1)
+        model.generate(TWICE, max_new_tokens=1, progress=False)
         model.trace(["Alice was beginning"], progress=False)
         model.score("Alice was beginning")
 
@@ -512,3 +514,5 @@ def test_many_calls_take_no_more(temp):
         after, now = memory(model)
     assert now == handles
     assert all(a - b < 20_000_000 for a, b in zip(after, before, strict=True)), (before, after)
+    grown = max(a - b for a, b in zip(after, before, strict=True)) / 1e6
+    counted("small calls on two ranks", f"with memory grown by {grown:.1f} MB at most", 4 * times)

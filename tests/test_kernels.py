@@ -637,7 +637,7 @@ def test_they_compile_for_hopper(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("_grouped_linear")]
-    assert len(lines) == 2 * len(CUTS) + 4
+    assert len(lines) == 2 * len(CUTS) + 6
     assert all(line.endswith("wgmma") == ("'ROWS': 64" in line or "'ROWS': 128" in line) for line in lines)
 
 

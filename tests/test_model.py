@@ -286,6 +286,7 @@ def test_data_of_another_dictionary_is_refused(reference, tmp_path):
         ({"max_positions": 0}, "expected a whole number of at least 1"),
         ({"gate": "top3"}, "'top3': expected one of top1, top2"),
         ({"gate_fp32": 1}, "expected True or False"),
+        ({"pre_norm": False}, "the model's final norm comes or goes"),
     ],
 )
 def test_a_config_that_makes_no_sense_is_refused_before_ranks_start(reference, config, said):
@@ -308,3 +309,21 @@ def test_a_gpu_is_warmed_up_once_for_what_is_alike(reference, monkeypatch):
         assert len(calls) == first + 1, "it is warm"
         model.evaluate(reference / "data-bin", capacity_token_fraction=0.05, **how)
         assert len(calls) == 2 * first + 1, "a capacity is another path"
+
+
+def test_tables_of_positions_are_as_long_as_a_pass_needs_and_stay_where_they_are():
+    from moekit.nn.transformer import Positions, sinusoids
+
+    positions = Positions(ModelConfig(2, 8, 8, 2, 10, 8, 8, max_positions=1_000_000))
+    whole = sinusoids(5000, 8, torch.device("cpu"))
+    before = []
+    for length in (3, 100, 62, 4000):
+        found = positions(torch.zeros(1, length, dtype=torch.long), Pass())
+        assert found.equal(whole[2 : 2 + length])
+        before.append((found, found.data_ptr()))
+    assert sorted(rows for rows, _ in positions.tables) == [8, 64, 128, 4096]
+    assert [(positions(torch.zeros(1, len(f), dtype=torch.long), Pass()).data_ptr()) for f, _ in before] == [
+        place for _, place in before
+    ]
+    with pytest.raises(ValueError, match="dim 3 are not defined; expected a dim of 4 or more"):
+        sinusoids(4, 3, torch.device("cpu"))

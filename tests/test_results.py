@@ -96,7 +96,7 @@ def test_200_moments_of_an_end(tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == ["a.txt", "b.txt", "c.txt", "sub"]
 
 
-def kills(folder: Path, trials: int) -> dict:
+def kills(folder: Path, trials: int, counted) -> dict:
     ran = subprocess.run(
         [sys.executable, HERE / "saving.py", folder, str(trials), "1"],
         env=os.environ | {"PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"},
@@ -105,17 +105,21 @@ def kills(folder: Path, trials: int) -> dict:
         timeout=600,
     )
     assert ran.returncode == 0, ran.stderr
-    return json.loads(ran.stdout)
+    found = json.loads(ran.stdout)
+    counted("kills while results are saved", "with every file whole", found["killed"] - len(found["broken"]))
+    counted("kills while results are saved", "with files of two runs", len(found["mixed"]))
+    counted("kills while results are saved", "with a file that cannot be read", len(found["broken"]))
+    return found
 
 
-def test_files_of_notebooks_are_whole_after_kills(tmp_path):
-    found = kills(tmp_path, 25)
+def test_files_of_notebooks_are_whole_after_kills(tmp_path, counted):
+    found = kills(tmp_path, 25, counted)
     assert found["killed"] >= 15 and found["broken"] == [] and found["left"] == []
 
 
 @pytest.mark.slow
-def test_files_of_notebooks_are_whole_after_200_kills(tmp_path):
-    found = kills(tmp_path, 200)
+def test_files_of_notebooks_are_whole_after_200_kills(tmp_path, counted):
+    found = kills(tmp_path, 200, counted)
     assert found["killed"] >= 150 and found["broken"] == [] and found["left"] == []
 
 

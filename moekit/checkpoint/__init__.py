@@ -6,15 +6,17 @@
 
 A checkpoint is untrusted: pickles.py reads what a file says without calling anything, and its weights are memory-mapped, so
 that nothing in it runs and nothing is read that is not kept. From below to above: pickles (the machine), contents (what
-may stand in one), archive (where a file's parts lie), reading (one file), keys (fairseq's names), files (which there are),
-options (the config), belonging (whether files belong together), inspection (checksums), copying, plan (which rank reads what).
+may stand in one), archive (where a file's parts lie), reading (one file), keys (fairseq's names), options (the config),
+shards (tensors cut over several files), files (which there are), belonging (whether files belong together), inspection
+(checksums), copying, plan (which rank reads what).
 """
 
 from moekit.checkpoint.files import Files, find
 from moekit.checkpoint.inspection import NonFinite, warn_nonfinite
 from moekit.checkpoint.keys import KEYS, Place, places
-from moekit.checkpoint.plan import Plan, describe, fill, survey
-from moekit.checkpoint.reading import Source, Weights, read, stamp, tensors
+from moekit.checkpoint.plan import Plan, describe, fill, inspect, survey
+from moekit.checkpoint.reading import Source, Weights, content, read, stamp
+from moekit.checkpoint.shards import tensors
 
 __all__ = [
     "KEYS",
@@ -24,9 +26,11 @@ __all__ = [
     "Plan",
     "Source",
     "Weights",
+    "content",
     "describe",
     "fill",
     "find",
+    "inspect",
     "places",
     "read",
     "stamp",

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from moekit.checkpoint.contents import short, storage_sizes
-from moekit.checkpoint.pickles import MOST_BYTES, Name, Pairs, Unreadable, parse
+from moekit.checkpoint.pickles import EACH, MOST_BYTES, Name, Pairs, Unreadable, parse
 
 # The records of a zip archive, as in section 4.3 of its specification (PKWARE's APPNOTE.TXT).
 END = struct.Struct("<4s4H2LH")
@@ -51,18 +51,21 @@ class Layout:
     folder: str | None = None
 
 
-def layout(memory: np.ndarray) -> Layout:
+def layout(memory: np.ndarray, each: int = EACH) -> Layout:
     """The layout of a file, mapped into ``memory`` [bytes] uint8.
+
+    Args:
+        each: see :func:`moekit.checkpoint.pickles.parse`.
 
     Raises:
         Unreadable: it is not a file of ``torch.save``, or damaged.
     """
     if memory[:4].tobytes() == START:
-        return _of_archive(memory)
-    return _of_old_file(memory)
+        return _of_archive(memory, each)
+    return _of_old_file(memory, each)
 
 
-def _of_archive(memory: np.ndarray) -> Layout:
+def _of_archive(memory: np.ndarray, each: int) -> Layout:
     records = _members(memory)
     pickles = [name for name in records if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(pickles) != 1:
@@ -73,7 +76,7 @@ def _of_archive(memory: np.ndarray) -> Layout:
     order = records.get(f"{folder}/byteorder")
     if order is not None and _content(memory, order) != b"little":
         raise Unreadable("was written on a big-endian machine, which is not supported")
-    content, _, names = parse(_content(memory, records[pickles[0]]))
+    content, _, names = parse(_content(memory, records[pickles[0]]), each=each)
     data = f"{folder}/data/"
     storages = {name.removeprefix(data): r for name, r in records.items() if name.startswith(data)}
     return Layout(content, names, storages, folder)
@@ -98,7 +101,8 @@ def _members(memory: np.ndarray) -> dict[str, Record]:
         fields = _unpack(ENTRY, memory, at, b"PK\x01\x02")
         flags, method, checksum, packed, size = fields[3], fields[4], *fields[7:10]
         name_size, extra_size, note_size, header = *fields[10:13], fields[16]
-        name = memory[at + ENTRY.size : at + ENTRY.size + name_size].tobytes().decode("utf-8", "replace")
+        spelled = memory[at + ENTRY.size : at + ENTRY.size + name_size].tobytes()
+        name = spelled.decode("utf-8", "replace")
         extra = memory[at + ENTRY.size + name_size : at + ENTRY.size + name_size + extra_size].tobytes()
         size, packed, header = _of_64_bits(extra, size, packed, header)
         at += ENTRY.size + name_size + extra_size + note_size
@@ -110,9 +114,12 @@ def _members(memory: np.ndarray) -> dict[str, Record]:
             raise Unreadable(
                 f"is a zip archive whose {short(name)} is compressed; torch.save never does that"
             )
-        # The header in front of a member repeats all this; only its own length is news.
+        # The header in front of a member repeats all this; only its own length is news. Its name tells whether the
+        # directory means this member.
         fields = _unpack(HEADER, memory, header, START)
         start = header + HEADER.size + fields[9] + fields[10]
+        if memory[header + HEADER.size : header + HEADER.size + fields[9]].tobytes() != spelled:
+            raise Unreadable(f"is damaged: its {short(name)} lies where another member should")
         if start + size > len(memory):
             raise Unreadable(f"is damaged or cut short: its {short(name)} ends behind the end of the file")
         # Where checksums were switched off, torch writes 0.
@@ -164,7 +171,7 @@ def _unpack(form: struct.Struct, memory: np.ndarray, at: int, signature: bytes) 
     return form.unpack(record)
 
 
-def _of_old_file(memory: np.ndarray) -> Layout:
+def _of_old_file(memory: np.ndarray, each: int) -> Layout:
     """Three pickles (a number, the version, the machine), the content, the storages' names, then the storages.
 
     In front of each storage stands how many numbers it has, in eight bytes.
@@ -177,7 +184,7 @@ def _of_old_file(memory: np.ndarray) -> Layout:
     machine = parse(data, version.end)
     if isinstance(machine.value, Pairs) and ("little_endian", False) in machine.value:
         raise Unreadable("was written on a big-endian machine, which is not supported")
-    content = parse(data, machine.end)
+    content = parse(data, machine.end, each)
     names = parse(data, content.end)
     if not isinstance(names.value, list):
         raise Unreadable("is damaged: the list of its storages is missing")

@@ -3,36 +3,32 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moekit.checkpoint.contents import short
+from moekit.checkpoint.contents import clip, short
 from moekit.checkpoint.files import Files
 from moekit.checkpoint.keys import NUMBER
 from moekit.checkpoint.options import READ
 from moekit.checkpoint.reading import Weights
 
 RANK = re.compile(r"(?P<stem>.+)-rank-(?P<rank>[0-9]+)(\.pt)?")
-# Sections of cfg that are alike on all ranks of a training. Options that the config reads are those of rank 0's file,
-# as in fairseq, so that a user can change them in that one file.
+UPDATES = "optimizer_history[-1].num_updates"
+# Sections of cfg that are alike on all ranks of a training, but for paths, which a copy of it may have changed. Options
+# that the config reads are those of rank 0's file, as in fairseq, so that a user can change them in that one file.
 SECTIONS = ("model", "task", "criterion", "optimizer", "lr_scheduler", "optimization")
-FLAT = (
-    "arch",
-    "seed",
-    "lr",
-    "max_update",
-    "total_num_update",
-    "update_freq",
-    "save_dir",
-    "optimizer",
-    "clip_norm",
-)
+FLAT = ("arch", "seed", "lr", "max_update", "total_num_update", "update_freq", "optimizer", "clip_norm")
 
 
 def check_belongs(files: Files, states: Mapping[Path, Mapping[str, Any]]) -> None:
     """Compare what the files' headers tell; no weight is read.
+
+    All ranks of a training save after the same update, so another number of updates is refused. Other differences, of
+    the seed say, are a warning: nothing in fairseq rules them out, and who publishes a checkpoint may have written its
+    headers anew. Shapes are compared where tensors meet the model.
 
     Raises:
         ValueError: two files cannot be of one checkpoint, or a file is not the rank that its name says.
@@ -41,14 +37,22 @@ def check_belongs(files: Files, states: Mapping[Path, Mapping[str, Any]]) -> Non
         _check_name(path, states[path]["model"].folder)
     _check_copies({path: states[path]["model"] for path in files.ranks})
     first = _training(states[files.first])
+    odd: dict[Path, str] = {}
     for path in files.all:
         other = _training(states[path])
-        differs = next((name for name in first if name in other and first[name] != other[name]), None)
-        if differs is not None:
-            raise ValueError(
-                f"{path} is of another training than {files.first.name}: {differs} is {short(other[differs])}, expected "
-                f"{short(first[differs])}"
-            )
+        for name in first:
+            if name not in other or first[name] == other[name]:
+                continue
+            said = f"{name} is {short(other[name])}, expected {short(first[name])}"
+            if name == UPDATES:
+                raise ValueError(f"{path} is of another training than {files.first.name}: {said}")
+            odd.setdefault(path, said)
+    if odd:
+        path, said = next(iter(odd.items()))
+        more = f"; so may {len(odd) - 1} others" if len(odd) > 1 else ""
+        warnings.warn(
+            f"{path} may be of another training than {files.first.name}: {clip(said)}{more}", stacklevel=4
+        )
 
 
 def _check_name(path: Path, folder: str | None) -> None:
@@ -91,7 +95,7 @@ def _training(state: Mapping[str, Any]) -> dict[str, Any]:
     told: dict[str, Any] = {}
     history = state.get("optimizer_history")
     if isinstance(history, list) and history and isinstance(history[-1], Mapping):
-        told["optimizer_history[-1].num_updates"] = history[-1].get("num_updates")
+        told[UPDATES] = history[-1].get("num_updates")
     extra = state.get("extra_state")
     if isinstance(extra, Mapping):
         told["extra_state.epoch"] = extra.get("epoch")
@@ -102,8 +106,9 @@ def _training(state: Mapping[str, Any]) -> dict[str, Any]:
     told = {name: value for name, value in told.items() if value is not None}
     for section, options in _sections(state).items():
         told |= {f"{section}{name}": value for name, value in options.items() if name not in READ}
-    # What is no plain value is compared as text; so NaN equals NaN.
-    return {n: v if isinstance(v, (str, int, type(None))) else repr(v) for n, v in told.items()}
+    # Numbers and words tell trainings apart; NaN equals NaN as text. Paths change as files move.
+    plain = {n: v for n, v in told.items() if isinstance(v, (str, int, float)) and "/" not in str(v)}
+    return {n: repr(v) if isinstance(v, float) and v != v else v for n, v in plain.items()}
 
 
 def _sections(state: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

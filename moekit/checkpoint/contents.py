@@ -230,30 +230,35 @@ def pairs(node: Any) -> list[tuple[Any, Any]] | None:
     return None
 
 
-def plain(node: Any) -> Any:
+def plain(node: Any, tensor: Callable[[Call], Any] = lambda call: None, most: int = LONGEST) -> Any:
     """A node as plain data: dicts, lists, numbers, text; configs of omegaconf and argparse as dicts; else ``Opaque``.
+
+    Args:
+        tensor: makes one of a call that is one, else None.
+        most: values.
 
     Raises:
         Unreadable: it is nested too deeply, or has too many values.
     """
-    return _Plain().of(node, 0)
+    return _Plain(tensor, most).of(node, 0)
 
 
 class _Plain:
-    def __init__(self) -> None:
-        self.count = 0
+    def __init__(self, tensor: Callable[[Call], Any], most: int) -> None:
+        self.count, self.tensor, self.most = 0, tensor, most
 
     def of(self, node: Any, depth: int) -> Any:
         self.count += 1
-        if depth > DEEPEST or self.count > LONGEST:
+        if depth > DEEPEST or self.count > self.most:
             raise Unreadable(
-                f"has settings that are nested deeper than {DEEPEST} levels, or of more than {LONGEST:,} values"
+                f"has settings that are nested deeper than {DEEPEST} levels, or of more than {self.most:,} values"
             )
         found = pairs(node)
         if found is not None:
             return self.dict(found, depth)
         if isinstance(node, Call):
-            return self.result(node, depth)
+            made = self.tensor(node)
+            return self.result(node, depth) if made is None else made
         if isinstance(node, (Name, Reference)):
             return Opaque(str(node) if isinstance(node, Name) else "tensor")
         if type(node) is int and node.bit_length() > 1024:
@@ -284,6 +289,8 @@ class _Plain:
                     return self.of(state[part], depth + 1)
         if re.fullmatch(r"pathlib(\._local)?\.\w+", str(name)):
             return str(PurePosixPath(*arguments))
+        if str(name) == "torch.Size" and len(arguments) == 1:
+            return self.of(arguments[0], depth + 1)
         if str(name).endswith("multiarray.scalar") and len(arguments) == 2:
             return _number(*arguments)
         if str(name).endswith((".set", ".frozenset")) and arguments:

@@ -96,6 +96,11 @@ class Place:
             return parameter.chunk(3)["qkv".index(self.part)]
         return parameter
 
+    def count(self, parameter: Tensor) -> int:
+        """How many numbers of ``parameter`` belong here."""
+        parts = len(parameter) if self.part == "expert" else 3 if self.part in ("q", "k", "v") else 1
+        return parameter.numel() // parts
+
 
 def places(
     source: Source, found: dict[str, Tensor], config: ModelConfig

@@ -209,6 +209,11 @@ def from_fairseq(
     heads = options.whole("decoder_attention_heads", 8, 1, MOST)
     if dim % heads:
         raise options.error("decoder_attention_heads", f"a number that divides decoder_embed_dim={dim}")
+    learned = options.flag("decoder_learned_pos")
+    positions = not options.flag("no_token_positional_embeddings")
+    if dim in (2, 3) and positions and not learned:
+        # fairseq divides by dim // 2 - 1 there.
+        raise options.error("decoder_embed_dim", "4 or more, as its positions are sinusoids")
     tokens_per_sample = of_task.whole("tokens_per_sample", 1024, 1, MOST)
     return ModelConfig(
         layers=options.whole("decoder_layers", 6, 1, LAYERS),
@@ -225,8 +230,8 @@ def from_fairseq(
         pre_norm=options.flag("decoder_normalize_before"),
         final_norm=not (options.flag("no_decoder_final_norm") or before_final_norm),
         before_final_norm=before_final_norm,
-        learned_positions=options.flag("decoder_learned_pos"),
-        positions=not options.flag("no_token_positional_embeddings"),
+        learned_positions=learned,
+        positions=positions,
         scale_embedding=not options.flag("no_scale_embedding"),
         embedding_norm=options.flag("layernorm_embedding"),
         share_output=options.flag("share_decoder_input_output_embed"),

@@ -65,13 +65,16 @@ class Parsed(NamedTuple):
     names: set[Name]  # all that stand in it, also those that are thrown away again
 
 
-def parse(data: bytes | memoryview, start: int = 0) -> Parsed:
+def parse(data: bytes | memoryview, start: int = 0, each: int = EACH) -> Parsed:
     """Read the pickle of protocol 2 to 5 that begins at ``start``.
+
+    Args:
+        each: bytes that an instruction takes at least, but for the first 350,000; 1 for a file of many small numbers.
 
     Raises:
         Unreadable: the pickle is damaged, too long or too large, or of another protocol.
     """
-    machine = _Machine(data, start)
+    machine = _Machine(data, start, each)
     collects = gc.isenabled()
     # The garbage collector would scan these objects again and again, and all of them are kept.
     gc.disable()
@@ -85,8 +88,8 @@ def parse(data: bytes | memoryview, start: int = 0) -> Parsed:
 
 
 class _Machine:
-    def __init__(self, data: bytes | memoryview, start: int):
-        self.data, self.at = data, start
+    def __init__(self, data: bytes | memoryview, start: int, each: int):
+        self.data, self.at, self.each = data, start, each
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
@@ -94,7 +97,7 @@ class _Machine:
 
     def run(self) -> Any:
         data, stack, act = self.data, self.stack, ACTIONS
-        most = FEW + len(data) // EACH
+        most = FEW + len(data) // self.each
         for _ in range(most):
             code = data[self.at]
             self.at += 1

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import collections
+import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,8 @@ from moekit.checkpoint.contents import clip
 from moekit.checkpoint.files import Files, find
 from moekit.checkpoint.inspection import Inspection, NonFinite, Wanted, warn_unchecked
 from moekit.checkpoint.keys import NUMBER, OUTPUT_KEYS, SHARED_KEY, Place, key_of, name_of, places
-from moekit.checkpoint.reading import Source, Weights, read, stamp, tensors
+from moekit.checkpoint.reading import Source, Weights, read, stamp
+from moekit.checkpoint.shards import EXPERT, tensors
 from moekit.nn.config import ModelConfig
 
 
@@ -55,9 +58,8 @@ class Plan:
             return sum(p.numel() for p in Transformer(self.config, held).parameters())
 
     def needed(self, held: range) -> list[Source]:
-        """The files a rank with the experts ``held`` opens: the shared one and those with an expert of its own."""
-        shared, *rest = self.sources
-        return [shared, *(s for s in rest if any(expert in s.experts for expert in held))]
+        """The files a rank with the experts ``held`` opens: what is shared, and those with an expert of its own."""
+        return [s for s in self.sources if s.common or any(expert in s.experts for expert in held)]
 
 
 def survey(files: Files, dictionary: int | None = None) -> Plan:
@@ -71,34 +73,47 @@ def survey(files: Files, dictionary: int | None = None) -> Plan:
         ValueError: an unknown or missing key, a wrong shape, an expert that no file or that two files fill; it names
             the file, the key, what was found and what was expected.
     """
+    first = read(files.first)
+    files, copies = _once(files, first)
     stamps = {path: stamp(path) for path in files.all}
-    states = {path: read(path) for path in files.all}
+    states = {path: first if path == files.first else read(path) for path in files.all}
     opened = {path: tensors(state, path) for path, state in states.items()}
-    shared = opened[files.shared]
-    config = _config(files, states, shared, dictionary)
-    expected = _expected(files, config, shared)
+    config = _config(files, states, opened, dictionary)
+    expected = _expected(files, config)
 
     sources: list[Source] = []
-    filled: dict[Place, str] = {}
+    filled = Filling()
     offset = 0
     for path, found in opened.items():
         held = 1 + max((int(n) for key in found for n in NUMBER.findall(key)[1:]), default=-1)
-        start = 0 if path == files.shared else offset
-        source = Source(path, range(start, start + held), path.stat().st_size, len(found), stamps[path])
-        for key, tensor, target in places(source, found, config):
-            _check(path, key, tensor, target, expected, config)
+        common = path in files.common
+        start = 0 if common else offset % config.experts if copies else offset
+        source = Source(
+            path, range(start, start + held), path.stat().st_size, len(found), stamps[path], common
+        )
+        for key, _, target in places(source, found, config):
+            numbers = _check(path, found, key, target, expected, config)
             for part in _unfold(target):
-                if part in filled:
+                before = filled.add(part, numbers, f"{path.name}: {key}")
+                if before is not None:
                     raise ValueError(
-                        f"{path}: {clip(key)} fills {name_of(part)} for the second time, after {filled[part]}"
+                        f"{path}: {clip(key)} fills {name_of(part)} for the second time, after {before}"
                     )
-                filled[part] = f"{path.name}: {key}"
         sources.append(source)
-        offset = source.experts.stop if path != files.shared else 0
+        offset = source.experts.stop if not common else 0
 
-    missing = next((t for n, p in expected.items() for t in _parts(n, p) if t not in filled), None)
+    missing = next(
+        (t for n, p in expected.items() for t in _parts(n, p) if filled.missing(t, t.count(p)) is not None),
+        None,
+    )
     if missing is not None:
         where, hint = files.shared, ""
+        if filled[missing]:
+            count = missing.count(expected[missing.name])
+            raise ValueError(
+                f"{files.shared.parent}: of the {count:,} numbers of {name_of(missing)} no file fills those from "
+                f"{filled.missing(missing, count):,}: is a shard missing?"
+            )
         if missing.part == "expert":
             holders = ", ".join(f"{s.path.name} ({len(s.experts)})" for s in sources if len(s.experts))
             where = files.shared.parent
@@ -108,18 +123,58 @@ def survey(files: Files, dictionary: int | None = None) -> Plan:
         )
     check_belongs(files, states)
     warn_unchecked(opened)
-    return Plan(config, shared[SHARED_KEY].dtype, tuple(sources), opened)
+    dtype = next(found[SHARED_KEY].dtype for found in opened.values() if SHARED_KEY in found)
+    return Plan(config, dtype, tuple(sources), opened)
 
 
-def _config(files: Files, states: dict[Path, dict], shared: Weights, dictionary: int | None) -> ModelConfig:
+def _once(files: Files, first: dict[str, Any]) -> tuple[Files, bool]:
+    """Without the copies of experts that more ranks than experts have written, and whether rank r holds expert r % E."""
+    experts = cfg.options_of(first, str(files.first))[0].get("moe_expert_count")
+    if type(experts) is not int or experts < 1 or len(files.ranks) <= experts or len(files.ranks) % experts:
+        return files, False
+    if any(EXPERT.search(key) for key in tensors(first, files.first).cut):
+        # Not copies, but parts.
+        return files, True
+    return replace(files, ranks=files.ranks[:experts]), True
+
+
+class Filling(defaultdict[Place, list[tuple[range, str]]]):
+    """Which numbers of each place are filled, and by what."""
+
+    def __init__(self) -> None:
+        super().__init__(list)
+
+    def add(self, place: Place, numbers: range, by: str) -> str | None:
+        """What has filled one of ``numbers`` before, if something has."""
+        before = next(
+            (told for r, told in self[place] if r.start < numbers.stop and numbers.start < r.stop), None
+        )
+        self[place].append((numbers, by))
+        return before
+
+    def missing(self, place: Place, count: int) -> int | None:
+        """The first of ``count`` numbers that nothing fills."""
+        end = 0
+        for numbers, _ in sorted(self.get(place, []), key=lambda one: one[0].start):
+            if numbers.start > end:
+                break
+            end = max(end, numbers.stop)
+        return end if end < count or place not in self else None
+
+
+def _config(
+    files: Files, states: dict[Path, dict], opened: dict[Path, Weights], dictionary: int | None
+) -> ModelConfig:
     """The config that rank 0's file tells, checked against the sizes of the files."""
-    matrices = [key for key in (SHARED_KEY, *sorted(OUTPUT_KEYS)) if key in shared]
-    for key in matrices:
-        if shared[key].ndim != 2 or not shared[key].numel():
-            raise ValueError(
-                f"{files.shared}: {key} has shape {list(shared[key].shape)}, expected a row for each type"
-            )
-    rows = min(len(shared[key]) for key in matrices)
+    shared = opened[files.shared]
+    keys = {key: opened[path] for path in reversed(files.common) for key in opened[path]}
+    if SHARED_KEY not in keys:
+        raise ValueError(f"{files.shared.parent} has no shared part: no file holds {SHARED_KEY}")
+    matrices = [(key, keys[key].shape(key)) for key in (SHARED_KEY, *sorted(OUTPUT_KEYS)) if key in keys]
+    for key, shape in matrices:
+        if len(shape) != 2 or 0 in shape:
+            raise ValueError(f"{files.shared}: {key} has shape {list(shape)}, expected a row for each type")
+    rows = min(shape[0] for _, shape in matrices)
     if dictionary is not None and dictionary > rows:
         raise ValueError(
             f"{files.shared}: {SHARED_KEY} has {rows} rows, too few for a dictionary of {dictionary} types"
@@ -137,13 +192,14 @@ def _config(files: Files, states: dict[Path, dict], shared: Weights, dictionary:
         where=str(files.first),
     )
     # A model is not built, not even without memory, if its files cannot hold it. Each weight takes a byte or more.
-    layers = 1 + max((int(NUMBER.findall(key)[0]) for key in shared if NUMBER.search(key)), default=-1)
+    layers = 1 + max((int(NUMBER.findall(key)[0]) for key in keys if NUMBER.search(key)), default=-1)
     weights = 2 * config.dim * config.ffn_dim * config.experts * len(config.moe_layers)
     size = sum(memory.nbytes for memory in (state["model"].memory for state in states.values()))
     if config.layers > layers:
-        raise ValueError(
-            f"{files.first}: decoder_layers={config.layers}, but {files.shared.name} has {layers} layers"
-        )
+        there = f"{files.shared.name} has"
+        if files.shards:
+            there = f"the {len(files.common)} shards up to {files.common[-1].name} (is one missing?) have"
+        raise ValueError(f"{files.first}: decoder_layers={config.layers}, but {there} {layers} layers")
     if weights > size:
         raise ValueError(
             f"{files.first}: moe_expert_count={config.experts}, decoder_embed_dim={config.dim} and "
@@ -152,7 +208,7 @@ def _config(files: Files, states: dict[Path, dict], shared: Weights, dictionary:
     return config
 
 
-def _expected(files: Files, config: ModelConfig, shared: Weights) -> dict[str, Tensor]:
+def _expected(files: Files, config: ModelConfig) -> dict[str, Tensor]:
     """The parameters to fill, by their names; on no device."""
     from moekit.nn.transformer import Transformer
 
@@ -163,26 +219,29 @@ def _expected(files: Files, config: ModelConfig, shared: Weights) -> dict[str, T
         raise ValueError(f"{files.first}: its cfg describes a model that cannot be built") from error
 
 
-def _check(path: Path, key: str, tensor: Tensor, target: Place, expected: dict, config: ModelConfig) -> None:
-    parameter = expected.get(target.name)
+def _check(path: Path, found: Weights, key: str, target: Place, expected: dict, config: ModelConfig) -> range:
+    """Compare a tensor with the parameter that it fills; returns the numbers of its place that it holds."""
+    tensor, got, parameter = found[key], list(found.shape(key)), expected.get(target.name)
     if parameter is None:
-        raise ValueError(
-            f"{path}: {clip(key)} (shape {list(tensor.shape)}) has no place in the model that cfg describes"
-        )
+        raise ValueError(f"{path}: {clip(key)} (shape {got}) has no place in the model that cfg describes")
     if target.part == "expert" and target.expert >= config.experts:
         raise ValueError(
             f"{path}: {clip(key)} would be expert {target.expert} (from 0), but cfg says moe_expert_count={config.experts}: "
             "a file too many, or files of two checkpoints"
         )
-    wanted, got = list(target.of(parameter).shape), list(tensor.shape)
+    wanted = list(target.of(parameter).shape)
     if target.part == "rows":
         fits = got[1:] == wanted[1:] and got[0] >= wanted[0]
     else:
-        fits = got == wanted
+        fits = got == wanted and not (target.part == "qkv" and key in found.cut)
     if not fits:
         raise ValueError(f"{path}: {clip(key)} has shape {got}, expected {wanted}")
     if not tensor.is_floating_point():
         raise ValueError(f"{path}: {clip(key)} has dtype {tensor.dtype}, expected a floating-point one")
+    begin = found.cut[key][0] if key in found.cut else 0
+    if target.part == "qkv":
+        return range(tensor.numel() // 3)
+    return range(begin, min(begin + tensor.numel(), math.prod(wanted)))
 
 
 def _parts(name: str, parameter: Tensor) -> Iterator[Place]:
@@ -217,6 +276,7 @@ def fill(
     progress: Callable[[int], None] | None = None,
     threads: int = 1,
     verify: bool = True,
+    share: tuple[int, int] = (0, 1),
 ) -> Filled:
     """Read one rank's tensors from the mapped files into the model's parameters, as copying.py does.
 
@@ -225,48 +285,90 @@ def fill(
         progress: called with the bytes read since the last call.
         threads: that copy at the same time.
         verify: compare checksums and look for numbers that are not finite, as inspection.py does.
+        share: (i, n), where n ranks read the shared file: this one verifies every n-th of its tensors, from i on.
 
     Raises:
         ValueError: a tensor is damaged, or a file has changed since the survey.
     """
     parameters = dict(model.named_parameters())
-    filled: collections.Counter[Place] = collections.Counter()
+    filled = Filling()
     inspections: list[Inspection] = []
 
-    def wanted(source: Source, weights: Weights) -> Iterator[Wanted]:
+    def wanted(source: Source, weights: Weights) -> Iterator[tuple[Wanted, Tensor]]:
+        """What is read of each tensor, and where it goes."""
         for key, tensor, target in places(source, weights, plan.config):
-            if target.part == "rows":
-                yield key, tensor[: len(parameters[target.name])], target
-            elif target.part != "expert" or target.expert in held:
-                yield key, tensor, target
+            if target.part == "expert" and target.expert not in held:
+                continue
+            view = target.of(parameters[target.name].data, held.start)
+            begin = 0
+            if key in weights.cut:
+                begin = weights.cut[key][0]
+                tensor = tensor[: max(0, view.numel() - begin)]
+                view = view.view(-1)[begin : begin + len(tensor)]
+            elif target.part == "rows":
+                tensor = tensor[: len(view)]
+            for part in (unfolded := _unfold(target)):
+                filled.add(part, range(begin, begin + view.numel() // len(unfolded)), "")
+            yield (key, tensor, target), view
 
     def pieces() -> Iterator[copying.Piece]:
         for source in plan.needed(held):
             weights = plan.open(source)
             parts = list(wanted(source, weights))
-            inspection = Inspection(source, weights, parts) if verify else None
-            inspections.extend([inspection] if inspection else [])
-            for part in parts:
-                key, tensor, target = part
-                view = target.of(parameters[target.name].data, held.start)
-                check = inspection.check(part) if inspection else None
-                yield copying.Piece(f"{source.path}: {key}", tensor, view, check)
-                filled.update(_unfold(target))
+            # Whatever another rank finds ends the load, too.
+            first, step = share if source is plan.sources[0] else (0, 1)
+            mine = [part for part, _ in parts][first::step]
+            checks: dict[str, Callable[[], None] | None] = {}
+            if verify:
+                inspection = Inspection(source, weights, mine)
+                inspections.append(inspection)
+                checks = {part[0]: inspection.check(part) for part in mine}
+            for (key, tensor, _), view in parts:
+                yield copying.Piece(f"{source.path}: {key}", tensor, view, checks.get(key))
 
     copying.copy(pieces(), next(iter(parameters.values())).device, threads, progress)
     for name, parameter in parameters.items():
-        for target in _parts(name, parameter):
-            if target.part == "expert":
-                target = Place(name, "expert", held.start + target.expert)
-            if filled[target] != 1:
+        for part in _parts(name, parameter):
+            count = part.count(parameter)
+            target = replace(part, expert=held.start + part.expert) if part.part == "expert" else part
+            found = sum(map(len, (numbers for numbers, _ in filled[target])))
+            if found != count:
                 raise ValueError(
-                    f"{name_of(target)} was filled {filled[target]} times; did the files change meanwhile?"
+                    f"{found:,} of {count:,} numbers of {name_of(target)} were filled; did the files change meanwhile?"
                 )
     for inspection in inspections:
         inspection.remember()
-    result = Filled(filled)
+    result = Filled(dict.fromkeys(filled, 1))
     result.nonfinite = [found for inspection in inspections for found in inspection.nonfinite]
     return result
+
+
+def inspect(plan: Plan, threads: int = copying.THREADS) -> list[NonFinite]:
+    """Compare the checksum of every tensor that a model has a place for, and look for numbers that are not finite.
+
+    Returns:
+        The tensors with such numbers.
+
+    Raises:
+        ValueError: a tensor is damaged.
+    """
+    found: list[NonFinite] = []
+    threads_of_torch = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, "inspecting", torch.set_num_threads, (1,)) as pool:
+            for source in plan.sources:
+                weights = plan.open(source)
+                parts: list[Wanted] = list(places(source, weights, plan.config))
+                inspection = Inspection(source, weights, parts)
+                checks = [check for part in parts if (check := inspection.check(part)) is not None]
+                for _ in pool.map(lambda check: check(), checks):
+                    pass
+                inspection.remember()
+                found += inspection.nonfinite
+    finally:
+        # A thread of torch's takes over the number that was set last, in whichever thread.
+        torch.set_num_threads(threads_of_torch)
+    return found
 
 
 def describe(checkpoint: str | Path) -> list[dict[str, Any]]:
@@ -280,16 +382,17 @@ def describe(checkpoint: str | Path) -> list[dict[str, Any]]:
         ValueError: as :func:`find` and :func:`read`.
     """
     files = find(checkpoint)
+    ranks = {path: rank for rank, path in enumerate(files.ranks)}
     rows = []
-    for i, path in enumerate(files.all):
+    for path in files.all:
         found = tensors(read(path), path)
         numbers = [n for key in found if len(n := NUMBER.findall(key)) == 2]
         rows.append(
             {
                 "file": path.name,
                 "bytes": path.stat().st_size,
-                "kind": "shared" if i == 0 else "rank",
-                "rank": None if i == 0 else i - 1,
+                "kind": "rank" if path in ranks else "shared",
+                "rank": ranks.get(path),
                 "experts": len({n[1] for n in numbers}),
                 "moe_layers": len({n[0] for n in numbers}),
                 "dtype": ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in found.values()})),

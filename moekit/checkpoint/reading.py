@@ -1,8 +1,13 @@
-"""One checkpoint file, opened without running anything in it: its config as plain data, its weights memory-mapped."""
+"""One checkpoint file, opened without running anything in it: its config as plain data, its weights memory-mapped.
+
+The file is one of ``torch.save`` or of safetensors; its content tells which.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,13 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moekit.checkpoint import safetensors
 from moekit.checkpoint.archive import START, Layout, Record, layout
 from moekit.checkpoint.contents import Stored, clip, is_known, layout_of, pairs, plain, refused, short, walk
-from moekit.checkpoint.pickles import Call, Unreadable
+from moekit.checkpoint.pickles import EACH, Call, Unreadable
 
 # What is read besides the weights: the config, and what tells one training from another. The state of the optimizer
 # stays in the file.
-SETTINGS = ("args", "cfg", "optimizer_history", "extra_state")
+SETTINGS = ("args", "cfg", "optimizer_history", "extra_state", "shard_metadata")
+# What wrappers put into the names of the tensors of what they wrap: fairscale's anywhere, torch's in front.
+WRAPPERS = re.compile(r"(?<![^.])(_fsdp_wrapped_module|_fpw_module)\.")
 
 
 class Weights(dict[str, Tensor]):
@@ -27,6 +35,8 @@ class Weights(dict[str, Tensor]):
         path: the file.
         memory: all of it, [bytes] uint8.
         records: the record of the file that each key's tensor lies in.
+        cut: of a tensor that lies in several files, where the part here begins, and the shape of the whole; the part
+            is [numbers].
         folder: the folder inside the file's archive, which torch names after the file; None in old files.
     """
 
@@ -34,6 +44,11 @@ class Weights(dict[str, Tensor]):
         super().__init__()
         self.path, self.memory, self.folder = path, memory, folder
         self.records: dict[str, Record] = {}
+        self.cut: dict[str, tuple[int, tuple[int, ...]]] = {}
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Of the whole tensor."""
+        return self.cut[key][1] if key in self.cut else tuple(self[key].shape)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -45,6 +60,47 @@ def read(path: Path) -> dict[str, Any]:
         ValueError: not a checkpoint, damaged, or it asks to build what is not known as harmless.
     """
     path = Path(path)
+    with _mapped(path, "checkpoint file") as (memory, storage):
+        if safetensors.begins(memory):
+            return _of_safetensors(path, memory, storage)
+        return _state(path, memory, storage, _layout(path, memory, "checkpoint file", EACH))
+
+
+def content(path: Path, what: str) -> Any:
+    """All that a file of ``torch.save`` holds: dicts, lists, numbers, text, and its tensors, memory-mapped.
+
+    Nothing in the file is executed.
+
+    Args:
+        what: it ought to be, for errors.
+
+    Raises:
+        ValueError: not a file of ``torch.save``, damaged, or it asks to build what is not known as harmless.
+    """
+    with _mapped(Path(path), what) as (memory, storage):
+        found = _layout(Path(path), memory, what, each=1)
+        held: dict[str, int] = {}
+        total = 0
+
+        def tensor(call: Call) -> Tensor | None:
+            nonlocal total
+            made = _tensor(call, storage, found)
+            if made is None:
+                return None
+            held[made[1].name] = made[1].size
+            total += made[0].nbytes
+            if total > 2 * sum(held.values()):
+                raise Unreadable(
+                    "has tensors that are larger than their storages, so it is damaged or hostile"
+                )
+            return made[0]
+
+        return plain(found.content, tensor, most=len(memory))
+
+
+@contextlib.contextmanager
+def _mapped(path: Path, what: str) -> Iterator[tuple[np.ndarray, torch.UntypedStorage]]:
+    """A file mapped into memory; what is unreadable in it becomes one sentence."""
     size = _size(path)
     try:
         storage = torch.UntypedStorage.from_file(str(path), False, size)
@@ -52,15 +108,20 @@ def read(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be mapped into memory: {_reason(error)}") from error
     memory = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
     try:
-        kind = _kind(memory)
-        if kind is not None:
-            raise ValueError(f"{path} is not a readable checkpoint file but {kind}")
-        found = layout(memory)
-        _refuse(path, found)
-        return _state(path, memory, storage, found)
+        yield memory, storage
     except Unreadable as error:
         advice = "; fetch it again" if re.search(r"damage|is cut short", str(error)) else ""
-        raise ValueError(f"{path} is not a readable checkpoint file: it {error}{advice}") from error
+        raise ValueError(f"{path} is not a readable {what}: it {error}{advice}") from error
+
+
+def _layout(path: Path, memory: np.ndarray, what: str, each: int) -> Layout:
+    """Where everything lies in a file of ``torch.save``, which names nothing but what is harmless."""
+    kind = _kind(memory)
+    if kind is not None:
+        raise ValueError(f"{path} is not a readable {what} but {kind}")
+    found = layout(memory, each)
+    _refuse(path, found)
+    return found
 
 
 def _size(path: Path) -> int:
@@ -86,7 +147,6 @@ def _reason(error: Exception) -> str:
 
 KINDS: list[tuple[bytes, str]] = [
     (rb"\s*version https://git-lfs", "a Git LFS pointer: run git lfs pull"),
-    (rb".{7}\0\{", "a file of safetensors; expected a file of torch.save"),
     (rb"\s*<[!?a-zA-Z]", "a web page: fetch the file itself"),
     (rb"\x1f\x8b", "compressed with gzip: unpack it first"),
     (rb"BZh", "compressed with bzip2: unpack it first"),
@@ -130,23 +190,38 @@ def _refuse(path: Path, found: Layout) -> None:
         )
 
 
+def _of_safetensors(path: Path, memory: np.ndarray, storage: torch.UntypedStorage) -> dict[str, Any]:
+    entries, settings = safetensors.layout(memory)
+    if not isinstance(settings, dict):
+        raise Unreadable("is damaged: its settings are no object")
+    weights = Weights(path, memory, None)
+    for key, (dtype, shape, record) in entries.items():
+        part = storage[record.start : record.start + record.size]
+        weights[key] = torch.empty(0, dtype=dtype).set_(part).view(shape)
+        weights.records[key] = record
+    return {"model": weights} | {name: settings[name] for name in SETTINGS if name in settings}
+
+
 def _state(path: Path, memory: np.ndarray, storage: torch.UntypedStorage, found: Layout) -> dict[str, Any]:
     top = _named(path, found.content, "its top level") or {}
     if pairs(top.get("model")) is None:
         raise ValueError(f"{path} has no 'model' with tensors: it is no fairseq checkpoint")
     weights = Weights(path, memory, found.folder)
     held: dict[str, int] = {}
-    for key, node in _named(path, top["model"], "model").items():
-        where = layout_of(node) if isinstance(node, Call) else None
-        if where is None:
+    nodes = _named(path, top["model"], "model")
+    prefix = "module." if nodes and all(key.startswith("module.") for key in nodes) else ""
+    for written, node in nodes.items():
+        key = WRAPPERS.sub("", written.removeprefix(prefix))
+        if key in weights:
+            raise ValueError(
+                f"{path}: {clip(written)} is there twice: as itself and without its wrapper's name"
+            )
+        made = _tensor(node, storage, found) if isinstance(node, Call) else None
+        if made is None:
             kind = str(node.function) if isinstance(node, Call) else type(node).__name__
             raise ValueError(f"{path}: {clip(key)} is a {clip(kind)}, expected a tensor")
-        stored, offset, shape, strides, dtype = where
-        record = _record(stored, found)
-        held[record.name] = record.size
-        part = storage[record.start : record.start + stored.bytes]
-        weights[key] = torch.empty(0, dtype=dtype).set_(part, offset, shape, strides)
-        weights.records[key] = record
+        weights[key], weights.records[key] = made
+        held[made[1].name] = made[1].size
     total, most = sum(tensor.nbytes for tensor in weights.values()), sum(held.values())
     # Tied matrices are one storage under two keys.
     if total > 2 * most or most > len(memory):
@@ -154,6 +229,17 @@ def _state(path: Path, memory: np.ndarray, storage: torch.UntypedStorage, found:
             f"has tensors of {total:,} bytes in storages of {most:,}, so it is damaged or hostile"
         )
     return {"model": weights} | {name: plain(top[name]) for name in SETTINGS if name in top}
+
+
+def _tensor(call: Call, storage: torch.UntypedStorage, found: Layout) -> tuple[Tensor, Record] | None:
+    """A tensor that torch would rebuild, in the mapped file, and where its storage lies; None if it is nothing of the kind."""
+    where = layout_of(call)
+    if where is None:
+        return None
+    stored, offset, shape, strides, dtype = where
+    record = _record(stored, found)
+    part = storage[record.start : record.start + stored.bytes]
+    return torch.empty(0, dtype=dtype).set_(part, offset, shape, strides), record
 
 
 def _named(path: Path, node: Any, where: str) -> dict[str, Any] | None:
@@ -182,11 +268,6 @@ def _record(stored: Stored, found: Layout) -> Record:
     return record
 
 
-def tensors(state: dict[str, Any], path: Path) -> Weights:
-    """The tensors of what :func:`read` found in ``path``."""
-    return state["model"]
-
-
 def stamp(path: Path) -> tuple[int, ...]:
     """What changes when the file does."""
     try:
@@ -206,3 +287,5 @@ class Source:
     tensors: int
     # See :func:`stamp`.
     stamp: tuple[int, ...] = field(repr=False)
+    # Whether every rank reads it.
+    common: bool = False

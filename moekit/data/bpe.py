@@ -19,6 +19,8 @@ import numpy as np
 import regex
 from tokenizers.models import BPE
 
+from moekit.data.dictionary import text_of
+
 # An id takes 4 bytes in the library's tables.
 MOST_IDS = 1 << 32
 # Symbols that stand for themselves, such as <|endoftext|>, are made by no merge.
@@ -130,10 +132,9 @@ class BytePairs:
 
 def read_vocabulary(path: Path) -> dict[str, int]:
     """``encoder.json``: a JSON object from symbols to ids."""
+    text = text_of(path, "an encoder.json")
     try:
-        vocabulary = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"there is no file {path}") from None
+        vocabulary = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not an encoder.json: {textwrap.shorten(str(error), 120)}") from None
     if not isinstance(vocabulary, dict):
@@ -148,17 +149,14 @@ def read_vocabulary(path: Path) -> dict[str, int]:
             )
         if not symbol.isascii() and any("\ud800" <= character <= "\udfff" for character in symbol):
             raise ValueError(f"{path} is not an encoder.json: {repr(symbol)} holds half a surrogate pair")
+    if len(set(vocabulary.values())) < len(vocabulary):
+        raise ValueError(f"{path} is not an encoder.json: two of its symbols have the same id")
     return vocabulary
 
 
 def read_merges(path: Path) -> list[tuple[str, str]]:
     """``vocab.bpe``: a version line, then a merge a line. As in fairseq, a last line without an end is not read."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")[1:-1]
-    except FileNotFoundError:
-        raise ValueError(f"there is no file {path}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not a vocab.bpe: {error}") from None
+    lines = text_of(path, "a vocab.bpe").split("\n")[1:-1]
     merges = [tuple(line.split()) for line in lines]
     for number, merge in enumerate(merges, start=2):
         if len(merge) != 2:
@@ -175,12 +173,14 @@ def _check(vocabulary: dict[str, int], merges: list[tuple[str, str]], encoder: P
         last_made["".join(merge)] = line
     for line, (left, right) in enumerate(merges, start=2):
         if left + right not in vocabulary:
-            raise ValueError(f"{vocab}, line {line} makes {left + right!r}, which {encoder} does not have")
+            raise ValueError(
+                f"{vocab}, line {line} makes {repr(left + right)}, which {encoder} does not have"
+            )
         # Merging one pair after the other (tokenizers) and all equal pairs at once (fairseq) agree only if no merge
         # can be followed by an earlier one.
         if max(last_made.get(left, 0), last_made.get(right, 0)) > line:
             raise ValueError(
-                f"{vocab}, line {line} merges {left!r} and {right!r} before a later line makes one of them"
+                f"{vocab}, line {line} merges {repr(left)} and {repr(right)} before a later line makes one of them"
             )
     unmade = [s for s in vocabulary if len(s) > 1 and s not in last_made and not SPECIAL.fullmatch(s)]
     if len(unmade) > MOST_UNMADE:

@@ -42,6 +42,8 @@ class Codec:
         self.bpe = BytePairs(encoder_json, vocab_bpe)
         self.dictionary = Dictionary(dict_txt)
         self._ids = {number: self.dictionary.index.get(str(number), UNK) for number in self.bpe.bytes_of}
+        if set(self._ids.values()) == {UNK}:
+            raise ValueError(f"{dict_txt} holds none of {encoder_json}'s ids: it is of another model")
         self._bytes = {self._ids[number]: text for number, text in self.bpe.bytes_of.items()}
         self._bytes.pop(UNK, None)
 

@@ -6,6 +6,7 @@ import itertools
 from pathlib import Path
 
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
+MOST_BYTES = 64 << 20  # a dictionary of GPT-2's 50,257 types has 0.6 MB
 
 
 class Dictionary:
@@ -27,14 +28,7 @@ class Dictionary:
         self.path = path = Path(dict_txt)
         self.symbols = list(SPECIAL)
         self.index = {symbol: number for number, symbol in enumerate(self.symbols)}
-        try:
-            lines = path.read_text(encoding="utf-8").split("\n")
-        except FileNotFoundError:
-            raise ValueError(f"there is no file {path}") from None
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not a dict.txt: {error}") from None
-        except OSError as error:
-            raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+        lines = text_of(path, "a dict.txt").split("\n")
         if lines[-1] == "":
             lines.pop()
         for number, line in enumerate(lines, start=1):
@@ -45,7 +39,7 @@ class Dictionary:
                 raise ValueError(f"{path}, line {number}: expected '<symbol> <count>', found {line[:80]!r}")
             if symbol in self.index and not overwrite:
                 raise ValueError(
-                    f"{path}, line {number}: {symbol!r} for the second time; a line that is to replace an earlier one "
+                    f"{path}, line {number}: {symbol[:80]!r} for the second time; a line that is to replace an earlier one "
                     "ends in #fairseq:overwrite"
                 )
             self.index[symbol] = len(self.symbols)
@@ -63,6 +57,28 @@ class Dictionary:
         shown = ["nothing" if symbol is None else repr(symbol[:40]) for symbol in (mine, theirs)]
         line = place - len(SPECIAL) + 1
         return f"{self.path} and {other.path} differ first in line {line}: {shown[0]} and {shown[1]}"
+
+
+def text_of(path: Path, what: str) -> str:
+    """The text of a small file that ought to be ``what``.
+
+    Raises:
+        ValueError: it is missing, no regular file, larger than :data:`MOST_BYTES`, or not UTF-8.
+    """
+    try:
+        if not path.exists():
+            raise ValueError(f"there is no file {path}")
+        if not path.is_file():
+            raise ValueError(f"{path} is no regular file; expected {what}")
+        if (size := path.stat().st_size) > MOST_BYTES:
+            raise ValueError(f"{path} is not {what}: it has {size:,} bytes, expected {MOST_BYTES:,} at most")
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not {what}: {error.reason} at byte {error.start}, expected UTF-8"
+        ) from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def _is_count(text: str) -> bool:

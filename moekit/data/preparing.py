@@ -241,7 +241,7 @@ def _checkpoint(settings: Settings, steps: Steps) -> tuple[Path | None, list[dic
         discard(_archive(remote, settings))
     found, now = record.once(
         folder.with_name(folder.name + ".verified.json"),
-        asked={},
+        asked={"checksums": True},
         inputs=sorted(folder.rglob("*.pt")),
         outputs=[],
         work=lambda: {"files": verify_checkpoint(folder)},
@@ -250,8 +250,8 @@ def _checkpoint(settings: Settings, steps: Steps) -> tuple[Path | None, list[dic
     steps.report(
         f"verify {settings.checkpoint}",
         now,
-        f"the headers of {len(files)} files ({human(sum(row['bytes'] for row in files))}): every tensor is there once and "
-        "has its shape",
+        f"{len(files)} files ({human(sum(row['bytes'] for row in files))}): every tensor is there once, has its shape and "
+        "the checksum that its file tells",
     )
     return folder, files
 
@@ -259,12 +259,14 @@ def _checkpoint(settings: Settings, steps: Steps) -> tuple[Path | None, list[dic
 def verify_checkpoint(folder: Path) -> list[dict[str, Any]]:
     """A row a file of the checkpoint in ``folder``, when all are there and fit the model that they describe.
 
+    It warns of files without checksums, and of weights that are not finite.
+
     Raises:
-        ValueError: a file is missing or unreadable, or an expert or another tensor is missing, twice or misshapen.
+        ValueError: a file is missing or unreadable, or an expert or another tensor is missing, twice, misshapen or damaged.
     """
     from moekit import checkpoint
 
-    checkpoint.survey(checkpoint.find(folder))
+    checkpoint.warn_nonfinite(checkpoint.inspect(checkpoint.survey(checkpoint.find(folder))))
     return checkpoint.describe(folder)
 
 

@@ -96,6 +96,12 @@ def _missing(folder: Path, name: str) -> ValueError:
         return ValueError(
             f"{folder} has no {name}, it {kind}: expected a folder that prepare_data.ipynb makes"
         )
+    for raw in sorted(folder.glob(f"{name.removesuffix('.bin')}.None-None*")):
+        # So fairseq-preprocess calls raw text without a target language; as little does fairseq find it.
+        return ValueError(
+            f"{folder} has no {name}, but {raw.name}, which fairseq-preprocess --dataset-impl raw wrote: rename it to "
+            f"{name.removesuffix('.bin')}, the name that fairseq looks for"
+        )
     there = ", ".join(sorted(path.name for path in folder.iterdir()))
     there = "is empty" if not there else f"holds {there if len(there) < 500 else there[:500] + ', ...'}"
     return ValueError(f"{folder} has no {name}, it {there}: prepare_data.ipynb makes such a folder")

@@ -183,8 +183,10 @@ class Request:
         copies = asked["num_return_sequences"]
         # A beam search finds its copies by itself.
         each = 1 if asked["beam_size"] > 1 else copies
+        # Arrays reach the ranks faster than lists.
+        arrays = [np.array(ids, np.int32) for ids in read]
         sequences = [
-            Prompt(number, ids) for number, ids in enumerate(ids for ids in read for _ in range(each))
+            Prompt(number, ids) for number, ids in enumerate(ids for ids in arrays for _ in range(each))
         ]
         if model.intervention is not None:
             model.intervention.check({s.number: len(s.ids) + asked["max_new_tokens"] - 1 for s in sequences})

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 # Decode steps that the ranks run per call. A GPU computes several while the driver would look at one.
 BURST = {"cpu": 1, "cuda": 16}
 # The same where no token is looked at before the end.
-UNHEARD = {"cpu": 16, "cuda": 64}
+UNHEARD = {"cpu": 16, "cuda": 128}
 
 
 def generate(

@@ -34,9 +34,19 @@ def changed(config: ModelConfig, fields: Mapping[str, Any]) -> ModelConfig:
         "gate": Choice(tuple(GATES)),
         "second_expert": Choice(SECOND_EXPERT),
     }
-    return replace(
+    new = replace(
         config,
         **{
             name: check(f"config[{name!r}]", value, kinds.get(name, Flag())) for name, value in fields.items()
         },
     )
+    if config.final_norm and new.pre_norm != config.pre_norm:
+        raise ValueError(
+            f"config['pre_norm']={new.pre_norm}: with it the model's final norm comes or goes, and the checkpoint's weights "
+            f"are of a model with pre_norm={config.pre_norm}"
+        )
+    if config.learned_positions and new.max_positions != config.max_positions:
+        raise ValueError(
+            f"config['max_positions']={new.max_positions}: the model has learned {config.max_positions} positions"
+        )
+    return new

@@ -38,12 +38,26 @@ class Force:
         sample: the sample's id, as in a trace; a call that has no such sample, or none of ``positions`` in it, fails.
         positions: a position, several (a range), or None for all.
         layers: a MoE layer, several, or None for all.
+
+    Raises:
+        ValueError: one of them is no whole number or list of such.
     """
 
     experts: int | Sequence[int]
     sample: int
     positions: int | Iterable[int] | None = None
     layers: int | Iterable[int] | None = None
+
+    def __post_init__(self) -> None:
+        # An iterator would be used up by the first call.
+        for name, kind in {
+            "experts": Wholes(ordered=True),
+            "positions": Wholes(optional=True),
+            "layers": Wholes(optional=True),
+        }.items():
+            value = check(f"Force.{name}", getattr(self, name), kind)
+            object.__setattr__(self, name, None if value is None else tuple(value))
+        object.__setattr__(self, "sample", check("Force.sample", self.sample, Whole(0)))
 
 
 @dataclass(frozen=True)
@@ -147,20 +161,19 @@ def plan(
     for one in force if isinstance(force, Iterable) else [force]:
         if not isinstance(one, Force):
             raise ValueError(f"force={shown(one)}: expected moekit.Force, or several")
-        experts = tuple(check("Force.experts", one.experts, Wholes()))
+        experts = one.experts
         if not 1 <= len(experts) <= top_k_of(config) or len(set(experts)) < len(experts):
             raise ValueError(
                 f"Force.experts={shown(experts)}: expected 1 to {top_k_of(config)} different experts"
             )
-        sample = check("Force.sample", one.sample, Whole(0))
-        layers = check("Force.layers", one.layers, Wholes(optional=True))
-        positions = check("Force.positions", one.positions, Wholes(optional=True))
-        for layer in config.moe_layers if layers is None else layers:
+        if one.layers == ():
+            raise ValueError("Force.layers=(): expected at least one layer, or None for all")
+        for layer in config.moe_layers if one.layers is None else one.layers:
             for expert in experts:
                 check_expert(config, layer, expert)
                 if expert in masked.get(layer, ()):
                     raise ValueError(f"Force.experts={experts}: expert {expert} of layer {layer} is masked")
-            forced.append((layer, sample, None if positions is None else tuple(positions), experts))
+            forced.append((layer, one.sample, one.positions, experts))
     drop_second = check("drop_second", drop_second, Flag())
     if drop_second and top_k_of(config) < 2:
         raise ValueError("drop_second: the model's gate makes one choice")

@@ -13,19 +13,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def reachable(device: torch.device) -> bool:
-    """Whether every rank of the default process group can address every other one's memory; a collective."""
-    mine = torch.ones(1, dtype=torch.int32, device=device)
-    if device.type == "cuda":
-        hosts: list[str] = [""] * dist.get_world_size()
-        dist.all_gather_object(hosts, os.uname().nodename)
-        devices = torch.cuda.device_count()
-        peers = [d for d in range(devices) if d != device.index]
-        linked = all(torch.cuda.can_device_access_peer(device, d) for d in peers)
-        if len(set(hosts)) > 1 or devices < dist.get_world_size() or not linked:
-            mine.zero_()
-    dist.all_reduce(mine, dist.ReduceOp.MIN)
-    return bool(mine)
+def reachable(device: torch.device, world_size: int) -> bool:
+    """Whether each of ``world_size`` ranks of one host, rank r on GPU r, can address every other one's memory.
+
+    Every rank finds the same, without asking.
+    """
+    if device.type != "cuda":
+        return True
+    count = torch.cuda.device_count()
+    pairs = [(a, b) for a in range(world_size) for b in range(world_size) if a != b]
+    return count >= world_size and all(torch.cuda.can_device_access_peer(a, b) for a, b in pairs)
 
 
 def symmetric(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -39,6 +36,8 @@ def symmetric(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
         from torch.distributed import _symmetric_memory as symmetric_memory
 
         buffer = symmetric_memory.empty(size, dtype=torch.uint8, device=device).zero_()
+        # A peer that learns the address may write at once.
+        torch.cuda.synchronize(device)
         addresses = list(symmetric_memory.rendezvous(buffer, dist.group.WORLD).buffer_ptrs)
     else:
         folder = [tempfile.mkdtemp(prefix="moekit-peers-") if rank == 0 else ""]
@@ -56,7 +55,4 @@ def symmetric(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
         # A view keeps its own mapping alive alone.
         buffer.peers = shared
     reach = torch.tensor([address - addresses[rank] for address in addresses], device=device)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    dist.barrier()
     return buffer, reach

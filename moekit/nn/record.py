@@ -5,11 +5,13 @@ Shape letters: T tokens, L recorded MoE layers, K choices a token, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from moekit.arguments import Flag, Wholes, check
 from moekit.nn.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -34,11 +36,23 @@ class Options:
         layers: MoE layers (model layer numbers); None: all of them.
         full: layers whose full gate distribution is kept: T x E float16 each.
         predicted: also the output's most probable next token, which costs about as much as scoring once more.
+
+    Raises:
+        ValueError: one of them makes no sense.
     """
 
-    layers: tuple[int, ...] | None = None
-    full: tuple[int, ...] = ()
+    layers: Iterable[int] | int | None = None
+    full: Iterable[int] | int = ()
     predicted: bool = False
+
+    def __post_init__(self) -> None:
+        # An iterator would be used up by the first call.
+        layers = check("layers", self.layers, Wholes(optional=True))
+        if layers == []:
+            raise ValueError("layers=[]: expected at least one layer, or None for all")
+        object.__setattr__(self, "layers", None if layers is None else tuple(layers))
+        object.__setattr__(self, "full", tuple(check("full", self.full, Wholes())))
+        object.__setattr__(self, "predicted", check("predicted", self.predicted, Flag()))
 
     def of(self, config: ModelConfig) -> Options:
         """With the layers of a model filled in.

@@ -174,10 +174,10 @@ class Positions(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.dim, self.rows = config.dim, config.max_positions
+        self.dim = config.dim
         self.weight = None
-        # It stays here because a captured graph may read it again.
-        self.table: Tensor | None = None
+        # They stay here because a captured graph may read one again.
+        self.tables: dict[tuple[int, torch.device], Tensor] = {}
         if config.learned_positions:
             self.weight = nn.Parameter(torch.empty(config.max_positions + PAD + 1, config.dim))
 
@@ -186,8 +186,7 @@ class Positions(nn.Module):
         length = tokens.shape[1]
         table = self.weight
         if table is None:
-            rows = max(self.rows, length if asked.cache is None else asked.cache.slots)
-            table = self.table = sinusoids(rows + PAD + 1, self.dim, tokens.device)
+            table = self.table(length if asked.cache is None else asked.cache.slots, tokens.device)
         if asked.cache is not None:
             position = asked.cache.positions(length) + PAD + 1
         elif asked.padding is not None:
@@ -197,14 +196,27 @@ class Positions(nn.Module):
             return table[PAD + 1 : PAD + 1 + length]
         return table[position]
 
+    def table(self, positions: int, device: torch.device) -> Tensor:
+        """Sinusoids [rows, D] of so many positions or more: the number of rows is a power of two, so tables are few."""
+        rows = 1 << (positions + PAD).bit_length()
+        if (rows, device) not in self.tables:
+            self.tables[rows, device] = sinusoids(rows, self.dim, device)
+        return self.tables[rows, device]
 
-@functools.lru_cache(maxsize=8)
+
+# Models of the same width share their tables.
+@functools.lru_cache(maxsize=32)
 def sinusoids(rows: int, dim: int, device: torch.device) -> Tensor:
     """[rows, dim] float32: sines of geometric frequencies, then cosines; an odd last column and row ``PAD`` are zero.
 
     fairseq/modules/sinusoidal_positional_embedding.py, which differs slightly from Vaswani et al. 2017, section 3.5.
+
+    Raises:
+        ValueError: ``dim`` is 2 or 3, which leaves no step from one frequency to the next.
     """
     half = dim // 2
+    if half == 1:
+        raise ValueError(f"sinusoidal positions of dim {dim} are not defined; expected a dim of 4 or more")
     frequency = torch.exp(torch.arange(half, dtype=torch.float) * -(math.log(10000) / (half - 1)))
     angle = torch.arange(rows, dtype=torch.float)[:, None] * frequency
     table = F.pad(torch.cat([angle.sin(), angle.cos()], dim=1), (0, dim % 2))

@@ -10,8 +10,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from moekit import arguments, data, handle, ranks
 from moekit import checkpoint as ckpt
-from moekit import data, handle, ranks
 from moekit import fairseq_data as batches
 from moekit.arguments import ParameterError
 from moekit.data import corpus
@@ -39,10 +39,21 @@ def prepare_data(p: SimpleNamespace) -> data.Settings:
     settings = _said(lambda: data.settings(**vars(p)))
     _writable("data_dir", p.data_dir)
     if settings.source not in NAMED_SOURCES:
-        if Path(settings.source).is_dir():
-            _said(os.listdir, settings.source)
-        _said(corpus.own, settings.source, settings.data_dir)
+        for files in _said(_listed, settings).values():
+            for file in files:
+                _said(_opened, file)
     return settings
+
+
+def _listed(settings: data.Settings) -> corpus.Texts:
+    source = Path(settings.source).expanduser()
+    if source.is_dir():
+        os.listdir(source)
+    return corpus.own(settings.source, settings.data_dir)
+
+
+def _opened(file: Path) -> None:
+    open(file, "rb").close()
 
 
 def load_shards(p: SimpleNamespace) -> ModelConfig:
@@ -54,6 +65,7 @@ def load_shards(p: SimpleNamespace) -> ModelConfig:
     _said(ranks.choose_devices, p.world_size, p.device)
     files = _said(ckpt.find, p.checkpoint)
     config = _said(ckpt.survey, files).config
+    _said(handle.find_dictionary, files, None)
     if p.bpe is not None:
         _codec(p, files, config)
     _writable("output_dir", p.output_dir)
@@ -64,6 +76,8 @@ def run_inference(p: SimpleNamespace) -> ModelConfig:
     """As :func:`load_shards`; the data is there and the model's, and the settings fit the model and each other."""
     config = load_shards(p)
     _data(p, config)
+    if p.prompts:
+        _prompts(p, config)
     block = p.tokens_per_sample or config.max_positions
     if p.context_window >= block:
         raise ParameterError(
@@ -118,8 +132,16 @@ def _codec(p: SimpleNamespace, files: ckpt.Files, config: ModelConfig) -> None:
         raise ParameterError(codec.why)
 
 
+def _prompts(p: SimpleNamespace, config: ModelConfig) -> None:
+    """There is a codec to read and write text with."""
+    try:
+        _codec(p, ckpt.find(p.checkpoint), config)
+    except ParameterError as error:
+        raise ParameterError(f"prompts={arguments.shown(p.prompts)}: {error}; or set prompts to []") from None
+
+
 def _data(p: SimpleNamespace, config: ModelConfig) -> None:
-    """The files are there, their dictionary is as large as the model's, and blocks are no longer than it can read."""
+    """The files are there, their dictionary is the model's, and blocks are no longer than it can read."""
     _said(batches.check_files, p.data, p.subset)
     if (p.tokens_per_sample or 1) > config.max_positions:
         raise ParameterError(
@@ -132,25 +154,16 @@ def _data(p: SimpleNamespace, config: ModelConfig) -> None:
             f"{of_data} has {types} types, the model knows {config.vocab_rows}: use the data that was binarised with the "
             "model's own dict.txt"
         )
-    own = _own_types(p, config)
-    if own not in (None, types):
-        raise ParameterError(
-            f"{of_data} has {types} types, the model's own dictionary has {own}: use the data that was binarised with the "
-            "model's own dict.txt"
-        )
+    _said(batches.check_files, p.data, p.subset, _own_dictionary(p, config))
 
 
-def _own_types(p: SimpleNamespace, config: ModelConfig) -> int | None:
-    """Types of the dictionary beside the checkpoint, or else of its codec; None where neither is known."""
+def _own_dictionary(p: SimpleNamespace, config: ModelConfig) -> Dictionary | None:
+    """The dictionary beside the checkpoint, or else its codec's; None where neither is known."""
     files = ckpt.find(p.checkpoint)
-    beside = files.shared.parent / "dict.txt"
-    if beside.is_file():
-        return len(_said(Dictionary, beside))
-    try:
-        codec = handle.find_codec(files, config, p.bpe, None)
-    except ValueError:
-        return None
-    return len(codec) if codec.reads_text else None
+    own = _said(handle.find_dictionary, files, None)
+    if own is None and (codec := _said(handle.find_codec, files, config, p.bpe, None)).reads_text:
+        own = codec.dictionary
+    return own
 
 
 def _texts(p: SimpleNamespace, config: ModelConfig) -> None:
@@ -175,10 +188,12 @@ def _domains(p: SimpleNamespace) -> None:
             raise ParameterError(
                 f"domains has {len(p.domains)} labels for {len(p.texts)} texts; expected one for each"
             )
-    elif len(p.domains) != 1 or not Path(p.domains[0]).expanduser().is_file():
+    elif len(p.domains) != 1 or not _said(Path(p.domains[0]).expanduser().is_file):
         raise ParameterError(
             f"domains={p.domains}: expected the one file with a domain for each line of the data's text"
         )
+    else:
+        _said(_opened, Path(p.domains[0]).expanduser())
 
 
 def _other_trace(p: SimpleNamespace, config: ModelConfig) -> None:
@@ -196,6 +211,8 @@ def _writable(name: str, place: str) -> None:
     """Make the folder and try: the permissions of a read-only mount, or those that root sees, say nothing certain."""
     folder = Path(place).expanduser().resolve()
     try:
+        if folder.is_file():
+            raise ParameterError(f"{name}={place!r} is a file; expected a folder, or a name for a new one")
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:

@@ -123,7 +123,11 @@ def _answer(me: Rank, job: bytearray) -> bytes:
 
 
 def join(me: Rank, rendezvous: str, timeout: float) -> None:
-    """The first job: join the process group. It meets in a file, as a TCP store listens on all addresses."""
+    """The first job: join the process group. It meets in a file, as a TCP store listens on all addresses.
+
+    NCCL connects the GPUs at the first collective, which takes a second and is not needed where ranks exchange rows
+    through one another's memory.
+    """
     on_gpu = me.device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(me.device)
@@ -133,5 +137,4 @@ def join(me: Rank, rendezvous: str, timeout: float) -> None:
         rank=me.rank,
         world_size=me.world_size,
         timeout=timedelta(seconds=timeout),
-        device_id=me.device if on_gpu else None,
     )

@@ -12,6 +12,7 @@ Only time counts in which the driver itself runs and looks: a machine that slept
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from dataclasses import dataclass
@@ -61,8 +62,8 @@ class Process:
     seconds: float
 
     @classmethod
-    def of(cls, pid: int) -> Process | None:
-        """None where the system does not tell."""
+    def of(cls, pid: int | str) -> Process | None:
+        """Of a process, or of its thread ``pid/task/tid``; None where the system does not tell."""
         try:
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
             return cls(fields[0], (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"))
@@ -73,8 +74,21 @@ class Process:
     def stopped(self) -> bool:
         return self.state in "Tt"
 
+    @property
+    def ready(self) -> bool:
+        """Whether its main thread runs, or could if others had not the processor."""
+        return self.state == "R"
+
     def __str__(self) -> str:
         return f"its process {STATES.get(self.state, 'is in an unknown state')}: state {self.state}"
+
+
+def any_ready(pid: int) -> bool:
+    """Whether a thread of a process runs or could."""
+    threads = []
+    with contextlib.suppress(OSError):
+        threads = list(Path(f"/proc/{pid}/task").iterdir())
+    return any((found := Process.of(f"{pid}/task/{thread.name}")) and found.ready for thread in threads)
 
 
 @dataclass
@@ -143,18 +157,29 @@ class Watch:
         for rank in sorted(silent, key=lambda rank: rank not in self.stopped()):
             if self.signs[rank].started or rank in self.stopped():
                 return self._silent(rank)
-        idle = [
-            r for r in sorted(self.at_work) if self.signs[r].started and self.signs[r].idle >= self.silence
-        ]
+        idle = [rank for rank in sorted(self.at_work) if self._is_idle(rank)]
         to_blame = [rank for rank in idle if not self.signs[rank].waits_for_peers()]
         if to_blame or (idle and len(idle) == len(self.at_work)):
             return self._idle(to_blame or idle)
         return None
 
+    def _is_idle(self, rank: int) -> bool:
+        """A rank that is ready to run waits for the processor alone: others have it, and the rank is not stuck."""
+        signs = self.signs[rank]
+        if not signs.started or signs.idle < self.silence:
+            return False
+        process = Process.of(self.pids[rank])
+        if process and process.ready:
+            signs.idle = 0.0
+        return signs.idle >= self.silence
+
     def _ask_the_system(self, rank: int) -> None:
-        """A rank without beats that uses the processor is at work: one long call may keep Python's lock."""
+        """A rank without beats that uses the processor is at work: one long call may keep Python's lock.
+
+        One with a thread that is ready to run lives, too: others have the processor.
+        """
         signs, process = self.signs[rank], Process.of(self.pids[rank])
-        if process and signs.known and process.seconds > signs.known.seconds:
+        if any_ready(self.pids[rank]) or (process and signs.known and process.seconds > signs.known.seconds):
             signs.silent = signs.idle = 0.0
         signs.known = process
 

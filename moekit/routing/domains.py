@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from moekit.arguments import Path as PathKind
+from moekit.arguments import check, reading
 from moekit.fairseq_data import data_folder, lines
 from moekit.routing.trace import Trace
 
@@ -34,14 +36,13 @@ def domains_of(
         raise ValueError("the trace is not of binarised data; give the subset whose lines it holds")
     folder = data_folder(data)
     sides = [folder / f"{subset}.domains.txt", folder.parent / f"{subset}.domains.txt"]
-    side = (
-        Path(domains).expanduser()
-        if domains is not None
-        else next((s for s in sides if s.is_file()), sides[0])
-    )
-    if not side.is_file():
-        raise ValueError(f"there is no file {side} with a domain for each line of the text")
-    labels = np.array(side.read_text("utf-8").split("\n")[:-1])
+    if domains is not None:
+        sides = [check("domains", domains, PathKind())]
+    with reading(sides[0]):
+        side = next((s for s in sides if s.is_file()), None)
+        if side is None:
+            raise ValueError(f"there is no file {sides[0]} with a domain for each line of the text")
+        labels = np.array(side.read_text("utf-8").split("\n")[:-1])
     sizes, ids = lines(folder / subset)
     if len(labels) != len(sizes):
         raise ValueError(

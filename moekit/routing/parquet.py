@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from moekit import results
+from moekit.arguments import reading
 from moekit.nn.record import CHOICE_COLUMNS
 from moekit.routing.trace import TOKEN_COLUMNS, Trace
 
@@ -86,7 +87,12 @@ def read(path: str | Path) -> Trace:
     import pyarrow.parquet as pq
 
     path = Path(path).expanduser().resolve()
-    if not path.is_file():
+    with reading(path):
+        there = path.is_file()
+        if there:
+            # pyarrow's own message of a file that may not be read says that it is damaged.
+            open(path, "rb").close()
+    if not there:
         raise ValueError(f"there is no trace {path}; expected a file that Trace.save wrote")
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
@@ -173,7 +179,7 @@ def _head(text: bytes, path: Path) -> tuple[Head, int]:
         said = json.loads(text)
         version = said["format"]
         head = Head(tuple(said["layers"]), said["top_k"], said["num_experts"], said["meta"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise _damaged(path, f"its head cannot be read ({type(error).__name__})") from None
     if version not in FORMATS:
         raise ValueError(f"{path} has format {str(version)[:20]}; this moekit reads the formats 1 and 2")

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moekit.arguments import Wholes, check
 from moekit.nn.record import CHOICE_COLUMNS, Options
 
 if TYPE_CHECKING:
@@ -121,13 +122,13 @@ class Trace:
         """The part of the trace with these samples, these model layers, and the tokens where ``mask`` ([T] bool) is true."""
         chosen = np.ones(len(self), dtype=bool)
         if samples is not None:
-            chosen &= np.isin(self.sample, _listed(samples))
+            chosen &= np.isin(self.sample, check("samples", samples, Wholes()))
         if mask is not None:
             mask = np.asarray(mask)
             if mask.shape != chosen.shape or mask.dtype != bool:
                 raise ValueError(f"mask is {mask.dtype} {list(mask.shape)}; expected bool [{len(self)}]")
             chosen &= mask
-        wanted = self.layers if layers is None else tuple(int(n) for n in _listed(layers))
+        wanted = self.layers if layers is None else tuple(check("layers", layers, Wholes()))
         places = [self.at(layer) for layer in wanted]
         columns = {name: getattr(self, name)[chosen] for name in TOKEN_COLUMNS}
         columns |= {name: getattr(self, name)[chosen][:, places] for name in (*CHOICE_COLUMNS, "entropy")}
@@ -178,8 +179,10 @@ def kept_by_expert(trace: Trace) -> np.ndarray:
     return np.sort(np.where(trace.kept, trace.experts, np.int16(-1)), axis=2)
 
 
-def _listed(numbers: int | Iterable[int]) -> list[int]:
-    return [numbers] if isinstance(numbers, int | np.integer) else list(numbers)
+def labels(given: Iterable[str] | np.ndarray) -> np.ndarray:
+    """Labels from any iterable, read once, as an array."""
+    whole = isinstance(given, str) or hasattr(given, "__len__")
+    return np.asarray(given if whole else list(given))
 
 
 # ----------------------------------------------------------------------------------------------- merging the ranks

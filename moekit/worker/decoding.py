@@ -37,7 +37,7 @@ class Prompt:
     """The start of a sequence: its number among all sequences, and ids [n], the leading ``</s>`` included."""
 
     number: int
-    ids: Sequence[int]
+    ids: Sequence[int] | np.ndarray
 
 
 # Where the rank keeps the cache of the last generation that is over, with the graph that reads on in it.
@@ -133,7 +133,7 @@ def begin(
     if settings.repetition_penalty != 1:
         seen = torch.zeros(len(numbers), settings.vocab, dtype=torch.bool, device=rank.device)
         for row, prompt in enumerate(prompts[rank.rank]):
-            seen[row, torch.tensor(prompt.ids, device=rank.device)] = True
+            seen[row, torch.tensor(prompt.ids, device=rank.device, dtype=torch.long)] = True
     joined = Cache.joined([cache for cache, *_ in read])
     sequences = Sequences(settings, numbers, on_ranks, joined, seen, alike, spare)
     sequences.parts += [part for *_, parts in read for part in parts]
@@ -263,7 +263,7 @@ def _read(
     lengths = torch.tensor([len(prompt.ids) for prompt in prompts])
     tokens = torch.full((len(prompts), int(lengths.max())), PAD)
     for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt.ids)] = torch.tensor(prompt.ids)
+        tokens[row, : len(prompt.ids)] = torch.as_tensor(prompt.ids)
     lengths, tokens = lengths.to(device), tokens.to(device)
     cache = _cache(model, len(prompts), slots) if cache is None else cache
     numbers = [prompt.number for prompt in prompts]

@@ -18,8 +18,11 @@ from moekit.nn.transformer import Transformer
 from moekit.ranks import Rank
 
 
-def load(rank: Rank, plan: checkpoint.Plan, dtype: torch.dtype, backend: str) -> dict:
+def load(rank: Rank, plan: checkpoint.Plan, dtype: torch.dtype, backend: str, verify: bool = True) -> dict:
     """Read this rank's part of the checkpoint into ``rank.state["model"]``; reports bytes as they are read.
+
+    Args:
+        verify: compare checksums and count what is not finite; of the shared file, each rank does a share.
 
     Returns:
         ``files`` and ``experts`` (a range) read; ``filled``, which counts the tensors copied by (layer, expert), and
@@ -29,7 +32,8 @@ def load(rank: Rank, plan: checkpoint.Plan, dtype: torch.dtype, backend: str) ->
     start = time.perf_counter()
     held = owned(plan.config.experts, rank.world_size, rank.rank)
     model = empty(rank, plan.config, dtype, backend)
-    filled = checkpoint.fill(model, plan, held, rank.report, rank.cores)
+    share = (rank.rank, rank.world_size)
+    filled = checkpoint.fill(model, plan, held, rank.report, rank.cores, verify, share)
     rank.state["model"] = model
     parameters = list(model.parameters())
     return {
@@ -59,7 +63,8 @@ def _dispatch(rank: Rank, config: ModelConfig, dtype: torch.dtype, backend: str)
     """How rows reach the experts of other ranks: through their memory if every rank can address it."""
     if rank.world_size == 1 or not config.moe_layers:
         return None
-    if backend == "triton" and reachable(rank.device):
+    one_host = rank.local_world_size == rank.world_size
+    if backend == "triton" and one_host and reachable(rank.device, rank.world_size):
         # Triton is imported only if it is asked for.
         from moekit.nn.kernels.peer_dispatch import PeerDispatch
 

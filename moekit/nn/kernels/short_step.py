@@ -33,7 +33,9 @@ def fits(model: Transformer, sequences: int) -> bool:
     return sequences <= FEW and model.config.pre_norm and (one_place or through_peers)
 
 
-def read_on(model: Transformer, tokens: Tensor, cache: Cache, vocab: int, rows: int) -> Tensor | None:
+def read_on(
+    model: Transformer, tokens: Tensor, cache: Cache, vocab: int, rows: int | None = None
+) -> Tensor | None:
     """Each sequence reads a token behind what the cache has, and none is dropped; for inference.
 
     Over several ranks a collective, also where B is 0.
@@ -41,11 +43,12 @@ def read_on(model: Transformer, tokens: Tensor, cache: Cache, vocab: int, rows: 
     Args:
         tokens: [B] int64.
         vocab: V, types of the dictionary.
-        rows: the sequences of any rank at most.
+        rows: the sequences of any rank at most; None: as many as here.
 
     Returns:
         [B, V] logits of what follows; None where B is 0.
     """
+    rows = len(tokens) if rows is None else rows
     if len(tokens) == 0:
         _serve(model, rows)
         return None

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moekit import results
+from moekit.arguments import Whole, check
 from moekit.notebook.explorer.pack import choose_samples, pack
+from moekit.routing.trace import labels
 
 if TYPE_CHECKING:
     from moekit.data import Codec
@@ -59,9 +61,9 @@ def save_html(
         ValueError: an argument makes no sense.
         moekit.results.NotWritten: (a ValueError) the folder cannot be written to, or its disk is full.
     """
-    if not isinstance(max_tokens, int) or isinstance(max_tokens, bool) or max_tokens < 1:
-        raise ValueError(f"max_tokens={max_tokens!r}: expected a whole number of at least 1")
+    max_tokens = check("max_tokens", max_tokens, Whole())
     path = Path(path).expanduser()
+    domains = None if domains is None else labels(domains)
     chosen = choose_samples(trace.sample, domains, max_tokens)
     here = np.isin(trace.sample, chosen)
     cut = None
@@ -71,7 +73,7 @@ def save_html(
             f"{len(np.unique(trace.sample)):,} samples, spread over the domains. All figures are of these."
         )
         trace = trace.select(mask=here)
-        domains = None if domains is None else np.asarray(domains)[here]
+        domains = None if domains is None else domains[here]
     header, arrays = pack(trace, codec, domains, mask=NO_KERNEL, cut=cut)
 
     # Without "<" no token's text can end the element that holds the header.

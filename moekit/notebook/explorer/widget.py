@@ -12,6 +12,7 @@ import traitlets
 from moekit.batches import Batch
 from moekit.notebook.explorer import page
 from moekit.notebook.explorer.pack import pack
+from moekit.routing.trace import labels
 from moekit.scoring import score_batches
 from moekit.symbols import PAD
 
@@ -121,4 +122,4 @@ def explore(
         codec: whose ``pieces(ids)`` shows tokens as text; None: their ids.
         domains: [T] labels of the tokens (:func:`moekit.routing.domains.domains_of`); None: no domains.
     """
-    return Explorer(trace, model, codec, domains)
+    return Explorer(trace, model, codec, None if domains is None else labels(domains))

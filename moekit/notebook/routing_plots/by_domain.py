@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from moekit.notebook.style import RATIO, RATIO_COLOURS, STYLE, log2, ratio_bar
 from moekit.routing import metrics
+from moekit.routing.trace import labels as labels_of
 
 if TYPE_CHECKING:
     from moekit.routing.trace import Trace
@@ -25,7 +26,8 @@ def domain_heatmap(trace: Trace, domains: np.ndarray) -> Figure:
     Args:
         domains: [T] labels.
     """
-    labels, size = np.unique(np.asarray(domains), return_counts=True)
+    domains = labels_of(domains)
+    labels, size = np.unique(domains, return_counts=True)
     experts, told = trace.num_experts, metrics.domain_information(trace, domains)
     found = metrics.domain_specialisation(trace, domains)
     ratios = (found["value"] / found["chance"]).to_numpy().reshape(len(trace.layers), len(labels), experts)

@@ -9,7 +9,7 @@ all choices count as kept. What a layout does not hold of the tokens is unknown 
 
 | layout | file | holds |
 | --- | --- | --- |
-| ``vllm`` | ``.npy``, whole numbers [T, L, k]; vLLM hands out such an array for each request (``routed_experts``); a file may also hold several requests: ``.npz``, or [requests, T, L, k] padded with -1 | experts |
+| ``vllm`` | ``.npy``, whole numbers [T, L, k]; vLLM hands out such an array for each request (``routed_experts``); a file may also hold several requests: ``.npz``, an array of objects (no object is built), or [requests, T, L, k] padded with -1 | experts |
 | ``sglang`` | ``.pt``, ``records`` of a forward pass each: ``topk_ids_of_layer`` int32 [model layers, T, k], ``input_ids``, ``positions``, ``extend_seq_lens``, ``forward_mode``; the recorder's mode "per_token" | experts, tokens, positions |
 | ``megatron`` | folder with ``router_trace_rank{N}.jsonl``, a line for each step, microbatch and layer | experts |
 | ``olmoe`` | ``.jsonl``, a line for each sample: ``input_ids``, ``predicted_token_ids``, ``exp_ids`` [T][k][L] | experts, tokens, predictions |
@@ -21,7 +21,8 @@ T tokens, L layers, k choices, E experts. A sample is written as one request, fo
   with k > 1 such a slice is no choice and is left out; the other slices' places are the model layers' numbers. A token
   with zeros in all layers was not recorded.
 - SGLang splits a prefill pass by ``extend_seq_lens``; a cached prefix lets positions begin anywhere. In a decode pass every
-  token belongs to another request, and nothing tells which of an earlier pass: each is a sample of its own.
+  token belongs to another request, and nothing tells which of an earlier pass: each is a sample of its own. So is each of
+  a pass that verifies drafts, which does not tell its requests either.
 - SGLang records physical experts; ``last_physical_to_logical_map`` turns them into the model's.
 - Megatron repeats a layer within a step for each microbatch: each microbatch is a sample. With a routing map, a token's
   choices come in the order of the experts' numbers, not best first.
@@ -34,6 +35,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from moekit import results
+from moekit.arguments import reading
 from moekit.routing.exchange.readers import READERS, as_trace
 from moekit.routing.exchange.writers import WRITERS
 from moekit.routing.trace import Trace
@@ -69,12 +71,17 @@ def read(
     """
     path = Path(path).expanduser()
     reader = _choose(layout, READERS)
-    if not path.exists():
+    with reading(path):
+        there = path.exists()
+    if not there:
         raise ValueError(f"there is no {path}")
+    if not path.is_file() and not (path.is_dir() and layout == "megatron"):
+        raise ValueError(f"{path} is no regular file; expected what {layout} writes")
     layers = None if layers is None else tuple(int(layer) for layer in layers)
     try:
-        samples = list(reader(path, layers))
-    except (KeyError, TypeError, AttributeError, IndexError, EOFError, OSError, UnicodeDecodeError) as error:
+        with reading(path):
+            samples = list(reader(path, layers))
+    except (KeyError, TypeError, AttributeError, IndexError, EOFError, UnicodeDecodeError) as error:
         raise ValueError(
             f"{path} is not what {layout} writes ({type(error).__name__}: {str(error)[:100]}); expected the file as the tool "
             "wrote it"

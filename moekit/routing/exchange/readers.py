@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import pickle
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,13 +15,17 @@ from typing import Any
 
 import numpy as np
 
+from moekit import checkpoint
+from moekit.arguments import shown
+from moekit.routing.exchange import objects
+from moekit.routing.parquet import MOST_EXPERTS, MOST_LAYERS
 from moekit.routing.trace import Trace
 from moekit.symbols import PAD
 
 Layers = tuple[int, ...] | None
 NONE = -1
-# SGLang's mark of a pass with one token of each request
-DECODE = 2
+# SGLang's mark of a prefill pass; the others tell of no token which request it is of
+EXTEND = 1
 
 
 # -------------------------------------------------------------------------------------------------------- vLLM
@@ -61,13 +64,24 @@ def _read_vllm(path: Path, layers: Layers) -> Iterator[dict]:
 def _requests(path: Path) -> list[np.ndarray]:
     """The arrays [T, L, k] of a file, one for each request."""
     try:
-        loaded = np.load(path, allow_pickle=False)
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                # A small archive may unpack to more than the memory holds.
+                packed = next((i.filename for i in archive.infolist() if i.compress_type), None)
+            if packed is not None:
+                raise ValueError(f"{path} is compressed; expected what np.savez makes")
+        # An array that says it is larger than its file is refused before there is memory for it.
+        loaded = np.load(path, mmap_mode="r", allow_pickle=False)
         arrays = [loaded] if isinstance(loaded, np.ndarray) else [loaded[name] for name in loaded.files]
-    except (ValueError, zipfile.BadZipFile, EOFError):
+    except Exception as error:
+        if str(path) in str(error) and type(error) is ValueError:
+            raise
+        arrays = objects.read(path)
+    if arrays is None:
         raise ValueError(
             f"{path} is no array of whole numbers; expected what np.save makes of a request's routed_experts, or np.savez of "
-            "several (an array of objects is not opened, since it could run code)"
-        ) from None
+            "several"
+        )
     found = []
     for array in arrays:
         if array.ndim not in (3, 4) or array.dtype.kind not in "iu":
@@ -82,22 +96,19 @@ def _requests(path: Path) -> list[np.ndarray]:
 
 
 def _read_sglang(path: Path, layers: Layers) -> Iterator[dict]:
-    import torch
-
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError):
-        content = None
+    content = checkpoint.content(path, "file of SGLang's recorder")
     if not isinstance(content, dict) or "records" not in content:
         raise ValueError(f"{path} has no 'records'; expected what SGLang's recorder writes in mode per_token")
     logical = content.get("last_physical_to_logical_map")
-    logical = None if logical is None else np.asarray(logical).astype(np.int64)
+    if logical is not None:
+        logical = _whole(path, "last_physical_to_logical_map", logical, 2)
     for record in content["records"]:
         if "topk_ids_of_layer" not in record:
             raise ValueError(f"{path}: a record has no 'topk_ids_of_layer'; record in mode per_token")
-        ids = record["topk_ids_of_layer"].numpy().astype(np.int64)
-        token, position = np.array(record["input_ids"]), np.array(record["positions"])
-        if ids.ndim != 3 or position.shape != token.shape or ids.shape[1] != len(token):
+        ids = _whole(path, "topk_ids_of_layer", record["topk_ids_of_layer"], 3)
+        token = _whole(path, "input_ids", record["input_ids"], 1)
+        position = _whole(path, "positions", record["positions"], 1)
+        if position.shape != token.shape or ids.shape[1] != len(token):
             raise ValueError(
                 f"{path}: a record has {len(token)} input_ids, positions of shape {list(position.shape)} and ids of shape "
                 f"{list(ids.shape)}; expected [layers, tokens, choices] of the same tokens"
@@ -122,7 +133,7 @@ def _logical(path: Path, ids: np.ndarray, logical: np.ndarray | None) -> tuple[n
     """The model's experts [layers, T, k] in place of physical ones, and how many there are."""
     if logical is None:
         return ids, None
-    if logical.ndim != 2 or len(logical) < len(ids) or ids.max(initial=0) >= logical.shape[1]:
+    if len(logical) < len(ids) or ids.max(initial=0) >= logical.shape[1]:
         raise ValueError(
             f"{path}: last_physical_to_logical_map has shape {list(logical.shape)}, which does not fit ids up to "
             f"{ids.max(initial=0)} in {len(ids)} layers"
@@ -135,13 +146,15 @@ def _bounds(path: Path, record: dict, position: np.ndarray) -> Sequence[int]:
     """Where the requests of a pass begin, and where the last one ends; what comes after that is padding."""
     tokens, lengths = len(position), record.get("extend_seq_lens")
     if lengths is not None:
-        bounds = [0, *np.cumsum(lengths).tolist()]
+        # As Python's numbers, which do not overflow.
+        lengths = _whole(path, "extend_seq_lens", lengths, 1).tolist()
+        bounds = [0, *itertools.accumulate(lengths)]
         if bounds[-1] > tokens or min(lengths, default=0) < 0:
             raise ValueError(
                 f"{path}: extend_seq_lens adds up to {bounds[-1]} of {tokens} tokens; expected no more"
             )
         return bounds
-    if record.get("forward_mode") == DECODE:
+    if record.get("forward_mode") not in (None, EXTEND):
         return range(tokens + 1)
     # A pass that does not tell its requests: one begins wherever positions do not go on.
     return [*np.flatnonzero(np.diff(position, prepend=-2) != 1).tolist(), tokens]
@@ -151,7 +164,9 @@ def _bounds(path: Path, record: dict, position: np.ndarray) -> Sequence[int]:
 
 
 def _read_megatron(path: Path, layers: Layers) -> Iterator[dict]:
-    files = sorted(path.glob("router_trace_rank*.jsonl")) if path.is_dir() else [path]
+    # Unlike glob, iterdir does not keep quiet about a folder that may not be listed.
+    there = path.iterdir() if path.is_dir() else [path]
+    files = sorted(f for f in there if f == path or f.match("router_trace_rank*.jsonl"))
     passes: dict[tuple[int, int], dict[int, list]] = {}
     for file in files:
         for record in _json_lines(file):
@@ -203,8 +218,8 @@ def _read_olmoe(path: Path, layers: Layers) -> Iterator[dict]:
         predicted = record.get("predicted_token_ids", [-1] * len(experts))
         yield {
             "experts": experts.transpose(0, 2, 1),
-            "token": np.array(record["input_ids"]),
-            "predicted": np.array(predicted),
+            "token": _whole(path, "input_ids", record["input_ids"], 1),
+            "predicted": _whole(path, "predicted_token_ids", predicted, 1),
         }
 
 
@@ -216,12 +231,31 @@ READERS: dict[str, Callable[[Path, Layers], Iterator[dict]]] = {
 }
 
 
+def _whole(path: Path, name: str, values: Any, axes: int) -> np.ndarray:
+    """``values`` as int64 of so many axes.
+
+    Raises:
+        ValueError: they are something else.
+    """
+    try:
+        array = np.array(values)
+        if array.size == 0:
+            array = array.astype(np.int64)
+    except (ValueError, TypeError, RuntimeError, OverflowError):
+        array = np.empty(0)
+    if array.ndim != axes or array.dtype.kind not in "iu":
+        raise ValueError(f"{path}: {name} is no array of whole numbers with {axes} axes")
+    return array.astype(np.int64)
+
+
 def _json_lines(path: Path) -> Iterator[dict]:
+    if not path.is_file():
+        raise ValueError(f"{path} is no regular file")
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             try:
                 record = json.loads(line)
-            except (json.JSONDecodeError, RecursionError):
+            except (ValueError, RecursionError):
                 record = None
             if not isinstance(record, dict):
                 raise ValueError(f"{path}, line {number}: expected a JSON object")
@@ -255,23 +289,37 @@ def as_trace(
     known = num_experts or max((s.get("num_experts") or 0 for s in samples), default=0) or highest + 1
     if experts.min() < 0 or highest >= known:
         raise ValueError(f"{path} has experts {experts.min()} to {highest}; num_experts={known}")
+    if known > MOST_EXPERTS:
+        raise ValueError(f"{path} has {known:,} experts; expected {MOST_EXPERTS:,} at most")
+    odd = next((layer for layer in layers if type(layer) is not int or not 0 <= layer < MOST_LAYERS), None)
+    if odd is not None:
+        raise ValueError(
+            f"{path} has the layer {shown(odd)}; expected whole numbers from 0 to {MOST_LAYERS - 1}"
+        )
 
     lengths = [len(s["experts"]) for s in samples]
     token = [s.get("token", np.full(n, -1)) for s, n in zip(samples, lengths, strict=True)]
     follows = [np.append(t[1:], PAD) if t[0] >= 0 else np.full(len(t), PAD) for t in token]
     unknown = np.full(experts.shape, np.nan, dtype=np.float32)
 
-    def joined(parts: list[np.ndarray]) -> np.ndarray:
-        return np.concatenate(parts).astype(np.int32)
+    def joined(name: str, parts: list[np.ndarray]) -> np.ndarray:
+        values = np.concatenate(parts)
+        if len(values) and not -1 <= values.min() <= values.max() < 2**31:
+            raise ValueError(
+                f"{path} has {name} from {values.min()} to {values.max()}; expected -1 to {2**31 - 1}"
+            )
+        return values.astype(np.int32)
 
     return Trace(
         sample=np.repeat(np.arange(len(samples), dtype=np.int32), lengths),
-        position=joined([s["position"] for s in samples]),
-        token=joined(token),
-        target=joined(follows),
+        position=joined("positions", [s["position"] for s in samples]),
+        token=joined("tokens", token),
+        target=joined("tokens", follows),
         generated=np.zeros(len(experts), dtype=bool),
         logprob=np.full(len(experts), np.nan, dtype=np.float32),
-        predicted=joined([s.get("predicted", np.full(n, -1)) for s, n in zip(samples, lengths, strict=True)]),
+        predicted=joined(
+            "predictions", [s.get("predicted", np.full(n, -1)) for s, n in zip(samples, lengths, strict=True)]
+        ),
         layers=layers,
         experts=experts.astype(np.int16),
         probs=unknown,

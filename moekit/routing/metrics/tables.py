@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moekit.routing.trace import Trace
+from moekit.arguments import Wholes, check
+from moekit.routing.trace import Trace, labels
 from moekit.symbols import PAD
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-def set_sizes(sizes: Sequence[int] | None, experts: int) -> list[int]:
+def set_sizes(sizes: Iterable[int] | None, experts: int) -> list[int]:
     """Numbers of experts to measure, ascending; None: about E/32, E/16, ... E/2.
 
     Raises:
@@ -22,7 +23,7 @@ def set_sizes(sizes: Sequence[int] | None, experts: int) -> list[int]:
     """
     if sizes is None:
         return sorted({max(1, experts // part) for part in (32, 16, 8, 4, 2)})
-    sizes = sorted({int(size) for size in sizes})
+    sizes = sorted(set(check("sizes", sizes, Wholes())))
     if not sizes or sizes[0] < 1 or sizes[-1] > experts:
         raise ValueError(f"sizes={sizes}: expected numbers from 1 to {experts}")
     return sizes
@@ -42,9 +43,9 @@ def block_counts(block: np.ndarray, chosen: np.ndarray, experts: int, blocks: in
     return np.bincount(cell.ravel(), minlength=blocks * (experts + 1)).reshape(blocks, -1)[:, :experts] * 1.0
 
 
-def labels_of(trace: Trace, groups: Sequence[str] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def labels_of(trace: Trace, groups: Iterable[str] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The different labels, sorted, and each token's number among them [T]."""
-    groups = np.asarray(groups)
+    groups = labels(groups)
     if groups.shape != (len(trace),):
         raise ValueError(
             f"groups has shape {list(groups.shape)}; expected a label for each of {len(trace)} tokens"

@@ -1,0 +1,288 @@
+"""Checkpoints made of others: without the optimizer's state, in another number of files, with fewer experts, in another format."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moekit.checkpoint.files import NAME, Files, find
+from moekit.checkpoint.keys import NUMBER, OUTPUT_KEYS, SHARED_KEY
+from moekit.checkpoint.plan import survey
+from moekit.checkpoint.reading import read, stamp
+from moekit.checkpoint.shards import EXPERT
+from moekit.checkpoint.writing import File, check_target, write_folder
+from moekit.nn.config import ModelConfig
+from moekit.nn.dispatch import owned
+from moekit.nn.gates import top_k_of
+
+GATE = "decoder.layers.{}.moe_layer.gate.wg.weight"
+OUTPUT = "decoder.output_projection.weight"
+FORMATS = {"fairseq": ".pt", "safetensors": ".safetensors"}
+
+
+class Content:
+    """All tensors of a checkpoint by fairseq's names, whatever files they lie in; they are memory-mapped.
+
+    Attributes:
+        config: of the model.
+        settings: what rank 0's file holds besides the weights.
+    """
+
+    def __init__(self, files: Files):
+        plan = survey(files)
+        self.files, self.config = files, plan.config
+        self.settings = {n: v for n, v in read(files.first).items() if n not in ("model", "shard_metadata")}
+        self.bytes = 0
+        self.common: dict[str, list[tuple[int, Tensor]]] = defaultdict(list)
+        self.by_expert: dict[tuple[int, int], dict[str, list[tuple[int, Tensor]]]] = defaultdict(
+            lambda: defaultdict(list)
+        )
+        self.shapes: dict[tuple[int, int] | None, dict[str, tuple[int, ...]]] = defaultdict(dict)
+        for source in plan.sources:
+            weights = plan.open(source)
+            for key, tensor in weights.items():
+                where, name, parts = None, key, self.common
+                if EXPERT.search(key):
+                    layer, local = map(int, NUMBER.findall(key))
+                    where, name = (
+                        (layer, source.experts.start + local),
+                        key.partition(f".experts.{local}.")[2],
+                    )
+                    parts = self.by_expert[where]
+                # Buffers stand in every shard.
+                if key in weights.cut or name not in parts:
+                    parts[name].append((weights.cut.get(key, (0, ()))[0], tensor))
+                    self.shapes[where][name] = weights.shape(key)
+                    self.bytes += tensor.nbytes
+        alone = files.shards or files.first.suffix == FORMATS["safetensors"]
+        self.tied = self.config.share_output and (OUTPUT in self.common or bool(alone))
+        if self.tied and alone and OUTPUT_KEYS.isdisjoint(self.common):
+            self.common[OUTPUT], self.shapes[None][OUTPUT] = (
+                self.common[SHARED_KEY],
+                self.shapes[None][SHARED_KEY],
+            )
+
+    def shared(self, twice: bool = True) -> dict[str, Tensor]:
+        """What every rank holds.
+
+        Args:
+            twice: with the matrix that is embedding and output under both of its names, as fairseq writes it.
+        """
+        found = {name: _joined(parts, self.shapes[None][name]) for name, parts in self.common.items()}
+        if self.tied and OUTPUT in found and _equal(found[OUTPUT], found[SHARED_KEY]):
+            found[OUTPUT] = found[SHARED_KEY]
+            if not twice:
+                del found[OUTPUT]
+        return found
+
+    def expert(self, layer: int, expert: int) -> dict[str, Tensor]:
+        where = (layer, expert)
+        return {
+            name: _joined(parts, self.shapes[where][name]) for name, parts in self.by_expert[where].items()
+        }
+
+    def rank(self, experts: Mapping[int, Sequence[int]]) -> dict[str, Tensor]:
+        """What a rank's file holds: of each layer some experts, counted from 0."""
+        return {
+            f"decoder.layers.{layer}.moe_layer.experts.{local}.{name}": tensor
+            for layer, chosen in experts.items()
+            for local, expert in enumerate(chosen)
+            for name, tensor in self.expert(layer, expert).items()
+        }
+
+
+def _joined(parts: list[tuple[int, Tensor]], shape: tuple[int, ...]) -> Tensor:
+    if len(parts) == 1:
+        return parts[0][1]
+    return torch.cat([part for _, part in sorted(parts, key=lambda one: one[0])]).view(shape)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() or (a.dtype == b.dtype and torch.equal(a, b))
+
+
+def _stem(files: Files) -> str:
+    return NAME.fullmatch(files.first.name)["stem"]
+
+
+def _job(verb: str, files: Files, **asked: Any) -> dict[str, Any]:
+    return {"verb": verb, "files": [[str(path), *stamp(path)] for path in files.all]} | asked
+
+
+def strip(source: str | Path, target: str | Path, *, force: bool = False, show: bool = True) -> None:
+    """Write the same files without the optimizer's state.
+
+    Raises:
+        ValueError: as :func:`moekit.checkpoint.find`, :func:`moekit.checkpoint.survey` and ``write_folder``.
+    """
+    files, target = find(source), Path(target).expanduser()
+    check_target(files.shared.parent, target, force)
+    survey(files)
+
+    def content(path: Path):
+        state = read(path)
+        return state.pop("model"), state
+
+    made: list[File] = [(path.name, lambda path=path: content(path)) for path in files.all]
+    total = sum(tensor.nbytes for path in files.all for tensor in read(path)["model"].values())
+    write_folder(files.shared.parent, target, _job("strip", files), made, total=total, force=force, show=show)
+
+
+def reshard(
+    source: str | Path,
+    target: str | Path,
+    files: int,
+    *,
+    to: str = "",
+    force: bool = False,
+    show: bool = True,
+) -> None:
+    """Write the model with its experts in another number of files.
+
+    Raises:
+        ValueError: fewer files than 1 or more than experts; and as :func:`strip`.
+    """
+    found = find(source)
+    _write(found, target, _job("reshard", found, number=files, to=to), files, None, to, force, show)
+
+
+def convert(
+    source: str | Path, target: str | Path, to: str, *, force: bool = False, show: bool = True
+) -> None:
+    """Write the model in another format, with as many files.
+
+    Args:
+        to: "safetensors" or "fairseq".
+
+    Raises:
+        ValueError: as :func:`strip`.
+    """
+    found = find(source)
+    _write(found, target, _job("convert", found, to=to), None, None, to, force, show)
+
+
+def keep(
+    source: str | Path,
+    target: str | Path,
+    experts: Mapping[int, Sequence[int]],
+    *,
+    force: bool = False,
+    show: bool = True,
+) -> None:
+    """Write a smaller model, with some of the experts and their rows of the gates.
+
+    It computes what ``route(mask=...)`` of all other experts computes, as long as no token is dropped: a capacity of
+    ``2 * tokens / experts`` depends on the number of experts.
+
+    Args:
+        experts: layer -> the experts to keep; each layer with experts keeps the same number.
+
+    Raises:
+        ValueError: layers or experts that the model does not have; and as :func:`strip`.
+    """
+    found = find(source)
+    kept = {layer: sorted(set(chosen)) for layer, chosen in sorted(experts.items())}
+    _write(found, target, _job("keep", found, kept=sorted(kept.items())), None, kept, "", force, show)
+
+
+def _write(
+    files: Files,
+    target: str | Path,
+    job: dict[str, Any],
+    number: int | None,
+    kept: dict[int, list[int]] | None,
+    to: str,
+    force: bool,
+    show: bool,
+) -> None:
+    target = Path(target).expanduser()
+    check_target(files.shared.parent, target, force)
+    content = Content(files)
+    config = content.config
+    count = config.experts if config.moe_layers else 0
+    if kept is not None:
+        count = _check_kept(kept, config)
+    every = kept or {layer: range(config.experts) for layer in config.moe_layers}
+    if number is None:
+        most = min(len(files.ranks), count)
+        number = next((n for n in range(most, 0, -1) if count % n == 0), 0)
+    elif not 1 <= number <= count:
+        raise ValueError(f"--files {number}: expected 1 to {count}, the number of experts")
+    settings = content.settings if kept is None else _with_experts(content.settings, count)
+    stem, end = _stem(files), FORMATS[to] if to else files.first.suffix
+
+    def shared() -> tuple[dict[str, Tensor], Mapping[str, Any]]:
+        tensors = content.shared(end != FORMATS["safetensors"])
+        for layer, chosen in (kept or {}).items():
+            key = GATE.format(layer)
+            tensors[key] = tensors[key][list(chosen)]
+        return tensors, settings
+
+    def rank(held: range) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
+        return content.rank(
+            {layer: chosen[held.start : held.stop] for layer, chosen in every.items()}
+        ), settings
+
+    def made() -> Iterator[File]:
+        yield f"{stem}-shared{end}" if number else f"{stem}{end}", shared
+        for index in range(number):
+            yield f"{stem}-rank-{index}{end}", lambda index=index: rank(owned(count, number, index))
+
+    write_folder(files.shared.parent, target, job, made(), total=content.bytes, force=force, show=show)
+
+
+def _check_kept(kept: dict[int, list[int]], config: ModelConfig) -> int:
+    """How many experts each layer keeps."""
+    layers, experts = config.moe_layers, config.experts
+    if sorted(kept) != layers:
+        raise ValueError(
+            f"--experts names the layers {sorted(kept)}; expected all that have experts: {layers}"
+        )
+    for layer, chosen in kept.items():
+        wrong = [expert for expert in chosen if not 0 <= expert < experts]
+        if wrong:
+            raise ValueError(f"--experts {layer}:{wrong[0]}: expected an expert from 0 to {experts - 1}")
+    counts = {len(chosen) for chosen in kept.values()}
+    if len(counts) != 1:
+        told = ", ".join(f"{len(chosen)} in layer {layer}" for layer, chosen in kept.items())
+        raise ValueError(
+            f"--experts keeps {told}: expected the same number in each layer, as a config has one number"
+        )
+    if min(counts) < top_k_of(config):
+        raise ValueError(
+            f"--experts keeps {min(counts)} experts a layer; each token goes to {top_k_of(config)}"
+        )
+    return counts.pop()
+
+
+def _with_experts(settings: Mapping[str, Any], count: int) -> dict[str, Any]:
+    changed = copy.deepcopy(dict(settings))
+    section = changed["args"] if changed.get("args") is not None else changed["cfg"]["model"]
+    section["moe_expert_count"] = count
+    return changed
+
+
+def experts_of(text: str, layers: Sequence[int]) -> dict[int, list[int]]:
+    """What ``--experts`` names: ``1:0,1:4-6`` or, for all layers, ``*:0-3``.
+
+    Raises:
+        ValueError: it is written otherwise.
+    """
+    kept: dict[int, list[int]] = defaultdict(list)
+    for one in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,5}|\*):(\d{1,5})(?:-(\d{1,5}))?\s*", one)
+        if match is None:
+            raise ValueError(
+                f"--experts {one!r}: expected LAYER:EXPERT or LAYER:FIRST-LAST, from 0, as in 1:0,1:4-6"
+            )
+        first, last = int(match[2]), int(match[3] or match[2])
+        for layer in layers if match[1] == "*" else [int(match[1])]:
+            kept[layer] += range(first, last + 1)
+    return dict(kept)

@@ -1,0 +1,95 @@
+"""A checkpoint as one plain ``nn.Module`` in this process, for other people's tools: hooks, adapters, fine-tuning.
+
+    model = moekit.module("demo")                            # all experts, gradients
+    logits = model(tokens)                                   # [B, T] -> [B, T, V]
+    F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    moekit.checkpoint.export.save(model, Path("tuned"), 4)   # a checkpoint again
+
+It computes on the plain path, which is slow, learns, and is what all others are checked against.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moekit import checkpoint as ckpt
+from moekit.arguments import Choice, check
+from moekit.nn.passes import Pass
+from moekit.nn.transformer import Transformer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# The names of the submodules, N a layer from 0, and what comes out of each. Shape letters: B samples, T tokens, D model dim,
+# V rows of the embedding matrix, E experts, K choices a token.
+NAMES = {
+    "embed": "[B, T] ids -> [B, T, D], before the scale and the positions (input_dim, where it is not D)",
+    "project_in": "from input_dim to D, where they differ",
+    "positions": "[T, D] or [B, T, D], what is added for the places of tokens",
+    "embed_norm": "[B, T, D], where the model has layernorm_embedding",
+    "layers.N": "(residual stream [B, T, D], what the next norm adds to it)",
+    "layers.N.attn_norm": "(the sum, its norm), [B, T, D] each: the first is the residual stream",
+    "layers.N.attn": "[B, T, D]",
+    "layers.N.attn.qkv": "[B, T, 3 D], queries, keys and values",
+    "layers.N.attn.out": "[B, T, D]",
+    "layers.N.ffn_norm": "(the sum, its norm), [B, T, D] each",
+    "layers.N.ffn": "[B, T, D], in layers without experts",
+    "layers.N.ffn.fc1": "[B, T, width]",
+    "layers.N.ffn.fc2": "[B, T, D]",
+    "layers.N.moe": "[B, T, K, D], the weighted output of each choice's expert, zero where it was dropped",
+    "layers.N.moe.gate": "[B T, E], the logits of the experts",
+    "layers.N.moe.experts": "rows of the experts' outputs; its parameters w1, b1, w2, b2 are [E, ...]",
+    "norm": "(the sum, its norm), [B, T, D] each",
+    "project_out": "from D to output_dim, where they differ",
+    "output": "where the output matrix is not the embedding's",
+}
+
+
+class LanguageModel(Transformer):
+    """A :class:`~moekit.nn.transformer.Transformer` whose output are logits; its submodules' names are in :data:`NAMES`."""
+
+    def forward(self, tokens: Tensor, asked: Pass | None = None) -> Tensor:
+        """Logits of the token after each position.
+
+        Args:
+            tokens: [B, T] int64 dictionary ids.
+            asked: capacity, padding, a record of the routing, see :class:`~moekit.nn.passes.Pass`.
+
+        Returns:
+            [B, T, V]
+        """
+        return self.logits(super().forward(tokens, asked))
+
+
+def module(
+    checkpoint: str | Path, *, device: str | torch.device = "cpu", dtype: str = "float32"
+) -> LanguageModel:
+    """All of a checkpoint's model in this process.
+
+    Args:
+        checkpoint: as for :func:`moekit.load`.
+        dtype: "float32", "bfloat16" or "float16"; training wants the first.
+
+    Returns:
+        The model in training mode, which changes nothing (it has no dropout); every parameter learns.
+
+    Raises:
+        ValueError: the checkpoint is not what it should be, or an argument makes no sense.
+    """
+    kind = DTYPES[check("dtype", dtype, Choice(tuple(DTYPES)))]
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(
+            f"device={device!r} is no device of torch: expected one as in 'cpu' or 'cuda:0'"
+        ) from error
+    plan = ckpt.survey(ckpt.find(checkpoint))
+    with torch.device("meta"):
+        model = LanguageModel(plan.config)
+    model = model.to(kind).to_empty(device=device)
+    ckpt.warn_nonfinite(
+        ckpt.fill(model, plan, range(plan.config.experts), threads=torch.get_num_threads()).nonfinite
+    )
+    return model

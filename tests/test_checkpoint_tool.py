@@ -1,0 +1,399 @@
+"""``python -m moekit.checkpoint``: every verb, what it makes bit for bit, and what it refuses."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import moekit
+from moekit import checkpoint
+from moekit.checkpoint import safetensors, writing
+from moekit.checkpoint.__main__ import main
+from moekit.nn.transformer import Transformer
+
+KEY = "decoder.layers.1.moe_layer.experts.1.fc2.weight"
+
+
+@pytest.fixture(autouse=True)
+def nothing_remembered(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def source(reference):
+    return reference / "checkpoint"
+
+
+def run(*arguments) -> None:
+    assert main([str(one) for one in arguments]) == 0
+
+
+def refused(capsys, *arguments) -> str:
+    """The one sentence of an error."""
+    capsys.readouterr()
+    assert main([str(one) for one in arguments]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    return said
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    plan = checkpoint.survey(checkpoint.find(path))
+    model = Transformer(plan.config).to(plan.dtype)
+    checkpoint.fill(model, plan, range(plan.config.experts))
+    return dict(model.named_parameters())
+
+
+def same_weights(a: Path, b: Path) -> None:
+    one, other = weights(a), weights(b)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def same_files(a: Path, b: Path) -> None:
+    """The same names, keys, types, numbers and settings."""
+    names = sorted(path.name for path in a.iterdir() if path.suffix == ".pt")
+    assert names == sorted(path.name for path in b.iterdir() if path.suffix == ".pt")
+    for name in names:
+        one, other = (torch.load(folder / name, weights_only=True) for folder in (a, b))
+        assert {**one, "model": None} == {**other, "model": None}
+        assert one["model"].keys() == other["model"].keys()
+        for key, tensor in one["model"].items():
+            assert tensor.dtype == other["model"][key].dtype
+            assert torch.equal(tensor, other["model"][key])
+
+
+def add_optimizer(folder: Path) -> None:
+    for path in folder.glob("*.pt"):
+        state = torch.load(path, weights_only=True)
+        state["last_optimizer_state"] = {"state": {0: {"exp_avg": torch.randn(50_000)}}}
+        torch.save(state, path)
+
+
+# ------------------------------------------------------------------------------------------------ round trips
+
+
+def test_released_to_safetensors_and_back(source, tmp_path):
+    run("convert", source, tmp_path / "st", "--to", "safetensors", "--quiet")
+    assert {path.suffix for path in (tmp_path / "st").iterdir()} == {".safetensors"}
+    same_weights(tmp_path / "st", source)
+    for name in ("model.pt", "model-shared.safetensors", "model-rank-2.safetensors"):
+        assert checkpoint.find(tmp_path / "st" / name).shared.name == "model-shared.safetensors"
+    run("convert", tmp_path / "st", tmp_path / "back", "--to", "fairseq", "--quiet")
+    same_files(tmp_path / "back", source)
+
+
+@pytest.mark.parametrize("number", [1, 3, 8])
+def test_other_numbers_of_files_and_back(source, tmp_path, number):
+    run("reshard", source, tmp_path / "other", "--files", number, "--quiet")
+    assert len(checkpoint.find(tmp_path / "other").ranks) == number
+    same_weights(tmp_path / "other", source)
+    run("reshard", tmp_path / "other", tmp_path / "back", "--files", "4", "--quiet")
+    same_files(tmp_path / "back", source)
+
+
+def test_results_from_safetensors_are_those_of_the_released_files(source, reference, tmp_path):
+    run("convert", source, tmp_path / "st", "--to", "safetensors", "--quiet")
+    recorded = np.load(reference / "base_frac0.05_bsz4.npz")
+    with moekit.load(tmp_path / "st", 2, "cpu", progress=False) as model:
+        found = model.evaluate(
+            reference / "data-bin",
+            "valid",
+            tokens_per_sample=64,
+            batch_size=4,
+            capacity_token_fraction=0.05,
+            progress=False,
+        )
+    assert found.loss_base2 == pytest.approx(float(recorded["loss_base2"]), abs=1e-5)
+
+
+def test_the_package_safetensors_reads_what_is_written(source, tmp_path):
+    package = pytest.importorskip("safetensors.torch")
+    run("convert", source, tmp_path / "st", "--to", "safetensors", "--quiet")
+    path = tmp_path / "st" / "model-rank-1.safetensors"
+    ours, theirs = checkpoint.read(path)["model"], package.load_file(path)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items())
+
+
+def test_a_sharded_training_becomes_plain_files(tmp_path):
+    import tarfile
+
+    with tarfile.open(Path(__file__).parent / "data" / "branch_shards" / "shards.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    folder = tmp_path / "4ranks_2experts"
+    run("reshard", folder / "flat", tmp_path / "whole", "--files", "2", "--quiet")
+    assert checkpoint.find(tmp_path / "whole").shared.name == "checkpoint_last-shared.pt"
+    same_weights(tmp_path / "whole", folder / "plain")
+    one, other = (
+        torch.load(p / "checkpoint_last-shared.pt", weights_only=True)["model"]
+        for p in (tmp_path / "whole", folder / "plain")
+    )
+    assert one.keys() == other.keys()
+    # Files without the optimizer's state are shards still.
+    run("strip", folder / "flat", tmp_path / "small", "--quiet")
+    same_weights(tmp_path / "small", folder / "plain")
+    size = {
+        p: sum(path.stat().st_size for path in p.iterdir()) for p in (folder / "flat", tmp_path / "small")
+    }
+    assert size[tmp_path / "small"] < 0.7 * size[folder / "flat"]
+
+
+def test_strip_drops_the_optimizer_alone(source, tmp_path):
+    large = shutil.copytree(source, tmp_path / "large")
+    add_optimizer(large)
+    (large / "dict.txt").write_text("a 1\n")
+    run("strip", large, tmp_path / "small", "--quiet")
+    same_files(tmp_path / "small", source)
+    assert (tmp_path / "small" / "dict.txt").read_text() == "a 1\n"
+
+
+# ------------------------------------------------------------------------------------------------ fewer experts
+
+
+def test_a_kept_model_computes_what_a_mask_of_the_others_computes(source, reference, tmp_path):
+    kept = {1: [0, 3, 4, 6], 3: [1, 2, 5, 7]}
+    run("keep", source, tmp_path / "kept", "--experts", "1:0,1:3-4,1:6,3:1-2,3:5,3:7", "--quiet")
+    mask = {layer: [e for e in range(8) if e not in experts] for layer, experts in kept.items()}
+    settings = {"tokens_per_sample": 64, "batch_size": 4, "capacity_token_fraction": 1.0, "progress": False}
+    with moekit.load(source, 1, "cpu", progress=False) as model, model.route(mask=mask):
+        expected = model.evaluate(reference / "data-bin", "valid", **settings)
+    with moekit.load(tmp_path / "kept", 2, "cpu", progress=False) as model:
+        assert model.config.experts == 4
+        found = model.evaluate(reference / "data-bin", "valid", **settings)
+    np.testing.assert_allclose(found.tokens["logprob"], expected.tokens["logprob"], rtol=0, atol=1e-5)
+
+
+def test_to_keep_all_experts_changes_nothing(source, tmp_path):
+    run("keep", source, tmp_path / "kept", "--experts", "*:0-7", "--quiet")
+    same_files(tmp_path / "kept", source)
+
+
+@pytest.mark.parametrize(
+    "experts, said",
+    [
+        ("1:0,1:1", r"names the layers [1]; expected all that have experts: [1, 3]"),
+        ("1:0-2,3:0-1", "keeps 3 in layer 1, 2 in layer 3: expected the same number"),
+        ("*:0-8", "--experts 1:8: expected an expert from 0 to 7"),
+        ("*:0", "keeps 1 experts a layer; each token goes to 2"),
+        ("1-0", "expected LAYER:EXPERT or LAYER:FIRST-LAST"),
+        ("0:0-1,1:0-1,3:0-1", "names the layers [0, 1, 3]"),
+    ],
+)
+def test_what_cannot_be_kept_is_named(source, tmp_path, capsys, experts, said):
+    assert said in refused(capsys, "keep", source, tmp_path / "kept", "--experts", experts)
+    assert not (tmp_path / "kept").exists()
+
+
+# ------------------------------------------------------------------------------------------------ looking
+
+
+def test_inspect_is_the_table_of_files(source, capsys):
+    run("inspect", source, "--json")
+    assert json.loads(capsys.readouterr().out) == checkpoint.describe(source)
+    run("inspect", source)
+    assert "model-rank-3.pt" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["fairseq", "safetensors"])
+def test_verify_finds_one_bit_and_counts_what_is_not_finite(source, tmp_path, capsys, kind):
+    folder = tmp_path / "st"
+    run("convert", source, folder, "--to", kind, "--quiet")
+    run("verify", folder, "--quiet", "--json")
+    rows = json.loads(capsys.readouterr().out)
+    assert sum(row["tensors"] for row in rows) in (128, 127) and all(row["checksums"] for row in rows)
+    path = folder / checkpoint.find(folder).ranks[2].name
+    record = checkpoint.read(path)["model"].records[KEY]
+    data = bytearray(path.read_bytes())
+    data[record.start] ^= 1
+    path.write_bytes(data)
+    assert f"{path.name}: {KEY} does not have the checksum" in refused(capsys, "verify", folder, "--quiet")
+    # A load notices it by the same checksum.
+    with pytest.raises(ValueError, match="is damaged"):
+        weights(folder)
+
+
+def test_verify_counts_nan_and_infinities(source, tmp_path, capsys):
+    folder = shutil.copytree(source, tmp_path / "odd")
+    path = folder / "model-rank-1.pt"
+    state = torch.load(path, weights_only=True)
+    state["model"][KEY][0, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    torch.save(state, path)
+    assert main(["verify", str(folder), "--json", "--quiet"]) == 1
+    row = json.loads(capsys.readouterr().out)[2]
+    assert (row["nan"], row["infinite"], row["nonfinite"]) == (1, 2, [KEY])
+
+
+# ------------------------------------------------------------------------------------------------ safety
+
+
+def test_a_folder_is_overwritten_only_when_that_is_asked_for(source, tmp_path, capsys):
+    target = tmp_path / "there"
+    run("reshard", source, target, "--files", "2", "--quiet")
+    assert "is there already: name another folder, or replace it with --force" in refused(
+        capsys, "reshard", source, target, "--files", "4"
+    )
+    assert len(checkpoint.find(target).ranks) == 2
+    run("reshard", source, target, "--files", "4", "--force", "--quiet")
+    assert len(checkpoint.find(target).ranks) == 4
+    (target / "thesis.tex").write_text("years of work")
+    assert "holds more than a checkpoint (thesis.tex)" in refused(
+        capsys, "reshard", source, target, "--files", "2", "--force"
+    )
+    copied = shutil.copytree(source, tmp_path / "copied")
+    assert "is the source" in refused(capsys, "strip", copied, copied, "--force")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copied", "there"]
+
+
+def test_a_run_that_was_ended_goes_on_where_it_was(source, tmp_path, monkeypatch):
+    written, write = [], writing._write
+
+    def once(path, *rest):
+        if len(written) == 3:
+            written.append(None)
+            raise KeyboardInterrupt
+        written.append(path.name)
+        write(path, *rest)
+
+    monkeypatch.setattr(writing, "_write", once)
+    arguments = ["reshard", str(source), str(tmp_path / "made"), "--files", "8", "--quiet"]
+    assert main(arguments) == 130
+    assert not (tmp_path / "made").exists()
+    assert main(arguments) == 0
+    assert len(written) == 9 + 1 and len(set(written)) == 9 + 1
+    same_weights(tmp_path / "made", source)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "made"]
+
+
+def test_another_question_does_not_go_on_with_the_files_of_the_first(source, tmp_path, monkeypatch):
+    write = writing._write
+
+    def fail(path, *rest):
+        if "rank-1" in path.name:
+            raise KeyboardInterrupt
+        write(path, *rest)
+
+    monkeypatch.setattr(writing, "_write", fail)
+    assert main(["reshard", str(source), str(tmp_path / "made"), "--files", "8", "--quiet"]) == 130
+    monkeypatch.setattr(writing, "_write", write)
+    run("reshard", source, tmp_path / "made", "--files", "2", "--quiet")
+    same_weights(tmp_path / "made", source)
+
+
+def test_a_file_that_is_not_what_was_written_is_not_kept(source, tmp_path, monkeypatch, capsys):
+    save = torch.save
+
+    def damaged(state, file):
+        state = {**state, "model": {key: tensor + 1 for key, tensor in state["model"].items()}}
+        save(state, file)
+
+    monkeypatch.setattr(torch, "save", damaged)
+    assert "is not what was written" in refused(
+        capsys, "reshard", source, tmp_path / "made", "--files", "2", "--quiet"
+    )
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (("inspect", "/nowhere"), "/nowhere does not exist"),
+        (("reshard", "SOURCE", "T", "--files", "9"), "--files 9: expected 1 to 8, the number of experts"),
+        (("reshard", "SOURCE", "T", "--files", "0"), "--files 0: expected 1 to 8"),
+        (("strip", "/nowhere", "T"), "/nowhere does not exist"),
+    ],
+)
+def test_errors_are_one_sentence(source, tmp_path, capsys, arguments, said):
+    arguments = [source if one == "SOURCE" else tmp_path / "T" if one == "T" else one for one in arguments]
+    assert said in refused(capsys, *arguments)
+
+
+def test_the_module_runs(source):
+    done = subprocess.run(
+        [sys.executable, "-m", "moekit.checkpoint", "inspect", str(source), "--json"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ,
+        check=True,
+    )
+    assert len(json.loads(done.stdout)) == 5
+
+
+# ------------------------------------------------------------------------------------------------ safetensors
+
+
+@pytest.fixture
+def one(source, tmp_path):
+    run("convert", source, tmp_path / "st", "--to", "safetensors", "--quiet")
+    return tmp_path / "st" / "model-rank-0.safetensors"
+
+
+def rewrite(path: Path, edit) -> None:
+    """Change the header."""
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    text = edit(header) or json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+
+
+def overlap(header):
+    first, second = [key for key in header if key != "__metadata__"][:2]
+    header[second]["data_offsets"] = header[first]["data_offsets"]
+    header[second]["shape"] = header[first]["shape"]
+
+
+@pytest.mark.parametrize(
+    "edit, said",
+    [
+        (overlap, "does not begin where the tensor before it ends"),
+        (lambda h: h[KEY].update(shape=[2**40, 2**40]), "has no place for shape"),
+        (lambda h: h[KEY].update(shape=[-1]), "does not describe"),
+        (lambda h: h[KEY].update(dtype="F4"), "of a type 'F4'; expected one of F64"),
+        (lambda h: h[KEY].update(data_offsets=[0, 2**47]), "has no place for shape"),
+        (lambda h: h.pop(KEY) and None, "its tensors end after|does not begin where"),
+        (lambda h: h.pop("__metadata__") and None, "tells no config"),
+        (lambda h: h["__metadata__"].update({"moekit.settings": "{"}), "moekit.settings is no JSON"),
+        (lambda h: h["__metadata__"].update({"moekit.settings": "[]"}), "settings are no object"),
+        (lambda h: b'{"a": 1, "a": 1}', "its header is no JSON"),
+        (lambda h: b"{" + b"[" * 100_000, "its header is no JSON"),
+        (lambda h: b"{\xff}", "its header is no JSON"),
+    ],
+)
+def test_a_header_that_lies_is_refused(one, edit, said):
+    rewrite(one, edit)
+    with pytest.raises(
+        ValueError, match=rf"model-rank-0\.safetensors is not a readable checkpoint file.*({said})"
+    ):
+        checkpoint.read(one)
+
+
+def test_a_file_that_is_cut_short_is_refused_wherever_it_ends(one):
+    data = one.read_bytes()
+    for size in (9, 100, len(data) // 2, len(data) - 1):
+        one.write_bytes(data[:size])
+        with pytest.raises(ValueError, match=r"is not a readable checkpoint file"):
+            checkpoint.read(one)
+    one.write_bytes(data + b"\0")
+    with pytest.raises(ValueError, match="its tensors end after"):
+        checkpoint.read(one)
+
+
+def test_numbers_of_all_types_come_back(tmp_path):
+    wanted = {str(dtype): torch.arange(6).to(dtype).view(2, 3) for dtype in safetensors.DTYPES.values()} | {
+        "empty": torch.zeros(0, 3),
+        "scalar": torch.tensor(2.5),
+    }
+    with open(tmp_path / "x.safetensors", "wb") as file:
+        safetensors.write(file, wanted, {"cfg": None}, lambda data: 0)
+    found = checkpoint.read(tmp_path / "x.safetensors")["model"]
+    for key, tensor in wanted.items():
+        assert found[key].dtype == tensor.dtype and found[key].shape == tensor.shape
+        assert torch.equal(found[key].float(), tensor.float())

@@ -1,0 +1,187 @@
+"""Exchange through the peers' memory: kernels interpreted on CPU ranks whose buffers are shared files."""
+
+import os
+
+import pytest
+import torch
+
+INTERPRET = "TRITON_INTERPRET"
+pytest.importorskip("triton")
+
+from moekit import ranks
+from moekit.nn.cache import Cache
+from moekit.nn.config import ModelConfig
+from moekit.nn.dispatch import owned
+from moekit.nn.passes import Pass
+from moekit.nn.transformer import Transformer
+
+E, D, F, K = 10, 24, 40, 2
+
+
+@pytest.fixture(autouse=True, scope="module")
+def interpreted():
+    before = os.environ.get(INTERPRET)
+    os.environ[INTERPRET] = "1"
+    yield
+    if before is None:
+        del os.environ[INTERPRET]
+    else:
+        os.environ[INTERPRET] = before
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def pool(request, interpreted):
+    with ranks.start(request.param, "cpu") as found:
+        yield found
+
+
+def experts(held: range):
+    """The experts ``held`` of E that every rank draws alike."""
+    from moekit.nn.experts import Experts
+
+    generator = torch.Generator().manual_seed(1)
+    found = Experts(len(held), D, F, "gelu").requires_grad_(False)
+    for own in found.tensors.values():
+        drawn = torch.randn(E, *own.shape[1:], generator=generator) * 0.1
+        own.copy_(drawn[held.start : held.stop])
+    return found
+
+
+def assigned(rows: int, dropped: float, seed: int):
+    """Rows [N, D] and their assignment to E experts, a share of the choices dropped."""
+    from moekit.nn.experts import Assignment
+    from moekit.nn.gate import sort_by_expert
+
+    generator = torch.Generator().manual_seed(seed)
+    x, logits = torch.randn(rows, D, generator=generator), torch.randn(rows, E, generator=generator)
+    best = logits.topk(K, dim=-1)
+    kept = torch.rand(rows, K, generator=generator) >= dropped
+    order, counts = sort_by_expert(torch.where(kept, best.indices, E).flatten(), E)
+    weights = best.values.softmax(dim=-1) * kept
+    return x, Assignment(order, counts, K, weights.flatten())
+
+
+def dispatched(rank: ranks.Rank, most: int, times: int) -> tuple[float, bool]:
+    """The largest difference between all experts here and those of all ranks, over several exchanges, and a full end."""
+    from moekit.nn.kernels.peer_dispatch import PeerDispatch
+
+    dispatch = PeerDispatch(E, K, D, torch.float32, rank.device)
+    mine = experts(owned(E, rank.world_size, rank.rank))
+    worst = 0.0
+    for time in range(times):
+        # Not as many rows on each rank; the last rank has none at first.
+        rows = max(0, most - 2 * rank.rank) if time else most * (rank.rank < rank.world_size - 1)
+        x, assignment = assigned(rows, 0.3, 7 * time + rank.rank)
+        found = dispatch(mine, x, assignment, most)
+        wanted = experts(range(E))(x, assignment)
+        assert found.shape == wanted.shape == (rows * K, D)
+        worst = max(worst, (found - wanted).abs().max().item() if rows else 0.0)
+    dispatch.check()
+    return worst, len(dispatch.boxes) == 1
+
+
+@pytest.mark.parametrize("most", [1, 5, 16])
+def test_rows_go_to_their_experts_and_come_home(pool, most):
+    for worst, one_box in pool.call(dispatched, most, 3, timeout=120):
+        assert worst < 1e-6 and one_box
+
+
+CONFIG = ModelConfig(
+    layers=4,
+    dim=D,
+    ffn_dim=F,
+    heads=4,
+    vocab_rows=50,
+    input_dim=D,
+    output_dim=D,
+    max_positions=64,
+    activation="gelu",
+    pre_norm=True,
+    moe_freq=2,
+    experts=E,
+    second_expert="all",
+)
+
+
+def whole() -> Transformer:
+    torch.manual_seed(3)
+    model = Transformer(CONFIG)
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.2)
+    return model.requires_grad_(False)
+
+
+def stepped(rank: ranks.Rank, sequences: list[int]) -> float:
+    """The largest difference of a few decode steps in the fused kernels over ranks from the plain model alone."""
+    from moekit.nn.kernels import short_step
+    from moekit.nn.kernels.peer_dispatch import PeerDispatch
+
+    plain, held = whole(), owned(E, rank.world_size, rank.rank)
+    model = Transformer(CONFIG, len(held), PeerDispatch(E, K, D, torch.float32, rank.device))
+    given = dict(plain.named_parameters())
+    for name, parameter in model.named_parameters():
+        own = given[name][held.start : held.stop] if ".experts." in name else given[name]
+        parameter.data.copy_(own)
+    model.requires_grad_(False).use("triton")
+    count, most = sequences[rank.rank], max(sequences)
+    assert short_step.fits(model, most)
+    caches = [Cache(CONFIG, count, 64, rank.device, torch.float32) for _ in range(2)]
+    tokens = torch.randint(4, 50, (count, 6), generator=torch.Generator().manual_seed(rank.rank))
+    worst = 0.0
+    for step in range(6):
+        read = tokens[:, step]
+        asked = Pass(groups=max(count, 1), cache=caches[0], rows_expected=most)
+        if step == 0:
+            # Something has to be in the cache, as after a prompt.
+            found = model(read[:, None], asked) if count else model.serve(most)
+            found = None if found is None else model.logits(found[:, 0])
+        else:
+            found = model.operations.read_on(model, read, asked, 50)
+        caches[0].advance(1)
+        assert (found is None) == (count == 0)
+        if count:
+            wanted = plain(read[:, None], Pass(groups=count, cache=caches[1]))
+            caches[1].advance(1)
+            worst = max(worst, (found - plain.logits(wanted[:, 0])).abs().max().item())
+    model.dispatch.check()
+    return worst
+
+
+@pytest.mark.parametrize("sequences", [[1, 1, 1], [1, 0, 0], [2, 4, 1]])
+def test_a_step_of_few_sequences_over_ranks(pool, sequences):
+    for worst in pool.call(stepped, sequences[: pool.world_size], timeout=240):
+        assert worst < 1e-5
+
+
+def absent(rank: ranks.Rank) -> str:
+    """What a rank says whose peer does not come to an exchange."""
+    from moekit.nn.kernels import peers
+    from moekit.nn.kernels.peer_dispatch import PeerDispatch
+
+    peers.LOOKS = 50
+    dispatch = PeerDispatch(E, K, D, torch.float32, rank.device)
+    dispatch.mailbox(4)
+    if rank.rank == 1:
+        return ""
+    dispatch(experts(owned(E, rank.world_size, rank.rank)), *assigned(2, 0.0, 1), 4)
+    try:
+        dispatch.check()
+    except RuntimeError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_waiting_for_a_peer_has_an_end(pool):
+    found = pool.call(absent, timeout=120)
+    assert "a peer did not come to an exchange" in found[0]
+
+
+def test_a_rank_that_brings_too_many_rows_is_told(pool):
+    def bring(rank: ranks.Rank) -> None:
+        from moekit.nn.kernels.peer_dispatch import PeerDispatch
+
+        dispatch = PeerDispatch(E, K, D, torch.float32, rank.device)
+        dispatch(experts(owned(E, rank.world_size, rank.rank)), *assigned(3, 0.0, 1), 2)
+
+    with ranks.start(2, "cpu") as own, pytest.raises(ranks.RankError, match="3 rows where at most 2"):
+        own.call(bring, timeout=60)

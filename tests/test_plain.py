@@ -1,0 +1,142 @@
+"""The model as one plain module: names, hooks, gradients, and a loop that learns one domain."""
+
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import moekit
+from moekit import checkpoint, paths, plain
+from moekit.checkpoint.export import save
+from moekit.data.codec import Codec
+from moekit.nn.gate import balance_loss
+from moekit.nn.passes import Pass
+
+IDS = [[5, 6, 7, 8, 9, 10, 11, 12], [40, 41, 42, 43, 44, 45, 46, 47]]
+
+
+@pytest.fixture
+def folder(reference):
+    return reference / "checkpoint"
+
+
+@pytest.fixture
+def model(folder):
+    return moekit.module(folder)
+
+
+def test_it_computes_what_score_computes(model, folder):
+    with moekit.load(folder, 2, "cpu", progress=False) as loaded:
+        expected = loaded.score(IDS, capacity_token_fraction=1.0)
+    # Each text begins after </s>.
+    tokens = torch.tensor([[2, *ids] for ids in IDS])
+    found = F.log_softmax(model(tokens, Pass(fraction=1.0)), -1)[:, :-1]
+    found = found.gather(-1, tokens[:, 1:, None]).flatten()
+    torch.testing.assert_close(
+        found.detach(), torch.tensor(expected["logprob"].values).float(), rtol=0, atol=1e-5
+    )
+
+
+def test_every_submodule_has_a_documented_name(model):
+    inner = re.compile(r".*\.(activation|rule)$")
+    found = {re.sub(r"^layers\.\d+", "layers.N", n) for n, _ in model.named_modules()} - {"", "layers"}
+    assert {name for name in found if not inner.match(name)} <= plain.NAMES.keys()
+    assert {"layers.N.moe.gate", "layers.N.attn.qkv", "layers.N.moe.experts"} <= found
+
+
+def test_a_hook_on_the_gate_is_a_mask(model, folder):
+    """What an editing tool does to the logits of an expert is what route(mask=...) does."""
+    model.layers[1].moe.gate.register_forward_hook(
+        lambda module, inputs, logits: logits.index_fill(-1, torch.tensor([3, 5]), -torch.inf)
+    )
+    tokens = torch.tensor([[2, *ids] for ids in IDS])
+    found = (
+        F.log_softmax(model(tokens, Pass(fraction=1.0)), -1)[:, :-1].gather(-1, tokens[:, 1:, None]).flatten()
+    )
+    with moekit.load(folder, 1, "cpu", progress=False) as loaded, loaded.route(mask={1: [3, 5]}):
+        expected = loaded.score(IDS, capacity_token_fraction=1.0)
+    torch.testing.assert_close(
+        found.detach(), torch.tensor(expected["logprob"].values).float(), rtol=0, atol=1e-5
+    )
+
+
+def test_gradients_are_those_of_a_small_step(model):
+    """Of an expert's weight, the gate's and the embedding's, against the difference quotient; the gate computes in float32."""
+    model = model.double()
+    tokens = torch.tensor(IDS)
+
+    def loss():
+        return F.cross_entropy(
+            model(tokens, Pass(fraction=1.0))[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
+        )
+
+    loss().backward()
+    for name in (
+        "layers.1.moe.experts.w2",
+        "layers.3.moe.gate.weight",
+        "embed.weight",
+        "layers.0.attn.qkv.weight",
+    ):
+        parameter = model.get_parameter(name)
+        at = parameter.grad.abs().flatten().argmax()
+        numbers, step = parameter.data.view(-1), 1e-3
+        numbers[at] += step
+        above = loss().item()
+        numbers[at] -= 2 * step
+        below = loss().item()
+        numbers[at] += step
+        assert (above - below) / (2 * step) == pytest.approx(parameter.grad.flatten()[at].item(), rel=1e-4), (
+            name
+        )
+
+
+def test_twenty_lines_lower_the_loss_on_one_domain_of_the_demo(tmp_path):
+    torch.manual_seed(0)
+    texts = (paths.DEMO_TEXT / "valid.txt").read_text().splitlines()
+    domains = (paths.DEMO_TEXT / "valid.domains.txt").read_text().splitlines()
+    chosen = max(set(domains), key=domains.count)
+    codec = Codec.load("demo")
+    ids = [
+        token
+        for text, domain in zip(texts, domains, strict=True)
+        if domain == chosen
+        for token in codec.encode(text)
+    ]
+    blocks = torch.tensor(ids[: len(ids) // 64 * 64]).view(-1, 64)
+    held_out, train = blocks[:8], blocks[8:]
+
+    model = moekit.module("demo")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
+
+    def loss_of(tokens, asked=None):
+        return F.cross_entropy(model(tokens, asked)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+
+    with torch.no_grad():
+        before = loss_of(held_out).item()
+    for step in range(12):
+        routings = []
+        batch = train[torch.arange(8 * step, 8 * step + 8) % len(train)]
+        loss = loss_of(batch, Pass(record=lambda _, routing: routings.append(routing)))  # noqa: B023
+        total = loss + 0.01 * sum(map(balance_loss, routings))
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+    with torch.no_grad():
+        after = loss_of(held_out).item()
+    assert after < before - 0.02
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    # What was learned is a checkpoint again.
+    save(model, tmp_path / "tuned", 4, dtype=torch.float32)
+    again = moekit.module(tmp_path / "tuned")
+    with torch.no_grad():
+        assert again(held_out).equal(model(held_out))
+    assert len(checkpoint.find(tmp_path / "tuned").ranks) == 4
+
+
+@pytest.mark.parametrize(
+    "options, said", [({"dtype": "int8"}, "dtype"), ({"device": "abacus"}, "device='abacus'")]
+)
+def test_arguments_that_make_no_sense_are_named(folder, options, said):
+    with pytest.raises(ValueError, match=said):
+        moekit.module(folder, **options)
