@@ -18,7 +18,7 @@ from moekit.fairseq_data import Batches, Data, is_data
 from moekit.generation.run import generate, stream
 from moekit.handle import Handle, describe_run, find_codec, find_dictionary, weights_dtype
 from moekit.interrupts import import_whole
-from moekit.nn.config import changed
+from moekit.nn.changes import changed
 from moekit.nn.operations import choose_backend
 from moekit.nn.record import Options
 from moekit.progress import bar as progress_bar
@@ -216,7 +216,7 @@ def load(
             same model (:func:`moekit.checkpoint.find`).
         world_size: ranks, each with a share of the experts; any number, whatever the number of files. None: one for
             every GPU, one on the CPU.
-        device: "cuda" (a GPU a rank), "cpu", or "auto": GPUs where there are any.
+        device: "cuda" (one GPU per rank), "cpu", or "auto": GPUs where there are any.
         dtype: "float32", "float16", "bfloat16", or "auto": the checkpoint's own on GPUs, float32 on the CPU.
         dictionary: ``dict.txt`` or its folder; rows of the matrices beyond it are not loaded. None: the one beside the
             checkpoint, if there is one; else all rows are loaded, and each data set's dictionary decides. "demo" is the
@@ -239,7 +239,8 @@ def load(
         moekit.ranks.RankError: a rank failed.
     """
     began = time.perf_counter()
-    import_whole("omegaconf")  # what checkpoints are read with
+    # Checkpoints are read with it.
+    import_whole("omegaconf")
     world_size, verify = (
         check("world_size", world_size, Whole(optional=True)),
         check("verify", verify, Flag()),
@@ -266,7 +267,8 @@ def load(
             )
             plan.opened.clear()
             ckpt.warn_nonfinite(found for part in model.parts for found in part["nonfinite"])
-            bar.update(bar.total - bar.n)  # what is not tensors
+            # The bytes of the files that are no tensors.
+            bar.update(bar.total - bar.n)
         model.load_seconds = time.perf_counter() - began
     except BaseException as error:
         pool.close()

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
-MOST = 2**63 - 1  # what the ranks' int64 holds
+# The greatest number of the ranks' int64.
+MOST = 2**63 - 1
 
 
 class ParameterError(ValueError):
@@ -96,9 +97,6 @@ def parameter(name: str, value: Any, kind: Kind) -> Any:
         return check(name, value, kind)
     except ValueError as error:
         raise ParameterError(str(error)) from None
-
-
-_convert = parameter
 
 
 class _Why(ValueError):

@@ -41,7 +41,7 @@ class Batch:
 def text_batches(
     texts: Sequence[Sequence[int]], batch_size: int, max_positions: int, first: int = EOS
 ) -> list[Batch]:
-    """Texts (their ids) as batches of ``batch_size``, in order: a sample a text, which begins with the symbol ``first``.
+    """Texts (their ids) as batches of ``batch_size``, in order: one sample per text, which begins with the symbol ``first``.
 
     Position p predicts the text's token p; the last token is an input without a target. Padded on the right.
 

@@ -33,10 +33,11 @@ from moekit.arguments import Capacity, check, shown
 from moekit.batches import Batch
 from moekit.checkpoint.options import from_fairseq, options_of
 from moekit.handle import check_size, find_dictionary
-from moekit.nn.config import CHANGEABLE
+from moekit.nn.changes import CHANGEABLE
 from moekit.scoring import score_batches
 
-logger = logging.getLogger("fairseq_cli.eval_lm")  # fairseq's name, since scripts look for it
+# The logger has fairseq's name, since scripts look for it.
+logger = logging.getLogger("fairseq_cli.eval_lm")
 
 HONOURED = """data path gen_subset sample_break_mode tokens_per_sample add_bos_token batch_size max_tokens seed cpu fp16
     is_moe distributed_world_size model_overrides context_window max_valid_steps post_process output_word_probs
@@ -58,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     level = os.environ.get("LOGLEVEL", "INFO").upper()
     form = "%(asctime)s | %(levelname)s | %(name)s | %(message)s"
     logging.basicConfig(format=form, datefmt="%Y-%m-%d %H:%M:%S", level=level, stream=sys.stdout)
-    logging.getLogger("fairseq").setLevel(logging.WARNING)  # its remarks on being imported
+    # fairseq logs remarks when it is imported.
+    logging.getLogger("fairseq").setLevel(logging.WARNING)
     try:
         run(parse(argv))
     except (Exception, KeyboardInterrupt) as error:
@@ -96,7 +98,8 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
     parser.error = fail
     args = options.parse_args_and_arch(parser, None if argv is None else list(argv))
     known = {*HONOURED, *WITHOUT_EFFECT, *_own_options(args)}
-    for name, value in sorted(vars(args).items()):  # --bf16 sets tpu, too, which is not what was asked for
+    for name, value in sorted(vars(args).items()):
+        # --bf16 also sets tpu, which the user did not ask for.
         if name not in known and value not in (parser.get_default(name), None, False):
             flag = f"--{name.replace('_', '-')}"
             raise ValueError(
@@ -250,9 +253,8 @@ def run(args: Namespace) -> dict[str, Any]:
         total = time.perf_counter() - start
         times = {"wall_time": total, "wall_time_load": load_time, "wall_time_model": total - load_time}
         rounded = {name: round(value, 4) for name, value in (figures | times).items()}
-        part = stats.with_name(
-            f"{stats.name}.part"
-        )  # a full disk or an interrupt leaves an earlier file as it was
+        # A full disk or an interrupt leaves an earlier file as it was.
+        part = stats.with_name(f"{stats.name}.part")
         part.write_text(json.dumps({args.gen_subset: rounded}, indent=4))
         part.replace(stats)
         logger.info("Evaluation results saved to %s", stats)

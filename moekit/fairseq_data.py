@@ -25,9 +25,11 @@ from moekit.data import verify
 from moekit.data.dictionary import Dictionary
 from moekit.interrupts import hold_interrupts
 
-MAX_TOKENS = 36_000  # fairseq_cli/eval_lm.py: the tokens a batch may have, whatever its batch_size
+# fairseq_cli/eval_lm.py: the tokens a batch may have, whatever its batch_size.
+MAX_TOKENS = 36_000
 BREAK_MODES = ("none", "complete", "complete_doc", "eos")
-INT32 = 2**31 - 1  # what fairseq's Cython code takes
+# The greatest number that fairseq's Cython code takes.
+INT32 = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,8 @@ class Batches:
         from fairseq.data.data_utils import numpy_seed
 
         self.data, self.task, self.dataset = data, task, dataset
-        with numpy_seed(1):  # the branch's seed; released fairseqs add the epoch to it and get another order
+        with numpy_seed(1):
+            # This is the branch's seed. Released versions of fairseq add the epoch to it and get another order.
             order = self._contextual().ordered_indices()
         kept = task.filter_indices_by_size(order, dataset, max_positions, ignore_invalid_inputs=True)
         self.skipped = len(order) - len(kept)
@@ -125,7 +128,8 @@ class Batches:
                 raise ValueError(
                     f"{data.prefix}: max_tokens={data.max_tokens} is less than the {longest} tokens of the longest sample"
                 ) from None
-            if dataset.supports_prefetch:  # the "cached" format serves nothing else
+            if dataset.supports_prefetch:
+                # The "cached" format can only be read after a prefetch.
                 dataset.prefetch(kept)
 
     @property
@@ -192,10 +196,12 @@ def open_data(
     task = _language_modeling(
         data=str(folder),
         dataset_impl=kind,
-        tokens_per_sample=block - data.context_window,  # eval_lm.py counts the context in
+        # eval_lm.py counts the context as part of the block.
+        tokens_per_sample=block - data.context_window,
         sample_break_mode=data.sample_break_mode,
         add_bos_token=add_bos,
-        pad_to_fixed_length=True,  # eval_lm.py always does for mixtures of experts: padding is routed too
+        # eval_lm.py always sets it for mixtures of experts, so padding is routed too.
+        pad_to_fixed_length=True,
     )
     try:
         task.load_dataset(data.subset)

@@ -37,7 +37,7 @@ class Handle:
         config: the model's :class:`~moekit.nn.config.ModelConfig`.
         files: where it came from.
         world_size, device, dtype: how it runs.
-        parts: a dict a rank: ``files``, ``experts``, ``parameters``, ``bytes``, ``seconds`` of its load.
+        parts: one dict per rank: ``files``, ``experts``, ``parameters``, ``bytes``, ``seconds`` of its load.
         load_seconds: from the call to ready.
         intervention: what :meth:`route` changes at the moment, or None.
     """
@@ -59,8 +59,10 @@ class Handle:
         self.parts: list[dict] = []
         self.load_seconds = math.nan
         self.intervention: intervene.Intervention | None = None
-        self.abandoned: list[int] = []  # generations (their keys on the ranks) that the next one ends
-        self.warm: set[tuple] = set()  # see warm_up
+        # Keys of generations on the ranks that the next generation ends.
+        self.abandoned: list[int] = []
+        # See warm_up.
+        self.warm: set[tuple] = set()
 
     @property
     def world_size(self) -> int:
@@ -72,7 +74,7 @@ class Handle:
 
     @functools.cached_property
     def codec(self) -> Codec | Ids:
-        """Text to ids and back, see ``load``'s ``bpe``; where there is none, it shows ids and says why at any text."""
+        """Turns text into ids and back (``load``'s ``bpe``). Without a codec, it shows ids and raises an error for text."""
         return find_codec(self.files, self.config, None, self._dictionary)
 
     @functools.cached_property
@@ -267,11 +269,6 @@ def check_size(types: int, whose: str, config: ModelConfig) -> None:
             f"{whose} has {types} types, the model knows {config.vocab_rows}: use the model's own dict.txt, and the data "
             "that was binarised with it"
         )
-
-
-def pieces(codec: Codec | Ids | None, ids: Iterable[int]) -> list[str]:
-    """Each token as text; by its id where there is no codec."""
-    return (codec or Ids()).pieces(ids)
 
 
 def describe_run(

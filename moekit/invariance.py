@@ -55,7 +55,8 @@ def batch_invariance(
     """
     import pandas as pd
 
-    texts = texts if is_data(texts) else sequences("texts", texts)  # an iterator serves once
+    # An iterator can be read only once.
+    texts = texts if is_data(texts) else sequences("texts", texts)
     sizes = sorted({1, *batch_sizes})
     traces, rows = {}, []
     for fraction in capacities:

@@ -29,9 +29,11 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-TOKENS_A_PASS = {"cpu": 4096, "cuda": 65_536}  # how many tokens pay off in one forward pass
+# Tokens in a forward pass; more make it no faster.
+TOKENS_A_PASS = {"cpu": 4096, "cuda": 65_536}
 STEPS_A_CALL = 8
-WARM_SHAPES = 4  # that a GPU is warmed up for; texts may have hundreds
+# Shapes that a GPU is warmed up for; texts may have hundreds.
+WARM_SHAPES = 4
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,9 @@ class Evaluation:
         loss_base2: mean negative log-probability a token, in bits.
         perplexity: ``2 ** loss_base2``.
         ntokens: tokens scored.
-        seconds: scoring alone, without loading and, on GPUs, without :meth:`Model.warm_up`.
+        seconds: of scoring alone: neither loading nor, on GPUs, :func:`warm_up` counts.
         tokens_per_second: ``ntokens / seconds``.
-        tokens: a row a token, sorted by sample and position: ``sample``, ``position`` (in the sample, from
+        tokens: one row per token, sorted by sample and position: ``sample``, ``position`` (in the sample, from
             0), ``token`` (dictionary id of what is read there), ``target`` (of the next token, which is predicted),
             ``logprob`` (of the target, natural log, float32). A trace has the same columns.
         trace: what the router did, a :class:`moekit.routing.trace.Trace`, if it was asked for.
@@ -174,7 +176,8 @@ def score_batches(
     Args:
         fraction: the capacity that holds (:meth:`moekit.handle.Handle.capacity`).
     """
-    import_whole("pandas")  # what comes of the scores needs it
+    # The scores are put into a table by it.
+    import_whole("pandas")
     if model.intervention is not None:
         model.intervention.check(_lengths(batches))
     longest = max(_lengths(batches).values(), default=0) if model.config.learned_positions else 0
@@ -232,7 +235,7 @@ def summarize(
     """Put scored batches into fairseq's figures (``eval_lm`` in fairseq_cli/eval_lm.py).
 
     Args:
-        whose: what holds the tokens, for the error where there are none.
+        whose: the source of the tokens, named in the error if it has none.
         skip_first: the first target of each sample is the begin-of-sentence symbol, which does not count.
     """
     import pandas as pd

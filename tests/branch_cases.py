@@ -51,9 +51,9 @@ def scoring(fraction: float, batch_size: int, **more) -> dict:
 
 
 CASES = {
-    "top1": Case({"top1": True}, scoring(-1.0, 3)),
+    "top1": Case({"gate": "top1"}, scoring(-1.0, 3)),
     "top1_mask_padding": Case(
-        {"top1": True, "mask_padding": True}, scoring(0.05, 4, sample_break_mode="eos")
+        {"gate": "top1", "mask_padding": True}, scoring(0.05, 4, sample_break_mode="eos")
     ),
     "before_dropping": Case({"normalize_before_dropping": True}, scoring(0.05, 2)),
     "prioritized": Case({"batch_prioritized": True}, scoring(0.05, 3)),

@@ -50,7 +50,7 @@ def test_costs_of_a_model_that_can_be_counted_by_hand():
     assert shapes.expert_parameters(config) == 4 * 6 + 6 + 6 * 4 + 4
     # Projections 4 * 16 a layer and (1 + 3) / 2 * 2 * 4 for attention, 48 dense, 2 experts of 48, gate 12, output 40.
     assert shapes.flop_per_token(config, 3) == 2 * (2 * (64 + 16) + 48 + 96 + 12 + 40)
-    assert shapes.flop_per_token(replace(config, top1=True), 3) == 2 * (2 * (64 + 16) + 48 + 48 + 12 + 40)
+    assert shapes.flop_per_token(replace(config, gate="top1"), 3) == 2 * (2 * (64 + 16) + 48 + 48 + 12 + 40)
 
 
 def test_limits_are_those_of_the_issue_at_its_ceilings():

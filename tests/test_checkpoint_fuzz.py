@@ -24,7 +24,7 @@ import torch
 
 from moekit import checkpoint
 from moekit.checkpoint.inspection import NonFinite
-from moekit.nn.config import changed
+from moekit.nn.changes import changed
 from moekit.nn.transformer import Transformer
 
 COUNT = int(os.environ.get("FUZZ", 600))
@@ -379,20 +379,21 @@ def with_option(folder: Path, option: str, value) -> None:
     change(folder / NAMES[1], lambda state: state["cfg"]["model"].update({option: value}))
 
 
+# What the config says where an option is True, and where it is False.
 FLAGS = {
-    "moe_top1_expert": "top1",
-    "moe_gating_use_fp32": "gate_fp32",
-    "moe_normalize_gate_prob_before_dropping": "normalize_before_dropping",
+    "moe_top1_expert": ("gate", "top1", "top2"),
+    "moe_gating_use_fp32": ("gate_fp32", True, False),
+    "moe_normalize_gate_prob_before_dropping": ("normalize_before_dropping", True, False),
 }
 
 
 @mutator
 def flag(folder, rng):
-    option, field = rng.choice(list(FLAGS.items()))
+    option, (field, on, off) = rng.choice(list(FLAGS.items()))
     value = rng.choice([True, False, 0, 1, None, "False", "no", 2, 0.0, [], "true"])
     with_option(folder, option, value)
     return (
-        Told(**{field: bool(value)})
+        Told(**{field: on if value else off})
         if value is None or (type(value) in (bool, int) and value != 2)
         else "refused"
     )

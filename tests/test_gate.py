@@ -28,20 +28,20 @@ def slow_route(logits, config, fraction, padding, noise):
         first = int(probs[t].argmax())
         row = logits[t] + noise("gumbel", logits)[t] if config.second_expert == "sampling" else logits[t]
         second = max((e for e in range(experts) if e != first), key=lambda e: (float(row[e]), -e))
-        choices.append([first] if config.top1 else [first, second])
-    k = config.top_k
+        choices.append([first] if config.gate == "top1" else [first, second])
+    k = gate_of(config).top_k
     weight = [[float(probs[t, e]) for e in choices[t]] for t in range(tokens)]
-    if not config.top1 and config.normalize_before_dropping:
+    if config.gate == "top2" and config.normalize_before_dropping:
         weight = [[w / max(sum(row), torch.finfo(torch.float32).eps) for w in row] for row in weight]
     kept = [[padding is None or not bool(padding[t])] * k for t in range(tokens)]
-    if not config.top1 and config.second_expert == "random":
+    if config.gate == "top2" and config.second_expert == "random":
         uniform = noise("uniform", logits[:, 0])
         for t in range(tokens):
             kept[t][1] &= 2 * weight[t][1] > float(uniform[t])
     if fraction is not None:
         room = math.ceil(fraction * tokens) if fraction > 0 else k * math.ceil(tokens / experts)
         order = list(range(tokens))
-        if config.batch_prioritized and not config.top1:
+        if config.batch_prioritized and config.gate == "top2":
             order.sort(key=lambda t: -float(probs[t].max()))
         taken = [0] * experts
         for choice, t in itertools.product(range(k), order):
@@ -49,7 +49,7 @@ def slow_route(logits, config, fraction, padding, noise):
                 e = choices[t][choice]
                 kept[t][choice] = taken[e] < room
                 taken[e] += 1
-    if not config.top1 and not config.normalize_before_dropping:
+    if config.gate == "top2" and not config.normalize_before_dropping:
         for t in range(tokens):
             row = [w * g for w, g in zip(weight[t], kept[t], strict=True)]
             weight[t] = [w / max(sum(row), torch.finfo(torch.float32).eps) for w in row]
@@ -59,12 +59,12 @@ def slow_route(logits, config, fraction, padding, noise):
 
 OPTIONS = [
     dict(
-        zip(("top1", "second_expert", "normalize_before_dropping", "batch_prioritized"), values, strict=True)
+        zip(("gate", "second_expert", "normalize_before_dropping", "batch_prioritized"), values, strict=True)
     )
     for values in itertools.product(
-        [False, True], ["all", "sampling", "random"], [False, True], [False, True]
+        ["top2", "top1"], ["all", "sampling", "random"], [False, True], [False, True]
     )
-    if not (values[0] and values[1:] != ("all", False, False))
+    if not (values[0] == "top1" and values[1:] != ("all", False, False))
 ]
 
 
@@ -135,17 +135,17 @@ def test_masked_padding_takes_no_place_and_gets_no_weight():
 
 
 @pytest.mark.parametrize(
-    ("tokens", "fraction", "top1", "places"),
+    ("tokens", "fraction", "rule", "places"),
     [
-        (64, 0.05, False, 4),
-        (64, -1.0, False, 16),
-        (64, 0.0, False, 16),
-        (65, -1.0, False, 18),
-        (65, -1.0, True, 9),
+        (64, 0.05, "top2", 4),
+        (64, -1.0, "top2", 16),
+        (64, 0.0, "top2", 16),
+        (65, -1.0, "top2", 18),
+        (65, -1.0, "top1", 9),
     ],
 )
-def test_capacity(tokens, fraction, top1, places):
-    assert gate_of(config(experts=8, top1=top1)).capacity(tokens, fraction) == places
+def test_capacity(tokens, fraction, rule, places):
+    assert gate_of(config(experts=8, gate=rule)).capacity(tokens, fraction) == places
     assert gate_of(config()).capacity(tokens, None) is None
 
 
@@ -214,9 +214,11 @@ def test_another_gate_has_capacity_and_drops_as_the_others():
 
 
 def test_what_a_gate_says_of_itself():
-    assert gate_of(config(top1=True)).describe() == "top-1"
+    assert gate_of(config(gate="top1")).describe() == "top-1"
     assert gate_of(config(second_expert="random")).describe() == "top-2, second expert: random"
     drawing = [
         policy for policy in ("all", "sampling", "random") if gate_of(config(second_expert=policy)).draws
     ]
-    assert drawing == ["sampling", "random"] and not gate_of(config(top1=True, second_expert="random")).draws
+    assert (
+        drawing == ["sampling", "random"] and not gate_of(config(gate="top1", second_expert="random")).draws
+    )

@@ -262,9 +262,9 @@ def test_mistakes(changes, told):
 
 def test_a_top_1_gate_has_no_second_choice():
     with pytest.raises(ValueError, match="one choice"):
-        plan(config(top1=True), drop_second=True)
+        plan(config(gate="top1"), drop_second=True)
     with pytest.raises(ValueError, match="1 to 1 different"):
-        plan(config(top1=True), force=Force((1, 2), sample=0))
+        plan(config(gate="top1"), force=Force((1, 2), sample=0))
 
 
 # ---------------------------------------------------------------------------------------------------- comparisons

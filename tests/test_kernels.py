@@ -189,7 +189,7 @@ def config(**options) -> ModelConfig:
     return ModelConfig(**{**vars(BASE), **options})
 
 
-@pytest.mark.parametrize("options", [{}, {"top1": True}, {"gate_fp32": False}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"gate": "top1"}, {"gate_fp32": False}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("experts", [8, 12, 512])
 def test_the_gates_choice(options, dtype, experts):

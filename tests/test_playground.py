@@ -63,7 +63,7 @@ def test_a_click_streams_the_text_and_keeps_it(codec):
     playground.prompt.value = "other"
     playground.settings["temperature"].value = 0.0
     click(playground)
-    assert model.asked[1][1]["top_k"] is None  # there are no draws
+    assert model.asked[1][1]["temperature"] == 0.0
     assert [run.prompt for run in playground.runs] == ["<p>", "other"]
     playground.history.value = 0
     assert playground.prompt.value == "<p>" and playground.settings["temperature"].value == 0.8

@@ -22,6 +22,7 @@ from moekit.nn.dispatch import Local
 from moekit.nn.experts import Experts
 from moekit.nn.ffn import activation_fn
 from moekit.nn.gate import Routing
+from moekit.nn.gates import top_k_of
 from moekit.nn.operations import use
 from moekit.nn.passes import Pass
 from moekit.nn.transformer import MoE, allocated
@@ -184,7 +185,7 @@ def theirs(implementation: str, setting: Setting, tokens: int) -> Make:
             raise Missing("not installed")
         version = importlib.metadata.version("transformers")
         config = setting.config
-        gathered = tokens * config.top_k * config.dim * config.ffn_dim * setting.itemsize
+        gathered = tokens * top_k_of(config) * config.dim * config.ffn_dim * setting.itemsize
         on_gpu = setting.device == "cuda"
         free = torch.cuda.mem_get_info()[0] if on_gpu else host_memory("MemAvailable")
         if implementation == "batched_mm" and gathered > free / 2:

@@ -16,6 +16,7 @@ from torch import Tensor
 from moekit.checkpoint import export
 from moekit.nn import transformer
 from moekit.nn.config import ModelConfig
+from moekit.nn.gates import top_k_of
 from moekit.nn.transformer import Transformer
 from moekit.ranks import Rank
 from moekit.worker import loading
@@ -161,6 +162,6 @@ def flop_per_token(config: ModelConfig, length: int) -> float:
     attention = 4 * config.dim**2 + 2 * config.dim * (length + 1) / 2
     dense = (config.layers - len(config.moe_layers)) * 2 * config.dim * config.ffn_dim
     moe = len(config.moe_layers) * (
-        config.top_k * 2 * config.dim * config.ffn_dim + config.dim * config.experts
+        top_k_of(config) * 2 * config.dim * config.ffn_dim + config.dim * config.experts
     )
     return 2 * (config.layers * attention + dense + moe + config.dim * config.vocab_rows)

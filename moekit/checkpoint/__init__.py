@@ -1,4 +1,4 @@
-"""A checkpoint of fairseq's ``moe`` branch: which files it has, what lies in them, who reads what.
+"""A checkpoint of fairseq's ``moe`` branch: which files it has, what is in them, and which rank reads what.
 
     files = find("/data/en_moe_lm_15b")     # any spelling of the path
     plan = survey(files)                    # every file's header, checked against the key table; no weight is read
@@ -7,9 +7,9 @@
 A checkpoint is untrusted: pickles.py reads what a file says without calling anything, and its weights are memory-mapped, so
 that nothing in it runs and nothing is read that is not kept. From below to above: pickles (the machine), contents (what
 may stand in one), archive (where a file's parts lie), reading (one file), keys (fairseq's names), options (the config),
-shards (tensors cut over several files), files (which there are), belonging (whether files belong together), inspection (checksums), copying, plan (who reads what).
-safetensors is the other format of a file. What ``python -m moekit.checkpoint`` does is in verifying and reshaping; writing
-makes the folders.
+shards (tensors cut over several files), files (which there are), belonging (whether files belong together), inspection
+(checksums), copying, plan (which rank reads what). safetensors is the other format of a file. What
+``python -m moekit.checkpoint`` does is in verifying and reshaping; writing makes the folders.
 """
 
 from moekit.checkpoint.files import Files, find

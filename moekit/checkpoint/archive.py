@@ -20,7 +20,8 @@ ENTRY = struct.Struct("<4s6H3L5H2L")
 HEADER = struct.Struct("<4s5H3L2H")
 START = b"PK\x03\x04"
 
-MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of an old file
+# The first pickle of an old file.
+MAGIC = 0x1950A86A20F9469CFC6C
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class Layout:
     content: Any
     names: set[Name]
     storages: dict[str, Record]
-    folder: str | None = None  # that all members of an archive lie in
+    # The folder in which all members of an archive lie.
+    folder: str | None = None
 
 
 def layout(memory: np.ndarray, each: int = EACH) -> Layout:

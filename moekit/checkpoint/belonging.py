@@ -102,7 +102,7 @@ def _training(state: Mapping[str, Any]) -> dict[str, Any]:
         iterator = extra.get("train_iterator")
         for name in ("epoch", "iterations_in_epoch") if isinstance(iterator, Mapping) else ():
             told[f"extra_state.train_iterator.{name}"] = iterator.get(name)
-    # What is missing was left out by who made the files smaller.
+    # A tensor that is missing was left out when the files were made smaller.
     told = {name: value for name, value in told.items() if value is not None}
     for section, options in _sections(state).items():
         told |= {f"{section}{name}": value for name, value in options.items() if name not in READ}

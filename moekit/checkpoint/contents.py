@@ -15,8 +15,10 @@ import torch
 
 from moekit.checkpoint.pickles import Call, Group, Name, Pairs, Reference, Unreadable
 
-DEEPEST = 50  # levels of a config; fairseq's have four
-LONGEST = 200_000  # values of a config
+# The deepest config that is read, in levels; fairseq's have four.
+DEEPEST = 50
+# The longest config that is read, in values.
+LONGEST = 200_000
 
 _cut = reprlib.Repr()
 _cut.maxlevel, _cut.maxstring, _cut.maxother, _cut.maxlong = 2, 60, 60, 40

@@ -5,8 +5,8 @@ them while the thread fills the next: so the files' pages, the cores and the bus
 
 What it costs: reading a mapped page that is in the page cache is a copy at the speed of memory (8 GB/s a core, 27 GB/s
 with eight on the machine of an H200; asking the kernel for the pages in advance, ``MADV_POPULATE_READ``, or ``pread`` are
-no faster). What is dear is Python: the 15B has 12,500 tensors, half of them a few kilobytes, and each call of torch gives
-Python's lock away and has to win it back from whoever took it. So one thread does what has to be done for each tensor, and
+no faster). Python is the cost: the 15B has 12,500 tensors, half of them a few kilobytes, and each call of torch
+releases Python's lock and has to wait for it again. So one thread does what has to be done for each tensor, and
 the others copy loads of 16 MiB, which go to the GPU as a whole, where one call deals out the tensors in them.
 """
 
@@ -24,9 +24,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-THREADS = 5  # more do not make the bus faster
-BUFFERS, LOAD_BYTES = 2, 16 << 20  # buffers of each thread, and what goes into one
-ALIGNMENT = 256  # bytes, of what lies in a buffer: good for the GPU
+# More threads do not make the bus faster.
+THREADS = 5
+# Buffers of each thread, and the bytes of each buffer.
+BUFFERS, LOAD_BYTES = 2, 16 << 20
+# Bytes to which a tensor is aligned in a buffer, as the GPU prefers it.
+ALIGNMENT = 256
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,8 @@ class Piece:
     The thread that copies it calls ``check`` before, which may raise.
     """
 
-    name: str  # for errors
+    # The tensor's name in errors.
+    name: str
     source: Tensor
     target: Tensor
     check: Callable[[], None] | None = None
@@ -258,7 +262,8 @@ class Pinned:
         self.memory = torch.empty(size, dtype=torch.uint8, pin_memory=True)
         self.room = self.memory.numpy()
         self.landed = torch.empty(size, dtype=torch.uint8, device=device)
-        self.fetched = torch.cuda.Event(blocking=True)  # a thread that waits leaves its core to others
+        # A waiting thread leaves its core to others.
+        self.fetched = torch.cuda.Event(blocking=True)
 
     def send(self, load: Shared) -> None:
         used = load.used * load.dtype.itemsize

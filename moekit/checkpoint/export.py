@@ -145,7 +145,7 @@ def fairseq_cfg(config: ModelConfig, files: int, **options: Any) -> dict[str, An
         "moe_gating_use_fp32": config.gate_fp32,
         "moe_second_expert_policy": config.second_expert,
         "moe_normalize_gate_prob_before_dropping": config.normalize_before_dropping,
-        "moe_top1_expert": config.top1,
+        "moe_top1_expert": config.gate == "top1",
         "moe_batch_prioritized_routing": config.batch_prioritized,
         "use_moe_pad_mask": config.mask_padding,
         "add_bos_token": config.add_bos,

@@ -26,14 +26,16 @@ from moekit.checkpoint.keys import Place
 from moekit.checkpoint.reading import Source, Weights, stamp
 
 try:
-    # Five times as fast as zlib's, where somebody has installed it.
+    # It is five times as fast as zlib's, where it is installed.
     from isal.isal_zlib import crc32
 except ImportError:
     from zlib import crc32
 
 # A file that was written a moment ago may be written again without a change of its stamp: clocks of files are coarse.
-SETTLED = 2.0  # seconds
-MOST_REMEMBERED = 4096  # results of files
+# Seconds.
+SETTLED = 2.0
+# Results of files.
+MOST_REMEMBERED = 4096
 
 
 class NonFinite(NamedTuple):
@@ -51,7 +53,8 @@ class NonFinite(NamedTuple):
         return f"{self.file}: {clip(self.key)}{where}: {self.nan:,} NaN, {self.infinite:,} infinite"
 
 
-Wanted = tuple[str, Tensor, Place]  # a key, what is read of its tensor, and where it goes
+# A key, what is read of its tensor, and where it goes.
+Wanted = tuple[str, Tensor, Place]
 
 
 class Inspection:

@@ -13,7 +13,8 @@ from moekit.checkpoint.contents import clip
 from moekit.checkpoint.reading import Source
 from moekit.nn.config import ModelConfig
 
-SHARED_KEY = "decoder.embed_tokens.weight"  # who holds it holds the shared part
+# The file that holds this key holds the shared part.
+SHARED_KEY = "decoder.embed_tokens.weight"
 
 
 # fairseq's name -> ours. {} is a layer, then an expert's number within its file. A suffix in brackets is the part of
@@ -117,7 +118,8 @@ def places(
             )
         target = KEYS[pattern] if pattern in KEYS else OLD_KEYS[pattern]
         if config.share_output and target == "output.weight[rows]":
-            target = "embed.weight[rows]"  # one matrix, which files hold twice; fairseq reads this one last
+            # Files hold this matrix twice, and fairseq reads this one last.
+            target = "embed.weight[rows]"
         elif config.share_output and key == SHARED_KEY and not OUTPUT_KEYS.isdisjoint(found):
             continue
         if target is None or (target.startswith("norm.") and config.before_final_norm):
@@ -127,7 +129,8 @@ def places(
         yield key, tensor, Place(name.format(*numbers), part, expert)
 
 
-@functools.lru_cache(maxsize=4096)  # files have the same keys
+# The files of a checkpoint share most keys.
+@functools.lru_cache(maxsize=4096)
 def _split(key: str) -> tuple[str, tuple[int, ...]]:
     """A key without its numbers, and the numbers."""
     return NUMBER.sub("{}", key), tuple(int(n) for n in NUMBER.findall(key))

@@ -21,7 +21,7 @@ def _some(value: Any) -> bool:
     return value is not None and not (isinstance(value, (bool, int, float)) and value <= 0)
 
 
-# option -> (does this value ask for it?, what it is)
+# Option -> (whether a value asks for it, its description).
 REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "adaptive_input": (bool, "adaptive input embeddings"),
     "adaptive_softmax_cutoff": (_given, "an adaptive softmax"),
@@ -34,7 +34,8 @@ REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "cross_self_attention": (bool, "cross-self-attention"),
     "decoder_layers_to_keep": (_given, "pruned layers"),
 }
-MOST = 1_000_000  # of dims, experts and positions; LAYERS of layers
+# The most dims, experts or positions of a model; LAYERS is the most layers.
+MOST = 1_000_000
 LAYERS = 10_000
 
 
@@ -237,7 +238,7 @@ def from_fairseq(
         moe_freq=max(options.whole("moe_freq", 0, 0, MOST), options.whole("decoder_moe_freq", 0, 0, MOST)),
         experts=options.whole("moe_expert_count", 0, 0, MOST),
         alternate_ffn_dim=options.whole("alternate_decoder_ffn_embed_dim", 0, 0, MOST),
-        top1=options.flag("moe_top1_expert"),
+        gate="top1" if options.flag("moe_top1_expert") else "top2",
         gate_fp32=options.flag("moe_gating_use_fp32"),
         second_expert=options.word("moe_second_expert_policy", "sampling", SECOND_EXPERT),
         normalize_before_dropping=options.flag("moe_normalize_gate_prob_before_dropping"),

@@ -1,7 +1,7 @@
 """What a pickle says, read without running it: nothing is imported, called or built.
 
 A pickle is a program for a small stack machine. :func:`parse` is that machine, but an instruction that would call a
-function only notes the call: a :class:`Call` with the function's name and its arguments. Whoever reads the result
+function only notes the call: a :class:`Call` with the function's name and its arguments. The reader of the result
 decides what a call means. So a pickle cannot execute anything here, and its cost is bounded by its length: the machine
 counts instructions and what they make.
 
@@ -76,7 +76,7 @@ def parse(data: bytes | memoryview, start: int = 0, each: int = EACH) -> Parsed:
     """
     machine = _Machine(data, start, each)
     collects = gc.isenabled()
-    # The collector would look again and again at what is made here, all of which is kept.
+    # The garbage collector would scan these objects again and again, and all of them are kept.
     gc.disable()
     try:
         return Parsed(machine.run(), machine.at, machine.names)

@@ -1,4 +1,4 @@
-"""Who reads what: a survey of all headers makes the plan, and each rank fills its model by it."""
+"""Which rank reads what: a survey of all headers makes the plan, and each rank fills its model by it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ class Plan:
     """All that a rank needs to know to read its part."""
 
     config: ModelConfig
-    dtype: torch.dtype  # of the weights in the files
+    # The type of the weights in the files.
+    dtype: torch.dtype
     sources: tuple[Source, ...] = field(repr=False)
     # Files that `survey` has mapped already, so that `fill` in the same process need not parse them again (a few ms
     # each). `fill` takes them out. They are not pickled.
@@ -371,7 +372,7 @@ def inspect(plan: Plan, threads: int = copying.THREADS) -> list[NonFinite]:
 
 
 def describe(checkpoint: str | Path) -> list[dict[str, Any]]:
-    """What lies in a checkpoint's folder, a row a file: for tables.
+    """The contents of a checkpoint's folder, one row per file, for tables.
 
     Returns:
         Rows with ``file``, ``bytes``, ``kind`` ("shared" or "rank"), ``rank`` (None for the shared one), ``experts``

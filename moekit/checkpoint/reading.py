@@ -285,5 +285,7 @@ class Source:
     experts: range
     bytes: int
     tensors: int
-    stamp: tuple[int, ...] = field(repr=False)  # see :func:`stamp`
-    common: bool = False  # whether every rank reads it
+    # See :func:`stamp`.
+    stamp: tuple[int, ...] = field(repr=False)
+    # Whether every rank reads it.
+    common: bool = False

@@ -20,6 +20,7 @@ from moekit.checkpoint.shards import EXPERT
 from moekit.checkpoint.writing import File, check_target, write_folder
 from moekit.nn.config import ModelConfig
 from moekit.nn.dispatch import owned
+from moekit.nn.gates import top_k_of
 
 GATE = "decoder.layers.{}.moe_layer.gate.wg.weight"
 OUTPUT = "decoder.output_projection.weight"
@@ -254,8 +255,10 @@ def _check_kept(kept: dict[int, list[int]], config: ModelConfig) -> int:
         raise ValueError(
             f"--experts keeps {told}: expected the same number in each layer, as a config has one number"
         )
-    if min(counts) < config.top_k:
-        raise ValueError(f"--experts keeps {min(counts)} experts a layer; each token goes to {config.top_k}")
+    if min(counts) < top_k_of(config):
+        raise ValueError(
+            f"--experts keeps {min(counts)} experts a layer; each token goes to {top_k_of(config)}"
+        )
     return counts.pop()
 
 

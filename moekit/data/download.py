@@ -169,7 +169,7 @@ def _record_of(path: Path) -> Path:
 
 
 class Part:
-    """What has arrived of a file, and of which file of which server it is a part."""
+    """The part of a file that has arrived, with the file and the server that it comes from."""
 
     def __init__(self, final: Path) -> None:
         self.final = final

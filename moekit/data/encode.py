@@ -35,7 +35,7 @@ def encode_files(
     keep_empty: bool = True,
     workers: int = 1,
 ) -> Encoded:
-    """Write GPT-2's ids of ``inputs``, one after the other, to ``output``: a line a line, ids in decimal, spaces between.
+    """Write GPT-2's ids of ``inputs``, one after the other, to ``output``: one line per line, ids in decimal, spaces between.
 
     The bytes are those of fairseq's ``multiprocessing_bpe_encoder`` (with ``--keep-empty`` if ``keep_empty``): lines
     end in ``\\n``, ``\\r\\n`` or ``\\r``, and lose the blanks at both ends; lines left empty are kept or dropped. Line

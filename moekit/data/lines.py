@@ -66,7 +66,7 @@ def blocks(path: Path, size: int = BLOCK) -> Iterator[Block]:
 
 
 def _line_end(file: BinaryIO, start: int, size: int) -> int:
-    """Where the line ends that holds the last of ``size`` bytes from ``start`` on; 0 if there are none."""
+    """The end of the line that holds the last of ``size`` bytes from ``start`` on; 0 without such bytes."""
     at = file.seek(start + size - 1)
     while chunk := file.read(1 << 16):
         if found := LINE_END.search(chunk):

@@ -37,7 +37,7 @@ class Prepared:
         texts: the text files by subset.
         summaries: what was binarised, by subset.
         checkpoint: the model's folder; None if none was asked for.
-        files: the checkpoint's files, a dict a file.
+        files: the checkpoint's files, one dict per file.
         done: the steps that had to be done in this run; empty if everything was there.
     """
 

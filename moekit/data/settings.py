@@ -49,7 +49,7 @@ def settings(
     """The :class:`Settings` that these values describe, checked against each other.
 
     Args:
-        workers: 0: one a core.
+        workers: 0: one per core.
         mirrors: addresses; one text may hold several, with commas or blanks between them.
         bpe: "auto" is "demo" for the demo's text without a checkpoint, otherwise "gpt2".
 
@@ -60,7 +60,7 @@ def settings(
         if not str(value).strip():
             raise ValueError(f"{name} is empty; expected the path of a file or folder")
     if not 0 <= workers <= MOST_WORKERS:
-        raise ValueError(f"workers={workers}: expected at most {MOST_WORKERS}, or 0 for one a core")
+        raise ValueError(f"workers={workers}: expected at most {MOST_WORKERS}, or 0 for one per core")
     addresses = [address for text in mirrors for address in text.replace(",", " ").split()]
     for address in addresses:
         if not address.startswith(("http://", "https://")):

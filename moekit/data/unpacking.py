@@ -125,7 +125,7 @@ def _damaged(archive: Path, error: Exception) -> CorruptArchive:
 
 
 class Staging:
-    """The folder in the making. A note beside it says of which archive, so that another process can go on."""
+    """The unfinished folder. A note beside it names its archive, so that another process can continue."""
 
     def __init__(self, folder: Path, source: dict[str, Any]) -> None:
         self.folder = folder

@@ -16,10 +16,13 @@ from moekit.data.binarise import HEADER, MAGIC, VERSION, Binarised
 from moekit.data.dictionary import SPECIAL, Dictionary
 
 LEGACY_MAGIC = b"TNTIDX\x00\x00"
-LEGACY_HEADER = struct.Struct("<8sQQQQQ")  # magic, version, code and bytes of an id, lines, sizes
+# Magic, version, code and bytes of an id, lines, sizes.
+LEGACY_HEADER = struct.Struct("<8sQQQQQ")
 LEGACY_CODES = {c: np.dtype(t) for c, t in {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8"}.items()}
-OTHERS = {b"HUFFIDX": "huffman"}  # how the index of a format begins that is not read here
-AT_A_TIME = 1 << 22  # ids or lines that are looked at in one go
+# How the indices of formats begin that are not read here.
+OTHERS = {b"HUFFIDX": "huffman"}
+# Ids or lines that are checked at a time.
+AT_A_TIME = 1 << 22
 
 
 def kind_of(prefix: Path) -> str:
@@ -133,7 +136,8 @@ def _verified(kind: str, prefix: Path, types: int, *stamps: tuple) -> None:
             raise ValueError(
                 f"{index}: line {line} has {some[line - start - 1]} ids; expected at least 1, </s>"
             )
-    first = 1 if kind == "cached" else 0  # that format counts from 1
+    # The cached format counts from 1.
+    first = 1 if kind == "cached" else 0
     for start, some in _pieces(ids):
         if some.min() < first or some.max() >= types + first:
             place = int(np.flatnonzero((some < first) | (some >= types + first))[0])

@@ -25,12 +25,18 @@ from moekit.demo.readers import Document
 from moekit.demo.sources import DOMAINS, Source, packages, sources_page
 
 SEED = 1
-TRAIN_BYTES = 5_000_000  # a domain
-HELD_OUT_BYTES = 20_000  # a domain and split
-MIN_DOCUMENT = 300  # bytes
-HELD_OUT_DOCUMENT = range(2_000, 12_000)  # bytes of a document that may be held out
-SHINGLE = 8  # words; a block of lines most of whose shingles were seen before is a repeat
-BOILERPLATE_DOCUMENTS = 5  # a block found in so many documents is dropped everywhere
+# Bytes of training text for each domain.
+TRAIN_BYTES = 5_000_000
+# Bytes of text for each domain and split.
+HELD_OUT_BYTES = 20_000
+# Bytes.
+MIN_DOCUMENT = 300
+# Bytes of a document that may be held out.
+HELD_OUT_DOCUMENT = range(2_000, 12_000)
+# Words of a shingle. A block of lines is a repeat if most of its shingles were seen before.
+SHINGLE = 8
+# A block that this many documents contain is dropped everywhere.
+BOILERPLATE_DOCUMENTS = 5
 DOWNLOAD_SECONDS = 900
 
 
@@ -147,7 +153,7 @@ def hash_text(text: str) -> int:
 def collect(work: Path) -> dict[str, dict[str, list[Document]]]:
     """Documents by split and domain, without repeats within or across documents, domains and splits.
 
-    Held-out documents come first, so that it is the training text which loses what both have.
+    Held-out documents come first, so that the training text loses what both have.
     """
     rng = random.Random(SEED)
     domains: dict[str, dict[str, list[Document]]] = {}

@@ -13,7 +13,8 @@ from pathlib import Path
 class Document:
     """`blocks`: paragraphs of prose (one line each) or blank-line-separated runs of lines of code."""
 
-    name: str  # what to add to the file's path when the file holds several documents
+    # What to add to the file's path when the file holds several documents.
+    name: str
     blocks: list[list[str]]
 
 
@@ -39,7 +40,8 @@ class _Paragraphs(HTMLParser):
         super().__init__()
         self.paragraphs: list[str] = []
         self.text: list[str] = []
-        self.skipped = ""  # name of the outermost skipped element
+        # Name of the outermost skipped element.
+        self.skipped = ""
         self.depth = 0
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -69,7 +71,8 @@ class _Paragraphs(HTMLParser):
 
 def is_prose(paragraph: str, language: str) -> bool:
     """Whether a paragraph is running text of `language` (fragments, tables and untranslated text are not)."""
-    if re.match(r"[0-9A-Z]{1,2}\.[0-9.]*\s", paragraph):  # a numbered heading, mostly of a table of contents
+    if re.match(r"[0-9A-Z]{1,2}\.[0-9.]*\s", paragraph):
+        # A numbered heading, mostly of a table of contents.
         return False
     letters = [c for c in paragraph if c.isalpha()]
     if len(paragraph) < 40 or len(letters) < 0.65 * len(paragraph):

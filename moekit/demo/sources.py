@@ -13,10 +13,12 @@ class Source:
     """Files of one Debian package, and how to read them."""
 
     package: str
-    files: str  # glob inside the unpacked package
+    # Glob inside the unpacked package.
+    files: str
     licence: str
     read: Callable[[Path], Iterator[Document]]
-    skip: str = "$^"  # regular expression on paths; this one matches none
+    # Regular expression on paths; this one matches none.
+    skip: str = "$^"
 
 
 def _manuals(folder: str, suffix: str, language: str) -> list[Source]:

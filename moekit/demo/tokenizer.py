@@ -19,12 +19,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from moekit.symbols import EOS
 
-TYPES = 8185  # 256 bytes, the merged types and <|endoftext|>; with fairseq's 4 specials and padding: 8192
-SPECIALS = 4  # <s>, <pad>, </s>, <unk>, which fairseq puts before the lines of dict.txt
+# 256 bytes, the merged types and <|endoftext|>; with fairseq's 4 specials and padding: 8192.
+TYPES = 8185
+# <s>, <pad>, </s>, <unk>, which fairseq puts before the lines of dict.txt.
+SPECIALS = 4
 END_OF_TEXT = "<|endoftext|>"
 PREPROCESS_SECONDS = 600
 
-EncodedLines = list[list[int]]  # BPE ids (the values of encoder.json), without </s>
+# BPE ids (the values of encoder.json), without </s>.
+EncodedLines = list[list[int]]
 
 
 def bytes_to_unicode() -> dict[int, str]:
@@ -39,7 +42,8 @@ def bytes_to_unicode() -> dict[int, str]:
 
 def _with_pre_tokenizer(model: models.BPE) -> Tokenizer:
     bpe = Tokenizer(model)
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)  # GPT-2's pattern
+    # GPT-2's pattern.
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     bpe.decoder = decoders.ByteLevel()
     return bpe
 

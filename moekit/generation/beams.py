@@ -28,7 +28,8 @@ class Hypothesis:
     ids: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()
     score: float = 0.0
-    parent: int = 0  # the beam that it went on from
+    # The number of the beam that this one continues.
+    parent: int = 0
 
 
 class Beams:

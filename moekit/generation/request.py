@@ -172,7 +172,8 @@ class Request:
         """
         asked = rules(asked)
         if asked["stop"] and not model.reads_text:
-            model.codec.encode("")  # says why there is no text to stop at
+            # This raises an error that says why text needs a codec.
+            model.codec.encode("")
         if max(asked["alternatives"], 2 * asked["beam_size"] + 2) > model.vocab:
             raise ValueError(
                 f"alternatives={asked['alternatives']} or beam_size={asked['beam_size']} is too many for {model.vocab} types"
@@ -180,7 +181,8 @@ class Request:
         read = [[model.first, *ids] for ids in model.ids("prompts", prompts)]
         check_room(read, asked["max_new_tokens"], model.config.max_positions)
         copies = asked["num_return_sequences"]
-        each = 1 if asked["beam_size"] > 1 else copies  # a beam search finds its copies by itself
+        # A beam search finds its copies by itself.
+        each = 1 if asked["beam_size"] > 1 else copies
         # Arrays reach the ranks faster than lists.
         arrays = [np.array(ids, np.int32) for ids in read]
         sequences = [
@@ -234,7 +236,8 @@ class Request:
 def check_room(prompts: Iterable[Sequence[int]], max_new_tokens: int, max_positions: int) -> None:
     """That the new tokens fit behind each prompt, whose ids include the leading symbol."""
     for number, ids in enumerate(prompts):
-        room = max_positions - len(ids) + 1  # the last new token is not read
+        # The last new token is not read.
+        room = max_positions - len(ids) + 1
         if max_new_tokens > room:
             raise ValueError(
                 f"prompt {number} takes {len(ids)} of the model's {max_positions} positions, its leading symbol included, "

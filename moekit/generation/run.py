@@ -77,7 +77,7 @@ def generate(
         capacity_token_fraction: of the experts while they read a prompt, each prompt by itself, as in
             :meth:`moekit.api.Model.evaluate`. None drops nothing. New tokens are never dropped.
         record: called on the ranks by every MoE layer, see :class:`moekit.nn.transformer.Pass`; a group is a sequence.
-        trace: also record the routing, a sample a sequence; :class:`moekit.nn.record.Options` say what of it. A beam
+        trace: also record the routing, one sample per sequence; :class:`moekit.nn.record.Options` say what of it. A beam
             search cannot be traced. The trace's ``predicted`` stays empty, because ``alternatives`` tell the best tokens.
         progress: show a bar.
 

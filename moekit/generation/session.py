@@ -97,5 +97,6 @@ class Session:
     def __exit__(self, *_: object) -> None:
         try:
             self.parts = [part for parts in self.model.ranks.call(decode.end, self.key) for part in parts]
-        except RuntimeError:  # the ranks are busy with another call, or gone, and the sequences with them
+        except RuntimeError:
+            # The ranks are busy with another call, or gone, and the sequences with them.
             self.model.abandoned.append(self.key)

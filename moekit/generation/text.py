@@ -15,7 +15,8 @@ class Text:
     def __init__(self, codec: Codec | Ids, stop: Sequence[str]):
         self.codec, self.stop = codec, stop
         self.pending: list[int] = []
-        self.tail = ""  # as much of the text as a stop text may begin in
+        # The end of the text, in which a stop text may begin.
+        self.tail = ""
         self.stopped = False
 
     def add(self, token: int) -> str | None:
@@ -24,7 +25,8 @@ class Text:
             return None
         self.pending.append(token)
         piece = self.codec.decode(self.pending)
-        if piece.endswith("\ufffd") and len(self.pending) < 4:  # UTF-8 has at most four bytes a character
+        if piece.endswith("\ufffd") and len(self.pending) < 4:
+            # UTF-8 has at most four bytes a character.
             return ""
         self.pending = []
         self.tail += piece

@@ -7,11 +7,7 @@ is refused by name instead of being computed wrongly.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any
-
-from moekit.arguments import Choice, Flag, Whole, check, shown
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -25,6 +21,7 @@ class ModelConfig:
         before_final_norm: the file is older than the final norm, so the model has none, whatever the file holds.
         moe_freq: 2 puts experts in every second layer, 0 in none.
         alternate_ffn_dim: above 0, the layers that would hold experts are dense and this wide.
+        gate: the gate's name in :data:`moekit.nn.gates.GATES`.
         second_expert: one of :data:`SECOND_EXPERT`, see :class:`moekit.nn.gates.Top2`.
     """
 
@@ -48,7 +45,7 @@ class ModelConfig:
     moe_freq: int = 0
     experts: int = 0
     alternate_ffn_dim: int = 0
-    top1: bool = False
+    gate: str = "top2"
     gate_fp32: bool = False
     second_expert: str = "sampling"
     normalize_before_dropping: bool = False
@@ -71,52 +68,6 @@ class ModelConfig:
         """The layers (from 0) that hold experts."""
         return [i for i in range(self.layers) if self.is_moe(i)]
 
-    @property
-    def gate(self) -> str:
-        """The gate's name in :data:`moekit.nn.gates.GATES`."""
-        return "top1" if self.top1 else "top2"
-
-    @property
-    def top_k(self) -> int:
-        """K, choices a token."""
-        return 1 if self.top1 else 2
-
 
 ACTIVATIONS = ("relu", "gelu", "gelu_fast", "gelu_accurate", "tanh", "linear")
 SECOND_EXPERT = ("all", "sampling", "random")
-# Fields that a running model can change; the others give the weights their shapes.
-CHANGEABLE = """max_positions activation pre_norm scale_embedding top1 gate_fp32 second_expert normalize_before_dropping
-    batch_prioritized mask_padding add_bos""".split()
-WORDS = {"activation": ACTIVATIONS, "second_expert": SECOND_EXPERT}
-
-
-def changed(config: ModelConfig, fields: Mapping[str, Any]) -> ModelConfig:
-    """``config`` with ``fields`` in place of its own.
-
-    Raises:
-        ValueError: a field is none of :data:`CHANGEABLE`, or its value none that it can have.
-    """
-    if not isinstance(fields, Mapping):
-        raise ValueError(f"config={shown(fields)}: expected a dict of some of {', '.join(CHANGEABLE)}")
-    for name in fields:
-        if name not in CHANGEABLE:
-            raise ValueError(
-                f"config={{{name!r}: ...}} cannot be changed; expected some of {', '.join(CHANGEABLE)}"
-            )
-    kinds = {name: Choice(words) for name, words in WORDS.items()} | {"max_positions": Whole()}
-    new = replace(
-        config,
-        **{
-            name: check(f"config[{name!r}]", value, kinds.get(name, Flag())) for name, value in fields.items()
-        },
-    )
-    if config.final_norm and new.pre_norm != config.pre_norm:
-        raise ValueError(
-            f"config['pre_norm']={new.pre_norm}: with it the model's final norm comes or goes, and the checkpoint's weights "
-            f"are of a model with pre_norm={config.pre_norm}"
-        )
-    if config.learned_positions and new.max_positions != config.max_positions:
-        raise ValueError(
-            f"config['max_positions']={new.max_positions}: the model has learned {config.max_positions} positions"
-        )
-    return new

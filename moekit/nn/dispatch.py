@@ -42,7 +42,7 @@ class Dispatch(Protocol):
             experts: those held here.
             x: [N, D].
             assignment: of the rows to all E experts, with weights.
-            rows_expected: N of no rank is greater, and every rank says the same number; None: nobody knows. Given it,
+            rows_expected: N of no rank is greater, and every rank says the same number; None: unknown. Given it,
                 nothing here asks the device for a number, as a CUDA graph must not.
 
         Returns:

@@ -49,7 +49,7 @@ class Edit:
     Attributes:
         mask: [E] bool, experts whose logits become -inf, or None.
         forced: [G, S, K] int64, the choices in place of the gate's; -1 leaves one to the gate. Or None.
-        drop_second: second choices are not dispatched.
+        drop_second: only first choices are dispatched.
     """
 
     mask: Tensor | None = None
@@ -79,7 +79,7 @@ def capacity(tokens: int, fraction: float | None, top_k: int, experts: int) -> i
 class Gate:
     """How logits become a :class:`Routing`; a subclass (see gates.py) says what differs between gates.
 
-    A subclass defines :meth:`choose`. It overrides the others where the defaults do not fit: choices are served in the
+    A subclass defines :meth:`describe` and :meth:`choose`. It overrides the others where the defaults do not fit: choices are served in the
     order of the text, none is dropped but for the capacity and for padding, and weights do not depend on drops.
 
     Attributes:
@@ -130,7 +130,11 @@ class Gate:
         Args:
             gate_probs, weights: [G, S, K], what :meth:`choose` returned; the others as in :meth:`route`.
         """
-        return None
+        if edit is None or not edit.drop_second:
+            return None
+        kept = torch.ones_like(gate_probs, dtype=torch.bool)
+        kept[..., 1:] = False
+        return kept
 
     def order(self, probs: Tensor) -> Tensor | None:
         """[G, S] int64, the tokens of a group in the order in which buffers take them; None for that of the text."""

@@ -80,17 +80,13 @@ class Top2(Gate):
         noise: Callable[[str, Tensor], Tensor] | None,
         edit: Edit | None,
     ) -> Tensor | None:
-        drop_second = edit is not None and edit.drop_second
-        random = self.config.second_expert == "random"
-        if not drop_second and not random:
-            return None
-        found = torch.ones_like(gate_probs, dtype=torch.bool)
-        if drop_second:
-            found[..., 1] = False
-        if random:
-            second = (weights if self.config.normalize_before_dropping else gate_probs)[..., 1]
-            found[..., 1] &= 2 * second > noise("uniform", second)
-        return found
+        kept = super().dispatched(gate_probs, weights, noise, edit)
+        if self.config.second_expert != "random":
+            return kept
+        kept = torch.ones_like(gate_probs, dtype=torch.bool) if kept is None else kept
+        second = (weights if self.config.normalize_before_dropping else gate_probs)[..., 1]
+        kept[..., 1] &= 2 * second > noise("uniform", second)
+        return kept
 
     def order(self, probs: Tensor) -> Tensor | None:
         if not self.config.batch_prioritized:
@@ -119,6 +115,11 @@ def normalized(weights: Tensor) -> Tensor:
 
 
 GATES: dict[str, type[Gate]] = {"top1": Top1, "top2": Top2}
+
+
+def top_k_of(config: ModelConfig) -> int:
+    """K, the choices a token that the gate of ``config`` makes."""
+    return GATES[config.gate].top_k
 
 
 def gate_of(config: ModelConfig) -> Gate:

@@ -22,6 +22,7 @@ from torch import Tensor
 from moekit.arguments import Capacity, Flag, Whole, Wholes, check, shown
 from moekit.nn.config import ModelConfig
 from moekit.nn.gate import Edit
+from moekit.nn.gates import top_k_of
 
 if TYPE_CHECKING:
     from moekit.nn.passes import Pass
@@ -111,14 +112,14 @@ class Intervention:
             if where != layer:
                 continue
             if forced is None:
-                forced = positions.new_full((*positions.shape, config.top_k), -1)
+                forced = positions.new_full((*positions.shape, top_k_of(config)), -1)
             here = (samples == sample)[:, None].expand_as(positions)
             if chosen is not None:
                 here = here & torch.isin(positions, positions.new_tensor(chosen))
             for k, expert in enumerate(experts):
                 forced[..., k][here] = expert
         if forced is not None:
-            forced = forced.view(groups, -1, config.top_k)
+            forced = forced.view(groups, -1, top_k_of(config))
         return Edit(mask, forced, self.drop_second)
 
     def describe(self) -> dict[str, Any]:
@@ -151,19 +152,19 @@ def plan(
         check_expert(config, layer, expert)
         masked[layer] = tuple(sorted({*masked.get(layer, ()), expert}))
     for layer, experts in masked.items():
-        if config.experts - len(experts) < config.top_k:
+        if config.experts - len(experts) < top_k_of(config):
             raise ValueError(
                 f"mask leaves {config.experts - len(experts)} of the {config.experts} experts of layer {layer}; "
-                f"every token needs {config.top_k}"
+                f"every token needs {top_k_of(config)}"
             )
     forced = []
     for one in force if isinstance(force, Iterable) else [force]:
         if not isinstance(one, Force):
             raise ValueError(f"force={shown(one)}: expected moekit.Force, or several")
         experts = one.experts
-        if not 1 <= len(experts) <= config.top_k or len(set(experts)) < len(experts):
+        if not 1 <= len(experts) <= top_k_of(config) or len(set(experts)) < len(experts):
             raise ValueError(
-                f"Force.experts={shown(experts)}: expected 1 to {config.top_k} different experts"
+                f"Force.experts={shown(experts)}: expected 1 to {top_k_of(config)} different experts"
             )
         if one.layers == ():
             raise ValueError("Force.layers=(): expected at least one layer, or None for all")
@@ -174,7 +175,7 @@ def plan(
                     raise ValueError(f"Force.experts={experts}: expert {expert} of layer {layer} is masked")
             forced.append((layer, one.sample, one.positions, experts))
     drop_second = check("drop_second", drop_second, Flag())
-    if drop_second and config.top_k < 2:
+    if drop_second and top_k_of(config) < 2:
         raise ValueError("drop_second: the model's gate makes one choice")
     fraction = capacity_token_fraction
     if fraction is not ...:

@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from moekit.nn.passes import Pass
     from moekit.nn.transformer import Transformer
 
-BACKENDS = ("loop", "grouped_mm", "triton")
-
 
 @dataclass(frozen=True)
 class Operations:
@@ -129,18 +127,24 @@ PLAIN = Operations(
 GROUPED_MM = replace(PLAIN, backend="grouped_mm", experts_ffn=grouped_mm)
 
 
-def operations(backend: str) -> Operations:
-    """The table called ``backend``, one of :data:`BACKENDS`. Triton is imported only if it is asked for."""
-    if backend == "triton":
-        from moekit.nn.kernels.operations import TRITON
+def triton() -> Operations:
+    """The table of the Triton kernels. Triton is imported only if this is called."""
+    from moekit.nn.kernels.operations import TRITON
 
-        return TRITON
-    return {table.backend: table for table in (PLAIN, GROUPED_MM)}[backend]
+    return TRITON
+
+
+# Each back end by its name, as a function that gives its table.
+BACKENDS: dict[str, Callable[[], Operations]] = {
+    "loop": lambda: PLAIN,
+    "grouped_mm": lambda: GROUPED_MM,
+    "triton": triton,
+}
 
 
 def use(module: nn.Module, backend: str) -> None:
     """Have ``module`` and all modules in it compute with ``backend`` from now on."""
-    table = operations(backend)
+    table = BACKENDS[backend]()
     for part in module.modules():
         if hasattr(part, "operations"):
             part.operations = table

@@ -27,8 +27,8 @@ class Pass:
         cache: what came before the tokens, see :class:`moekit.nn.cache.Cache`; without one they start a sample. With one,
             padding (right of the real tokens) needs no mask: it stands where no real token looks.
         edit: an experiment's changes to the gate's decision in a layer, see moekit/nn/intervene.py.
-        rows_expected: no rank brings more than so many tokens to this pass, and every rank says the same number. Then
-            the dispatch asks the device for no number, as a CUDA graph must not. None: nobody knows.
+        rows_expected: the most tokens that any rank brings to this pass; the same number on every rank. With it the dispatch
+            reads no number back from the device, as a CUDA graph requires. None: unknown.
     """
 
     fraction: float | None = None

@@ -38,7 +38,7 @@ def picture(prepared: Prepared, top: int = 20) -> Figure:
 def document_lengths(sizes: np.ndarray) -> np.ndarray:
     """Tokens a document. As fairseq's ``complete_doc`` has it, an empty line (one token, its ``</s>``) ends a document.
 
-    Text without empty lines, as when they were dropped, has a document a line.
+    In text without empty lines, each line is a document.
     """
     sizes = np.asarray(sizes, np.int64)
     empty = np.flatnonzero(sizes == 1)

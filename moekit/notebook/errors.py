@@ -1,7 +1,7 @@
 """moekit's own errors in a notebook: one sentence in place of a traceback.
 
 A ValueError or a RankError that moekit raises says in its sentence what was found and what to do; where in moekit it was
-raised helps nobody who uses it. An error that comes from elsewhere, such as from a cell or from deep inside a library,
+raised does not help a user. An error that comes from elsewhere, such as from a cell or from deep inside a library,
 keeps its traceback. ``%tb`` shows the whole traceback of either.
 """
 

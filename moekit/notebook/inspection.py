@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def labels_of(trace: Trace, data: str, domains: Sequence[str] | None, of_texts: bool) -> np.ndarray | None:
-    """[T] labels that group the tokens, or None where there are none.
+    """[T] labels that group the tokens; None without labels.
 
     Args:
         data: the folder with the text's data, or "demo".

@@ -29,7 +29,8 @@ from moekit.arguments import (
     Text,
     Texts,
     Whole,
-    _convert,
+    Wholes,
+    parameter,
 )
 from moekit.data.sources import CHECKPOINTS
 from moekit.notebook import errors
@@ -49,17 +50,6 @@ class Place:
         if not text.strip() or "\0" in text or "://" in text:
             raise ValueError
         return text
-
-
-@dataclass(frozen=True)
-class Wholes:
-    """A list of whole numbers; one number counts as a list of one."""
-
-    optional: bool = False
-    expected = "a list of whole numbers"
-
-    def convert(self, value: Any) -> list[int]:
-        return [Whole(0).convert(n) for n in (value if isinstance(value, list | tuple) else [value])]
 
 
 @dataclass(frozen=True)
@@ -90,7 +80,7 @@ class Pairs:
         return found
 
 
-Table = Mapping[str, Kind | Place | Wholes | Numbers | Pairs]
+Table = Mapping[str, Kind | Place | Numbers | Pairs]
 
 MODEL: Table = {
     "checkpoint": Place(),
@@ -197,7 +187,7 @@ def check(variables: Mapping[str, Any], kinds: Table) -> Checked:
     for name, kind in kinds.items():
         if name not in variables:
             raise ParameterError(f"{name} is missing: expected {kind.expected}")
-        setattr(checked, name, _convert(name, _spelled(variables[name], kind), kind))
+        setattr(checked, name, parameter(name, _spelled(variables[name], kind), kind))
     return checked
 
 
@@ -238,14 +228,8 @@ def _assigned(cell: str) -> Iterator[str]:
 
 
 def _spelled(value: Any, kind: Any) -> Any:
-    """A list that a string spells, where a list is wanted; anything else as it is."""
-    lists = Texts | Wholes | Numbers | Pairs
-    if isinstance(kind, lists) and isinstance(value, str) and value.strip()[:1] in ("[", "{"):
+    """The list or the mapping that a string spells, where :class:`Numbers` or :class:`Pairs` are wanted."""
+    if isinstance(kind, Numbers | Pairs) and isinstance(value, str) and value.strip()[:1] in ("[", "{"):
         with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-            found = ast.literal_eval(value.strip())
-            if isinstance(kind, Pairs):
-                return found
-            wanted = {Texts: str, Wholes: int, Numbers: int | float}[type(kind)]
-            if isinstance(found, list) and all(isinstance(part, wanted) for part in found):
-                return found
+            return ast.literal_eval(value.strip())
     return value

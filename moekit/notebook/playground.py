@@ -250,11 +250,10 @@ class Playground:
 
 
 def arguments(values: dict[str, Any]) -> dict[str, Any]:
-    """The widgets' values as :meth:`moekit.api.Model.stream` takes them: top k and top p are for draws alone."""
-    drawing = values["temperature"] > 0
-    given = {name: values[name] for name in ("max_new_tokens", "temperature", "repetition_penalty", "seed")}
+    """The widgets' values as :meth:`moekit.api.Model.stream` takes them: 0 and 1 are their words for no top k and top p."""
+    given = {name: value for name, value in values.items() if name != "line_end"}
     return given | {
-        "top_k": values["top_k"] if drawing and values["top_k"] else None,
-        "top_p": values["top_p"] if drawing and values["top_p"] < 1 else None,
+        "top_k": values["top_k"] or None,
+        "top_p": values["top_p"] if values["top_p"] < 1 else None,
         "stop": ["\n"] if values["line_end"] else [],
     }

@@ -163,5 +163,5 @@ def passage(tokens: pd.DataFrame, codec: Codec | None, sample: int | None = None
 
 
 def _surprise(bits: float) -> str:
-    """The colour of a token that took so many bits."""
+    """The colour of a token that cost ``bits`` bits."""
     return to_hex(SURPRISE(min(1.0, bits / SURPRISE_KEYS[-1])))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import tempfile
 from collections.abc import Callable
@@ -15,12 +16,19 @@ from moekit import fairseq_data as batches
 from moekit.arguments import ParameterError, shown
 from moekit.data import Codec, corpus
 from moekit.data.dictionary import Dictionary
+from moekit.generation.request import KINDS, rules
+from moekit.generation.run import generate
 from moekit.nn import intervene
 from moekit.nn.config import ModelConfig
+from moekit.notebook.parameters import GENERATION
 from moekit.routing.domains import lines_of
 from moekit.routing.trace import Trace
 
-# sources of prepare_data that name no file
+# Arguments of a generation that a caller leaves out.
+DEFAULTS = {
+    name: own.default for name, own in inspect.signature(generate).parameters.items() if name in KINDS
+}
+# Sources of prepare_data that name no file.
 NAMED_SOURCES = ("demo", "wikitext-103")
 
 
@@ -44,6 +52,10 @@ def _listed(settings: data.Settings) -> corpus.Texts:
     if source.is_dir():
         os.listdir(source)
     return corpus.own(settings.source, settings.data_dir)
+
+
+def _opened(file: Path) -> None:
+    open(file, "rb").close()
 
 
 def load_shards(p: SimpleNamespace) -> ModelConfig:
@@ -77,15 +89,7 @@ def run_inference(p: SimpleNamespace) -> ModelConfig:
         raise ParameterError(
             f"max_new_tokens={p.max_new_tokens}: the model has {config.max_positions} positions"
         )
-    if p.num_return_sequences > 1 and p.beam_size == 1 and p.temperature == 0:
-        raise ParameterError(
-            f"num_return_sequences={p.num_return_sequences}: at temperature 0 all would be the same; draw, or search "
-            "with a beam"
-        )
-    if p.beam_size > 1 and p.num_return_sequences > p.beam_size:
-        raise ParameterError(
-            f"num_return_sequences={p.num_return_sequences}: expected at most beam_size={p.beam_size}"
-        )
+    _said(rules, DEFAULTS | generation(p))
     return config
 
 
@@ -133,16 +137,12 @@ def study_routing(p: SimpleNamespace) -> ModelConfig:
 def generation(p: SimpleNamespace) -> dict[str, Any]:
     """The arguments of ``Model.generate`` that a notebook's parameters mean.
 
-    A beam search draws nothing, so temperature, top-k and top-p do not count; nor do the last two at temperature 0.
+    A beam search draws nothing, so temperature, top-k and top-p do not count.
     """
-    given = {
-        name: getattr(p, name)
-        for name in ("max_new_tokens", "beam_size", "repetition_penalty", "num_return_sequences", "seed")
-    }
+    given = {name: getattr(p, name) for name in GENERATION if name != "prompts"}
     if p.beam_size > 1:
-        return given
-    draws = {"top_k": p.top_k, "top_p": p.top_p} if p.temperature > 0 else {}
-    return given | {"temperature": p.temperature, "alternatives": 5} | draws
+        return {name: value for name, value in given.items() if name not in ("temperature", "top_k", "top_p")}
+    return given | {"alternatives": 5}
 
 
 def _codec(p: SimpleNamespace, files: ckpt.Files, config: ModelConfig) -> Codec:

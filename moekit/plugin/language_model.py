@@ -24,9 +24,11 @@ from moekit.nn.transformer import empty
 from moekit.symbols import PAD
 
 NAME = "transformer_lm_moekit"
-CACHE = "moekit"  # its place in fairseq's incremental state
+# Its place in fairseq's incremental state.
+CACHE = "moekit"
 CAPACITY = "moe_eval_capacity_token_fraction"
-FRACTION = 0.25  # the branch's default of CAPACITY
+# The branch's default of CAPACITY.
+FRACTION = 0.25
 
 
 class Decoder(FairseqIncrementalDecoder):
@@ -37,7 +39,8 @@ class Decoder(FairseqIncrementalDecoder):
         self.transformer = empty(config, torch.device("cpu"))
         self.fraction = fraction
         self.passes = 0
-        self.where: tuple[torch.device, torch.dtype] | None = None  # what the backend was chosen for
+        # The device and dtype for which the back end was chosen.
+        self.where: tuple[torch.device, torch.dtype] | None = None
 
     def forward(
         self,
@@ -55,7 +58,8 @@ class Decoder(FairseqIncrementalDecoder):
     ) -> tuple[Tensor, dict]:
         self.passes += 1
         weight = self.transformer.embed.weight
-        if (weight.device, weight.dtype) != self.where:  # fairseq moves it after it is loaded
+        if (weight.device, weight.dtype) != self.where:
+            # fairseq moves the model after it is loaded.
             self.where = weight.device, weight.dtype
             self.transformer.use(choose_backend("auto", *self.where))
         noise = Noise(torch.initial_seed(), [self.passes])

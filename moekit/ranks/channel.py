@@ -1,4 +1,4 @@
-"""Messages between the driver and a rank: each is its length in 8 bytes, and then so many bytes.
+"""Messages between the driver and a rank: each is its length in 8 bytes, and then that many bytes.
 
 The driver reads and writes only what passes at once, since a rank that is stopped half-way through a message must not
 stop the driver, too.
@@ -13,7 +13,8 @@ import struct
 
 HEAD = struct.Struct("!Q")
 
-SMALL = 65_536  # bytes of a message that is copied, so that it goes with its length in one system call
+# A message of at most this many bytes is copied, so that one system call sends it with its length.
+SMALL = 65_536
 
 
 class Incoming:
@@ -81,7 +82,7 @@ def send(pipe: socket.socket, message: bytes) -> None:
 
 
 def readable(pipe: socket.socket, seconds: float = 0.0) -> bool:
-    """Whether there is something to read, or the other end is closed, within so many seconds."""
+    """Whether there is something to read, or the other end is closed, within this many seconds."""
     poll = select.poll()
     poll.register(pipe, select.POLLIN)
     return bool(poll.poll(math.ceil(seconds * 1000)))

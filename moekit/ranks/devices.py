@@ -27,7 +27,8 @@ def choose_devices(world_size: int | None, device: str) -> list[torch.device]:
 def usable_cores() -> int:
     """The cores that this process may use: its affinity, within the limit of its container (cgroup v2)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError):  # no such file, or "max": no limit
+    with contextlib.suppress(OSError, ValueError):
+        # Without the file, or with "max" in it, there is no limit.
         quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
         cores = min(cores, max(1, quota // period))
     return cores

@@ -1,6 +1,6 @@
 """A process that has imported torch, and from which the processes of ranks are forked: they start in milliseconds.
 
-The server runs one thread, computes nothing and never touches a GPU: what is forked from it is as good as new. Every rank
+The server runs one thread, computes nothing and never touches a GPU: a fork of it is like a fresh process. Every rank
 gets its own environment, folder, pipe and log. The server ends with its driver, however that ends, and some seconds after
 its last rank; its ranks end with it.
 """
@@ -26,13 +26,17 @@ from typing import Any, NoReturn
 
 from moekit.ranks.channel import readable
 
-START_LIMIT = 120.0  # seconds for the server to start
+# Seconds for the server to start.
+START_LIMIT = 120.0
 
-FORK_LIMIT = 20.0  # seconds for a fork
+# Seconds for a fork.
+FORK_LIMIT = 20.0
 
-IDLE = 5.0  # seconds without a rank after which the server ends
+# Seconds without a rank after which the server ends.
+IDLE = 5.0
 
-LARGEST = 1 << 20  # bytes of a request
+# Bytes of a request.
+LARGEST = 1 << 20
 
 # Variables that no library of a rank reads; fairseq's imports set the last two.
 PASSING = {"_", "COLUMNS", "LINES", "PYTEST_CURRENT_TEST", "KMP_INIT_AT_FORK", "KMP_DUPLICATE_LIB_OK"}
@@ -83,8 +87,10 @@ class Server:
     def __init__(self) -> None:
         self._owner, self._environment = os.getpid(), _lasting()
         self._lock = threading.Lock()
-        self._answers: list[int] = []  # to a request to fork: a pid, or less than 0 a number of an error
-        self._codes: dict[int, int] = {}  # exit codes by pid
+        # Answers to requests to fork: a pid, or a negative number for an error.
+        self._answers: list[int] = []
+        # Exit codes by pid.
+        self._codes: dict[int, int] = {}
         self._ready = self._gone = False
         path = [os.path.abspath(entry) for entry in sys.path]
         code = (
@@ -118,13 +124,13 @@ class Server:
         return not self._gone and self._environment == _lasting()
 
     def retire(self) -> None:
-        """Let the server end once its ranks have: nobody asks it for others."""
+        """Let the server end once its ranks have ended; it is asked for no others."""
         if self._owner == os.getpid():
             with contextlib.suppress(OSError):
                 self._pipe.send(pickle.dumps(("retire",)))
 
     def listen(self, seconds: float = 0.0) -> None:
-        """Take in what the server has said, waiting for it so many seconds."""
+        """Read the server's messages, waiting for them at most this many seconds."""
         readable(self._pipe, seconds)
         with self._lock:
             while not self._gone:
@@ -160,7 +166,8 @@ class Server:
             Unavailable: the server is gone.
             OSError: it cannot fork, or does not answer.
         """
-        with _starting:  # one at a time, as the answer names no question
+        with _starting:
+            # One request at a time, as an answer does not name its request.
             self._answers.clear()
             try:
                 socket.send_fds(self._pipe, [pickle.dumps(("fork", order))], [pipe, log])
@@ -169,10 +176,12 @@ class Server:
             end = time.monotonic() + FORK_LIMIT
             while not self._answers:
                 self.listen(0.2)
-                if not self._answers and self._gone:  # it ended for want of work, and took in no request
+                if not self._answers and self._gone:
+                    # The server was idle and ended without reading the request.
                     raise Unavailable
                 if not self._answers and time.monotonic() > end:
-                    self._gone = True  # the next start makes another server
+                    # The next start makes another server.
+                    self._gone = True
                     raise OSError(errno.EAGAIN, "the process that ranks are forked from does not answer")
             if (pid := self._answers.pop()) < 0:
                 raise OSError(-pid, os.strerror(-pid))
@@ -181,7 +190,8 @@ class Server:
     def code(self, pid: int) -> int | None:
         self.listen()
         if self._gone:
-            return self._codes.get(pid, -signal.SIGKILL)  # ranks end with their server
+            # Ranks end with their server.
+            return self._codes.get(pid, -signal.SIGKILL)
         return self._codes.get(pid)
 
     def release(self, pid: int) -> None:
@@ -226,13 +236,17 @@ def main(driver: int, idle: float) -> None:
         os.dup2(nothing.fileno(), 0)
     import torch
 
-    with torch.device("meta"):  # the first tensor without memory imports another part of torch
+    with torch.device("meta"):
+        # The first tensor without memory imports another part of torch.
         torch.nn.Linear(1, 1).to_empty(device="cpu")
     if len(os.listdir("/proc/self/task")) > 1 or torch.cuda.is_initialized():
-        return  # threads and CUDA do not outlive a fork: ranks are started without a server
-    os.close(os.pidfd_open(os.getpid()))  # an OSError here in place of later, where the system forbids it
+        # Threads and CUDA do not outlive a fork: ranks are started without a server.
+        return
+    # Where the system forbids this, the OSError comes here and not later.
+    os.close(os.pidfd_open(os.getpid()))
     gc.collect()
-    gc.freeze()  # a collection would copy every page
+    # A collection would copy every page.
+    gc.freeze()
     pipe.send(pickle.dumps(("ready",)))
     order = _forks(pipe, driver, idle)
     if order is None:
@@ -244,7 +258,8 @@ def _forks(pipe: socket.socket, driver: int, idle: float) -> dict[str, Any] | No
     """Fork what is asked for: in a rank its order, in the server None once it is of no more use."""
     poll = select.poll()
     poll.register(pipe, select.POLLIN)
-    alive: dict[int, int] = {}  # pid by the descriptor that tells of its end
+    # The pid of each descriptor that becomes readable when the process ends.
+    alive: dict[int, int] = {}
     ended: set[int] = set()
     released: set[int] = set()
     last, retired = time.monotonic(), False
@@ -268,7 +283,8 @@ def _forks(pipe: socket.socket, driver: int, idle: float) -> dict[str, Any] | No
                     for one in descriptors:
                         os.close(one)
                     if pid > 0:
-                        with contextlib.suppress(OSError):  # the rank may have done so itself
+                        with contextlib.suppress(OSError):
+                            # The rank may have done so itself.
                             os.setpgid(pid, pid)
                         end = os.pidfd_open(pid)
                         alive[end] = pid
@@ -286,7 +302,8 @@ def _forks(pipe: socket.socket, driver: int, idle: float) -> dict[str, Any] | No
                 how = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
                 code = how.si_status if how.si_code == os.CLD_EXITED else -how.si_status
                 pipe.send(pickle.dumps(("ended", pid, code)))
-        for pid in ended & released:  # until then the driver may still send signals to this number
+        for pid in ended & released:
+            # Until it is released, the driver may still send signals to this number.
             os.waitpid(pid, 0)
             ended.discard(pid)
             released.discard(pid)

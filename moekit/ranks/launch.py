@@ -57,7 +57,8 @@ def launch(
         stdout=log,
         stderr=log,
         env=environment(me),
-        process_group=0,  # out of reach of the interrupt key, and its own children end with it
+        # The interrupt key does not reach it, and its children end with it.
+        process_group=0,
     )
 
 

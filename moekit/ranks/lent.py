@@ -32,7 +32,8 @@ class LentRanks(Ranks):
             )
         super().__init__(pool.devices)
         self._pool, self.closed = pool, False
-        pool.call(forget)  # what a model left that was never closed
+        # A model that was never closed has left this.
+        pool.call(forget)
         _tenants[pool] = weakref.ref(self)
 
     def call(self, fn: Any, *args: Any, **options: Any) -> list[Any]:
@@ -43,7 +44,8 @@ class LentRanks(Ranks):
     def close(self) -> None:
         if not self.closed:
             self.closed = True
-            with contextlib.suppress(RuntimeError):  # the ranks are gone, or end their call first
+            with contextlib.suppress(RuntimeError):
+                # The ranks are gone, or still run another call.
                 self._pool.call(forget)
 
 

@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 QUERY = "--query-gpu=uuid,memory.free,memory.total"
-TIMEOUT = 20  # seconds; it takes one or two where the driver has to wake the GPUs
+# Seconds. It takes one or two where the driver has to wake the GPUs.
+TIMEOUT = 20
 
 
 def host_memory(what: str) -> int:
@@ -57,6 +58,7 @@ def _memory() -> dict[str, tuple[float, float]]:
         try:
             uuid, free, total = row
             found[uuid.removeprefix("GPU-")] = float(free) * 2**20, float(total) * 2**20
-        except ValueError:  # such as "[N/A]"
+        except ValueError:
+            # The value may be "[N/A]".
             continue
     return found

@@ -23,7 +23,8 @@ from moekit.ranks import channel
 from moekit.ranks.base import Rank, headline
 from moekit.ranks.watch import BEAT
 
-FRAMES = 6  # of the main thread, that a beat tells
+# Frames of the main thread that a beat tells.
+FRAMES = 6
 
 
 def serve(
@@ -62,7 +63,7 @@ class Voice:
             channel.send(self._pipe, message)
 
     def answer(self, message: bytes) -> None:
-        """The last message of a job: nobody reads beats between calls, and so none is sent."""
+        """Send the last message of a job. Between calls no beat is sent, since the driver reads none."""
         with self._sending:
             self.at_work = False
             channel.send(self._pipe, message)
@@ -76,7 +77,8 @@ class Voice:
             with (
                 self._sending,
                 contextlib.suppress(OSError),
-            ):  # the driver is gone, and soon this process, too
+            ):
+                # The driver is gone, and this process is about to end.
                 if self.at_work:
                     channel.send(self._pipe, message)
 
@@ -98,7 +100,8 @@ def _listen(pipe: socket.socket, jobs: queue.SimpleQueue, parent: int, folder: s
     poll.register(pipe, select.POLLIN)
     incoming = channel.Incoming(pipe)
     with contextlib.suppress(EOFError, OSError):
-        while os.getppid() == parent:  # a forked child of the driver may hold the pipe open
+        while os.getppid() == parent:
+            # A forked child of the driver may hold the pipe open.
             if poll.poll(1000) and (job := incoming.read()) is not None:
                 jobs.put(job)
     shutil.rmtree(folder, ignore_errors=True)

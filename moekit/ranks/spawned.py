@@ -28,15 +28,20 @@ from moekit.ranks.launch import await_server, launch
 from moekit.ranks.server import join
 from moekit.ranks.watch import Watch
 
-START_LIMIT = 180.0  # seconds for the interpreters to start, import torch and join the process group
+# Seconds for the interpreters to start, import torch and join the process group.
+START_LIMIT = 180.0
 
-LOOK = 0.2  # seconds between two looks at the processes; also how long a death may trail the errors it causes
+# Seconds between two looks at the processes. A rank's death may be seen this much later than the errors it causes.
+LOOK = 0.2
 
-ECHO = 2.0  # seconds that the cause may trail what a peer of it raises
+# Seconds by which the cause of an error may come later than its echo from another rank.
+ECHO = 2.0
 
-END_LIMIT = 10.0  # seconds for killed processes to end
+# Seconds for killed processes to end.
+END_LIMIT = 10.0
 
-LOG_TAIL = 4000  # bytes of a rank's log that go into an error
+# Bytes of a rank's log that go into an error.
+LOG_TAIL = 4000
 
 # What a rank raises when it waits in vain for another one: gloo's and NCCL's words.
 ECHOES = ("Timed out waiting", "Connection closed by peer", "Connection reset", "Broken pipe", "NCCL")
@@ -74,7 +79,8 @@ class SpawnedRanks(Ranks):
     def _launch(self, rank: int, server: Server | None) -> channel.Incoming:
         """Start one rank, at the end of a pipe."""
         me = Rank(rank, self.world_size, self.devices[rank])
-        with hold_interrupts():  # a process that nobody knows of would stay
+        with hold_interrupts():
+            # An interrupt in between would leave a process that is never ended.
             ours, theirs = socket.socketpair()
             self._pipes.append(ours)
             with theirs, open(self._log(rank), "wb") as log:
@@ -156,7 +162,7 @@ class SpawnedRanks(Ranks):
     def _messages(
         self, unsent: dict[int, channel.Outgoing], watch: Watch, seconds: float
     ) -> Iterator[tuple[int, str, Any]]:
-        """Exchange what passes within so many seconds: (rank, kind, content) of what has come, but for beats."""
+        """Send and receive for at most this many seconds; yields (rank, kind, content) of each message but beats."""
         poll = select.poll()
         ranks = {}
         for rank, pipe in enumerate(self._pipes):
@@ -166,7 +172,8 @@ class SpawnedRanks(Ranks):
             rank = ranks[descriptor]
             if event & select.POLLOUT and rank in unsent:
                 watch.move(rank)
-                with contextlib.suppress(ConnectionError):  # a rank that is dead already is found below
+                with contextlib.suppress(ConnectionError):
+                    # A rank that is dead already is found below.
                     if not unsent[rank].write():
                         continue
                 del unsent[rank]
@@ -237,7 +244,8 @@ class SpawnedRanks(Ranks):
         except subprocess.TimeoutExpired:
             return RankError(rank, f"closed its pipe{self._log_tail(rank)}")
         cause = f"ended with exit code {code}" if code >= 0 else f"was ended by {signal.Signals(-code).name}"
-        if code == -signal.SIGABRT and (behind := self._behind(rank, watch, cause)):  # NCCL gives up this way
+        if code == -signal.SIGABRT and (behind := self._behind(rank, watch, cause)):
+            # NCCL ends a process this way when it gives up.
             return behind
         if code == -signal.SIGKILL:
             cause += " (often the out-of-memory killer: compare the memory a rank needs with what is free)"
@@ -281,7 +289,8 @@ def _end_ranks(
     if os.getpid() != owner:
         return
     for process in processes:
-        with contextlib.suppress(OSError):  # its group is gone already
+        with contextlib.suppress(OSError):
+            # The process group is gone already.
             os.killpg(process.pid, signal.SIGKILL)
     end = time.monotonic() + END_LIMIT
     for process in processes:

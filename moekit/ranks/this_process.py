@@ -22,7 +22,8 @@ class ThisProcess(Ranks):
         torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
 
     def call(self, fn, *args, timeout=None, on_report=None, **kwargs):
-        if os.getpid() != self._owner:  # whose threads this process has not
+        if os.getpid() != self._owner:
+            # A fork does not have the threads of the process that made the pool.
             raise forked(self._owner)
         if self._rank is None:
             raise gone("closed")

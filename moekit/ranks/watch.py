@@ -20,13 +20,14 @@ from pathlib import Path
 
 from moekit.ranks.base import RankError
 
-BEAT = 1.0  # seconds between two beats of a rank
+# Seconds between two beats of a rank.
+BEAT = 1.0
 
-SILENCE = (
-    30.0  # seconds without a sign of life that a call bears; the environment's MOEKIT_SILENCE goes before it
-)
+# Seconds without a sign of life after which a call ends; the environment's MOEKIT_SILENCE overrides it.
+SILENCE = 30.0
 
-USED = 0.01  # seconds of processor time from one beat to the next that count as work
+# Seconds of processor time from one beat to the next that count as work.
+USED = 0.01
 
 STATES = {
     "T": "is stopped",
@@ -37,7 +38,8 @@ STATES = {
     "S": "sleeps",
 }
 
-WAITS_FOR_PEERS = ("torch/distributed/", "nn/dispatch.py")  # files of frames in which a rank waits for others
+# Files of frames in which a rank waits for others.
+WAITS_FOR_PEERS = ("torch/distributed/", "nn/dispatch.py")
 
 
 def silence_limit(silence: float | None) -> float:
@@ -112,7 +114,8 @@ class Watch:
         self.signs = [Signs(started=started) for _ in pids]
         self.at_work = set(range(len(pids)))
         self.began = self.looked = time.monotonic()
-        self.unmoved = 0.0  # seconds since a rank reported or finished
+        # Seconds since a rank reported or finished.
+        self.unmoved = 0.0
 
     def hear(self, rank: int) -> None:
         """Bytes have come from ``rank``."""
@@ -134,12 +137,12 @@ class Watch:
             signs.idle = 0.0
 
     def finish(self, rank: int) -> None:
-        """A report of all, too: who waited for this rank may have moved."""
+        """A report counts for all ranks: those that waited for this one may have moved."""
         self.at_work.discard(rank)
         self.report(rank)
 
     def look(self) -> RankError | None:
-        """Count the time since the last look, and say who has been without a sign for too long."""
+        """Count the time since the last look; returns an error that names a rank without a sign of life for too long."""
         now = time.monotonic()
         passed, self.looked = min(now - self.looked, BEAT), now
         self.unmoved += passed

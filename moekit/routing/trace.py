@@ -51,7 +51,7 @@ class Trace:
     Attributes:
         sample, position: [T] int32, sorted by both; ``position`` counts from 0 within the sample.
         token: [T] int32, the input token (dictionary id).
-        target: [T] int32, the next token, ``PAD`` if there is none.
+        target: [T] int32, the next token, ``PAD`` behind a text's last token.
         generated: [T] bool, False for tokens of a prompt or of data.
         logprob: [T] float32, natural logarithm, of the target; NaN if unknown.
         predicted: [T] int32, the output's most probable next token; -1 if it was not recorded.

@@ -12,6 +12,7 @@ from moekit.interrupts import hold_interrupts
 from moekit.nn import transformer
 from moekit.nn.config import ModelConfig
 from moekit.nn.dispatch import AllToAll, Dispatch, owned
+from moekit.nn.gates import top_k_of
 from moekit.nn.peer_memory import reachable
 from moekit.nn.transformer import Transformer
 from moekit.ranks import Rank
@@ -67,5 +68,5 @@ def _dispatch(rank: Rank, config: ModelConfig, dtype: torch.dtype, backend: str)
         # Triton is imported only if it is asked for.
         from moekit.nn.kernels.peer_dispatch import PeerDispatch
 
-        return PeerDispatch(config.experts, config.top_k, config.dim, dtype, rank.device)
+        return PeerDispatch(config.experts, top_k_of(config), config.dim, dtype, rank.device)
     return AllToAll(config.experts)

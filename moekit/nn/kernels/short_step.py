@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moekit.nn.cache import Cache
 from moekit.nn.dispatch import Local
+from moekit.nn.gates import gate_of
 from moekit.nn.kernels import short_peers
 from moekit.nn.kernels.attention import attend_one
 from moekit.nn.kernels.gate import choose
@@ -26,7 +27,10 @@ FEW = 4
 
 def fits(model: Transformer, sequences: int) -> bool:
     """Whether :func:`read_on` is for this model and so many sequences of each rank."""
-    return sequences <= FEW and model.config.pre_norm and isinstance(model.dispatch, Local | PeerDispatch)
+    # Over peers the choice is part of a kernel, which knows softmax and top-k alone.
+    through_peers = isinstance(model.dispatch, PeerDispatch) and gate_of(model.config).softmax_top_k
+    one_place = isinstance(model.dispatch, Local)
+    return sequences <= FEW and model.config.pre_norm and (one_place or through_peers)
 
 
 def read_on(

@@ -51,7 +51,7 @@ def save_html(
 
     Args:
         path: the file to write.
-        max_tokens: a longer trace is cut to whole samples of about so many tokens, spread evenly over the domains;
+        max_tokens: a longer trace is cut to whole samples with about this many tokens, spread evenly over the domains;
             the page says so, and its figures are of what it holds.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Who is busy."""
+"""How busy each expert is."""
 
 from __future__ import annotations
 

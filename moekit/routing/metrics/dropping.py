@@ -34,7 +34,7 @@ def drops(trace: Trace, by: str = "layer", *, bins: int = 64) -> pd.DataFrame:
 
     Args:
         by: "layer", "choice", "position" (in the sample) or "expert".
-        bins: positions are put into at most so many bins of one width; ``position`` is a bin's first.
+        bins: the most bins, all of one width, that positions are put into; ``position`` is a bin's first.
 
     Returns:
         One row per (layer, ``by``): ``layer``, ``by``'s own column, ``choices``, ``dropped``, ``value``, ``low``, ``high``,
