@@ -21,6 +21,7 @@ PAGES = [
         "moekit/nn/kernels/README.md",
         "moekit/plugin/README.md",
         "moekit/demo/README.md",
+        "moekit/routing/README.md",
         "docker/README.md",
         "tests/README.md",
     )
