@@ -38,7 +38,7 @@ WARM_SHAPES = 4
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What :meth:`Model.evaluate` found.
+    """What :meth:`moekit.api.Model.evaluate` found.
 
     Attributes:
         loss_base2: mean negative log-probability a token, in bits.

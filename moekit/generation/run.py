@@ -76,7 +76,7 @@ def generate(
         alternatives: tell this many of the best tokens at each place.
         capacity_token_fraction: of the experts while they read a prompt, each prompt by itself, as in
             :meth:`moekit.api.Model.evaluate`. None drops nothing. New tokens are never dropped.
-        record: called on the ranks by every MoE layer, see :class:`moekit.nn.transformer.Pass`; a group is a sequence.
+        record: called on the ranks by every MoE layer, see :class:`moekit.nn.passes.Pass`; a group is a sequence.
         trace: also record the routing, one sample per sequence; :class:`moekit.nn.record.Options` say what of it. A beam
             search cannot be traced. The trace's ``predicted`` stays empty, because ``alternatives`` tell the best tokens.
         progress: show a bar.
