@@ -241,8 +241,8 @@ def fairseq(tool: str, reference, cwd: Path, *arguments: str, stdin: str = "") -
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tool", ["python -m moekit.eval_lm", "fairseq-interactive"])
-def test_the_readmes_command_lines_run(tool):
-    readme = (ROOT / "README.md").read_text().replace("\\\n", " ")
+def test_the_pages_command_lines_run(tool):
+    readme = (ROOT / "moekit/plugin/README.md").read_text().replace("\\\n", " ")
     (line,) = re.findall(rf"^    {re.escape(tool)} .*", readme, re.MULTILINE)
     name, short = tool.split()[-1].replace("fairseq-", "fairseq_cli."), ["--cpu"]
     if "eval_lm" in name:
