@@ -33,7 +33,7 @@ HELD_OUT_BYTES = 20_000
 MIN_DOCUMENT = 300
 # The range of bytes of a document that may be held out.
 HELD_OUT_DOCUMENT = range(2_000, 12_000)
-# Words of a shingle. A block of lines is a repeat if most of its shingles were seen before.
+# Words per shingle. A block of lines is a repeat if most of its shingles occurred before.
 SHINGLE = 8
 # A block that this many documents contain is dropped everywhere.
 BOILERPLATE_DOCUMENTS = 5
