@@ -178,7 +178,7 @@ def ours(backend: str) -> Make:
 
 
 def theirs(implementation: str, setting: Setting, tokens: int) -> Make:
-    """The experts of the package transformers, behind this model's gate."""
+    """The experts of the package transformers, after the gate of this model."""
 
     def make(moe: MoE) -> Layer:
         if importlib.util.find_spec("transformers") is None:

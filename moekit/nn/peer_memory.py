@@ -52,7 +52,7 @@ def symmetric(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
         if rank == 0:
             os.rmdir(folder[0])
         buffer, addresses = shared[rank], [one.data_ptr() for one in shared]
-        # A view keeps only its own mapping alive, so the buffer holds a reference to the others.
+        # A view keeps only one mapping alive, so the buffer holds a reference to the others.
         buffer.peers = shared
     reach = torch.tensor([address - addresses[rank] for address in addresses], device=device)
     return buffer, reach

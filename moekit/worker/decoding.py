@@ -103,7 +103,7 @@ def begin(
         slots: the number of tokens that the longest sequence will have.
         abandoned: keys of finished generations that could not be ended because the ranks were busy.
 
-    With a capacity, each prompt has a forward pass of its own, so that neither other tokens nor padding fill the buffers
+    With a capacity, each prompt has a separate forward pass, so that neither other tokens nor padding fill the buffers
     of its experts.
     """
     for old in abandoned:
