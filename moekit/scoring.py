@@ -38,7 +38,7 @@ WARM_SHAPES = 4
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The result of :meth:`Model.evaluate`.
+    """The result of :meth:`moekit.api.Model.evaluate`.
 
     Attributes:
         loss_base2: mean negative log-probability per token, in bits.

@@ -107,6 +107,34 @@ def test_ranks_share_the_checks_of_the_shared_file(folder, monkeypatch):
     assert refused == 1
 
 
+def test_ranks_that_read_one_file_check_all_of_it(folder, monkeypatch):
+    """Experts and what all ranks read lie in one file: each tensor is checked by a rank, and damage ends a load."""
+    parts = [torch.load(path, weights_only=True) for path in sorted(folder.glob("*.pt"))]
+    experts = 0
+    whole = next(part for part in parts if "decoder.embed_tokens.weight" in part["model"])
+    for part in (part for part in parts if part is not whole):
+        own = {int(found[1]) for key in part["model"] if (found := re.search(r"experts\.(\d+)", key))}
+        for key, tensor in part["model"].items():
+            moved = re.sub(r"experts\.(\d+)", lambda m, first=experts: f"experts.{first + int(m[1])}", key)
+            whole["model"][moved] = tensor
+        experts += len(own)
+    whole["cfg"] = next(part["cfg"] for part in parts if part.get("cfg") is not None)
+    for path in folder.glob("*.pt"):
+        path.unlink()
+    torch.save(whole, folder / "model.pt")
+    counted: list[str] = []
+    check = inspection.Inspection.check
+    monkeypatch.setattr(
+        inspection.Inspection, "check", lambda self, part: counted.append(part[0]) or check(self, part)
+    )
+    fill(folder)
+    alone = sorted(counted)
+    counted.clear()
+    for rank in range(4):
+        fill(folder, range(2 * rank, 2 * rank + 2), share=(rank, 4))
+    assert sorted(counted) == alone
+
+
 def test_rows_beyond_the_dictionary_are_part_of_what_is_checked(folder):
     path = folder / "model-shared.pt"
     weights = checkpoint.read(path)["model"]

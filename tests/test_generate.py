@@ -430,6 +430,17 @@ def test_a_step_that_is_replayed_changes_nothing(text_model, monkeypatch):
         np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
 
 
+def test_what_is_traced_ends_with_its_sequence(text_model, monkeypatch):
+    """As on a GPU, where finished sequences keep their rows: they do not while somebody records."""
+    how = {"max_new_tokens": 12, "stop": ["e", "a"], "trace": True, "progress": False, "temperature": 1.0}
+    wanted = text_model.generate(["The", "Once upon", "In"], **how)
+    assert len({len(one.ids) for one in wanted}) > 1
+    monkeypatch.setattr(session, "MOVES", {"cpu": False})
+    for one, other in zip(wanted, text_model.generate(["The", "Once upon", "In"], **how), strict=True):
+        assert one.ids == other.ids and np.array_equal(one.trace.token, other.trace.token)
+        assert np.array_equal(one.trace.experts, other.trace.experts)
+
+
 def test_bursts_and_dead_rows_change_nothing(text_model, monkeypatch):
     """As on a GPU: several tokens a call, and rows that are over stay until half of them are."""
     how = {"max_new_tokens": 23, "temperature": 1.0, "seed": 3, "stop": ["th", "."], "progress": False}

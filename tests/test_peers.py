@@ -176,6 +176,25 @@ def test_waiting_for_a_peer_has_an_end(pool):
     assert "a peer did not come to an exchange" in found[0]
 
 
+def gave_up(rank: ranks.Rank) -> str:
+    """What scoring says on a rank that has given up waiting for a peer."""
+    from moekit.batches import text_batches
+    from moekit.worker import scoring
+
+    rank.state["model"] = model = whole()
+    model.dispatch.check = lambda: (_ for _ in ()).throw(RuntimeError("a peer did not come"))
+    try:
+        scoring.score(rank, [text_batches([[5, 6, 7]], 1, 64)], fraction=None, vocab=50, seed=1)
+    except RuntimeError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_scoring_says_that_a_peer_did_not_come():
+    with ranks.start(1, "cpu") as one:
+        assert one.call(gave_up) == ["a peer did not come"]
+
+
 def test_a_rank_that_brings_too_many_rows_is_told(pool):
     def bring(rank: ranks.Rank) -> None:
         from moekit.nn.kernels.peer_dispatch import PeerDispatch

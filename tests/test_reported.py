@@ -263,10 +263,10 @@ def test_every_path_takes_the_home_folder(reference, tmp_path, monkeypatch):
     assert result.loss_base2 == pytest.approx(LOSS, abs=5e-5)
     traced.save("~/t.parquet")
     assert len(moekit.Trace.load("~/t.parquet")) == len(traced)
-    exchange.write(traced, "~/t.npy", "vllm")
-    assert np.array_equal(exchange.read("~/t.npy", "vllm", layers=traced.layers).experts, traced.experts)
+    exchange.write(traced, "~/t.npz", "vllm")
+    assert np.array_equal(exchange.read("~/t.npz", "vllm", layers=traced.layers).experts, traced.experts)
     moekit.explore(traced).save_html("~/t.html", max_tokens=100)
-    assert {"t.parquet", "t.npy", "t.html"} <= {path.name for path in tmp_path.iterdir()}
+    assert {"t.parquet", "t.npz", "t.html"} <= {path.name for path in tmp_path.iterdir()}
     for call in (
         lambda: moekit.load("demo", bpe="~/nowhere"),
         lambda: moekit.load("demo", dictionary="~/nowhere"),

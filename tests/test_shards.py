@@ -95,7 +95,9 @@ def test_results_are_those_of_the_plain_files(written):
         expected = model.score(ids)
     for kind in ("flat", "wrapped"):
         with moekit.load(folder / kind, 2, "cpu", progress=False) as model:
-            assert model.score(ids)["logprob"].equals(expected["logprob"])
+            found = model.score(ids)["logprob"]
+        # Two ranks add up rows in other numbers than one.
+        np.testing.assert_allclose(found, expected["logprob"], rtol=0, atol=1e-6)
 
 
 def test_other_copies_of_the_shared_part_are_not_opened(written, tmp_path):

@@ -315,9 +315,10 @@ def fill(
         for source in plan.needed(held):
             weights = plan.open(source)
             parts = list(wanted(source, weights))
-            # Whatever another rank finds ends the load, too.
-            first, step = share if source is plan.sources[0] else (0, 1)
-            mine = [part for part, _ in parts][first::step]
+            # Of what every rank reads, each verifies a share: whatever another rank finds ends the load, too.
+            first, step = share if source.common else (0, 1)
+            own = [part for part, _ in parts if part[2].part == "expert"]
+            mine = own + [part for part, _ in parts if part[2].part != "expert"][first::step]
             checks: dict[str, Callable[[], None] | None] = {}
             if verify:
                 inspection = Inspection(source, weights, mine)

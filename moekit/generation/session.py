@@ -56,7 +56,8 @@ class Session:
             tokens: the token that each sequence reads first.
         """
         kept = set(tokens)
-        if not MOVES[self.model.device] and 2 * len(kept) > sum(map(len, self.sequences)):
+        listens = self.settings.trace is not None or self.settings.record is not None
+        if not MOVES[self.model.device] and not listens and 2 * len(kept) > sum(map(len, self.sequences)):
             # Finished sequences keep their rows and read padding; their results are left out below.
             kept = {number for numbers in self.sequences for number in numbers}
         rows = [[row for row, n in enumerate(numbers) if n in kept] for numbers in self.sequences]

@@ -33,6 +33,10 @@ class Dispatch(Protocol):
 
     by_expectation: bool
 
+    def check(self) -> None:
+        """Raise if an exchange since the last check went wrong without a word; may ask the device."""
+        ...
+
     def __call__(
         self, experts: Experts, x: Tensor, assignment: Assignment, rows_expected: int | None = None
     ) -> Tensor:
@@ -56,6 +60,9 @@ class Local:
 
     by_expectation = False
 
+    def check(self) -> None:
+        """Nothing moves, so nothing can go wrong."""
+
     def __call__(
         self, experts: Experts, x: Tensor, assignment: Assignment, rows_expected: int | None = None
     ) -> Tensor:
@@ -77,6 +84,9 @@ class AllToAll:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.deal = [len(owned(experts, self.world_size, r)) for r in range(self.world_size)]
         self.first = owned(experts, self.world_size, self.rank).start
+
+    def check(self) -> None:
+        """A collective that fails raises by itself."""
 
     def __call__(
         self, experts: Experts, x: Tensor, assignment: Assignment, rows_expected: int | None = None

@@ -114,7 +114,9 @@ def begin(
     numbers = [prompt.number for prompt in prompts[rank.rank]]
     on_ranks = [len(part) for part in prompts]
     alike = (tuple(on_ranks), -(-slots // SLOTS), settings.vocab)
-    spare = _take_spare(rank, alike) if settings.beam_size == 1 and settings.fraction is None else None
+    plain = settings.beam_size == 1 and settings.fraction is None
+    # What cannot be taken over is dropped: the memory is needed.
+    spare = _take_spare(rank, alike if plain else None)
     expected = _expected(passes) if model.dispatch.by_expectation else [None] * max(map(len, passes))
     cache = None if spare is None else spare.cache
     read = [
@@ -122,6 +124,7 @@ def begin(
     ]
     for rows in expected[len(mine) :]:
         model.serve(rows)
+    model.dispatch.check()
     if not read:
         cache = _cache(model, 0, slots) if cache is None else cache
         rank.state[key] = Sequences(settings, [], on_ranks, cache, None, alike, spare)
@@ -169,7 +172,9 @@ def run(
         if logits is not None:
             found.append(_choose_next(model, sequences, logits))
             read = found[-1].tokens
-    return on_host(found) if found else None
+    chosen = on_host(found) if found else None
+    model.dispatch.check()
+    return chosen
 
 
 @torch.inference_mode()
@@ -194,6 +199,7 @@ def grow(
     sequences.select(rows, rank.rank)
     read = torch.tensor(tokens[rank.rank], device=rank.device, dtype=torch.long)
     logits = _read_on(model, sequences, read, 1)
+    model.dispatch.check()
     if logits is None:
         return None
     scores = torch.tensor(scores[rank.rank], device=rank.device)

@@ -85,6 +85,7 @@ def score(
             parts.append(trace_rows(asked.record, inputs, found, predicted))
     if under_way is not None:
         scores += collected(rank, *under_way)
+    model.dispatch.check()
     return scores, parts
 
 

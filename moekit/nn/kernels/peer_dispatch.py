@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moekit.nn.dispatch import AllToAll, owned
 from moekit.nn.experts import Assignment, Experts
+from moekit.nn.graphs import MOST_TOKENS
 from moekit.nn.kernels import peers
 from moekit.nn.kernels.grouped import gathered_ffn
 from moekit.nn.kernels.peers import Mailbox
@@ -17,6 +18,9 @@ from moekit.nn.peer_memory import symmetric
 
 # Rows of the smallest mailbox.
 FEWEST = 16
+# Bytes that the gathered rows and the hidden layer of the experts may take. Passes of up to MOST_TOKENS rows, which may be
+# captured, are never asked.
+MOST_BYTES = 8 << 30
 
 
 class PeerDispatch:
@@ -50,7 +54,7 @@ class PeerDispatch:
     def __call__(
         self, experts: Experts, x: Tensor, assignment: Assignment, rows_expected: int | None = None
     ) -> Tensor:
-        if rows_expected is None:
+        if rows_expected is None or self.too_many(experts, x, rows_expected):
             return self.otherwise(experts, x, assignment)
         assert len(x) <= rows_expected, (
             f"a rank brings {len(x)} rows where at most {rows_expected} are expected"
@@ -61,6 +65,13 @@ class PeerDispatch:
         gathered_ffn(experts, box, self.first, rows_expected)
         peers.meet(box)
         return box.home[: len(x)].flatten(0, 1)
+
+    def too_many(self, experts: Experts, x: Tensor, rows_expected: int) -> bool:
+        """Whether a large pass would take more memory for the worst case than it may; every rank finds the same."""
+        choices = self.world_size * rows_expected * self.of[0]
+        return (
+            rows_expected > MOST_TOKENS and choices * (x.shape[1] + experts.width) * x.itemsize > MOST_BYTES
+        )
 
     def check(self) -> None:
         """Raise an error if a wait of this rank for a peer has timed out; reads a flag from the device."""

@@ -122,8 +122,8 @@ def _publish(
             tl.store(order_out + row * K + k, tl.load(order + row * K + k).to(tl.int32))
             weight = tl.load(weights + row * K + k).to(tl.float32)
             tl.store(weights_out + row * K + k, weight)
-            # A dropped choice has the weight 0, and no expert writes to its place.
-            if weight == 0.0:
+            # A dropped choice has the weight 0, or NaN (NaN times 0), and no expert writes to its place.
+            if (weight == 0.0) | (weight != weight):
                 nothing = tl.zeros((BLOCK,), dtype=home.dtype.element_ty)
                 tl.store(home + (row * K + k) * D + column, nothing, mask=here)
 

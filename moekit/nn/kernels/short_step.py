@@ -28,7 +28,8 @@ FEW = 4
 def fits(model: Transformer, sequences: int) -> bool:
     """Whether :func:`read_on` supports this model and ``sequences`` sequences per rank."""
     # With peers, the gate's choice is part of a kernel that supports only softmax and top-k.
-    through_peers = isinstance(model.dispatch, PeerDispatch) and gate_of(model.config).softmax_top_k
+    gate = gate_of(model.config)
+    through_peers = isinstance(model.dispatch, PeerDispatch) and gate.softmax_top_k and gate.top_k <= 2
     one_place = isinstance(model.dispatch, Local)
     return sequences <= FEW and model.config.pre_norm and (one_place or through_peers)
 

@@ -75,7 +75,7 @@ def read(
         there = path.exists()
     if not there:
         raise ValueError(f"there is no {path}")
-    if not path.is_file() and not (path.is_dir() and layout == "megatron"):
+    if not path.is_file() and not (path.is_dir() and layout in ("megatron", "vllm")):
         raise ValueError(f"{path} is no regular file; expected what {layout} writes")
     layers = None if layers is None else tuple(int(layer) for layer in layers)
     try:
