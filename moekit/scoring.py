@@ -1,4 +1,4 @@
-"""Scoring batches on all ranks, and what comes of it: the verbs that score call these functions."""
+"""Scoring of batches on all ranks, and its results; the methods of a model that score call these functions."""
 
 from __future__ import annotations
 
@@ -29,27 +29,27 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-# Tokens in a forward pass; more make it no faster.
+# Tokens in a forward pass; more tokens do not increase the speed.
 TOKENS_A_PASS = {"cpu": 4096, "cuda": 65_536}
 STEPS_A_CALL = 8
-# Shapes that a GPU is warmed up for; texts may have hundreds.
+# The most shapes that a GPU is warmed up for; the texts of a run may have hundreds of shapes.
 WARM_SHAPES = 4
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What :meth:`moekit.api.Model.evaluate` found.
+    """The result of :meth:`moekit.api.Model.evaluate`.
 
     Attributes:
-        loss_base2: mean negative log-probability a token, in bits.
+        loss_base2: mean negative log-probability per token, in bits.
         perplexity: ``2 ** loss_base2``.
-        ntokens: tokens scored.
-        seconds: of scoring alone: neither loading nor, on GPUs, :func:`warm_up` counts.
+        ntokens: the number of scored tokens.
+        seconds: the time of scoring, without loading and, on GPUs, without :func:`warm_up`.
         tokens_per_second: ``ntokens / seconds``.
         tokens: one row per token, sorted by sample and position: ``sample``, ``position`` (in the sample, from
-            0), ``token`` (dictionary id of what is read there), ``target`` (of the next token, which is predicted),
+            0), ``token`` (dictionary id of the input), ``target`` (dictionary id of the next token, which is predicted),
             ``logprob`` (of the target, natural log, float32). A trace has the same columns.
-        trace: what the router did, a :class:`moekit.routing.trace.Trace`, if it was asked for.
+        trace: the routing, a :class:`moekit.routing.trace.Trace`; None if no trace was requested.
     """
 
     loss_base2: float
@@ -64,8 +64,10 @@ class Evaluation:
 def warm_up(
     model: Handle, batches: Sequence[Batch], fraction: float | None, vocab: int, progress: bool = True
 ) -> None:
-    """On GPUs, score a step of each shape and forget it, unless one like it has been: a first pass compiles kernels,
-    which later processes find on the disk, and connects ranks, and its seconds tell nothing of the work.
+    """On GPUs, score a step of each new shape and discard the result.
+
+    A first pass compiles kernels, which later processes find on the disk, and connects the ranks. Its time would distort
+    the time of scoring.
     """
     if model.device != "cuda":
         return
@@ -86,7 +88,7 @@ def not_finite(model: Handle, batches: Sequence[Batch], scores: dict, **how: Any
     """A sentence on log-probabilities that are NaN or infinite: how many, of which samples, and from which layer on.
 
     Args:
-        how: ``fraction``, ``vocab`` and ``seed`` of :func:`score_batches`.
+        how: the arguments ``fraction``, ``vocab`` and ``seed`` of :func:`score_batches`.
     """
     if all(np.isfinite(found).all() for found in scores.values()):
         return None
@@ -120,7 +122,7 @@ def first_not_finite(
     seed: int,
     intervention: Intervention | None,
 ) -> str | None:
-    """Run ``batch`` once more, on rank 0, and name what first gives NaN or infinity; None if nothing does."""
+    """Run ``batch`` again, on rank 0, and name the first module whose output has NaN or infinity; None without any."""
     model: Transformer = rank.state["model"]
     if rank.rank > 0:
         return model.serve()
@@ -171,12 +173,12 @@ def score_batches(
 ) -> dict:
     """Score batches on all ranks: batch index -> float32 [B, T] log-probabilities of its targets.
 
-    Warns, once a call, of log-probabilities that are not finite.
+    It warns, once per call, of log-probabilities that are not finite.
 
     Args:
-        fraction: the capacity that holds (:meth:`moekit.handle.Handle.capacity`).
+        fraction: the capacity in effect (:meth:`moekit.handle.Handle.capacity`).
     """
-    # The scores are put into a table by it.
+    # The table of the scores needs pandas.
     import_whole("pandas")
     if model.intervention is not None:
         model.intervention.check(_lengths(batches))
@@ -211,15 +213,15 @@ def score_batches(
 
 
 def _lengths(batches: Iterable[Batch]) -> dict[int, int]:
-    """The tokens of each sample, without padding."""
+    """The number of tokens of each sample, without padding."""
     real = [(b.ids.tolist(), (b.tokens != PAD).sum(axis=1).tolist()) for b in batches]
     return {sample: n for ids, tokens in real for sample, n in zip(ids, tokens, strict=True)}
 
 
 def plan_steps(batches: Iterable[Batch], world_size: int, tokens: int) -> Iterator[list[Batch]]:
-    """Pack batches into steps of up to about ``tokens`` tokens a rank; batches of a step are of one shape.
+    """Pack batches into steps of up to about ``tokens`` tokens per rank; the batches of a step have one shape.
 
-    A step's batches go to the ranks in turn, each rank taking its own in one forward pass.
+    The batches of a step go to the ranks in turn, and each rank runs its batches in one forward pass.
     """
     shapes: dict[tuple, list[Batch]] = {}
     for batch in batches:
@@ -232,11 +234,11 @@ def plan_steps(batches: Iterable[Batch], world_size: int, tokens: int) -> Iterat
 def summarize(
     batches: Sequence[Batch], scores: dict, seconds: float, skip_first: bool, whose: str = "the data"
 ) -> Evaluation:
-    """Put scored batches into fairseq's figures (``eval_lm`` in fairseq_cli/eval_lm.py).
+    """Summarize scored batches as fairseq does (``eval_lm`` in fairseq_cli/eval_lm.py).
 
     Args:
-        whose: the source of the tokens, named in the error if it has none.
-        skip_first: the first target of each sample is the begin-of-sentence symbol, which does not count.
+        whose: the source of the tokens, which the error names if there are no tokens.
+        skip_first: whether the first target of each sample is the begin-of-sentence symbol, which does not count.
     """
     import pandas as pd
 

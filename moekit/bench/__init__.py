@@ -1,1 +1,1 @@
-"""Speed, measured: ``python -m moekit.bench NAME``. A figure that a machine's load changes is no test."""
+"""Benchmarks: ``python -m moekit.bench NAME``. They are not tests, since the load of a machine changes their figures."""

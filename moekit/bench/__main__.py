@@ -1,11 +1,11 @@
-"""``python -m moekit.bench NAME``: a table of figures, each beside what the machine allows and what is asked for.
+"""``python -m moekit.bench NAME``: a table of figures, each with the limit of the machine and the goal.
 
     python -m moekit.bench all --json figures.json       the 15B's shape on a GPU, a tiny one without
     python -m moekit.bench score --shape 52b --blocks 1,4,16
     python -m moekit.bench moe-layer --dtype bfloat16 --against grouped_mm,transformers,loop
 
-Nothing is downloaded and no file is needed: weights and tokens are random. Every ratio is to a ceiling that was
-measured in the same run.
+The benches need no download and no file: weights and tokens are random. Every ratio refers to a ceiling that is measured
+in the same run.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from moekit.notebook.report import versions
 
 MODEL = {"score": score, "decode": decode, "load": load, "moe-layer": moe_layer}
 OTHER = {"data": data, "routing": routing}
-# Arguments of the others in "all" where the shape is tiny: then they must be quick, too.
+# Arguments of the benches without a shape in "all" with the tiny shape, so that they are quick, too.
 TINY = {"data": ["--megabytes", "0.2", "--repeats", "1"], "routing": ["--tokens", "5000"]}
 
 Rows = list[dict[str, Any]]
@@ -59,7 +59,7 @@ def run(name: str, args: argparse.Namespace) -> Rows:
     """The rows of one bench.
 
     Raises:
-        ValueError: this machine cannot run what was asked for, or a result is wrong.
+        ValueError: this machine cannot run the requested bench, or a result is wrong.
     """
     if name in OTHER:
         return OTHER[name].run(args)
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     try:
         if args.json is not None:
-            # It fails before hours of measuring, and not after.
+            # If the file is not writable, the error comes before hours of measuring, and not after.
             args.json.open("a").close()
         tables = tables_of(args, arguments[1:], parser, benches)
     except (ValueError, OSError) as error:
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def tables_of(
     args: argparse.Namespace, asked: list[str], parser: argparse.ArgumentParser, benches: dict
 ) -> dict[str, Rows]:
-    """Run and show what ``args`` name."""
+    """Run the benches that ``args`` name, and show their tables."""
     if args.bench != "all":
         rows = run(args.bench, args)
         show(args.bench, rows)
@@ -101,7 +101,7 @@ def tables_of(
 def show(name: str, rows: Rows) -> None:
     table = pd.DataFrame(rows).dropna(axis=1, how="all").astype(object)
     table = table.where(table.notna(), "")
-    # The number 1.0 is no bool.
+    # The cells are mapped by type, since the number 1.0 equals True.
     table = table.map(lambda cell: ("no", "yes")[cell] if isinstance(cell, bool) else cell)
     with pd.option_context("display.max_colwidth", None):
         print(f"\n{name}\n{table.to_string(index=False)}", flush=True)

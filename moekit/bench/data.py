@@ -1,7 +1,7 @@
-"""How fast text becomes binarised data, beside fairseq's own tools on the same file with as many processes.
+"""The speed of encoding and binarising text, compared with fairseq's tools on the same file with as many processes.
 
-Both sides do the whole work, from the text file to the finished file, and have to write the same bytes. fairseq's time
-begins when it is imported, and so does ours: the first run, which imports it for the worker processes, does not count.
+Both programs do the whole work, from the text file to the finished file, and have to write the same bytes. Imports do not
+count: fairseq's time begins after its import, and the first run of moekit, which imports it in the workers, is left out.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from moekit.bench.setting import at_least_one
 from moekit.data import binarise, encode_files
 from moekit.data.codec import FILES
 
-# Times fairseq's speed, for encoding.
+# The goal for encoding, as a multiple of fairseq's speed.
 GOAL = 10
 
 ENCODE = """
@@ -66,17 +66,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Time both tools on both steps.
+    """Time both programs on both steps.
 
     Returns:
-        A dict a step: ``work``, ``figure`` and ``unit`` (MB of input a second), ``fairseq`` (the same), ``ratio``,
-        ``goal`` (of the ratio; None for binarising), ``megabytes``, ``workers``.
+        One dict per step: ``work``, ``figure`` and ``unit`` (MB of input per second), ``fairseq`` (its figure in the same
+        unit), ``ratio``, ``goal`` (of the ratio; None for binarising), ``megabytes``, ``workers``.
 
     Raises:
-        ValueError: ours and fairseq's files differ, a file is missing, or there is nothing to do.
+        ValueError: the files of moekit and fairseq differ, a file is missing, or the text is empty.
     """
     encoder_json, vocab_bpe, dict_txt = needed = [args.bpe / name for name in FILES]
-    # Without a file, fairseq's workers would start for ever.
+    # If a file is missing, fairseq restarts its workers without end.
     if missing := [str(path) for path in needed if not path.is_file()]:
         raise ValueError(f"--bpe {args.bpe}: there is no {', '.join(missing)}")
     if args.megabytes <= 0:
@@ -122,7 +122,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _text(path: Path | None, size: int) -> bytes:
-    """``size`` bytes of text, or a few less, in whole lines."""
+    """About ``size`` bytes of text, and not more, in whole lines."""
     if path is not None:
         with open(path, "rb") as file:
             data = file.read(size)
@@ -141,7 +141,7 @@ def _utf8(data: bytes) -> bytes:
 
 
 def _fairseq(code: str, *arguments: object) -> float:
-    """Seconds of one of fairseq's tools."""
+    """The seconds that one of fairseq's tools takes."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=3600)
     if done.returncode:

@@ -1,4 +1,4 @@
-"""Decoding: milliseconds a token, and tokens a second, at some batch sizes, after prompts of 128 tokens."""
+"""Decoding: milliseconds per token and tokens per second, at several batch sizes, after prompts of 128 tokens."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from moekit.worker.decoding import Prompt
 from moekit.worker.sampling import Settings
 
 PROMPT = 128
-# Tokens of a measurement, in one call.
+# New tokens of a measurement, which is one call.
 NEW = {"cpu": 8, "cuda": 64}
 # Steps after which a rank has a graph of a step.
 WARM_UP = 8
-# Key of the generation on the ranks.
+# The key of the generation on the ranks.
 KEY = -1
 
 
@@ -49,11 +49,11 @@ def run(setting: Setting, args: argparse.Namespace) -> list[Figure]:
 
 
 def limit(setting: Setting, ceilings: Ceilings, experts: list[float], batch: int) -> float:
-    """Seconds a step of ``batch`` sequences a rank takes at least.
+    """The least seconds of a step with ``batch`` sequences per rank.
 
-    All weights that are no expert's, and those of the experts that the step chooses, are read once; or its operations
-    take longer. ``experts``: how many distinct ones it chose, mean of the steps, in each MoE layer. With several ranks
-    each reads its share of them. Keys and values are not counted.
+    A step reads once all weights outside the experts, and the weights of the experts that it chooses; its operations may
+    take longer than these reads. ``experts`` is the number of distinct chosen experts in each MoE layer, as a mean over
+    the steps. With several ranks, each rank reads its share of the experts. Keys and values are not counted.
     """
     config = setting.config
     each = shapes.expert_parameters(config)
@@ -102,7 +102,7 @@ def prompt(number: int, vocab: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Decoded:
-    """``seconds`` of each call of ``decode.run``, and the distinct experts of a step, a mean for each MoE layer."""
+    """``seconds`` of each call of ``decoding.run``, and the mean number of distinct experts of a step in each MoE layer."""
 
     seconds: list[float]
     peak: measure.Peak
@@ -110,10 +110,10 @@ class Decoded:
 
 
 def time_decoding(rank: Rank, batch: int, new: int, repeats: int) -> Decoded:
-    """Time :func:`moekit.worker.decoding.run`, ``new`` tokens a call, and count the experts in a run of its own.
+    """Time :func:`moekit.worker.decoding.run`, ``new`` tokens per call, and count the experts in a separate run.
 
-    Before the clock starts, the prompts are read again and a few tokens decoded, so that all measurements are of the
-    same positions, and of the graph that a rank has by then.
+    Before each measurement, the prompts are read again and a few tokens are decoded. So all measurements have the same
+    positions, and the rank has a graph of a step.
     """
     model = rank.state["model"]
     vocab = model.config.vocab_rows
@@ -128,10 +128,10 @@ def time_decoding(rank: Rank, batch: int, new: int, repeats: int) -> Decoded:
         for steps in (WARM_UP, new):
             measure.synchronise(rank.device)
             start = time.perf_counter()
-            # A rank reads its own tokens alone.
+            # A rank reads only the tokens of its sequences.
             last = [chosen.tokens[:, -1].tolist()] * rank.world_size
             chosen = decode.run(rank, KEY, rows, last, steps)
-            # The device is done, since the tokens are on the host.
+            # The tokens are on the host, so the work of the device is complete.
             seconds = time.perf_counter() - start
         decode.end(rank, KEY)
         return seconds
@@ -142,7 +142,7 @@ def time_decoding(rank: Rank, batch: int, new: int, repeats: int) -> Decoded:
     distinct: dict[int, list[int]] = {layer: [] for layer in model.config.moe_layers}
 
     def count(layer: int, routing: Routing) -> None:
-        # Prompts are longer.
+        # A pass with one token per sequence is a decode step; prompts are longer.
         if routing.experts.shape[1] == 1:
             distinct[layer].append(len(routing.experts.unique()))
 

@@ -1,4 +1,4 @@
-"""What a bench reports: figures, each beside what the chip allows and what is asked for."""
+"""The figures that a bench reports, each with the limit of the device and the goal."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ class Figure:
     """A row of a bench's table.
 
     Attributes:
-        work: what was measured.
-        value: in ``unit``; None where it could not be, and ``note`` says why.
-        limit: what no program could better, from the ceilings measured in the same run.
-        goal: what is asked for on this machine; None elsewhere.
-        lower: less is better, as for times and memory.
-        gpu_gib, host_gib: peak memory while it was measured, of the rank that used most: what torch had allocated on
-            the GPU, and what the process had beyond mapped files.
+        work: the measured work.
+        value: the figure in ``unit``; None if it could not be measured, with the reason in ``note``.
+        limit: the best value that any program could reach, from the ceilings measured in the same run.
+        goal: the goal on this machine; None on machines without a goal.
+        lower: whether a lower value is better, as for times and memory.
+        gpu_gib, host_gib: peak memory during the measurement, of the rank that used most: the memory that torch allocated
+            on the GPU, and the memory of the process without mapped files.
     """
 
     work: str
@@ -36,7 +36,7 @@ class Figure:
 
     @property
     def ratio(self) -> float | None:
-        """How much of what is possible: 1 at the limit, whichever way is better."""
+        """The share of the limit that is reached: 1 at the limit, for either direction of better."""
         if self.value is None or self.limit is None:
             return None
         return self.limit / self.value if self.lower else self.value / self.limit
@@ -63,13 +63,13 @@ class Figure:
 
 
 def rounded(value: float | None) -> float | None:
-    """Three digits that count, and no fewer than the whole part has."""
+    """``value`` rounded to three significant digits, or to a whole number if it has more digits."""
     if value is None:
         return None
     return float(f"{value:.3g}") if abs(value) < 1000 else float(round(value))
 
 
-# (shape, ranks, what) -> the goal on H200s with float16 or bfloat16 weights, and whether less is better.
+# (shape, ranks, what) -> the goal on H200s with float16 or bfloat16 weights.
 GOALS: dict[tuple[str, int, str], float] = {
     ("15b", 1, "score 1"): 150e3,
     ("15b", 1, "score 32"): 950e3,
@@ -84,13 +84,13 @@ GOALS: dict[tuple[str, int, str], float] = {
 
 
 def goal(shape: str, world_size: int, what: str, gpu: str, dtype: str) -> float | None:
-    """The goal for ``what`` on the GPU called ``gpu``; None where none is set."""
+    """The goal for ``what`` on the GPU called ``gpu``; None if no goal is set."""
     if "H200" not in gpu or dtype not in ("float16", "bfloat16"):
         return None
     return GOALS.get((shape, world_size, what))
 
 
 def spread(seconds: Sequence[float]) -> str:
-    """How repeats of a measurement differ, for a note."""
+    """The spread of repeated measurements, as text for a note."""
     middle = statistics.median(seconds)
     return f"{len(seconds)} runs, {min(seconds) / middle - 1:+.0%} to {max(seconds) / middle - 1:+.0%}"

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(setting: Setting, args: argparse.Namespace) -> list[Figure]:
-    """Write the shape's files, unless they are there, and load them some times.
+    """Write the shape's files, unless they exist, and load them several times.
 
     The limit of a load is the files' bytes at the rate at which the device fetches them from pinned memory.
     """
@@ -58,7 +58,7 @@ def measured(setting: Setting, folder: Path, sums: shapes.Sums | None) -> list[F
     measure.give_back(device)
     paths = checkpoint.find(folder).all
     size = sum(path.stat().st_size for path in paths)
-    # Read before the files are: cached pages count as free.
+    # The free memory is read before the files are; cached pages count as free.
     cached = host_memory("MemAvailable")
     warm(paths)
 
@@ -93,7 +93,7 @@ def measured(setting: Setting, folder: Path, sums: shapes.Sums | None) -> list[F
         Figure("of that, reading on the slowest rank", reading, "s", least, lower=True),
         Figure("of that, all headers", surveying, "s", lower=True, note="before ranks read"),
     ]
-    # A single rank is this process, whose peak is known. Other ranks say what they hold at the end, buffers included.
+    # A single rank is this process, whose peak is known. Other ranks report their memory at the end, including buffers.
     host = (peak.host_gib or 0.0) if setting.world_size == 1 else host / GIB
     if host:
         held = setting.rank_bytes() / GIB if setting.device == "cpu" else 0.0
@@ -105,7 +105,7 @@ def measured(setting: Setting, folder: Path, sums: shapes.Sums | None) -> list[F
 
 
 class Loaded(NamedTuple):
-    """``seconds`` in all and of the slowest rank's ``reading``; ``host`` bytes of the rank that holds most."""
+    """The total ``seconds``, the seconds of ``reading`` on the slowest rank, and the most ``host`` bytes of any rank."""
 
     seconds: float
     reading: float
@@ -113,7 +113,7 @@ class Loaded(NamedTuple):
 
 
 def warm(paths: tuple[Path, ...]) -> None:
-    """Into the page cache."""
+    """Read the files into the page cache."""
     buffer = memoryview(bytearray(16 << 20))
     for path in paths:
         with open(path, "rb", buffering=0) as file:
@@ -122,10 +122,10 @@ def warm(paths: tuple[Path, ...]) -> None:
 
 
 def check(model: Model, sums: shapes.Sums) -> None:
-    """Every expert is where it belongs, by the sum of its numbers.
+    """Check that every expert is at its place, by the sum of its numbers.
 
     Raises:
-        ValueError: one is not.
+        ValueError: an expert has another sum.
     """
     for rank, found in enumerate(model.ranks.call(rank_sums)):
         held = owned(model.config.experts, model.world_size, rank)

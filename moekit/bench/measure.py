@@ -1,4 +1,4 @@
-"""Clocks, memory and the chip's ceilings."""
+"""Measurements of time, of memory, and of the ceilings of a device."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def seconds(
     warm_up: int = 2,
     least: float = 0.0,
 ) -> list[float]:
-    """What ``work`` takes, ``repeats`` times, each until the device is done.
+    """The seconds of ``work``, measured ``repeats`` times, each time until the work of the device is complete.
 
     Args:
-        warm_up: calls before, which do not count: they compile, capture graphs and fill caches.
-        least: seconds that a measurement takes at least; what is shorter is called several times on end. 0 where
-            ranks have to call alike.
+        warm_up: calls before the measurements, which compile kernels, capture graphs and fill caches.
+        least: the least seconds of a measurement; shorter work is called several times in succession. It is 0 if all
+            ranks have to make the same number of calls.
     """
     for _ in range(warm_up):
         work()
@@ -67,7 +67,7 @@ class Peak:
 
 @contextlib.contextmanager
 def memory(device: torch.device) -> Iterator[Peak]:
-    """Watch memory: on the GPU what torch allocates; on the host what is not a mapped file, 50 times a second."""
+    """Measure peak memory: torch's allocations on the GPU; on the host, memory without mapped files, 50 times per second."""
     peak, done = Peak(), threading.Event()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -92,7 +92,7 @@ def memory(device: torch.device) -> Iterator[Peak]:
 
 
 def host_bytes() -> int | None:
-    """Memory of this process beyond the files it maps; None on systems without /proc."""
+    """The memory of this process without mapped files; None on systems without /proc."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
@@ -103,13 +103,13 @@ def host_bytes() -> int | None:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What a device does at best, the slowest rank's figures.
+    """The highest measured rates of a device; with several ranks, those of the slowest rank.
 
     Attributes:
-        copy: bytes a second, read and written ones both counted, while it copies its own memory.
-        matmul: floating-point operations a second of a large square product in the dtype asked for.
-        fetch: bytes a second from pinned host memory; on the CPU, those read while it copies.
-        device: its name.
+        copy: bytes per second of a copy in the memory of the device; read and written bytes both count.
+        matmul: floating-point operations per second of a large square product in the requested dtype.
+        fetch: bytes per second from pinned host memory; on the CPU, the bytes read by a copy.
+        device: the name of the device.
     """
 
     copy: float
@@ -118,13 +118,13 @@ class Ceilings:
     device: str
 
     def seconds(self, bytes_read: float, flop: float) -> float:
-        """The least that a work can take that reads so much and computes so much."""
+        """The least seconds of work that reads ``bytes_read`` bytes and computes ``flop`` operations."""
         return max(bytes_read / self.copy, flop / self.matmul)
 
 
 @torch.inference_mode()
 def ceilings(rank: Rank, dtype: torch.dtype) -> Ceilings:
-    """Measure this rank's; all ranks at the same time."""
+    """Measure the ceilings of this rank's device; all ranks measure at the same time."""
     device = rank.device
     on_gpu = device.type == "cuda"
     how = {"repeats": 5, "least": 0.02}
@@ -152,7 +152,7 @@ def slowest(found: list[Ceilings]) -> Ceilings:
 
 
 def give_back(device: torch.device | str) -> None:
-    """Free what nothing refers to any more, so that others find the room."""
+    """Free unused memory, so that other processes can allocate it."""
     gc.collect()
     if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()

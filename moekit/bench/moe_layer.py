@@ -1,4 +1,4 @@
-"""One mixture-of-experts layer (gate, dispatch, experts, combine), beside what else is installed, on the same weights."""
+"""One MoE layer (gate, dispatch, experts, combine), compared with other installed implementations on the same weights."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from moekit.ranks.machine import host_memory
 
 AGAINST = ("grouped_mm", "transformers", "loop")
 Layer = Callable[[Tensor, Pass], Tensor]
-# Relative error of a token's output, in the dtype that it is computed in.
+# The accepted relative error of a token's output, by the dtype of the computation.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-# Share of the tokens that may differ: gates round differently, and where two experts tie, another one is chosen.
+# The share of tokens that may differ: gates round differently, and with two tied experts another one may be chosen.
 TIES = 1e-3
 
 
@@ -55,13 +55,13 @@ def names(text: str) -> list[str]:
 
 @torch.inference_mode()
 def run(setting: Setting, args: argparse.Namespace) -> list[Figure]:
-    """Time the layer; on one rank.
+    """Time the layer on one rank.
 
-    The limit is the weights of the experts that were chosen, read once, with the tokens read and written; or two
-    operations for each parameter of an expert and each choice that was kept, and for the gate; whichever takes longer.
+    The limit is the longer of two times. One is to read the weights of the chosen experts once and to read and write the
+    tokens. The other is to compute two operations per parameter of an expert and kept choice, and those of the gate.
 
     Raises:
-        ValueError: a result is not that of the loop.
+        ValueError: a result differs from the result of the loop.
     """
     device = torch.device(setting.device, 0) if setting.device == "cuda" else torch.device("cpu")
     ceilings = measure.ceilings(Rank(0, 1, device), setting.kind)
@@ -83,7 +83,7 @@ def run(setting: Setting, args: argparse.Namespace) -> list[Figure]:
 
 
 def compared(moe: MoE, x: Tensor, setting: Setting, ceilings: Ceilings, against: list[str]) -> list[Figure]:
-    """A row for each way to compute the layer of x [G, S, D]."""
+    """One row per implementation of the layer, on x [G, S, D]."""
     groups, tokens = len(x), x.shape[0] * x.shape[1]
     seen: list[Routing] = []
     expected = ours("loop")(moe)(
@@ -120,7 +120,7 @@ def compared(moe: MoE, x: Tensor, setting: Setting, ceilings: Ceilings, against:
 
 
 def limit(setting: Setting, ceilings: Ceilings, routing: Routing, x: Tensor) -> float:
-    """Seconds, see :func:`run`."""
+    """The limit in seconds; :func:`run` explains it."""
     config = setting.config
     each, gate = shapes.expert_parameters(config), config.dim * config.experts
     kept = int(routing.kept.sum())
@@ -131,16 +131,16 @@ def limit(setting: Setting, ceilings: Ceilings, routing: Routing, x: Tensor) -> 
 
 
 def same(name: str, found: Tensor, expected: Tensor) -> str:
-    """How far ``found`` is from ``expected``, both [G, S, D].
+    """The difference between ``found`` and ``expected``, both [G, S, D], as text for a note.
 
     Raises:
-        ValueError: too far.
+        ValueError: the difference is too large.
     """
     found, wanted = found.flatten(0, 1).float(), expected.flatten(0, 1).float()
-    # The mean is over all tokens, since those that were dropped are zero.
+    # The mean is over all tokens, since dropped tokens are zero.
     scale = wanted.norm(dim=1).mean()
     error = (found - wanted).norm(dim=1) / scale
-    # NaN counts as wrong, too.
+    # With this form of the comparison, NaN counts as wrong, too.
     wrong = int((~(error < TOLERANCE[expected.dtype])).sum())
     if wrong > max(1, TIES * len(error)):
         raise ValueError(
@@ -151,14 +151,14 @@ def same(name: str, found: Tensor, expected: Tensor) -> str:
 
 
 class Missing(Exception):
-    """It cannot run here, and why."""
+    """An implementation cannot run here; the message gives the reason."""
 
 
 Make = Callable[[MoE], Layer]
 
 
 def ways(setting: Setting, against: list[str], tokens: int) -> dict[str, Make]:
-    """What computes the layer: the product's own way first. Each may raise :class:`Missing`."""
+    """The implementations of the layer, moekit's first. Each may raise :class:`Missing`."""
     found: dict[str, Make] = {f"moekit's ({setting.backend})": ours(setting.backend)}
     for name in against:
         if name == "transformers":
@@ -178,7 +178,7 @@ def ours(backend: str) -> Make:
 
 
 def theirs(implementation: str, setting: Setting, tokens: int) -> Make:
-    """The experts of the package transformers, behind this model's gate."""
+    """The experts of the package transformers, after the gate of this model."""
 
     def make(moe: MoE) -> Layer:
         if importlib.util.find_spec("transformers") is None:
@@ -199,7 +199,7 @@ def theirs(implementation: str, setting: Setting, tokens: int) -> Make:
         def layer(x: Tensor, asked: Pass) -> Tensor:
             rows = x.flatten(0, 1)
             routing = moe.route(rows, asked)
-            # What was dropped has the weight 0, and is computed all the same.
+            # A dropped choice has the weight 0, but it is computed, too.
             return experts(rows, routing.experts.flatten(0, 1), routing.weights.flatten(0, 1)).view_as(x)
 
         return layer
@@ -222,7 +222,7 @@ def transformers_experts(experts: Experts, implementation: str) -> nn.Module:
             self.act_fn = activation_fn(experts.activation)
 
         def forward(self, rows: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-            # The decorator puts an implementation in its place.
+            # The decorator replaces this method by an implementation.
             raise NotImplementedError
 
     return Theirs(SimpleNamespace(_experts_implementation=implementation))

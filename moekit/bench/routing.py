@@ -1,4 +1,4 @@
-"""Seconds for every routing metric, and megabytes of a trace, on a synthetic one; with limits."""
+"""The seconds of every routing metric and the megabytes of a trace, on a synthetic trace, with limits."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Measure.
+    """Measure the metrics and the size of the trace.
 
     Returns:
-        A row a figure: ``what``, ``value``, ``unit``, ``limit`` (None where there is none).
+        One row per figure: ``what``, ``value``, ``unit``, ``limit`` (None for a figure without a limit).
     """
     trace = synthetic(args.tokens, args.layers, args.experts)
     domains = (trace.sample % 8).astype(str)
@@ -69,8 +69,10 @@ def megabytes(trace: Trace) -> float:
 
 
 def synthetic(tokens: int, layers: int, experts: int, seed: int = 0) -> Trace:
-    """A trace with the traits of a real one: types as frequent as in text, experts that depend on type and domain,
-    some more wanted than others, and a capacity that drops choices; top-2, samples of 2,048 tokens."""
+    """A trace similar to a real one: top-2 routing, in samples of 2,048 tokens.
+
+    Types have the frequencies of text. Experts depend on type and domain, with unequal loads, and a capacity drops choices.
+    """
     rng = np.random.default_rng(seed)
     sample, position = np.divmod(np.arange(tokens), 2048)
     token = np.minimum(rng.zipf(1.2, tokens), 50_000) + 3

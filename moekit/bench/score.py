@@ -1,4 +1,4 @@
-"""Scoring: tokens a second at some numbers of blocks a call, routed block by block as fairseq would."""
+"""Scoring: tokens per second at several numbers of blocks per call, with routing block by block as in fairseq."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def run(setting: Setting, args: argparse.Namespace) -> list[Figure]:
 
 
 def against_one(setting: Setting, blocks: list[int], best: float, goal: float | None) -> Figure:
-    """The best rate of all ranks, ``best``, beside the best that one of them has alone, measured in the same run."""
+    """The best rate of all ranks, ``best``, as a multiple of the best rate of one rank alone, from the same run."""
     work = f"{setting.world_size} ranks against one, best of each"
     alone = replace(setting, world_size=1)
     if why := alone.too_large():
@@ -69,9 +69,9 @@ def against_one(setting: Setting, blocks: list[int], best: float, goal: float | 
 
 
 def limit(setting: Setting, ceilings: Ceilings, blocks: int) -> float:
-    """Tokens a second of all ranks, where a call reads all weights of a rank once or does its share of the operations.
+    """The most tokens per second of all ranks, if a call reads all weights of a rank once and computes its operations.
 
-    The slower of the two counts (:func:`moekit.bench.shapes.flop_per_token`). Exchanges between ranks do not.
+    The slower of the two decides (:func:`moekit.bench.shapes.flop_per_token`). Exchanges between ranks are not counted.
     """
     length = setting.config.max_positions
     flop = blocks * length * shapes.flop_per_token(setting.config, length)
@@ -80,7 +80,7 @@ def limit(setting: Setting, ceilings: Ceilings, blocks: int) -> float:
 
 
 def measured(model: Model, setting: Setting, ceilings: Ceilings, blocks: int) -> list[Figure]:
-    """What ``blocks`` blocks a call and rank give."""
+    """The figures for ``blocks`` blocks per call and rank."""
     length, ranks = setting.config.max_positions, setting.world_size
     found: list[Scored] = model.ranks.call(score, blocks, setting.repeats)
     calls = found[0].seconds
@@ -119,7 +119,7 @@ def measured(model: Model, setting: Setting, ceilings: Ceilings, blocks: int) ->
 
 
 def whole(model: Model, setting: Setting, ceilings: Ceilings, blocks: int) -> Figure:
-    """What ``Model.evaluate`` does with batches of one block: they are packed, sent to the ranks, and brought back."""
+    """The speed of ``Model.evaluate`` with batches of one block, including packing and the transfers to and from the ranks."""
     count = 2 * setting.world_size * blocks
     batches = [batch(setting, i) for i in range(count)]
 
@@ -154,7 +154,7 @@ def random_batch(index: int, length: int, vocab: int) -> Batch:
 
 @dataclass(frozen=True)
 class Scored:
-    """``seconds`` of each call, the part of a call that went into exchanges, and what the routing was like."""
+    """``seconds`` of each call, the share of a call in exchanges, and a description of the routing."""
 
     seconds: list[float]
     peak: measure.Peak
@@ -163,7 +163,7 @@ class Scored:
 
 
 def score(rank: Rank, blocks: int, repeats: int) -> Scored:
-    """Time :func:`moekit.worker.scoring.score`, ``blocks`` blocks of this rank's a call."""
+    """Time :func:`moekit.worker.scoring.score`, ``blocks`` blocks of this rank per call."""
     model: Transformer = rank.state["model"]
     length, vocab = model.config.max_positions, model.config.vocab_rows
     step = [random_batch(i, length, vocab) for i in range(blocks * rank.world_size)]
@@ -186,7 +186,7 @@ def score(rank: Rank, blocks: int, repeats: int) -> Scored:
 
 @torch.inference_mode()
 def describe(rank: Rank, batches: list[Batch]) -> str:
-    """How random weights route random tokens: if they chose few experts, the bench would do less work than real models."""
+    """The routing of random tokens by random weights: with few chosen experts, the bench would do less work than a real model."""
     model: Transformer = rank.state["model"]
     seen: list[Routing] = []
     tokens = torch.from_numpy(np.concatenate([b.tokens for b in batches])).to(rank.device).long()
@@ -198,13 +198,13 @@ def describe(rank: Rank, batches: list[Batch]) -> str:
     return f"{reached:.0f} of {experts} experts, {most:.1f}x at most, {dropped:.1%} dropped"
 
 
-# Names of the kernels that move rows, or wait for other ranks to. Rows also travel in the second product of the experts
-# where results are written straight into the peers' memory; that time is not counted.
+# Names of the kernels that move rows or wait for other ranks. The second product of the experts also moves rows if it
+# writes results straight into the peers' memory; that time is not counted.
 MOVING = ("nccl", "_publish", "_meet", "_merge", "_pull", "_hand_out", "_collect")
 
 
 def exchanged(rank: Rank, work: Callable[[], object]) -> float:
-    """The part of ``work``'s time in which this rank moves rows, or waits for slower ranks to."""
+    """The share of the time of ``work`` in which this rank moves rows or waits for slower ranks."""
     if rank.device.type == "cuda":
         # Count NCCL kernels: a CUDA graph replays them without Python calls. Profilers start at different times on
         # different ranks, hence the barrier; it is an all-reduce and is left out.
@@ -224,7 +224,7 @@ def exchanged(rank: Rank, work: Callable[[], object]) -> float:
 
 @contextlib.contextmanager
 def clocked() -> Iterator[list[float]]:
-    """Yields the seconds of each ``all_to_all_single`` meanwhile."""
+    """Yields a list that collects the seconds of each ``all_to_all_single`` in the context."""
     exchange = dist.all_to_all_single
     calls: list[float] = []
 

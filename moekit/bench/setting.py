@@ -1,4 +1,4 @@
-"""What a bench runs on: a shape with random weights, on ranks of this machine."""
+"""The setting of a bench: a shape with random weights, on ranks of this machine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from moekit.ranks.machine import gpus, host_memory
 
 @dataclass(frozen=True)
 class Setting:
-    """``dtype`` and ``backend`` are names; ``device`` is "cpu" or "cuda"."""
+    """The setting of a bench; ``dtype`` and ``backend`` are names; ``device`` is "cpu" or "cuda"."""
 
     shape: str
     device: str
@@ -45,17 +45,17 @@ class Setting:
         return self.kind.itemsize
 
     def rank_bytes(self) -> float:
-        """Bytes of the weights of a rank, if experts go around evenly."""
+        """The bytes of the weights of a rank, with equal numbers of experts on all ranks."""
         total = shapes.parameters(self.config)
         experts = len(self.config.moe_layers) * self.config.experts * shapes.expert_parameters(self.config)
         return (total - experts + experts / self.world_size) * self.itemsize
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Setting:
-        """What the arguments of :func:`add_arguments` ask for.
+        """The setting from the arguments of :func:`add_arguments`.
 
         Raises:
-            ValueError: this machine cannot have it.
+            ValueError: this machine does not support the setting.
         """
         device = ranks.choose_devices(args.world_size, args.device)[0]
         on_gpu = device.type == "cuda"
@@ -70,20 +70,20 @@ class Setting:
         )
 
     def too_large(self) -> str:
-        """Why the weights do not fit into the memory that is free; "" if they do."""
+        """The reason why the weights do not fit into the free memory; "" if they fit."""
         needed = self.rank_bytes()
         if self.device == "cuda":
             free = min(gpu.free for gpu in gpus()[: self.world_size])
         else:
             free = host_memory("MemAvailable") / self.world_size
-        # What is free may be unknown, and then it is no number.
+        # The free memory may be unknown, and then it is NaN.
         if not needed >= free:
             return ""
         return f"does not fit: {needed / GIB:.1f} GiB of weights, {free / GIB:.1f} GiB are free"
 
     @contextlib.contextmanager
     def model(self) -> Iterator[tuple[Model, Ceilings]]:
-        """The handle of a model with random weights, as ``moekit.load`` would give it, and the ceilings of its devices."""
+        """The handle of a model with random weights, as ``moekit.load`` returns it, and the ceilings of its devices."""
         with ranks.start(self.world_size, self.device) as pool:
             ceilings = measure.slowest(pool.call(measure.ceilings, self.kind))
             pool.call(shapes.build, self.config, self.kind, self.backend)

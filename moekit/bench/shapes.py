@@ -1,6 +1,6 @@
-"""The shapes that are benched, their random weights, and what a pass over them costs at least.
+"""The shapes of the benches, their random weights, and the least cost of a pass.
 
-Nothing is downloaded: a model with random weights takes as long as a trained one, if its numbers stay finite and its
+A download is not needed: a model with random weights takes as long as a trained one, if its numbers stay finite and its
 gates choose many experts. score.py checks both.
 """
 
@@ -57,7 +57,7 @@ SHAPES = {
         experts=16,
     ),
 }
-# Files with experts; one more holds the rest.
+# The number of files with experts; one more file holds the other tensors.
 FILES = {"15b": 64, "52b": 64, "15b-64e": 8, "tiny": 4}
 
 # ------------------------------------------------------------------------------------------------ random weights
@@ -66,11 +66,12 @@ FILES = {"15b": 64, "52b": 64, "15b-64e": 8, "tiny": 4}
 def draw(name: str, parameter: Tensor, config: ModelConfig, generator: torch.Generator) -> None:
     """Fill the parameter called ``name`` with uniform numbers.
 
-    Inputs of variance 1 give outputs of variance 1; what is added to the residual stream is scaled down by the depth
-    (GPT-2's rule). The embeddings outweigh the positions, which all tokens share and which would crowd a few experts.
+    Inputs of variance 1 give outputs of variance 1. Outputs that are added to the residual stream are scaled down by the
+    depth (GPT-2's rule). The embeddings are larger than the positions, which are the same for all tokens and would lead
+    all tokens to a few experts.
     """
     if name == "norm.weight":
-        # With gains of one sign, each token would predict itself.
+        # The signs are random, since with gains of one sign the best next token would be the input token.
         parameter.uniform_(-1, 1, generator=generator).sign_()
         return
     if "norm." in name:
@@ -89,7 +90,7 @@ def draw(name: str, parameter: Tensor, config: ModelConfig, generator: torch.Gen
 
 @torch.no_grad()
 def build(rank: Rank, config: ModelConfig, dtype: torch.dtype, backend: str) -> None:
-    """Put a model with random weights into ``rank.state["model"]``: this rank's experts, and what all ranks share."""
+    """Put a model with random weights into ``rank.state["model"]``: this rank's experts, and the shared parameters."""
     model = loading.empty(rank, config, dtype, backend)
     shared, own = (torch.Generator(rank.device).manual_seed(seed) for seed in (1, 2 + rank.rank))
     for name, parameter in model.named_parameters():
@@ -106,7 +107,7 @@ def write(config: ModelConfig, folder: Path, files: int, device: torch.device, r
     """Write a float16 checkpoint with random weights in the released layout, one file in memory at a time.
 
     Returns:
-        The experts' sums, of the numbers as a model of dtype ``read_as`` will have them.
+        The sums of the experts' numbers after conversion to the dtype ``read_as``.
     """
     generator = torch.Generator(device).manual_seed(1)
     with torch.device("meta"):
@@ -132,32 +133,32 @@ def write(config: ModelConfig, folder: Path, files: int, device: torch.device, r
 
 
 def expert_sums(stack: Tensor) -> list[float]:
-    """[E, ...] -> the sum of each expert's numbers, in whatever order they are added.
+    """[E, ...] -> the sum of each expert's numbers, which does not depend on the order of the additions.
 
-    It is exact, as float64 has room for it: what was a float16 is a multiple of 2**-24, in bfloat16 and float32 too.
+    The sum is exact in float64: every float16 is a multiple of 2**-24, also after conversion to bfloat16 or float32.
     """
     return [expert.sum(dtype=torch.float64).item() for expert in stack]
 
 
-# -------------------------------------------------------------------------------------------- what a pass costs
+# -------------------------------------------------------------------------------------------- the cost of a pass
 
 
 def parameters(config: ModelConfig) -> int:
-    """Parameters of the model: each is read once by a pass whose tokens reach every expert."""
+    """The parameters of the model; a pass whose tokens reach every expert reads each of them once."""
     return transformer.parameters(config)
 
 
 def expert_parameters(config: ModelConfig) -> int:
-    """Parameters of one expert: two matrices and two biases."""
+    """The parameters of one expert: two matrices and two biases."""
     return 2 * config.dim * config.ffn_dim + config.ffn_dim + config.dim
 
 
 def flop_per_token(config: ModelConfig, length: int) -> float:
-    """Floating-point operations a token of a sample of ``length`` tokens that is scored, nothing dropped.
+    """Floating-point operations per token for scoring a sample of ``length`` tokens without dropped tokens.
 
-    Two (a product and a sum) for each parameter that the token meets: projections, feed-forward networks or K experts
-    and their gate, output matrix; and for each of the (length + 1) / 2 positions that it sees on average, 4 ``dim``: a
-    dot product of queries and keys, and a sum of values.
+    Each parameter that processes the token takes two operations (a product and a sum): projections, feed-forward networks
+    or K experts and their gate, and the output matrix. Each of the (length + 1) / 2 positions that the token attends to
+    on average takes 4 ``dim`` operations: a dot product of queries and keys, and a sum of values.
     """
     attention = 4 * config.dim**2 + 2 * config.dim * (length + 1) / 2
     dense = (config.layers - len(config.moe_layers)) * 2 * config.dim * config.ffn_dim

@@ -1,4 +1,4 @@
-"""Where the parts of a file of ``torch.save`` lie: in a zip archive, or one behind the other in files from before torch 1.6."""
+"""The layout of a file of ``torch.save``: a zip archive, or consecutive parts in files from before torch 1.6."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from moekit.checkpoint.contents import short, storage_sizes
 from moekit.checkpoint.pickles import EACH, MOST_BYTES, Name, Pairs, Unreadable, parse
 
-# The records of a zip archive, as in section 4.3 of its specification (PKWARE's APPNOTE.TXT).
+# The records of a zip archive (section 4.3 of PKWARE's APPNOTE.TXT).
 END = struct.Struct("<4s4H2LH")
 END_64_POINTER = struct.Struct("<4sLQL")
 END_64 = struct.Struct("<4sQ2H2L4Q")
@@ -20,18 +20,18 @@ ENTRY = struct.Struct("<4s6H3L5H2L")
 HEADER = struct.Struct("<4s5H3L2H")
 START = b"PK\x03\x04"
 
-# The first pickle of an old file.
+# The value of the first pickle of an old file.
 MAGIC = 0x1950A86A20F9469CFC6C
 
 
 @dataclass(frozen=True)
 class Record:
-    """Bytes that belong together: a member of an archive, or a storage of an old file.
+    """A range of bytes in a file: a member of an archive, or a storage of an old file.
 
     Attributes:
-        start: of the first byte in the file.
-        size: in bytes.
-        checksum: CRC32 of the bytes; None where the file tells none.
+        start: the offset of the first byte in the file.
+        size: the size in bytes.
+        checksum: CRC32 of the bytes; None if the file has no checksum.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Layout:
-    """A file's pickle, the functions and classes that it names, and where the storages lie that it refers to."""
+    """The pickle of a file, the functions and classes that it names, and the records of the storages in the file."""
 
     content: Any
     names: set[Name]
@@ -58,7 +58,7 @@ def layout(memory: np.ndarray, each: int = EACH) -> Layout:
         each: see :func:`moekit.checkpoint.pickles.parse`.
 
     Raises:
-        Unreadable: it is not a file of ``torch.save``, or damaged.
+        Unreadable: the file is not from ``torch.save``, or it is damaged.
     """
     if memory[:4].tobytes() == START:
         return _of_archive(memory, each)
@@ -94,7 +94,7 @@ def _content(memory: np.ndarray, record: Record) -> memoryview:
 
 
 def _members(memory: np.ndarray) -> dict[str, Record]:
-    """All members of a zip archive whose members are stored as they are."""
+    """All members of a zip archive whose members are stored without compression."""
     entries, at, end = _directory(memory)
     records: dict[str, Record] = {}
     for _ in range(entries):
@@ -114,15 +114,15 @@ def _members(memory: np.ndarray) -> dict[str, Record]:
             raise Unreadable(
                 f"is a zip archive whose {short(name)} is compressed; torch.save never does that"
             )
-        # The header in front of a member repeats all this; only its own length is news. Its name tells whether the
-        # directory means this member.
+        # The header before a member repeats these fields; it is read for its length. Its name shows whether the entry of
+        # the directory belongs to this member.
         fields = _unpack(HEADER, memory, header, START)
         start = header + HEADER.size + fields[9] + fields[10]
         if memory[header + HEADER.size : header + HEADER.size + fields[9]].tobytes() != spelled:
             raise Unreadable(f"is damaged: its {short(name)} lies where another member should")
         if start + size > len(memory):
             raise Unreadable(f"is damaged or cut short: its {short(name)} ends behind the end of the file")
-        # Where checksums were switched off, torch writes 0.
+        # torch writes 0 if checksums are switched off.
         records[name] = Record(name, start, size, checksum if checksum or not size else None)
     return records
 
@@ -148,7 +148,7 @@ def _directory(memory: np.ndarray) -> tuple[int, int, int]:
 
 
 def _of_64_bits(extra: bytes, *values: int) -> tuple[int, ...]:
-    """``values``, those of them that do not fit into 32 bits taken from the extra field with number 1."""
+    """``values``, in which values that do not fit into 32 bits are replaced from the extra field with number 1."""
     if 0xFFFFFFFF not in values:
         return values
     at = 0
@@ -172,9 +172,10 @@ def _unpack(form: struct.Struct, memory: np.ndarray, at: int, signature: bytes) 
 
 
 def _of_old_file(memory: np.ndarray, each: int) -> Layout:
-    """Three pickles (a number, the version, the machine), the content, the storages' names, then the storages.
+    """The layout of an old file.
 
-    In front of each storage stands how many numbers it has, in eight bytes.
+    It holds three pickles (a number, the version, the machine), the content, the names of the storages, and the storages.
+    Before each storage, eight bytes hold its length in numbers.
     """
     data = memory[:MOST_BYTES].data
     magic = parse(data)

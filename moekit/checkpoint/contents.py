@@ -1,4 +1,4 @@
-"""What may stand in a checkpoint's pickle, and what it means: storages, plain data, and names that are refused."""
+"""The accepted contents of a checkpoint's pickle, and their meaning: storages, plain data, and refused names."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _cut.maxlevel, _cut.maxstring, _cut.maxother, _cut.maxlong = 2, 60, 60, 40
 
 
 def short(value: Any) -> str:
-    """``value`` for a message, in at most 80 characters."""
+    """``value`` as text for a message, in at most 80 characters."""
     if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 128:
         # Python refuses to print a number of more than 4,300 digits.
         return f"a whole number of {value.bit_length():,} bits"
@@ -37,7 +37,7 @@ def short(value: Any) -> str:
 
 
 def clip(text: str) -> str:
-    """A name for a message: as it is, unless it is long or cannot be printed."""
+    """A name as text for a message: unchanged, unless it is long or not printable."""
     return text if text.isprintable() and len(text) <= 150 else short(text)
 
 
@@ -76,21 +76,21 @@ def _one_value(arguments: tuple) -> bool:
     return len(arguments) == 1 and isinstance(arguments[0], (str, int, float))
 
 
-# What may be called, and with which arguments. Nothing is called in fact: what is none of these is refused, so that
-# a file that was made to do harm is not taken for an honest one.
+# The accepted calls and their arguments. The reader calls none of them. It refuses a file with any other call, because
+# such a file may be malicious.
 CALLS: dict[str, Callable[[tuple], bool]] = {
     r"collections\.(OrderedDict|defaultdict|deque|Counter)": _any,
     r"argparse\.Namespace": _any,
     r"(builtins|__builtin__)\.(set|frozenset|dict|list|tuple)": _members,
     r"(builtins|__builtin__)\.(slice|complex|range)": _any,
-    # Protocol 2 has no bytes: it writes them as text and its codec.
+    # Protocol 2 has no bytes: it writes them as text and the name of a codec.
     r"(builtins|__builtin__)\.(bytes|bytearray)": lambda a: not a or (len(a) == 2 and a[1] in OLD_CODECS),
     r"_codecs\.encode": lambda a: len(a) == 2 and isinstance(a[0], str) and a[1] in OLD_CODECS,
     r"datetime\.(datetime|date|time|timedelta|timezone)": _any,
     r"pathlib(\._local)?\.(Pure)?(Posix|Windows)?Path": lambda a: all(isinstance(part, str) for part in a),
     r"omegaconf\.(dictconfig\.DictConfig|listconfig\.ListConfig|nodes\.\w+Node)": _any,
     r"omegaconf\.base\.(Container)?Metadata": _any,
-    # Enumerations: fairseq's options have some.
+    # fairseq's options contain enumerations.
     r"fairseq\.dataclass\.\w+\.\w+": _one_value,
     r"numpy\.(ndarray|dtype|dtypes\.\w+)": _any,
     r"numpy\.(_core|core)\.(multiarray\.(scalar|_reconstruct)|numeric\._frombuffer)": _any,
@@ -98,7 +98,7 @@ CALLS: dict[str, Callable[[tuple], bool]] = {
     r"torch\._utils\._rebuild_(qtensor|sparse_tensor|meta_tensor_no_storage|nested_tensor)": _any,
     r"torch\.(device|Size)": _any,
 }
-# What may also be named, as a default factory or the type of an option.
+# Names that are accepted without a call, such as a default factory or the type of an option.
 VALUES = (
     r"typing\.\w+|torch(\.cuda|\.storage)?\.\w+Storage|torch\.(Tensor|nn\.parameter\.Parameter)"
     r"|(builtins|__builtin__)\.(int|long|float|str|unicode|bool|object|type|NoneType)|numpy\.(bool_?|u?int\d*|float\d*|complex\d*)"
@@ -110,7 +110,7 @@ _rebuilders = ("copyreg._reconstructor", "copy_reg._reconstructor")
 
 
 def _known(name: str) -> Any:
-    """What ``name`` is in a module that this process has imported already; None if it has not."""
+    """The object called ``name`` in a module that this process has imported; None without such a module."""
     module, _, attribute = name.rpartition(".")
     return getattr(sys.modules.get(module), "__dict__", {}).get(attribute)
 
@@ -120,7 +120,7 @@ def _is_enumeration(name: str) -> bool:
 
 
 def is_known(name: str) -> bool:
-    """Whether a class or function of this name may stand in a checkpoint."""
+    """Whether a class or function of this name is accepted in a checkpoint."""
     return (
         bool(_values.fullmatch(name))
         or name in _rebuilders
@@ -129,10 +129,10 @@ def is_known(name: str) -> bool:
 
 
 def refused(node: Any) -> str | None:
-    """Why a single node is refused, if it is: ``asks to load the class or function ...``.
+    """The reason to refuse a node, such as ``asks to load the class or function ...``; None if it is accepted.
 
     Raises:
-        Unreadable: it refers to something outside that is no storage.
+        Unreadable: the node refers to an object outside the pickle that is not a storage.
     """
     if isinstance(node, Name) and not is_known(node):
         return f"asks to load the class or function {clip(str(node))}"
@@ -153,14 +153,14 @@ def refused(node: Any) -> str | None:
 
 
 def called(call: Call) -> tuple[Any, Any]:
-    """(function, arguments); for a class that an old protocol rebuilds, the class and none."""
+    """(function, arguments); for a class that an old protocol rebuilds, the class without arguments."""
     if call.function in _rebuilders and isinstance(call.arguments, tuple) and len(call.arguments) == 3:
         return call.arguments[0], ()
     return call.function, call.arguments
 
 
 def walk(root: Any) -> Iterator[tuple[Any, Callable[[], str]]]:
-    """Each node once, and a function that tells its place, as in ``extra_state.best[0]``."""
+    """Each node once, and a function that gives its path, such as ``extra_state.best[0]``."""
     seen: set[int] = set()
     waiting: list[tuple[Any, tuple]] = [(root, ())]
     while waiting:
@@ -176,7 +176,7 @@ def walk(root: Any) -> Iterator[tuple[Any, Callable[[], str]]]:
 
 
 def _parts(node: Any) -> list[tuple[Any, Any]]:
-    """(its step, a part) of each part of a node, the last one first."""
+    """(step of the path, part) for each part of a node, the last one first."""
     if isinstance(node, Call):
         parts = [(None, node.function), (None, node.arguments), (None, node.state)]
         parts += [(item[0], item[1]) if _is_pair(item) else (None, item) for item in node.items]
@@ -209,7 +209,7 @@ def _spelled(place: tuple) -> str:
 
 
 class Opaque:
-    """A value that is neither weights nor plain data, and so was not built."""
+    """A value that is neither a tensor nor plain data, and that is therefore not built."""
 
     def __init__(self, name: str):
         self.name = name
@@ -219,7 +219,7 @@ class Opaque:
 
 
 def pairs(node: Any) -> list[tuple[Any, Any]] | None:
-    """The (key, value) pairs of a dictionary, ordered or not; None if ``node`` is none."""
+    """The (key, value) pairs of a dictionary, ordered or not; None if ``node`` is not a dictionary."""
     if isinstance(node, Pairs):
         return node
     if isinstance(node, Call) and str(called(node)[0]).startswith("collections."):
@@ -234,11 +234,11 @@ def plain(node: Any, tensor: Callable[[Call], Any] = lambda call: None, most: in
     """A node as plain data: dicts, lists, numbers, text; configs of omegaconf and argparse as dicts; else ``Opaque``.
 
     Args:
-        tensor: makes one of a call that is one, else None.
-        most: values.
+        tensor: converts a call that makes a tensor; returns None for any other call.
+        most: the most values.
 
     Raises:
-        Unreadable: it is nested too deeply, or has too many values.
+        Unreadable: the node is nested too deeply, or has too many values.
     """
     return _Plain(tensor, most).of(node, 0)
 
@@ -306,7 +306,7 @@ def dict_of_text(node: Any) -> dict[str, Any]:
 
 
 def _number(kind: Any, content: Any) -> Any:
-    """A NumPy scalar of a plain type as Python's number."""
+    """A NumPy scalar of a plain type as a Python number."""
     if isinstance(content, Call) and str(content.function) == "_codecs.encode":
         content = content.arguments[0].encode("latin-1", "replace")
     code = kind.arguments[0] if isinstance(kind, Call) and kind.arguments else None
@@ -328,7 +328,7 @@ def _number(kind: Any, content: Any) -> Any:
 
 
 class Stored:
-    """A storage that a pickle refers to: its name in the file, the type and the number of its numbers."""
+    """A storage that a pickle refers to: its name in the file, its dtype, and its length in numbers."""
 
     __slots__ = ("count", "dtype", "name")
 
@@ -350,10 +350,10 @@ class Stored:
 
 
 def layout_of(call: Call) -> tuple[Stored, int, tuple[int, ...], tuple[int, ...], torch.dtype] | None:
-    """(storage, offset, shape, strides, dtype) of a tensor that torch would rebuild; None if it is nothing of the kind.
+    """(storage, offset, shape, strides, dtype) of a tensor that torch would rebuild; None for any other call.
 
     Raises:
-        Unreadable: it reaches beyond its storage.
+        Unreadable: the tensor reaches beyond its storage.
     """
     name, arguments = called(call)
     kind = str(name).rpartition("_rebuild_")[2]
@@ -388,6 +388,6 @@ def layout_of(call: Call) -> tuple[Stored, int, tuple[int, ...], tuple[int, ...]
 
 
 def storage_sizes(root: Any) -> dict[str, int]:
-    """Bytes a number of each storage that is referred to below ``root``."""
+    """The bytes per number of each storage that ``root`` refers to."""
     found = (Stored(node) for node, _ in walk(root) if isinstance(node, Reference))
     return {stored.name: stored.dtype.itemsize for stored in found}

@@ -1,13 +1,13 @@
-"""Tensors from memory-mapped files to where they belong, by several threads, each byte touched once by a core.
+"""Copies of tensors from memory-mapped files to their parameters, by several threads; a core reads each byte once.
 
-On the CPU a thread copies straight into the parameter. For a GPU it fills pinned buffers, from which the GPU fetches
-them while the thread fills the next: so the files' pages, the cores and the bus work at the same time.
+On the CPU, a thread copies straight into the parameter. For a GPU, a thread fills pinned buffers, and the GPU fetches a
+buffer while the thread fills the next one. So page reads, copies and transfers happen at the same time.
 
-What it costs: reading a mapped page that is in the page cache is a copy at the speed of memory (8 GB/s a core, 27 GB/s
-with eight on the machine of an H200; asking the kernel for the pages in advance, ``MADV_POPULATE_READ``, or ``pread`` are
-no faster). Python is the cost: the 15B has 12,500 tensors, half of them a few kilobytes, and each call of torch
-releases Python's lock and has to wait for it again. So one thread does what has to be done for each tensor, and
-the others copy loads of 16 MiB, which go to the GPU as a whole, where one call deals out the tensors in them.
+Reading a mapped page in the page cache is as fast as a copy in memory: 8 GB/s per core, and 27 GB/s with eight cores on
+the machine of an H200. Reading the pages in advance with ``MADV_POPULATE_READ``, or with ``pread``, is no faster. Most
+of the cost is Python: the 15B has 12,500 tensors, half of them with a few kilobytes, and each call of torch releases
+Python's lock and waits for it again. So one thread does the work per tensor. The other threads copy loads of 16 MiB. A
+load goes to the GPU as a whole, where one call copies its tensors to their places.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# More threads do not make the bus faster.
+# The most threads; more do not increase the transfer rate.
 THREADS = 5
 # Buffers of each thread, and the bytes of each buffer.
 BUFFERS, LOAD_BYTES = 2, 16 << 20
-# Bytes to which a tensor is aligned in a buffer, as the GPU prefers it.
+# The alignment, in bytes, of a tensor in a buffer, at which GPU copies are fast.
 ALIGNMENT = 256
 
 
 @dataclass(frozen=True)
 class Piece:
-    """``source``, on the CPU, is to be copied to ``target`` of the same shape, which is contiguous; types may differ.
+    """A copy of ``source``, on the CPU, to ``target``, which is contiguous and has the same shape; dtypes may differ.
 
-    The thread that copies it calls ``check`` before, which may raise.
+    The thread that copies the piece first calls ``check``, which may raise an error.
     """
 
     # The tensor's name in errors.
@@ -52,17 +52,17 @@ def copy(
     threads: int,
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Copy all pieces; what is copied is there when this returns.
+    """Copy all pieces, and return when all copies are complete.
 
     Args:
-        pieces: made one after the other in this thread, while others copy.
-        device: of all targets.
-        threads: at most this many, and at most ``THREADS``.
+        pieces: an iterable that this thread reads while other threads copy.
+        device: the device of all targets.
+        threads: the most threads; ``THREADS`` is a limit, too.
         progress: called in this thread with the bytes copied since the last call.
 
     Raises:
-        Whatever ``pieces`` or a check raises; RuntimeError with the piece's name if the shapes differ, or with that of
-        the first of a load that cannot be copied.
+        Any error of ``pieces`` or of a check. RuntimeError if the shapes differ, with the name of the piece, or if a load
+        cannot be copied, with the name of its first piece.
     """
     carrier = Straight() if device.type == "cpu" else OntoGpu(device)
     threads = max(1, min(threads, THREADS))
@@ -84,17 +84,17 @@ def copy(
                 while waiting:
                     finish_one()
             finally:
-                # After an error or an interrupt, loads that no thread has begun are dropped.
+                # After an error or an interrupt, loads that have not started are dropped.
                 for future in waiting:
                     future.cancel()
     finally:
         carrier.finish()
-        # A thread of torch's takes over the number that was set last, in whichever thread.
+        # New threads of torch take the number that was set last in any thread.
         torch.set_num_threads(threads_of_torch)
 
 
 def _carry(carrier: Straight | OntoGpu, load: Load) -> int:
-    """Check and copy one load; returns its bytes."""
+    """Check and copy one load; returns the number of its bytes."""
     for check in load.checks:
         check()
     try:
@@ -106,12 +106,12 @@ def _carry(carrier: Straight | OntoGpu, load: Load) -> int:
 
 
 class Load:
-    """What is copied together: tensors, or what shares a buffer.
+    """Pieces that are copied together.
 
     Attributes:
-        name: of the first piece.
-        bytes: of the sources.
-        checks: to be made before anything is copied.
+        name: the name of the first piece.
+        bytes: the total size of the sources.
+        checks: the checks to run before the copy.
     """
 
     def __init__(self, name: str):
@@ -130,13 +130,13 @@ class Tensors(Load):
 
 
 class Shared(Load):
-    """What shares a buffer.
+    """A load in one buffer.
 
     Attributes:
-        dtype: of all its numbers.
-        used: numbers that the buffer holds, gaps included.
-        sources: (first number's place in the buffer, the bytes that go there).
-        parts: (first number's place in the buffer, where they belong: [n], of whatever type).
+        dtype: the dtype of all numbers in the buffer.
+        used: the count of numbers in the buffer, including gaps.
+        sources: (index of the first number in the buffer, the bytes to copy there).
+        parts: (index of the first number in the buffer, the target [n] of any dtype).
     """
 
     def __init__(self, name: str, dtype: torch.dtype):
@@ -147,7 +147,7 @@ class Shared(Load):
 
 
 class Straight:
-    """To the CPU: each tensor to its place."""
+    """Copies on the CPU: each tensor goes straight to its target."""
 
     @staticmethod
     def loads(pieces: Iterable[Piece]) -> Iterator[Tensors]:
@@ -171,16 +171,16 @@ class Straight:
 
     @staticmethod
     def finish() -> None:
-        """Nothing is left to wait for."""
+        """Do nothing, since the copies are already complete."""
 
 
 class OntoGpu:
-    """To a GPU, on a stream of its own for each thread."""
+    """Copies to a GPU, with a separate stream for each thread."""
 
     def __init__(self, device: torch.device):
         self.device, self.caller = device, torch.cuda.current_stream(device)
         self.mine = threading.local()
-        # Of all threads, since the GPU may still read a buffer when its thread has ended.
+        # The streams of all threads: the GPU may still read a buffer after its thread has ended.
         self.streams: list[torch.cuda.Stream] = []
         self.buffers: list[Pinned] = []
 
@@ -193,7 +193,7 @@ class OntoGpu:
         if not hasattr(mine, "stream"):
             mine.stream = torch.cuda.Stream(self.device)
             self.streams.append(mine.stream)
-            # The targets' memory may still be in use there.
+            # The memory of the targets may still be in use on the caller's stream.
             mine.stream.wait_stream(self.caller)
         with torch.cuda.device(self.device), torch.cuda.stream(mine.stream):
             if not hasattr(mine, "ring"):
@@ -203,7 +203,7 @@ class OntoGpu:
             staged(load, next(mine.ring))
 
     def finish(self) -> None:
-        """Wait until all loads have arrived; nothing is under way to a target that may be gone soon."""
+        """Wait until all loads have arrived, so that the targets can be freed safely afterwards."""
         for stream in self.streams:
             stream.synchronize()
 
@@ -215,7 +215,7 @@ def check(piece: Piece) -> None:
 
 
 def packed(pieces: Iterable[Piece], size: int) -> Iterator[Shared]:
-    """Loads of up to ``size`` bytes, several pieces in one, a large piece in several."""
+    """Loads of up to ``size`` bytes; a load may hold several pieces, and a large piece takes several loads."""
     load: Shared | None = None
     for piece in pieces:
         check(piece)
@@ -244,25 +244,25 @@ def packed(pieces: Iterable[Piece], size: int) -> Iterator[Shared]:
 
 
 class Buffer(Protocol):
-    """Memory on its way to a device."""
+    """A staging buffer for copies to a device; ``room`` is [bytes] uint8."""
 
-    room: np.ndarray  # [bytes] uint8
+    room: np.ndarray
 
     def send(self, load: Shared) -> None:
-        """Have what ``load`` put into ``room`` fetched, and dealt out to where it belongs."""
+        """Start the transfer of the data of ``load`` in ``room``, and the copies to its targets."""
 
     def wait(self) -> None:
-        """Until what was sent before, if anything, has been fetched."""
+        """Wait until the previous transfer, if any, is complete."""
 
 
 class Pinned:
-    """A :class:`Buffer` that the GPU reads by itself, in the order of the current stream."""
+    """A :class:`Buffer` in pinned memory, which the GPU reads in the order of the current stream."""
 
     def __init__(self, size: int, device: torch.device):
         self.memory = torch.empty(size, dtype=torch.uint8, pin_memory=True)
         self.room = self.memory.numpy()
         self.landed = torch.empty(size, dtype=torch.uint8, device=device)
-        # A waiting thread leaves its core to others.
+        # With a blocking event, a waiting thread does not occupy a core.
         self.fetched = torch.cuda.Event(blocking=True)
 
     def send(self, load: Shared) -> None:
@@ -279,13 +279,13 @@ def staged(load: Shared, buffer: Buffer) -> None:
     buffer.wait()
     each = load.dtype.itemsize
     for start, source in load.sources:
-        # numpy's copy is a memcpy without Python's lock; torch's would bring threads of its own.
+        # The copy of NumPy is a memcpy without Python's lock; a copy by torch would start further threads.
         np.copyto(buffer.room[start * each : start * each + len(source)], source)
     buffer.send(load)
 
 
 def dealt(memory: Tensor, load: Shared) -> list[Tensor]:
-    """The numbers of each part of ``load`` in a buffer's memory [bytes] uint8: one call cuts out all, gaps too."""
+    """The numbers of each part of ``load`` in a buffer's memory [bytes] uint8; one call splits off all parts and gaps."""
     sizes, end = [], 0
     for start, target in load.parts:
         sizes += [start - end, len(target)]

@@ -1,11 +1,11 @@
-"""What a pickle says, read without running it: nothing is imported, called or built.
+"""A reader of pickles that does not execute them: it imports, calls and builds nothing.
 
 A pickle is a program for a small stack machine. :func:`parse` is that machine, but an instruction that would call a
-function only notes the call: a :class:`Call` with the function's name and its arguments. The reader of the result
-decides what a call means. So a pickle cannot execute anything here, and its cost is bounded by its length: the machine
-counts instructions and what they make.
+function only records the call: a :class:`Call` with the function's name and its arguments. The code that reads the result
+interprets the calls. So a pickle cannot execute anything here. The length of a pickle bounds its cost: the machine counts
+the instructions and the objects that they make.
 
-Dictionaries become :class:`Pairs`, since a key may be anything and to hash it may take for ever.
+Dictionaries become :class:`Pairs`, since a key may be any object, and hashing it may never end.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ import struct
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-MOST_BYTES = 64 << 20  # of a pickle: a file of 25,000 tensors has 5 MB
-# A pickle of n bytes may have FEW + n / EACH instructions, and make half as many things.
+# The most bytes of a pickle; the pickle of a file with 25,000 tensors has 5 MB.
+MOST_BYTES = 64 << 20
+# A pickle of n bytes may have FEW + n / EACH instructions, and make half as many objects.
 FEW, EACH = 350_000, 40
 
 
 class Unreadable(Exception):
-    """What is wrong with a file, as the end of a sentence that begins with its name."""
+    """A file is damaged or refused; the message is the end of a sentence that begins with the file's name."""
 
 
 class Name(str):
@@ -54,29 +55,31 @@ class Call:
 
 
 class Reference(NamedTuple):
-    """What lies outside the pickle, and the tuple that names it."""
+    """A reference to an object outside the pickle; ``name`` is the tuple that names it."""
 
     name: Any
 
 
 class Parsed(NamedTuple):
     value: Any
-    end: int  # the first byte behind the pickle
-    names: set[Name]  # all that stand in it, also those that are thrown away again
+    # The first byte after the pickle.
+    end: int
+    # All names in the pickle, including those that later instructions discard.
+    names: set[Name]
 
 
 def parse(data: bytes | memoryview, start: int = 0, each: int = EACH) -> Parsed:
     """Read the pickle of protocol 2 to 5 that begins at ``start``.
 
     Args:
-        each: bytes that an instruction takes at least, but for the first 350,000; 1 for a file of many small numbers.
+        each: the fewest bytes per instruction after the first 350,000 instructions; 1 for a file of many small numbers.
 
     Raises:
-        Unreadable: the pickle is damaged, too long or too large, or of another protocol.
+        Unreadable: the pickle is damaged, too long or too large, or has another protocol.
     """
     machine = _Machine(data, start, each)
     collects = gc.isenabled()
-    # The garbage collector would scan these objects again and again, and all of them are kept.
+    # The garbage collector would scan these objects repeatedly, although all of them are kept.
     gc.disable()
     try:
         return Parsed(machine.run(), machine.at, machine.names)
@@ -135,7 +138,7 @@ class _Machine:
         return decoded(text)
 
     def marked(self) -> list[Any]:
-        """What lies above the last mark; taken off the stack."""
+        """The objects above the last mark, which are removed from the stack."""
         start = self.marks.pop()
         items = self.stack[start:]
         if len(self.stack) < start:
@@ -144,7 +147,7 @@ class _Machine:
         return items
 
     def top(self, kinds: tuple[type, ...]) -> Any:
-        """The thing on top, which has to be one of ``kinds`` or the result of a call."""
+        """The object on top of the stack, which has to be one of ``kinds`` or the result of a call."""
         found = self.stack[-1]
         if not isinstance(found, (*kinds, Call)):
             raise IndexError
@@ -250,7 +253,7 @@ def _push(make: Callable[[_Machine], Any]) -> Callable[[_Machine], None]:
 
 
 def _pickled_text(text: bytes) -> str:
-    """Text of Python 2, in whatever encoding."""
+    """Text from Python 2, which is UTF-8 or else read as Latin-1."""
     try:
         return text.decode("utf-8")
     except UnicodeDecodeError:
@@ -263,8 +266,10 @@ STOP = ord(".")
 
 ACTIONS: list[Callable[[_Machine], None] | None] = [None] * 256
 for _code, _action in {
-    b"\x80": lambda m: m.number(U8),  # the protocol
-    b"\x95": lambda m: m.number(U64),  # a frame
+    # The number of the protocol.
+    b"\x80": lambda m: m.number(U8),
+    # The length of a frame.
+    b"\x95": lambda m: m.number(U64),
     b"N": _push(lambda m: None),
     b"\x88": _push(lambda m: True),
     b"\x89": _push(lambda m: False),
@@ -280,7 +285,8 @@ for _code, _action in {
     b"B": _push(lambda m: m.counted(U32)),
     b"C": _push(lambda m: m.counted(U8)),
     b"\x8e": _push(lambda m: m.counted(U64)),
-    b"\x96": _push(lambda m: m.counted(U64)),  # a bytearray
+    # A bytearray.
+    b"\x96": _push(lambda m: m.counted(U64)),
     b"T": _push(lambda m: _pickled_text(m.counted(I32))),
     b"U": _push(lambda m: _pickled_text(m.counted(U8))),
     b"]": _push(lambda m: []),
@@ -290,7 +296,8 @@ for _code, _action in {
     b"t": _push(lambda m: tuple(m.marked())),
     b"l": _push(lambda m: m.marked()),
     b"d": _push(lambda m: _pairs(m.marked())),
-    b"\x91": _push(lambda m: Group(m.marked())),  # a frozenset
+    # A frozenset.
+    b"\x91": _push(lambda m: Group(m.marked())),
     b"\x85": _push(lambda m: _take(m, 1)),
     b"\x86": _push(lambda m: _take(m, 2)),
     b"\x87": _push(lambda m: _take(m, 3)),
@@ -306,13 +313,15 @@ for _code, _action in {
     b"j": lambda m: _get(m, m.number(U32)),
     b"a": _append,
     b"e": _appends,
-    b"\x90": _appends,  # of a set
+    # The members of a set.
+    b"\x90": _appends,
     b"s": _set_item,
     b"u": _set_items,
     b"c": _global,
     b"\x93": _stack_global,
     b"R": _call,
-    b"\x81": _call,  # a new object of a class
+    # A new object of a class.
+    b"\x81": _call,
     b"\x92": _call_with_names,
     b"b": _build,
 }.items():

@@ -1,9 +1,9 @@
-"""Data: from text, and from the web, to what a model reads.
+"""Data: from text and downloads to the input of a model.
 
-    codec = Codec.load("demo")          # text to ids and back
+    codec = Codec.load("demo")
     prepared = prepare(settings(source="my/texts", bpe="demo"))
 
-Pictures of what was prepared are in :mod:`moekit.notebook.data_plots`, which needs matplotlib.
+The plots of prepared data are in :mod:`moekit.notebook.data_plots`, which needs matplotlib.
 """
 
 from moekit.data.binarise import Binarised, Summary, binarise

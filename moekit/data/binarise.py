@@ -1,4 +1,4 @@
-"""Lines of symbols to fairseq's binarised data: the same ``.bin`` and ``.idx`` as ``fairseq-preprocess``.
+"""Binarising: lines of symbols become fairseq's binarised data, the same ``.bin`` and ``.idx`` as ``fairseq-preprocess``.
 
 ``.bin`` holds the ids of all lines one after the other, each ended by ``</s>``. ``.idx`` holds a header, every line's
 length (int32) and every line's offset in ``.bin`` (int64, bytes). All numbers are little-endian.
@@ -30,7 +30,7 @@ _MISSING = -1
 
 @dataclass(frozen=True)
 class Summary:
-    """What was binarised. ``tokens`` counts each line's ``</s>``; ``unknown`` tokens are not in the dictionary."""
+    """Counts of binarised data. ``tokens`` includes each line's ``</s>``; ``unknown`` tokens are not in the dictionary."""
 
     lines: int
     tokens: int
@@ -83,13 +83,13 @@ def binarise(source: str | Path, prefix: str | Path, dict_txt: str | Path, worke
 
 
 def id_type(types: int) -> np.dtype:
-    """The type that fairseq stores the ids of a dictionary of ``types`` types in."""
+    """The dtype in which fairseq stores the ids of a dictionary of ``types`` types."""
     return np.dtype("<u2") if types < 65_500 else np.dtype("<u4")
 
 
 @functools.cache
 def dictionary(dict_txt: str) -> Dictionary:
-    """This process's dictionary from this file."""
+    """The dictionary of this file, which each process reads once."""
     return Dictionary(dict_txt)
 
 
@@ -113,7 +113,7 @@ def _binarise_block(
 
 
 def _finish_index(index: BinaryIO, lines: int, dtype: np.dtype, step: int = 1 << 20) -> None:
-    """Write the header, and behind the lengths the offsets that follow from them."""
+    """Write the header, and after the lengths the offsets that follow from them."""
     index.seek(0)
     code = next(code for code, known in CODES.items() if known == dtype)
     index.write(HEADER.pack(MAGIC, VERSION, code, lines))
@@ -133,11 +133,11 @@ class Binarised:
     """Binarised data on disk, mapped into memory.
 
     Attributes:
-        ids: [tokens], all lines one after the other.
-        sizes: [lines] int32, with each line's ``</s>``.
+        ids: [tokens], the ids of all lines one after the other.
+        sizes: [lines] int32, the length of each line, including ``</s>``.
 
     Raises:
-        ValueError: no such data, or the two files do not fit each other.
+        ValueError: the data is missing, or the two files do not fit each other.
     """
 
     def __init__(self, prefix: str | Path) -> None:

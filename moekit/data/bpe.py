@@ -1,9 +1,9 @@
-"""GPT-2's byte-level byte-pair encoding, with fairseq's result on every text.
+"""GPT-2's byte-level byte-pair encoding, with the same result as fairseq on every text.
 
 A text is first cut into pieces: a word with the space before it, a number, a run of signs, or a run of blanks. Then the
 bytes of each piece are merged pair by pair. The library ``tokenizers`` does the merging. It does not do the cutting,
-because it is slow at that, and because it does not know thousands of newer letters that ``regex``, which fairseq uses,
-does know. So this file cuts a whole text at once, by the tables of ``regex``.
+because its cutting is slow, and because its tables lack thousands of newer letters that are in ``regex``, the library
+that fairseq uses. So this file cuts a whole text at once, with the tables of ``regex``.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from tokenizers.models import BPE
 
 from moekit.data.dictionary import text_of
 
-# An id takes 4 bytes in the library's tables.
+# The limit of an id, which takes 4 bytes in the library's tables.
 MOST_IDS = 1 << 32
-# Symbols that stand for themselves, such as <|endoftext|>, are made by no merge.
+# Special symbols, such as <|endoftext|>, which are not the result of a merge.
 SPECIAL = regex.compile(r"<.*>|\[.*\]")
-# Other symbols that no merge makes.
+# The most other symbols that are neither a byte nor the result of a merge.
 MOST_UNMADE = 8
 
 LETTER, NUMBER, SIGN, BLANK, LINE_END = range(5)
@@ -33,9 +33,9 @@ LETTER, NUMBER, SIGN, BLANK, LINE_END = range(5)
 
 @functools.cache
 def kinds() -> np.ndarray:
-    """[0x110000] uint8: the kind of every code point, as ``regex`` has it."""
+    """[0x110000] uint8: the kind of every code point, according to ``regex``."""
     kind = np.full(0x110000, SIGN, np.uint8)
-    # Above this range there are no letters, numbers or blanks, which a test checks.
+    # Code points above this range are neither letters nor numbers nor blanks; a test checks this.
     text = "".join(map(chr, range(0x40000)))
     for code, pattern in ((LETTER, r"\p{L}+"), (NUMBER, r"\p{N}+"), (BLANK, r"\s+")):
         for run in regex.finditer(pattern, text):
@@ -45,17 +45,17 @@ def kinds() -> np.ndarray:
 
 
 def cut(text: str) -> tuple[bytes, np.ndarray]:
-    """Where the pieces of ``text`` begin.
+    """Find the first byte of each piece of ``text``.
 
     The pieces are those of GPT-2's pattern: ``'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|
     \\s+(?!\\S)|\\s+``. In words: runs of one kind; the last blank of a run belongs to what follows if it is a space,
-    else it is a piece; some endings after an apostrophe are one. A line end is a piece of its own and cuts all others.
+    else it is a piece; some endings after an apostrophe are a piece. A line end is a separate piece and ends any other.
 
     Returns:
         The text in UTF-8, and the offset of each piece's first byte in it, int64.
 
     Raises:
-        UnicodeEncodeError: (a ValueError) it holds half a surrogate pair, which is no text.
+        UnicodeEncodeError: the text holds half a surrogate pair, which has no UTF-8; the error is a ValueError.
     """
     data = text.encode()
     if not data:
@@ -84,7 +84,7 @@ def cut(text: str) -> tuple[bytes, np.ndarray]:
 
 
 def _ending(points: np.ndarray, apostrophes: np.ndarray) -> np.ndarray:
-    """Characters of the English ending that begins at each apostrophe: 2 for 's 't 'm 'd, 3 for 'll 're 've, else 0."""
+    """The length of the English ending that begins at each apostrophe: 2 for 's 't 'm 'd, 3 for 'll 're 've, else 0."""
     padded = np.append(points, [0, 0])
     first, second = padded[apostrophes + 1], padded[apostrophes + 2]
     two = np.isin(first, [ord(letter) for letter in "stmd"])
@@ -93,7 +93,7 @@ def _ending(points: np.ndarray, apostrophes: np.ndarray) -> np.ndarray:
 
 
 def byte_symbols() -> dict[int, str]:
-    """The character that stands for each byte in GPT-2's files: itself if printable, else one from U+0100 on."""
+    """The character for each byte in GPT-2's files: the same if it is printable, else a character from U+0100 on."""
     symbols = {byte: chr(byte) for byte in (*range(33, 127), *range(161, 173), *range(174, 256))}
     hidden = (byte for byte in range(256) if byte not in symbols)
     return symbols | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
@@ -103,7 +103,7 @@ class BytePairs:
     """The encoding that ``encoder.json`` (symbol to id) and ``vocab.bpe`` (merges, the first one first) describe.
 
     Raises:
-        ValueError: one of the files is not what its name says, or does not fit the other.
+        ValueError: one of the files has not the format that its name says, or the two files do not fit each other.
     """
 
     def __init__(self, encoder_json: str | Path, vocab_bpe: str | Path) -> None:
@@ -124,14 +124,14 @@ class BytePairs:
         return [token.id for token in self._model.tokenize(piece.decode("latin-1").translate(self._symbols))]
 
     def encode(self, text: str) -> list[int]:
-        """GPT-2's ids of ``text``, exactly as it is."""
+        """GPT-2's ids of ``text``, which is not changed before encoding."""
         data, starts = cut(text)
         spans = itertools.pairwise([*starts.tolist(), len(data)])
         return [number for start, end in spans for number in self.merge(data[start:end])]
 
 
 def read_vocabulary(path: Path) -> dict[str, int]:
-    """``encoder.json``: a JSON object from symbols to ids."""
+    """Read ``encoder.json``, a JSON object from symbols to ids."""
     text = text_of(path, "an encoder.json")
     try:
         vocabulary = json.loads(text)
@@ -155,7 +155,7 @@ def read_vocabulary(path: Path) -> dict[str, int]:
 
 
 def read_merges(path: Path) -> list[tuple[str, str]]:
-    """``vocab.bpe``: a version line, then a merge a line. As in fairseq, a last line without an end is not read."""
+    """Read ``vocab.bpe``: a version line, then one merge per line. As in fairseq, a last line without an end is ignored."""
     lines = text_of(path, "a vocab.bpe").split("\n")[1:-1]
     merges = [tuple(line.split()) for line in lines]
     for number, merge in enumerate(merges, start=2):
@@ -176,8 +176,8 @@ def _check(vocabulary: dict[str, int], merges: list[tuple[str, str]], encoder: P
             raise ValueError(
                 f"{vocab}, line {line} makes {repr(left + right)}, which {encoder} does not have"
             )
-        # Merging one pair after the other (tokenizers) and all equal pairs at once (fairseq) agree only if no merge
-        # can be followed by an earlier one.
+        # tokenizers merges one pair after the other, and fairseq merges all equal pairs at once. The results are the same
+        # only if no merge makes an earlier merge possible.
         if max(last_made.get(left, 0), last_made.get(right, 0)) > line:
             raise ValueError(
                 f"{vocab}, line {line} merges {repr(left)} and {repr(right)} before a later line makes one of them"

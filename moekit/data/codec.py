@@ -1,4 +1,4 @@
-"""Text to a model's ids and back."""
+"""Conversion between text and the ids of a model."""
 
 from __future__ import annotations
 
@@ -14,25 +14,28 @@ FILES = ("encoder.json", "vocab.bpe", "dict.txt")
 
 
 class Codec:
-    """What stands between text and a fairseq language model: GPT-2's byte-level BPE, then fairseq's dictionary.
+    """The codec of a fairseq language model: GPT-2's byte-level BPE, then fairseq's dictionary.
 
-    The encoder never sees a line end: fairseq's tools encode line by line and end each line with ``</s>``. So does
-    this class, and turns ``</s>`` back into a line end.
+    fairseq's tools encode text line by line and end each line with ``</s>``. This class does the same, and it decodes
+    ``</s>`` to a line end.
 
         codec = Codec.load("demo")
-        ids = codec.encode("Two lines.\\nHere.")     # no </s> at the end: the text ends in no line end
-        codec.decode(ids)                            # the text again
-        codec.pieces(ids)                            # ["Two", " lines", ".", "</s>", "Here", "."]
+        ids = codec.encode("Two lines.\\nHere.")
+        codec.decode(ids)
+        codec.pieces(ids)
+
+    Here the ids have no ``</s>`` at the end, because the text does not end with a line end. ``decode`` gives the same text,
+    and ``pieces`` gives ``["Two", " lines", ".", "</s>", "Here", "."]``.
 
     Args:
         encoder_json, vocab_bpe: GPT-2's files: symbol to id, and merges.
         dict_txt: fairseq's dictionary, whose symbols are GPT-2's ids in decimal.
 
     Attributes:
-        bos, pad, eos, unk: ids of the special symbols, in every fairseq dictionary 0, 1, 2 and 3.
+        bos, pad, eos, unk: ids of the special symbols: 0, 1, 2 and 3 in every fairseq dictionary.
 
     Raises:
-        ValueError: a file is missing or not what its name says.
+        ValueError: a file is missing, or it has not the format that its name says.
     """
 
     bos, pad, eos, unk = BOS, PAD, EOS, UNK
@@ -49,16 +52,16 @@ class Codec:
 
     @classmethod
     def load(cls, folder: str | Path = "demo") -> Codec:
-        """The codec whose three files lie in ``folder``; "demo" is the demo model's."""
+        """The codec of the three files in ``folder``; "demo" is the codec of the demo model."""
         folder = paths.DEMO_BPE if str(folder) == "demo" else arguments.check("bpe", folder, arguments.Path())
         return cls(*(folder / name for name in FILES))
 
     def __len__(self) -> int:
-        """Types of the dictionary, the special ones included: ids are below this."""
+        """The number of types of the dictionary, including the special ones; all ids are below it."""
         return len(self.dictionary)
 
     def encode(self, text: str) -> list[int]:
-        """The dictionary's ids of ``text``, blanks at the ends of lines included; each line end becomes ``</s>``.
+        """The dictionary's ids of ``text``, including blanks at the ends of lines; each line end becomes ``</s>``.
 
         A line ends in ``\\n``, ``\\r\\n`` or ``\\r``. A piece that the dictionary lacks becomes ``<unk>``.
         """
@@ -70,14 +73,14 @@ class Codec:
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ``ids``. ``<s>`` and ``<pad>`` have none; bytes that are no text become U+FFFD."""
+        """The text of ``ids``. ``<s>`` and ``<pad>`` add no text; bytes that are not UTF-8 become U+FFFD."""
         hidden = {BOS: b"", PAD: b"", EOS: b"\n"}
         return b"".join(hidden.get(number, self._text(number)) for number in self._checked(ids)).decode(
             errors="replace"
         )
 
     def pieces(self, ids: Iterable[int]) -> list[str]:
-        """Each id as readable text: its own, or its symbol (``</s>``); bytes of half a character as ``\\xe2``."""
+        """Each id as readable text, or as its symbol (``</s>``); bytes of an incomplete character as ``\\xe2``."""
         return [self._text(number).decode(errors="backslashreplace") for number in self._checked(ids)]
 
     def _text(self, number: int) -> bytes:
@@ -92,10 +95,10 @@ class Codec:
 
 
 class Ids:
-    """Stands where a codec is missing: shows tokens by their ids, and says why there is no text when text comes.
+    """The replacement of a missing codec: it shows tokens as ids, and raises an error for text.
 
     Args:
-        why: the sentence that :meth:`encode` raises.
+        why: the message of the error that :meth:`encode` raises.
     """
 
     bos, pad, eos, unk = BOS, PAD, EOS, UNK
@@ -105,7 +108,7 @@ class Ids:
         self.why = why
 
     def __bool__(self) -> bool:
-        """False: there is no text to read or write."""
+        """False, since it can neither encode nor decode text."""
         return False
 
     def encode(self, text: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""Which text files there are to prepare, and which subset each belongs to."""
+"""The text files to prepare, and the subset of each file."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from moekit import paths
 
 TEXT_SUFFIXES = (".txt", ".text", ".raw", ".md")
 SUBSET = re.compile(r"(?<![a-z])(?:(train|training)|(valid|validation|dev)|(test))(?![a-z])")
-# A file in a folder of prepared data that tells what the data was made of.
+# A file in a folder of prepared data that records the source of the data.
 MARK = "moekit-source.json"
 # Folders of data_dir that hold downloads.
 FETCHED = ("downloads", "gpt2_bpe", "checkpoints")
 SUBSETS = ("train", "valid", "test")
-# SUBSET.domains.txt beside a text names the domain of each of its lines.
+# The file SUBSET.domains.txt beside a text names the domain of each line of the text.
 DOMAINS = ".domains.txt"
 
 # Files by subset.
@@ -27,21 +27,21 @@ def demo() -> Texts:
 
 
 def wikitext(folder: Path) -> Texts:
-    """The files that WikiText-103's archive holds."""
+    """The files in the archive of WikiText-103."""
     return _all_there({subset: [folder / f"wiki.{subset}.raw"] for subset in SUBSETS})
 
 
 def own(source: str, data_dir: Path) -> Texts:
     """Own text: a file, a folder (its text files, at any depth) or a glob, sorted by path.
 
-    A file whose name has the word train, valid (validation, dev) or test in it belongs to that subset, any other to
-    valid, the subset that models are evaluated on.
+    A file whose name has the word train, valid (validation, dev) or test in it belongs to that subset. Any other file
+    belongs to valid, the subset that models are evaluated on.
 
     Args:
-        data_dir: where prepared data goes. What was made there, or in any other such folder, is no text.
+        data_dir: the folder of prepared data. Files that were made there, or in another such folder, are left out.
 
     Raises:
-        ValueError: there is no such text.
+        ValueError: no text is found.
     """
     path = Path(source).expanduser()
     if path.is_dir():
@@ -65,7 +65,7 @@ def own(source: str, data_dir: Path) -> Texts:
 
 
 def name_of(source: str) -> str:
-    """The folder's name for what is made of own text: after the file, or the folder that a glob looks into."""
+    """The name of the folder for data from own text: the name of the file, or of the folder that a glob begins with."""
     path = Path(source).expanduser()
     while glob.has_magic(path.name):
         path = path.parent

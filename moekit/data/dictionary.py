@@ -1,4 +1,4 @@
-"""fairseq's ``dict.txt``: which symbol has which id."""
+"""fairseq's ``dict.txt``: the id of each symbol."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ import itertools
 from pathlib import Path
 
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
-MOST_BYTES = 64 << 20  # a dictionary of GPT-2's 50,257 types has 0.6 MB
+# The most bytes of a dictionary; one with GPT-2's 50,257 types has 0.6 MB.
+MOST_BYTES = 64 << 20
 
 
 class Dictionary:
-    """The symbols of a ``dict.txt``, in fairseq's numbering: the four special ones, then a symbol a line.
+    """The symbols of a ``dict.txt``, in fairseq's numbering: the four special symbols, then one symbol per line.
 
-    Counts may be negative, as fairseq takes them; nothing here depends on them.
+    Counts may be negative, since fairseq accepts them; they have no effect here.
 
     Attributes:
-        path: where the file lies.
+        path: the path of the file.
         symbols: symbol by id.
         index: id by symbol.
 
@@ -60,10 +61,10 @@ class Dictionary:
 
 
 def text_of(path: Path, what: str) -> str:
-    """The text of a small file that ought to be ``what``.
+    """The text of a small file; ``what`` is the expected kind of file, for errors.
 
     Raises:
-        ValueError: it is missing, no regular file, larger than :data:`MOST_BYTES`, or not UTF-8.
+        ValueError: the file is missing, not a regular file, larger than :data:`MOST_BYTES`, or not UTF-8.
     """
     try:
         if not path.exists():
@@ -82,7 +83,7 @@ def text_of(path: Path, what: str) -> str:
 
 
 def _is_count(text: str) -> bool:
-    """Whether fairseq, which calls ``int``, takes ``text`` for a count."""
+    """Whether fairseq, which calls ``int``, accepts ``text`` as a count."""
     try:
         int(text)
     except ValueError:

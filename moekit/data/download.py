@@ -1,7 +1,7 @@
-"""Downloads that end with the right file or with one clear error, however often they are interrupted.
+"""Downloads that end with the right file or with one clear error, after any number of interruptions.
 
-The bytes that have arrived are in ``NAME.part``; ``NAME.part.json`` records which file of which server they belong to. A
-later run, or another process, asks for the rest only, or for all of it if the file on the server has changed. The whole
+``NAME.part`` holds the bytes that have arrived; ``NAME.part.json`` records the server and the file that they come from. A
+later run, or another process, requests only the rest, or the whole file if it has changed on the server. The complete
 file gets its name last; ``NAME.json`` then holds its origin, size and SHA-256.
 """
 
@@ -22,32 +22,32 @@ from pathlib import Path
 from moekit.data import record
 from moekit.data.progress import bar
 
-# One mirror refuses clients that do not look like a browser.
+# One mirror refuses clients that do not identify as a browser.
 AGENT = "Mozilla/5.0 (compatible; moekit)"
 CHUNK = 1 << 20
 
 
 class DownloadError(OSError):
-    """No mirror gave the file; the message says what each of them answered."""
+    """All mirrors failed to deliver the file; the message gives the answer of each mirror."""
 
 
 class NoSpace(OSError):
-    """The disk is too small; the message says by how much."""
+    """The disk has too little free space; the message says how much is missing."""
 
 
 class Refused(OSError):
-    """A mirror does not give the file."""
+    """A mirror refuses to deliver the file."""
 
 
 @dataclass(frozen=True)
 class Patience:
-    """How long a download is tried again.
+    """The limits of the attempts at a download.
 
     Attributes:
-        drops: broken transfers in a row that brought nothing new; each one that did counts anew.
-        refusals: times in a row that no connection comes about, or the server says it has a problem.
+        drops: the most successive broken transfers without new bytes; a transfer with new bytes resets the count.
+        refusals: the most successive attempts without a connection, or with an error of the server.
         stall: seconds without a byte after which a connection counts as broken.
-        pause: seconds before the first new attempt; then twice as long each time, up to ``longest``.
+        pause: seconds before the first new attempt; each later pause is twice as long, up to ``longest``.
     """
 
     drops: int = 25
@@ -59,7 +59,7 @@ class Patience:
 
 @dataclass(frozen=True)
 class Downloaded:
-    """Where a file came from and what it was; its record. ``mtime_ns`` is of the file on this disk."""
+    """The record of a file: its origin and content. ``mtime_ns`` is the time of change of the file on this disk."""
 
     url: str
     size: int
@@ -78,20 +78,20 @@ def download(
     check: Callable[[Path], None] = lambda path: None,
     patience: Patience = Patience(),
 ) -> tuple[Downloaded, bool]:
-    """Get ``path`` from the first of ``urls`` that gives it; nothing to do if it is there and as recorded.
+    """Download ``path`` from the first of ``urls`` that delivers it, unless the file exists and agrees with its record.
 
     Args:
-        sha256: the file's hash where it is known; None: what arrives is trusted, and its hash recorded.
-        spare: bytes of disk space needed besides the file's own.
-        check: raises ValueError if a whole file is not what was asked for (a login page, say).
+        sha256: the expected hash of the file; None accepts any content and records its hash.
+        spare: bytes of disk space that are needed in addition to the file.
+        check: raises ValueError if a complete file is not the expected one (for example a login page).
 
     Returns:
         The file's record, and whether anything was downloaded.
 
     Raises:
-        DownloadError: no mirror gave it, or not with the known hash.
-        NoSpace: there is too little disk space; nothing was asked for, or no more than the length.
-        ValueError: ``path`` is there already, but not as this function left it.
+        DownloadError: all mirrors failed to deliver the file, or to deliver it with the expected hash.
+        NoSpace: the disk has too little free space; at most the length of the file was requested.
+        ValueError: ``path`` exists already, and it is not as this function left it.
     """
     path = Path(path)
     known = verified(path, sha256)
@@ -105,7 +105,7 @@ def download(
     path.parent.mkdir(parents=True, exist_ok=True)
     part = Part(path)
     failures = []
-    # The mirror that a part came from is asked first.
+    # The mirror that the part came from is first.
     for url in sorted(urls, key=lambda url: url != part.url):
         try:
             _fetch(url, part, spare, patience)
@@ -123,9 +123,9 @@ def download(
 
 
 def verified(path: Path, sha256: str | None = None) -> Downloaded | None:
-    """The record of ``path`` if the file is there and still the one that was downloaded; else None.
+    """The record of ``path`` if the file exists and is unchanged since the download; else None.
 
-    Size and time of change are compared; only if the time differs (a copied folder) is the file read and hashed.
+    Size and time of change are compared. The file is read and hashed only if the time differs (as in a copied folder).
     """
     known, status = record.read(_record_of(path)), record.fingerprint(path)
     if known is None or status is None or known["size"] != status["size"]:
@@ -141,7 +141,7 @@ def verified(path: Path, sha256: str | None = None) -> Downloaded | None:
 
 
 def discard(path: Path) -> None:
-    """Forget a downloaded file that turned out to be no good."""
+    """Remove a downloaded file that is damaged or not the expected one, and its record."""
     path.unlink(missing_ok=True)
     _record_of(path).unlink(missing_ok=True)
 
@@ -156,7 +156,7 @@ def sha256_of(path: Path) -> str:
 
 
 def human(size: float) -> str:
-    """Bytes for people: ``27.3 GB``."""
+    """Bytes as readable text: ``27.3 GB``."""
     for unit in ("B", "kB", "MB", "GB"):
         if size < 1000:
             return f"{size:.3g} {unit}"
@@ -169,7 +169,7 @@ def _record_of(path: Path) -> Path:
 
 
 class Part:
-    """The part of a file that has arrived, with the file and the server that it comes from."""
+    """The part of a file that has arrived, with the address and version of the file that it comes from."""
 
     def __init__(self, final: Path) -> None:
         self.final = final
@@ -192,7 +192,7 @@ class Part:
 
     @property
     def validator(self) -> str | None:
-        """What tells the server which version of the file the part is of; a weak tag does not tell that."""
+        """The tag or date that identifies the version of the file to the server; a weak tag does not identify it."""
         tag = self.note.get("etag")
         return tag if tag and not tag.startswith("W/") else self.note.get("last_modified")
 
@@ -208,7 +208,7 @@ class Part:
         self.note = {}
 
     def outgrown(self, reason: str) -> Exception:
-        """Start over, as the file is not longer than the part. If that happens twice, the server's length is wrong."""
+        """Start again, since the file is not longer than the part. If that happens twice, the server's length is wrong."""
         size, total, before = self.size, self.note["total"], self._outgrown
         self._outgrown = True
         self.discard()
@@ -217,7 +217,7 @@ class Part:
         return Broken(reason)
 
     def finish(self, sha256: str) -> Downloaded:
-        """Give the file its name. The record comes first: a file without one would not be trusted."""
+        """Give the file its name. The record is written first, because a file without a record is not accepted."""
         done = Downloaded(
             url=self.note["url"],
             size=self.size,
@@ -234,7 +234,7 @@ class Part:
 
 
 class Broken(Exception):
-    """A transfer broke; another attempt may do better. ``refused``: it did not even begin."""
+    """A transfer broke, and a new attempt may succeed. ``refused`` tells whether it broke before its first byte."""
 
     def __init__(self, reason: str, refused: bool = False) -> None:
         super().__init__(reason)
@@ -242,7 +242,7 @@ class Broken(Exception):
 
 
 def _fetch(url: str, part: Part, spare: int, patience: Patience) -> None:
-    """Make ``part`` whole from ``url``; after a failure, try again as often as ``patience`` allows."""
+    """Complete ``part`` from ``url``; after a failure, try again within the limits of ``patience``."""
     drops = refusals = furthest = 0
     while not (part.url == url and part.complete):
         try:
@@ -258,7 +258,7 @@ def _fetch(url: str, part: Part, spare: int, patience: Patience) -> None:
 
 
 def _attempt(url: str, part: Part, spare: int, stall: float) -> None:
-    """Ask for the missing bytes, or for all, and write what arrives; return when the part is whole."""
+    """Request the missing bytes, or all bytes, and write them; return when the part is complete."""
     headers = {"User-Agent": AGENT}
     if part.url == url and part.validator and part.size:
         headers |= {"Range": f"bytes={part.size}-", "If-Range": part.validator}
@@ -320,7 +320,7 @@ def _why(error: Exception, stall: float) -> str:
 
 
 def _span(answer: HTTPResponse) -> tuple[int, int]:
-    """Where the bytes to come begin in the file, and how long the file is."""
+    """The offset in the file of the bytes in ``answer``, and the length of the file."""
     if answer.status == 206:
         found = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", answer.headers["Content-Range"] or "")
     else:

@@ -1,4 +1,4 @@
-"""Text files to files of GPT-2's ids: the same bytes as fairseq's ``multiprocessing_bpe_encoder``, many times faster."""
+"""Encoding of text files to GPT-2's ids: the same bytes as fairseq's ``multiprocessing_bpe_encoder``, many times faster."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from moekit.data.bpe import BytePairs, cut
 from moekit.data.lines import Block, blocks, in_order
 from moekit.data.progress import bar
 
-# Pieces whose ids are kept; beyond that all are forgotten.
+# The most pieces whose ids are kept; beyond it, the table is cleared.
 REMEMBERED = 1 << 18
-# Bytes: longer pieces hardly occur again.
+# The most bytes of a piece whose ids are kept; longer pieces rarely occur again.
 WORTH_KEEPING = 64
 _LINE_END = {b"\n": "\n"}
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """What was encoded: ``lines`` written, and ``dropped`` ones, which were empty."""
+    """Counts of encoded text: ``lines`` that were written, and ``dropped`` lines, which were empty."""
 
     lines: int
     dropped: int
@@ -35,22 +35,22 @@ def encode_files(
     keep_empty: bool = True,
     workers: int = 1,
 ) -> Encoded:
-    """Write GPT-2's ids of ``inputs``, one after the other, to ``output``: one line per line, ids in decimal, spaces between.
+    """Write GPT-2's ids of ``inputs``, one after the other, to ``output``: one line per line, decimal ids between spaces.
 
     The bytes are those of fairseq's ``multiprocessing_bpe_encoder`` (with ``--keep-empty`` if ``keep_empty``): lines
     end in ``\\n``, ``\\r\\n`` or ``\\r``, and lose the blanks at both ends; lines left empty are kept or dropped. Line
-    ends themselves are not encoded: binarising turns each into ``</s>``.
+    ends are not encoded: binarising turns each into ``</s>``.
 
-    ``output`` appears under its name only when it is whole.
+    ``output`` appears under its name only when it is complete.
 
     Raises:
-        ValueError: an input is missing or not UTF-8, or the BPE files are not what they should be.
+        ValueError: an input is missing or not UTF-8, or a BPE file is invalid.
     """
     inputs, output = [Path(path) for path in inputs], Path(output)
     for path in inputs:
         if not path.is_file():
             raise ValueError(f"there is no file {path} to encode")
-    # Here rather than in a worker, so that an error about the files is raised at once.
+    # The encoder is loaded here, and not first in a worker, so that an error about the files is raised at once.
     encoder(str(encoder_json), str(vocab_bpe))
     work = functools.partial(_encode_block, str(encoder_json), str(vocab_bpe), keep_empty)
     todo = (block for path in inputs for block in blocks(path))
@@ -70,9 +70,9 @@ def encode_files(
 
 
 class LineEncoder(dict[bytes, str]):
-    """Text to lines of ids. It maps a piece (bytes) to its ids in decimal, a space before each, and a line end to itself.
+    """Encodes text to lines of ids: a map from a piece (bytes) to its decimal ids, with a space before each id.
 
-    Most pieces of a text occurred before, so the ids of up to ``REMEMBERED`` pieces are kept.
+    A line end maps to itself. Most pieces of a text repeat, so the ids of up to ``REMEMBERED`` pieces are kept.
     """
 
     def __init__(self, bpe: BytePairs) -> None:
@@ -80,7 +80,7 @@ class LineEncoder(dict[bytes, str]):
         self._bpe = bpe
 
     def encode(self, text: str) -> str:
-        """The ids of ``text`` in decimal, spaces between, its line ends kept."""
+        """The decimal ids of ``text``, separated by spaces, with its line ends."""
         data, starts = cut(text)
         spans = itertools.pairwise([*starts.tolist(), len(data)])
         ids = "".join([self[data[start:end]] for start, end in spans])
@@ -98,12 +98,12 @@ class LineEncoder(dict[bytes, str]):
 
 @functools.cache
 def encoder(encoder_json: str, vocab_bpe: str) -> LineEncoder:
-    """This process's encoder for these files."""
+    """The encoder for these files, which each process loads once."""
     return LineEncoder(BytePairs(encoder_json, vocab_bpe))
 
 
 def _encode_block(encoder_json: str, vocab_bpe: str, keep_empty: bool, block: Block) -> tuple[str, int]:
-    """A block's lines of ids, and how many empty lines were dropped."""
+    """The lines of ids of a block, and the number of dropped empty lines."""
     lines = [line.strip() for line in block.read()]
     kept = lines if keep_empty else [line for line in lines if line]
     text = "".join([line + "\n" for line in kept])

@@ -1,4 +1,4 @@
-"""Big text files worked on in blocks of whole lines, by several processes, with bounded memory."""
+"""Processing of large text files in blocks of whole lines, by several processes, with bounded memory."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from typing import BinaryIO, NamedTuple, TypeVar
 
 Result = TypeVar("Result")
 
-# Bytes: a block is large against the cost of handing it to a process, and small against memory and caches.
+# Bytes of a block: large compared with the cost of sending it to a process, and small compared with memory and caches.
 BLOCK = 1 << 19
-# Seconds for one block, far more than any takes.
+# The limit in seconds for one block, which is far more than a block takes.
 PATIENCE = 3600.0
 LINE_END = re.compile(rb"\r\n?|\n")
 
 
 class Block(NamedTuple):
-    """The bytes ``start`` to ``end`` of a file; both at the end of a line, or of the file."""
+    """The bytes ``start`` to ``end`` of a file; each offset is at the end of a line or of the file."""
 
     path: Path
     start: int
     end: int
 
     def read(self) -> list[str]:
-        """The lines as fairseq sees them: without their ends, which are ``\\n``, ``\\r\\n`` or ``\\r`` and no other.
+        """The lines as fairseq reads them: without their ends, which are only ``\\n``, ``\\r\\n`` or ``\\r``.
 
         Raises:
-            ValueError: the file is not UTF-8, which fairseq does not read either; it names the line and the byte.
+            ValueError: the file is not UTF-8, which fairseq cannot read either; the error names the line and the byte.
         """
         with open(self.path, "rb") as file:
             file.seek(self.start)
@@ -50,7 +50,7 @@ class Block(NamedTuple):
                 "convert the file (iconv -f <its encoding> -t utf-8), or drop such bytes (iconv -c -t utf-8)"
             ) from None
         lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-        # What follows the last line end is no line.
+        # The empty text after the last line end is not a line.
         if lines[-1] == "":
             lines.pop()
         return lines
@@ -66,7 +66,7 @@ def blocks(path: Path, size: int = BLOCK) -> Iterator[Block]:
 
 
 def _line_end(file: BinaryIO, start: int, size: int) -> int:
-    """The end of the line that holds the last of ``size`` bytes from ``start`` on; 0 without such bytes."""
+    """The end of the line with the last of the ``size`` bytes from ``start`` on; 0 if the file has no such bytes."""
     at = file.seek(start + size - 1)
     while chunk := file.read(1 << 16):
         if found := LINE_END.search(chunk):
@@ -84,7 +84,7 @@ def in_order(
 
     Args:
         work: a function that pickle can send to another process.
-        workers: processes; one block, or one worker, is worked on in this process.
+        workers: the number of processes; with one worker or one block, this process does the work.
     """
     todo = iter(todo)
     first = list(itertools.islice(todo, 2))
@@ -108,14 +108,14 @@ def in_order(
 
 
 def _context() -> BaseContext:
-    """Workers are forked from a server that has only this package in it: no thread of a notebook, no GPU."""
+    """The start method of workers: a fork of a server with only this package, without notebook threads or a GPU."""
     context = get_context("forkserver")
     context.set_forkserver_preload(["moekit.data.encode", "moekit.data.binarise"])
     return context
 
 
 def _start_worker() -> None:
-    """A worker ignores interrupts, which the parent handles, and ends when the parent ends in whatever way."""
+    """Prepare a worker: it ignores interrupts, which the parent handles, and it ends when the parent ends in any way."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def end_with_parent() -> None:
@@ -126,6 +126,6 @@ def _start_worker() -> None:
 
 
 def _line_number(path: Path, at: int) -> int:
-    """The number, from 1, of the line that holds byte ``at``."""
+    """The number, from 1, of the line with byte ``at``."""
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         return 1 + sum(1 for _ in LINE_END.finditer(data, 0, at))

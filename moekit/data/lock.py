@@ -1,4 +1,4 @@
-"""One notebook at a time in one folder."""
+"""A lock for a folder, so that only one process writes to it at a time."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ NAME = ".moekit.lock"
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold ``folder`` for this process; the system frees it when the process ends, however it ends.
+    """Lock ``folder`` for this process; the system releases the lock when the process ends in any way.
 
     Raises:
-        ValueError: another process holds it, and the message names that process; or it is no folder to write to.
+        ValueError: another process holds the lock, and the message names that process; or the folder is not writable.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""From the web, or from own text, to binarised data and a verified checkpoint: the whole way, each step once."""
+"""Preparation of binarised data and a verified checkpoint, from downloads or own text; each step runs once."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ Say = Callable[[str], Any]
 
 @dataclass(frozen=True)
 class Prepared:
-    """What was asked for, and where it is.
+    """The result of :func:`prepare`: the paths and counts of the data and the checkpoint.
 
     Attributes:
         data_bin: the folder to give to fairseq, or to moekit as ``data``.
         bpe: the folder with the three files of the :class:`Codec`.
         texts: the text files by subset.
-        summaries: what was binarised, by subset.
-        checkpoint: the model's folder; None if none was asked for.
+        summaries: counts of the binarised data, by subset.
+        checkpoint: the model's folder; None if the settings name no checkpoint.
         files: the checkpoint's files, one dict per file.
-        done: the steps that had to be done in this run; empty if everything was there.
+        done: the steps that ran in this run; empty if all results existed.
     """
 
     data_bin: Path
@@ -57,7 +57,7 @@ class Prepared:
         return Binarised(self.data_bin / subset)
 
     def subsets_table(self) -> pd.DataFrame:
-        """A row a subset: text in bytes, lines, tokens, bytes a token, unknown tokens in percent, unknown types."""
+        """One row per subset: bytes of text, lines, tokens, bytes per token, percent of unknown tokens, unknown types."""
         import pandas as pd
 
         rows = {}
@@ -74,13 +74,13 @@ class Prepared:
         return pd.DataFrame.from_dict(rows, orient="index")
 
     def files_table(self) -> pd.DataFrame:
-        """A row a file of the checkpoint."""
+        """One row per file of the checkpoint."""
         import pandas as pd
 
         return pd.DataFrame(self.files)
 
     def passage(self, lines: int = 2, words: int = 12) -> str:
-        """The beginnings of the first ``lines`` lines with that many words; fewer lines if there are no more."""
+        """The beginnings of the first ``lines`` lines with at least ``words`` words, or of fewer lines if the text ends."""
         beginnings = []
         for path in next(iter(self.texts.values())):
             with open(path, encoding="utf-8") as file:
@@ -92,13 +92,13 @@ class Prepared:
 
 
 def prepare(settings: Settings, say: Say = print) -> Prepared:
-    """Do what of ``settings`` is not done yet; after an interruption, go on where it stopped.
+    """Run the steps of ``settings`` that are not done yet; after an interruption, continue at the unfinished step.
 
     Args:
-        say: called with a line about each step, whether it was done now or before.
+        say: called with one line per step, also for steps that were done before.
 
     Raises:
-        ValueError: something asked for cannot be had, or what was found is not what it should be; it says what.
+        ValueError: a requested file is not available, or a file is not as expected; the message names it.
         DownloadError, NoSpace: as :func:`moekit.data.download`.
     """
     started = time.monotonic()
@@ -122,7 +122,7 @@ def prepare(settings: Settings, say: Say = print) -> Prepared:
 
 
 class Steps:
-    """Reports each step to the user, and keeps the names of those that were done in this run."""
+    """Reports each step to the user, and keeps the names of the steps that ran in this run."""
 
     def __init__(self, say: Say) -> None:
         self._say = say
@@ -145,7 +145,7 @@ def _bpe(settings: Settings, steps: Steps) -> Path:
 
 
 def _texts(settings: Settings, steps: Steps) -> tuple[str, corpus.Texts]:
-    """The name of what is prepared, and its text files."""
+    """The name of the prepared data, and its text files."""
     if settings.source == "demo":
         return "demo", corpus.demo()
     if settings.source == "wikitext-103":
@@ -156,7 +156,7 @@ def _texts(settings: Settings, steps: Steps) -> tuple[str, corpus.Texts]:
 
 
 def _claim(home: Path, settings: Settings, texts: corpus.Texts) -> None:
-    """Make ``home`` the folder of this source, and remove what an earlier run made of text that is gone."""
+    """Make ``home`` the folder of this source, and remove the results of text files that no longer exist."""
     home.mkdir(parents=True, exist_ok=True)
     source = (
         settings.source
@@ -215,14 +215,14 @@ def _subset(
     if domains.is_file() and len(files) == 1 and not dropped:
         _copied(domains, data, steps)
     else:
-        # Labels of an earlier text would be taken for this one's.
+        # Domain labels of an earlier text would otherwise be used for this text.
         for end in (corpus.DOMAINS, corpus.DOMAINS + ".json"):
             (data / f"{subset}{end}").unlink(missing_ok=True)
     return summary
 
 
 def _copied(path: Path, folder: Path, steps: Steps) -> None:
-    """Have a copy of ``path`` in ``folder``."""
+    """Copy ``path`` to ``folder``, unless the copy exists."""
     copy = folder / path.name
     _, now = record.once(
         folder / f"{path.name}.json", {}, [path], [copy], lambda: {"copy": str(shutil.copyfile(path, copy))}
@@ -231,7 +231,7 @@ def _copied(path: Path, folder: Path, steps: Steps) -> None:
 
 
 def _checkpoint(settings: Settings, steps: Steps) -> tuple[Path | None, list[dict[str, Any]]]:
-    """The model's folder, and what lies in it, checked against the model that it describes."""
+    """The model's folder, and its files, checked against the model that they describe."""
     if settings.checkpoint == "none":
         return None, []
     remote = sources.CHECKPOINTS[settings.checkpoint]
@@ -257,12 +257,12 @@ def _checkpoint(settings: Settings, steps: Steps) -> tuple[Path | None, list[dic
 
 
 def verify_checkpoint(folder: Path) -> list[dict[str, Any]]:
-    """A row a file of the checkpoint in ``folder``, when all are there and fit the model that they describe.
+    """Check that the checkpoint in ``folder`` is complete and fits the model that it describes; one row per file.
 
     It warns of files without checksums, and of weights that are not finite.
 
     Raises:
-        ValueError: a file is missing or unreadable, or an expert or another tensor is missing, twice, misshapen or damaged.
+        ValueError: a file is missing or unreadable; or a tensor is missing, duplicate, damaged, or has a wrong shape.
     """
     from moekit import checkpoint
 
@@ -275,7 +275,7 @@ def _archive(remote: sources.Remote, settings: Settings) -> Path:
 
 
 def _unpacked(remote: sources.Remote, folder: Path, settings: Settings, steps: Steps) -> None:
-    """Have ``folder`` hold what is in the remote archive; a damaged one is fetched again from the next mirror."""
+    """Unpack the remote archive to ``folder``; a damaged archive is downloaded again from the next mirror."""
     if folder.exists():
         return steps.report(f"unpack {remote.name}", False, str(folder))
     archive = _archive(remote, settings)
@@ -289,7 +289,7 @@ def _unpacked(remote: sources.Remote, folder: Path, settings: Settings, steps: S
             files = unpack(archive, folder, limit=2 * remote.unpacked)
             break
         except ValueError as error:
-            # The archive is damaged, or not what it should be.
+            # The archive is damaged, or it is not the expected one.
             discard(archive)
             damaged += f"; {origin}: {error}"
             urls = urls[urls.index(origin) + 1 :] if origin in urls else []
@@ -309,7 +309,7 @@ def _downloaded(
     urls: list[str] | None = None,
     spare: int = 0,
 ) -> str:
-    """Have ``path`` hold the remote file; returns where it came from."""
+    """Download the remote file to ``path``, unless it exists; returns its origin."""
     got, now = download(urls or remote.addresses(settings.mirrors), path, spare=spare, check=remote.check)
     note = "; its hash was not known before and is recorded now" if now else ""
     steps.report(f"download {remote.name}", now, f"{human(got.size)}, SHA-256 {got.sha256[:12]}…{note}")

@@ -1,4 +1,4 @@
-"""The progress bar that preparing data shows."""
+"""The progress bar of the preparation of data."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ if TYPE_CHECKING:
 
 
 def bar(label: str, total: int, done: int = 0) -> tqdm:
-    """A bar over ``total`` bytes with rate and time left; what takes less than a second shows none."""
+    """A bar over ``total`` bytes with rate and time left; it appears after one second."""
     return progress.bar(label, total, "B", done=done, delay=1.0)

@@ -1,6 +1,6 @@
-"""Records of what was done, and with which files, as small JSON files.
+"""Records of finished steps and their files, as small JSON files.
 
-They keep a step from being done twice, and a result that is half done from being used.
+With a record, a finished step does not run again, and an unfinished result is not used.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 
 def read(path: Path) -> dict[str, Any] | None:
-    """The record in ``path``; None if there is none, or if it is damaged."""
+    """The record in ``path``; None if the file is missing or damaged."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
@@ -22,7 +22,7 @@ def read(path: Path) -> dict[str, Any] | None:
 
 
 def write(path: Path, record: dict[str, Any]) -> None:
-    """Put ``record`` into ``path``, in one step."""
+    """Write ``record`` to ``path`` atomically."""
     part = path.with_name(path.name + ".part")
     with open(part, "w", encoding="utf-8") as file:
         json.dump(record, file, indent=1)
@@ -32,7 +32,7 @@ def write(path: Path, record: dict[str, Any]) -> None:
 
 
 def fingerprint(path: Path) -> dict[str, int] | None:
-    """The size and the time of change of a file, which are cheap to read; None if there is no such file."""
+    """The size and the time of change of a file, which are cheap to read; None if the file is missing."""
     try:
         status = path.stat()
     except OSError:
@@ -47,14 +47,14 @@ def once(
     outputs: Iterable[Path],
     work: Callable[[], dict[str, Any]],
 ) -> tuple[dict[str, Any], bool]:
-    """``work()``, unless the record in ``path`` shows that it was done: same question, same inputs, outputs untouched.
+    """Run ``work()``, unless the record in ``path`` has the same ``asked`` and inputs, and unchanged outputs.
 
     Args:
-        asked: what the result depends on besides the inputs; plain values that JSON keeps.
-        work: makes ``outputs`` and returns its result, plain values again.
+        asked: values on which the result depends, in addition to the inputs; plain values that JSON can store.
+        work: writes ``outputs`` and returns its result, which JSON can store, too.
 
     Returns:
-        The result, and whether the work was done now.
+        The result, and whether the work ran now.
     """
     question = {"asked": asked, "inputs": {str(p.resolve()): fingerprint(p) for p in inputs}}
     made = list(outputs)

@@ -1,4 +1,4 @@
-"""What ``prepare`` is to make."""
+"""The settings of ``prepare``."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ MOST_WORKERS = 256
 
 @dataclass(frozen=True)
 class Settings:
-    """What to prepare.
+    """The data and the checkpoint to prepare.
 
     Attributes:
         source: "demo" (the repository's own text), "wikitext-103", or own text: a file, a folder or a glob.
         checkpoint: "none", "en_moe_lm_15b" or "en_moe_lm_52b".
-        data_dir: everything goes below it.
-        workers: processes.
+        data_dir: the folder of all files.
+        workers: the number of processes.
         keep_empty: keep empty lines, as ``multiprocessing_bpe_encoder --keep-empty``.
-        mirrors: addresses to ask before the built-in ones, each followed by the file's path there
+        mirrors: addresses to try before the built-in ones; the path of the file is appended to each
             (``gpt2_bpe/encoder.json``, ``models/lm/en_moe_lm_15b.tar.gz``, ``wikitext-103-raw-v1.zip``).
-        bpe: "gpt2", which the released models read, or "demo", which the demo model reads and which is here already.
-        delete_archive: remove a checkpoint's archive when it is unpacked.
+        bpe: "gpt2", for the released models, or "demo", for the demo model; the files of "demo" need no download.
+        delete_archive: remove the archive of a checkpoint after it is unpacked.
     """
 
     source: str
@@ -46,15 +46,15 @@ def settings(
     bpe: str = "auto",
     delete_archive: bool = False,
 ) -> Settings:
-    """The :class:`Settings` that these values describe, checked against each other.
+    """Check the values, alone and against each other, and make :class:`Settings` of them.
 
     Args:
-        workers: 0: one per core.
-        mirrors: addresses; one text may hold several, with commas or blanks between them.
+        workers: the number of processes; 0 means one per core.
+        mirrors: addresses; one text may hold several, separated by commas or blanks.
         bpe: "auto" is "demo" for the demo's text without a checkpoint, otherwise "gpt2".
 
     Raises:
-        ValueError: a value makes no sense, or two do not go together.
+        ValueError: a value is invalid, or two values contradict each other.
     """
     for name, value in (("source", source), ("data_dir", data_dir)):
         if not str(value).strip():

@@ -1,6 +1,7 @@
-"""What can be downloaded, and from where.
+"""The files that can be downloaded, and their addresses.
 
-No hash of these files is known in advance. The hash of what arrives first is recorded, and compared from then on.
+No hash of these files is known in advance. The hash of the first download is recorded, and later downloads are compared
+with it.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ class Remote:
     """A file on the web.
 
     Attributes:
-        path: its path below a mirror.
-        urls: where it is, in the order of asking.
-        check: raises ValueError if a file is something else, such as a page that asks for a login.
-        unpacked: of an archive, about how many bytes it holds, so that room can be asked for; it may hold twice as many.
+        path: the path of the file below a mirror.
+        urls: the addresses of the file, in the order of the attempts.
+        check: raises ValueError if a download is another file, such as a login page.
+        unpacked: for an archive, about how many bytes its files have, for the check of free space; up to twice as many
+            are accepted.
     """
 
     path: str
@@ -36,7 +38,7 @@ class Remote:
         return Path(self.path).name
 
     def addresses(self, mirrors: tuple[str, ...]) -> list[str]:
-        """The mirrors' addresses of it, then its own."""
+        """The addresses of the file on ``mirrors``, then its built-in addresses."""
         return [f"{mirror.rstrip('/')}/{self.path}" for mirror in mirrors] + list(self.urls)
 
 
@@ -62,10 +64,10 @@ GPT2_BPE = (
 WIKITEXT_103 = Remote(
     "wikitext-103-raw-v1.zip",
     (
-        # The author's own address.
+        # This is the address of the author.
         "https://wikitext.smerity.com/wikitext-103-raw-v1.zip",
         "https://huggingface.co/datasets/mattdangerw/wikitext-103-raw/resolve/main/wikitext-103-raw-v1.zip",
-        # It has not answered since 2024.
+        # This address has not answered since 2024.
         "https://s3.amazonaws.com/research.metamind.io/wikitext/wikitext-103-raw-v1.zip",
     ),
     _begins_with(b"PK", "zip"),

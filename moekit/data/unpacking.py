@@ -1,8 +1,8 @@
-"""Archives from the web, unpacked without trust: only plain files, inside the folder, no more than was announced.
+"""Unpacking of untrusted archives: only plain files, inside the folder, and no more bytes than a limit.
 
-Everything goes to ``FOLDER.part`` first. The folder gets its name when the archive has been read to its end and its
-checksums are right. After an interruption the archive is read again from its beginning, since it is compressed; what
-lies in ``FOLDER.part`` by then is compared with it and written only where it differs.
+All files go to ``FOLDER.part`` first. The folder gets its name when the archive has been read to its end and its
+checksums are right. After an interruption the archive is read again from its beginning, since it is compressed. Files
+that are already in ``FOLDER.part`` are compared with it and written only where they differ.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from moekit.data import record
 from moekit.data.download import NoSpace, human
 from moekit.data.progress import bar
 
-# Bytes read at a time; no header needs as many.
+# Bytes per read, which is more than any header needs.
 CHUNK = 1 << 20
-# Files and folders together.
+# The most files and folders together.
 MOST_MEMBERS = 100_000
-# Folders above a file. Deleting a tree recurses once a level.
+# The most folders above a file. The removal of a tree recurses once per level.
 DEEPEST = 64
-# Bytes of headers and padding that a member may add to its own.
+# The most bytes of headers and padding per member, in addition to its content.
 OVERHEAD = 1536
 
 
 class RefusedArchive(ValueError):
-    """The archive holds what an honest one does not hold."""
+    """The archive has content that is not accepted."""
 
 
 class CorruptArchive(RefusedArchive):
@@ -47,7 +47,7 @@ class CorruptArchive(RefusedArchive):
 
 @dataclass(frozen=True)
 class Member:
-    """A file in an archive: where it goes, its size as announced, and a function that reads on in it.
+    """A file in an archive: its path, its size according to its header, and a function that reads its next bytes.
 
     A folder has no such function.
     """
@@ -57,7 +57,7 @@ class Member:
     read: Callable[[int], bytes] | None = None
 
 
-# What reading a damaged archive raises: flipped bits in a zip also ask for unknown methods, passwords and odd places.
+# The errors of reading a damaged archive. Flipped bits in a zip can also lead to unknown methods, passwords and offsets.
 DAMAGE = (
     *(EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile),
     *(NotImplementedError, RuntimeError, ValueError, struct.error),
@@ -67,22 +67,22 @@ DAMAGE = (
 def unpack(archive: str | Path, folder: str | Path, limit: int) -> list[Path]:
     """Unpack a ``.tar.gz`` or ``.zip`` archive into the new folder ``folder``.
 
-    If all of the archive lies in one folder, what is in it goes into ``folder`` directly.
+    If all members of the archive are in one folder, the content of that folder goes directly into ``folder``.
 
     Args:
-        limit: bytes that all files together may have.
+        limit: the most bytes of all files together.
 
     Returns:
-        The files.
+        The paths of the files.
 
     Raises:
-        CorruptArchive: it is cut short or damaged.
-        RefusedArchive: it is larger than ``limit`` or holds no file at all; or it holds a link, a device, a path that
-            leads out of the folder, a name twice, or a name that the file system does not take.
+        CorruptArchive: the archive is cut short or damaged.
+        RefusedArchive: the archive is larger than ``limit`` or holds no file; or it holds a link, a device, a path that
+            leads out of the folder, a name twice, or a name that the file system does not accept.
         ValueError: ``folder`` exists.
-        NoSpace: the disk is too small; what is done is kept.
+        NoSpace: the disk has too little free space; the files so far are kept.
 
-    The first two are ValueErrors, too, and leave nothing of the archive's content behind.
+    The first two errors are also ValueErrors, and after them no content of the archive is left on the disk.
     """
     archive, folder = Path(archive), Path(folder)
     if folder.exists():
@@ -105,7 +105,7 @@ def unpack(archive: str | Path, folder: str | Path, limit: int) -> list[Path]:
             raise RefusedArchive(
                 f"{archive} holds a name that is too long for the file system of {folder.parent}; it is refused"
             ) from None
-        # Other numbers are errors of the disk, not of the archive.
+        # Other error numbers come from the disk, not from the archive.
         if error.errno not in (None, errno.EINVAL):
             raise
         staging.discard()
@@ -136,7 +136,7 @@ class Staging:
         record.write(self._note, source)
 
     def add(self, member: Member, tick: Callable[[], Any]) -> None:
-        """Have the member's bytes under its name; ``tick()`` after every piece."""
+        """Write the bytes of the member under its name; ``tick()`` is called after every piece."""
         target = self._root / member.name
         target.parent.mkdir(parents=True, exist_ok=True)
         there = target.stat().st_size if target.exists() else 0
@@ -171,7 +171,7 @@ class Staging:
 
 
 def _checked(members: Iterator[Member], archive: Path, limit: int) -> Iterator[Member]:
-    """The files among ``members``, as long as all members together are what an honest archive may hold."""
+    """The files among ``members``, with an error as soon as a member, or their total, is not accepted."""
     seen: set[PurePosixPath] = set()
     folders: set[PurePosixPath] = set()
     total = 0
@@ -212,7 +212,7 @@ def _tar_members(file: BinaryIO, archive: Path, limit: int) -> Iterator[Member]:
     stream = _Gunzip(file, limit + MOST_MEMBERS * OVERHEAD)
     with tarfile.open(fileobj=stream, mode="r:") as tar:
         while (info := tar.next()) is not None:
-            # tarfile would keep every member in memory.
+            # Without this, tarfile keeps every member in memory.
             tar.members.clear()
             name = _inside(info.name, archive)
             if info.isdir():
@@ -226,13 +226,13 @@ def _tar_members(file: BinaryIO, archive: Path, limit: int) -> Iterator[Member]:
             yield Member(name, info.size, tar.extractfile(info).read)
         if stream.last_read.strip(b"\0") or len(stream.last_read) != tarfile.BLOCKSIZE:
             raise EOFError("the mark at the end of the archive is missing")
-        # The checksum comes last.
+        # The checksum is at the end of the stream.
         while stream.read(CHUNK):
             pass
 
 
 class _Gunzip(gzip.GzipFile):
-    """A decompressed stream that neither ends later than ``limit`` bytes nor hands out much at a time."""
+    """A decompressed stream with at most ``limit`` bytes, which returns small pieces."""
 
     def __init__(self, file: BinaryIO, limit: int) -> None:
         super().__init__(fileobj=file, mode="rb")
@@ -254,7 +254,7 @@ def _zip_members(file: BinaryIO, archive: Path) -> Iterator[Member]:
     with zipfile.ZipFile(file) as content:
         for info in content.infolist():
             name = _inside(info.filename, archive)
-            # ZipInfo.is_dir() fails where there is no name.
+            # ZipInfo.is_dir() fails for an empty name.
             if info.filename.endswith("/"):
                 yield Member(name)
                 continue

@@ -1,6 +1,6 @@
-"""Binarised data, checked before anything reads it: a damaged file is one sentence that names it.
+"""Checks of binarised data before it is read: a damaged file gives an error of one sentence that names the file.
 
-NumPy alone; the formats are fairseq's (fairseq/data/indexed_dataset.py).
+The checks use only NumPy. The formats are fairseq's (fairseq/data/indexed_dataset.py).
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from moekit.data.binarise import HEADER, MAGIC, VERSION, Binarised
 from moekit.data.dictionary import SPECIAL, Dictionary
 
 LEGACY_MAGIC = b"TNTIDX\x00\x00"
-# Magic, version, code and bytes of an id, lines, sizes.
+# The magic, the version, the code and the bytes of an id, the number of lines, the number of sizes.
 LEGACY_HEADER = struct.Struct("<8sQQQQQ")
 LEGACY_CODES = {c: np.dtype(t) for c, t in {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8"}.items()}
-# How the indices of formats begin that are not read here.
+# The first bytes of the index in formats that are not supported.
 OTHERS = {b"HUFFIDX": "huffman"}
-# Ids or lines that are checked at a time.
+# The number of ids or lines per step of a check.
 AT_A_TIME = 1 << 22
 
 
@@ -29,7 +29,7 @@ def kind_of(prefix: Path) -> str:
     """The format of the data: "raw", "mmap" or "cached"; fairseq looks for them in this order.
 
     Raises:
-        ValueError: a file is missing, or the format is another.
+        ValueError: a file is missing, or the format is not supported.
     """
     if prefix.is_file():
         return "raw"
@@ -54,13 +54,13 @@ def verify(folder: Path, subset: str, model: Dictionary | None = None) -> str:
     """Check ``dict.txt`` and the files of ``subset``; each file is read once until it changes.
 
     Args:
-        model: the model's own dictionary, where it is known: the data's has to hold the same symbols.
+        model: the dictionary of the model, if it is known; the dictionary of the data has to hold the same symbols.
 
     Returns:
         The format, see :func:`kind_of`.
 
     Raises:
-        ValueError: a file is missing, damaged or empty, or of another dictionary; the sentence names it.
+        ValueError: a file is missing, damaged or empty, or belongs to another dictionary; the message names it.
     """
     prefix = folder / subset
     try:
@@ -74,10 +74,10 @@ def verify(folder: Path, subset: str, model: Dictionary | None = None) -> str:
 
 
 def dictionary(folder: Path, model: Dictionary | None = None) -> Dictionary:
-    """The data's ``dict.txt``.
+    """The ``dict.txt`` of the data.
 
     Raises:
-        ValueError: it is missing, is none, or holds other symbols than ``model``.
+        ValueError: the file is missing, is not a dictionary, or holds other symbols than ``model``.
     """
     path = folder / "dict.txt"
     if not path.is_file():
@@ -97,7 +97,7 @@ def _missing(folder: Path, name: str) -> ValueError:
             f"{folder} has no {name}, it {kind}: expected a folder that prepare_data.ipynb makes"
         )
     for raw in sorted(folder.glob(f"{name.removesuffix('.bin')}.None-None*")):
-        # So fairseq-preprocess calls raw text without a target language; as little does fairseq find it.
+        # fairseq-preprocess gives this name to raw text without a target language, and fairseq does not find it either.
         return ValueError(
             f"{folder} has no {name}, but {raw.name}, which fairseq-preprocess --dataset-impl raw wrote: rename it to "
             f"{name.removesuffix('.bin')}, the name that fairseq looks for"
@@ -108,7 +108,7 @@ def _missing(folder: Path, name: str) -> ValueError:
 
 
 def lines(prefix: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The lengths of the lines, and all ids one after the other, of binarised (not raw) data that has been checked."""
+    """The lengths of the lines and the ids of all lines, from binarised (not raw) data that has been checked."""
     return _lines(kind_of(prefix), prefix)
 
 
@@ -180,7 +180,7 @@ def _mmap(prefix: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _legacy(prefix: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The ``cached`` and ``lazy`` format; its ids are one too large."""
+    """Read the ``cached`` and ``lazy`` format, in which ids are larger by one."""
     index, data = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     size = index.stat().st_size
     if size < LEGACY_HEADER.size:

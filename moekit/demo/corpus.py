@@ -1,10 +1,10 @@
 """Rebuild the demo's corpus, tokenizer and data: `python -m moekit.demo.corpus --out DIR`.
 
-Runs on Debian bookworm: packages are downloaded and unpacked into a work folder, nothing is installed. The
-chain is: packages -> documents -> held-out and training documents -> text without repeats -> tokenizer ->
+The script runs on Debian bookworm. It downloads packages, unpacks them into a work folder, and installs nothing. The
+steps are: packages -> documents -> held-out and training documents -> text without repeats -> tokenizer ->
 token arrays. All choices are seeded, so the same package versions give the same bytes.
 
-Needs `tokenizers`, `numpy` and `tqdm`, and fairseq for the binarised held-out data.
+The script needs `tokenizers`, `numpy` and `tqdm`, and fairseq for the binarised held-out data.
 """
 
 import argparse
@@ -29,11 +29,11 @@ SEED = 1
 TRAIN_BYTES = 5_000_000
 # Bytes of text for each domain and split.
 HELD_OUT_BYTES = 20_000
-# Bytes.
+# The fewest bytes of a document.
 MIN_DOCUMENT = 300
-# Bytes of a document that may be held out.
+# The range of bytes of a document that may be held out.
 HELD_OUT_DOCUMENT = range(2_000, 12_000)
-# Words of a shingle. A block of lines is a repeat if most of its shingles were seen before.
+# Words per shingle. A block of lines is a repeat if most of its shingles occurred before.
 SHINGLE = 8
 # A block that this many documents contain is dropped everywhere.
 BOILERPLATE_DOCUMENTS = 5
@@ -41,7 +41,7 @@ DOWNLOAD_SECONDS = 900
 
 
 def fetch(work: Path) -> dict[str, str]:
-    """Download and unpack all packages below `work`; returns the version of each package."""
+    """Download and unpack all packages below `work`; return the version of each package."""
     debs = work / "debs"
     debs.mkdir(parents=True, exist_ok=True)
     missing = [name for name in packages() if not list(debs.glob(f"{name}_*.deb"))]
@@ -78,14 +78,14 @@ def read(source: Source, work: Path) -> Iterator[Document]:
 
 
 def tidy(line: str) -> str:
-    """One line of text: composed characters, single spaces, no control characters, nothing at either end."""
+    """One line of text with composed characters and single spaces, without control characters or spaces at its ends."""
     line = unicodedata.normalize("NFC", line).replace("\u00ad", "").replace("\ufeff", "")
     line = "".join(" " if unicodedata.category(c) in ("Cc", "Cf", "Zl", "Zp", "Zs") else c for c in line)
     return " ".join(line.split())
 
 
 def size(document: Document) -> int:
-    """Bytes of UTF-8, line ends included."""
+    """The bytes of a document in UTF-8, including line ends."""
     return sum(len(line.encode()) + 1 for block in document.blocks for line in block)
 
 
@@ -118,7 +118,7 @@ def cut(document: Document, room: int) -> Document:
 
 
 class Repeats:
-    """Finds blocks that repeat earlier ones, word for word or nearly (by shingles; all numbers are equal)."""
+    """Finds blocks that repeat earlier blocks exactly or nearly (by shingles, in which all numbers count as equal)."""
 
     def __init__(self) -> None:
         self.keys: set[int] = set()
@@ -133,7 +133,7 @@ class Repeats:
         return hash_text(" ".join(cls.words(block)))
 
     def seen(self, block: list[str]) -> bool:
-        """Whether `block` repeats an earlier one; remembers it if not."""
+        """Whether `block` repeats an earlier block; if not, it is added to the known blocks."""
         words = self.words(block)
         key = hash_text(" ".join(words))
         shingles = {hash_text(" ".join(words[i : i + SHINGLE])) for i in range(len(words) - SHINGLE + 1)}
@@ -153,7 +153,7 @@ def hash_text(text: str) -> int:
 def collect(work: Path) -> dict[str, dict[str, list[Document]]]:
     """Documents by split and domain, without repeats within or across documents, domains and splits.
 
-    Held-out documents come first, so that the training text loses what both have.
+    Held-out documents are read first, so that text in both splits is removed from the training text.
     """
     rng = random.Random(SEED)
     domains: dict[str, dict[str, list[Document]]] = {}

@@ -1,4 +1,4 @@
-"""Read documents of plain text out of HTML manuals, source code, R data and Metamath databases."""
+"""Readers of plain-text documents from HTML manuals, source code, R data and Metamath databases."""
 
 import re
 import struct
@@ -13,7 +13,7 @@ from pathlib import Path
 class Document:
     """`blocks`: paragraphs of prose (one line each) or blank-line-separated runs of lines of code."""
 
-    # What to add to the file's path when the file holds several documents.
+    # The suffix of the file's path if the file holds several documents.
     name: str
     blocks: list[list[str]]
 
@@ -70,9 +70,9 @@ class _Paragraphs(HTMLParser):
 
 
 def is_prose(paragraph: str, language: str) -> bool:
-    """Whether a paragraph is running text of `language` (fragments, tables and untranslated text are not)."""
+    """Whether a paragraph is running text in `language`, and not a fragment, a table or untranslated text."""
     if re.match(r"[0-9A-Z]{1,2}\.[0-9.]*\s", paragraph):
-        # A numbered heading, mostly of a table of contents.
+        # The paragraph is a numbered heading, mostly from a table of contents.
         return False
     letters = [c for c in paragraph if c.isalpha()]
     if len(paragraph) < 40 or len(letters) < 0.65 * len(paragraph):
@@ -84,7 +84,7 @@ def is_prose(paragraph: str, language: str) -> bool:
 
 
 def html(language: str) -> Callable[[Path], Iterator[Document]]:
-    """A reader of HTML (or Mallard) pages that keeps paragraphs in `language`; front pages have none."""
+    """A reader of HTML (or Mallard) pages that keeps paragraphs in `language`; front pages have no such paragraphs."""
 
     def read(path: Path) -> Iterator[Document]:
         if path.name.startswith("index."):
@@ -112,7 +112,7 @@ def code(path: Path) -> Iterator[Document]:
 
 
 def r_novels(path: Path) -> Iterator[Document]:
-    """The chapters of novels kept as R character vectors (one string a printed line) in a lazy-load database.
+    """The chapters of novels from R character vectors (one string per printed line) in a lazy-load database.
 
     A record is a length (4 bytes, big-endian) and a zlib stream holding one vector in R's XDR
     serialisation (R Internals, section 1.8): 23 bytes of header, the type STRSXP, a count, then type,
@@ -142,7 +142,7 @@ def r_novels(path: Path) -> Iterator[Document]:
 
 
 def metamath(path: Path) -> Iterator[Document]:
-    """Theorems of a Metamath database without proofs: a block is a comment and a statement; 40 a document."""
+    """Theorems of a Metamath database without proofs: a block is a comment and a statement; 40 blocks per document."""
     text = path.read_text(encoding="ascii")
     pattern = re.compile(
         r"\$\(((?:(?!\$\)).)*?)\$\)\s+(\S+)\s+\$[ap]\s+((?:(?!\$[=.]).)*?)\s+\$[=.]", re.DOTALL

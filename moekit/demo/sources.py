@@ -1,4 +1,4 @@
-"""The text the demo is trained on: files of Debian packages by domain, their licences and copyrights."""
+"""The sources of the demo's training text: files of Debian packages by domain, with licences and copyrights."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,19 +10,19 @@ from moekit.demo.readers import Document
 
 @dataclass(frozen=True)
 class Source:
-    """Files of one Debian package, and how to read them."""
+    """Files of one Debian package, and their reader."""
 
     package: str
     # Glob inside the unpacked package.
     files: str
     licence: str
     read: Callable[[Path], Iterator[Document]]
-    # Regular expression on paths; this one matches none.
+    # Regular expression for paths to leave out; the default matches no path.
     skip: str = "$^"
 
 
 def _manuals(folder: str, suffix: str, language: str) -> list[Source]:
-    """The translated manuals of one language: folder names as the packages spell them."""
+    """The translated manuals of one language; folder names are spelled as in the packages."""
     keep = readers.html(language)
     sources = [
         Source(
@@ -92,7 +92,7 @@ DOMAINS: dict[str, list[Source]] = {
     ],
 }  # fmt: skip
 
-# By the start of the package's name; from the packages' own copyright files.
+# Copyright holders by the start of the package's name, from the copyright files in the packages.
 HOLDERS = {
     "r-cran-janeaustenr": "Jane Austen (died 1817); package: Julia Silge",
     "debian-handbook": "Raphaël Hertzog, Roland Mas, Freexian SARL and translators",

@@ -19,9 +19,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from moekit.symbols import EOS
 
-# 256 bytes, the merged types and <|endoftext|>; with fairseq's 4 specials and padding: 8192.
+# The number of types: 256 bytes, the merges and <|endoftext|>. With fairseq's 4 special symbols and padding it is 8192.
 TYPES = 8185
-# <s>, <pad>, </s>, <unk>, which fairseq puts before the lines of dict.txt.
+# The number of special symbols, <s>, <pad>, </s> and <unk>, which fairseq puts before the lines of dict.txt.
 SPECIALS = 4
 END_OF_TEXT = "<|endoftext|>"
 PREPROCESS_SECONDS = 600
@@ -31,9 +31,9 @@ EncodedLines = list[list[int]]
 
 
 def bytes_to_unicode() -> dict[int, str]:
-    """GPT-2's printable stand-in for each byte, in the order of its ids 0 to 255.
+    """GPT-2's printable character for each byte, in the order of its ids 0 to 255.
 
-    Printable Latin-1 bytes stand for themselves; the other 68 bytes get the characters from U+0100 on.
+    A printable Latin-1 byte has the same character; the other 68 bytes have the characters from U+0100 on.
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -42,14 +42,14 @@ def bytes_to_unicode() -> dict[int, str]:
 
 def _with_pre_tokenizer(model: models.BPE) -> Tokenizer:
     bpe = Tokenizer(model)
-    # GPT-2's pattern.
+    # With this option, the tokenizer cuts text by GPT-2's pattern.
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     bpe.decoder = decoders.ByteLevel()
     return bpe
 
 
 def train_bpe(lines: list[str], folder: Path, num_types: int = TYPES) -> Tokenizer:
-    """Learn merges on `lines`; write `encoder.json` and `vocab.bpe` into `folder`, load them from there."""
+    """Learn merges on `lines`, write `encoder.json` and `vocab.bpe` to `folder`, and load them from there."""
     alphabet = list(bytes_to_unicode().values())
     trainer = trainers.BpeTrainer(vocab_size=num_types - 1, initial_alphabet=alphabet, show_progress=True)
     bpe = _with_pre_tokenizer(models.BPE())
@@ -66,7 +66,7 @@ def train_bpe(lines: list[str], folder: Path, num_types: int = TYPES) -> Tokeniz
 
 
 def load_bpe(folder: Path) -> Tokenizer:
-    """The tokenizer of a folder with `encoder.json` and `vocab.bpe`; its ids are those of `encoder.json`."""
+    """The tokenizer of a folder with `encoder.json` and `vocab.bpe`, with the ids of `encoder.json`."""
     vocabulary = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
     merges = (folder / "vocab.bpe").read_text(encoding="utf-8").split("\n")[1:-1]
     return _with_pre_tokenizer(
@@ -85,7 +85,7 @@ def decode(bpe: Tokenizer, ids: list[int]) -> str:
 
 
 def write_dictionary(counts: Counter, folder: Path) -> None:
-    """fairseq's `dict.txt`: "ID COUNT" by falling count, all of `encoder.json`, padded to a multiple of 8."""
+    """Write fairseq's `dict.txt`: "ID COUNT" by falling count, for all of `encoder.json`, padded to a multiple of 8."""
     vocabulary = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
     ids = sorted(vocabulary.values(), key=lambda i: (-counts[i], i))
     padding = -(SPECIALS + len(ids)) % 8
@@ -108,7 +108,7 @@ def flat_tokens(encoded: Iterable[EncodedLines], folder: Path) -> np.ndarray:
 
 
 def binarise(data: Path, folder: Path, splits: tuple[str, ...] = ("valid", "test")) -> None:
-    """Encode `data/{split}.txt` and have fairseq-preprocess write `data/data-bin`."""
+    """Encode `data/{split}.txt` and run fairseq-preprocess to write `data/data-bin`."""
     bpe = load_bpe(folder)
     shutil.rmtree(data / "data-bin", ignore_errors=True)
     with tempfile.TemporaryDirectory() as scratch:
@@ -124,7 +124,7 @@ def binarise(data: Path, folder: Path, splits: tuple[str, ...] = ("valid", "test
 
 
 def cross_entropy(counts: np.ndarray, train_counts: np.ndarray) -> float:
-    """Bits that `counts` [types] cost under the add-one smoothed unigram model of `train_counts` [types]."""
+    """The bits of `counts` [types] under the add-one smoothed unigram model of `train_counts` [types]."""
     smoothed = train_counts + 1.0
     return float(-(counts * np.log2(smoothed / smoothed.sum())).sum())
 
@@ -137,8 +137,8 @@ def write_arrays(
 ) -> dict:
     """Write `{split}.npy` (flat uint16 fairseq indices) for each split; returns the figures of `meta.json`.
 
-    `text` and `encoded` hold documents in order, as (domain, lines), by split. Bytes count one line end a
-    line, as tokens count one </s>. The figures `unigram_..._bits_per_byte`, for the held-out splits and
+    `text` and `encoded` hold documents in order, as (domain, lines), by split. Bytes include one line end per
+    line, as tokens include one </s> per line. The figures `unigram_..._bits_per_byte`, for the held-out splits and
     each domain, are those of the add-one smoothed unigram models over tokens and over bytes, both counted
     on the training split.
     """

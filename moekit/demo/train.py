@@ -1,10 +1,10 @@
 """Train the demo model: ``python -m moekit.demo.train --data DIR --out moekit/demo/model``.
 
-``DIR`` is what ``python -m moekit.demo.corpus --out DIR`` writes. The model is moekit's own, so the demo also proves
-that the code that runs checkpoints can make one. The objective is fairseq's ``moe_cross_entropy``: cross-entropy
+``python -m moekit.demo.corpus --out DIR`` writes ``DIR``. The model is moekit's, so the demo also shows that the code
+that runs checkpoints can train a model. The objective is fairseq's ``moe_cross_entropy``: cross-entropy
 plus 0.01 times the sum of the layers' balance losses.
 
-The model in the repository is what the defaults give on one H100 with torch 2.11, in 287 s.
+The defaults give the model in the repository on one H100 with torch 2.11, in 287 s.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def initialize(model: Transformer) -> None:
 
 
 def sample(tokens: Tensor, batch: int, rng: np.random.Generator, device: str) -> tuple[Tensor, Tensor]:
-    """``batch`` random blocks and what follows each of their tokens: two [B, T] int64."""
+    """``batch`` random blocks, and the next token of each of their tokens: two [B, T] int64."""
     starts = rng.integers(0, len(tokens) - BLOCK - 1, size=batch)
     blocks = torch.stack([tokens[s : s + BLOCK + 1] for s in starts]).long().to(device)
     return blocks[:, :-1], blocks[:, 1:]
@@ -85,7 +85,7 @@ def sample(tokens: Tensor, batch: int, rng: np.random.Generator, device: str) ->
 
 @torch.no_grad()
 def bits_a_token(model: Transformer, tokens: Tensor, device: str) -> float:
-    """Mean bits a token over consecutive blocks."""
+    """The mean bits per token over consecutive blocks."""
     model.eval()
     blocks = tokens[: (len(tokens) - 1) // BLOCK * BLOCK + 1].long().to(device)
     inputs, targets = blocks[:-1].view(-1, BLOCK), blocks[1:].view(-1, BLOCK)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """A beam: its new tokens and their log-probabilities; ``score`` is the sum over these and the prompt's."""
+    """A beam: its new tokens and their log-probabilities; ``score`` is the sum of these and of the prompt's."""
 
     ids: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()
@@ -36,7 +36,7 @@ class Beams:
     """The beam search of one prompt, by the rules of ``SequenceGenerator`` (fairseq/sequence_generator.py).
 
     Of the 2 N best candidates, those with ``</s>`` among the first N are finished hypotheses, and the first N others
-    stay alive. The search ends when N hypotheses are finished. They rank by the mean log-probability of all their tokens.
+    continue. The search ends when N hypotheses are finished. They are ranked by the mean log-probability of all their tokens.
     """
 
     def __init__(self, prompt: Prompt, size: int):
@@ -58,7 +58,7 @@ class Beams:
         self.alive = [] if last or len(self.finished) == self.size else alive[: self.size]
 
     def best(self, count: int, codec: Codec | Ids) -> list[Generation]:
-        """The ``count`` best finished hypotheses, best first; ``</s>`` at their end is no text."""
+        """The ``count`` best finished hypotheses, best first; their text excludes the ``</s>`` at the end."""
         ranked = sorted(self.finished, key=lambda found: -found[0])[:count]
         return [
             Generation(

@@ -1,4 +1,4 @@
-"""What is asked of a generation, checked, and what comes of it."""
+"""The checked arguments of a generation, and its results."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from moekit.data.codec import Codec, Ids
 
 
-# Of the sequences under way on a rank: the tokens that they may have, and the logits that one of their steps may make,
-# one for each type of the dictionary.
+# Limits of the sequences under way on a rank: the tokens that they may have, and the logits of one step, which has one
+# logit per sequence and type of the dictionary.
 SEQUENCE_TOKENS = {"cpu": 16_384, "cuda": 131_072}
 LOGITS = 2**26
 
@@ -34,9 +34,9 @@ class Token:
     Attributes:
         sequence: number of its sequence: ``prompt * num_return_sequences + i``.
         id: dictionary id.
-        text: what it adds to the text, nothing until a character is whole; None without a codec.
-        logprob: natural log, under the model itself (temperature 1, no penalty).
-        alternatives: the best tokens at this place, (id, logprob) each, as many as were asked for.
+        text: the text that the token adds, which is empty until a character is whole; None without a codec.
+        logprob: natural log, under the model without temperature and penalty.
+        alternatives: the best tokens at this position, (id, logprob) each, as many as the request asks for.
         finish_reason: "length" or "stop" on a sequence's last token, else None.
     """
 
@@ -53,11 +53,11 @@ class Burst:
     """New tokens of one sequence that the ranks chose in one call.
 
     Attributes:
-        sequence: its number.
+        sequence: number of the sequence.
         tokens: [n] int64, dictionary ids.
-        logprobs: [n] float32, natural logs under the model itself.
-        best, best_logprobs: [n, A], the best tokens at each place and their log-probabilities.
-        finish_reason: "length" or "stop" where the sequence is finished, else None.
+        logprobs: [n] float32, natural logs under the model without temperature and penalty.
+        best, best_logprobs: [n, A], the best tokens at each position and their log-probabilities.
+        finish_reason: "length" or "stop" if the sequence is finished, else None.
     """
 
     sequence: int
@@ -69,7 +69,7 @@ class Burst:
 
     @property
     def alternatives(self) -> list[list[tuple[int, float]]]:
-        """The best tokens at each place, (id, logprob) each."""
+        """The best tokens at each position, (id, logprob) each."""
         if self.best.shape[1] == 0:
             return [[] for _ in self.tokens]
         rows = zip(self.best.tolist(), self.best_logprobs.tolist(), strict=True)
@@ -78,18 +78,20 @@ class Burst:
 
 @dataclass(frozen=True)
 class Generation:
-    """What became of one sequence.
+    """The result of one sequence.
 
     Attributes:
         prompt: number of its prompt.
         text: the new text, up to the stop text that ended it; None without a codec.
         ids: all new tokens.
-        logprobs: [len(ids)] float32, natural logs under the model itself: those that scoring the text gives.
-        finish_reason: "length" where ``max_new_tokens`` were reached; "stop" where a stop text came or, in a beam
-            search, ``</s>``.
-        score: the sum of ``logprobs``; of a beam search what fairseq ranks by, the mean over prompt and new tokens.
-        alternatives: for each token the best ones at its place, (id, logprob) each, as many as were asked for.
-        trace: the routing of the prompt and of all new tokens but the last, which is never an input, if it was asked for.
+        logprobs: [len(ids)] float32, natural logs under the model without temperature and penalty, as scoring the text
+            gives them.
+        finish_reason: "length" after ``max_new_tokens`` tokens; "stop" after a stop text or, in a beam search, ``</s>``.
+        score: the sum of ``logprobs``. For a beam search, it is the score by which fairseq ranks: the mean
+            log-probability over prompt and new tokens.
+        alternatives: for each token the best tokens at its position, (id, logprob) each, as many as the request asks for.
+        trace: the routing of the prompt and of all new tokens but the last, which is never an input; None if the request
+            asks for no trace.
     """
 
     prompt: int
@@ -118,16 +120,16 @@ KINDS: dict[str, Kind] = {
 
 
 def rules(asked: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of :func:`moekit.generation.run.generate`, checked by themselves and against one another.
+    """Check the arguments of :func:`moekit.generation.run.generate`, alone and against one another.
 
     Args:
-        asked: all of :data:`KINDS`, and perhaps others, which stay as they are.
+        asked: all arguments of :data:`KINDS`; other arguments stay unchanged.
 
     Returns:
-        ``asked`` with each of them converted; without top_k and top_p where nothing is drawn.
+        ``asked`` with each argument converted; without top_k and top_p if the best token is taken.
 
     Raises:
-        ValueError: one makes no sense, or two contradict each other.
+        ValueError: an argument is invalid, or two arguments contradict each other.
     """
     found = asked | {name: check(name, asked[name], kind) for name, kind in KINDS.items()}
     trace = asked.get("trace", False)
@@ -154,7 +156,7 @@ def rules(asked: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Request:
-    """A generation whose arguments have been checked; ``prompts`` has one for each sequence."""
+    """The checked arguments of a generation; ``prompts`` has one prompt per sequence."""
 
     prompts: list[Prompt]
     settings: Settings
@@ -168,11 +170,11 @@ class Request:
         """Check the arguments of :func:`moekit.generation.run.generate` and turn texts into ids.
 
         Raises:
-            ValueError: one makes no sense, or a prompt leaves too little room.
+            ValueError: an argument is invalid, or a prompt leaves too little room for new tokens.
         """
         asked = rules(asked)
         if asked["stop"] and not model.reads_text:
-            # This raises an error that says why text needs a codec.
+            # This call raises an error that explains why text needs a codec.
             model.codec.encode("")
         if max(asked["alternatives"], 2 * asked["beam_size"] + 2) > model.vocab:
             raise ValueError(
@@ -181,7 +183,7 @@ class Request:
         read = [[model.first, *ids] for ids in model.ids("prompts", prompts)]
         check_room(read, asked["max_new_tokens"], model.config.max_positions)
         copies = asked["num_return_sequences"]
-        # A beam search finds its copies by itself.
+        # A beam search finds several hypotheses of one prompt, so the prompt is not repeated.
         each = 1 if asked["beam_size"] > 1 else copies
         # Arrays reach the ranks faster than lists.
         arrays = [np.array(ids, np.int32) for ids in read]
@@ -203,11 +205,11 @@ class Request:
         return cls(sequences, settings, asked["max_new_tokens"], stop, copies, model.codec)
 
     def slots(self, wave: Sequence[Prompt]) -> int:
-        """Tokens that the longest of these sequences will have in its cache: the last new token is not read."""
+        """The tokens that the longest of these sequences will have in its cache; its last new token is not read."""
         return max(len(prompt.ids) for prompt in wave) + self.max_new_tokens - 1
 
     def waves(self, model: Handle) -> Iterator[list[Prompt]]:
-        """The prompts in order, as many at a time as the ranks should hold."""
+        """The prompts in order, as many at a time as the ranks have room for."""
         longest = max(len(prompt.ids) for prompt in self.prompts) + self.max_new_tokens
         beams = min(SEQUENCE_TOKENS[model.device] // longest, LOGITS // self.settings.vocab)
         rows = max(1, beams // self.settings.beam_size)
@@ -215,7 +217,7 @@ class Request:
             yield self.prompts[start : start + rows * model.world_size]
 
     def generation(self, bursts: Sequence[Burst]) -> Generation:
-        """The result of a sequence, of all its bursts."""
+        """The result of a sequence, from all its bursts."""
         ids = np.concatenate([burst.tokens for burst in bursts]).tolist()
         text = None
         if self.codec.reads_text:
@@ -234,7 +236,7 @@ class Request:
 
 
 def check_room(prompts: Iterable[Sequence[int]], max_new_tokens: int, max_positions: int) -> None:
-    """That the new tokens fit behind each prompt, whose ids include the leading symbol."""
+    """Check that the new tokens fit after each prompt, whose ids include the leading symbol."""
     for number, ids in enumerate(prompts):
         # The last new token is not read.
         room = max_positions - len(ids) + 1

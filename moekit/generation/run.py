@@ -1,11 +1,12 @@
-"""Generation: text that goes on from a prompt, token by token, on any number of ranks.
+"""Generation: text that continues a prompt, token by token, on any number of ranks.
 
     model.generate("Once upon a time", max_new_tokens=50, temperature=0.8, top_p=0.95)[0].text
     for token in model.stream("Once upon a time"):
         print(token.text, end="", flush=True)
 
-The ranks run forward passes and propose tokens (worker/decoding.py). The driver deals them sequences, decides which
-continue, and turns ids into text: a line end is ``</s>`` on the way in and a line end again on the way out.
+The ranks run forward passes and propose tokens (worker/decoding.py). The driver assigns the sequences to ranks, decides
+which sequences continue, and turns ids into text. A line end in a prompt becomes ``</s>``, and ``</s>`` becomes a line end
+in the result.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ if TYPE_CHECKING:
     from moekit.nn.gate import Routing
 
 
-# Decode steps that the ranks run per call. A GPU computes several while the driver would look at one.
+# Decode steps that the ranks run per call. A GPU computes several steps in the time that the driver needs for one.
 BURST = {"cpu": 1, "cuda": 16}
-# The same where no token is looked at before the end.
+# Decode steps per call if the driver does not read the tokens before the end.
 UNHEARD = {"cpu": 16, "cuda": 128}
 
 
@@ -58,37 +59,39 @@ def generate(
     trace: bool | Options = False,
     progress: bool = True,
 ) -> list[Generation]:
-    """Go on from each prompt; the results depend neither on the world size nor on what is generated beside them.
+    """Continue each prompt; the results depend neither on the world size nor on the other sequences.
 
     Args:
-        prompts: a text, texts, ids, or lists of ids, of any lengths. Each is read after ``</s>`` (``<s>`` where the
-            model was trained with ``add_bos_token``), so an empty one starts a line.
-        max_new_tokens: new tokens a sequence may have.
+        prompts: a text, texts, ids, or lists of ids, of any lengths. The model reads each prompt after ``</s>`` (``<s>``
+            if it was trained with ``add_bos_token``), so an empty prompt starts a line.
+        max_new_tokens: the most new tokens of a sequence.
         temperature: 0 always takes the best token; else tokens are drawn from ``softmax(logits / temperature)``.
-        top_k: draw from this many of the best tokens only; without effect at temperature 0.
-        top_p: draw from the fewest, of these, that together have this probability; without effect at temperature 0.
+        top_k: draw from only this many of the best tokens; without effect at temperature 0.
+        top_p: draw from the smallest set of the best tokens that together have this probability; without effect at
+            temperature 0.
         beam_size: N > 1 searches as fairseq's ``SequenceGenerator`` does by default: a hypothesis ends with ``</s>``,
-            and the prompt's own tokens count in its score.
-        repetition_penalty: divides the positive logits of all tokens that came before, and multiplies the negative ones.
-        stop: a sequence ends where one of these texts is complete; a line end is such a text.
-        seed: what is drawn depends on it, on the number of the sequence, and on the step.
-        num_return_sequences: draws for each prompt, or best hypotheses of its beam search.
-        alternatives: tell this many of the best tokens at each place.
-        capacity_token_fraction: of the experts while they read a prompt, each prompt by itself, as in
+            and the tokens of the prompt count in its score.
+        repetition_penalty: divides the positive logits of all earlier tokens, and multiplies the negative ones.
+        stop: a sequence ends when one of these texts is complete; a line end may be such a text.
+        seed: a draw depends on the seed, the number of the sequence, and the step.
+        num_return_sequences: the number of draws per prompt, or of the best hypotheses of its beam search.
+        alternatives: the number of best tokens to return at each position.
+        capacity_token_fraction: the capacity of the experts during prefill, for each prompt by itself, as in
             :meth:`moekit.api.Model.evaluate`. None drops nothing. New tokens are never dropped.
         record: called on the ranks by every MoE layer, see :class:`moekit.nn.passes.Pass`; a group is a sequence.
-        trace: also record the routing, one sample per sequence; :class:`moekit.nn.record.Options` say what of it. A beam
-            search cannot be traced. The trace's ``predicted`` stays empty, because ``alternatives`` tell the best tokens.
-        progress: show a bar.
+        trace: also record the routing, one sample per sequence; :class:`moekit.nn.record.Options` select its columns. A
+            beam search cannot be traced. The trace's ``predicted`` stays empty, because ``alternatives`` hold the best
+            tokens.
+        progress: show a progress bar.
 
     Returns:
-        ``num_return_sequences`` for each prompt, prompt by prompt; those of a beam search best first.
+        ``num_return_sequences`` results per prompt, prompt by prompt; those of a beam search best first.
 
     Raises:
-        ValueError: an argument makes no sense, or a prompt leaves too little room. Nothing has run yet.
+        ValueError: an argument is invalid, or a prompt leaves too little room; it is raised before anything runs.
         moekit.ranks.RankError: a rank failed.
     """
-    # All arguments by their names; ``progress`` has no meaning there.
+    # The request takes all arguments by their names; it ignores ``progress``.
     request = Request.of(**locals())
     parts: list[dict[str, np.ndarray]] = []
     total = len(request.prompts) * request.max_new_tokens
@@ -121,7 +124,7 @@ def generate(
 def _trace(
     model: Handle, request: Request, found: Sequence[Generation], parts: list[dict[str, np.ndarray]]
 ) -> tracing.Trace:
-    """The ranks' parts in one, with what only this side knows of the tokens."""
+    """The trace from the parts of all ranks, with the columns on tokens that only the driver has."""
     collector = tracing.Collector(request.settings.trace)
     read = [len(prompt.ids) for prompt in request.prompts]
     ids = [[*prompt.ids, *one.ids] for prompt, one in zip(request.prompts, found, strict=True)]
@@ -130,7 +133,7 @@ def _trace(
     starts = np.cumsum([0, *map(len, ids)])[:-1]
     ids, logprobs, read = np.concatenate(ids), np.concatenate(logprobs), np.array(read)
     for part in parts:
-        # Never a sequence's last token, which is never an input.
+        # The last token of a sequence is never an input, so it is not in the trace.
         place = starts[part["sample"]] + part["position"]
         part |= {
             "token": ids[place],
@@ -162,9 +165,9 @@ def stream(
     capacity_token_fraction: float | str | None = None,
     record: Callable[[int, Routing], None] | None = None,
 ) -> Iterator[Token]:
-    """The tokens that :func:`generate` finds with the same arguments, as they come: all sequences' first, and so on.
+    """Yield the tokens of :func:`generate` as they are chosen: the first token of all sequences, then the second, and so on.
 
-    Closing the iterator ends the generation. A beam search cannot be streamed: it has no token until its end.
+    Closing the iterator ends the generation. A beam search cannot be streamed: its tokens are known only at its end.
     """
     request = Request.of(**locals(), beam_size=1, trace=False)
     return _tokens(model, request)
@@ -191,15 +194,15 @@ def _tokens(model: Handle, request: Request) -> Iterator[Token]:
 def _bursts(
     model: Handle, request: Request, parts: list[dict[str, np.ndarray]], longest: int
 ) -> Iterator[list[Burst]]:
-    """Greedy or drawn: every sequence reads the token that was chosen for it, until it is finished.
+    """Greedy or random decoding: every sequence reads the token that was chosen for it, until it is finished.
 
-    Adds what was recorded of the routing to ``parts``.
+    The records of the routing are added to ``parts``.
 
     Args:
-        longest: decode steps of a call at most.
+        longest: the most decode steps per call.
 
     Yields:
-        What a call found for each sequence that is not finished yet.
+        The bursts of a call, for each sequence that is not finished yet.
     """
     if request.settings.record is not None or request.settings.trace is not None:
         longest = 1
@@ -219,7 +222,7 @@ def _bursts(
 
 
 def _burst(sequence: int, row: Chosen, text: Text | None, last: bool) -> Burst:
-    """A sequence's new tokens up to the one that completes a stop text, which ``text`` finds."""
+    """The new tokens of a sequence, up to the token that completes a stop text, which ``text`` finds."""
     if text is not None:
         for place, token in enumerate(row.tokens.tolist(), start=1):
             text.add(token)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from moekit.handle import Handle
 
 
-# Whether to drop finished sequences from the batch at once: on a GPU that costs more than it saves.
+# Whether to drop finished sequences from the batch at once; on a GPU this costs more time than it saves.
 MOVES = {"cpu": True, "cuda": False}
 
 
@@ -26,8 +26,8 @@ class Session:
     """Sequences that live on the ranks while they are generated.
 
     Attributes:
-        sequences: for each rank the numbers of its sequences, in the order of their rows there.
-        parts: of the trace, once the session is over.
+        sequences: for each rank the numbers of its sequences, in the order of their rows on the rank.
+        parts: the parts of the trace, after the end of the session.
     """
 
     keys = itertools.count()
@@ -41,7 +41,7 @@ class Session:
         self.parts: list[dict[str, np.ndarray]] = []
 
     def begin(self) -> dict[int, Chosen | Candidates]:
-        """Read the prompts. Returns, for each sequence's number, its row of what the ranks propose."""
+        """Prefill the prompts. Returns, for the number of each sequence, its row of the ranks' proposals."""
         abandoned = tuple(self.model.abandoned)
         found = self.model.ranks.call(
             decode.begin, self.key, self.prompts, self.settings, self.slots, abandoned
@@ -58,7 +58,7 @@ class Session:
         kept = set(tokens)
         listens = self.settings.trace is not None or self.settings.record is not None
         if not MOVES[self.model.device] and not listens and 2 * len(kept) > sum(map(len, self.sequences)):
-            # Finished sequences keep their rows and read padding; what comes of it is left out below.
+            # Finished sequences keep their rows and read padding; their results are left out below.
             kept = {number for numbers in self.sequences for number in numbers}
         rows = [[row for row, n in enumerate(numbers) if n in kept] for numbers in self.sequences]
         self.sequences = [[n for n in numbers if n in kept] for numbers in self.sequences]
@@ -73,7 +73,7 @@ class Session:
 
         Args:
             beams: for each sequence its beams: (the beam of the step before, the token to read, the score so far).
-            last: nothing but ``</s>`` may follow.
+            last: whether only ``</s>`` may follow.
         """
         rows, inputs, scores = [], [], []
         for numbers in self.sequences:
@@ -99,5 +99,5 @@ class Session:
         try:
             self.parts = [part for parts in self.model.ranks.call(decode.end, self.key) for part in parts]
         except RuntimeError:
-            # The ranks are busy with another call, or gone, and the sequences with them.
+            # The ranks are busy with another call, or they have ended together with their sequences.
             self.model.abandoned.append(self.key)

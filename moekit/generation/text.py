@@ -1,4 +1,4 @@
-"""The text of a sequence, as its tokens come."""
+"""The text of a sequence, token by token."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class Text:
-    """The text of a sequence as its tokens come: a character may need several tokens."""
+    """The text of a sequence, token by token; a character may need several tokens."""
 
     def __init__(self, codec: Codec | Ids, stop: Sequence[str]):
         self.codec, self.stop = codec, stop
@@ -20,13 +20,13 @@ class Text:
         self.stopped = False
 
     def add(self, token: int) -> str | None:
-        """What ``token`` adds to the text: nothing until a character is whole; None without a codec."""
+        """The text that ``token`` adds, which is empty until a character is whole; None without a codec."""
         if not self.codec.reads_text:
             return None
         self.pending.append(token)
         piece = self.codec.decode(self.pending)
         if piece.endswith("\ufffd") and len(self.pending) < 4:
-            # UTF-8 has at most four bytes a character.
+            # UTF-8 has at most four bytes per character.
             return ""
         self.pending = []
         self.tail += piece
@@ -37,7 +37,7 @@ class Text:
     def of(self, tokens: Sequence[int]) -> str:
         """The whole text of ``tokens``, the same as their pieces one after the other."""
         whole = self.codec.decode(tokens)
-        # Only of bytes that are no character can the pieces differ from the whole.
+        # The pieces differ from the whole only if some bytes are no character.
         if "\ufffd" not in whole:
             return whole
         return "".join([self.add(int(token)) for token in tokens]) + self.rest()

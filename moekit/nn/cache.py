@@ -1,7 +1,7 @@
 """The key/value cache of a batch of sequences of different lengths.
 
-Each sequence fills its own slots from 0 on, so nothing is padded on the left. The slots behind a shorter prompt hold
-keys and values of padding: no token attends to them, and the tokens that follow overwrite them.
+Each sequence fills its slots from 0 on, so nothing is padded on the left. The slots after a shorter prompt hold keys and
+values of padding: no token attends to them, and later tokens overwrite them.
 
 Shape letters: L layers, B sequences, H heads, M slots, C head dim, T tokens of one forward pass.
 """
@@ -14,15 +14,15 @@ from torch import Tensor
 
 from moekit.nn.config import ModelConfig
 
-# Attention's kernels are fast where the number of slots is a multiple of this one.
+# The number of slots is a multiple of this, for which the attention kernels are fast.
 SLOTS = 64
 
 
 class Cache:
-    """Keys and values [L, 2, B, H, M, C] of ``lengths`` [B] tokens each; hand it to the model in ``Pass.cache``.
+    """Keys and values [L, 2, B, H, M, C] of ``lengths`` [B] tokens per sequence; the model takes it as ``Pass.cache``.
 
-    A forward pass writes its tokens behind those that are there and attends to all of them. It does not change
-    ``lengths``: the caller does, by :meth:`advance`, since only the caller knows which tokens were real.
+    A forward pass writes its tokens after the tokens in the cache and attends to all of them. It does not change
+    ``lengths``: the caller calls :meth:`advance`, since only the caller can tell real tokens from padding.
     """
 
     def __init__(self, config: ModelConfig, batch: int, slots: int, device: torch.device, dtype: torch.dtype):
@@ -37,13 +37,15 @@ class Cache:
         return self.kv.shape[4]
 
     def positions(self, tokens: int) -> Tensor:
-        """[B, T]: the slots, and so the positions from 0, of the next ``tokens`` tokens of each sequence."""
+        """[B, T]: the slots of the next ``tokens`` tokens of each sequence, which are also their positions from 0."""
         return self.lengths[:, None] + torch.arange(tokens, device=self.lengths.device)
 
     def open(self, tokens: int) -> Tensor | None:
-        """Begin a forward pass: [B, 1, T, M] bool, the slots that each of its tokens may attend to, its own included.
+        """Begin a forward pass.
 
-        None for the first pass, whose tokens attend to each other alone.
+        Returns:
+            [B, 1, T, M] bool: the slots that each token may attend to, including the slot of the token. None for the
+            first pass, whose tokens attend only to each other.
         """
         positions = self.positions(tokens)
         self._write = positions[:, None, :, None]
@@ -52,7 +54,7 @@ class Cache:
         return (torch.arange(self.slots, device=positions.device) <= positions[:, :, None])[:, None]
 
     def extend(self, layer: int, kv: Tensor) -> Tensor:
-        """Write [2, B, H, T, C] behind what layer ``layer`` has, and return what its tokens attend to."""
+        """Write keys and values [2, B, H, T, C] of layer ``layer``, and return all that the new tokens attend to."""
         self.kv[layer].scatter_(3, self._write.expand_as(kv), kv)
         return kv if self.empty else self.kv[layer]
 
@@ -62,14 +64,14 @@ class Cache:
         self.empty = False
 
     def clear(self) -> None:
-        """Forget all tokens, where the tensors are: a captured graph goes on reading and writing them."""
-        # What is left of other sequences is masked, but a NaN among it would come through the mask.
+        """Remove all tokens in place: a captured graph goes on using the same tensors."""
+        # Old keys and values are masked, but a NaN among them would pass through the mask.
         self.kv.zero_()
         self.lengths.zero_()
         self.empty = True
 
     def grow(self, slots: int) -> None:
-        """Enlarge it to ``slots`` tokens a sequence."""
+        """Enlarge the cache to ``slots`` tokens per sequence."""
         self.kv = F.pad(self.kv, (0, 0, 0, slots - self.slots))
 
     def select(self, sequences: Tensor) -> None:
@@ -79,7 +81,7 @@ class Cache:
 
     @staticmethod
     def joined(caches: list[Cache]) -> Cache:
-        """All sequences of ``caches`` in one; their first passes are over."""
+        """One cache with the sequences of all ``caches``, after the first pass of each."""
         first = caches[0]
         if len(caches) > 1:
             first.kv = torch.cat([cache.kv for cache in caches], dim=2)

@@ -1,6 +1,6 @@
-"""CUDA graphs of work that is repeated: hundreds of small kernels, launched with one call.
+"""CUDA graphs of repeated work: one call launches hundreds of small kernels.
 
-Launching them one by one takes Python some 10 to 40 us each, which is longer than many of them run.
+A launch from Python takes 10 to 40 us per kernel, which is longer than many kernels run.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from moekit.nn.gates import gate_of
 from moekit.nn.passes import Pass
 from moekit.nn.transformer import Transformer
 
-# Runs before the capture: at the first one libraries allocate and Triton compiles.
+# Runs before the capture: in the first run, libraries allocate memory and Triton compiles.
 WARM_UP = 2
-# Times that the same work is done before a capture pays off.
+# Repetitions of the same work after which a capture pays off.
 AFTER = 4
-# Tokens in a pass worth capturing. With more, the kernels take longer than their launches.
+# The most tokens in a pass that is worth capturing. With more, the kernels take longer than their launches.
 MOST_TOKENS = 16_384
 
 
 def few(model: Transformer, rows: int, world_size: int) -> bool:
-    """Whether passes in which each rank brings ``rows`` rows at most are worth capturing.
+    """Whether passes in which each rank brings at most ``rows`` rows are worth capturing.
 
-    An exchange that pads (dispatch.py) moves the rows of all ranks to each of them, so they count together there.
+    An exchange that pads (dispatch.py) moves the rows of all ranks to each rank, so the rows of all ranks count there.
     """
     return rows * (1 if model.dispatch.by_expectation else world_size) <= MOST_TOKENS
 
 
 def fits(model: Transformer, asked: Pass) -> bool:
-    """Whether a pass runs on the device alone, with the same kernels every time, so that it can be captured.
+    """Whether a pass can be captured: it runs on the device alone, with the same kernels every time.
 
-    With several ranks it needs to know how many rows to expect, see :attr:`moekit.nn.passes.Pass.rows_expected`, and all ranks
-    capture at the same time: a capture runs the work several times.
+    With several ranks, the number of expected rows has to be known (:attr:`moekit.nn.passes.Pass.rows_expected`). All ranks
+    capture at the same time, because a capture runs the work several times.
     """
     draws = gate_of(model.config).draws
     on_gpu = model.embed.weight.is_cuda and model.backend == "triton"
@@ -47,12 +47,12 @@ def fits(model: Transformer, asked: Pass) -> bool:
 
 @functools.lru_cache
 def capturing(device: int) -> torch.cuda.Stream:
-    """The one stream for captures: libraries keep a workspace for every stream that they have seen, for good."""
+    """The one stream for captures. It is reused, because libraries keep a workspace for every stream."""
     return torch.cuda.Stream(device)
 
 
 class Graph:
-    """``work`` on tensors of the shapes of ``inputs``; all other tensors that it uses must stay where they are."""
+    """A graph of ``work`` on tensors of the shapes of ``inputs``; all other tensors in it must keep their addresses."""
 
     def __init__(self, work: Callable[..., Tensor | None], *inputs: Tensor):
         self.inputs = [tensor.clone() for tensor in inputs]
@@ -63,12 +63,12 @@ class Graph:
                 work(*self.inputs)
         torch.cuda.current_stream().wait_stream(aside)
         self.graph = torch.cuda.CUDAGraph()
-        # Libraries have their workspaces on the stream of the warm-up; other threads may go on allocating.
+        # The libraries' workspaces belong to the stream of the warm-up. Other threads may allocate during the capture.
         with torch.cuda.graph(self.graph, stream=aside, capture_error_mode="thread_local"):
             self.output = work(*self.inputs)
 
     def __call__(self, *inputs: Tensor) -> Tensor | None:
-        """What ``work`` returns, which the next call overwrites."""
+        """Replay the graph. The next call overwrites the result."""
         for own, given in zip(self.inputs, inputs, strict=True):
             own.copy_(given)
         self.graph.replay()
@@ -76,10 +76,10 @@ class Graph:
 
 
 class Repeated:
-    """Work as it comes, and a graph of it once the same has come :data:`AFTER` times in a row.
+    """Runs work, and captures a graph of it when the same work has run :data:`AFTER` times in a row.
 
-    If a graph does not fit into memory, a single rank (``alone``) carries on without one; with several ranks the error
-    is raised, because all must capture or none.
+    If a graph does not fit into memory, a single rank (``alone``) goes on without a graph. With several ranks the error
+    is raised, because either all ranks capture or none does.
     """
 
     def __init__(self, alone: bool) -> None:
@@ -89,7 +89,7 @@ class Repeated:
         self.graph: Graph | None = None
 
     def __call__(self, key: Hashable, work: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """``work(*inputs)``; ``key`` tells everything that makes one work another."""
+        """Return ``work(*inputs)``. Work with an equal ``key`` counts as the same."""
         if key != self.key:
             self.key, self.times, self.graph = key, 0, None
         self.times += 1
@@ -99,7 +99,7 @@ class Repeated:
             try:
                 self.graph = Graph(work, *inputs)
             except torch.OutOfMemoryError:
-                # A graph has memory of its own.
+                # The graph needs extra memory, so a run without it may still fit.
                 if not self.alone:
                     raise
                 self.times = -math.inf
@@ -108,13 +108,14 @@ class Repeated:
 
 
 def of_step(model: Transformer, cache: Cache, vocab: int, rows_expected: int | None) -> Graph:
-    """Each of B sequences reads a token, [B] int64: logits [B, V] of what follows, while ``cache`` stays as it is.
+    """A graph of a decode step: tokens [B] int64 -> logits [B, V] of the next token; ``cache`` does not advance.
 
-    With several ranks a collective, also where B is 0, which gives None; ``rows_expected`` as in :class:`Pass`.
+    With several ranks it is a collective, also for a rank where B is 0, whose result is None. ``rows_expected`` is as in
+    :class:`Pass`.
     """
 
     def step(read: Tensor) -> Tensor | None:
-        # It writes to the cache behind what is there and counts nothing as read, so that repeating it does no harm.
+        # The step writes after the tokens in the cache and does not advance the cache, so a repetition changes nothing.
         asked = Pass(groups=len(read), cache=cache, rows_expected=rows_expected)
         return model.operations.read_on(model, read, asked, vocab)
 

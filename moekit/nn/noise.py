@@ -1,4 +1,4 @@
-"""Random numbers that depend on what they are for and on nothing else: the same bits on any device and at any world size."""
+"""Random numbers that depend only on their keys: the same bits on any device and at any world size."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor
 
 
 class Noise:
-    """The randomness of the second expert, by seed, batch and layer."""
+    """The random numbers for the choice of the second expert, by seed, batch and layer."""
 
     def __init__(self, seed: int, batches: Sequence[int]):
         self.seed, self.batches = seed, batches
 
     def __call__(self, layer: int, kind: str, like: Tensor) -> Tensor:
-        """``kind`` "uniform" in (0, 1) or "gumbel": float32 of the shape [G, ...] and on the device of ``like``."""
+        """Noise of ``kind`` "uniform", in (0, 1), or "gumbel": float32, with the shape [G, ...] and device of ``like``."""
         keys = [(self.seed, batch, layer) for batch in self.batches]
         drawn = (_bits(keys, like[0].numel(), like.device, 23).float() + 0.5) * 2.0**-23
         if kind == "gumbel":
@@ -25,7 +25,7 @@ class Noise:
 
 
 def uniform(keys: Sequence[tuple[int, ...]], count: int, device: torch.device) -> Tensor:
-    """[len(keys), count] float64 in (0, 1): numbers of its own for each key."""
+    """[len(keys), count] float64 in (0, 1): independent numbers for each key."""
     return (_bits(keys, count, device, 53).double() + 0.5) * 2.0**-53
 
 
@@ -35,7 +35,7 @@ def _bits(keys: Sequence[tuple[int, ...]], count: int, device: torch.device, wan
 
 
 def splitmix64(starts: Sequence[int], count: int, device: torch.device) -> Tensor:
-    """[len(starts), count] int64, 64 random bits each: the generator's first numbers from each of its states.
+    """[len(starts), count] int64, 64 random bits each: the first numbers of the generator from each initial state.
 
     Steele, Lea, Flood: Fast splittable pseudorandom number generators (OOPSLA 2014), figures 13 and 14.
     """
@@ -51,5 +51,5 @@ def _signed(number: int) -> int:
 
 
 def _shifted(x: Tensor, bits: int) -> Tensor:
-    """Shift to the right by ``bits``; zeros come in from the left."""
+    """Shift ``x`` to the right by ``bits``, filling with zeros from the left."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)

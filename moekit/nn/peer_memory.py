@@ -1,6 +1,6 @@
-"""Memory of a rank that its peers can address: NVLink between GPUs of one host, a shared file between processes on the CPU.
+"""Memory of a rank that its peers can address: over NVLink between GPUs of one host, or a shared file on the CPU.
 
-The CPU's stands in where kernels are interpreted, so that everything around them can be tested without a GPU.
+The shared file serves interpreted kernels, so that the code around them can be tested without a GPU.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from torch import Tensor
 
 
 def reachable(device: torch.device, world_size: int) -> bool:
-    """Whether each of ``world_size`` ranks of one host, rank r on GPU r, can address every other one's memory.
+    """Whether each of ``world_size`` ranks of one host, rank r on GPU r, can address the memory of every other rank.
 
-    Every rank finds the same, without asking.
+    The result is the same on every rank, without communication.
     """
     if device.type != "cuda":
         return True
@@ -26,17 +26,17 @@ def reachable(device: torch.device, world_size: int) -> bool:
 
 
 def symmetric(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A buffer of ``size`` bytes on every rank, zeroed; a collective of the default process group.
+    """Allocate a zeroed buffer of ``size`` bytes on every rank; a collective of the default process group.
 
     Returns:
-        This rank's buffer, [size] uint8; and [W] int64 on ``device``, the bytes from it to the buffer of each rank.
+        The buffer of this rank, [size] uint8; and [W] int64 on ``device``, the bytes from it to the buffer of each rank.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if device.type == "cuda":
         from torch.distributed import _symmetric_memory as symmetric_memory
 
         buffer = symmetric_memory.empty(size, dtype=torch.uint8, device=device).zero_()
-        # A peer that learns the address may write at once.
+        # A peer may write as soon as it has the address.
         torch.cuda.synchronize(device)
         addresses = list(symmetric_memory.rendezvous(buffer, dist.group.WORLD).buffer_ptrs)
     else:
@@ -52,7 +52,7 @@ def symmetric(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
         if rank == 0:
             os.rmdir(folder[0])
         buffer, addresses = shared[rank], [one.data_ptr() for one in shared]
-        # A view keeps its own mapping alive alone.
+        # A view keeps only one mapping alive, so the buffer holds a reference to the others.
         buffer.peers = shared
     reach = torch.tensor([address - addresses[rank] for address in addresses], device=device)
     return buffer, reach

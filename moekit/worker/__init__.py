@@ -1,4 +1,4 @@
-"""What runs on a rank: load the model there, score batches with it, decode. Nothing here knows notebooks or fairseq.
+"""Functions that run on a rank: loading the model, scoring batches, and decoding. They use neither notebooks nor fairseq.
 
-Each function takes the :class:`moekit.ranks.Rank` it runs on first and is called through ``Ranks.call``.
+The first argument of each function is the :class:`moekit.ranks.Rank` it runs on; ``Ranks.call`` calls it.
 """

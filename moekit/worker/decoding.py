@@ -1,9 +1,9 @@
-"""What generation does on a rank: it keeps sequences and their caches, runs them one token on, and proposes what follows.
+"""Generation on a rank: it keeps sequences and their caches, runs decode steps, and proposes next tokens.
 
 Every function runs the same number of forward passes on every rank, because a pass contains collectives. A rank without
-sequences still runs its experts for the others. The driver decides which sequences continue, and with which tokens
-(moekit/generation). The ranks never ask one another: what they decide for themselves, such as when to make a graph,
-follows from what all of them were told.
+sequences still runs its experts for the other ranks. The driver (moekit/generation) decides which sequences continue, and
+with which tokens. A rank decides only on values that are the same on all ranks, such as when to capture a graph, so
+these decisions need no communication.
 
 Shape letters: B sequences of this rank, T tokens of the longest prompt, V dictionary, N beam size, P prompts.
 """
@@ -34,21 +34,20 @@ from moekit.worker.sampling import Candidates, Chosen, Settings, candidates, cho
 
 @dataclass(frozen=True)
 class Prompt:
-    """The start of a sequence: its number among all sequences, and ids [n], the leading ``</s>`` included."""
+    """The start of a sequence: its number among all sequences, and its ids [n], including the leading ``</s>``."""
 
     number: int
     ids: Sequence[int] | np.ndarray
 
 
-# Where the rank keeps the cache of the last generation that is over, with the graph that reads on in it.
+# Key of the rank's state for the cache of the last finished generation, with the graph of a decode step on it.
 SPARE = "spare step"
 
 
 class Sequences:
-    """The sequences of this rank, row by row: their cache, and what choosing their next token needs to know.
+    """The sequences of this rank, row by row: their cache, and the state that the choice of the next token needs.
 
-    ``on_ranks`` counts the sequences of every rank, since what the ranks do together must not depend on what one of
-    them knows alone.
+    ``on_ranks`` counts the sequences of every rank, since joint decisions must depend on values that all ranks have.
     """
 
     def __init__(
@@ -63,17 +62,17 @@ class Sequences:
     ):
         self.settings, self.numbers, self.on_ranks = settings, numbers, on_ranks
         self.cache, self.seen = cache, seen
-        # Tokens that each sequence has read since its prompt; all go on together.
+        # Tokens that each sequence has read after its prompt; the number is the same for all sequences.
         self.steps = 0
-        # Of a trace.
+        # The parts of a trace.
         self.parts: list[dict[str, np.ndarray]] = []
-        # Of one step with the rows as they are, and the steps since the rows of any rank changed.
+        # The graph of a step with the current rows, and the steps since the rows of any rank changed.
         self.graph: graphs.Graph | None = None if spare is None else spare.graph
         self.unchanged = 0
         self.alike: Hashable = alike
 
     def select(self, rows: Sequence[list[int]], rank: int) -> None:
-        """Keep ``rows`` of each rank, in this order, repeats allowed."""
+        """Keep the rows ``rows`` of each rank, in this order; a row may repeat."""
         same = [kept == list(range(count)) for kept, count in zip(rows, self.on_ranks, strict=True)]
         if all(same):
             return
@@ -96,15 +95,16 @@ def begin(
     slots: int,
     abandoned: Sequence[int] = (),
 ) -> Chosen | Candidates | None:
-    """Read the prompts and propose what follows; None from a rank without any.
+    """Prefill the prompts and propose the next tokens; a rank without prompts returns None.
 
     Args:
-        key: of this generation; several may be under way.
-        prompts: those of each rank.
-        slots: tokens that the longest sequence will have.
-        abandoned: keys of generations that are over, but could not be ended because the ranks were busy.
+        key: the key of this generation; several generations may be under way.
+        prompts: the prompts of each rank.
+        slots: the number of tokens that the longest sequence will have.
+        abandoned: keys of finished generations that could not be ended because the ranks were busy.
 
-    With a capacity each prompt is read by itself, so that no other tokens and no padding fill its experts' buffers.
+    With a capacity, each prompt has a separate forward pass, so that neither other tokens nor padding fill the buffers
+    of its experts.
     """
     for old in abandoned:
         end(rank, old)
@@ -153,14 +153,14 @@ def begin(
 def run(
     rank: Rank, key: int, rows: Sequence[list[int]], tokens: Sequence[list[int]], steps: int
 ) -> Chosen | None:
-    """Generate ``steps`` more tokens of each sequence that goes on; each sequence reads what was chosen for it.
+    """Generate ``steps`` more tokens of each sequence that continues; each sequence reads the tokens chosen for it.
 
     Args:
-        rows: on each rank, the sequences that go on, by their rows as of the call before.
-        tokens: what each of them reads first.
+        rows: for each rank, the sequences that continue, by their rows in the previous call.
+        tokens: the first token that each of them reads.
 
     Returns:
-        ``steps`` choices a sequence; None from a rank without any.
+        ``steps`` choices per sequence; None from a rank without sequences.
     """
     model: Transformer = rank.state["model"]
     sequences: Sequences = rank.state[key]
@@ -186,13 +186,13 @@ def grow(
     scores: Sequence[list[float]],
     last: bool,
 ) -> Candidates | None:
-    """One token more of each beam that goes on.
+    """Run one decode step of each beam that continues.
 
     Args:
-        rows: on each rank, the beams that go on, by their rows as of the call before; a row may go on twice.
-        tokens: what each of them reads.
-        scores: of each beam so far.
-        last: nothing but ``</s>`` may follow.
+        rows: for each rank, the beams that continue, by their rows in the previous call; a row may occur twice.
+        tokens: the token that each beam reads.
+        scores: the score of each beam so far.
+        last: whether only ``</s>`` may follow.
     """
     model: Transformer = rank.state["model"]
     sequences: Sequences = rank.state[key]
@@ -209,7 +209,7 @@ def grow(
 
 
 def end(rank: Rank, key: int) -> list[dict[str, np.ndarray]]:
-    """Forget the sequences of ``key``.
+    """Remove the sequences of ``key``.
 
     Returns:
         The parts of their trace: tables with ``sample`` (the sequence's number), ``position`` and the columns of
@@ -224,7 +224,7 @@ def end(rank: Rank, key: int) -> list[dict[str, np.ndarray]]:
 
 
 class Spare(NamedTuple):
-    """What a generation like one that is over can go on using: ``alike`` tells which, the same on every rank."""
+    """The cache and graph of a finished generation, for reuse by one with an equal ``alike``, which all ranks share."""
 
     alike: Hashable
     cache: Cache
@@ -232,7 +232,7 @@ class Spare(NamedTuple):
 
 
 def _take_spare(rank: Rank, alike: Hashable) -> Spare | None:
-    """The spare cache and graph if they are for sequences like these, emptied; otherwise they are dropped."""
+    """The spare cache, cleared, and its graph if their ``alike`` is equal; otherwise both are dropped."""
     spare: Spare | None = rank.state.pop(SPARE, None)
     if spare is None or spare.alike != alike:
         return None
@@ -241,14 +241,14 @@ def _take_spare(rank: Rank, alike: Hashable) -> Spare | None:
 
 
 def _passes(prompts: Sequence[Prompt], settings: Settings) -> list[Sequence[Prompt]]:
-    """Which prompts are read together."""
+    """The prompts of each forward pass."""
     if settings.fraction is not None:
         return [[prompt] for prompt in prompts]
     return [prompts] if prompts else []
 
 
 def _expected(passes: Sequence[Sequence[Sequence[Prompt]]]) -> list[int]:
-    """The tokens, padding included, that any rank brings to each pass at most; ``passes`` has each rank's."""
+    """The most tokens, including padding, that any rank brings to each pass; ``passes`` holds the passes of each rank."""
 
     def rows(prompts: Sequence[Prompt]) -> int:
         return len(prompts) * max(len(prompt.ids) for prompt in prompts)
@@ -264,7 +264,7 @@ def _read(
     rows_expected: int | None,
     cache: Cache | None,
 ) -> tuple[Cache, Tensor, Tensor, list[dict[str, np.ndarray]]]:
-    """A cache with ``prompts``, the features [B, D] of their last tokens, their log-probabilities [B], and trace."""
+    """Prefill ``prompts``: a cache, the features [B, D] of the last tokens, the log-probabilities [B], and the trace."""
     device = model.embed.weight.device
     lengths = torch.tensor([len(prompt.ids) for prompt in prompts])
     tokens = torch.full((len(prompts), int(lengths.max())), PAD)
@@ -281,7 +281,7 @@ def _read(
     last = features[torch.arange(len(prompts), device=device), lengths - 1]
     scores = torch.zeros(len(prompts), device=device)
     if settings.beam_size > 1 and tokens.shape[1] > 1:
-        # fairseq counts the prompt in, and adds one token after the other.
+        # fairseq includes the prompt in the score, and adds one token after the other.
         found = log_probs(model, features[:, :-1], tokens[:, 1:], settings.vocab)
         for position in range(found.shape[1]):
             scores = torch.where(position + 1 < lengths, scores + found[:, position], scores)
@@ -289,9 +289,9 @@ def _read(
 
 
 def _read_on(model: Transformer, sequences: Sequences, read: Tensor, ahead: int) -> Tensor | None:
-    """Each sequence reads one token, [B] int64: the logits [B, V] of what follows; None without any sequence.
+    """Run one token of each sequence, [B] int64; returns the logits [B, V] of the next token, or None if B is 0.
 
-    ``ahead`` is the number of steps that are known to come, this one included.
+    ``ahead`` is the number of steps that are known to follow, including this one.
     """
     settings, cache = sequences.settings, sequences.cache
     sequences.steps += 1
@@ -321,10 +321,10 @@ def _read_on(model: Transformer, sequences: Sequences, read: Tensor, ahead: int)
 
 
 def _asked(settings: Settings, numbers: Sequence[int], step: int, cache: Cache, tokens: int) -> Pass:
-    """Each sequence is a routing group, with noise of its own: no sequence depends on its neighbours."""
+    """A pass in which each sequence is a routing group with separate noise, so that sequences are independent."""
     noise = Noise(settings.seed, [number << 32 | step for number in numbers])
     record = settings.record if settings.trace is None else Recorder(settings.trace)
-    # The buffers take all choices of a group of one token, whatever the fraction.
+    # The buffers have room for all choices of a group of one token, for any fraction.
     fraction = settings.fraction if tokens > 1 else None
     asked = Pass(fraction, groups=len(numbers), record=record, noise=noise, cache=cache)
     if settings.intervention is not None:
@@ -334,7 +334,7 @@ def _asked(settings: Settings, numbers: Sequence[int], step: int, cache: Cache, 
 
 
 def _traced(asked: Pass, numbers: Sequence[int], real: Tensor) -> list[dict[str, np.ndarray]]:
-    """What a pass recorded of its tokens where ``real`` [B, T]; the cache has not moved on yet."""
+    """The records of a pass for the tokens where ``real`` [B, T] is true; called before the cache advances."""
     if not isinstance(asked.record, Recorder):
         return []
     row, column = real.nonzero(as_tuple=True)
@@ -347,11 +347,11 @@ def _cache(model: Transformer, batch: int, slots: int) -> Cache:
     return Cache(model.config, batch, slots, model.embed.weight.device, model.embed.weight.dtype)
 
 
-# ------------------------------------------------------------------------------------------ what comes next
+# ------------------------------------------------------------------------------------------ the next tokens
 
 
 def _choose_next(model: Transformer, sequences: Sequences, logits: Tensor) -> Chosen:
-    """[B, V] logits -> a token for each sequence, on the device."""
+    """Logits [B, V] -> the next token of each sequence, on the device."""
     settings = sequences.settings
     if settings.greedy:
         tokens, logprobs = model.operations.best(logits)

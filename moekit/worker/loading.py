@@ -1,4 +1,4 @@
-"""Put this rank's part of the checkpoint into a model."""
+"""Load this rank's part of the checkpoint into a model."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from moekit.ranks import Rank
 
 
 def load(rank: Rank, plan: checkpoint.Plan, dtype: torch.dtype, backend: str, verify: bool = True) -> dict:
-    """Read this rank's part of the checkpoint into ``rank.state["model"]``; reports bytes as they are read.
+    """Read this rank's part of the checkpoint into ``rank.state["model"]``, and report the bytes during reading.
 
     Args:
-        verify: compare checksums and count what is not finite; of the shared file, each rank does a share.
+        verify: whether to compare checksums and count non-finite values; each rank checks a share of the shared file.
 
     Returns:
-        ``files`` and ``experts`` (a range) read; ``filled``, which counts the tensors copied by (layer, expert), and
-        under None those of no expert; ``nonfinite``, what of it is not finite; ``parameters`` and their ``bytes``;
-        ``seconds``.
+        ``files`` and ``experts`` (a range) that were read; ``filled``, the number of copied tensors by (layer, expert),
+        where None is the key of tensors outside the experts; ``nonfinite``, the non-finite values; ``parameters`` and
+        their ``bytes``; ``seconds``.
     """
     start = time.perf_counter()
     held = owned(plan.config.experts, rank.world_size, rank.rank)
@@ -51,21 +51,21 @@ def load(rank: Rank, plan: checkpoint.Plan, dtype: torch.dtype, backend: str, ve
 
 
 def empty(rank: Rank, config: ModelConfig, dtype: torch.dtype, backend: str) -> Transformer:
-    """This rank's part of a model on its device, its weights not set yet; a collective."""
+    """This rank's part of a model on its device, with weights that are not set yet; a collective."""
     held = owned(config.experts, rank.world_size, rank.rank)
     dispatch = _dispatch(rank, config, dtype, backend)
-    # The first tensors without memory import a part of torch, which must not be cut in the middle.
+    # The first tensor without memory imports a part of torch, and an interrupt must not break this import.
     with hold_interrupts():
         return transformer.empty(config, rank.device, dtype, len(held), dispatch).use(backend)
 
 
 def _dispatch(rank: Rank, config: ModelConfig, dtype: torch.dtype, backend: str) -> Dispatch | None:
-    """How rows reach the experts of other ranks: through their memory if every rank can address it."""
+    """The dispatch to the experts of other ranks: through their memory if every rank can address it."""
     if rank.world_size == 1 or not config.moe_layers:
         return None
     one_host = rank.local_world_size == rank.world_size
     if backend == "triton" and one_host and reachable(rank.device, rank.world_size):
-        # Triton is imported only if it is asked for.
+        # Triton is imported only if this backend is selected.
         from moekit.nn.kernels.peer_dispatch import PeerDispatch
 
         return PeerDispatch(config.experts, top_k_of(config), config.dim, dtype, rank.device)

@@ -1,4 +1,4 @@
-"""How the next token is chosen from logits: the best, a draw, or the candidates of a beam search."""
+"""The choice of the next token from logits: the best token, a random draw, or the candidates of a beam search."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from moekit.symbols import EOS, PAD
 
 @dataclass(frozen=True)
 class Settings:
-    """How tokens are chosen; the meaning of each is told by :func:`moekit.generation.run.generate`.
+    """The settings of the choice; :func:`moekit.generation.run.generate` explains each of them.
 
     Attributes:
-        vocab: types of the dictionary; nothing beyond it is chosen.
-        intervention: what :meth:`moekit.api.Model.route` changes; its samples are the sequences' numbers.
-        record: handed to every forward pass, see :class:`moekit.nn.passes.Pass`. Its routing groups are the sequences.
-        trace: what :func:`end` returns of the routing, in place of ``record``.
+        vocab: types of the dictionary; only ids below this number are chosen.
+        intervention: the change of the routing by :meth:`moekit.api.Model.route`; its samples are the sequences' numbers.
+        record: passed to every forward pass (:class:`moekit.nn.passes.Pass`). Its routing groups are the sequences.
+        trace: the options of the trace that :func:`moekit.worker.decoding.end` returns, in place of ``record``.
     """
 
     vocab: int
@@ -43,15 +43,15 @@ class Settings:
 
     @property
     def greedy(self) -> bool:
-        """The best token by the model's own probabilities, and nothing else is asked for."""
+        """Whether each token is the best one by the model's probabilities, and no other setting matters."""
         return self.temperature == 0 and self.repetition_penalty == 1 and self.alternatives == 0
 
 
 class Chosen(NamedTuple):
-    """The next tokens of each sequence: tensors [B] of one step on a rank's device, or arrays [B, S] of S on the host.
+    """The next tokens of each sequence: tensors [B] of one step on a rank's device, or arrays [B, S] of S steps on the host.
 
-    tokens int64; logprobs float32, under the model itself, whatever temperature and penalty; best, the
-    ``alternatives`` best tokens at each position, with one dimension more; and their best_logprobs.
+    ``tokens`` are int64. ``logprobs`` are float32, under the model without temperature and penalty. ``best`` are the
+    ``alternatives`` best tokens at each position, with one more dimension, and ``best_logprobs`` their log-probabilities.
     """
 
     tokens: Tensor | np.ndarray
@@ -61,10 +61,10 @@ class Chosen(NamedTuple):
 
 
 class Candidates(NamedTuple):
-    """What each prompt's beams may go on with, best first.
+    """The best candidates to continue the beams of each prompt, best first.
 
-    scores [P, 2 N] float32, summed over the whole sequence; tokens [P, 2 N]; beams [P, 2 N], which of the prompt's
-    beams it goes on from; logprobs [P, 2 N], of the token alone.
+    ``scores`` [P, 2 N] float32 are sums over the whole sequence. ``tokens`` are [P, 2 N]. ``beams`` [P, 2 N] tells which
+    beam of the prompt a candidate continues. ``logprobs`` [P, 2 N] are those of the token alone.
     """
 
     scores: np.ndarray
@@ -74,27 +74,27 @@ class Candidates(NamedTuple):
 
 
 def on_host(steps: Sequence[Chosen]) -> Chosen:
-    """Steps on the device, one after the other, as one on the host."""
+    """Combine successive steps on the device into arrays on the host."""
     return Chosen(*(torch.stack(column, dim=1).cpu().numpy() for column in zip(*steps, strict=True)))
 
 
 def choose(
     logits: Tensor, settings: Settings, keys: Sequence[tuple[int, int, int]], seen: Tensor | None = None
 ) -> Tensor:
-    """The next token of each sequence: the best, or one drawn at random. Padding is never chosen.
+    """The next token of each sequence: the best one, or one drawn at random. Padding is never chosen.
 
     Args:
         logits: [B, V] float32.
-        keys: (seed, sequence, step) of each row: its randomness depends on nothing else.
-        seen: [B, V] bool, what the repetition penalty is for.
+        keys: (seed, sequence, step) of each row; the random numbers depend only on these.
+        seen: [B, V] bool, the tokens to which the repetition penalty applies.
 
     Returns:
-        [B] int64.
+        [B] int64, the chosen tokens.
     """
     logits = logits.double() if settings.temperature > 0 else logits.clone()
     logits[:, PAD] = -torch.inf
     if seen is not None:
-        # CTRL, arXiv 1909.05858, section 4.1, as transformers does it for negative logits.
+        # The penalty is from CTRL (arXiv 1909.05858, section 4.1), with transformers' rule for negative logits.
         punished = torch.where(
             logits > 0, logits / settings.repetition_penalty, logits * settings.repetition_penalty
         )
@@ -109,11 +109,11 @@ def choose(
             out[:, settings.top_k :] = True
             ordered = ordered.masked_fill(out, -torch.inf)
         if settings.top_p is not None:
-            # The smallest set that has top_p (nucleus, arXiv 1904.09751).
+            # The nucleus (arXiv 1904.09751) is the smallest set of tokens with a probability of at least top_p.
             probs = ordered.softmax(dim=-1)
             out |= probs.cumsum(dim=-1) - probs >= settings.top_p
         logits = logits.masked_fill(torch.zeros_like(out).scatter(1, order, out), -torch.inf)
-    # The largest of logits plus Gumbel noise is a sample of their softmax. Unlike a walk along the summed
+    # The token with the largest sum of logit and Gumbel noise is a sample of the softmax. Unlike a draw from cumulative
     # probabilities, it changes only if two sums of logit and noise are within the rounding error of one another.
     noise = uniform(keys, logits.shape[1], logits.device)
     return (logits - torch.log(-torch.log(noise))).argmax(dim=-1)
@@ -122,13 +122,13 @@ def choose(
 def candidates(
     logprobs: Tensor, scores: Tensor, beams: int, count: int, no_end: list[bool] | None, only_end: bool
 ) -> Candidates:
-    """The best ``count`` ways for each prompt's beams to go on.
+    """The best ``count`` candidates to continue the beams of each prompt.
 
     Args:
-        logprobs: [B, V], the ``beams`` beams of each prompt one below the other.
-        scores: [B], of the beams so far.
-        no_end: [B], whether the sequence may not end here: an empty prompt does not, in fairseq.
-        only_end: nothing but ``</s>`` may follow.
+        logprobs: [B, V], with the ``beams`` beams of each prompt in successive rows.
+        scores: [B], the scores of the beams so far.
+        no_end: [B], whether ``</s>`` is excluded here; fairseq excludes it after an empty prompt.
+        only_end: whether only ``</s>`` may follow.
     """
     logprobs = logprobs.clone()
     logprobs[:, PAD] = -torch.inf

@@ -1,4 +1,4 @@
-"""Score batches: log-probabilities of their targets, and what the router did."""
+"""Scoring of batches: log-probabilities of their targets, and the routing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from moekit.ranks import Rank
 from moekit.symbols import PAD
 from moekit.worker.decoding import SPARE
 
-# Key of the rank's state for its :class:`~moekit.nn.graphs.Repeated`, while it has one.
+# Key of the rank's state for a :class:`~moekit.nn.graphs.Repeated`, while one exists.
 GRAPH = "repeated"
 
 
@@ -41,21 +41,22 @@ def score(
     """Log-probabilities of the targets of this rank's share of every step's batches.
 
     Args:
-        steps: batches of one shape a step; rank r takes every W-th from r on, in one forward pass. In a step with
-            fewer batches than ranks, a rank without any only serves others' tokens.
+        steps: the batches of each step, which have one shape; rank r takes every W-th batch from r on, in one forward
+            pass. In a step with fewer batches than ranks, a rank without batches only runs its experts for the others.
         vocab: types of the dictionary; the distribution is over these.
-        seed: of the noise that some gates draw, together with the batch's index: alike at any world size.
-        trace: what to record of the routing, if anything.
-        intervention: what to change in the routing, if anything.
+        seed: the seed, combined with the batch's index, of the noise that some gates draw; it gives the same noise at
+            any world size.
+        trace: the options of a trace of the routing; None records nothing.
+        intervention: a change of the routing; None changes nothing.
 
     Returns:
-        (batch index, float32 [B, T]) pairs; what stands where a target is ``PAD`` means nothing. And the parts of
-        the trace, for :class:`moekit.routing.trace.Collector`.
+        Pairs (batch index, float32 [B, T]), where values at targets that are ``PAD`` are undefined; and the parts of the
+        trace, for :class:`moekit.routing.trace.Collector`.
     """
     model: Transformer = rank.state["model"]
     scores: list[tuple[int, np.ndarray]] = []
     parts: list[dict[str, np.ndarray]] = []
-    # A GPU works on one step while the host asks for the next.
+    # A GPU runs one step while the host launches the next one.
     under_way: tuple[Sequence[Batch], Tensor] | None = None
     for step in steps:
         mine = step[rank.rank :: rank.world_size]
@@ -64,7 +65,7 @@ def score(
         asked = ask(mine, inputs, fraction, seed, trace, intervention) if inputs is not None else Pass()
         captured = worth_capturing(model, asked, step, rank.world_size)
         if not captured:
-            # A large pass may need the graph's memory, and other ranks drop theirs in the same step.
+            # A large pass may need the memory of the graph. The other ranks drop their graphs in the same step.
             rank.state.pop(GRAPH, None)
             rank.state.pop(SPARE, None)
         asked.rows_expected = rows if captured or model.dispatch.by_expectation else None
@@ -89,7 +90,7 @@ def score(
 
 
 class Inputs(NamedTuple):
-    """Batches of one shape one below the other: ids of the samples [B], tokens and targets [B, T] int64 on a device."""
+    """Batches of one shape, concatenated: ids of the samples [B], tokens and targets [B, T] int64 on a device."""
 
     samples: np.ndarray
     tokens: Tensor
@@ -110,7 +111,7 @@ def ask(
     trace: Options | None,
     intervention: Intervention | None,
 ) -> Pass:
-    """A pass over ``batches``, each of them a routing group."""
+    """A pass over ``batches``, in which each batch is a routing group."""
     asked = Pass(
         fraction=fraction,
         groups=len(batches),
@@ -126,10 +127,10 @@ def ask(
 
 
 def worth_capturing(model: Transformer, asked: Pass, step: Sequence[Batch], world_size: int) -> bool:
-    """Whether the ranks repeat passes like this ``step`` as a graph.
+    """Whether the ranks run passes like ``step`` as a graph.
 
-    All ranks have to find the same, so it depends on the whole step and on what every rank was asked: on a rank without
-    batches the first condition decides.
+    The result has to be the same on all ranks, so it depends only on the whole step and on arguments that all ranks have.
+    If a rank has no batches, the first condition is false on every rank.
     """
     return (
         len(step) >= world_size
@@ -140,12 +141,12 @@ def worth_capturing(model: Transformer, asked: Pass, step: Sequence[Batch], worl
 
 
 def rows_of(step: Sequence[Batch], world_size: int) -> int:
-    """The tokens that a rank has in ``step`` at most."""
+    """The most tokens that any rank has in ``step``."""
     return -(-len(step) // world_size) * step[0].tokens.size
 
 
 def repeated(rank: Rank, asked: Pass, inputs: Inputs, step: Sequence[Batch], vocab: int) -> Tensor:
-    """Log-probabilities [B, T] of this rank's share of ``step``, by a graph once enough steps like it have come."""
+    """Log-probabilities [B, T] of this rank's share of ``step``, with a graph after enough equal steps."""
     model: Transformer = rank.state["model"]
     kept = rank.state.setdefault(GRAPH, graphs.Repeated(isinstance(model.dispatch, Local)))
     key = step[0].tokens.shape, len(step), asked.fraction, vocab
@@ -153,17 +154,16 @@ def repeated(rank: Rank, asked: Pass, inputs: Inputs, step: Sequence[Batch], voc
 
 
 def collected(rank: Rank, batches: Sequence[Batch], found: Tensor) -> list[tuple[int, np.ndarray]]:
-    """The batches' log-probabilities ``found`` [B, T], on the host; reports how many targets they are of."""
+    """Copy the batches' log-probabilities ``found`` [B, T] to the host, and report the number of their targets."""
     logprobs = found.cpu().numpy().reshape(len(batches), -1, found.shape[1])
     rank.report(sum(int((b.targets != PAD).sum()) for b in batches))
     return list(zip([b.index for b in batches], logprobs, strict=True))
 
 
 def padding_matters(batches: Sequence[Batch], fraction: float | None) -> bool:
-    """Whether a pass over ``batches``, all padded or none, has to be told which tokens are padding.
+    """Whether a pass over ``batches`` needs a mask of the padding; either all batches have padding or none has.
 
-    Causal attention never looks at trailing padding, and without a capacity padding displaces no token: then no mask is
-    needed.
+    Causal attention ignores trailing padding, and without a capacity padding displaces no token. Then no mask is needed.
     """
     if not batches[0].padded():
         return False
@@ -175,10 +175,10 @@ def padding_matters(batches: Sequence[Batch], fraction: float | None) -> bool:
 def trace_rows(
     recorder: Recorder, inputs: Inputs, logprobs: Tensor, predicted: Tensor | None
 ) -> dict[str, np.ndarray]:
-    """What was recorded of one forward pass, with what is known of its tokens: a part of a trace without padding.
+    """The records of one forward pass, with columns on its tokens: a part of a trace, without padding.
 
     Args:
-        logprobs, predicted: [B, T] each.
+        logprobs, predicted: [B, T] each, the log-probabilities of the targets and the best tokens.
     """
     real = inputs.tokens != PAD
     row, position = (index.cpu().numpy() for index in real.nonzero(as_tuple=True))

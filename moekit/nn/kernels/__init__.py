@@ -1,6 +1,7 @@
-"""What Triton computes on GPUs; README.md tells the design, and operations.py is the table of it.
+"""Triton kernels for GPUs; README.md describes the design, and operations.py has the table of the operations.
 
-Of every pass: the experts (grouped.py, tiles.py), the gate's choice (gate.py), sums and norms (norm.py), log-probabilities
-(logprobs.py). Of decoding: attention (attention.py), and for a few sequences all linear layers (vectors.py,
-short_step.py). Each is tested against its slow, obvious counterpart in moekit/nn/operations.py.
+Every pass uses kernels for the experts (grouped.py, tiles.py), the gate's choice (gate.py), sums and norms (norm.py) and
+log-probabilities (logprobs.py). Decoding also uses a kernel for attention (attention.py) and, for a few sequences,
+kernels for all linear layers (vectors.py, short_step.py). The tests compare each kernel with its slow, obvious
+counterpart in moekit/nn/operations.py.
 """

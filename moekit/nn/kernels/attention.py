@@ -1,4 +1,4 @@
-"""Attention of one new token a sequence: the kernel writes its key and value and reads the filled slots alone.
+"""Attention of one new token per sequence: the kernel writes the token's key and value and reads only the filled slots.
 
 Shape letters: B sequences, H heads, C head dim, M slots of the cache.
 """
@@ -12,20 +12,21 @@ from torch import Tensor
 
 from moekit.nn.kernels.overlap import overlapped, start, wait
 
-# (slots read at a time, warps): more at a time where there are few programs, or each would wait for its loads.
+# (slots read at a time, warps). With few programs, each reads more slots at a time, so that it does not wait for each
+# load.
 FEW_PROGRAMS, ALONE, IN_COMPANY = 264, (256, 8), (128, 4)
 
 
 def attend_one(qkv: Tensor, kv: Tensor, lengths: Tensor) -> Tensor:
-    """Read one token on, for inference.
+    """Attend from one new token of each sequence; for inference.
 
     Args:
         qkv: [B, 3, H, C], queries, keys and values of the new tokens.
-        kv: [2, B, H, M, C], a layer of a :class:`moekit.nn.cache.Cache`; slot ``lengths[b]`` is filled.
-        lengths: [B] int64, tokens that came before.
+        kv: [2, B, H, M, C], a layer of a :class:`moekit.nn.cache.Cache`; the kernel fills slot ``lengths[b]``.
+        lengths: [B] int64, the number of tokens before the new one.
 
     Returns:
-        [B, H C]
+        [B, H C], the output of all heads.
     """
     batch, _, heads, dim = qkv.shape
     assert qkv.is_contiguous() and kv.is_contiguous()
@@ -77,7 +78,7 @@ def _attend_one(
     tl.store(keys + length * C + c, key, mask=real)
     tl.store(values + length * C + c, value, mask=real)
 
-    # An online softmax: the greatest score so far, and sums relative to it. The new token comes first.
+    # The softmax is online: it keeps the greatest score so far and sums relative to that score. The new token comes first.
     top = tl.sum(q * key.to(tl.float32), axis=0)
     total = top * 0.0 + 1.0
     found = value.to(tl.float32)

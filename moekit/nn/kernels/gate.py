@@ -22,7 +22,7 @@ def choose(
     noise: Callable[[str, Tensor], Tensor] | None = None,
     edit: Edit | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """:meth:`moekit.nn.gate.Gate.choose`, by the kernel where it is softmax and top-k alone; for inference."""
+    """Compute :meth:`moekit.nn.gate.Gate.choose`, with the kernel if the gate is only softmax and top-k; for inference."""
     if not gate.softmax_top_k or edit is not None:
         return gate.choose(logits, noise, edit)
     # The kernel writes two choices at most.
@@ -85,13 +85,16 @@ def _choose(
 
 @triton.jit
 def top(x, eps, E: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, BRAIN: tl.constexpr):
-    """The choices of tokens with logits ``x``, [tokens, experts] and -inf beyond E: all probabilities, the experts of both
-    choices, their probabilities and their weights. The gate computes in float16, bfloat16, or float32 if neither."""
+    """The choices of tokens with logits ``x`` [tokens, experts], which are -inf beyond E.
+
+    Returns the probabilities of all experts, the experts of both choices, their probabilities and their weights. The gate
+    computes in float16 if HALF, in bfloat16 if BRAIN, else in float32.
+    """
     expert = tl.arange(0, x.shape[1])[None, :]
     p = tl.exp(x - tl.max(x, axis=1)[:, None])
     p = _rounded(p / tl.sum(p, axis=1)[:, None], HALF, BRAIN)
     p = tl.where(expert < E, p, -1.0)
-    # Of NaNs, a GPU may take the last lane.
+    # Among NaNs, a GPU may return the last lane.
     first = tl.minimum(tl.argmax(p, axis=1, tie_break_left=True), E - 1)
     greatest = tl.max(p, axis=1)
     second = first
@@ -99,7 +102,7 @@ def top(x, eps, E: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, BRAIN: tl.
     one = greatest
     two = greatest
     if K == 2:
-        # The logits decide here, as in moekit/nn/gates.py: probabilities may have rounded to the same number.
+        # The logits decide here, as in moekit/nn/gates.py, because two probabilities may round to the same number.
         rest = tl.where(expert == first[:, None], float("-inf"), x)
         second = tl.minimum(tl.argmax(rest, axis=1, tie_break_left=True), E - 1)
         other = tl.sum(tl.where(expert == second[:, None], p, 0.0), axis=1)
@@ -111,7 +114,7 @@ def top(x, eps, E: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, BRAIN: tl.
 
 @triton.jit
 def _rounded(x, HALF: tl.constexpr, BRAIN: tl.constexpr):
-    """As it is stored, so that ties fall as they do in what is stored."""
+    """Round ``x`` to the dtype in which it is stored, so that ties are the same as among the stored numbers."""
     if HALF:
         x = x.to(tl.float16).to(tl.float32)
     elif BRAIN:

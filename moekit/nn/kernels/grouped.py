@@ -1,9 +1,10 @@
-"""Grouped linear layers: rows go to their experts' matrices without being moved, and come back weighted.
+"""Grouped linear layers: each row is multiplied by the matrices of its experts, without a sorted copy of the rows.
 
-One kernel serves both products of an expert. It reads rows through ``order`` (the first product) or from where the
-first one left them, adds the bias, and ends in the activation (the first) or in weighting and scattering (the second).
+One kernel computes both products of an expert. The first product reads rows through ``order``, adds the bias and applies
+the activation. The second product reads the results of the first one, adds the bias, multiplies by the weights and
+scatters the results to the places of their choices.
 
-Shape letters: N rows, K choices a row, P choices sorted by expert, E experts, T tiles; a tile is up to ``rows`` choices
+Shape letters: N rows, K choices per row, P choices sorted by expert, E experts, T tiles; a tile is up to ``rows`` choices
 of one expert. D model dim, F expert width.
 """
 
@@ -30,7 +31,7 @@ ACTIVATIONS = {"linear": 0, "relu": 1, "gelu": 2, "gelu_fast": 3, "gelu_accurate
 
 @dataclass(frozen=True)
 class Blocks:
-    """How a product is cut: a program computes ``rows`` x ``columns`` of the output, ``inner`` of the sum at a time."""
+    """The blocks of a product: a program computes ``rows`` x ``columns`` of the output, ``inner`` terms at a time."""
 
     rows: int
     columns: int
@@ -39,15 +40,15 @@ class Blocks:
     stages: int
 
     def shared(self) -> int:
-        """Bytes of shared memory that a program takes at most, with two bytes a number."""
+        """The most bytes of shared memory that a program takes, with two bytes per number."""
         return self.stages * (self.rows + self.columns) * self.inner * 2
 
 
 @dataclass(frozen=True)
 class Cut:
-    """The blocks of both products, for up to ``choices`` choices and up to ``mean`` an expert.
+    """The blocks of both products, for up to ``choices`` choices and up to ``mean`` choices per expert.
 
-    They share ``rows``, since they share tiles.
+    Both products have the same ``rows``, since they use the same tiles.
     """
 
     choices: float
@@ -56,9 +57,9 @@ class Cut:
     down: Blocks
 
 
-# A few choices: narrow columns, to keep all multiprocessors busy. Few rows an expert: reading the weights takes the
-# time, so small tiles and many loads under way. Many rows: multiplying takes the time, so tiles as large as registers
-# allow.
+# With a few choices, columns are narrow, to keep all multiprocessors busy. With few rows per expert, reading the weights
+# takes the time, so tiles are small and many loads are under way. With many rows, multiplying takes the time, so tiles
+# are as large as the registers allow.
 ANY = float("inf")
 CUTS = (
     Cut(16, ANY, Blocks(16, 32, 128, 4, 4), Blocks(16, 16, 256, 2, 4)),
@@ -67,14 +68,14 @@ CUTS = (
     Cut(ANY, 128, Blocks(64, 128, 64, 4, 3), Blocks(64, 128, 64, 4, 3)),
     Cut(ANY, ANY, Blocks(128, 128, 64, 8, 3), Blocks(128, 256, 64, 8, 4)),
 )
-# float32 takes twice the memory, and is for checking.
+# float32 takes twice the memory, and it is only used for checks.
 PLAIN = Cut(ANY, ANY, Blocks(32, 64, 32, 4, 2), Blocks(32, 64, 32, 4, 2))
 
 
 def cut_for(choices: int, experts: int, dtype: torch.dtype, shared: float = ANY) -> Cut:
-    """How to cut ``choices`` choices of ``experts`` experts; all of it is known to the host.
+    """The blocks for ``choices`` choices of ``experts`` experts, from numbers that the host knows.
 
-    ``shared`` is the shared memory of a multiprocessor in bytes: GPUs with less than Hopper's take smaller tiles.
+    ``shared`` is the shared memory of a multiprocessor in bytes. GPUs with less of it than Hopper take smaller tiles.
     """
     if dtype == torch.float32:
         return PLAIN
@@ -86,7 +87,7 @@ def cut_for(choices: int, experts: int, dtype: torch.dtype, shared: float = ANY)
 
 @functools.lru_cache
 def shared_memory(device: torch.device) -> float:
-    """Bytes that a program may have on ``device``."""
+    """The bytes of shared memory that a program may have on ``device``."""
     return (
         torch.cuda.get_device_properties(device).shared_memory_per_block_optin
         if device.type == "cuda"
@@ -95,7 +96,7 @@ def shared_memory(device: torch.device) -> float:
 
 
 def grouped_ffn(experts: Experts, x: Tensor, assignment: Assignment, cut: Cut | None = None) -> Tensor:
-    """:meth:`moekit.nn.experts.Experts.forward`; for inference. ``cut`` is for tuning."""
+    """Compute :meth:`moekit.nn.experts.Experts.forward`; for inference. ``cut`` is for tuning."""
     order, choices, weights = assignment.order.contiguous(), assignment.choices, assignment.weights
     out = x.new_zeros(len(x) * choices, x.shape[1])
     made = len(order)
@@ -115,16 +116,16 @@ def grouped_ffn(experts: Experts, x: Tensor, assignment: Assignment, cut: Cut | 
 def gathered_ffn(
     experts: Experts, box: Mailbox, first: int, rows_expected: int, cut: Cut | None = None
 ) -> None:
-    """Have the experts held here, from number ``first`` on, compute the rows in all mailboxes, and send the results home.
+    """Run this rank's experts, from number ``first`` on, on the rows in all mailboxes, and write the results to their ranks.
 
-    For inference; no rank brings more than ``rows_expected`` rows.
+    It is for inference. No rank brings more than ``rows_expected`` rows.
     """
     if experts.held == 0:
         return
     rows, weights, order, counts = peers.gather(box, first, experts.held, rows_expected)
     made = len(order)
     w1, b1, w2, b2 = experts.tensors.values()
-    # Of the choices of all ranks, those that arrive here are about one rank's.
+    # About as many choices arrive here as one rank makes.
     cut = cut or cut_for(made // box.world_size, experts.held, rows.dtype, shared_memory(rows.device))
     plan = order, tiles(counts, made, cut.up.rows)
     hidden = rows.new_empty(made, experts.width)
@@ -208,7 +209,7 @@ def _grouped_linear(
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
 ):
-    # Neighbouring programs share the rows of a tile, and those of the next tile share the matrix of its expert.
+    # Neighbouring programs read the same rows of a tile; programs of the next tile read the same matrix of an expert.
     across: tl.constexpr = (N + COLUMNS - 1) // COLUMNS
     tile = tl.program_id(0) // across
     column = (tl.program_id(0) % across) * COLUMNS + tl.arange(0, COLUMNS)
@@ -243,7 +244,7 @@ def _grouped_linear(
         if HOME:
             far = tl.load(reach + choice // slots, mask=live, other=0)
             far = far // (out.dtype.element_ty.primitive_bitwidth // 8)
-            # Known, so that 16 bytes are stored at a time.
+            # With this hint the compiler stores 16 bytes at a time.
             target = tl.multiple_of(far, 16) + (choice % slots).to(tl.int64) * N
         tl.store(
             out + target[:, None] + column[None, :],
@@ -259,7 +260,7 @@ def activate(x, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
     elif ACTIVATION == 2 and EXACT:
         x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     elif ACTIVATION == 2:
-        # Abramowitz and Stegun 7.1.26: within 1.5e-7 of erf, with fewer instructions and registers.
+        # The formula is 7.1.26 of Abramowitz and Stegun: within 1.5e-7 of erf, with fewer instructions and registers.
         size = tl.abs(x)
         # 0.23164189 is 0.3275911 / sqrt(2).
         t = 1.0 / (1.0 + 0.23164189 * size)

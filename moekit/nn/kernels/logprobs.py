@@ -1,4 +1,4 @@
-"""Log-probabilities of targets, or of the best token, from logits in the model's dtype: read once, no softmax written.
+"""Log-probabilities of targets or of the best token: logits are read once in their dtype, and no softmax is stored.
 
 Shape letters: N rows, V dictionary, P parts of a row.
 """
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from moekit.symbols import PAD
 
-# A row of logits is read in so many parts, one a program: a few rows alone keep no GPU busy.
+# The number of parts in which a row of logits is read, one part per program. With one program per row, a few rows would
+# leave most of a GPU idle.
 PARTS = 32
 
 
@@ -46,8 +47,8 @@ def _target_log_probs(
 ):
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, LANES)
-    # The sizes are constants, so that Triton sees which addresses are multiples of 16 bytes. Each lane takes WIDTH
-    # columns at a time and keeps the greatest it has seen, with a sum relative to that; lanes meet at the end.
+    # The sizes are constants, so that Triton knows which addresses are multiples of 16 bytes. Each lane takes WIDTH
+    # columns at a time and keeps its greatest logit and a sum relative to that; the lanes are combined at the end.
     column = lane[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     greatest = tl.full((LANES,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((LANES,), dtype=tl.float32)
@@ -65,7 +66,7 @@ def _target_log_probs(
 
 
 def best(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """[N, V] logits -> the best token of each row that is no padding, [N] int64, and its float32 log-probability [N]."""
+    """[N, V] logits -> the best token of each row, padding excluded, [N] int64, and its log-probability [N] float32."""
     rows, vocab = logits.shape
     found = torch.empty(rows, dtype=torch.long, device=logits.device)
     logprobs = torch.empty(rows, dtype=torch.float32, device=logits.device)
@@ -113,7 +114,7 @@ def _best_of_part(
     tl.store(at, top)
     tl.store(at + rows * PARTS, total)
     tl.store(at + 2 * rows * PARTS, tl.max(x, axis=0))
-    # Of NaNs, a GPU may take the last lane. A dictionary's ids are exact in float32.
+    # Among NaNs, a GPU may return the last lane. The ids of a dictionary are exact in float32.
     where = tl.minimum(part * PART + tl.argmax(x, axis=0, tie_break_left=True), VOCAB - 1)
     tl.store(at + 3 * rows * PARTS, where.to(tl.float32))
 

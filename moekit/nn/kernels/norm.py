@@ -1,6 +1,6 @@
-"""Add what is pending and normalise the sum, in one pass over the residual stream.
+"""Add pending outputs to the residual stream and normalise the sum, in one pass.
 
-Shape letters: N tokens, K choices a token, D model dim.
+Shape letters: N tokens, K choices per token, D model dim.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-# Tokens of a program.
+# Tokens per program.
 ROWS = 4
 
 
 def add_norm(x: Tensor, pending: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-    """:func:`moekit.nn.operations.add_norm`; for inference. Numbers are rounded where the plain path rounds them."""
+    """Compute :func:`moekit.nn.operations.add_norm`; for inference. It rounds where the plain function rounds."""
     x, dim = x.contiguous(), x.shape[-1]
     rows = x.numel() // dim
     normed = torch.empty_like(x)

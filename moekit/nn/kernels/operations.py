@@ -1,4 +1,4 @@
-"""The table of operations with Triton: the kernels where they apply, else the plain functions."""
+"""The table of operations with Triton: a kernel where it applies, and the plain function elsewhere."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from moekit.nn.transformer import Transformer
 
 
 def attend(qkv: Tensor, visible: Tensor | None, cache: Cache | None, layer: int) -> Tensor:
-    """:func:`moekit.nn.operations.attend`, by the kernel for one new token of sequences that have a cache."""
+    """Compute :func:`moekit.nn.operations.attend`, with the kernel for one new token of sequences that have a cache."""
     if cache is None or cache.empty or qkv.shape[1] != 1:
         return plain.attend(qkv, visible, cache, layer)
     return attend_one(qkv[:, 0], cache.kv[layer], cache.lengths)[:, None]
 
 
 def read_on(model: Transformer, tokens: Tensor, asked: Pass, vocab: int) -> Tensor | None:
-    """:func:`moekit.nn.operations.read_on`, in fewer and fused kernels for a few sequences."""
-    # The same on every rank.
+    """Compute :func:`moekit.nn.operations.read_on`, with fewer, fused kernels for a few sequences."""
+    # This number is the same on every rank.
     rows = len(tokens) if asked.rows_expected is None else asked.rows_expected
     if short_step.fits(model, rows):
         return short_step.read_on(model, tokens, asked.cache, vocab, rows)

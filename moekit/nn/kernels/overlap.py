@@ -1,4 +1,4 @@
-"""A kernel that starts while the one before it still runs: Hopper's programmatic dependent launch.
+"""Kernels that start while the previous kernel still runs: Hopper's programmatic dependent launch.
 
 A kernel calls ``start`` first, so that the next one may start, and ``wait`` before it touches what an earlier kernel
 writes or reads. Between the two calls it may prefetch data that no kernel writes, such as weights. Since every such
@@ -15,7 +15,7 @@ import triton.language as tl
 
 
 def overlapped(device: torch.device) -> dict[str, bool]:
-    """What a launch of such a kernel on ``device`` takes besides its arguments."""
+    """The launch options of such a kernel on ``device``."""
     return {"OVERLAP": True, "launch_pdl": True} if _can(device) else {"OVERLAP": False}
 
 

@@ -1,6 +1,6 @@
-"""Dispatch through the peers' memory, see peers.py: no rank asks the host how many rows go where.
+"""Dispatch through the peers' memory (peers.py): the host does not need the number of rows that go to each rank.
 
-Shape letters: N rows, K choices a row, D model dim, E experts in all, M rows that a rank brings at most.
+Shape letters: N rows, K choices per row, D model dim, E experts in all, M the most rows that a rank brings.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ MOST_BYTES = 8 << 30
 
 
 class PeerDispatch:
-    """Experts are spread over the ranks of one host as :func:`moekit.nn.dispatch.owned` deals them.
+    """Dispatch among the ranks of one host; :func:`moekit.nn.dispatch.owned` assigns the experts to the ranks.
 
-    Mailboxes are made for a power of two of rows and kept, since captured graphs go on using them. Where the number of
-    rows to expect is not known, rows travel as ``otherwise`` does it.
+    Each mailbox has room for a power of two of rows. It is kept, since captured graphs go on using it. If the number of
+    expected rows is not known, ``otherwise`` moves the rows.
     """
 
     by_expectation = True
@@ -42,7 +42,7 @@ class PeerDispatch:
         self.gave_up = torch.zeros(1, dtype=torch.int32, device=device)
 
     def mailbox(self, rows: int) -> Mailbox:
-        """The mailbox for ``rows`` rows; a collective when it is the first one of its size."""
+        """The mailbox for ``rows`` rows; a collective if no mailbox of its size exists yet."""
         size = max(FEWEST, 1 << (rows - 1).bit_length())
         if size not in self.boxes:
             how = (size, *self.of)
@@ -74,6 +74,6 @@ class PeerDispatch:
         )
 
     def check(self) -> None:
-        """Raise if this rank has given up waiting for a peer since it began; asks the device."""
+        """Raise an error if a wait of this rank for a peer has timed out; reads a flag from the device."""
         if int(self.gave_up):
             raise RuntimeError(f"a peer did not come to an exchange within {peers.LIMIT:g} s")

@@ -1,16 +1,16 @@
-"""Exchange through the peers' memory: rows are read from it, and results are written to it, by kernels alone.
+"""Exchange through the peers' memory: kernels read rows from the peers and write results to the peers.
 
-Every rank has a buffer that its peers can address (NVLink between GPUs of one host). A MoE layer is five steps, none of
-which asks the host for a number:
+Every rank has a buffer that its peers can address (NVLink between GPUs of one host). A MoE layer has five steps, and no
+step needs a number on the host:
 
-    publish    my rows, my choices sorted by expert, and their weights go into my own buffer
-    meet       every rank has published
-    gather     the choices of all ranks for the experts held here, and their rows, are read from the peers
-    experts    the second product writes each weighted result into the buffer of the rank that asked for it
-    meet       every result is home
+    publish    a rank writes its rows, its choices sorted by expert, and their weights into its buffer
+    meet       a rank waits until all ranks have published
+    gather     a rank reads the choices of all ranks for its experts, and the rows of these choices, from the peers
+    experts    the second product writes each weighted result into the buffer of the rank that the choice came from
+    meet       a rank waits until all results have arrived
 
-Shape letters: W ranks, M rows that a rank brings at most, N rows that it brings, K choices a row, P = W M K choices of all
-ranks at most, E experts in all, e experts held here, D model dim.
+Shape letters: W ranks, M the most rows that a rank brings, N rows that this rank brings, K choices per row, P = W M K the
+most choices of all ranks, E experts in all, e experts held here, D model dim.
 """
 
 from __future__ import annotations
@@ -22,33 +22,35 @@ from torch import Tensor
 
 from moekit.nn.experts import Assignment
 
-PULLED = 4  # rows that a program pulls
-SEGMENT = 256  # choices that a program copies at a time
-# Seconds that a rank waits for its peers, and looks at their flags where kernels are interpreted and know no clock.
+# Rows that a program reads from the peers.
+PULLED = 4
+# Choices that a program copies at a time.
+SEGMENT = 256
+# The limit of a wait for the peers: in seconds, or in reads of their flags where kernels are interpreted and have no clock.
 LIMIT = 120.0
 LOOKS = 10_000_000
 
 
 class Mailbox:
-    """One rank's buffer, and the way to those of its peers.
+    """The buffer of one rank, and the offsets to the buffers of its peers.
 
     Attributes:
         x: [M, D], the rows that the experts read.
-        chosen: [M K] int32, the expert of each choice, E for none; where there are few choices, in place of ``order``.
+        chosen: [M K] int32, the expert of each choice, E for none; used in place of ``order`` if there are few choices.
         order: [M K] int32, the rank's choices sorted by expert.
-        starts: [E + 1] int32, where the choices of each expert begin in ``order``.
+        starts: [E + 1] int32, the index in ``order`` of the first choice of each expert.
         weights: [M K] float32.
-        home: [M, K, D], what the experts made of each choice.
-        flags: [W] int32, how often each peer has come to :func:`meet`.
-        reach: [W] int64, bytes from this rank's buffer to that of each rank.
-        times: [1] int32, how often this rank has come.
-        gave_up: [1] int32, not 0 once this rank has waited for longer than ``limit``; mailboxes share it.
-        ways, limit: what the kernels that wait for peers are launched with.
+        home: [M, K, D], the weighted output of the expert for each choice.
+        flags: [W] int32, the number of times that each peer has reached :func:`meet`.
+        reach: [W] int64, bytes from this rank's buffer to the buffer of each rank.
+        times: [1] int32, the number of times that this rank has reached :func:`meet`.
+        gave_up: [1] int32, not 0 after a wait of this rank has taken longer than ``limit``; all mailboxes share it.
+        ways, limit: launch options and the time limit of the kernels that wait for peers.
     """
 
     @staticmethod
     def layout(rows: int, choices: int, experts: int, dim: int, dtype: torch.dtype, world_size: int):
-        """(name, shape, dtype) of each part, in the order in which they lie in the buffer."""
+        """(name, shape, dtype) of each part, in the order of the parts in the buffer."""
         return (
             ("flags", (world_size,), torch.int32),
             ("x", (rows, dim), dtype),
@@ -88,7 +90,7 @@ def _padded(shape: tuple[int, ...], dtype: torch.dtype) -> int:
 
 
 def publish(box: Mailbox, x: Tensor, assignment: Assignment) -> None:
-    """Put this rank's rows, x [N, D], and their choices where its peers find them; a choice of no expert is zero at home."""
+    """Write this rank's rows, x [N, D], and their choices into its buffer; the result of a dropped choice is set to zero."""
     rows, dim = x.shape
     order, counts, weights = assignment.order, assignment.counts, assignment.weights
     assert rows <= box.rows and len(counts) == box.experts
@@ -120,14 +122,14 @@ def _publish(
             tl.store(order_out + row * K + k, tl.load(order + row * K + k).to(tl.int32))
             weight = tl.load(weights + row * K + k).to(tl.float32)
             tl.store(weights_out + row * K + k, weight)
-            # A choice that was dropped has no weight, or NaN times none, and no expert writes to its place.
+            # A dropped choice has the weight 0, or NaN (NaN times 0), and no expert writes to its place.
             if (weight == 0.0) | (weight != weight):
                 nothing = tl.zeros((BLOCK,), dtype=home.dtype.element_ty)
                 tl.store(home + (row * K + k) * D + column, nothing, mask=here)
 
 
 def meet(box: Mailbox) -> None:
-    """Wait on the device until every rank has come here as often as this one: what they wrote before can be read."""
+    """Wait on the device until every rank has reached this point; what the peers wrote before it can then be read."""
     _meet[(1,)](
         box.flags, box.reach, box.times, box.gave_up, box.rank, box.limit, **box.ways, num_warps=1,
     )  # fmt: skip
@@ -135,7 +137,7 @@ def meet(box: Mailbox) -> None:
 
 @triton.jit
 def _ticks(TIMED: tl.constexpr):
-    """Nanoseconds where there is a clock."""
+    """The time in nanoseconds, or 0 where there is no clock."""
     if TIMED:
         return tl.inline_asm_elementwise(
             "mov.u64 $0, %globaltimer;", "=l", [], dtype=tl.int64, is_pure=False, pack=1
@@ -154,9 +156,9 @@ def _meet(
 def wait_for_peers(
     flags, reach, times, gave_up, rank, limit, W: tl.constexpr, RANKS: tl.constexpr, TIMED: tl.constexpr
 ):
-    """Tell all peers that this program has come, and wait for them; a kernel of one program calls it.
+    """Signal to all peers that this rank has reached this point, and wait for them; called in a kernel of one program.
 
-    What this program and earlier kernels wrote is visible to the peers then, and what they wrote is visible here.
+    After it, the peers can read what this program and earlier kernels wrote, and this rank can read what they wrote.
     """
     peer = tl.arange(0, RANKS)
     there = peer < W
@@ -173,7 +175,7 @@ def wait_for_peers(
     waiting = stuck == 0
     while waiting:
         seen = tl.load(flags + peer, mask=there, other=0, volatile=True)
-        # A difference, since the count may wrap around.
+        # The difference is compared, since the count may wrap around.
         waiting = tl.max(tl.where(there & (seen - now < 0), 1, 0), axis=0) != 0
         looks += 1
         if waiting:
@@ -190,11 +192,12 @@ def gather(box: Mailbox, first: int, held: int, rows: int) -> tuple[Tensor, Tens
 
     Args:
         first, held: the experts held here.
-        rows: that any rank brings at most; the box may have room for more.
+        rows: the most rows that any rank brings; the mailbox may have room for more.
 
     Returns:
         rows [P, D] and weights [P] float32 in the order of ``order``; order [P] int32, the choices of all ranks sorted by
-        expert, choice c of rank r being r M K + c; counts [e] int64. What lies behind ``counts.sum()`` means nothing.
+        expert, where choice c of rank r has the number r M K + c; counts [e] int64. Entries after ``counts.sum()`` are
+        undefined.
     """
     most = box.world_size * rows * box.choices
     device = box.x.device

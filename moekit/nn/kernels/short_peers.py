@@ -1,10 +1,11 @@
-"""A MoE layer of a few rows with the experts of all ranks: what ``vectors.experts_linear`` does where all of them are here.
+"""A MoE layer of a few rows over several ranks; ``vectors.experts_linear`` is the same for one rank.
 
-Four kernels: the gate's choice and the rows are handed out, both products read them from the peers and write home, and
-what comes home is added up. The first and the last one meet the peers, so no other kernel is needed for that.
+It has four kernels. The first one makes the gate's choice and publishes it with the rows. The next two compute both
+products: they read rows from the peers and write results to the peers. The last one adds up the results. The first and
+the last kernel also wait for the peers, so no separate kernel is needed for that.
 
-Shape letters: W ranks, M rows that a rank brings at most, B rows that it brings, K choices a row, P = W M K choices of all
-ranks, E experts in all, D model dim, F expert width.
+Shape letters: W ranks, M the most rows that a rank brings, B rows that this rank brings, K choices per row, P = W M K
+choices of all ranks, E experts in all, D model dim, F expert width.
 """
 
 from __future__ import annotations
@@ -25,20 +26,20 @@ from moekit.nn.kernels.vectors import LONGEST, WARPS, columns_of
 def experts_linear(
     experts: Experts, box: Mailbox, first: int, most: int, logits: Tensor, x: Tensor, onto: Tensor, fp32: bool
 ) -> Tensor:
-    """``onto`` and what the chosen experts of all ranks make of the rows, weighted and added up; for inference.
+    """Add the weighted outputs of the chosen experts of all ranks to ``onto``; for inference.
 
-    A collective of the ranks of ``box``, with no rows from a rank that has none.
+    It is a collective of the ranks of ``box``. B may be 0.
 
     Args:
-        experts: those held here, from number ``first`` on.
-        most: M, rows of any rank at most.
-        logits: [B, E], the gate's.
-        x: [B, D].
-        onto: [B, D].
+        experts: the experts held here, from number ``first`` on.
+        most: M, the most rows of any rank.
+        logits: [B, E], the logits of the gate.
+        x: [B, D], the inputs of the experts.
+        onto: [B, D], the residual stream.
         fp32: whether the gate computes in float32.
 
     Returns:
-        [B, D]
+        [B, D], the sum.
     """
     rows, dim = x.shape
     held, width = experts.held, experts.width
@@ -186,6 +187,6 @@ def _collect(
     part = row[:, None] * (K * D) + column[None, :]
     total = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
     for k in tl.static_range(K):
-        # Not from this multiprocessor's cache: a peer wrote it.
+        # A peer wrote this value, so the load bypasses the cache of the multiprocessor.
         total += tl.load(home + part + k * D, mask=here, other=0.0, volatile=True).to(tl.float32)
     tl.store(out + at, (before + total.to(kind).to(tl.float32)).to(kind), mask=here)

@@ -1,7 +1,7 @@
-"""One more token of a few sequences through the whole model: the same as ``Transformer.forward`` in fewer, fused kernels.
+"""A decode step of a few sequences through the whole model: ``Transformer.forward`` with fewer, fused kernels.
 
-With so few rows the number of kernels decides the time of a step. So norms, activations, residuals and the sums over
-choices are fused with the linear layers beside them, and experts need no tiles: each choice reads its own expert.
+With few rows, the number of kernels decides the time of a step. So norms, activations, residuals and the sums over
+choices are fused with the neighbouring linear layers. Experts need no tiles: each choice reads the weights of its expert.
 
 Shape letters: B sequences, D model dim, V dictionary.
 """
@@ -21,13 +21,13 @@ from moekit.nn.kernels.vectors import experts_linear, linear
 from moekit.nn.passes import Pass
 from moekit.nn.transformer import MoE, Transformer
 
-# Sequences at most: a step of four took 0.65 ms, and 0.76 with the ordinary kernels (H100); more were not tried.
+# The most sequences. A step of four took 0.65 ms, and 0.76 ms with the ordinary kernels (H100); more were not tried.
 FEW = 4
 
 
 def fits(model: Transformer, sequences: int) -> bool:
-    """Whether :func:`read_on` is for this model and so many sequences of each rank."""
-    # Over peers the choice is part of a kernel, which knows softmax and top-k alone.
+    """Whether :func:`read_on` supports this model and ``sequences`` sequences per rank."""
+    # With peers, the gate's choice is part of a kernel that supports only softmax and top-k.
     gate = gate_of(model.config)
     through_peers = isinstance(model.dispatch, PeerDispatch) and gate.softmax_top_k and gate.top_k <= 2
     one_place = isinstance(model.dispatch, Local)
@@ -37,17 +37,17 @@ def fits(model: Transformer, sequences: int) -> bool:
 def read_on(
     model: Transformer, tokens: Tensor, cache: Cache, vocab: int, rows: int | None = None
 ) -> Tensor | None:
-    """Each sequence reads a token behind what the cache has, and none is dropped; for inference.
+    """Run one token of each sequence after the tokens in the cache, without dropping any; for inference.
 
-    Over several ranks a collective, also where B is 0.
+    With several ranks it is a collective, also for a rank where B is 0.
 
     Args:
         tokens: [B] int64.
         vocab: V, types of the dictionary.
-        rows: the sequences of any rank at most; None: as many as here.
+        rows: the most sequences of any rank; None means B.
 
     Returns:
-        [B, V] logits of what follows; None where B is 0.
+        [B, V] logits of the next token; None if B is 0.
     """
     rows = len(tokens) if rows is None else rows
     if len(tokens) == 0:
@@ -76,7 +76,7 @@ def read_on(
 
 
 def _experts(model: Transformer, moe: MoE, logits: Tensor, h: Tensor, onto: Tensor, rows: int) -> Tensor:
-    """``onto`` [B, D] and what the experts chosen by ``logits`` [B, E] make of ``h`` [B, D]."""
+    """``onto`` [B, D] plus the weighted outputs for ``h`` [B, D] of the experts chosen by ``logits`` [B, E]."""
     dispatch = model.dispatch
     if isinstance(dispatch, Local):
         _, chosen, _, weights = choose(moe.rule, logits)
@@ -86,7 +86,7 @@ def _experts(model: Transformer, moe: MoE, logits: Tensor, h: Tensor, onto: Tens
 
 
 def _serve(model: Transformer, rows: int) -> None:
-    """Compute other ranks' choices of the experts held here."""
+    """Run the experts held here on the choices of other ranks."""
     nothing = model.embed.weight.new_empty(0, model.config.dim)
     logits = nothing.new_empty(0, model.config.experts)
     for layer in model.layers:

@@ -1,4 +1,4 @@
-"""Which choices a program of the grouped product computes, decided on the device.
+"""The tiles of the grouped product, computed on the device: each tells a program which choices to compute.
 
 Shape letters: P choices of tokens, E experts, T tiles; a tile is up to ``rows`` choices of one expert.
 """
@@ -12,12 +12,12 @@ from torch import Tensor
 
 from moekit.nn import gate
 
-# So many choices are compared with one another, in one kernel, instead of being sorted.
+# Up to this number, one kernel compares all choices with one another instead of sorting them.
 FEW = 128
 
 
 def by_expert(routing: gate.Routing, experts: int) -> tuple[Tensor, Tensor]:
-    """:func:`moekit.nn.gate.by_expert`."""
+    """Compute :func:`moekit.nn.gate.by_expert`."""
     choices = routing.experts.numel()
     if not 0 < choices <= FEW:
         return gate.by_expert(routing, experts)
@@ -38,7 +38,7 @@ def by_expert(routing: gate.Routing, experts: int) -> tuple[Tensor, Tensor]:
 
 @triton.jit(do_not_specialize=["choices", "experts"])
 def _by_expert(chosen, kept, order, counts, choices, experts, CHOICES: tl.constexpr):
-    """Each program finds the position of one choice in the order, and how many choices one expert has."""
+    """Find the position of one choice in the order, and the number of choices of one expert, per program."""
     me = tl.program_id(0)
     i = tl.arange(0, CHOICES)
     there = i < choices
@@ -54,7 +54,7 @@ def _by_expert(chosen, kept, order, counts, choices, experts, CHOICES: tl.conste
 
 
 def most_tiles(choices: int, experts: int, rows: int) -> int:
-    """The tiles that ``choices`` choices need at most: each expert that has any may leave one tile unfilled."""
+    """The most tiles that ``choices`` choices need: each expert with choices may have one tile that is not full."""
     return min(choices, choices // rows + min(experts, choices))
 
 
@@ -62,11 +62,11 @@ def tiles(counts: Tensor, choices: int, rows: int) -> Tensor:
     """The tiles of choices sorted by expert.
 
     Args:
-        counts: [E] int64, choices of each expert; they sum to ``choices`` at most.
+        counts: [E] int64, choices of each expert; their sum is at most ``choices``.
 
     Returns:
-        [3, T] int32: each tile's expert, the index of its first choice in the order and of the one behind its last; E, 0, 0
-        for tiles that are not needed.
+        [3, T] int32: the expert of each tile, the index in the order of its first choice, and the index after its last
+        choice; E, 0, 0 for tiles that are not needed.
     """
     experts = len(counts)
     table = torch.empty(3, most_tiles(choices, experts, rows), dtype=torch.int32, device=counts.device)
@@ -84,7 +84,7 @@ def tiles(counts: Tensor, choices: int, rows: int) -> Tensor:
 
 @triton.jit(do_not_specialize=["experts", "width"])
 def _tiles(counts, table, experts, width, ROWS: tl.constexpr, EXPERTS: tl.constexpr):
-    """Each program writes one expert's tiles, the last one those that are not needed."""
+    """Write the tiles of one expert per program; the last program writes the tiles that are not needed."""
     mine = tl.program_id(0)
     expert = tl.arange(0, EXPERTS)
     count = tl.load(counts + expert, mask=expert < experts, other=0).to(tl.int32)

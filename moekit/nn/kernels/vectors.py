@@ -1,9 +1,9 @@
-"""Linear layers of a few rows: reading the weights takes all the time, so the operations around a layer are fused with it.
+"""Linear layers of a few rows: reading the weights takes the time, so the operations around a layer are fused with it.
 
-A program computes a few columns of all rows, with the whole of the sum in flight at once. Each program computes the
-norm before the layer for itself, since its rows are few; activation, gate's weight and residual come last.
+A program computes a few columns of all rows and has all loads of a sum under way at once. Each program computes the norm
+before the layer again, since there are few rows. The activation, the gate's weight and the residual come last.
 
-Shape letters: B rows (sequences), K terms of a sum, N columns, P choices, C of them a row (choice p is one of
+Shape letters: B rows (sequences), K terms of a sum, N columns, P choices, C choices per row (choice p belongs to
 row p // C), E experts.
 """
 
@@ -21,9 +21,9 @@ from moekit.nn.kernels.grouped import ACTIVATIONS, activate
 from moekit.nn.kernels.overlap import overlapped, start, wait
 
 WARPS = 4
-# Products that a program keeps, which is 32 a thread; twice as many with several rows.
+# Products that a program keeps, which is 32 per thread; with several rows, twice as many.
 NUMBERS = 4096
-# Terms of a sum at a time; a norm needs all at once.
+# Terms of a sum that a program reads at a time; with a norm, it reads all terms at once.
 LONGEST = 1024
 
 
@@ -36,16 +36,16 @@ def linear(
     activation: str = "linear",
     onto: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``onto + activation(norm(x) weight^T + bias)``, and ``norm(x)`` itself; for inference.
+    """Compute ``onto + activation(norm(x) weight^T + bias)`` and ``norm(x)``; for inference.
 
     Args:
         x: [B, K].
-        weight: [N, K]; its first N rows of more are fine.
+        weight: [N, K]; it may be the first N rows of a larger matrix.
         bias: [N] or None.
         onto: [B, N] or None.
 
     Returns:
-        [B, N] and [B, K]; without a norm, ``x``.
+        [B, N], and the normed input [B, K], which is ``x`` without a norm.
     """
     rows, k = x.shape
     n = len(weight)
@@ -81,7 +81,7 @@ def linear(
 
 
 def experts_linear(experts: Experts, x: Tensor, chosen: Tensor, weights: Tensor, onto: Tensor) -> Tensor:
-    """``onto`` and what the chosen experts make of the rows, weighted and added up; for inference.
+    """Add the weighted outputs of the chosen experts to ``onto``; for inference.
 
     Args:
         x: [B, D].
@@ -140,7 +140,7 @@ def experts_linear(experts: Experts, x: Tensor, chosen: Tensor, weights: Tensor,
 
 
 def columns_of(n: int, each: int, device: torch.device, others: int = 1) -> int:
-    """Columns of a program: as many as fit, but few enough that every multiprocessor has a program."""
+    """The columns per program: as many as fit, but few enough that every multiprocessor has a program."""
     fit = max(1, NUMBERS // each)
     while fit > 1 and triton.cdiv(n, fit) * others < _multiprocessors(device):
         fit //= 2
