@@ -19,7 +19,7 @@ from moekit.nn.peer_memory import symmetric
 # Rows of the smallest mailbox.
 FEWEST = 16
 # Bytes that the gathered rows and the hidden layer of the experts may take. Passes of up to MOST_TOKENS rows, which may be
-# captured, are never asked.
+# captured, are not compared with it.
 MOST_BYTES = 8 << 30
 
 
@@ -67,7 +67,7 @@ class PeerDispatch:
         return box.home[: len(x)].flatten(0, 1)
 
     def too_many(self, experts: Experts, x: Tensor, rows_expected: int) -> bool:
-        """Whether a large pass would take more memory for the worst case than it may; every rank finds the same."""
+        """Whether a large pass would take more memory for the worst case than ``MOST_BYTES``; every rank finds the same."""
         choices = self.world_size * rows_expected * self.of[0]
         return (
             rows_expected > MOST_TOKENS and choices * (x.shape[1] + experts.width) * x.itemsize > MOST_BYTES
