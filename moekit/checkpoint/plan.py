@@ -40,9 +40,6 @@ class Plan:
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"opened": {}}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-
     def open(self, source: Source) -> Weights:
         """The file's tensors, mapped; as the survey did, if it has not been written to since."""
         found = self.opened.pop(source.path, None)
@@ -52,10 +49,9 @@ class Plan:
 
     def parameters(self, held: int) -> int:
         """Parameters of a rank that holds ``held`` experts a layer."""
-        from moekit.nn.transformer import Transformer
+        from moekit.nn.transformer import parameters
 
-        with torch.device("meta"):
-            return sum(p.numel() for p in Transformer(self.config, held).parameters())
+        return parameters(self.config, held)
 
     def needed(self, held: range) -> list[Source]:
         """The files a rank with the experts ``held`` opens: what is shared, and those with an expert of its own."""
