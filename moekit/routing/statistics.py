@@ -79,8 +79,8 @@ def unit_of(trace: Trace, by: str | Sequence | np.ndarray = "sample", size: int 
         return np.unique(labels, return_inverse=True)[1]
     if by not in ("sample", "block"):
         raise ValueError(f"by={by!r}; expected sample, block, or an array with a unit for each token")
-    place = np.unique(trace.sample, return_inverse=True)[1]
-    return place if by == "sample" else place // max(1, int(size))
+    number = np.unique(trace.sample, return_inverse=True)[1]
+    return number if by == "sample" else number // max(1, int(size))
 
 
 @dataclass(frozen=True)
@@ -140,11 +140,11 @@ def interval(
     bias = again.mean(axis=0) - value
     ends = []
     for level in (tail, 1 - tail):
-        place = level * (len(again) - 1)
-        below = np.floor(place).astype(int)
+        at = level * (len(again) - 1)
+        below = np.floor(at).astype(int)
         above = np.minimum(below + 1, len(again) - 1)
         one, other = (np.take_along_axis(ordered, i[None], axis=0)[0] for i in (below, above))
-        ends.append(one + (place - below) * (other - one) - 2 * bias)
+        ends.append(one + (at - below) * (other - one) - 2 * bias)
     flat = (ordered[-1] - ordered[0] == 0) | (number < FEW)
     return tuple(np.where(flat, np.nan, end)[()] for end in ends)
 

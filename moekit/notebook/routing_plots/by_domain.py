@@ -54,18 +54,18 @@ def domain_heatmap(
         height = 0.17 * len(labels) + 0.45
         fig = Figure(figsize=(9, height * len(trace.layers) + 0.9), layout="constrained")
         axes = fig.subplots(len(trace.layers), 1, squeeze=False).ravel()
-        for place, (ax, layer) in enumerate(zip(axes, trace.layers, strict=True)):
-            ratio = ratios[place]
+        for layer_index, (ax, layer) in enumerate(zip(axes, trace.layers, strict=True)):
+            ratio = ratios[layer_index]
             idle = ~ratio.any(axis=0)
             order = np.lexsort([-ratio.max(axis=0), ratio.argmax(axis=0), idle])
             shown = np.where(idle, np.nan, log2(ratio))[:, order]
             image = ax.imshow(shown, aspect="auto", cmap=RATIO_COLOURS, norm=RATIO, interpolation="nearest")
-            rows, columns = np.nonzero(marked[place][:, order])
+            rows, columns = np.nonzero(marked[layer_index][:, order])
             ax.scatter(columns, rows, s=9, color=INK, linewidths=0)
             ax.set_yticks(range(len(labels)), labels, fontsize=8)
             ax.set_xticks(*((range(experts), order) if experts <= 32 else ([], [])), fontsize=7)
             ax.tick_params(length=0)
-            bits, which = told.iloc[place], "first" if not choice else f"{choice + 1}."
+            bits, which = told.iloc[layer_index], "first" if not choice else f"{choice + 1}."
             ax.set_title(
                 f"layer {layer}: the {which} choice tells {bits['value']:.2f} of the domain's {bits['domain_entropy']:.2f} "
                 f"bits (random routing {bits['chance']:.2f})",

@@ -27,9 +27,9 @@ def drops_by_position(trace: Trace, bins: int = 32) -> Figure:
     with rc_context(STYLE):
         fig = Figure(figsize=(9, 0.9 + 1.7 * rows), layout="constrained")
         axes = fig.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
-        for place, (ax, layer) in enumerate(zip(axes, trace.layers, strict=False)):
+        for layer_index, (ax, layer) in enumerate(zip(axes, trace.layers, strict=False)):
             for k in range(trace.top_k):
-                lost = np.bincount(where, weights=~trace.kept[:, place, k], minlength=len(size))
+                lost = np.bincount(where, weights=~trace.kept[:, layer_index, k], minlength=len(size))
                 ax.plot(
                     middle,
                     100 * lost / np.maximum(size, 1),
@@ -45,7 +45,7 @@ def drops_by_position(trace: Trace, bins: int = 32) -> Figure:
                         ls=":",
                         label=f"choice {k + 1}, uniform random routing",
                     )
-            share = 100 * (~trace.kept[:, place]).mean()
+            share = 100 * (~trace.kept[:, layer_index]).mean()
             ax.set_title(f"layer {layer}: {share:.1f} % dropped")
         for ax in axes[len(trace.layers) :]:
             ax.axis("off")
@@ -55,10 +55,10 @@ def drops_by_position(trace: Trace, bins: int = 32) -> Figure:
         fig.suptitle(
             f"Choices dropped, by position in the sample; capacity: {room}", x=0.01, ha="left", fontsize=10
         )
-        for place in range(0, len(trace.layers), columns):
-            axes[place].set_ylabel("% dropped")
-        for place in range(max(0, len(trace.layers) - columns), len(trace.layers)):
-            axes[place].set_xlabel("position")
+        for layer_index in range(0, len(trace.layers), columns):
+            axes[layer_index].set_ylabel("% dropped")
+        for layer_index in range(max(0, len(trace.layers) - columns), len(trace.layers)):
+            axes[layer_index].set_xlabel("position")
         handles, labels = axes[0].get_legend_handles_labels()
         fig.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
     return fig

@@ -66,8 +66,8 @@ def information(table: pd.DataFrame) -> Figure:
         width = 0.8 / len(kinds)
         for number, kind in enumerate(kinds):
             share = table[table["of"] == kind].set_index("layer")["share"].reindex(layers)
-            place = np.arange(len(layers)) + (number - (len(kinds) - 1) / 2) * width
-            ax.bar(place, 100 * share, width, label=kind, color=KINDS[number % len(KINDS)])
+            at = np.arange(len(layers)) + (number - (len(kinds) - 1) / 2) * width
+            ax.bar(at, 100 * share, width, label=kind, color=KINDS[number % len(KINDS)])
         ax.axhline(0, color=INK, lw=0.8)
         ax.set_xticks(range(len(layers)), [f"layer {n}" for n in layers])
         ax.set(ylabel="% of the expert's entropy", title="Told of a token's expert, corrected by shuffles")

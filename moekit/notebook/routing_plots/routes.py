@@ -37,14 +37,17 @@ def paths(
     with rc_context(STYLE):
         fig = Figure(figsize=(2.2 + 1.25 * depth, 0.8 + 0.2 * count), layout="constrained")
         ax = fig.subplots()
-        for place in range(depth):
-            colours = commonest(part.experts[:, place].ravel())
+        for layer_index in range(depth):
+            colours = commonest(part.experts[:, layer_index].ravel())
             for row in range(count):
-                left = place + 0.04
+                left = layer_index + 0.04
                 for n in range(k):
-                    expert, kept = int(part.experts[row, place, n]), bool(part.kept[row, place, n])
+                    expert, kept = (
+                        int(part.experts[row, layer_index, n]),
+                        bool(part.kept[row, layer_index, n]),
+                    )
                     slot = 0.92 / k
-                    wide = slot * float(part.weights[row, place, n])
+                    wide = slot * float(part.weights[row, layer_index, n])
                     ax.add_patch(Rectangle((left, row - 0.42), slot - 0.03, 0.84, fc="#F3F3F3", ec="none"))
                     ax.add_patch(
                         Rectangle(

@@ -79,25 +79,27 @@ def _passage(trace: Trace, codec: Codec | None, sample: int | None, layer: int |
     part = trace.select(samples=sample)
     if not len(part):
         raise ValueError(f"the trace has no sample {sample}; its samples are {_range(trace)}")
-    place = 0 if layer is None else trace.at(layer)
-    first = part.experts[:, place, 0].tolist()
+    layer_index = 0 if layer is None else trace.at(layer)
+    first = part.experts[:, layer_index, 0].tolist()
     if by == "expert":
-        colours = commonest(part.experts[:, place, 0])
+        colours = commonest(part.experts[:, layer_index, 0])
         fills = [colours.get(expert, "") for expert in first]
         keys = [(f"E{expert}", colour) for expert, colour in colours.items()]
         note = "other experts: no colour"
     else:
-        fills = [_shade(probability) for probability in part.probs[:, place, 0]]
+        fills = [_shade(probability) for probability in part.probs[:, layer_index, 0]]
         keys = [(f"{probability:g}", _shade(probability)) for probability in (0, 0.25, 0.5, 0.75, 1)]
         note = f"gate probability of the first choice; uniform {1 / trace.num_experts:.3g}"
     words = visible_pieces(codec, part.token)
-    tips = [_tip(part, place, row) for row in range(len(part))]
-    title = f"sample {part.sample[0]}, layer {part.layers[place]}"
+    tips = [_tip(part, layer_index, row) for row in range(len(part))]
+    title = f"sample {part.sample[0]}, layer {part.layers[layer_index]}"
     return _Passage(title, keys, note, [Span(*each) for each in zip(words, fills, tips, strict=True)])
 
 
-def _tip(part: Trace, place: int, row: int) -> str:
-    choices = zip(part.experts[row, place], part.probs[row, place], part.kept[row, place], strict=True)
+def _tip(part: Trace, layer_index: int, row: int) -> str:
+    choices = zip(
+        part.experts[row, layer_index], part.probs[row, layer_index], part.kept[row, layer_index], strict=True
+    )
     return ", ".join(f"E{e} {p:.2f}" + ("" if kept else " dropped") for e, p, kept in choices)
 
 

@@ -72,7 +72,7 @@ def _write_megatron(trace: Trace, path: Path) -> None:
     path.mkdir()
     with open(path / "router_trace_rank0.jsonl", "w") as file:
         for step, rows in enumerate(_samples(trace)):
-            for place, layer in enumerate(trace.layers):
+            for layer_index, layer in enumerate(trace.layers):
                 record = {
                     "step": step,
                     "stage": "pre_dispatch",
@@ -81,7 +81,7 @@ def _write_megatron(trace: Trace, path: Path) -> None:
                     "rank": 0,
                     "num_tokens": rows.stop - rows.start,
                     "topk": trace.top_k,
-                    "top_indices": trace.experts[rows, place].tolist(),
+                    "top_indices": trace.experts[rows, layer_index].tolist(),
                 }
                 file.write(json.dumps(record) + "\n")
 

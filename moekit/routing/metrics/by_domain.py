@@ -76,8 +76,8 @@ def domain_specialisation(
     size = np.bincount(cell, minlength=found.number * domains).reshape(-1, domains)
     k = made(trace, choice)
     rows: dict[str, list[np.ndarray]] = {}
-    for place in range(len(trace.layers)):
-        chosen = chosen_experts(trace, place, choice, dispatched)
+    for layer_index in range(len(trace.layers)):
+        chosen = chosen_experts(trace, layer_index, choice, dispatched)
         count = block_counts(cell, chosen, experts, found.number * domains).reshape(-1, domains, experts)
         part = share_of_units(count, size[..., None], found)
         load = count.sum(axis=(0, 1)) / len(trace)
@@ -143,8 +143,8 @@ def domain_information(trace: Trace, groups: Sequence[str] | np.ndarray, *, choi
     chance = float(information(np.bincount(shuffled, minlength=domains * experts)))
     entropy = float(entropy_bits(np.bincount(label, minlength=domains) / len(trace)))
     rows = []
-    for place, layer in enumerate(trace.layers):
-        cell = label * experts + trace.experts[:, place, choice]
+    for layer_index, layer in enumerate(trace.layers):
+        cell = label * experts + trace.experts[:, layer_index, choice]
         cells = block_counts(found.unit, cell[:, None], domains * experts, found.number)
         value = float(information(cells.sum(axis=0)))
         low, high = interval(information(drawn(found, cells)), value, found.number)

@@ -48,8 +48,8 @@ def cache_hits(trace: Trace, sizes: Sequence[int] | None = None, *, dispatched: 
     experts, k = trace.num_experts, trace.top_k
     sizes = np.array(set_sizes(sizes, experts))
     streams = []
-    for place in range(len(trace.layers)):
-        flat = chosen_experts(trace, place, None, dispatched).ravel()
+    for layer_index in range(len(trace.layers)):
+        flat = chosen_experts(trace, layer_index, None, dispatched).ravel()
         streams.append(flat[flat < experts])
     random = random_choices(np.random.default_rng(SEED), RANDOM_REQUESTS // k, k, experts).ravel()
     # NumPy releases the interpreter's lock, so two threads use two cores.
@@ -68,8 +68,12 @@ def cache_hits(trace: Trace, sizes: Sequence[int] | None = None, *, dispatched: 
         "oracle": oracle_chance / len(random),
     }
     rows = []
-    for place, (layer, stream) in enumerate(zip(trace.layers, streams, strict=True)):
-        for policy, hits in (("lru", lru[place]), ("lfu", lfu[place]), ("oracle", best[place])):
+    for layer_index, (layer, stream) in enumerate(zip(trace.layers, streams, strict=True)):
+        for policy, hits in (
+            ("lru", lru[layer_index]),
+            ("lfu", lfu[layer_index]),
+            ("oracle", best[layer_index]),
+        ):
             low, high = wilson(hits, np.full(len(sizes), len(stream)))
             for i, size in enumerate(sizes):
                 value = hits[i] / len(stream) if len(stream) else math.nan

@@ -33,8 +33,8 @@ def gate(trace: Trace) -> pd.DataFrame:
     log = math.log(experts) if experts > 1 else math.nan
     found_units = units(trace)
     rows = []
-    for place, layer in enumerate(trace.layers):
-        probs, entropy = trace.probs[:, place], trace.entropy[:, place]
+    for layer_index, layer in enumerate(trace.layers):
+        probs, entropy = trace.probs[:, layer_index], trace.entropy[:, layer_index]
         found = [
             ("entropy", entropy, log),
             ("normalised_entropy", entropy / log, 1.0),

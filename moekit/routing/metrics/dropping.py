@@ -58,12 +58,12 @@ def drops(trace: Trace, by: str = "layer", *, bins: int = 64) -> pd.DataFrame:
     again = units(trace)
     made = np.zeros((depth, again.number, size), dtype=np.int64)
     dropped = np.zeros((depth, again.number, size), dtype=np.int64)
-    for place in range(depth):
-        cell = trace.experts[:, place].astype(np.int64) if key is None else key
+    for layer_index in range(depth):
+        cell = trace.experts[:, layer_index].astype(np.int64) if key is None else key
         cell = (again.unit[:, None] * size + cell).ravel()
-        lost = cell[~trace.kept[:, place].ravel()]
-        made[place] = np.bincount(cell, minlength=again.number * size).reshape(-1, size)
-        dropped[place] = np.bincount(lost, minlength=again.number * size).reshape(-1, size)
+        lost = cell[~trace.kept[:, layer_index].ravel()]
+        made[layer_index] = np.bincount(cell, minlength=again.number * size).reshape(-1, size)
+        dropped[layer_index] = np.bincount(lost, minlength=again.number * size).reshape(-1, size)
     parts = [share_of_units(*pair, again) for pair in zip(dropped, made, strict=True)]
     found = {name: np.stack([part[name] for part in parts]) for name in parts[0]}
     made, dropped = made.sum(axis=1), dropped.sum(axis=1)

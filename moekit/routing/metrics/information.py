@@ -60,8 +60,8 @@ def information(
         kind = np.unique(column, return_inverse=True)[1]
         common = (np.bincount(kind)[kind] >= min_count) & (column >= 0)
         kind = np.unique(kind[common], return_inverse=True)[1]
-        for place, layer in enumerate(trace.layers):
-            expert = trace.experts[common, place, choice].astype(np.int64)
+        for layer_index, layer in enumerate(trace.layers):
+            expert = trace.experts[common, layer_index, choice].astype(np.int64)
             entropy = _entropy(expert)
             own = _entropy(kind) + entropy
             value = own - _entropy(kind * trace.num_experts + expert)

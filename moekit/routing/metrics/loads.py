@@ -39,8 +39,8 @@ def load(trace: Trace, *, choice: int | None = None, dispatched: bool = False) -
     """
     count = counts(trace, choice=choice, dispatched=dispatched)
     again, parts = units(trace), []
-    for place in range(len(trace.layers)):
-        chosen = chosen_experts(trace, place, choice, dispatched)
+    for layer_index in range(len(trace.layers)):
+        chosen = chosen_experts(trace, layer_index, choice, dispatched)
         cells = block_counts(again.unit, chosen, trace.num_experts, again.number)
         parts.append(share_of_units(cells, cells.sum(axis=1, keepdims=True), again))
     return broadcast_table(
@@ -56,10 +56,10 @@ def counts(trace: Trace, *, choice: int | None = None, dispatched: bool = False)
     experts = trace.num_experts
     return np.stack(
         [
-            np.bincount(chosen_experts(trace, place, choice, dispatched).ravel(), minlength=experts + 1)[
-                :experts
-            ]
-            for place in range(len(trace.layers))
+            np.bincount(
+                chosen_experts(trace, layer_index, choice, dispatched).ravel(), minlength=experts + 1
+            )[:experts]
+            for layer_index in range(len(trace.layers))
         ]
     )
 
@@ -85,8 +85,8 @@ def balance(trace: Trace, *, choice: int | None = None, dispatched: bool = False
     k = trace.top_k if choice is None else 1
     chance = _spread(random_counts(len(trace), k, trace.num_experts))
     rows = []
-    for place, layer in enumerate(trace.layers):
-        chosen = chosen_experts(trace, place, choice, dispatched)
+    for layer_index, layer in enumerate(trace.layers):
+        chosen = chosen_experts(trace, layer_index, choice, dispatched)
         cells = block_counts(found.unit, chosen, trace.num_experts, found.number)
         again = _spread(drawn(found, cells))
         for name, value in _spread(cells.sum(axis=0, keepdims=True)).items():
@@ -161,8 +161,8 @@ def hot_set(trace: Trace, sizes: Sequence[int] | None = None, *, dispatched: boo
 
     chance = coverage(random_counts(len(trace), trace.top_k, experts)).mean(axis=0)
     rows = []
-    for place, layer in enumerate(trace.layers):
-        chosen = chosen_experts(trace, place, None, dispatched)
+    for layer_index, layer in enumerate(trace.layers):
+        chosen = chosen_experts(trace, layer_index, None, dispatched)
         cells = block_counts(found.unit, chosen, experts, found.number)
         value, again = coverage(cells.sum(axis=0)), coverage(drawn(found, cells))
         low, high = interval(again, value, found.number)

@@ -32,8 +32,8 @@ def repeats(trace: Trace) -> pd.DataFrame:
     here = np.flatnonzero((np.diff(trace.sample) == 0) & (np.diff(trace.position) == 1))
     drawn = units(trace)
     rows = []
-    for place, layer in enumerate(trace.layers):
-        before, after = trace.experts[here, place], trace.experts[here + 1, place]
+    for layer_index, layer in enumerate(trace.layers):
+        before, after = trace.experts[here, layer_index], trace.experts[here + 1, layer_index]
         either = _shared(before, after) > 0
         for name, hit, chance in (
             ("first", before[:, 0] == after[:, 0], 1 / experts),
@@ -66,14 +66,14 @@ def agreement(before: Trace, after: Trace) -> pd.DataFrame:
     drawn = units(before)
     same_kept = (kept_by_expert(before) == kept_by_expert(after)).all(axis=2)
     rows = []
-    for place, layer in enumerate(before.layers):
-        one, other = before.experts[:, place], after.experts[:, place]
+    for layer_index, layer in enumerate(before.layers):
+        one, other = before.experts[:, layer_index], after.experts[:, layer_index]
         common = _shared(one, other)
         for name, value, chance in (
             ("overlap", common / k, k / experts),
             ("first", one[:, 0] == other[:, 0], 1 / experts),
             ("set", common == k, 1 / math.comb(experts, k)),
-            ("kept", same_kept[:, place], math.nan),
+            ("kept", same_kept[:, layer_index], math.nan),
         ):
             rows.append((layer, name, *mean_of(value, drawn.unit, drawn), chance))
     return table_of_rows(rows, "layer statistic value low high chance")

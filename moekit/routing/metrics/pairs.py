@@ -38,9 +38,9 @@ class Pairs:
         starts = [pair[0] for pair in self.between]
         if layer not in starts:
             raise ValueError(f"layer {layer} is not here; there are {starts}")
-        place = starts.index(layer)
+        layer_index = starts.index(layer)
         with np.errstate(invalid="ignore"):
-            return self.counts[place] / self.base[place][:, None]
+            return self.counts[layer_index] / self.base[layer_index][:, None]
 
     def top(self, n: int = 20, min_count: int = 10) -> pd.DataFrame:
         """The ``n`` pairs of each matrix with the largest ratio, of experts with N(i) >= ``min_count``.
@@ -74,8 +74,8 @@ def coactivation(trace: Trace, *, dispatched: bool = False) -> Pairs:
     """
     experts, k = trace.num_experts, trace.top_k
     found = []
-    for place in range(len(trace.layers)):
-        chosen = chosen_experts(trace, place, None, dispatched).astype(np.int64)
+    for layer_index in range(len(trace.layers)):
+        chosen = chosen_experts(trace, layer_index, None, dispatched).astype(np.int64)
         cells = np.zeros((experts + 1) ** 2, dtype=np.int64)
         for a in range(k):
             for b in range(k):
@@ -96,10 +96,10 @@ def transitions(trace: Trace) -> Pairs:
     experts = trace.num_experts
     first = trace.experts[:, :, 0].astype(np.int64)
     found = [
-        np.bincount(first[:, place] * experts + first[:, place + 1], minlength=experts**2).reshape(
-            experts, -1
-        )
-        for place in range(len(trace.layers) - 1)
+        np.bincount(
+            first[:, layer_index] * experts + first[:, layer_index + 1], minlength=experts**2
+        ).reshape(experts, -1)
+        for layer_index in range(len(trace.layers) - 1)
     ]
     together = np.stack(found) if found else np.zeros((0, experts, experts), dtype=np.int64)
     between = list(zip(trace.layers[:-1], trace.layers[1:], strict=True))
@@ -124,8 +124,8 @@ def predictability(trace: Trace) -> pd.DataFrame:
     cells = rng.integers(0, experts**2, len(trace))
     chance = np.bincount(cells, minlength=experts**2).reshape(experts, -1).max(axis=1).sum() / len(trace)
     rows = []
-    for place, count in enumerate(transitions(trace).counts):
+    for layer_index, count in enumerate(transitions(trace).counts):
         follower = count.argmax(axis=1)
-        hit = follower[trace.experts[:, place, 0]] == trace.experts[:, place + 1, 0]
-        rows.append((*trace.layers[place : place + 2], *mean_of(hit, drawn.unit, drawn), chance))
+        hit = follower[trace.experts[:, layer_index, 0]] == trace.experts[:, layer_index + 1, 0]
+        rows.append((*trace.layers[layer_index : layer_index + 2], *mean_of(hit, drawn.unit, drawn), chance))
     return table_of_rows(rows, "layer to_layer value low high chance")

@@ -158,8 +158,8 @@ def permutation(
     weight = np.bincount(cell).astype(float)
     cells = np.concatenate(
         [
-            block_counts(cell, chosen_experts(trace, place, choice, dispatched), experts, len(piece))
-            for place in range(len(trace.layers))
+            block_counts(cell, chosen_experts(trace, layer_index, choice, dispatched), experts, len(piece))
+            for layer_index in range(len(trace.layers))
         ],
         axis=1,
     )

@@ -47,8 +47,8 @@ def vocabulary_specialisation(
     _, random = _favourites(token, rng.integers(0, experts, len(token)), experts, min_count)
     chance = random.mean() if len(random) else math.nan
     rows = []
-    for place, layer in enumerate(trace.layers):
-        favourite, share = _favourites(token, trace.experts[rows_of, place, choice], experts, min_count)
+    for layer_index, layer in enumerate(trace.layers):
+        favourite, share = _favourites(token, trace.experts[rows_of, layer_index, choice], experts, min_count)
         if per_expert:
             number = np.bincount(favourite, minlength=experts)
             total = np.bincount(favourite, share, minlength=experts)
@@ -100,11 +100,11 @@ def top_tokens(
     Returns:
         At most ``n`` rows: ``token``, ``count`` (N(x, e)), ``total`` (N(x)), ``value``, ``low``, ``high``, ``chance``.
     """
-    place = trace.at(layer)
+    layer_index = trace.at(layer)
     if not 0 <= expert < trace.num_experts:
         raise ValueError(f"there is no expert {expert}: they are 0 to {trace.num_experts - 1}")
     token, rows_of = tokens_by(trace, by)
-    chosen = (chosen_experts(trace, place, choice, False)[rows_of] == expert).any(axis=1)
+    chosen = (chosen_experts(trace, layer_index, choice, False)[rows_of] == expert).any(axis=1)
     size = int(token.max(initial=0)) + 1
     total, count = np.bincount(token, minlength=size), np.bincount(token[chosen], minlength=size)
     types = np.flatnonzero((total >= min_count) & (count > 0))

@@ -29,11 +29,11 @@ def set_sizes(sizes: Iterable[int] | None, experts: int) -> list[int]:
     return sizes
 
 
-def chosen_experts(trace: Trace, place: int, choice: int | None, dispatched: bool) -> np.ndarray:
+def chosen_experts(trace: Trace, layer_index: int, choice: int | None, dispatched: bool) -> np.ndarray:
     """[T, K] experts of the ``place``-th traced layer (or [T, 1] of one choice); E where not dispatched, if that counts."""
-    chosen = trace.experts[:, place]
+    chosen = trace.experts[:, layer_index]
     if dispatched:
-        chosen = np.where(trace.kept[:, place], chosen, np.int16(trace.num_experts))
+        chosen = np.where(trace.kept[:, layer_index], chosen, np.int16(trace.num_experts))
     return chosen if choice is None else chosen[:, choice : choice + 1]
 
 
