@@ -32,7 +32,7 @@ def report(lock: str, packages: int, known: list[dict]) -> Iterable[str]:
             mended = ", ".join(hole["fix_versions"]) or "no version"
             yield f"{entry['name']} {entry['version']}: {hole['id']}, mended in {mended}"
     if not known:
-        yield f"{lock}: nothing was checked, as no advisory data can be reached; try it on a machine that reaches pypi.org"
+        yield f"{lock}: nothing was checked, as no advisory data can be reached; try it on a machine that reaches the package index"
     else:
         bad = sum(bool(entry["vulns"]) for entry in known)
         yield f"{lock}: {len(known)} of {packages} packages looked up, {bad} with known holes"
