@@ -36,6 +36,15 @@ def folder(reference, tmp_path, monkeypatch):
     return shutil.copytree(reference / "checkpoint", tmp_path / "checkpoint")
 
 
+@pytest.fixture
+def counted(monkeypatch):
+    """The bytes of each part whose sum was checked."""
+    sizes: list[int] = []
+    crc32 = inspection.crc32
+    monkeypatch.setattr(inspection, "crc32", lambda data: sizes.append(len(data)) or crc32(data))
+    return sizes
+
+
 def change(path: Path, edit, **how) -> None:
     state = torch.load(path, weights_only=True)
     edit(state)
@@ -86,11 +95,8 @@ def test_load_can_leave_the_checksums_out(folder):
         moekit.load(folder, 1, "cpu", progress=False, verify="no")
 
 
-def test_ranks_share_the_checks_of_the_shared_file(folder, monkeypatch):
+def test_ranks_share_the_checks_of_the_shared_file(folder, counted):
     """Each of its members is checked by one rank, and each rank checks its own experts."""
-    counted = []
-    crc32 = inspection.crc32
-    monkeypatch.setattr(inspection, "crc32", lambda data: counted.append(len(data)) or crc32(data))
     fill(folder)
     alone = sorted(counted)
     counted.clear()
@@ -148,10 +154,7 @@ def test_rows_beyond_the_dictionary_are_part_of_what_is_checked(folder):
         checkpoint.fill(Transformer(plan.config), plan, range(8))
 
 
-def test_the_second_load_checks_nothing_until_the_file_changes(folder, monkeypatch):
-    counted = []
-    crc32 = inspection.crc32
-    monkeypatch.setattr(inspection, "crc32", lambda data: counted.append(len(data)) or crc32(data))
+def test_the_second_load_checks_nothing_until_the_file_changes(folder, counted, monkeypatch):
     fill(folder)
     once = len(counted)
     assert once > 100

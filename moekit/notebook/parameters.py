@@ -33,6 +33,7 @@ from moekit.arguments import (
     parameter,
 )
 from moekit.data.sources import CHECKPOINTS
+from moekit.generation.request import KINDS
 from moekit.notebook import errors
 
 
@@ -97,16 +98,18 @@ DATA: Table = {
     "batch_size": Whole(),
     "capacity_token_fraction": Capacity(),
 }
-GENERATION: Table = {
-    "prompts": Texts(),
-    "max_new_tokens": Whole(),
-    "temperature": Number(least=0),
-    "top_k": Whole(optional=True),
-    "top_p": Number(above=0, most=1, optional=True),
-    "beam_size": Whole(),
-    "repetition_penalty": Number(above=0),
-    "num_return_sequences": Whole(),
-    "seed": Whole(0),
+GENERATION: Table = {"prompts": Texts()} | {
+    name: KINDS[name]
+    for name in (
+        "max_new_tokens",
+        "temperature",
+        "top_k",
+        "top_p",
+        "beam_size",
+        "repetition_penalty",
+        "num_return_sequences",
+        "seed",
+    )
 }
 
 README: Table = {"prompt": Text()}
