@@ -252,7 +252,7 @@ def load(
     files = ckpt.find(checkpoint)
     known = find_dictionary(files, dictionary)
     plan = ckpt.survey(files, None if known is None else len(known))
-    plan = replace(plan, config=changed(plan.config, config or {}))
+    plan = replace(plan, config=changed(plan.config, {} if config is None else config))
     codec = None if bpe is None else find_codec(files, plan.config, bpe, known)
     kind = weights_dtype(dtype, devices[0], plan)
     backend = choose_backend(backend, devices[0], kind)

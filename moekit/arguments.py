@@ -301,12 +301,19 @@ def _items(value: Any) -> list:
     """
     if isinstance(value, str):
         return [value]
+    # A memoryview has "tolist", too: it is refused before that is asked.
+    if isinstance(value, bytes | bytearray | memoryview):
+        raise ValueError
     if hasattr(value, "tolist") and getattr(value, "ndim", 1) > 0:
-        value = value.tolist()
+        try:
+            value = value.tolist()
+        except RuntimeError:
+            # A sparse tensor, or one without data.
+            raise ValueError from None
     unordered = isinstance(value, Mapping) or hasattr(value, "columns")
     # The keys of a dict are a set with an order.
     unordered |= isinstance(value, Set) and not isinstance(value, KeysView)
-    if isinstance(value, bytes | bytearray | memoryview) or unordered or not isinstance(value, Iterable):
+    if unordered or not isinstance(value, Iterable):
         raise ValueError
     return list(value)
 

@@ -69,6 +69,8 @@ class Data:
         data_folder(self.data)
         for name, kind in kinds.items():
             object.__setattr__(self, name, check(name, getattr(self, name), kind))
+        if not Path(self.subset).name:
+            raise ValueError(f"subset={self.subset!r}: expected the name of a subset, such as 'valid'")
 
     @property
     def prefix(self) -> Path:
@@ -93,7 +95,8 @@ def is_data(what: object) -> bool:
         return False
     if "\n" not in what and len(what) < 4096:
         with reading(what):
-            if Path(what.split(os.pathsep)[0]).expanduser().is_dir():
+            # Unlike Path.expanduser, this leaves the name of an unknown user as it is.
+            if Path(os.path.expanduser(what.split(os.pathsep)[0])).is_dir():
                 return True
     if os.sep in what and not any(c.isspace() for c in what):
         raise ValueError(f"there is no folder {what}; to trace it as a text, put it into a list")

@@ -444,3 +444,29 @@ def test_megatron_reads_the_files_of_a_folder_that_are_its_own(tmp_path):
 def test_options_of_a_codec_have_no_effect(options):
     args = eval_lm.parse(["data", "--path", "model.pt", "--is-moe", *options])
     assert args.path == "model.pt" and args.data == "data"
+
+
+def test_what_looks_like_a_list_or_a_function_is_refused_before_the_ranks_are_asked():
+    """A memoryview has `tolist`, a sparse tensor has one that fails, and a falsy config is no dict."""
+    with moekit.load("demo", 1, "cpu", progress=False) as model:
+        before = model.score("abc")["logprob"]
+        for given in (memoryview(b"ab"), torch.tensor([[1, 0]]).to_sparse()):
+            for call in (model.score, model.trace, model.generate):
+                with pytest.raises(ValueError, match="expected a text, texts, ids or lists of ids"):
+                    call(given)
+        with pytest.raises(ValueError, match="mask"), model.route(mask={5: memoryview(b"\1")}):
+            pass
+        for record in (3, "x", True):
+            with pytest.raises(ValueError, match=r"record=.* expected a function"):
+                model.generate(["hi"], record=record, max_new_tokens=1)
+            with pytest.raises(ValueError, match=r"record=.* expected a function"):
+                list(model.stream(["hi"], record=record, max_new_tokens=1))
+        with pytest.raises(ValueError, match="there is no folder ~nouser/x"):
+            model.trace("~nouser/x")
+        for subset in ("/", "."):
+            with pytest.raises(ValueError, match="subset=.* expected the name of a subset"):
+                model.evaluate("demo", subset=subset)
+        np.testing.assert_array_equal(model.score("abc")["logprob"], before)
+    for config in (0, False, "", []):
+        with pytest.raises(ValueError, match="expected a dict of some of"):
+            moekit.load("demo", 1, "cpu", progress=False, config=config)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moekit.arguments import Capacity, Flag, Kind, Number, Texts, Whole, check
+from moekit.arguments import Capacity, Flag, Kind, Number, Texts, Whole, check, shown
 from moekit.generation.text import Text
 from moekit.handle import Handle
 from moekit.nn.record import Options
@@ -134,6 +134,9 @@ def rules(asked: dict[str, Any]) -> dict[str, Any]:
     found = asked | {name: check(name, asked[name], kind) for name, kind in KINDS.items()}
     trace = asked.get("trace", False)
     found["trace"] = trace if isinstance(trace, Options) else check("trace", trace, Flag())
+    record = asked.get("record")
+    if record is not None and not callable(record):
+        raise ValueError(f"record={shown(record)}: expected a function that the ranks call, or None")
     if "" in found["stop"]:
         raise ValueError(f"stop={found['stop']}: expected texts, none of them empty")
     beam_size, copies = found["beam_size"], found["num_return_sequences"]
