@@ -15,7 +15,7 @@ import math
 import operator
 import pathlib
 import reprlib
-from collections.abc import Iterable, Iterator, KeysView, Mapping, Set
+from collections.abc import Iterable, Iterator, KeysView, Mapping, Sequence, Set
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
@@ -64,6 +64,11 @@ def reading(what: object) -> Iterator[None]:
         raise ValueError(
             f"{error.filename or what} cannot be read ({error.strerror or error}); change its permissions or name another"
         ) from None
+
+
+def first_few(numbers: Sequence[int]) -> str:
+    """The first five of ``numbers``, and dots for the others: for messages."""
+    return ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
 
 
 def check(name: str, value: Any, kind: Kind) -> Any:

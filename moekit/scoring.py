@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from moekit.arguments import first_few
 from moekit.batches import Batch
 from moekit.handle import Handle
 from moekit.interrupts import import_whole
@@ -98,7 +99,7 @@ def not_finite(model: Handle, batches: Sequence[Batch], scores: dict, **how: Any
         return None
     first = next(batch for batch in batches if bad[batch.index].any())
     samples = [int(b.ids[row]) for b in batches for row in np.flatnonzero(bad[b.index].any(axis=1))]
-    named = ", ".join(map(str, samples[:5])) + (", ..." if len(samples) > 5 else "")
+    named = first_few(samples)
     total = sum(int((b.targets != PAD).sum()) for b in batches)
     found = model.ranks.call(first_not_finite, first, intervention=model.intervention, **how)[0]
     kind = str(model.dtype).removeprefix("torch.")
@@ -180,9 +181,11 @@ def score_batches(
     """
     # The table of the scores needs pandas.
     import_whole("pandas")
+    needed = model.intervention is not None or model.config.learned_positions
+    lengths = _lengths(batches) if needed else {}
     if model.intervention is not None:
-        model.intervention.check(_lengths(batches))
-    longest = max(_lengths(batches).values(), default=0) if model.config.learned_positions else 0
+        model.intervention.check(lengths)
+    longest = max(lengths.values(), default=0) if model.config.learned_positions else 0
     if longest > model.config.max_positions:
         raise ValueError(
             f"a sample has {longest} tokens, <s> and context included, and the model "

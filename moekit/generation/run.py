@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from moekit.arguments import first_few
 from moekit.generation.beams import search
 from moekit.generation.request import Burst, Generation, Request, Token
 from moekit.generation.session import Session
@@ -108,7 +109,7 @@ def generate(
                     bar.total -= request.max_new_tokens - sum(len(b.tokens) for b in made[burst.sequence])
     found = [request.generation(made[prompt.number]) for prompt in request.prompts]
     if bad := [n for n, one in enumerate(found) if not np.isfinite(one.logprobs).all()]:
-        named = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
+        named = first_few(bad)
         warnings.warn(
             f"log-probabilities of new tokens are not finite in {len(bad)} of {len(found)} sequences ({named}): "
             "model.score of the same prompt names the layer",

@@ -55,13 +55,16 @@ class ModelConfig:
 
     def is_moe(self, layer: int) -> bool:
         """Whether layer ``layer`` (from 0) holds experts."""
-        at_frequency = self.moe_freq > 0 and (layer + 1) % self.moe_freq == 0
-        return at_frequency and self.alternate_ffn_dim == 0
+        return self._at_frequency(layer) and self.alternate_ffn_dim == 0
 
     def dense_dim(self, layer: int) -> int:
         """Width of the dense feed-forward network of layer ``layer`` (from 0)."""
-        at_frequency = self.moe_freq > 0 and (layer + 1) % self.moe_freq == 0
-        return self.alternate_ffn_dim if at_frequency and self.alternate_ffn_dim else self.ffn_dim
+        return (
+            self.alternate_ffn_dim if self._at_frequency(layer) and self.alternate_ffn_dim else self.ffn_dim
+        )
+
+    def _at_frequency(self, layer: int) -> bool:
+        return self.moe_freq > 0 and (layer + 1) % self.moe_freq == 0
 
     @property
     def moe_layers(self) -> list[int]:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from moekit.arguments import Capacity, Flag, Whole, Wholes, check, shown
+from moekit.arguments import Capacity, Flag, Whole, Wholes, check, first_few, shown
 from moekit.nn.config import ModelConfig
 from moekit.nn.gate import Edit
 from moekit.nn.gates import top_k_of
@@ -96,7 +96,7 @@ class Intervention:
                 there = f"{len(lengths)}, from {min(lengths)} to {max(lengths)}" if lengths else "none"
                 raise ValueError(f"Force names sample {sample}, and the samples of this call are {there}")
             if positions is not None and not any(0 <= p < lengths[sample] for p in positions):
-                named = ", ".join(map(str, positions[:5])) + (", ..." if len(positions) > 5 else "")
+                named = first_few(positions)
                 raise ValueError(
                     f"Force names of sample {sample} the positions {named or 'none'}; it has 0 to {lengths[sample] - 1}"
                 )

@@ -7,7 +7,9 @@ stop the driver, too.
 from __future__ import annotations
 
 import math
+import os
 import select
+import signal
 import socket
 import struct
 
@@ -15,6 +17,18 @@ HEAD = struct.Struct("!Q")
 
 # A message of at most this many bytes is copied, so that one system call sends it with its length.
 SMALL = 65_536
+
+
+def from_standard_input() -> socket.socket:
+    """The pipe to the driver that a new process has as its standard input, which is empty from then on.
+
+    Ctrl-C reaches the processes of a terminal all at once; it is the driver's to handle.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    pipe = socket.socket(fileno=os.dup(0))
+    with open(os.devnull) as nothing:
+        os.dup2(nothing.fileno(), 0)
+    return pipe
 
 
 class Incoming:

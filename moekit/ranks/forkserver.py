@@ -24,7 +24,7 @@ import time
 import traceback
 from typing import Any, NoReturn
 
-from moekit.ranks.channel import readable
+from moekit.ranks.channel import from_standard_input, readable
 
 # Seconds for the server to start.
 START_LIMIT = 120.0
@@ -230,10 +230,7 @@ class Forked:
 
 def main(driver: int, idle: float) -> None:
     """Fork ranks for the process ``driver`` until it is gone or has not needed one for ``idle`` seconds."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    pipe = socket.socket(fileno=os.dup(0))
-    with open(os.devnull) as nothing:
-        os.dup2(nothing.fileno(), 0)
+    pipe = from_standard_input()
     import torch
 
     with torch.device("meta"):

@@ -31,10 +31,7 @@ def serve(
     rank: int, world_size: int, device: str, *, local_world_size: int, parent: int, folder: str
 ) -> None:
     """Answer the driver's jobs one by one, until the pipe closes; ``parent`` is the process that started this one."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    pipe = socket.socket(fileno=os.dup(0))
-    with open(os.devnull) as nothing:
-        os.dup2(nothing.fileno(), 0)
+    pipe = channel.from_standard_input()
     jobs: queue.SimpleQueue[bytearray] = queue.SimpleQueue()
     voice = Voice(pipe)
     threading.Thread(target=_listen, args=(pipe, jobs, parent, folder), name="listen", daemon=True).start()
