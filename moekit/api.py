@@ -22,7 +22,7 @@ from moekit.nn.changes import changed
 from moekit.nn.operations import choose_backend
 from moekit.nn.record import Options
 from moekit.progress import bar as progress_bar
-from moekit.ranks import LentRanks, RankError, Ranks, choose_devices, prepare, start
+from moekit.ranks import LentRanks, RankError, Ranks, choose_devices, prepare, ready, start
 from moekit.routing import trace as tracing
 from moekit.scoring import Evaluation, score_batches, summarize, warm_up
 from moekit.worker import loading
@@ -251,14 +251,18 @@ def load(
         prepare()
     files = ckpt.find(checkpoint)
     known = find_dictionary(files, dictionary)
-    plan = ckpt.survey(files, None if known is None else len(known))
-    plan = replace(plan, config=changed(plan.config, {} if config is None else config))
-    codec = None if bpe is None else find_codec(files, plan.config, bpe, known)
-    kind = weights_dtype(dtype, devices[0], plan)
-    backend = choose_backend(backend, devices[0], kind)
-
-    pool = start(world_size, devices[0].type) if ranks is None else LentRanks(ranks)
+    pool = None
+    if ranks is None and world_size > 1 and ready():
+        # The ranks come up while the headers are read here.
+        pool = start(world_size, devices[0].type, wait=False)
     try:
+        plan = ckpt.survey(files, None if known is None else len(known))
+        plan = replace(plan, config=changed(plan.config, {} if config is None else config))
+        codec = None if bpe is None else find_codec(files, plan.config, bpe, known)
+        kind = weights_dtype(dtype, devices[0], plan)
+        backend = choose_backend(backend, devices[0], kind)
+        if pool is None:
+            pool = start(world_size, devices[0].type) if ranks is None else LentRanks(ranks)
         model = Model(plan, files, pool, kind, known, codec)
         total = sum(source.bytes * (world_size if source.common else 1) for source in plan.sources)
         with progress_bar("loading", total, "B", show=progress) as bar:
@@ -271,7 +275,8 @@ def load(
             bar.update(bar.total - bar.n)
         model.load_seconds = time.perf_counter() - began
     except BaseException as error:
-        pool.close()
+        if pool is not None:
+            pool.close()
         if isinstance(error, RankError) and (said := _of_a_file(error, files)):
             raise ValueError(said) from error
         raise

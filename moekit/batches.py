@@ -38,6 +38,48 @@ class Batch:
         return real
 
 
+@dataclass(frozen=True)
+class Share:
+    """What a rank knows of a step, whose batches have one shape and go to the ranks in turn.
+
+    Attributes:
+        batches: those of this rank, which run in one forward pass; none where the step has fewer batches than ranks.
+        count: the number of batches of all ranks.
+        shape: (B, T) of each batch.
+        padded: whether the batches have padding; either all have or none.
+        trailing: whether all padding of the step follows the text.
+    """
+
+    batches: Sequence[Batch]
+    count: int
+    shape: tuple[int, int]
+    padded: bool
+    trailing: bool
+
+    def rows(self, world_size: int) -> int:
+        """The most tokens that any rank has."""
+        return -(-self.count // world_size) * self.shape[0] * self.shape[1]
+
+    def padding_matters(self, fraction: float | None) -> bool:
+        """Whether a pass needs a mask of the padding.
+
+        Causal attention ignores padding behind the text, and without a capacity it displaces no token.
+        """
+        return self.padded and (fraction is not None or not self.trailing)
+
+
+def shares(step: Sequence[Batch], world_size: int) -> list[Share]:
+    """The share of each rank in a step."""
+    padded = step[0].padded()
+    trailing = not padded or all(
+        bool((np.diff((batch.tokens == PAD).astype(np.int8)) >= 0).all()) for batch in step
+    )
+    return [
+        Share(step[rank::world_size], len(step), step[0].tokens.shape, padded, trailing)
+        for rank in range(world_size)
+    ]
+
+
 def text_batches(
     texts: Sequence[Sequence[int]], batch_size: int, max_positions: int, first: int = EOS
 ) -> list[Batch]:

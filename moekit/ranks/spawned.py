@@ -21,9 +21,9 @@ import cloudpickle
 import torch
 
 from moekit.interrupts import hold_interrupts
-from moekit.ranks import channel
-from moekit.ranks.base import Rank, RankError, Ranks, forked, gone, headline
-from moekit.ranks.forkserver import Forked, Server
+from moekit.processes import channel
+from moekit.processes.forkserver import Forked, Server
+from moekit.ranks.base import Each, Rank, RankError, Ranks, forked, gone, headline, own
 from moekit.ranks.launch import await_server, launch
 from moekit.ranks.server import join
 from moekit.ranks.watch import Watch
@@ -51,13 +51,15 @@ class SpawnedRanks(Ranks):
     """Several ranks, a process each. Whatever ends a call early ends them all.
 
     A process group that lost a member is of no further use, and nothing else frees peers from a collective.
+
+    The ranks come up while the driver does something else, and the first call waits for them.
     """
 
     def __init__(self, devices: list[torch.device], timeout: float, silence: float):
         super().__init__(devices)
         self._timeout, self._silence, self._owner = timeout, silence, os.getpid()
         self._why_gone = "closed"
-        self._lock, self._caller, self._joined = threading.Lock(), None, False
+        self._lock, self._caller = threading.Lock(), None
         self._processes: list[subprocess.Popen | Forked] = []
         self._pipes: list[socket.socket] = []
         try:
@@ -67,14 +69,19 @@ class SpawnedRanks(Ranks):
             )
             server = await_server()
             self._incoming = [self._launch(rank, server) for rank in range(self.world_size)]
+            jobs = self._jobs(join, (str(self._folder / "rendezvous"), timeout), {})
+            # The first job, until the ranks have done it.
+            self._joining: dict[int, channel.Outgoing] | None = self._outgoing(jobs)
+            for message in self._joining.values():
+                with contextlib.suppress(ConnectionError):
+                    # A short message passes at once.
+                    message.write()
         except BaseException as error:
             if hasattr(self, "_end"):
                 self.close()
             if isinstance(error, OSError):
                 raise RuntimeError(_cannot_start(error)) from error
             raise
-        self.call(join, str(self._folder / "rendezvous"), timeout, timeout=START_LIMIT)
-        self._joined = True
 
     def _launch(self, rank: int, server: Server | None) -> channel.Incoming:
         """Start one rank, at the end of a pipe."""
@@ -93,14 +100,15 @@ class SpawnedRanks(Ranks):
         if not self._end.alive:
             raise gone(self._why_gone)
         operation = getattr(fn, "__name__", type(fn).__name__)
-        job = cloudpickle.dumps((fn, args, kwargs))
+        jobs = self._jobs(fn, args, kwargs)
         me = object()
         try:
             with self._lock:
                 if self._caller is not None:
                     raise RuntimeError("the ranks are busy with another call: wait for it to end")
                 self._caller = me
-            return self._run(operation, job, timeout, on_report)
+            self._await_joined()
+            return self._run(operation, self._outgoing(jobs), timeout, on_report)
         except BaseException as error:
             if self._caller is me:
                 self._give_up(operation, error)
@@ -108,6 +116,23 @@ class SpawnedRanks(Ranks):
         finally:
             if self._caller is me:
                 self._caller = None
+
+    def _jobs(self, fn: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> list[bytes]:
+        """What is sent to each rank; made once where all get the same."""
+        if not any(isinstance(arg, Each) for arg in args):
+            return [cloudpickle.dumps((fn, args, kwargs))] * self.world_size
+        return [
+            cloudpickle.dumps((fn, tuple(own(arg, rank) for arg in args), kwargs))
+            for rank in range(self.world_size)
+        ]
+
+    def _outgoing(self, jobs: list[bytes]) -> dict[int, channel.Outgoing]:
+        return {rank: channel.Outgoing(pipe, jobs[rank]) for rank, pipe in enumerate(self._pipes)}
+
+    def _await_joined(self) -> None:
+        if (joining := self._joining) is not None:
+            self._joining = None
+            self._run("join", joining, START_LIMIT, None, joined=False)
 
     def _give_up(self, operation: str, error: BaseException) -> None:
         """End the ranks after an error in a call; the error is another one where that tells more."""
@@ -122,10 +147,14 @@ class SpawnedRanks(Ranks):
         self.close()
 
     def _run(
-        self, operation: str, job: bytes, timeout: float | None, on_report: Callable[[int, Any], None] | None
+        self,
+        operation: str,
+        unsent: dict[int, channel.Outgoing],
+        timeout: float | None,
+        on_report: Callable[[int, Any], None] | None,
+        joined: bool = True,
     ) -> list[Any]:
-        watch = Watch(operation, [process.pid for process in self._processes], self._silence, self._joined)
-        unsent = {rank: channel.Outgoing(pipe, job) for rank, pipe in enumerate(self._pipes)}
+        watch = Watch(operation, [process.pid for process in self._processes], self._silence, joined)
         results: dict[int, Any] = {}
         while watch.at_work:
             left = self._left(watch, timeout)
