@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -56,6 +57,12 @@ class Share:
     padded: bool
     trailing: bool
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as a few large arrays, which takes a tenth of the time that many small ones take."""
+        arrays = (np.concatenate([getattr(b, name) for b in self.batches] or [[]]) for name in _ARRAYS)
+        index = [batch.index for batch in self.batches]
+        return _unpickled, (index, *arrays, self.count, self.shape, self.padded, self.trailing)
+
     def rows(self, world_size: int) -> int:
         """The most tokens that any rank has."""
         return -(-self.count // world_size) * self.shape[0] * self.shape[1]
@@ -66,6 +73,28 @@ class Share:
         Causal attention ignores padding behind the text, and without a capacity it displaces no token.
         """
         return self.padded and (fraction is not None or not self.trailing)
+
+
+_ARRAYS = ("ids", "tokens", "targets", "starts")
+
+
+def _unpickled(
+    index: list[int],
+    ids: np.ndarray,
+    tokens: np.ndarray,
+    targets: np.ndarray,
+    starts: np.ndarray,
+    count: int,
+    shape: tuple[int, int],
+    padded: bool,
+    trailing: bool,
+) -> Share:
+    at = range(0, shape[0] * len(index), shape[0])
+    rows = [slice(start, start + shape[0]) for start in at]
+    batches = [
+        Batch(i, ids[row], tokens[row], targets[row], starts[row]) for i, row in zip(index, rows, strict=True)
+    ]
+    return Share(batches, count, shape, padded, trailing)
 
 
 def shares(step: Sequence[Batch], world_size: int) -> list[Share]:
