@@ -21,6 +21,7 @@ from moekit.interrupts import import_whole
 from moekit.nn.changes import changed
 from moekit.nn.operations import choose_backend
 from moekit.nn.record import Options
+from moekit.profiling import profile
 from moekit.progress import bar as progress_bar
 from moekit.ranks import LentRanks, RankError, Ranks, choose_devices, prepare, ready, start
 from moekit.routing import trace as tracing
@@ -41,6 +42,8 @@ class Model(Handle):
     generate = generate
 
     stream = stream
+
+    profile = profile
 
     def evaluate(
         self,

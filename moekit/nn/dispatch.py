@@ -18,6 +18,7 @@ from torch import Tensor
 
 from moekit.nn.experts import Assignment, Experts
 from moekit.nn.gate import sort_by_expert
+from moekit.nn.parts import is_part, part
 
 # Its name from torch 2.13 on, and before.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -100,7 +101,8 @@ class AllToAll:
         mine = self.deal[self.rank]
         # How many choices of each rank are of each expert held here.
         arriving = counts.new_empty(self.world_size * mine)
-        dist.all_to_all_single(arriving, counts, [mine] * self.world_size, self.deal)
+        with part("exchange"):
+            dist.all_to_all_single(arriving, counts, [mine] * self.world_size, self.deal)
         arriving = arriving.view(self.world_size, mine)
         # How many rows go where is the one question to the device.
         leaving = torch.stack([part.sum() for part in counts.split(self.deal)])
@@ -130,13 +132,15 @@ class AllToAll:
         done = experts(everything, Assignment(*sort_by_expert(chosen, mine), choices))  # [W M K, D]
 
         home = torch.empty_like(done)
-        dist.all_to_all_single(home, done)
+        with part("exchange"):
+            dist.all_to_all_single(home, done)
         # Of what the ranks computed for one choice, all but one is zero.
         home = home.view(self.world_size, rows * choices, -1).sum(0)
         weights = assignment.weights
         return home[: len(weights)] * weights[:, None]
 
 
+@is_part("exchange")
 def gather(rows: Tensor, world_size: int) -> Tensor:
     """What each rank has, one after the other, all of one shape."""
     found = rows.new_empty(world_size * len(rows), *rows.shape[1:])
@@ -144,6 +148,7 @@ def gather(rows: Tensor, world_size: int) -> Tensor:
     return found
 
 
+@is_part("exchange")
 def exchange(rows: Tensor, to_ranks: list[int], from_ranks: list[int]) -> Tensor:
     """Send ``to_ranks[r]`` consecutive rows to each rank r and receive ``from_ranks[r]``, in the order of ranks."""
     received = rows.new_empty(sum(from_ranks), rows.shape[1])
