@@ -86,6 +86,13 @@ class Profile:
         found["busiest"] = each.transform("max") / each.transform("mean").clip(lower=1e-30)
         return found
 
+    def busiest(self) -> dict[int, float]:
+        """For each layer with experts, the share of a step in which the experts of its busiest rank compute."""
+        found = self.experts()
+        whole = self.frame["exclusive"].sum() / (self.frame["step"].nunique() * self.frame["rank"].nunique())
+        rows = found.loc[found.groupby("layer")["rows"].idxmax()]
+        return dict(zip(rows["layer"].tolist(), (rows["seconds"] / whole).tolist(), strict=True))
+
     def save(self, path: str | Path) -> None:
         """Write all but ``events`` to one file, for :meth:`load`.
 

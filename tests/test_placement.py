@@ -1,0 +1,98 @@
+"""Placing experts on ranks: by hand and against all placements, and models that were loaded in another order."""
+
+import itertools
+
+import numpy as np
+import pandas as pd
+import pytest
+from synthetic_traces import synthetic
+
+import moekit
+from moekit import metrics
+from moekit.routing import placement as placing
+from moekit.routing.statistics import random_choices
+
+
+def all_placements(experts: int, ranks: int) -> set[tuple[int, ...]]:
+    return set(itertools.permutations(placing.contiguous(experts, ranks).tolist()))
+
+
+def imbalance(load, rank, ranks) -> float:
+    of_ranks = [sum(load[e] for e in range(len(load)) if rank[e] == r) for r in range(ranks)]
+    return max(of_ranks) * ranks / sum(of_ranks)
+
+
+def test_the_heaviest_go_first_by_hand():
+    # 9 to rank 0, 7 and 6 to rank 1; rank 0 has 9, rank 1 has 13, so 4 and 1 go to rank 0; rank 1 takes the last.
+    assert placing.packed(np.array([4, 9, 1, 6, 0, 7]), 2).tolist() == [0, 0, 0, 1, 1, 1]
+    assert placing.contiguous(7, 3).tolist() == [0, 0, 1, 1, 2, 2, 2]
+    # 8 becomes 4 + 4, then 6 becomes 3 + 3.
+    assert placing.replicated(np.array([8, 1, 6, 2]), 2).tolist() == [0, 0, 1, 2, 2, 3]
+    rows = placing.loads(np.array([8.0, 1, 6, 2]), np.array([0, 0, 1, 2, 2, 3]), np.array([0, 1, 1, 0, 1, 1]), 2)
+    assert rows.tolist() == [7, 10]
+
+
+@pytest.mark.parametrize(("experts", "ranks"), [(6, 2), (6, 3), (7, 2), (8, 4)])
+def test_the_greedy_placement_against_all(experts, ranks):
+    rng = np.random.default_rng(experts * ranks)
+    every = all_placements(experts, ranks) if experts < 8 else None
+    for _ in range(20):
+        load = rng.geometric(0.1, experts)
+        rank = placing.packed(load, ranks)
+        assert np.bincount(rank, minlength=ranks).tolist() == placing.sizes(experts, ranks).tolist()
+        found = imbalance(load, rank, ranks)
+        assert found == pytest.approx(placing.imbalance(placing.loads(load, np.arange(experts), rank, ranks)))
+        if every is not None:
+            best = min(imbalance(load, one, ranks) for one in every)
+            mean = np.mean([imbalance(load, one, ranks) for one in every])
+            assert best <= found + 1e-9 and found <= 4 / 3 * best + 1e-9 and found <= mean + 1e-9
+
+
+def test_no_choice_of_copies_is_more_even():
+    rng = np.random.default_rng(1)
+    for redundant in (0, 1, 3, 4):
+        load = rng.integers(1, 30, 5)
+        copies = np.bincount(placing.replicated(load, redundant))
+        assert copies.sum() == 5 + redundant
+        others = [c for c in itertools.product(range(1, redundant + 2), repeat=5) if sum(c) == 5 + redundant]
+        assert (load / copies).max() == min((load / np.array(c)).max() for c in others)
+
+
+@pytest.fixture(scope="module")
+def trace():
+    return synthetic(tokens=2000, layers=(1, 3), experts=6, block=100)[0]
+
+
+def test_the_metric_by_brute_force(trace):
+    table = metrics.placement(trace, 3, share={1: 0.5, 3: 0.25}).set_index(["layer", "placement"])
+    odd = np.unique(trace.sample, return_inverse=True)[1] % 2 == 1
+    for index, layer in enumerate(trace.layers):
+        chosen = np.where(trace.kept, trace.experts, 6)[:, index]
+        fit, judge = (np.bincount(chosen[half].ravel(), minlength=7)[:6] for half in (~odd, odd))
+        rank = [0, 0, 1, 1, 2, 2]
+        assert table.loc[(layer, "contiguous"), "value"] == pytest.approx(imbalance(judge, rank, 3))
+        mean = np.mean([imbalance(judge, one, 3) for one in all_placements(6, 3)])
+        assert table.loc[(layer, "shuffled"), "value"] == pytest.approx(mean, rel=0.03)
+        fitted = placing.packed(fit, 3)
+        assert table.loc[(layer, "fitted"), "value"] == pytest.approx(imbalance(judge, fitted, 3))
+        saved = {1: 0.5, 3: 0.25}[layer] * (1 - imbalance(judge, fitted, 3) / imbalance(judge, rank, 3))
+        assert table.loc[(layer, "fitted"), "saved"] == pytest.approx(saved)
+        # With as many copies as experts and more, every expert can be everywhere.
+        many = metrics.placement(trace, 3, redundant=60).set_index(["layer", "placement"])
+        assert many.loc[(layer, "replicated"), "value"] < 1.1
+    assert (table["low"] <= table["value"] + 0.05).all() and (table["high"] >= table["value"] - 0.05).all()
+
+
+def test_uniform_routing_gains_nothing_from_a_placement(trace):
+    rng = np.random.default_rng(2)
+    chosen = np.stack([random_choices(rng, len(trace), trace.top_k, 6) for _ in trace.layers], axis=1)
+    even = moekit.Trace(**vars(trace) | {"experts": chosen.astype(np.int16), "kept": np.ones_like(trace.kept)})
+    table = metrics.placement(even, 2)
+    assert np.allclose(table["value"], table["chance"], atol=0.04)
+
+
+def test_what_cannot_be_placed(trace):
+    with pytest.raises(ValueError, match="ranks=7: expected at most 6"):
+        metrics.placement(trace, 7)
+    with pytest.raises(ValueError, match="ranks"):
+        metrics.placement(trace, 0)
