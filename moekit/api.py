@@ -211,6 +211,7 @@ def load(
     progress: bool = True,
     ranks: Ranks | None = None,
     verify: bool = True,
+    placement: Mapping[int, Sequence[int]] | None = None,
 ) -> Model:
     """Load a checkpoint of fairseq's ``moe`` branch onto ``world_size`` ranks.
 
@@ -236,6 +237,9 @@ def load(
             which end when it is closed.
         verify: compare the checksum of each tensor that is read with the file's, and warn of weights that are not finite.
             The result is remembered until a file changes, so that only the first load takes the time.
+        placement: for each layer with experts, the rank of each expert, such as
+            :func:`moekit.metrics.fitted_placement` finds; as many on each rank as without it. It changes who computes, and
+            no result. None: rank after rank in the order of the experts.
 
     Raises:
         ValueError: the checkpoint is incomplete, damaged or not what it should be, or an argument makes no sense.
@@ -261,6 +265,7 @@ def load(
     try:
         plan = ckpt.survey(files, None if known is None else len(known))
         plan = replace(plan, config=changed(plan.config, {} if config is None else config))
+        plan = replace(plan, slots=ckpt.slots_of(placement, plan.config, world_size))
         codec = None if bpe is None else find_codec(files, plan.config, bpe, known)
         kind = weights_dtype(dtype, devices[0], plan)
         backend = choose_backend(backend, devices[0], kind)

@@ -3,7 +3,6 @@
 import itertools
 
 import numpy as np
-import pandas as pd
 import pytest
 from synthetic_traces import synthetic
 
@@ -28,7 +27,9 @@ def test_the_heaviest_go_first_by_hand():
     assert placing.contiguous(7, 3).tolist() == [0, 0, 1, 1, 2, 2, 2]
     # 8 becomes 4 + 4, then 6 becomes 3 + 3.
     assert placing.replicated(np.array([8, 1, 6, 2]), 2).tolist() == [0, 0, 1, 2, 2, 3]
-    rows = placing.loads(np.array([8.0, 1, 6, 2]), np.array([0, 0, 1, 2, 2, 3]), np.array([0, 1, 1, 0, 1, 1]), 2)
+    rows = placing.loads(
+        np.array([8.0, 1, 6, 2]), np.array([0, 0, 1, 2, 2, 3]), np.array([0, 1, 1, 0, 1, 1]), 2
+    )
     assert rows.tolist() == [7, 10]
 
 
@@ -86,7 +87,9 @@ def test_the_metric_by_brute_force(trace):
 def test_uniform_routing_gains_nothing_from_a_placement(trace):
     rng = np.random.default_rng(2)
     chosen = np.stack([random_choices(rng, len(trace), trace.top_k, 6) for _ in trace.layers], axis=1)
-    even = moekit.Trace(**vars(trace) | {"experts": chosen.astype(np.int16), "kept": np.ones_like(trace.kept)})
+    even = moekit.Trace(
+        **vars(trace) | {"experts": chosen.astype(np.int16), "kept": np.ones_like(trace.kept)}
+    )
     table = metrics.placement(even, 2)
     assert np.allclose(table["value"], table["chance"], atol=0.04)
 
@@ -96,3 +99,74 @@ def test_what_cannot_be_placed(trace):
         metrics.placement(trace, 7)
     with pytest.raises(ValueError, match="ranks"):
         metrics.placement(trace, 0)
+
+
+# ----------------------------------------------------------------------------------------------- load(placement=...)
+
+
+PROMPTS = ["It is", "La table", "def __init__(self"]
+
+
+@pytest.fixture(scope="module")
+def alone():
+    with moekit.load("demo", 1, "cpu", progress=False) as model:
+        yield (
+            model.trace("demo", max_tokens=1500, progress=False),
+            model.generate(PROMPTS, max_new_tokens=6, progress=False),
+        )
+
+
+def held(rank) -> dict[int, list[float]]:
+    """Sums of this rank's experts, by layer."""
+    layers = enumerate(rank.state["model"].layers)
+    return {
+        i: layer.moe.experts.w1.double().sum((1, 2)).tolist() for i, layer in layers if layer.moe is not None
+    }
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_a_model_in_another_order_computes_the_same(alone, world_size):
+    trace, texts = alone
+    fitted = metrics.fitted_placement(trace, world_size)
+    assert fitted != {layer: placing.contiguous(16, world_size).tolist() for layer in fitted}
+    with moekit.load("demo", world_size, "cpu", progress=False, placement=fitted) as model:
+        again = model.trace("demo", max_tokens=1500, progress=False)
+        written = model.generate(PROMPTS, max_new_tokens=6, progress=False)
+        sums = model.ranks.call(held)
+        filled = [place for part in model.parts for place in part["filled"] if place is not None]
+    assert (again.experts == trace.experts).all() and (again.kept == trace.kept).all()
+    assert np.allclose(again.logprob, trace.logprob, atol=1e-5, equal_nan=True)
+    assert [one.text for one in written] == [one.text for one in texts]
+    assert sorted(filled) == [(layer, expert) for layer in (1, 3, 5) for expert in range(16)]
+    with moekit.load("demo", 1, "cpu", progress=False) as model:
+        [whole] = model.ranks.call(held)
+    for layer, rank_of in fitted.items():
+        for rank in range(world_size):
+            own = [whole[layer][expert] for expert in range(16) if rank_of[expert] == rank]
+            assert sums[rank][layer] == pytest.approx(own)
+
+
+def test_only_named_layers_move(alone):
+    placement = {3: [1, 0] * 8}
+    with moekit.load("demo", 2, "cpu", progress=False, placement=placement) as model:
+        again = model.trace("demo", max_tokens=1500, capacity_token_fraction=0.1, progress=False)
+    with moekit.load("demo", 2, "cpu", progress=False) as model:
+        expected = model.trace("demo", max_tokens=1500, capacity_token_fraction=0.1, progress=False)
+    assert (again.kept == expected.kept).all() and not again.kept.all()
+    assert np.allclose(again.logprob, expected.logprob, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("placement", "said"),
+    [
+        ([0, 1], "expected ranks by layer"),
+        ({2: [0] * 16}, "layer 2 holds no experts; those that do are"),
+        ({1: [0, 1]}, r"placement\[1\] names a rank for 2 experts; expected 16"),
+        ({1: [0] * 16}, r"placement\[1\] gives rank 0 16 experts; expected 8"),
+        ({1: [0] * 8 + [2] * 8}, "gives rank 1 0 experts"),
+        ({1: "ab"}, r"placement\[1\]"),
+    ],
+)
+def test_a_placement_that_does_not_fit(placement, said):
+    with pytest.raises(ValueError, match=said):
+        moekit.load("demo", 2, "cpu", progress=False, placement=placement)

@@ -36,6 +36,8 @@ class Plan:
     # Files that `survey` has mapped already, so that `fill` in the same process need not parse them again (a few ms
     # each). `fill` takes them out. They are not pickled.
     opened: dict[Path, Weights] = field(default_factory=dict, repr=False, compare=False)
+    # For each MoE layer, the slot [E] of each expert; without it, expert e has slot e. Ranks hold consecutive slots.
+    slots: dict[int, tuple[int, ...]] = field(default_factory=dict, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"opened": {}}
@@ -55,7 +57,19 @@ class Plan:
 
     def needed(self, held: range) -> list[Source]:
         """The files a rank with the experts ``held`` opens: what is shared, and those with an expert of its own."""
-        return [s for s in self.sources if s.common or any(expert in s.experts for expert in held)]
+        return [s for s in self.sources if s.common or self._reaches(s, held)]
+
+    def _reaches(self, source: Source, held: range) -> bool:
+        if not self.slots:
+            return any(expert in source.experts for expert in held)
+        return any(slots[expert] in held for slots in self.slots.values() for expert in source.experts)
+
+    def slotted(self, target: Place) -> Place:
+        """``target`` with the slot of its expert in place of the expert."""
+        if target.where is None or not self.slots:
+            return target
+        layer, expert = target.where
+        return replace(target, expert=self.slots[layer][expert])
 
 
 def survey(files: Files, dictionary: int | None = None) -> Plan:
@@ -293,9 +307,10 @@ def fill(
     def wanted(source: Source, weights: Weights) -> Iterator[tuple[Wanted, Tensor]]:
         """What is read of each tensor, and where it goes."""
         for key, tensor, target in places(source, weights, plan.config):
-            if target.part == "expert" and target.expert not in held:
+            slot = plan.slotted(target)
+            if slot.part == "expert" and slot.expert not in held:
                 continue
-            view = target.of(parameters[target.name].data, held.start)
+            view = slot.of(parameters[target.name].data, held.start)
             begin = 0
             if key in weights.cut:
                 begin = weights.cut[key][0]
@@ -324,11 +339,14 @@ def fill(
                 yield copying.Piece(f"{source.path}: {key}", tensor, view, checks.get(key))
 
     copying.copy(pieces(), next(iter(parameters.values())).device, threads, progress)
+    numbers_at: dict[Place, int] = defaultdict(int)
+    for target, parts in filled.items():
+        numbers_at[plan.slotted(target)] += sum(len(numbers) for numbers, _ in parts)
     for name, parameter in parameters.items():
         for part in _parts(name, parameter):
             count = part.count(parameter)
             target = replace(part, expert=held.start + part.expert) if part.part == "expert" else part
-            found = sum(map(len, (numbers for numbers, _ in filled[target])))
+            found = numbers_at[target]
             if found != count:
                 raise ValueError(
                     f"{found:,} of {count:,} numbers of {name_of(target)} were filled; did the files change meanwhile?"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -312,6 +313,8 @@ class MoE(nn.Module):
         self.gate = nn.Linear(config.dim, config.experts, bias=False)
         self.rule = gate_of(config)
         self.experts = Experts(held, config.dim, config.ffn_dim, config.activation)
+        # [E] int64, the number that the dispatch knows each expert by; None where it is the expert's own.
+        self.slots: Tensor | None = None
 
     def forward(self, x: Tensor, asked: Pass) -> Tensor:
         """[B, T, D] -> [B, T, K, D], the weighted output of each choice's expert, zero where it was dropped."""
@@ -321,6 +324,8 @@ class MoE(nn.Module):
             asked.record(self.index, routing)
         top_k = self.rule.top_k
         with part("plan"):
+            if self.slots is not None:
+                routing = replace(routing, experts=self.slots[routing.experts])
             order, counts = self.operations.by_expert(routing, self.config.experts)
             assignment = Assignment(order, counts, top_k, routing.weights.flatten())
         with part("dispatch"):

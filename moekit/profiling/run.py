@@ -167,7 +167,9 @@ def holders(model: Handle) -> list[np.ndarray]:
     """For each MoE layer [E], the rank that holds each expert."""
     config, ranks = model.config, model.world_size
     sizes = [len(owned(config.experts, ranks, rank)) for rank in range(ranks)]
-    return [np.repeat(np.arange(ranks), sizes) for _ in config.moe_layers]
+    rank_of_slot = np.repeat(np.arange(ranks), sizes)
+    every = range(config.experts)
+    return [rank_of_slot[list(model.plan.slots.get(layer, every))] for layer in config.moe_layers]
 
 
 def _length(work: Work) -> int:

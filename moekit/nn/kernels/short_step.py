@@ -32,7 +32,9 @@ def fits(model: Transformer, sequences: int) -> bool:
     gate = gate_of(model.config)
     through_peers = isinstance(model.dispatch, PeerDispatch) and gate.softmax_top_k and gate.top_k <= 2
     one_place = isinstance(model.dispatch, Local)
-    return sequences <= FEW and model.config.pre_norm and (one_place or through_peers)
+    # The kernel that makes the gate's choice knows experts by their own numbers.
+    in_order = all(layer.moe is None or layer.moe.slots is None for layer in model.layers)
+    return sequences <= FEW and model.config.pre_norm and (one_place or (through_peers and in_order))
 
 
 def read_on(
