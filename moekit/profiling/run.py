@@ -12,6 +12,7 @@ from moekit.arguments import Choice, Whole, check
 from moekit.batches import text_batches
 from moekit.fairseq_data import Data, is_data
 from moekit.interrupts import import_whole
+from moekit.nn.config import ModelConfig
 from moekit.nn.dispatch import owned
 from moekit.profiling.events import Seen, events_of, seen
 from moekit.profiling.least import Cost, Pass, least, routed
@@ -79,6 +80,7 @@ def profile(
             f"tokens_per_sample={length}: expected 2 to the model's {self.config.max_positions} positions"
         )
     seed = check("seed", seed, Whole(0))
+    positions(self.config, mode, steps, length)
     fraction = self.capacity(capacity_token_fraction)
     ids, vocab = _tokens(self, data_or_texts, subset, self.world_size * blocks * length)
     work = Work(mode, steps, fraction, vocab, seed, intervention=self.intervention)
@@ -110,6 +112,21 @@ def _tokens(model: Handle, data_or_texts: Any, subset: str, wanted: int) -> tupl
     return np.resize(ids, wanted), vocab
 
 
+def positions(config: ModelConfig, mode: str, steps: int, length: int) -> None:
+    """Raise a ValueError if ``steps`` decode steps need more positions than the model has."""
+    last = _prompt(length) + STEPS_BEFORE + 2 * steps
+    if mode == "decode" and last > config.max_positions:
+        raise ValueError(
+            f"steps={steps}: prompts of {_prompt(length)} tokens and the steps need {last} positions, and the model has "
+            f"{config.max_positions}; ask for fewer steps"
+        )
+
+
+def _prompt(length: int) -> int:
+    """Tokens of a prompt that decode steps follow, where blocks have ``length``."""
+    return min(PROMPT, length // 2)
+
+
 def _filled(model: Handle, work: Work, ids: np.ndarray, blocks: int, length: int) -> Work:
     """``work`` with its batches or prompts."""
     from dataclasses import replace
@@ -118,14 +135,7 @@ def _filled(model: Handle, work: Work, ids: np.ndarray, blocks: int, length: int
     if work.mode == "score":
         return replace(work, batches=text_batches(texts, 1, model.config.max_positions + 1, model.first))
     if work.mode == "decode":
-        prompt = min(PROMPT, length // 2)
-        last = prompt + STEPS_BEFORE + 2 * work.steps
-        if last > model.config.max_positions:
-            raise ValueError(
-                f"steps={work.steps}: prompts of {prompt} tokens and the steps need {last} positions, and the model has "
-                f"{model.config.max_positions}; ask for fewer steps"
-            )
-        texts = [text[: prompt - 1] for text in texts]
+        texts = [text[: _prompt(length) - 1] for text in texts]
     prompts = [Prompt(number, [model.first, *text]) for number, text in enumerate(texts)]
     return replace(work, prompts=[prompts[rank :: model.world_size] for rank in range(model.world_size)])
 

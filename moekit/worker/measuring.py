@@ -84,16 +84,16 @@ def ceilings(rank: Rank, dtype: torch.dtype) -> Ceilings:
     size = GIB if on_gpu else 64 << 20
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    copy = 2 * size / median(lambda: target.copy_(source), device, **how)
+    copy = 2 * size / min(seconds(lambda: target.copy_(source), device, **how))
     fetch = copy / 2
     if on_gpu:
         pinned = torch.ones(size // 4, dtype=torch.uint8, pin_memory=True)
         part = target[: len(pinned)]
-        fetch = len(pinned) / median(lambda: part.copy_(pinned, non_blocking=True), device, **how)
+        fetch = len(pinned) / min(seconds(lambda: part.copy_(pinned, non_blocking=True), device, **how))
     n = 8192 if on_gpu else 1024
     a, b = (torch.rand(n, n, device=device).to(dtype) for _ in range(2))
     product = torch.empty(n, n, device=device, dtype=dtype)
-    matmul = 2 * n**3 / median(lambda: torch.mm(a, b, out=product), device, **how)
+    matmul = 2 * n**3 / min(seconds(lambda: torch.mm(a, b, out=product), device, **how))
     name = torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} threads"
     return Ceilings(copy, matmul, fetch, name)
 

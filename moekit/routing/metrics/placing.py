@@ -89,7 +89,8 @@ def placement(
                 return np.mean([placing.imbalance(one) for one in of_ranks], axis=0)
 
             here = float(value(cells.sum(axis=0)))
-            low, high = interval(value(drawn(found, cells)), here, found.number)
+            # No rank is busier than the busiest, so no value is below 1.
+            low, high = np.maximum(interval(value(drawn(found, cells)), here, found.number), 1)
             own = here if name == "contiguous" else own
             saved = float("nan") if share is None else share[layer] * (1 - here / own)
             rows.append((layer, name, here, low, high, chance, saved))
