@@ -334,9 +334,5 @@ def counted(parts: Sequence[dict[str, np.ndarray]], config) -> np.ndarray:
     """[L, E] int64: the dispatched choices of each expert, of parts of a trace."""
     experts = np.concatenate([part["experts"] for part in parts])  # [n, L, K]
     kept = np.concatenate([part["kept"] for part in parts])
-    return np.stack(
-        [
-            np.bincount(experts[:, layer][kept[:, layer]], minlength=config.experts)
-            for layer in range(experts.shape[1])
-        ]
-    )
+    layers = range(experts.shape[1])
+    return np.stack([np.bincount(experts[:, i][kept[:, i]], minlength=config.experts) for i in layers])
