@@ -162,7 +162,7 @@ PROFILE_INFERENCE: Table = {
     "device": MODEL["device"],
     "dtype": MODEL["dtype"],
     "mode": Choice(MODES),
-    "batch_blocks": Wholes(ordered=True),
+    "batch_blocks": Wholes(),
     "steps": Whole(),
     "capacity_token_fraction": Capacity(),
     "output_dir": Place(),
