@@ -8,6 +8,7 @@ from synthetic_traces import synthetic
 
 import moekit
 from moekit import metrics
+from moekit.profiling.run import holders
 from moekit.routing import placement as placing
 from moekit.routing.statistics import random_choices
 
@@ -133,6 +134,7 @@ def test_a_model_in_another_order_computes_the_same(alone, world_size):
         again = model.trace("demo", max_tokens=1500, progress=False)
         written = model.generate(PROMPTS, max_new_tokens=6, progress=False)
         sums = model.ranks.call(held)
+        assert [own.tolist() for own in holders(model)] == list(fitted.values())
         filled = [place for part in model.parts for place in part["filled"] if place is not None]
     assert (again.experts == trace.experts).all() and (again.kept == trace.kept).all()
     assert np.allclose(again.logprob, trace.logprob, atol=1e-5, equal_nan=True)
