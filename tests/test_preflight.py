@@ -105,7 +105,7 @@ PROFILE = {"mode": "decode", "batch_blocks": [1, 4], "steps": 3}
         ({"batch_blocks": [2, 0]}, r"batch_blocks=\[2, 0\]: expected one number of at least 1"),
         (
             {"steps": 61},
-            "steps=61: prompts of 128 tokens and the steps need 258 positions, and the model has 256",
+            "steps=61: prompts of 128 tokens and the steps need 380 positions, and the model has 256",
         ),
         ({"data": "/nowhere"}, "/nowhere"),
         ({"checkpoint": "/nowhere"}, "/nowhere does not exist"),

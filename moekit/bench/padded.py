@@ -30,8 +30,10 @@ from moekit.nn.gates import gate_of
 from moekit.ranks import Rank
 from moekit.worker import scoring as worker
 
-# The greatest difference of a log-probability that rounding explains, by the dtype.
-TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
+# Differences of a log-probability that rounding explains, by the dtype. A token between two experts may go to the other one
+# by rounding, and displace others: up to FEW of all tokens may differ by more.
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.3}
+FEW = 0.02
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,20 +60,19 @@ def run(setting: Setting, args: argparse.Namespace) -> list[Figure]:
     with setting.model() as (model, _):
         for blocks in args.blocks:
             ours, padded = (both(model, setting, blocks, args.fraction, how) for how in (False, True))
-            worst = max(
-                float(np.abs(a.logprobs - b.logprobs).max()) for a, b in zip(ours, padded, strict=True)
-            )
-            if not worst <= TOLERANCE[setting.kind]:
+            apart = np.concatenate([abs(a.logprobs - b.logprobs) for a, b in zip(ours, padded, strict=True)])
+            share = float((~(apart <= TOLERANCE[setting.kind])).mean())
+            if share > FEW:
                 raise ValueError(
-                    f"the padded way's log-probabilities differ by {worst:.3g}; expected at most "
-                    f"{TOLERANCE[setting.kind]:g} in {setting.dtype}"
+                    f"{share:.1%} of the padded way's log-probabilities differ by more than {TOLERANCE[setting.kind]:g} in "
+                    f"{setting.dtype}; expected at most {FEW:.0%}"
                 )
-            rows += figures(setting, blocks, ours, padded, worst)
+            rows += figures(setting, blocks, ours, padded, apart)
     return rows
 
 
 def figures(
-    setting: Setting, blocks: int, ours: list[Measured], padded: list[Measured], worst: float
+    setting: Setting, blocks: int, ours: list[Measured], padded: list[Measured], apart: np.ndarray
 ) -> list[Figure]:
     tokens = setting.world_size * blocks * setting.config.max_positions
     found, times, memory = [], [], []
@@ -85,7 +86,7 @@ def figures(
         found.append(Figure(work, tokens / seconds, "tokens/s", note=note))
         if beyond > 0:
             found.append(Figure(f"{name}: GPU memory beyond the weights", beyond, "GiB", lower=True))
-    note = f"log-probabilities differ by {worst:.2g} at most"
+    note = f"log-probabilities differ by {apart.mean():.1g} on average, {apart.max():.1g} at most"
     found.append(Figure("speed, ours to padded", times[1] / times[0], "times", note=note))
     if memory[0] > 0:
         found.append(Figure("memory beyond the weights, padded to ours", memory[1] / memory[0], "times"))

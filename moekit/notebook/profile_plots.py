@@ -81,7 +81,8 @@ def experts(profile: Profile) -> Figure:
             left.scatter(
                 rows["rows"], 1e3 * rows["seconds"], color=colours[layer], s=26, label=f"layer {layer}"
             )
-        left.set(xlabel="rows of a rank's experts, mean of a step", ylabel="ms", ylim=(0, None))
+        top = 1.1e3 * table["seconds"].max() if len(table) else 1
+        left.set(xlabel="rows of a rank's experts, mean of a step", ylabel="ms", ylim=(0, top))
         left.set_title("Time of the experts against their rows")
         if layers:
             left.legend(fontsize=8)
@@ -99,7 +100,8 @@ def experts(profile: Profile) -> Figure:
         right.set_xticks(range(len(layers)), [f"layer {layer}" for layer in layers])
         right.set(ylabel="× mean of the ranks")
         right.set_title("The busiest rank")
-        right.legend(fontsize=8)
+        right.set_ylim(0, 1.25 * max([1.0, *ratios["rows"], *ratios["time"]]))
+        right.legend(fontsize=8, ncols=2, loc="upper left")
         fig.suptitle(_said(profile))
     return fig
 
@@ -113,17 +115,20 @@ def roofline(profile: Profile) -> Figure:
     table = table[(table["flop"] > 0) & (table["bytes"] > 0) & (table["seconds"] > 0)]
     copy, matmul = profile.meta["copy"], profile.meta["matmul"]
     intensity = table["flop"] / table["bytes"]
-    across = np.geomspace(min(0.1, *intensity) / 2, max(2 * matmul / copy, *intensity) * 2, 200)
+    across = np.geomspace(min(matmul / copy / 4, *intensity) / 2, max(matmul / copy, *intensity) * 4, 200)
     with rc_context(STYLE):
         fig = Figure(figsize=(7.5, 4.4), layout="constrained")
         ax = fig.subplots()
         ax.plot(across, np.minimum(across * copy, matmul) / 1e12, color=INK, lw=1.5)
-        for row, x in zip(table.itertuples(), intensity, strict=True):
+        for number, (row, x) in enumerate(zip(table.itertuples(), intensity, strict=True)):
             y = row.flop / row.seconds / 1e12
             ax.scatter(
                 x, y, color=PART_COLOURS[row.part], edgecolor=INK, lw=0.6, s=20 + 400 * row.share, zorder=3
             )
-            ax.annotate(row.part, (x, y), textcoords="offset points", xytext=(7, -3), fontsize=8)
+            # Neighbours have their names at different heights.
+            ax.annotate(
+                row.part, (x, y), textcoords="offset points", xytext=(9, (-9, 3)[number % 2]), fontsize=8
+            )
         ax.set(
             xscale="log",
             yscale="log",

@@ -42,6 +42,8 @@ class Pass:
         received: [L, e] rows that the e experts held here get, by MoE layer.
         sent: [L] rows of this rank's tokens that other ranks' experts get.
         taken: [L] rows of other ranks' tokens that experts held here get.
+        homeward: whether the second product of the experts writes results to the ranks of their tokens, and the combine
+            moves nothing.
     """
 
     tokens: int
@@ -54,6 +56,7 @@ class Pass:
     received: np.ndarray
     sent: np.ndarray
     taken: np.ndarray
+    homeward: bool = False
 
 
 def least(config: ModelConfig, one: Pass) -> dict[tuple[int, str], Cost]:
@@ -88,8 +91,9 @@ def least(config: ModelConfig, one: Pass) -> dict[tuple[int, str], Cost]:
         found[layer, "plan"] = Cost(made + choices * INDEX + config.experts * INDEX)
         found[layer, "dispatch"] = Cost(moved)
         found[layer, "experts up"] = Cost(read * (d * f + f) * s + rows * (d + f) * s, 2 * rows * d * f)
-        found[layer, "experts down"] = Cost(read * (d * f + d) * s + rows * (f + d) * s, 2 * rows * d * f)
-        found[layer, "combine"] = Cost(moved)
+        down = read * (d * f + d) * s + rows * (f + d) * s + one.homeward * one.sent[moe] * d * s
+        found[layer, "experts down"] = Cost(down, 2 * rows * d * f)
+        found[layer, "combine"] = Cost(0.0 if one.homeward else moved)
         pending = choices * d * s
         moe += 1
     if config.pre_norm and config.final_norm and not config.before_final_norm:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from moekit.profiling.events import Kernel
+from moekit.worker.profiling import CALL
 
 # The parts, in the order of a pass; then what is no work.
 PARTS = (
@@ -54,6 +55,7 @@ EXCHANGES = ("exchange", "nccl", "_meet", "_hand_out", "_collect")
 GROUPED = "_grouped_linear"
 PRODUCT = re.compile(rf"{GROUPED}|gemm|gemv|cutlass|nvjet|aten::(linear|addmm|mm|bmm|_?grouped_mm)$")
 OUTSIDE = -1
+CALLED = (CALL,)
 
 
 class Name(NamedTuple):
@@ -68,9 +70,9 @@ def is_exchange(kernel: str) -> bool:
     return kernel.startswith(EXCHANGES)
 
 
-def placed(ranges: Sequence[str]) -> Name:
-    """What the ranges around a launch say; the part is "" where none does."""
-    step, layer, part = 0, OUTSIDE, ""
+def placed(ranges: Sequence[str], step: int = 0) -> Name:
+    """What the ranges around a launch say; the part is "" where none does, and the step is ``step``."""
+    layer, part = OUTSIDE, ""
     for name in ranges:
         kind, _, number = name.partition(" ")
         if kind == "step" and number.isdigit():
@@ -86,9 +88,10 @@ def named(kernels: Sequence[Kernel]) -> list[Name]:
     """Name kernels of ranges, in the order in which they ran."""
     found: list[Name] = []
     before: tuple[int, int] | None = None
-    products, begun = 0, False
+    step, products, begun = 0, 0, False
     for kernel in kernels:
-        step, layer, part = placed(kernel.ranges)
+        # What comes after a step, such as the copy of its results, belongs to it.
+        step, layer, part = placed(kernel.ranges, step if kernel.ranges[:1] == CALLED else 0)
         if (step, layer) != before:
             before, products, begun = (step, layer), 0, False
         own = next((of for name, of in BY_NAME.items() if kernel.name.startswith(name)), None)

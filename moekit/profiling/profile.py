@@ -30,7 +30,8 @@ class Profile:
             least: a part's (moekit/profiling/least.py), shared among its kernels by their time. A rank that waits in an
             exchange for the slowest rank is ``waiting``; between kernels, a GPU is ``idle`` if the next one was launched
             already, and waits for the ``host`` if not.
-        plain, profiled: [W, steps] seconds of the steps, measured by the clock of the process, without and with the profiler.
+        plain, profiled: [W, steps] seconds of the steps, measured by the clock of the process, without and with the profiler;
+            of "decode" there are more of the former.
         rows: what the experts got: ``rank``, ``step``, ``layer``, ``rows``, and ``experts`` with a row.
         meta: ``mode``, ``blocks``, ``tokens`` (a step and rank), ``world_size``, ``device``, ``dtype``, ``backend``,
             ``capacity_token_fraction``, ``chip``, ``copy`` (bytes a second), ``matmul`` (operations a second), ``jitter``
@@ -48,7 +49,7 @@ class Profile:
     def __repr__(self) -> str:
         m = self.meta
         return (
-            f"<profile of {m['mode']}: {self.plain.shape[1]} steps of {m['tokens']:,} tokens on each of {m['world_size']} x "
+            f"<profile of {m['mode']}: {self.profiled.shape[1]} steps of {m['tokens']:,} tokens on each of {m['world_size']} x "
             f"{m['chip']}, {1e3 * self.step:.2f} ms a step>"
         )
 

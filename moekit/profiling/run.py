@@ -24,7 +24,7 @@ from moekit.versions import versions
 from moekit.worker import profiling as worker
 from moekit.worker.decoding import Prompt
 from moekit.worker.measuring import Ceilings, ceilings, slowest
-from moekit.worker.profiling import STEPS_BEFORE, Recorded, Work
+from moekit.worker.profiling import Recorded, Work, steps_in_all
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from moekit.handle import Handle
 
 MODES = ("score", "prefill", "decode")
+# Kernels of exchanges in which the experts have written their results home already.
+HOMEWARD = ("_meet", "_collect")
 # Tokens of a prompt that is read before decode steps, if the model has twice as many positions.
 PROMPT = 128
 
@@ -114,7 +116,7 @@ def _tokens(model: Handle, data_or_texts: Any, subset: str, wanted: int) -> tupl
 
 def positions(config: ModelConfig, mode: str, steps: int, length: int) -> None:
     """Raise a ValueError if ``steps`` decode steps need more positions than the model has."""
-    last = _prompt(length) + STEPS_BEFORE + 2 * steps
+    last = _prompt(length) + steps_in_all(steps)
     if mode == "decode" and last > config.max_positions:
         raise ValueError(
             f"steps={steps}: prompts of {_prompt(length)} tokens and the steps need {last} positions, and the model has "
@@ -146,8 +148,9 @@ def _profile(model: Handle, work: Work, blocks: int, chip: Ceilings, found: Sequ
     ranks: list[Seen] = [seen(own, on_device) for own in events]
     held = holders(model)
     counts = np.stack([one.counts for one in found])  # [W, steps or 1, L, E]
+    homeward = any(kernel.name.startswith(HOMEWARD) for kernel in ranks[0].kernels)
     passes = [
-        [_pass(model, work, blocks, counts, held, r, step) for step in range(work.steps)]
+        [_pass(model, work, blocks, counts, held, r, step, homeward) for step in range(work.steps)]
         for r in range(len(found))
     ]
     costs = [[least(model.config, one) for one in own] for own in passes]
@@ -188,12 +191,19 @@ def _length(work: Work) -> int:
 
 
 def _pass(
-    model: Handle, work: Work, blocks: int, counts: np.ndarray, held: list[np.ndarray], rank: int, step: int
+    model: Handle,
+    work: Work,
+    blocks: int,
+    counts: np.ndarray,
+    held: list[np.ndarray],
+    rank: int,
+    step: int,
+    homeward: bool,
 ) -> Pass:
     length = _length(work)
     read = length if work.mode != "decode" else 1
-    # Before a decode step of the profile, a sequence has its prompt, the steps before, and as many that were timed.
-    before = 0 if work.mode != "decode" else length + STEPS_BEFORE + work.steps + step
+    # Before a decode step of the profile, a sequence has its prompt, and all steps but the last ones.
+    before = 0 if work.mode != "decode" else length + steps_in_all(work.steps) - work.steps + step
     received, sent, taken = routed(counts[:, min(step, counts.shape[1] - 1)], held, rank)
     tokens = blocks * read
     return Pass(
@@ -207,6 +217,7 @@ def _pass(
         received=received,
         sent=sent,
         taken=taken,
+        homeward=homeward,
     )
 
 

@@ -48,6 +48,8 @@ KEPT = (
 )
 # Readings of both clocks; the quickest one counts.
 READINGS = 9
+# Calls that are timed without the profiler, where a call is all steps.
+TIMED = 3
 # Decode steps before the ones that are looked at; after them the rank has a graph of a step.
 STEPS_BEFORE = 8
 # The key of the generation on the ranks.
@@ -85,7 +87,7 @@ class Recorded:
         base: nanoseconds that the events' times count from.
         clock: nanoseconds to add to the profiler's clock for that of rank 0.
         jitter: nanoseconds by which ``clock`` may be wrong.
-        plain, profiled: seconds of each step, without and with the profiler.
+        plain, profiled: seconds of each step, without and with the profiler; more of the former for "decode".
         counts: [steps, L, E] int64, dispatched choices of this rank's tokens for each expert, by MoE layer. All steps of
             "score" and "prefill" are alike, and there is one.
     """
@@ -106,7 +108,7 @@ def profile(rank: Rank, work: Work) -> Recorded:
     doing = DOING[work.mode](rank, work)
     try:
         doing.warm_up()
-        plain = [seconds for _ in range(doing.calls) for seconds in doing.timed()]
+        plain = [seconds for _ in range(doing.plain) for seconds in doing.timed()]
         events, base, clock, profiled = looked_at(rank, doing)
         counts = doing.counts()
     finally:
@@ -203,7 +205,7 @@ class Score:
     """Steps of ``evaluate``; a call is one step."""
 
     def __init__(self, rank: Rank, work: Work):
-        self.rank, self.work, self.calls = rank, work, work.steps
+        self.rank, self.work, self.calls, self.plain = rank, work, work.steps, work.steps
 
     def run(self, trace: Options | None = None):
         w = self.work
@@ -242,9 +244,7 @@ class Generation:
     def __init__(self, rank: Rank, work: Work):
         self.rank, self.work = rank, work
         self.rows = [list(range(len(part))) for part in work.prompts]
-        self.slots = (
-            max(len(p.ids) for part in work.prompts for p in part) + STEPS_BEFORE + 2 * work.steps + 2
-        )
+        self.slots = max(len(p.ids) for part in work.prompts for p in part) + steps_in_all(work.steps) + 2
 
     def begin(self, trace: Options | None = None) -> np.ndarray:
         """Read the prompts; the token [B] that follows each of this rank's."""
@@ -273,7 +273,7 @@ class Prefill(Generation):
 
     def __init__(self, rank: Rank, work: Work):
         super().__init__(rank, work)
-        self.calls = work.steps
+        self.calls = self.plain = work.steps
 
     def warm_up(self) -> None:
         for _ in range(2):
@@ -299,7 +299,7 @@ class Prefill(Generation):
 class Decode(Generation):
     """Steps of one token each; a call is all of them, since the ranks do not report in between."""
 
-    calls = 1
+    calls, plain = 1, TIMED
 
     def warm_up(self) -> None:
         self.tokens = self.on(self.begin(), STEPS_BEFORE)
@@ -316,15 +316,20 @@ class Decode(Generation):
         return self.rank.state[KEY].graph
 
     def counts(self) -> np.ndarray:
-        """Of the steps under the profiler, which come after as many that were timed."""
+        """Of the steps under the profiler, which are the last ones."""
         steps, config = self.work.steps, self.rank.state["model"].config
         if (options := self.options()) is None:
             return np.zeros((steps, 0, 0), dtype=np.int64)
         self.end()
-        self.on(self.begin(options), STEPS_BEFORE + 2 * steps)
+        self.on(self.begin(options), steps_in_all(steps))
         # The first part is of the prompts, and each other one of a step.
         parts = self.end()[-steps:]
         return np.stack([counted([part], config) for part in parts])
+
+
+def steps_in_all(steps: int) -> int:
+    """Decode steps of which the last ``steps`` are looked at."""
+    return STEPS_BEFORE + (TIMED + 1) * steps
 
 
 DOING = {"score": Score, "prefill": Prefill, "decode": Decode}
