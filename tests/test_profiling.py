@@ -578,6 +578,25 @@ def test_what_cannot_be_profiled(model, asked, said):
     assert model.score("It still runs.") is not None
 
 
+def test_a_step_that_fails_leaves_no_profiler_running(monkeypatch):
+    with moekit.load("demo", 1, "cpu", progress=False) as alone:
+        work = {"steps": 1, "tokens_per_sample": 32, "progress": False}
+        timed = worker.Score.timed
+
+        def fails_under_the_profiler(self):
+            if parts._shown[0]:
+                raise MemoryError("no room")
+            return timed(self)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(worker.Score, "timed", fails_under_the_profiler)
+            with pytest.raises(moekit.RankError, match="no room"):
+                alone.profile("demo", **work)
+        assert not parts._shown[0]
+        found = alone.profile("demo", **work)
+        assert "waiting" not in set(found.frame["part"]) and found.meta["world_size"] == 1
+
+
 def test_a_dense_model_has_no_experts():
     config = ModelConfig(2, 16, 32, 2, 50, 16, 16, 32)
     costs = least(

@@ -138,6 +138,7 @@ def roofline(profile: Profile) -> Figure:
         ax.set_title(
             f"The roofline, {copy / 1e9:,.0f} GB/s and {matmul / 1e12:,.3g} TFLOP/s; a point's area is its share"
         )
+        plain_log(ax)
         fig.suptitle(_said(profile))
     return fig
 

@@ -80,8 +80,8 @@ class Profile:
         at = ["layer", "rank"]
         inside = frame[frame["part"].isin(["experts up", "experts down"])]
         found = self.rows.groupby(at)[["rows", "experts"]].mean()
-        found["seconds"] = inside.groupby(at)["exclusive"].sum() / steps
-        found["waiting"] = frame[frame["part"] == "waiting"].groupby(at)["exclusive"].sum() / steps
+        for name, rows in {"seconds": inside, "waiting": frame[frame["part"] == "waiting"]}.items():
+            found[name] = (rows.groupby(at)["exclusive"].sum() / steps).reindex(found.index)
         found = found.fillna(0.0).reset_index()
         each = found.groupby("layer")["rows"]
         found["busiest"] = each.transform("max") / each.transform("mean").clip(lower=1e-30)

@@ -126,22 +126,25 @@ def looked_at(rank: Rank, doing: Score | Prefill | Decode) -> tuple[bytes, int, 
     profiler = torch.profiler.profile(activities=activities)
     with without_remarks():
         profiler.start()
-    with shown():
-        readings = []
-        for _ in range(READINGS):
-            with part(CLOCK):
-                readings.append(time.time_ns())
-        if (graph := doing.graph()) is not None:
-            # The kernels of a graph have no ranges. These, in the same order, do.
-            with part(TEMPLATE):
-                graph.work(*graph.inputs)
-        synchronise(rank.device)
-        if rank.world_size > 1:
-            # Profilers need different times to start, and that is no part of a step.
-            dist.barrier()
-        profiled = [seconds for _ in range(doing.calls) for seconds in doing.timed()]
-    with without_remarks():
-        profiler.stop()
+    try:
+        with shown():
+            readings = []
+            for _ in range(READINGS):
+                with part(CLOCK):
+                    readings.append(time.time_ns())
+            if (graph := doing.graph()) is not None:
+                # The kernels of a graph have no ranges. These, in the same order, do.
+                with part(TEMPLATE):
+                    graph.work(*graph.inputs)
+            synchronise(rank.device)
+            if rank.world_size > 1:
+                # Profilers need different times to start, and that is no part of a step.
+                dist.barrier()
+            profiled = [seconds for _ in range(doing.calls) for seconds in doing.timed()]
+    finally:
+        # A process has one profiler: one that went on would spoil the next profile.
+        with without_remarks():
+            profiler.stop()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "events.json"
         profiler.export_chrome_trace(str(path))
