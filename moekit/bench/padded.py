@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moekit.api import Model
+from moekit.batches import shares
 from moekit.bench import measure, shapes
 from moekit.bench.figures import GIB, Figure, spread
 from moekit.bench.score import FRACTION, numbers, random_batch
@@ -136,9 +137,10 @@ def measured(
             if layer.moe is not None:
                 layer.moe.dispatch = dispatch
     step = [random_batch(i, length, config.vocab_rows) for i in range(blocks * rank.world_size)]
+    share = shares(step, rank.world_size)[rank.rank]
 
     def work() -> list[tuple[int, np.ndarray]]:
-        return worker.score(rank, [step], fraction=fraction, vocab=config.vocab_rows, seed=1)[0]
+        return worker.score(rank, [share], fraction=fraction, vocab=config.vocab_rows, seed=1)[0]
 
     quiet, rank.send_report = rank.send_report, None
     before = torch.cuda.memory_allocated(rank.device) / GIB if rank.device.type == "cuda" else 0.0

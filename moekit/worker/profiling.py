@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity
 
-from moekit.batches import Batch
+from moekit.batches import Batch, shares
 from moekit.nn import graphs
 from moekit.nn.intervene import Intervention
 from moekit.nn.parts import part, shown
@@ -209,11 +209,12 @@ class Score:
 
     def __init__(self, rank: Rank, work: Work):
         self.rank, self.work, self.calls, self.plain = rank, work, work.steps, work.steps
+        self.share = shares(work.batches, rank.world_size)[rank.rank]
 
     def run(self, trace: Options | None = None):
         w = self.work
         how = {"fraction": w.fraction, "vocab": w.vocab, "seed": w.seed, "intervention": w.intervention}
-        return scoring.score(self.rank, [w.batches], trace=trace, **how)
+        return scoring.score(self.rank, [self.share], trace=trace, **how)
 
     def warm_up(self) -> None:
         for _ in range(graphs.AFTER + 1 if self.rank.device.type == "cuda" else 1):
