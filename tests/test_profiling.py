@@ -3,6 +3,7 @@
 import contextlib
 import gzip
 import json
+import re
 from collections import Counter
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from test_project import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import moekit
@@ -140,6 +142,14 @@ def test_each_layer_and_step_begins_anew():
         ("memcpy", ()), ranges=("call",)
     )
     assert named(copies) == [Name(2, -1, "output"), Name(2, -1, "other")]
+
+
+def test_the_kernels_that_are_known_by_name_are_there():
+    """A kernel that gets another name would be told as another part."""
+    # They are not imported: how Triton runs is decided then, for all tests.
+    sources = [path.read_text() for path in (ROOT / "moekit/nn/kernels").glob("*.py")]
+    there = {name for text in sources for name in re.findall(r"@triton\.jit.*\ndef (\w+)", text)}
+    assert {*naming.BY_NAME, naming.GROUPED, *run.HOMEWARD, *naming.EXCHANGES[2:]} <= there
 
 
 def test_kernels_of_a_graph_are_named_by_their_order():

@@ -118,16 +118,19 @@ def named_of_graphs(kernels: Sequence[Kernel], template: Sequence[Kernel]) -> li
     for place, kernel in enumerate(kernels):
         if kernel.graph:
             launches[kernel.launched].append(place)
+    # The launches of one graph are alike.
+    alike: dict[tuple[str, ...], list[tuple[int, str]]] = {}
     for places in launches.values():
-        known = _matched(
-            [kernels[place].name for place in places], [kernel.name for kernel in template], names
-        )
+        order = tuple(kernels[place].name for place in places)
+        if order not in alike:
+            alike[order] = _matched(order, [kernel.name for kernel in template], names)
+        known = alike[order]
         for place, (layer, part) in zip(places, known, strict=True):
             found[place] = Name(found[place].step, layer, part)
     return found
 
 
-def _matched(of_graph: list[str], of_template: list[str], names: list[Name]) -> list[tuple[int, str]]:
+def _matched(of_graph: Sequence[str], of_template: list[str], names: list[Name]) -> list[tuple[int, str]]:
     """The layer and the part of each kernel of a graph. What the template lacks goes where its name mostly goes there."""
     mostly: dict[str, Counter[str]] = defaultdict(Counter)
     for kernel, name in zip(of_template, names, strict=True):

@@ -46,7 +46,7 @@ def table(
     import pandas as pd
 
     found = [_of_rank(one, on_device) for one in ranks]
-    _part_from_waiting(found)
+    _wait_apart(found)
     zero = min(start for one in ranks for start, _ in one.calls)
     records = []
     for rank, rows in enumerate(found):
@@ -94,7 +94,7 @@ def _of_rank(one: Seen, on_device: bool) -> list[Named]:
     return found
 
 
-def _part_from_waiting(ranks: list[list[Named]]) -> None:
+def _wait_apart(ranks: list[list[Named]]) -> None:
     """Split each exchange at the moment when the last rank comes to it: until then, a rank is "waiting"."""
     places = [[i for i, (row, _) in enumerate(rows) if is_exchange(row.kernel.name)] for rows in ranks]
     if len(ranks) == 1 or len({len(own) for own in places}) != 1:
