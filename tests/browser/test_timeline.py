@@ -1,32 +1,18 @@
 """The timeline as a page, with the network off."""
 
-import pandas as pd
 import pytest
+from made_up_profile import made_up
 
 from moekit.notebook import timeline
-from moekit.profiling import Profile
-from moekit.profiling.table import COLUMNS
 
 pytestmark = pytest.mark.slow
-
-
-def profile() -> Profile:
-    """Two ranks: rank 0 computes for 6 ms and exchanges for 2, rank 1 computes for 3 and waits for 3; twice."""
-    rows = []
-    for step, zero in enumerate((0.0, 0.008)):
-        rows += [
-            (0, step, 1, "attention", "flash", zero, 0.006, 0.006, 0, 0),
-            (0, step, 1, "dispatch", "_meet", zero + 0.006, 0.002, 0.002, 0, 0),
-            (1, step, 1, "attention", "flash", zero, 0.003, 0.003, 0, 0),
-            (1, step, 1, "waiting", "_meet", zero + 0.003, 0.003, 0.003, 0, 0),
-            (1, step, 1, "dispatch", "_meet", zero + 0.006, 0.002, 0.002, 0, 0),
-        ]
-    return Profile(pd.DataFrame(rows, columns=COLUMNS), None, None, pd.DataFrame(), {})
+# The experts and waiting.
+YELLOW, GREY = [0xEE, 0xDD, 0x88], [0x8C, 0x8C, 0x8C]
 
 
 @pytest.fixture
 def page(browser, tmp_path):
-    path = timeline.save_html(profile(), tmp_path / "timeline.html")
+    path = timeline.save_html(made_up(), tmp_path / "timeline.html")
     browser.set_offline(True)
     page = browser.new_page()
     page.asked = []
@@ -52,10 +38,9 @@ def colours(page) -> list[list[int]]:
 
 
 def test_it_shows_who_waits_and_zooms(page):
-    assert shares(page) == pytest.approx({"attention": 56.25, "dispatch": 25, "waiting": 18.75}, abs=0.06)
+    assert shares(page) == pytest.approx({"experts up": 56.25, "dispatch": 25, "waiting": 18.75}, abs=0.06)
     page.get_by_role("button", name="step 1", exact=True).click()
-    blue, grey = [0x77, 0xAA, 0xDD], [0x8C, 0x8C, 0x8C]
-    assert colours(page) == [blue, blue, blue, grey]
+    assert colours(page) == [YELLOW, YELLOW, YELLOW, GREY]
     canvas = page.locator("canvas")
     width = canvas.bounding_box()["width"]
     canvas.hover(position={"x": 64 + 0.66 * (width - 64), "y": 80})
@@ -64,9 +49,9 @@ def test_it_shows_who_waits_and_zooms(page):
     # Around the middle of the step nothing is exchanged.
     canvas.focus()
     page.keyboard.press("+")
-    assert shares(page) == pytest.approx({"attention": 62.5, "dispatch": 0, "waiting": 37.5}, abs=0.06)
+    assert shares(page) == pytest.approx({"experts up": 62.5, "dispatch": 0, "waiting": 37.5}, abs=0.06)
     page.keyboard.press("Home")
-    assert shares(page) == pytest.approx({"attention": 56.25, "dispatch": 25, "waiting": 18.75}, abs=0.06)
+    assert shares(page) == pytest.approx({"experts up": 56.25, "dispatch": 25, "waiting": 18.75}, abs=0.06)
 
 
 def test_one_part_alone(page):
@@ -75,6 +60,6 @@ def test_one_part_alone(page):
     key.click()
     assert page.locator(".mkt-key").nth(2).get_attribute("aria-pressed") == "true"
     faded, *_, grey = colours(page)
-    assert grey == [0x8C, 0x8C, 0x8C] and faded != [0x77, 0xAA, 0xDD]
+    assert grey == GREY and faded != YELLOW
     page.locator(".mkt-key").nth(2).click()
-    assert colours(page)[0] == [0x77, 0xAA, 0xDD]
+    assert colours(page)[0] == YELLOW
