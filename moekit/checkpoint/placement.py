@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from moekit.arguments import Wholes, check, shown
+from moekit.checkpoint.keys import Place
 from moekit.nn.config import ModelConfig
 from moekit.nn.dispatch import owned
 
@@ -37,6 +39,21 @@ def slots_of(
         )
         found[layer] = _slots(layer, ranks, config.experts, world_size)
     return found
+
+
+def slotted(target: Place, slots: Mapping[int, Sequence[int]]) -> Place:
+    """``target`` with the slot of its expert in place of the expert; without ``slots`` it is the same."""
+    if target.where is None or not slots:
+        return target
+    layer, expert = target.where
+    return replace(target, expert=slots[layer][expert])
+
+
+def reached(experts: range, held: range, slots: Mapping[int, Sequence[int]]) -> bool:
+    """Whether a rank with the slots ``held`` holds one of ``experts`` in any layer."""
+    if not slots:
+        return any(expert in experts for expert in held)
+    return any(own[expert] in held for own in slots.values() for expert in experts)
 
 
 def _in_order(config: ModelConfig, world_size: int) -> list[int]:

@@ -20,6 +20,7 @@ from moekit.checkpoint.contents import clip
 from moekit.checkpoint.files import Files, find
 from moekit.checkpoint.inspection import Inspection, NonFinite, Wanted, warn_unchecked
 from moekit.checkpoint.keys import NUMBER, OUTPUT_KEYS, SHARED_KEY, Place, key_of, name_of, places
+from moekit.checkpoint.placement import reached, slotted
 from moekit.checkpoint.reading import Source, Weights, read, stamp
 from moekit.checkpoint.shards import EXPERT, tensors
 from moekit.nn.config import ModelConfig
@@ -57,19 +58,7 @@ class Plan:
 
     def needed(self, held: range) -> list[Source]:
         """The files a rank with the experts ``held`` opens: what is shared, and those with an expert of its own."""
-        return [s for s in self.sources if s.common or self._reaches(s, held)]
-
-    def _reaches(self, source: Source, held: range) -> bool:
-        if not self.slots:
-            return any(expert in source.experts for expert in held)
-        return any(slots[expert] in held for slots in self.slots.values() for expert in source.experts)
-
-    def slotted(self, target: Place) -> Place:
-        """``target`` with the slot of its expert in place of the expert."""
-        if target.where is None or not self.slots:
-            return target
-        layer, expert = target.where
-        return replace(target, expert=self.slots[layer][expert])
+        return [s for s in self.sources if s.common or reached(s.experts, held, self.slots)]
 
 
 def survey(files: Files, dictionary: int | None = None) -> Plan:
@@ -270,11 +259,7 @@ def _unfold(target: Place) -> list[Place]:
 
 
 class Filled(dict[Place, int]):
-    """How often each place was filled: once.
-
-    Attributes:
-        nonfinite: tensors with weights that are not finite.
-    """
+    """How often each place was filled: once; ``nonfinite`` are the tensors with weights that are not finite."""
 
     nonfinite: list[NonFinite]
 
@@ -307,7 +292,7 @@ def fill(
     def wanted(source: Source, weights: Weights) -> Iterator[tuple[Wanted, Tensor]]:
         """What is read of each tensor, and where it goes."""
         for key, tensor, target in places(source, weights, plan.config):
-            slot = plan.slotted(target)
+            slot = slotted(target, plan.slots)
             if slot.part == "expert" and slot.expert not in held:
                 continue
             view = slot.of(parameters[target.name].data, held.start)
@@ -339,14 +324,12 @@ def fill(
                 yield copying.Piece(f"{source.path}: {key}", tensor, view, checks.get(key))
 
     copying.copy(pieces(), next(iter(parameters.values())).device, threads, progress)
-    numbers_at: dict[Place, int] = defaultdict(int)
-    for target, parts in filled.items():
-        numbers_at[plan.slotted(target)] += sum(len(numbers) for numbers, _ in parts)
+    numbers = {slotted(at, plan.slots): sum(len(some) for some, _ in by) for at, by in filled.items()}
     for name, parameter in parameters.items():
         for part in _parts(name, parameter):
             count = part.count(parameter)
             target = replace(part, expert=held.start + part.expert) if part.part == "expert" else part
-            found = numbers_at[target]
+            found = numbers.get(target, 0)
             if found != count:
                 raise ValueError(
                     f"{found:,} of {count:,} numbers of {name_of(target)} were filled; did the files change meanwhile?"
