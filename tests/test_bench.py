@@ -16,6 +16,7 @@ from moekit.bench import setting as settings
 from moekit.bench.figures import Figure
 from moekit.bench.measure import Ceilings
 from moekit.bench.setting import Setting
+from moekit.nn.cost import flop_per_token
 from moekit.ranks import Rank
 
 CPU = torch.device("cpu")
@@ -49,8 +50,11 @@ def test_costs_of_a_model_that_can_be_counted_by_hand():
     config = replace(TINY, layers=2, dim=4, ffn_dim=6, experts=3, vocab_rows=10, input_dim=4, output_dim=4)
     assert shapes.expert_parameters(config) == 4 * 6 + 6 + 6 * 4 + 4
     # Projections 4 * 16 a layer and (1 + 3) / 2 * 2 * 4 for attention, 48 dense, 2 experts of 48, gate 12, output 40.
-    assert shapes.flop_per_token(config, 3) == 2 * (2 * (64 + 16) + 48 + 96 + 12 + 40)
-    assert shapes.flop_per_token(replace(config, gate="top1"), 3) == 2 * (2 * (64 + 16) + 48 + 48 + 12 + 40)
+    assert flop_per_token(config, 3) == 2 * (2 * (64 + 16) + 48 + 96 + 12 + 40)
+    assert flop_per_token(replace(config, gate="top1"), 3) == 2 * (2 * (64 + 16) + 48 + 48 + 12 + 40)
+    # Both layers are dense, one of them 10 wide; bridges of 5 and 8 columns, and the output matrix has 8 of them.
+    dense = replace(config, alternate_ffn_dim=10, input_dim=5, output_dim=8, share_output=False)
+    assert flop_per_token(dense, 3) == 2 * (2 * (64 + 16) + 48 + 80 + 20 + 32 + 80)
 
 
 def test_limits_are_those_of_the_issue_at_its_ceilings():

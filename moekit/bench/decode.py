@@ -16,6 +16,7 @@ from moekit.bench.figures import Figure, spread
 from moekit.bench.measure import Ceilings
 from moekit.bench.score import numbers
 from moekit.bench.setting import Setting, ceiling_figures
+from moekit.nn.cost import flop_per_token
 from moekit.nn.gate import Routing
 from moekit.ranks import Rank
 from moekit.worker import decoding as decode
@@ -59,7 +60,7 @@ def limit(setting: Setting, ceilings: Ceilings, experts: list[float], batch: int
     each = shapes.expert_parameters(config)
     dense = shapes.parameters(config) - len(config.moe_layers) * config.experts * each
     read = dense + sum(experts) / setting.world_size * each
-    flop = batch * shapes.flop_per_token(config, 1)
+    flop = batch * flop_per_token(config, 1)
     return ceilings.seconds(read * setting.itemsize, flop)
 
 

@@ -21,6 +21,7 @@ from moekit.bench.figures import GIB, Figure, spread
 from moekit.bench.measure import Ceilings
 from moekit.bench.setting import Setting, at_least_one, ceiling_figures
 from moekit.nn import graphs
+from moekit.nn.cost import flop_per_token
 from moekit.nn.gate import Routing
 from moekit.nn.passes import Pass
 from moekit.nn.transformer import Transformer
@@ -71,10 +72,10 @@ def against_one(setting: Setting, blocks: list[int], best: float, goal: float | 
 def limit(setting: Setting, ceilings: Ceilings, blocks: int) -> float:
     """The most tokens per second of all ranks, if a call reads all weights of a rank once and computes its operations.
 
-    The slower of the two decides (:func:`moekit.bench.shapes.flop_per_token`). Exchanges between ranks are not counted.
+    The slower of the two decides (:func:`moekit.nn.cost.flop_per_token`). Exchanges between ranks are not counted.
     """
     length = setting.config.max_positions
-    flop = blocks * length * shapes.flop_per_token(setting.config, length)
+    flop = blocks * length * flop_per_token(setting.config, length)
     seconds = ceilings.seconds(setting.rank_bytes(), flop)
     return setting.world_size * blocks * length / seconds
 
