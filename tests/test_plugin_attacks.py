@@ -336,7 +336,13 @@ def characters(trap, key: str = "decoder.embed_tokens.char_embeddings.weight") -
     }
     model = {key: torch.zeros(200, 32), "decoder.version": torch.tensor([3.0])}
     extra = {"epoch": 1, "train_iterator": {"epoch": 1}}
-    return {"args": None, "cfg": cfg, "model": model, "optimizer_history": history("CrossEntropyCriterion"), "extra_state": extra}
+    return {
+        "args": None,
+        "cfg": cfg,
+        "model": model,
+        "optimizer_history": history("CrossEntropyCriterion"),
+        "extra_state": extra,
+    }
 
 
 def single(reference, folder, trap):

@@ -56,8 +56,22 @@ SHAPES = {
         experts=16,
     ),
 }
-# The number of files with experts; one more file holds the other tensors.
-FILES = {"15b": 64, "52b": 64, "15b-64e": 8, "tiny": 4}
+# en_dense_lm_1_3b of the release: its layers and dim are those of fairseq's examples/moe_lm/README.md, its heads and widths
+# those of fairseq's architecture transformer_lm_gpt3_xl.
+SHAPES["dense-1.3b"] = replace(
+    EN_MOE_LM_15B,
+    layers=24,
+    dim=2048,
+    ffn_dim=8192,
+    heads=32,
+    input_dim=2048,
+    output_dim=2048,
+    moe_freq=0,
+    experts=0,
+)
+SHAPES["dense-tiny"] = replace(SHAPES["tiny"], moe_freq=0, experts=0)
+# The number of files with experts; one more file holds the other tensors. A dense model is one file.
+FILES = {"15b": 64, "52b": 64, "15b-64e": 8, "tiny": 4, "dense-1.3b": 1, "dense-tiny": 1}
 
 # ------------------------------------------------------------------------------------------------ random weights
 

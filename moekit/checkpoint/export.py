@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from moekit.checkpoint.keys import KEYS, Place
-from moekit.nn.config import ModelConfig
+from moekit.nn.config import DENSE, ModelConfig
 from moekit.nn.dispatch import owned
 from moekit.nn.transformer import Transformer
 
@@ -71,7 +71,7 @@ def write(
     """
     dense = not config.moe_layers
     if dense and files != 1:
-        raise ValueError(f"files={files}: the model has no experts to spread over files; expected 1")
+        raise ValueError(f"files={files}: {DENSE} to spread over files; expected 1")
     if not dense and not 1 <= files <= config.experts:
         raise ValueError(f"files={files}: expected 1 to {config.experts}, the number of experts")
     folder.mkdir(parents=True, exist_ok=True)

@@ -21,5 +21,7 @@ def flop_per_token(config: ModelConfig, length: int) -> float:
         expert if config.is_moe(layer) else 2 * config.dim * config.dense_dim(layer)
         for layer in range(config.layers)
     )
-    bridges = sum(config.dim * outer for outer in (config.input_dim, config.output_dim) if outer != config.dim)
+    bridges = sum(
+        config.dim * outer for outer in (config.input_dim, config.output_dim) if outer != config.dim
+    )
     return 2 * (config.layers * attention + feed_forward + bridges + config.output_dim * config.vocab_rows)
