@@ -389,12 +389,13 @@ def test_prompts_without_a_codec_are_an_error(reference):
 
 
 def test_a_dense_model_is_said_in_the_first_cell(reference, tmp_path):
-    export.save(Transformer(replace(BASE, moe_freq=0)), tmp_path, files=1)
+    export.save(Transformer(replace(BASE, moe_freq=0)), tmp_path)
     dense = {"checkpoint": str(tmp_path), "data": str(reference / "data-bin"), "prompts": []}
     dense["max_new_tokens"] = 5
     assert preflight.run_inference(inference(**dense)).moe_layers == []
     with pytest.raises(ParameterError, match="the model is dense, it has no layer with experts"):
         preflight.inspect_routing(inference(**INSPECT | dense))
+    assert preflight.load_shards(inference(**dense)).experts == 0
 
 
 def test_a_file_in_place_of_a_folder(tmp_path):
