@@ -9,7 +9,8 @@ import torch
 
 import moekit
 from moekit import demo
-from moekit.demo.train import demo_config, initialize, train
+from moekit.demo.train import BLOCK, demo_config, dense_config, initialize, train
+from moekit.nn.cost import flop_per_token
 from moekit.nn.transformer import Transformer
 from moekit.routing.domains import domains_of
 
@@ -85,8 +86,21 @@ def test_training_makes_a_checkpoint_that_loads(tmp_path):
     for split in ("train", "valid"):
         np.save(data / f"{split}.npy", rng.integers(4, 60, 600).astype(np.uint16))
     (data / "meta.json").write_text(json.dumps({"vocabulary": 60}))
-    train(data, tmp_path / "model", steps=2, batch=2, rate=1e-3, device="cpu", seed=1)
+    how = {"steps": 2, "batch": 2, "rate": 1e-3, "device": "cpu", "seed": 1}
+    train(data, tmp_path / "model", **how)
     with moekit.load(tmp_path / "model", 1, "cpu", progress=False) as made:
         assert made.config.experts == 16
         assert len(made.files.ranks) == 8
         assert made.config.vocab_rows == 60
+    train(data, tmp_path / "dense", **how, kind="dense")
+    assert [path.name for path in (tmp_path / "dense").iterdir()] == ["model.pt"]
+    with moekit.load(tmp_path / "dense", 1, "cpu", progress=False) as made:
+        assert made.config == dense_config(60)
+
+
+def test_the_dense_sibling_takes_as_many_operations():
+    """A token's, of blocks of any length, and so the training's, which reads the same blocks."""
+    sparse, dense = demo_config(8192), dense_config(8192)
+    assert not dense.moe_layers and dense.ffn_dim == 772
+    for length in (1, 64, BLOCK):
+        assert flop_per_token(sparse, length) == flop_per_token(dense, length)

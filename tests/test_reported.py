@@ -20,10 +20,11 @@ from test_preflight import INSPECT
 from test_preflight import given as inference
 
 import moekit
-from moekit import eval_lm, metrics
+from moekit import checkpoint, eval_lm, metrics, paths
 from moekit.arguments import ParameterError
 from moekit.checkpoint import export
-from moekit.fairseq_data import importing_fairseq
+from moekit.data.codec import Codec
+from moekit.fairseq_data import data_folder, importing_fairseq, is_data
 from moekit.nn.record import Options
 from moekit.nn.transformer import Transformer
 from moekit.notebook import preflight, routing_plots
@@ -281,6 +282,26 @@ def test_the_demos_names_stand_for_its_files(reference):
     for given in ({"bpe": "demo"}, {"dictionary": "demo"}):
         with pytest.raises(ValueError, match="8192 types"):
             moekit.load(reference / "checkpoint", **given)
+
+
+def test_a_folder_may_be_called_like_the_demo(reference, tmp_path, monkeypatch):
+    """A text is the name, and a ``Path`` the folder, for each kind of file."""
+    monkeypatch.chdir(tmp_path)
+    demo = Path("demo")
+    shutil.copytree(reference / "checkpoint", demo)
+    shutil.copytree(reference / "data-bin", demo, dirs_exist_ok=True)
+    assert checkpoint.find(demo).shared.parent == demo and data_folder(demo) == demo
+    for name in ("demo", "demo-dense"):
+        assert checkpoint.find("demo").shared.parent == paths.DEMO_MODEL
+        assert data_folder(name) == paths.DEMO_DATA and is_data(name)
+        assert len(Codec.load(name)) == 8192
+    with moekit.load(demo, 1, "cpu", dictionary=demo, **QUIET) as model:
+        assert model.vocab == 200
+        assert len(model.trace(demo, tokens_per_sample=64, max_tokens=100, **QUIET))
+        with pytest.raises(ValueError, match="text needs encoder.json.*, expected in demo:"):
+            moekit.load(demo, 1, "cpu", bpe=demo, **QUIET)
+    with pytest.raises(ValueError, match=r"demo/encoder\.json"):
+        Codec.load(demo)
 
 
 UNREADABLE = """

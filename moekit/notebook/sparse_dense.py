@@ -44,9 +44,14 @@ def by_domain(sparse: Trace, dense: Trace, labels: np.ndarray) -> pd.DataFrame:
         domains), see :func:`moekit.routing.compare.change_by_domain`.
 
     Raises:
-        ValueError: the traces are not of the same tokens.
+        ValueError: the traces are not of the same tokens, or there is no label for each.
     """
     labels = np.asarray(labels)
+    if not len(sparse) == len(dense) == len(labels):
+        raise ValueError(
+            f"the traces have {len(sparse)} and {len(dense)} tokens, and there are {len(labels)} labels; expected traces of "
+            "the same text and a label for each of its tokens"
+        )
     rows = []
     for names in (labels, np.full(len(labels), ALL)):
         change = change_by_domain(dense.without_experts(), sparse.without_experts(), names)
