@@ -15,6 +15,7 @@ import moekit
 from moekit import checkpoint, exchange, metrics
 from moekit.checkpoint import export
 from moekit.checkpoint.__main__ import main
+from moekit.invariance import batch_invariance
 from moekit.nn.transformer import Transformer
 from moekit.notebook import plots, report, routing_plots
 from moekit.notebook.playground import Playground
@@ -194,6 +195,20 @@ def test_what_asks_for_experts_is_told_why_there_are_none(model, trace, ask, sai
     with pytest.raises(ValueError, match=said) as raised:
         ask(model, trace)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_batch_changes_nothing(model):
+    found = batch_invariance(model, PROMPTS, **QUIET).summary
+    assert (found["max_abs_delta"] < 1e-5).all() and found["dropped"].isna().all()
+
+
+def test_a_beam_search_and_a_stream(model):
+    (one,) = model.generate([[5, 6, 7]], beam_size=3, max_new_tokens=5, **QUIET)
+    scored = model.score([[5, 6, 7, *one.ids]])["logprob"][3:]
+    np.testing.assert_allclose(one.logprobs, scored, atol=1e-5)
+    greedy = model.generate([[5, 6, 7]], max_new_tokens=5, **QUIET)[0].ids
+    assert [token.id for token in model.stream([[5, 6, 7]], max_new_tokens=5)] == greedy
 
 
 def test_a_capacity_changes_nothing(model, reference):
