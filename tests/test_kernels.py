@@ -637,6 +637,24 @@ def test_ranks_that_compute_with_kernels(reference):
     assert found["loop"][1] == found["triton"][1]
 
 
+def test_ranks_that_compute_a_dense_model_with_kernels(tmp_path):
+    """Each of two ranks has the whole model, and exchanges nothing with the other."""
+    if torch.cuda.device_count() == 1:
+        pytest.skip("two ranks need two GPUs, or none and Triton's interpreter")
+    build("alternate_ffn", tmp_path)
+    generator = torch.Generator().manual_seed(3)
+    texts = [torch.randint(4, 190, (n,), generator=generator).tolist() for n in (9, 4, 9, 1, 12)]
+    found = {}
+    for world_size, backend in ((1, "loop"), (2, "triton")):
+        device = "auto" if DEVICE == "cuda" else "cpu"
+        how = {"backend": backend, "progress": False}
+        with moekit.load(tmp_path, world_size, device, "float32", **how) as model:
+            written = model.generate(texts[:3], max_new_tokens=4, progress=False)
+            found[backend] = model.score(texts, batch_size=2)["logprob"], [one.ids for one in written]
+    np.testing.assert_allclose(found["loop"][0], found["triton"][0], atol=1e-4)
+    assert found["loop"][1] == found["triton"][1]
+
+
 def test_they_compile_for_hopper(tmp_path):
     """No GPU is needed for that; large tiles have to become Hopper's own matrix instructions."""
     env = {k: v for k, v in os.environ.items() if k != INTERPRET} | {"TRITON_CACHE_DIR": str(tmp_path)}

@@ -291,8 +291,8 @@ def test_a_folder_may_be_called_like_the_demo(reference, tmp_path, monkeypatch):
     shutil.copytree(reference / "checkpoint", demo)
     shutil.copytree(reference / "data-bin", demo, dirs_exist_ok=True)
     assert checkpoint.find(demo).shared.parent == demo and data_folder(demo) == demo
-    for name in ("demo", "demo-dense"):
-        assert checkpoint.find("demo").shared.parent == paths.DEMO_MODEL
+    for name, folder in (("demo", paths.DEMO_MODEL), ("demo-dense", paths.DEMO_DENSE)):
+        assert checkpoint.find(name).shared.parent == folder
         assert data_folder(name) == paths.DEMO_DATA and is_data(name)
         assert len(Codec.load(name)) == 8192
     with moekit.load(demo, 1, "cpu", dictionary=demo, **QUIET) as model:

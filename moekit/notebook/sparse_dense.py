@@ -111,14 +111,18 @@ def picture(table: pd.DataFrame, costs: pd.DataFrame | None = None) -> Figure:
             loss.plot(table[name], order, "o", ms=6, color=colour, label=name)
         loss.set_yticks(order, table["domain"])
         loss.set(xlabel="loss, bits a token")
-        loss.legend(loc="best", fontsize=8)
+        loss.legend(loc="center left", fontsize=8)
         # A gain of g bits is a perplexity of 2 ** -g times the other's.
         colour = CHOICE_COLOURS[0]
         ratio.hlines(order, 2.0 ** -table["high"], 2.0 ** -table["low"], color=colour, lw=1.4)
         for y, value, survives in zip(order, table["perplexity_ratio"], table["survives"], strict=True):
             ratio.plot(value, y, "o", ms=5, color=colour, mfc=colour if survives else "white")
         ratio.axvline(1, color=INK, lw=0.8, ls="--")
-        ratio.set(xlabel="perplexity, sparse / dense; 95 % over samples")
+        ratio.set(
+            xlabel="perplexity, sparse / dense; 95 % over samples;\nfilled: survives a sign-flip test (Holm, 5 %)"
+        )
+        for ax in (loss, ratio):
+            ax.axhline(0.5, color="0.85", lw=0.8)
         fig.suptitle(_title(costs), fontsize=11, x=0.01, ha="left")
     return fig
 
