@@ -66,7 +66,9 @@ def test_a_dense_model_is_a_checkpoint_like_any_other(elsewhere):
     assert found["world_size"] == 2 and 3 < found["loss_base2"] < 6
     said = [out for out in outputs(elsewhere / "run_inference.ipynb") if out.get("name") == "stderr"]
     assert not said
-    with pytest.raises(papermill.PapermillExecutionError, match="'demo-dense': the model is dense, it has no"):
+    with pytest.raises(
+        papermill.PapermillExecutionError, match="'demo-dense': the model is dense, it has no"
+    ):
         execute("inspect_routing", elsewhere, checkpoint="demo-dense", output_dir="no")
     assert not (elsewhere / "no" / "trace.parquet").exists()
 
