@@ -397,14 +397,13 @@ def few_against_slow(model: Transformer, sequences: int, tolerance: float) -> No
 def test_who_is_too_many_too_wide_or_normalised_afterwards_takes_the_general_path():
     with torch.device("meta"):
         pre, post = (Transformer(CASES[name].config) for name in ("relu", "post_norm"))
-    assert (
-        short_step.fits(pre, short_step.FEW)
-        and not short_step.fits(pre, short_step.FEW + 1)
-        and not short_step.fits(post, 1)
-    )
+    assert short_step.fits(pre, 4) and not short_step.fits(pre, 5) and not short_step.fits(post, 1)
     with torch.device("meta"):
-        wide = Transformer(replace(CASES["relu"].config, layers=1, dim=2048, input_dim=2048, output_dim=2048))
-    assert [short_step.fits(wide, sequences) for sequences in (1, 2, 3, 4)] == [True, True, False, False]
+        wide, wider = (
+            Transformer(replace(CASES["relu"].config, layers=1, dim=dim, input_dim=dim, output_dim=dim))
+            for dim in (2048, 2560)
+        )
+    assert short_step.fits(wide, 1) and not short_step.fits(wide, 2) and not short_step.fits(wider, 1)
 
 
 GATES = [

@@ -21,11 +21,15 @@ from moekit.nn.kernels.vectors import experts_linear, linear
 from moekit.nn.passes import Pass
 from moekit.nn.transformer import MoE, Transformer
 
-# The most sequences. A step of four took 0.65 ms, and 0.76 ms with the ordinary kernels (H100); more were not tried.
-FEW = 4
-# The most numbers in their rows, which each program normalises again. A step of four sequences of the dense 1.3B, which is
-# 2,048 wide, took 3.19 ms, and one of 64 with the ordinary kernels 2.31 ms (H200).
-NUMBERS = 4096
+# The most sequences of a model with up to so many dims, and none of a wider one: each program normalises all rows again.
+# Steps of four sequences of the 15B took 0.65 ms, and 0.76 with the ordinary kernels (H100). Of dense models (H200), with
+# 1,024 dims, four took 0.89 and 0.92 ms; with 2,048, one took 1.30 and 1.36, two 1.59 and 1.37; with 2,560, one 3.45 and 2.39.
+FEW = {1024: 4, 2048: 1}
+
+
+def few(dim: int) -> int:
+    """The most sequences of a model with ``dim`` dims."""
+    return next((most for dims, most in FEW.items() if dim <= dims), 0)
 
 
 def fits(model: Transformer, sequences: int) -> bool:
@@ -34,8 +38,7 @@ def fits(model: Transformer, sequences: int) -> bool:
     gate = gate_of(model.config)
     through_peers = isinstance(model.dispatch, PeerDispatch) and gate.softmax_top_k and gate.top_k <= 2
     one_place = isinstance(model.dispatch, Local)
-    small = sequences <= FEW and sequences * model.config.dim <= NUMBERS
-    return small and model.config.pre_norm and (one_place or through_peers)
+    return sequences <= few(model.config.dim) and model.config.pre_norm and (one_place or through_peers)
 
 
 def read_on(
