@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
+
 from moekit import arguments, paths
 from moekit.data.bpe import BytePairs
 from moekit.data.dictionary import Dictionary
@@ -82,6 +84,15 @@ class Codec:
     def pieces(self, ids: Iterable[int]) -> list[str]:
         """Each id as readable text, or as its symbol (``</s>``); bytes of an incomplete character as ``\\xe2``."""
         return [self._text(number).decode(errors="backslashreplace") for number in self._checked(ids)]
+
+    def sizes(self) -> np.ndarray:
+        """[len(self)] int64, the bytes of text that each id stands for: ``</s>`` for the one of a line end, ``<unk>`` for none.
+
+        The bytes of an unknown piece are not known from its id.
+        """
+        found = np.array([len(self._text(number)) for number in range(len(self))])
+        found[[BOS, PAD, UNK]], found[EOS] = 0, 1
+        return found
 
     def _text(self, number: int) -> bytes:
         return self._bytes.get(number) or self.dictionary.symbols[number].encode()
