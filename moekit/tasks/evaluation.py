@@ -23,6 +23,7 @@ from moekit import arguments
 from moekit.api import Model
 from moekit.arguments import Texts, Whole, check, shown
 from moekit.routing.statistics import holm, paired
+from moekit.tasks.fair import ChoiceTask
 from moekit.tasks.harness import HarnessModel
 from moekit.versions import versions
 
@@ -30,6 +31,7 @@ from moekit.versions import versions
 FILES = Path(__file__).parent / "files"
 # The few-shot examples are drawn with it, as the harness does by default.
 SHOTS_SEED = 1234
+MARGIN = "margin"
 
 Rows = str | Path | Sequence[Mapping[str, Any]]
 
@@ -44,6 +46,8 @@ class TaskResults:
         items: one row per item, task and metric: ``task``, ``item`` (its number in the data set), ``metric``, ``value``,
             ``text`` (what the model read before the answer), ``answer`` (the choice taken, or what was generated),
             ``target`` (the right choice, or what was expected), ``scores`` (of the choices, as a list; None without any).
+            Choices have one metric more than the harness knows: "margin", the right choice's score minus the best other's
+            (nats, of a token where the score is a mean). A change shows in it before an answer changes.
         tokens: read, counted as if nothing were shared.
         seconds: the time of reading.
         meta: ``capacity_token_fraction``, ``intervention``, ``limit``, ``world_size``, ``device``, ``dtype``,
@@ -117,9 +121,8 @@ def evaluate_tasks(
         "checkpoint": str(model.files.shared.parent),
         "versions": versions() | {"lm-eval": lm_eval.__version__},
     }
-    return TaskResults(
-        _task_table(found, loaded), _item_table(found, loaded), harness.tokens, seconds, meta
-    )
+    items = _item_table(found, loaded)
+    return TaskResults(_task_table(found, loaded, items), items, harness.tokens, seconds, meta)
 
 
 def compare(before: TaskResults, after: TaskResults) -> pd.DataFrame:
@@ -278,64 +281,71 @@ def _dataset(name: str, rows: Rows) -> datasets.Dataset:
     return datasets.Dataset.from_list(found)
 
 
-def _task_table(found: Mapping[str, Any], tasks: Mapping[str, Task]) -> pd.DataFrame:
+def _item_table(found: Mapping[str, Any], tasks: Mapping[str, Task]) -> pd.DataFrame:
     rows = []
     for name, task in tasks.items():
+        for sample in found["samples"][name]:
+            told, margin = _told(task, sample)
+            rest = "" if sample["filter"] == "none" else f" ({sample['filter']})"
+            values = {metric + rest: sample[metric] for metric in sample["metrics"]}
+            if margin is not None and not rest:
+                values[MARGIN] = margin
+            for metric, value in values.items():
+                if isinstance(value, tuple | list) and len(value) == 2:
+                    # A log-probability and the number of bytes or words that it is of.
+                    value = value[0] / max(1, value[1])
+                if isinstance(value, int | float | np.number):
+                    row = {"task": name, "item": sample["doc_id"], "metric": metric, "value": float(value)}
+                    rows.append(row | told)
+    columns = ["task", "item", "metric", "value", "text", "answer", "target", "scores"]
+    order = {name: number for number, name in enumerate(tasks)}
+    table = pd.DataFrame(rows, columns=columns)
+    return table.sort_values(
+        ["task", "metric", "item"],
+        key=lambda column: column.map(order) if column.name == "task" else column,
+        kind="stable",
+        ignore_index=True,
+    )
+
+
+def _told(task: Task, sample: Mapping[str, Any]) -> tuple[dict[str, Any], float | None]:
+    """What an item's row says in words, and its margin where it has one."""
+    results, target = sample["filtered_resps"], sample["target"]
+    scores = margin = None
+    answer = ""
+    if task.OUTPUT_TYPE == "multiple_choice":
+        doc = sample["doc"]
+        choices = task.doc_to_choice(doc)
+        scores = task.scores(doc, results) if isinstance(task, ChoiceTask) else [one[0] for one in results]
+        scores = [float(score) for score in scores[: len(choices)]]
+        answer = choices[int(np.argmax(scores))]
+        golds = set(doc["golds"]) if isinstance(task, ChoiceTask) else {target}
+        if 0 < len(right := [s for n, s in enumerate(scores) if n in golds]) < len(scores):
+            margin = max(right) - max(s for n, s in enumerate(scores) if n not in golds)
+        target = choices[target] if isinstance(target, int) and 0 <= target < len(choices) else target
+    elif task.OUTPUT_TYPE == "generate_until":
+        answer = results[0] if isinstance(results[0], str) else str(results[0])
+    told = {"text": sample["arguments"][0][0], "answer": answer, "target": str(target), "scores": scores}
+    return told, margin
+
+
+def _task_table(found: Mapping[str, Any], tasks: Mapping[str, Task], items: pd.DataFrame) -> pd.DataFrame:
+    rows = []
+    for name, task in tasks.items():
+        shots = task.config.num_fewshot or 0
         values = found["results"][name]
         for key, value in values.items():
             metric, _, rest = key.partition(",")
             if not rest or metric.endswith("_stderr"):
                 continue
             stderr = values.get(f"{metric}_stderr,{rest}")
-            rows.append(
-                {
-                    "task": name,
-                    "metric": metric if rest == "none" else f"{metric} ({rest})",
-                    "value": value,
-                    "stderr": stderr if isinstance(stderr, float) else np.nan,
-                    "items": found["n-samples"][name]["effective"],
-                    "shots": task.config.num_fewshot or 0,
-                }
-            )
-    return pd.DataFrame(rows)
-
-
-def _item_table(found: Mapping[str, Any], tasks: Mapping[str, Task]) -> pd.DataFrame:
-    rows = []
-    for name, task in tasks.items():
-        for sample in found["samples"][name]:
-            told = _told(task, sample)
-            rest = "" if sample["filter"] == "none" else f" ({sample['filter']})"
-            for metric in sample["metrics"]:
-                value = sample[metric]
-                if isinstance(value, tuple | list) and len(value) == 2:
-                    # A log-probability and the number of bytes or words that it is of.
-                    value = value[0] / max(1, value[1])
-                if isinstance(value, int | float | np.number):
-                    row = {"task": name, "item": sample["doc_id"], "metric": metric + rest, "value": float(value)}
-                    rows.append(row | told)
-    columns = ["task", "item", "metric", "value", "text", "answer", "target", "scores"]
-    return pd.DataFrame(rows, columns=columns).sort_values(
-        ["task", "metric", "item"], kind="stable", ignore_index=True
-    )
-
-
-def _told(task: Task, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """What an item's row says in words."""
-    results, arguments = sample["filtered_resps"], sample["arguments"]
-    text, target, scores = arguments[0][0], sample["target"], None
-    if task.OUTPUT_TYPE == "multiple_choice":
-        doc = sample["doc"]
-        scores = task.scores(doc, results) if hasattr(task, "scores") else [one[0] for one in results]
-        choices = task.doc_to_choice(doc)
-        scores = [float(score) for score in scores[: len(choices)]]
-        answer = choices[int(np.argmax(scores))]
-        target = choices[target] if isinstance(target, int) and 0 <= target < len(choices) else target
-    elif task.OUTPUT_TYPE == "generate_until":
-        answer = results[0] if isinstance(results[0], str) else str(results[0])
-    else:
-        answer = ""
-    return {"text": text, "answer": answer, "target": str(target), "scores": scores}
+            stderr = float(stderr) if isinstance(stderr, int | float | np.number) else np.nan
+            told = metric if rest == "none" else f"{metric} ({rest})"
+            rows.append((name, told, float(value), stderr, found["n-samples"][name]["effective"], shots))
+        margins = items.query("task == @name and metric == @MARGIN")["value"]
+        if len(margins):
+            rows.append((name, MARGIN, margins.mean(), margins.sem(), len(margins), shots))
+    return pd.DataFrame(rows, columns=["task", "metric", "value", "stderr", "items", "shots"])
 
 
 @contextlib.contextmanager

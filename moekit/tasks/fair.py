@@ -13,7 +13,9 @@ A data set's item becomes
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -99,6 +101,18 @@ def each(convert: Callable[[Doc], dict[str, Any]]) -> Callable[[Iterable[Doc]], 
 
     process.__doc__ = convert.__doc__
     return process
+
+
+def packaged(file: str, **_: Any) -> dict[str, datasets.Dataset]:
+    """``custom_dataset`` of a task file: the items in ``file`` of this package."""
+    lines = (Path(__file__).parent / "files" / file).read_text("utf-8").splitlines()
+    return {"validation": datasets.Dataset.from_list([json.loads(line) for line in lines])}
+
+
+@each
+def written(doc: Doc) -> dict[str, Any]:
+    """``text``, ``choices`` and ``gold`` as they stand."""
+    return item(doc["text"], doc["choices"], [doc["gold"]])
 
 
 @each
