@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moekit.arguments import Capacity, Whole, check, shown
+from moekit.arguments import Whole, check, shown
 from moekit.batches import Batch
 from moekit.fairseq_data import Data
 from moekit.handle import Handle
@@ -31,7 +31,7 @@ def evaluate_domains(
     model: Handle,
     domains: str | Path | Mapping[str, str | Path],
     how: Data,
-    fractions: float | str | None | Iterable[float | str | None],
+    fractions: float | str | Iterable[float | str | None] | None,
     max_batches: int | None,
     seed: int,
     progress: bool,
@@ -86,7 +86,9 @@ def evaluate_domains(
         for name in [*names, WHOLE]:
             here = np.full(len(table), True) if name == WHOLE else labels == name
             own = [
-                n for n, text in enumerate(texts) if name == WHOLE or not isinstance(domains, Mapping) or name in text.names
+                n
+                for n, text in enumerate(texts)
+                if name == WHOLE or not isinstance(domains, Mapping) or name in text.names
             ]
             row = {"capacity": told, "domain": name, **_measured(model, table[here], sizes)}
             row["batches"] = sum(len(texts[n].batches) for n in own)
@@ -198,7 +200,11 @@ def _measured(model: Handle, tokens: pd.DataFrame, sizes: np.ndarray | None) -> 
     sample = tokens["text"].to_numpy(np.int64) << 32 | tokens["sample"].to_numpy(np.int64)
     drawn = units_of(np.unique(sample, return_inverse=True)[1])
     value, low, high = mean_of(bits, drawn.unit, drawn)
-    choices = len(tokens) * len(model.config.moe_layers) * (gate_of(model.config).top_k if model.config.moe_layers else 1)
+    choices = (
+        len(tokens)
+        * len(model.config.moe_layers)
+        * (gate_of(model.config).top_k if model.config.moe_layers else 1)
+    )
     size = None if sizes is None else int(sizes[tokens["target"].to_numpy()].sum())
     return {
         "tokens": len(tokens),

@@ -62,8 +62,10 @@ def test_the_core_has_ranges_and_the_package_imports_what_it_declares():
     """A package that another environment already holds is not replaced; fairseq's is the one that results agree with."""
     exact = [line for line in PROJECT["project"]["dependencies"] if "==" in line]
     assert exact == ["ve-fairseq==0.12.3"]
-    known = declared() | {"ve-fairseq": None}
+    evaluates = map(Requirement, PROJECT["project"]["optional-dependencies"]["eval"])
+    known = {*declared(), *(canonicalize_name(one.name) for one in evaluates)}
     modules = {
+        "lm_eval": "lm-eval",
         "fairseq": "ve-fairseq",
         "fairseq_cli": "ve-fairseq",
         "IPython": "jupyterlab",

@@ -1,6 +1,6 @@
 """Files of documents, one JSON object a line, as the Pile is released (Gao et al. 2020, arXiv 2101.00027): as text.
 
-    {"text": "...", "meta": {"pile_set_name": "Wikipedia (en)"}}
+{"text": "...", "meta": {"pile_set_name": "Wikipedia (en)"}}
 """
 
 from __future__ import annotations
@@ -92,7 +92,9 @@ def _zstandard(path: Path) -> Any:
     try:
         import zstandard
     except ImportError:
-        raise ValueError(f"{path} is compressed, and zstandard is missing: pip install 'moekit[eval]'") from None
+        raise ValueError(
+            f"{path} is compressed, and zstandard is missing: pip install 'moekit[eval]'"
+        ) from None
     return zstandard
 
 

@@ -280,7 +280,11 @@ def _assigned(cell: str) -> Iterator[str]:
 
 def _spelled(value: Any, kind: Any) -> Any:
     """The list or the mapping that a string spells, where :class:`Numbers`, :class:`Pairs` or :class:`Places` are wanted."""
-    if isinstance(kind, Numbers | Pairs | Places) and isinstance(value, str) and value.strip()[:1] in ("[", "{"):
+    if (
+        isinstance(kind, Numbers | Pairs | Places)
+        and isinstance(value, str)
+        and value.strip()[:1] in ("[", "{")
+    ):
         with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
             return ast.literal_eval(value.strip())
     return value

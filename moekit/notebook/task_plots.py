@@ -29,7 +29,7 @@ def tasks(table: pd.DataFrame, metric: str = "acc") -> Figure:
     _dots(axes, place, rows["value"], 1.96 * rows["stderr"], OWN, "checkpoint")
     if "value_baseline" in rows:
         _dots(axes, place, rows["value_baseline"], 1.96 * rows["stderr_baseline"], BASELINE, "baseline", 0.2)
-        axes.legend(frameon=False)
+        figure.legend(loc="outside right upper", frameon=False)
     _names(axes, [f"{row.task} ({row.items})" for row in rows.itertuples()])
     axes.set(xlabel=f"{metric}, with 1.96 standard errors")
     axes.set_title("Tasks (items)", fontsize=11)
@@ -50,7 +50,7 @@ def domains(table: pd.DataFrame) -> Figure:
             widths = np.abs([value - table[f"low{end}"], table[f"high{end}"] - value])
             _dots(axes, place, value, widths, colour, label, shift)
     if "bits_per_token_baseline" in table:
-        axes.legend(frameon=False)
+        figure.legend(loc="outside right upper", frameon=False)
     _names(axes, table["domain"])
     axes.set(xlabel="bits per token, with 95 % intervals over samples")
     axes.set_title("Perplexity by domain", fontsize=11)
@@ -69,7 +69,14 @@ def capacities(table: pd.DataFrame) -> Figure:
     for name, rows in told.groupby("domain", sort=False):
         rows = rows.sort_values("capacity")
         style = {"color": "black", "linewidth": 2.5} if name == WHOLE else {"linewidth": 1.2}
-        above.plot(rows["capacity"], rows["bits_per_token"] - free[name], marker="o", markersize=3, label=name, **style)
+        above.plot(
+            rows["capacity"],
+            rows["bits_per_token"] - free[name],
+            marker="o",
+            markersize=3,
+            label=name,
+            **style,
+        )
         below.plot(rows["capacity"], rows["dropped"], marker="o", markersize=3, **style)
     above.axhline(0, color="0.7", linewidth=1)
     above.set(ylabel="bits per token, more than without")
@@ -89,7 +96,9 @@ def _sideways(rows: int):
 
 def _dots(axes, place, value, widths, colour: str, label: str, shift: float = 0.0) -> None:
     widths = np.nan_to_num(np.asarray(widths, float))
-    axes.errorbar(value, place + shift, xerr=widths, fmt="o", color=colour, label=label, markersize=5, capsize=2)
+    axes.errorbar(
+        value, place + shift, xerr=widths, fmt="o", color=colour, label=label, markersize=5, capsize=2
+    )
 
 
 def _names(axes, names) -> None:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from moekit import api
+from moekit import api, results
 from moekit.domains import WHOLE
+from moekit.notebook.report import absolute, draw
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from moekit.tasks import TaskResults
 
 # Characters of a text in a table; the end of what a model read counts most.
@@ -74,7 +80,9 @@ def task_table(found: TaskResults, other: Measured | None) -> pd.DataFrame:
         told = other.tasks.tasks[["task", "metric", "value", "stderr"]]
         table = table.merge(told, on=["task", "metric"], how="left", suffixes=("", "_baseline"))
         paired = compare(other.tasks, found)[["task", "metric", "change", "low", "high"]]
-        table = table.merge(paired, on=["task", "metric"], how="left").rename(columns={"change": "difference"})
+        table = table.merge(paired, on=["task", "metric"], how="left").rename(
+            columns={"change": "difference"}
+        )
     return table.assign(paper="")
 
 
@@ -113,4 +121,47 @@ def changes(before: TaskResults, after: TaskResults | None) -> tuple[pd.DataFram
 
 def shortened(table: pd.DataFrame) -> pd.DataFrame:
     """The same table with the ends of long texts only."""
-    return table.map(lambda cell: f"…{cell[-SHOWN:]}" if isinstance(cell, str) and len(cell) > SHOWN else cell)
+    return table.map(
+        lambda cell: f"…{cell[-SHOWN:]}" if isinstance(cell, str) and len(cell) > SHOWN else cell
+    )
+
+
+def save(
+    p: SimpleNamespace,
+    found: TaskResults,
+    other: Measured | None,
+    after: TaskResults | None,
+    effect: tuple[pd.DataFrame, pd.DataFrame] | None,
+    swept: pd.DataFrame | None,
+    figures: Sequence[Figure | None],
+) -> Path:
+    """Write ``tasks.csv``, ``domains.csv``, ``mask.csv`` and ``changed.csv``, ``items.parquet`` with a column ``run``, ``run.json``
+    and the figures ``tasks.png``, ``domains.png`` and ``capacities.png``; what was not made is left out.
+
+    Returns:
+        The folder, absolute.
+
+    Raises:
+        moekit.results.NotWritten: the folder cannot be written to, or its disk is full; earlier files are as they were.
+    """
+    runs = {"checkpoint": found, "baseline": other and other.tasks, "masked": after}
+    items = [run.items.assign(run=name) for name, run in runs.items() if run is not None]
+    tables = {"tasks": task_table(found, other)}
+    if swept is not None:
+        both = [swept.assign(model="checkpoint")]
+        both += (
+            [other.domains.assign(model="baseline")]
+            if other is not None and other.domains is not None
+            else []
+        )
+        tables["domains"] = pd.concat(both, ignore_index=True)
+    if effect is not None:
+        tables |= {"mask": effect[0], "changed": effect[1]}
+    told = {name: run.meta for name, run in runs.items() if run is not None}
+    with results.together(p.output_dir) as folder:
+        for name, table in tables.items():
+            table.to_csv(folder / f"{name}.csv", index=False)
+        pd.concat(items, ignore_index=True).to_parquet(folder / "items.parquet", index=False)
+        (folder / "run.json").write_text(json.dumps({"parameters": vars(p), "runs": told}, indent=2) + "\n")
+        draw(folder, dict(zip(("tasks", "domains", "capacities"), figures, strict=True)))
+    return absolute(p.output_dir)

@@ -99,8 +99,8 @@ def evaluate_tasks(
     shots = check("num_fewshot", num_fewshot, Whole(0, optional=True))
     options = {"capacity_token_fraction": capacity_token_fraction, "seed": seed, "blank_lines": blank_lines}
     harness = HarnessModel(model, **options, progress=progress)
+    loaded = load_tasks(names, data or {}, include)
     with _quiet():
-        loaded = load_tasks(names, data or {}, include)
         for task in loaded.values():
             if shots is not None:
                 task.set_config("num_fewshot", shots)
@@ -190,6 +190,13 @@ def load_tasks(
     Raises:
         ValueError: there is no such task, or a data set cannot be had.
     """
+    with _quiet():
+        return _loaded(names, data, include)
+
+
+def _loaded(
+    names: Sequence[str], data: Mapping[str, Rows | Mapping[str, Rows]], include: str | Path | None
+) -> dict[str, Task]:
     folders = [FILES, *([] if include is None else [check("include", include, arguments.Path())])]
     # The harness's own files are thousands: they are looked through only where they are asked for.
     manager = TaskManager(include_path=folders, include_defaults=False)
@@ -265,7 +272,9 @@ def _dataset(name: str, rows: Rows) -> datasets.Dataset:
         return datasets.Dataset.from_list([dict(row) for row in rows])
     path = check("data", rows, arguments.Path())
     if not path.is_file():
-        raise ValueError(f"data of {name}: there is no file {path}; expected a .json, .jsonl, .csv or .tsv file")
+        raise ValueError(
+            f"data of {name}: there is no file {path}; expected a .json, .jsonl, .csv or .tsv file"
+        )
     try:
         if path.suffix in (".csv", ".tsv"):
             table = pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",")
@@ -273,11 +282,17 @@ def _dataset(name: str, rows: Rows) -> datasets.Dataset:
         else:
             text = path.read_text("utf-8")
             whole = text.lstrip().startswith("[")
-            found = json.loads(text) if whole else [json.loads(line) for line in text.splitlines() if line.strip()]
+            found = (
+                json.loads(text)
+                if whole
+                else [json.loads(line) for line in text.splitlines() if line.strip()]
+            )
     except (ValueError, OSError) as error:
         raise ValueError(f"data of {name}: {path} cannot be read ({str(error)[:200]})") from None
     if not found or not all(isinstance(row, dict) for row in found):
-        raise ValueError(f"data of {name}: {path} holds no items; expected an object a line, or a list of objects")
+        raise ValueError(
+            f"data of {name}: {path} holds no items; expected an object a line, or a list of objects"
+        )
     return datasets.Dataset.from_list(found)
 
 

@@ -119,7 +119,9 @@ def written(doc: Doc) -> dict[str, Any]:
 def hellaswag(doc: Doc) -> dict[str, Any]:
     """``activity_label: ctx_a Ctx_b`` and each of ``endings``."""
     second = doc["ctx_b"].strip()
-    words = f"{doc['activity_label'].strip()}: {doc['ctx_a'].strip()} {second[:1].upper()}{second[1:]}".split()
+    words = (
+        f"{doc['activity_label'].strip()}: {doc['ctx_a'].strip()} {second[:1].upper()}{second[1:]}".split()
+    )
     return item(" ".join(words) + " ", doc["endings"], [int(doc["label"])])
 
 

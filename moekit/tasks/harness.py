@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -213,7 +214,9 @@ class HarnessModel(LM):
             if kept not in beginnings:
                 beginnings[kept] = self._encode(kept)
             whole = self._encode(context + continuation)
-            scored = whole[len(beginnings[kept]) :]
+            # The end of a context and the beginning of its continuation can be one token, which is scored.
+            told = zip(beginnings[kept], whole, strict=False)
+            scored = whole[sum(1 for _ in itertools.takewhile(lambda both: both[0] == both[1], told)) :]
             if not 1 <= len(scored) < most:
                 raise ValueError(
                     f"the continuation {arguments.shown(continuation)} has {len(scored)} tokens; expected 1 to {most - 1}"

@@ -176,7 +176,9 @@ def _branches(texts: Sequence[Text], families: Sequence[Family], whole: bool) ->
     shared = [family.shared for family in families for _ in family.members]
     # The last id predicts nothing that is scored.
     unread = 0 if whole else 1
-    longest = max(len(texts[number].ids) - unread - skip for number, skip in zip(numbers, shared, strict=True))
+    longest = max(
+        len(texts[number].ids) - unread - skip for number, skip in zip(numbers, shared, strict=True)
+    )
     tokens = np.full((len(numbers), longest), PAD, np.int32)
     targets = tokens.copy()
     for row, (number, skip) in enumerate(zip(numbers, shared, strict=True)):
