@@ -16,10 +16,10 @@ from lm_eval.tasks import TaskManager
 from test_project import ROOT
 
 import moekit
+from moekit.likelihood import Text, plan_steps, score_texts
 from moekit.symbols import EOS, PAD
 from moekit.tasks import FILES, HarnessModel, Scored, compare, evaluate_tasks, evaluation, fair, known_tasks
 from moekit.tasks.evaluation import changed_items, load_tasks
-from moekit.tasks.likelihood import Text, plan_steps, score_texts
 
 # Contexts of different lengths with one, two and four continuations; a space at an end, a line end, none at all.
 PAIRS = [

@@ -16,7 +16,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from moekit import arguments
 from moekit.api import SEED, Model, load
 from moekit.arguments import Flag, Whole, check
-from moekit.tasks.likelihood import Score, Text, score_texts
+from moekit.likelihood import Score, Text, score_texts
 
 NAME = "moekit"
 # The harness's own default of new tokens.

@@ -24,6 +24,8 @@ SLOTS_A_PASS = {"cpu": 8192, "cuda": 65_536}
 STEPS_A_CALL = 8
 # A shorter beginning is read again with each text: a pass of its own would cost more.
 WORTH_SHARING = 8
+# A text that would be padding by more than a fifth begins a new pass, if the one before it has an eighth of its tokens.
+LEAST_FILLED, WORTH_A_PASS = 0.8, 1 / 8
 
 
 @dataclass(frozen=True)
@@ -157,12 +159,13 @@ def _families(texts: Sequence[Text], slots: int, shares: bool) -> Iterator[Famil
 
 
 def _packed(families: Sequence[Family], budget: int) -> Iterator[list[Family]]:
-    """Neighbours that together, padded to the longest, have up to ``budget`` tokens."""
+    """Neighbours, the longest first, that together, padded to it, have up to ``budget`` tokens, and little padding."""
     part: list[Family] = []
     count = longest = 0
     for family in families:
         members, length = count + len(family.members), max(longest, family.longest)
-        if part and members * length > budget:
+        short = family.longest < LEAST_FILLED * longest and count * longest > budget * WORTH_A_PASS
+        if part and (short or members * length > budget):
             yield part
             part, members, length = [], len(family.members), family.longest
         part.append(family)
