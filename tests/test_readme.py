@@ -20,6 +20,7 @@ PAGES = [
         "notebooks/README.md",
         "moekit/nn/kernels/README.md",
         "moekit/plugin/README.md",
+        "moekit/tasks/README.md",
         "moekit/demo/README.md",
         "moekit/routing/README.md",
         "docker/README.md",
