@@ -161,7 +161,9 @@ def _swept(
         places = None if gate is None else gate.capacity(batch.tokens.size, fraction)
         return math.inf if places is None else places
 
-    order = sorted(set(fractions), key=lambda f: -room(max(text.batches, key=lambda b: b.tokens.size), f))
+    order = sorted(
+        dict.fromkeys(fractions), key=lambda f: -room(max(text.batches, key=lambda b: b.tokens.size), f)
+    )
     scores: dict[int, np.ndarray] = {}
     loads: dict[int, tuple[int, np.ndarray]] = {}
     # The places that an expert had when a batch ran last.

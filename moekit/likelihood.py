@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moekit.handle import Handle
-from moekit.nn.gates import gate_of
+from moekit.nn.gates import interacts
 from moekit.progress import bar as progress_bar
 from moekit.symbols import PAD
 from moekit.worker.branches import Branches, Step, score_branches
@@ -82,7 +82,7 @@ def score_texts(
     intervention = model.intervention
     if intervention is not None:
         intervention.check({number: len(text.ids) for number, text in enumerate(texts)})
-    alone = fraction is not None or gate_of(model.config).draws
+    alone = interacts(model.config, fraction)
     forced = intervention is not None and bool(intervention.force)
     scores: list[Score | None] = [None] * len(texts)
     steps = plan_steps(

@@ -172,7 +172,9 @@ def test_score(tmp_path, capsys):
 
 
 def test_questions(tmp_path):
-    rows = run(tmp_path, "questions", "--shape", "tiny", "--device", "cpu", "--choices", "3", "--repeats", "1")
+    rows = run(
+        tmp_path, "questions", "--shape", "tiny", "--device", "cpu", "--choices", "3", "--repeats", "1"
+    )
     whole, alone, shared = rows["questions"]
     assert whole["work"] == "evaluate, whole blocks" and shared["work"].startswith("questions, 3 endings")
     # The goal is in the same run: the rate on blocks of as many tokens.

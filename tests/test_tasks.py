@@ -4,19 +4,23 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager
 from test_project import ROOT
 
 import moekit
+from moekit.checkpoint import export
 from moekit.likelihood import Text, plan_steps, score_texts
+from moekit.nn.transformer import Transformer
 from moekit.symbols import EOS, PAD
 from moekit.tasks import FILES, HarnessModel, Scored, compare, evaluate_tasks, evaluation, fair, known_tasks
 from moekit.tasks.evaluation import changed_items, load_tasks
@@ -68,6 +72,31 @@ def test_loglikelihood_is_that_of_score(model, fraction):
         assert scored[0] == pytest.approx(math.fsum(expected), abs=1e-4)
         assert len(scored.ids) == len(expected)
     assert found[4] == found[9], "the same request has the same result"
+
+
+def test_a_dense_model(one, tmp_path):
+    """Without experts a capacity changes nothing, and questions share their beginning with one, too."""
+    plain = Transformer(replace(one.config, moe_freq=0, layers=2))
+    torch.manual_seed(0)
+    for weight in plain.parameters():
+        torch.nn.init.normal_(weight, std=0.1)
+    export.save(plain, tmp_path, files=1)
+    with moekit.load(tmp_path, 2, "cpu", bpe="demo", progress=False) as dense:
+        free, tight = (
+            HarnessModel(dense, capacity_token_fraction=fraction, progress=False).loglikelihood(
+                requests(PAIRS)
+            )
+            for fraction in (None, 0.1)
+        )
+        assert free == tight
+        for pair, scored in zip(PAIRS, free, strict=True):
+            assert scored.logprobs == pytest.approx(by_hand(dense, *pair), abs=1e-4)
+        table = dense.evaluate(
+            domains="demo", capacity_token_fraction=[None, 0.5], max_batches=2, progress=False
+        )
+        assert (table["dropped"] == 0).all() and table.query("domain == '(all)'")[
+            "bits_per_token"
+        ].nunique() == 1
 
 
 def test_greedy_is_what_generation_writes(one):
@@ -380,6 +409,13 @@ def test_fewshot_examples_are_lines(one):
     text = found.items["text"][0]
     assert text.count("\n") == 5 and text.endswith("What was the CAUSE of this?\n")
     assert "The liquid in the bottle poured out.\n" in text and found.tasks["shots"].tolist() == [2, 2]
+    drawn = {
+        evaluate_tasks(one, "demo_endings", num_fewshot=2, limit=1, shots_seed=seed, progress=False).items[
+            "text"
+        ][0]
+        for seed in range(3)
+    }
+    assert len(drawn) > 1
 
 
 # ------------------------------------------------------------------------------------------------ results and errors

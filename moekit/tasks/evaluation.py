@@ -29,7 +29,7 @@ from moekit.versions import versions
 
 # The task files of the package.
 FILES = Path(__file__).parent / "files"
-# The few-shot examples are drawn with it, as the harness does by default.
+# The harness's own default for the draw of few-shot examples.
 SHOTS_SEED = 1234
 MARGIN = "margin"
 
@@ -70,6 +70,7 @@ def evaluate_tasks(
     num_fewshot: int | None = None,
     capacity_token_fraction: float | str | None = None,
     seed: int = 1,
+    shots_seed: int = SHOTS_SEED,
     blank_lines: bool = False,
     include: str | Path | None = None,
     progress: bool = True,
@@ -84,6 +85,7 @@ def evaluate_tasks(
         limit: the first items of each task; None: all.
         num_fewshot: examples in front of each item; None: as the task says, which is none for moekit's own.
         capacity_token_fraction, seed: as for :meth:`moekit.api.Model.score`, where each text is a routing group.
+        shots_seed: of the draw of examples; FAIR reports the mean over 25 draws.
         blank_lines: see :class:`moekit.tasks.harness.HarnessModel`.
         include: a folder of further task files.
         progress: show bars.
@@ -97,6 +99,7 @@ def evaluate_tasks(
         raise ValueError(f"tasks={shown(tasks)}: expected at least one, such as {', '.join(known_tasks())}")
     limit = check("limit", limit, Whole(optional=True))
     shots = check("num_fewshot", num_fewshot, Whole(0, optional=True))
+    shots_seed = check("shots_seed", shots_seed, Whole(0))
     options = {"capacity_token_fraction": capacity_token_fraction, "seed": seed, "blank_lines": blank_lines}
     harness = HarnessModel(model, **options, progress=progress)
     loaded = load_tasks(names, data or {}, include)
@@ -106,7 +109,7 @@ def evaluate_tasks(
                 task.set_config("num_fewshot", shots)
             elif task.config.num_fewshot is None:
                 task.set_config("num_fewshot", 0)
-            task.set_fewshot_seed(SHOTS_SEED)
+            task.set_fewshot_seed(shots_seed)
         began = time.perf_counter()
         found = lm_eval.evaluate(harness, {"tasks": loaded}, limit=limit)
         seconds = time.perf_counter() - began

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moekit.nn.cache import SLOTS, Cache
-from moekit.nn.gates import gate_of
+from moekit.nn.gates import interacts
 from moekit.nn.intervene import Intervention
 from moekit.nn.logprobs import LOGIT_ROWS
 from moekit.nn.noise import Noise
@@ -69,7 +69,7 @@ def score_branches(
         whether the target is the most probable token.
     """
     model: Transformer = rank.state["model"]
-    alone = fraction is not None or gate_of(model.config).draws
+    alone = interacts(model.config, fraction)
     found = []
     for step in steps:
         mine = step[rank.rank]
