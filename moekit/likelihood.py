@@ -16,8 +16,9 @@ import numpy as np
 from moekit.handle import Handle
 from moekit.nn.gates import interacts
 from moekit.progress import bar as progress_bar
+from moekit.ranks import Each
 from moekit.symbols import PAD
-from moekit.worker.branches import Branches, Step, score_branches
+from moekit.worker.branches import Branches, parts_of, score_branches
 
 # Tokens that the texts of a pass have together on a rank, padding and beginnings included: a cache holds them all.
 SLOTS_A_PASS = {"cpu": 8192, "cuda": 65_536}
@@ -93,7 +94,7 @@ def score_texts(
         while some := list(itertools.islice(steps, STEPS_A_CALL)):
             found = model.ranks.call(
                 score_branches,
-                some,
+                Each(list(zip(*map(parts_of, some), strict=True))),
                 fraction=fraction,
                 vocab=model.vocab,
                 seed=seed,
@@ -121,7 +122,7 @@ def score_texts(
 
 def plan_steps(
     texts: Sequence[Text], world_size: int, slots: int, *, alone: bool, shares: bool
-) -> Iterator[Step]:
+) -> Iterator[list[Branches | None]]:
     """Texts as steps, each with a part for every rank (None for a rank without any), the longest texts first.
 
     Args:

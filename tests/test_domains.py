@@ -17,9 +17,9 @@ from moekit.routing.domains import domains_of, lines_of
 BATCHES = 12
 
 
-@pytest.fixture(scope="module", params=[1, 2])
-def model(request):
-    with moekit.load("demo", request.param, "cpu", progress=False) as loaded:
+@pytest.fixture(scope="module")
+def model():
+    with moekit.load("demo", 2, "cpu", progress=False) as loaded:
         yield loaded
 
 

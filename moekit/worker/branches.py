@@ -25,7 +25,7 @@ from moekit.symbols import PAD
 
 @dataclass(frozen=True)
 class Branches:
-    """One rank's part of a step.
+    """The texts of one rank in a step.
 
     Attributes:
         samples: [B], the numbers of the texts.
@@ -44,14 +44,33 @@ class Branches:
     parents: np.ndarray | None = None
 
 
-# The part of each rank; None for a rank without texts.
-Step = Sequence[Branches | None]
+@dataclass(frozen=True)
+class Part:
+    """What a rank is sent of a step: its own texts, and what the ranks have to agree on.
+
+    Attributes:
+        mine: None for a rank without texts.
+        beginnings, rows: the most tokens that any rank has in the pass over the beginnings and in the pass over the rest;
+            ``beginnings`` is 0 where no text of the step shares one.
+    """
+
+    mine: Branches | None
+    beginnings: int
+    rows: int
+
+
+def parts_of(step: Sequence[Branches | None]) -> list[Part]:
+    """The parts of a step, one for each rank."""
+    there = [branches for branches in step if branches is not None]
+    beginnings = max(0 if one.beginnings is None else one.beginnings.size for one in there)
+    rows = max(one.tokens.size for one in there)
+    return [Part(mine, beginnings, rows) for mine in step]
 
 
 @torch.inference_mode()
 def score_branches(
     rank: Rank,
-    steps: Sequence[Step],
+    steps: Sequence[Part],
     *,
     fraction: float | None,
     vocab: int,
@@ -61,6 +80,7 @@ def score_branches(
     """Log-probabilities of the targets of this rank's part of every step.
 
     Args:
+        steps: this rank's parts; all ranks have as many.
         fraction: the capacity. Each text is a routing group, so with a capacity the texts of a step have one length and
             share no beginning.
 
@@ -70,19 +90,17 @@ def score_branches(
     """
     model: Transformer = rank.state["model"]
     alone = interacts(model.config, fraction)
+    expects = model.dispatch.by_expectation
     found = []
     for step in steps:
-        mine = step[rank.rank]
-        parts = [part for part in step if part is not None]
-        expects = model.dispatch.by_expectation
-        cache = None
-        if parts[0].beginnings is not None:
-            rows = max(part.beginnings.size for part in parts) if expects else None
+        mine, cache = step.mine, None
+        if step.beginnings:
+            rows = step.beginnings if expects else None
             if mine is None:
                 model.serve(rows)
             else:
                 cache = read_beginnings(model, mine, rows, intervention, rank.device)
-        rows = max(part.tokens.size for part in parts) if expects else None
+        rows = step.rows if expects else None
         if mine is None:
             model.serve(rows)
             continue
