@@ -86,6 +86,7 @@ def score_texts(
     alone = interacts(model.config, fraction)
     forced = intervention is not None and bool(intervention.force)
     scores: list[Score | None] = [None] * len(texts)
+    bad = 0
     steps = plan_steps(
         texts, model.world_size, SLOTS_A_PASS[model.device], alone=alone, shares=not (alone or forced)
     )
@@ -103,17 +104,16 @@ def score_texts(
             for rank, results in enumerate(found):
                 parts = [step[rank] for step in some if step[rank] is not None]
                 for part, (logprobs, best) in zip(parts, results, strict=True):
+                    bad += int(not np.isfinite(logprobs).all())
                     at = 0
                     for number in part.samples.tolist():
                         end = at + len(texts[number].ids) - texts[number].start
                         scores[number] = Score(logprobs[at:end], best[at:end])
                         at = end
                     bar.update(at)
-    bad = [number for number, score in enumerate(scores) if not np.isfinite(score.logprobs).all()]
     if bad:
         warnings.warn(
-            f"log-probabilities of {len(bad)} of {len(texts)} texts are not finite: model.score of such a text names the "
-            "layer",
+            "log-probabilities of some texts are not finite: model.score of such a text names the layer",
             RuntimeWarning,
             stacklevel=2,
         )
