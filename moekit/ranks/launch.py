@@ -36,7 +36,7 @@ def launch(
     """Start the rank ``me``: ``pipe`` is its stdin, the descriptor ``log`` its stdout and stderr."""
     path = [os.path.abspath(entry) for entry in sys.path]
     rank = (me.rank, me.world_size, str(me.device))
-    options = {"local_world_size": me.local_world_size, "folder": str(folder)}
+    options = {"machines": me.machines, "folder": str(folder)}
     if server is not None:
         order = {
             "environment": environment(me),
