@@ -66,11 +66,15 @@ class Rank:
 
 
 class Ranks(ABC):
-    """A pool of ranks, ``devices[r]`` being that of rank r. A context manager; closing it twice is fine."""
+    """A pool of ranks. A context manager; closing it twice is fine.
 
-    def __init__(self, devices: list[torch.device]):
+    Rank r has ``devices[r]`` and runs on ``nodes[r]``, the name of a machine; "" is the driver's own.
+    """
+
+    def __init__(self, devices: list[torch.device], nodes: list[str] | None = None):
         self.devices = devices
         self.world_size = len(devices)
+        self.nodes = [""] * len(devices) if nodes is None else nodes
 
     @abstractmethod
     def call(
