@@ -9,9 +9,12 @@ import contextlib
 import hashlib
 import hmac
 import os
+import select
 import socket
 import struct
 import threading
+import time
+from collections.abc import Callable
 
 # Seconds for the other end of a new connection to say who it is.
 GREETING = 10.0
@@ -66,6 +69,38 @@ def accept(listener: socket.socket, secret: bytes) -> tuple[socket.socket, int] 
         pass
     link.close()
     return None
+
+
+def accept_all(
+    listener: socket.socket,
+    secret: bytes,
+    ranks: list[int],
+    seconds: float,
+    meanwhile: Callable[[set[int]], None] = lambda missing: None,
+) -> dict[int, socket.socket]:
+    """The connection of each of ``ranks``; ``meanwhile`` is called often with those that are missing, and may raise.
+
+    Raises:
+        TimeoutError: one has not come in ``seconds``.
+    """
+    came: dict[int, socket.socket] = {}
+    end = time.monotonic() + seconds
+    try:
+        while missing := set(ranks) - set(came):
+            if select.select([listener], [], [], 0.1)[0] and (found := accept(listener, secret)):
+                came[found[1]] = found[0]
+            meanwhile(missing)
+            if time.monotonic() > end:
+                at = "{}:{}".format(*listener.getsockname()[:2])
+                raise TimeoutError(
+                    f"ranks {sorted(missing)} have not connected to the driver at {at} in {seconds:g} s: see what separates "
+                    "their machines from this one"
+                )
+    except BaseException:
+        for link in came.values():
+            link.close()
+        raise
+    return came
 
 
 def _answer(secret: bytes, who: bytes, rank: int, theirs: bytes, mine: bytes) -> bytes:

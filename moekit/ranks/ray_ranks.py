@@ -131,7 +131,6 @@ class RayRanks(PipedRanks):
             self._members[:] = self._cluster.members
             self._pipes[:] = self._accept(listener, secret)
         self._incoming = [channel.Incoming(pipe) for pipe in self._pipes]
-        self._cluster.joined = True
         if self.world_size > 1:
             host = places[0]["address"]
             port = self.call(keep_store, host, timeout=START_LIMIT)[0]
@@ -169,28 +168,18 @@ class RayRanks(PipedRanks):
         }
 
     def _accept(self, listener: socket.socket, secret: bytes) -> list[socket.socket]:
-        """The connection of each rank; the process of one that does not come is named."""
-        pipes: dict[int, socket.socket] = {}
-        end = time.monotonic() + CONNECT_LIMIT
-        try:
-            while len(pipes) < self.world_size:
-                if channel.readable(listener, 0.1) and (came := links.accept(listener, secret)):
-                    links.keep_alive(came[0], self._silence)
-                    pipes[came[1]] = came[0]
-                self._cluster.listen()
-                for rank, member in enumerate(self._members):
-                    if rank not in pipes and member.why is not None:
-                        raise RankError(rank, f"does not start: {member.why}", member.node)
-                if time.monotonic() > end:
-                    late = min(set(range(self.world_size)) - set(pipes))
-                    at = f"{listener.getsockname()[0]}:{listener.getsockname()[1]}"
-                    why = f"has not connected to the driver at {at} in {CONNECT_LIMIT:g} s"
-                    raise RankError(late, why, self._members[late].node)
-        except BaseException:
-            for pipe in pipes.values():
-                pipe.close()
-            raise
-        return [pipes[rank] for rank in range(self.world_size)]
+        """The connection of each rank; the process of one that cannot start is named."""
+
+        def meanwhile(missing: set[int]) -> None:
+            self._cluster.listen()
+            for rank in sorted(missing):
+                if (why := self._members[rank].why) is not None:
+                    raise RankError(rank, f"does not start: {why}", self._members[rank].node)
+
+        came = links.accept_all(listener, secret, list(range(self.world_size)), CONNECT_LIMIT, meanwhile)
+        for pipe in came.values():
+            links.keep_alive(pipe, self._silence)
+        return [came[rank] for rank in range(self.world_size)]
 
     def _run(self, operation, job, timeout, on_report):
         self._cluster.listen()
@@ -324,7 +313,6 @@ class Cluster:
         self.members: list[Distant] = []
         # Of a rank's node, or None for the whole cluster: what is wrong with it.
         self.faults: list[tuple[int | None, str]] = []
-        self.joined = False
         self._answers: dict[str, Any] = {}
         self._pipe, theirs = socket.socketpair()
         path = [os.path.abspath(entry) for entry in sys.path]

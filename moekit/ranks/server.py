@@ -36,15 +36,19 @@ def serve(
     folder: str,
     machines: tuple[int, ...] | None = None,
     node: str | None = None,
+    launched: bool = False,
 ) -> None:
     """Answer the driver's jobs one by one, until the pipe closes; ``parent`` is the process that started this one.
 
-    ``folder`` goes with this process; ``machines`` and ``node`` are a :class:`Rank`'s.
+    ``folder`` goes with this process; ``machines`` and ``node`` are a :class:`Rank`'s. ``launched`` by another program than the
+    driver, the process ends alone, without its group, and with status 0 if the driver says that this is the end.
     """
     pipe = channel.from_standard_input()
     jobs: queue.SimpleQueue[bytearray] = queue.SimpleQueue()
     voice = Voice(pipe)
-    threading.Thread(target=_listen, args=(pipe, jobs, parent, folder), name="listen", daemon=True).start()
+    threading.Thread(
+        target=_listen, args=(pipe, jobs, parent, folder, launched), name="listen", daemon=True
+    ).start()
     threading.Thread(target=voice.beat, name="beat", daemon=True).start()
     me = Rank(rank, world_size, torch.device(device), machines=machines)
     me.node = node or me.node
@@ -102,7 +106,7 @@ def _frames() -> tuple[str, ...]:
     return tuple(found)
 
 
-def _listen(pipe: socket.socket, jobs: queue.SimpleQueue, parent: int, folder: str) -> None:
+def _listen(pipe: socket.socket, jobs: queue.SimpleQueue, parent: int, folder: str, launched: bool) -> None:
     """Queue the jobs; end this process when the driver is gone, even while it sits in a collective."""
     poll = select.poll()
     poll.register(pipe, select.POLLIN)
@@ -111,8 +115,13 @@ def _listen(pipe: socket.socket, jobs: queue.SimpleQueue, parent: int, folder: s
         while os.getppid() == parent:
             # A forked child of the driver may hold the pipe open.
             if poll.poll(1000) and (job := incoming.read()) is not None:
+                if not job:
+                    shutil.rmtree(folder, ignore_errors=True)
+                    os._exit(0)
                 jobs.put(job)
     shutil.rmtree(folder, ignore_errors=True)
+    if launched:
+        os._exit(1)
     os.killpg(0, signal.SIGKILL)
 
 

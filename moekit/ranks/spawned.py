@@ -37,7 +37,7 @@ class Child(Member):
 
     process: subprocess.Popen | Forked
     log: Path
-    node = ""
+    node: str = ""
 
     def state(self):
         return Process.of(self.process.pid)
@@ -70,7 +70,7 @@ class SpawnedRanks(PipedRanks):
         try:
             self._folder = Path(tempfile.mkdtemp(prefix="moekit-ranks-"))
             self._end = weakref.finalize(
-                self, _end_ranks, self._owner, self._members, self._pipes, self._folder
+                self, end_processes, self._owner, self._members, self._pipes, self._folder
             )
             server = await_server()
             self._incoming = [self._launch(rank, server) for rank in range(self.world_size)]
@@ -107,7 +107,7 @@ def _cannot_start(error: OSError) -> str:
     return f"no rank can be started ({headline(error)}): {advice}"
 
 
-def _end_ranks(owner: int, members: list[Child], pipes: list[socket.socket], folder: Path) -> None:
+def end_processes(owner: int, members: list[Child], pipes: list[socket.socket], folder: Path) -> None:
     """End the ranks and forget their files; a fork of the process that started them leaves them alone."""
     if os.getpid() != owner:
         return
