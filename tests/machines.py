@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 
 RAY = Path(sys.executable).with_name("ray")
+MINIMAL = str(Path(__file__).parent / "minimal_ray")
 CLONE_NEWNET = 0x40000000
 
 
@@ -90,19 +91,18 @@ class Machines:
             str(RAY), "start", *options, f"--node-ip-address={self.address(number)}", f"--num-cpus={self.cores}",
             "--num-gpus=0", "--object-store-memory=80000000", "--disable-usage-stats",
         ]  # fmt: skip
-        # Ray's agents take their time to start, and a node waits only 15 s to hear which ports they chose.
-        ports = ("metrics-export", "dashboard-agent-grpc", "dashboard-agent-listen", "runtime-env-agent")
-        command += [f"--{name}-port={50_001 + place}" for place, name in enumerate(ports)]
+        command.append("--include-log-monitor=false")
         if number == 0:
-            command.append(f"--temp-dir={self._temp}")
+            command += ["--no-monitor", f"--temp-dir={self._temp}"]
         if hidden is not None:
             # This machine sees an empty folder there.
             covered = f'mount -t tmpfs none "{hidden}" && exec "$@"'
             command = ["unshare", "--mount", "bash", "-c", covered, "bash", *command]
+        path = [MINIMAL, os.environ.get("PYTHONPATH", "")]
         environment = os.environ | {
             "RAY_USAGE_STATS_ENABLED": "0",
             "OMP_NUM_THREADS": "1",
-            "RAY_raylet_start_wait_time_s": "100",
+            "PYTHONPATH": os.pathsep.join(filter(None, path)),
         }
         return subprocess.Popen(
             ["ip", "netns", "exec", self._name(number), *command], env=environment, stdout=subprocess.DEVNULL

@@ -19,9 +19,10 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
+from machines import Machines, possible
 
 import moekit
-from machines import Machines, possible
+from moekit import ranks
 from moekit.ranks import RankError, RayRanks
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -83,8 +84,14 @@ def actors(machines):
     return found
 
 
+def one_thread(rank):
+    """Two threads add a product's terms in another order than one does."""
+    torch.set_num_threads(1)
+
+
 def figures(**how):
     with moekit.load("demo", device="cpu", progress=False, **how) as model:
+        model.ranks.call(one_thread)
         plain = model.evaluate("demo", max_batches=4, progress=False).loss_base2
         dropping = model.evaluate(
             "demo", max_batches=4, batch_size=2, capacity_token_fraction=0.5, progress=False
@@ -97,11 +104,11 @@ def test_four_ranks_on_two_machines_and_three_on_three_give_the_loss_of_one(firs
     losses, text, _ = figures(world_size=1)
     before = [first.sent(number) for number in range(3)]
     with RayRanks(4, gpus_per_node=2) as pool:
+        share = max(1, ranks.usable_cores() // 2)
+        assert pool.call(lambda rank: (rank.local_world_size, torch.get_num_threads())) == [(2, share)] * 4
         found, said, nodes = figures(ranks=pool)
         assert found == pytest.approx(losses, rel=0, abs=1e-10) and said == text
         assert len(set(nodes)) == 2 and nodes[0] == nodes[1] and nodes[2] == nodes[3]
-        share = max(1, len(os.sched_getaffinity(0)) // 2)
-        assert pool.call(lambda rank: (rank.local_world_size, torch.get_num_threads())) == [(2, share)] * 4
         # A function of a notebook, an error of it, and the end of the ranks with it.
         with pytest.raises(
             RankError, match="rank 0 on node .* raised ValueError: boom at the gate"
@@ -216,10 +223,10 @@ def test_a_rank_that_dies_or_stops_is_named_with_its_node(first, counted, act, s
 
 
 def test_a_cut_link_is_named_and_the_next_load_works(first, counted):
-    error, seconds, nodes = lost(first, first.apart(1, 2), 20)
+    error, seconds, _ = lost(first, first.apart(1, 2), 20)
     assert isinstance(error, RankError) and re.search("cannot be reached from node", str(error)), str(error)
     counted("two nodes that do not hear each other", f"named in {seconds:.1f} s")
-    error, seconds, nodes = lost(first, first.cut_off(2), 20)
+    error, seconds, _ = lost(first, first.cut_off(2), 20)
     assert isinstance(error, RankError) and first.address(2) in str(error), str(error)
     assert re.search("cannot be reached|does not answer", str(error)), str(error)
     counted("a node without its cable", f"named in {seconds:.1f} s")
@@ -252,7 +259,7 @@ def test_no_rank_and_no_actor_outlives_the_driver(first):
 
 def test_a_node_that_is_killed_and_a_lost_head_end_the_call(first, counted):
     """The last test: these machines are of no use afterwards."""
-    error, seconds, nodes = lost(first, once(lambda: first.kill(2)), 20)
+    error, seconds, _ = lost(first, once(lambda: first.kill(2)), 20)
     assert isinstance(error, RankError) and first.address(2) in error.node, str(error)
     counted("a node that is killed", f"named in {seconds:.1f} s")
     with RayRanks(2, gpus_per_node=1) as pool:
