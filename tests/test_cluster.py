@@ -125,14 +125,14 @@ def test_four_ranks_on_two_machines_and_three_on_three_give_the_loss_of_one(firs
 
 def test_a_node_that_does_not_see_the_checkpoint_is_named_before_anything_is_loaded(first, hidden):
     shutil.copytree(DEMO, hidden / "model")
-    with RayRanks(2, gpus_per_node=1) as pool:
-        unseen = [node for node in pool.nodes if first.address(1) in node]
-        if not unseen:
-            pytest.skip("Ray placed no rank on the machine with the hidden folder")
-        with pytest.raises(ValueError, match=f"node {unseen[0]} .*does not see the checkpoint.*{hidden}"):
+    with RayRanks(3, spread=True) as pool:
+        (unseen,) = (node for node in pool.nodes if first.address(1) in node)
+        with pytest.raises(
+            ValueError, match=rf"node {re.escape(unseen)} .*does not see the checkpoint.*{hidden}"
+        ):
             moekit.load(hidden / "model", ranks=pool, bpe="demo", progress=False)
         # The ranks are as they were.
-        assert len(set(pool.call(pid))) == 2
+        assert len(set(pool.call(pid))) == 3
 
 
 @pytest.mark.parametrize(
