@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 import moekit
 from moekit import checkpoint
@@ -68,6 +69,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         launched = Launch.of()
         args = parse(argv)
+        if launched is not None and _contradicts(args.distributed_world_size, launched):
+            raise ValueError(
+                f"--distributed-world-size {args.distributed_world_size}, and the launcher started {launched.world_size} "
+                "processes: leave the option out"
+            )
         if launched is None:
             run(args)
         elif launched.rank > 0:
@@ -83,6 +89,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"python -m moekit.eval_lm: error: {said}", file=sys.stderr)
         return 1
     return 0
+
+
+def _contradicts(world_size: int, launched: Launch) -> bool:
+    """Whether ``--distributed-world-size`` was given, and not as the launcher has it. fairseq's default counts the GPUs."""
+    return world_size not in (launched.world_size, max(1, torch.cuda.device_count()))
 
 
 def _device(args: Namespace) -> str:

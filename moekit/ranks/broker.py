@@ -29,7 +29,7 @@ TIMES = 3
 ACTORS_LIMIT = 60.0
 
 # Seconds for the actors to end their ranks.
-END_LIMIT = 5.0
+END_LIMIT = 3.0
 
 
 class Refused(Exception):
