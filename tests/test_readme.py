@@ -17,12 +17,14 @@ PAGES = [
     for name in (
         "README.md",
         "moekit/README.md",
+        "moekit/ranks/README.md",
         "notebooks/README.md",
         "moekit/nn/kernels/README.md",
         "moekit/plugin/README.md",
         "moekit/demo/README.md",
         "moekit/routing/README.md",
         "docker/README.md",
+        "docker/cluster/README.md",
         "tests/README.md",
     )
 ]

@@ -7,6 +7,7 @@ not, and imports no Ray. It asks over a pipe; what Ray knows and what the nodes 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import socket
@@ -95,8 +96,10 @@ class Broker:
         self._actors: list[Any] = []
         self._places: list[dict[str, Any]] = []
         self._group: Any = None
-        # What is asked of actors and not answered yet: the reference, and who takes the answer.
-        self._asked: dict[Any, Callable[[Any, str | None], None]] = {}
+        # What is asked of actors and not answered yet, by its reference: how to ask again, and who takes the answer.
+        self._asked: dict[Any, tuple[Callable[[], Any] | None, Callable[[Any, str | None], None]]] = {}
+        # What is to be asked again, and when.
+        self._later: list[tuple[float, Callable[[], Any], Callable[[Any, str | None], None]]] = []
         self._saying = threading.Lock()
 
     def say(self, kind: str, content: Any) -> None:
@@ -211,7 +214,8 @@ class Broker:
     def start(self, orders: list[dict[str, Any]]) -> None:
         """Have every actor start its rank; "started" or "lost" comes for each."""
         for rank, (actor, order) in enumerate(zip(self._actors, orders, strict=True)):
-            self._ask(actor.start.remote(order), lambda pid, why, rank=rank: self._started(rank, pid, why))
+            start = functools.partial(actor.start.remote, order)
+            self._ask(start, lambda pid, why, rank=rank: self._started(rank, pid, why), again=False)
 
     def _started(self, rank: int, pid: int | None, why: str | None) -> None:
         if why is not None:
@@ -219,7 +223,7 @@ class Broker:
             return
         self.say("started", (rank, pid))
         self._ask(
-            self._actors[rank].wait.remote(),
+            self._actors[rank].wait.remote,
             lambda ended, why: self.say(
                 *(("ended", (rank, *ended)) if why is None else ("lost", (rank, why)))
             ),
@@ -228,24 +232,37 @@ class Broker:
     def look(self, rank: int) -> None:
         """Ask for the state of a rank's process; "looked" comes when its actor answers."""
         self._ask(
-            self._actors[rank].look.remote(),
+            self._actors[rank].look.remote,
             lambda seen, why: why is None and self.say("looked", (rank, seen)),
         )
 
-    def _ask(self, reference: Any, then: Callable[[Any, str | None], None]) -> None:
-        self._asked[reference] = then
+    def _ask(
+        self, call: Callable[[], Any], then: Callable[[Any, str | None], None], again: bool = True
+    ) -> None:
+        """Have ``then`` take the answer or why there is none; ``again`` asks once more where the message was lost."""
+        self._asked[call()] = (call if again else None, then)
 
     def listen(self) -> None:
         """Pass on the answers that have come."""
         import ray
 
+        due = [entry for entry in self._later if entry[0] <= time.monotonic()]
+        for entry in due:
+            self._later.remove(entry)
+            self._ask(*entry[1:])
         if not self._asked:
             return
         ready, _ = ray.wait(list(self._asked), num_returns=len(self._asked), timeout=0.02)
         for reference in ready:
-            then = self._asked.pop(reference)
+            call, then = self._asked.pop(reference)
             try:
                 answer, why = ray.get(reference), None
+            except ray.exceptions.ActorUnavailableError as error:
+                if call is not None:
+                    # A connection of Ray's was reset; whether the node is lost, others tell.
+                    self._later.append((time.monotonic() + 1.0, call, then))
+                    continue
+                answer, why = None, " ".join(str(error).split())[:600]
             except ray.exceptions.RayTaskError as error:
                 answer, why = None, str(error.cause)[:1000]
             except ray.exceptions.RayError as error:
