@@ -101,6 +101,7 @@ class Machines:
         path = [MINIMAL, os.environ.get("PYTHONPATH", "")]
         environment = os.environ | {
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_worker_niceness": "0",
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": os.pathsep.join(filter(None, path)),
         }

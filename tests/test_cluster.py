@@ -5,6 +5,7 @@ The machines are network namespaces of this host, each with a Ray node of its ow
 
 import contextlib
 import itertools
+import json
 import os
 import re
 import shutil
@@ -121,6 +122,43 @@ def test_four_ranks_on_two_machines_and_three_on_three_give_the_loss_of_one(firs
     found, said, nodes = figures(ranks="ray", world_size=3)
     assert found == pytest.approx(losses, rel=0, abs=1e-10) and said == text
     assert gone(actors(first))
+
+
+def test_a_notebook_on_four_ranks_of_two_machines_gives_the_loss_of_one(first, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "papermill",
+        "--no-progress-bar",
+        HERE / "notebooks" / "run_inference.ipynb",
+    ]
+    command += [
+        tmp_path / "out.ipynb",
+        "-p",
+        "output_dir",
+        tmp_path / "out",
+        "-p",
+        "ranks",
+        "ray",
+        "-p",
+        "world_size",
+        4,
+    ]
+    command += ["-p", "max_batches", 4, "-p", "max_new_tokens", 4]
+    environment = os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    with moekit.load("demo", 1, device="cpu", progress=False) as model:
+        model.ranks.call(one_thread)
+        p = found["parameters"]
+        wanted = model.evaluate(
+            "demo", p["subset"], p["tokens_per_sample"], p["batch_size"], max_batches=4, progress=False
+        )
+    assert found["loss_base2"] == pytest.approx(wanted.loss_base2, rel=0, abs=1e-10)
+    # The table of parts names each rank's node.
+    text = (tmp_path / "out.ipynb").read_text()
+    assert len(set(re.findall(r"10\.77\.0\.\d", text))) == 2
 
 
 def test_a_node_that_does_not_see_the_checkpoint_is_named_before_anything_is_loaded(first, hidden):

@@ -189,7 +189,10 @@ class Broker:
         nodes = list(dict.fromkeys(place["id"] for place in found))
         order = sorted(
             range(world_size),
-            key=lambda rank: (nodes.index(found[rank]["id"]), [int(gpu) for gpu in found[rank]["gpus"]]),
+            key=lambda rank: (
+                nodes.index(found[rank]["id"]),
+                [(len(gpu), gpu) for gpu in found[rank]["gpus"]],
+            ),
         )
         self._actors, self._places = [self._actors[rank] for rank in order], [found[rank] for rank in order]
         head = ray.get_runtime_context().gcs_address
