@@ -186,6 +186,8 @@ def test_a_node_that_does_not_see_the_checkpoint_is_named_before_anything_is_loa
             "no place for 1 ranks of 1 CPU and 1 GPU",
         ),
         ({"device": "cuda"}, "no node of the cluster has a GPU"),
+        ({"address": "ray://10.77.0.1:10001"}, "an address of Ray's client"),
+        ({"address": "10.77.0.1:1"}, "no Ray cluster answers at address='10.77.0.1:1' .*refused"),
         ({"interface": "ib7", "world_size": 1}, "interface='ib7' has no IPv4 address"),
     ],
 )

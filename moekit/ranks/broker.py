@@ -26,6 +26,9 @@ EACH, CONNECT, HEAD = 3.0, 2.5, 2.0
 # What is lost has not answered so many times in a row.
 TIMES = 3
 
+# Seconds for Ray's head to take a connection.
+HEAD_LIMIT = 10.0
+
 # Seconds for the actors to start once they have a place.
 ACTORS_LIMIT = 60.0
 
@@ -89,7 +92,7 @@ def has(nodes: list[dict[str, Any]]) -> str:
 
 
 class Broker:
-    """What the driver may ask for: ``place``, ``start`` and ``look``."""
+    """What the driver may ask for: ``join``, ``place``, ``start`` and ``look``."""
 
     def __init__(self, pipe: socket.socket):
         self._pipe = pipe
@@ -108,9 +111,40 @@ class Broker:
 
     # ------------------------------------------------------------------------------------------------ placing
 
+    def join(self, address: str) -> None:
+        """Join the cluster; Refused if none answers."""
+        import ray
+
+        known = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
+        if "://" in known:
+            raise Refused(
+                f"address={known!r} is an address of Ray's client: the driver runs on a machine of the cluster, since ranks "
+                "connect to it; start the notebook there, with the head's host:port"
+            )
+        host, _, port = known.rpartition(":")
+        # Ray itself waits for minutes.
+        why = (
+            links.reach([(host.strip("[]"), int(port))], HEAD_LIMIT)[0] if host and port.isdecimal() else None
+        )
+        if why is None:
+            try:
+                ray.init(
+                    address=address,
+                    log_to_driver=False,
+                    configure_logging=False,
+                    namespace=f"moekit-{os.getpid()}",
+                )
+                return
+            except (ConnectionError, RuntimeError, ValueError) as error:
+                why = str(error).splitlines()[0][:300]
+        at = f"address={address!r}" + (f", which is {known}" if known not in ("", address) else "")
+        raise Refused(
+            f"no Ray cluster answers at {at} ({why}): start one with `ray start --head`, or give RayRanks(address=...) its "
+            "head's"
+        )
+
     def place(
         self,
-        address: str,
         world_size: int | None,
         device: str,
         per_node: int | None,
@@ -119,29 +153,17 @@ class Broker:
         interface: str | None,
         wait: float,
     ) -> dict[str, Any]:
-        """Join the cluster and place an actor for each rank.
+        """Place an actor for each rank.
 
         Returns:
             ``device``; ``here``, this machine's address for the nodes; ``places``, what :meth:`Supervisor.about` says of
             each rank's node, those of one node next to each other.
 
         Raises:
-            Refused: there is no cluster, or not the place that is asked for.
+            Refused: the cluster does not have the place that is asked for.
         """
         import ray
 
-        try:
-            ray.init(
-                address=address,
-                log_to_driver=False,
-                configure_logging=False,
-                namespace=f"moekit-{os.getpid()}",
-            )
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise Refused(
-                f"no Ray cluster answers at address={address!r} ({str(error).splitlines()[0][:300]}): start one with `ray start "
-                "--head`, or give RayRanks(address=...) its head's"
-            ) from error
         for module in (supervisor, links, system):
             # Nodes get this code with the actor, so that it is the driver's version.
             ray.cloudpickle.register_pickle_by_value(module)

@@ -35,6 +35,9 @@ from moekit.ranks.watch import Watch, silence_limit
 # Seconds without a sign of life, less than on one machine: an error comes within 30 s of its cause.
 SILENCE = 20.0
 
+# Seconds to join the cluster.
+JOIN_LIMIT = 60.0
+
 # Seconds for the ranks' processes to connect to the driver, and for a rank to reach rank 0's store.
 CONNECT_LIMIT, STORE_LIMIT = 60.0, 15.0
 
@@ -95,7 +98,6 @@ class RayRanks(PipedRanks):
         if importlib.util.find_spec("ray") is None:
             raise ValueError('ranks="ray" needs the package ray: pip install "moekit[cluster]"')
         asked = {
-            "address": check("address", address, Text()),
             "world_size": check("world_size", world_size, Whole(optional=True)),
             "device": check("device", device, Choice(("auto", "cuda", "cpu"))),
             "per_node": check("gpus_per_node", gpus_per_node, Whole(optional=True)),
@@ -109,12 +111,13 @@ class RayRanks(PipedRanks):
         self._cluster = Cluster()
         self._end = weakref.finalize(self, _end_all, self._owner, self._pipes, self._cluster)
         try:
-            self._start(asked)
+            self._start(check("address", address, Text()), asked)
         except BaseException:
             self.close()
             raise
 
-    def _start(self, asked: dict[str, Any]) -> None:
+    def _start(self, address: str, asked: dict[str, Any]) -> None:
+        self._cluster.ask("join", JOIN_LIMIT, address=address)
         found = self._cluster.ask("place", asked["wait"] + START_LIMIT, **asked)
         places = found["places"]
         _check_alike(places, asked["interface"])
@@ -344,7 +347,9 @@ class Cluster:
             if self.faults:
                 raise RuntimeError(self.faults[0][1])
             if time.monotonic() > end:
-                raise TimeoutError(f"Ray has not answered in {seconds:g} s: see `ray status`")
+                raise TimeoutError(
+                    f"Ray has not answered in {seconds:g} s: see that its head runs (`ray status`)"
+                )
         return self._answers.pop(name)
 
     def start(self, orders: list[dict[str, Any]], nodes: list[str]) -> None:
