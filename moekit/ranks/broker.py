@@ -167,7 +167,7 @@ class Broker:
         for module in (supervisor, links, system):
             # Nodes get this code with the actor, so that it is the driver's version.
             ray.cloudpickle.register_pickle_by_value(module)
-        nodes = [node for node in ray.nodes() if node["Alive"]]
+        nodes = sorted((n for n in ray.nodes() if n["Alive"]), key=lambda node: node["NodeManagerAddress"])
         if device == "auto":
             device = "cuda" if any(node["Resources"].get("GPU") for node in nodes) else "cpu"
         if world_size is None:
