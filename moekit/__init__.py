@@ -7,6 +7,12 @@ import os
 # a decoded token of a small model took 15 to 140 ms, and 1.6 ms with threads that sleep. Read when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+from moekit.processes import forkserver
+
+if forkserver.in_notebook():
+    # The process that ranks are forked from imports torch while this one does.
+    forkserver.prepare_if_possible()
+
 from moekit.api import Model, load
 from moekit.nn.intervene import Force
 from moekit.ranks import RankError

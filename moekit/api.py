@@ -21,8 +21,9 @@ from moekit.interrupts import import_whole
 from moekit.nn.changes import changed
 from moekit.nn.operations import choose_backend
 from moekit.nn.record import Options
+from moekit.profiling import profile
 from moekit.progress import bar as progress_bar
-from moekit.ranks import LentRanks, RankError, Ranks, RayRanks, choose_devices, prepare, start
+from moekit.ranks import LentRanks, RankError, Ranks, RayRanks, choose_devices, prepare, ready, start
 from moekit.routing import trace as tracing
 from moekit.scoring import Evaluation, score_batches, summarize, warm_up
 from moekit.worker import loading
@@ -42,6 +43,8 @@ class Model(Handle):
     generate = generate
 
     stream = stream
+
+    profile = profile
 
     def evaluate(
         self,
@@ -209,6 +212,7 @@ def load(
     progress: bool = True,
     ranks: Ranks | str | None = None,
     verify: bool = True,
+    placement: Mapping[int, Sequence[int]] | None = None,
 ) -> Model:
     """Load a checkpoint of fairseq's ``moe`` branch onto ``world_size`` ranks.
 
@@ -235,6 +239,9 @@ def load(
             they can load another one.
         verify: compare the checksum of each tensor that is read with the file's, and warn of weights that are not finite.
             The result is remembered until a file changes, so that only the first load takes the time.
+        placement: for each layer with experts, the rank of each expert, such as
+            :func:`moekit.metrics.fitted_placement` finds; as many on each rank as without it. It changes who computes, and
+            no result. None: rank after rank in the order of the experts.
 
     Raises:
         ValueError: the checkpoint is incomplete, damaged or not what it should be, or an argument makes no sense.
@@ -258,21 +265,25 @@ def load(
         devices = _devices_of(ranks, world_size, device)
     files = ckpt.find(checkpoint)
     known = find_dictionary(files, dictionary)
-    plan = ckpt.survey(files, None if known is None else len(known))
-    plan = replace(plan, config=changed(plan.config, {} if config is None else config))
-    codec = None if bpe is None else find_codec(files, plan.config, bpe, known)
     pool = None
+    if ranks is None and len(devices) > 1 and ready():
+        # The ranks come up while the headers are read here.
+        pool = start(len(devices), devices[0].type, wait=False)
     try:
+        plan = ckpt.survey(files, None if known is None else len(known))
+        plan = replace(plan, config=changed(plan.config, {} if config is None else config))
+        codec = None if bpe is None else find_codec(files, plan.config, bpe, known)
         if ranks == "ray":
             # Only the cluster knows the devices.
             pool = RayRanks(world_size, device=device)
             devices = pool.devices
+        world_size = len(devices)
+        plan = replace(plan, slots=ckpt.slots_of(placement, plan.config, world_size))
         kind = weights_dtype(dtype, devices[0], plan)
         backend = choose_backend(backend, devices[0], kind)
         if pool is None:
-            pool = start(len(devices), devices[0].type) if ranks is None else LentRanks(ranks)
+            pool = start(world_size, devices[0].type) if ranks is None else LentRanks(ranks)
         _check_seen(pool, files)
-        world_size = pool.world_size
         model = Model(plan, files, pool, kind, known, codec)
         total = sum(source.bytes * (world_size if source.common else 1) for source in plan.sources)
         with progress_bar("loading", total, "B", show=progress) as bar:

@@ -360,6 +360,9 @@ def _sequence(one: str, number: int, value: Any) -> str | list[int]:
         ids = _items(value)
     except ValueError:
         ids = None
+    if ids is not None and set(map(type, ids)) == {int}:
+        # The usual case takes no call for each id.
+        return ids
     if ids is None or not all(_is_id(part) for part in ids):
         said = shown(value if ids is None else ids)
         raise ValueError(f"{one} {number} is {said}; expected a text or ids, which are whole numbers")

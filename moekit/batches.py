@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -36,6 +37,76 @@ class Batch:
         real = self.targets[row] != PAD
         real[: self.starts[row]] = False
         return real
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a rank knows of a step, whose batches have one shape and go to the ranks in turn.
+
+    Attributes:
+        batches: those of this rank, which run in one forward pass; none where the step has fewer batches than ranks.
+        count: the number of batches of all ranks.
+        shape: (B, T) of each batch.
+        padded: whether the batches have padding; either all have or none.
+        trailing: whether all padding of the step follows the text.
+    """
+
+    batches: Sequence[Batch]
+    count: int
+    shape: tuple[int, int]
+    padded: bool
+    trailing: bool
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as a few large arrays, which takes a tenth of the time that many small ones take."""
+        arrays = (np.concatenate([getattr(b, name) for b in self.batches] or [[]]) for name in _ARRAYS)
+        index = [batch.index for batch in self.batches]
+        return _unpickled, (index, *arrays, self.count, self.shape, self.padded, self.trailing)
+
+    def rows(self, world_size: int) -> int:
+        """The most tokens that any rank has."""
+        return -(-self.count // world_size) * self.shape[0] * self.shape[1]
+
+    def padding_matters(self, fraction: float | None) -> bool:
+        """Whether a pass needs a mask of the padding.
+
+        Causal attention ignores padding behind the text, and without a capacity it displaces no token.
+        """
+        return self.padded and (fraction is not None or not self.trailing)
+
+
+_ARRAYS = ("ids", "tokens", "targets", "starts")
+
+
+def _unpickled(
+    index: list[int],
+    ids: np.ndarray,
+    tokens: np.ndarray,
+    targets: np.ndarray,
+    starts: np.ndarray,
+    count: int,
+    shape: tuple[int, int],
+    padded: bool,
+    trailing: bool,
+) -> Share:
+    at = range(0, shape[0] * len(index), shape[0])
+    rows = [slice(start, start + shape[0]) for start in at]
+    batches = [
+        Batch(i, ids[row], tokens[row], targets[row], starts[row]) for i, row in zip(index, rows, strict=True)
+    ]
+    return Share(batches, count, shape, padded, trailing)
+
+
+def shares(step: Sequence[Batch], world_size: int) -> list[Share]:
+    """The share of each rank in a step."""
+    padded = step[0].padded()
+    trailing = not padded or all(
+        bool((np.diff((batch.tokens == PAD).astype(np.int8)) >= 0).all()) for batch in step
+    )
+    return [
+        Share(step[rank::world_size], len(step), step[0].tokens.shape, padded, trailing)
+        for rank in range(world_size)
+    ]
 
 
 def text_batches(

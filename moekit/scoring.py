@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from moekit.arguments import first_few
-from moekit.batches import Batch
+from moekit.batches import Batch, shares
 from moekit.handle import Handle
 from moekit.interrupts import import_whole
 from moekit.nn.intervene import Intervention
@@ -21,7 +21,7 @@ from moekit.nn.noise import Noise
 from moekit.nn.passes import Pass
 from moekit.nn.transformer import Transformer
 from moekit.progress import bar as progress_bar
-from moekit.ranks import Rank
+from moekit.ranks import Each, Rank
 from moekit.routing import trace as tracing
 from moekit.symbols import PAD
 from moekit.worker import scoring
@@ -80,7 +80,9 @@ def warm_up(
     if fresh:
         with progress_bar("warming up", len(fresh), " passes", show=progress, delay=1.0) as bar:
             for step in fresh.values():
-                model.ranks.call(scoring.score, [step], fraction=fraction, vocab=vocab, seed=0)
+                model.ranks.call(
+                    scoring.score, shared([step], model.world_size), fraction=fraction, vocab=vocab, seed=0
+                )
                 bar.update(1)
         model.warm |= fresh.keys()
 
@@ -198,7 +200,7 @@ def score_batches(
         while some := list(itertools.islice(steps, STEPS_A_CALL)):
             found = model.ranks.call(
                 scoring.score,
-                some,
+                shared(some, model.world_size),
                 fraction=fraction,
                 vocab=vocab,
                 seed=seed,
@@ -232,6 +234,11 @@ def plan_steps(batches: Iterable[Batch], world_size: int, tokens: int) -> Iterat
     for alike in shapes.values():
         size = world_size * max(1, tokens // alike[0].tokens.size)
         yield from (alike[i : i + size] for i in range(0, len(alike), size))
+
+
+def shared(steps: Sequence[Sequence[Batch]], world_size: int) -> Each:
+    """The argument ``steps`` of :func:`moekit.worker.scoring.score`: no rank is sent the tokens of another."""
+    return Each(list(zip(*(shares(step, world_size) for step in steps), strict=True)))
 
 
 def summarize(

@@ -193,7 +193,7 @@ def test_load_writes_its_files_unless_they_are_there(tmp_path):
 
 def test_what_does_not_fit_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(settings, "host_memory", lambda what: 10 << 20)
-    for name in ("score", "decode"):
+    for name in ("score", "decode", "padded"):
         (row,) = run(tmp_path, name, "--shape", "15b", "--device", "cpu")[name]
         assert row["figure"] is None and row["note"].startswith("does not fit: 54.4 GiB of weights, 0.0 GiB")
     monkeypatch.setattr(load.shutil, "disk_usage", lambda path: type("", (), {"free": 1 << 30}))
@@ -311,7 +311,7 @@ def test_two_ranks(tmp_path):
 @pytest.mark.slow
 def test_all_at_once(tmp_path):
     found = run(tmp_path, "all", "--shape", "tiny", "--device", "cpu", "--repeats", "1")
-    assert list(found) == ["score", "decode", "load", "moe-layer", "data", "routing", "network"]
+    assert list(found) == ["score", "decode", "load", "moe-layer", "padded", "data", "routing", "network"]
     assert all(found.values())
 
 

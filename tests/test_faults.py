@@ -391,7 +391,7 @@ def test_ranks_end_with_their_server_and_the_next_ones_start():
 
 @LINUX
 def test_the_server_ends_without_work_and_with_its_driver(monkeypatch, tmp_path):
-    monkeypatch.setattr("moekit.ranks.forkserver.IDLE", 0.5)
+    monkeypatch.setattr("moekit.processes.forkserver.IDLE", 0.5)
     monkeypatch.setenv("SEEN", "a server of its own")
     with start(2, "cpu") as pool:
         server = pool.call(parent)[0][0]

@@ -15,6 +15,7 @@ import moekit
 from moekit import ranks
 from moekit.batches import Batch
 from moekit.nn import graphs as graph
+from moekit.scoring import shared
 from moekit.symbols import PAD
 from moekit.worker import scoring as worker
 
@@ -88,7 +89,9 @@ def test_scoring_steps_that_differ_between_ranks(reference):
         return Batch(index, np.array([index]), tokens, targets, np.array([0]))
 
     def scores(model, steps):
-        parts = model.ranks.call(worker.score, steps, fraction=None, vocab=200, seed=1)
+        parts = model.ranks.call(
+            worker.score, shared(steps, model.world_size), fraction=None, vocab=200, seed=1
+        )
         found = {index: logprobs for part, _ in parts for index, logprobs in part}
         return [found[b.index][b.targets != PAD] for step in steps for b in step]
 

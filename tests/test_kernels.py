@@ -21,6 +21,7 @@ from branch_cases import BASE, CASES, build
 
 import moekit
 from moekit import checkpoint
+from moekit.batches import shares
 from moekit.bench.score import random_batch
 from moekit.nn import gate
 from moekit.nn import graphs as graph
@@ -568,7 +569,8 @@ def test_a_graph_decodes_what_single_kernels_do(reference, monkeypatch):
 
 def repeated(rank, steps):
     """Whether the rank scores ``steps``, which are alike, with a graph in the end; and its (index, scores)."""
-    scores, _ = worker.score(rank, steps, fraction=0.3, vocab=200, seed=1)
+    mine = [shares(step, rank.world_size)[rank.rank] for step in steps]
+    scores, _ = worker.score(rank, mine, fraction=0.3, vocab=200, seed=1)
     return rank.state["repeated"].graph is not None if "repeated" in rank.state else False, scores
 
 

@@ -1,5 +1,6 @@
 """The model beyond the recordings: caches, packing, precision, and randomness that does not know the world size."""
 
+import pickle
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ from branch_cases import BASE, build
 
 import moekit
 from moekit import checkpoint, ranks
-from moekit.batches import Batch
+from moekit.batches import Batch, shares, text_batches
 from moekit.fairseq_data import open_data
 from moekit.nn.cache import Cache
 from moekit.nn.config import ModelConfig
@@ -327,3 +328,16 @@ def test_tables_of_positions_are_as_long_as_a_pass_needs_and_stay_where_they_are
     ]
     with pytest.raises(ValueError, match="dim 3 are not defined; expected a dim of 4 or more"):
         sinusoids(4, 3, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_a_share_arrives_as_it_was_sent(count):
+    step = text_batches([list(range(5, 8 + n % 2)) for n in range(2 * count)], 2, 64)
+    for share in shares(step, 2):
+        found = pickle.loads(pickle.dumps(share))
+        assert (found.count, found.shape, found.padded, found.trailing) == (count, (2, 5), True, True)
+        assert [b.index for b in found.batches] == [b.index for b in share.batches]
+        for one, other in zip(found.batches, share.batches, strict=True):
+            for name in ("ids", "tokens", "targets", "starts"):
+                assert getattr(one, name).tolist() == getattr(other, name).tolist()
+                assert getattr(one, name).dtype == getattr(other, name).dtype

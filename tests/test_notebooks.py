@@ -1,5 +1,6 @@
 """The notebooks, run headless as a user does."""
 
+import gzip
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from nbclient import NotebookClient
 from test_project import ROOT
 
 import moekit
+from moekit.profiling import Profile
 
 pytestmark = pytest.mark.slow
 
@@ -79,6 +81,30 @@ def test_the_study_finds_what_is_known_of_the_demo(elsewhere):
         assert "%|" not in said and str(elsewhere) not in said and out.get("name") != "stderr"
 
 
+def test_where_the_time_goes_on_four_ranks(elsewhere):
+    small = {"batch_blocks": [1, 2], "steps": 2, "capacity_token_fraction": 0.2}
+    execute("profile_inference", elsewhere, world_size=4, device="cpu", output_dir="results", **small)
+    results = elsewhere / "results"
+    found = Profile.load(results / "profile_2.json.gz")
+    assert found.meta["world_size"] == 4 and found.meta["tokens"] == 2 * 256
+    # The shares of the table are those of the step that the clock of each rank measured.
+    parts = pd.read_csv(results / "parts.csv").set_index("part")
+    assert parts["seconds"].sum() == pytest.approx(found.profiled.mean(), rel=0.03)
+    assert {"attention", "gate", "dispatch", "experts up", "experts down", "combine", "waiting"} <= set(
+        parts.index
+    )
+    assert (pd.read_csv(results / "experts.csv").groupby("layer")["rank"].count() == 4).all()
+    saved = pd.read_csv(results / "saved.csv").set_index("placement")["saved of a step"]
+    assert saved["contiguous"] == 0 and saved["fitted"] > 0
+    events = json.loads(gzip.decompress((results / "trace.json.gz").read_bytes()))["traceEvents"]
+    lanes = {e["args"]["name"] for e in events if e["name"] == "process_name"}
+    assert lanes == {f"rank {rank}: {what}" for rank in range(4) for what in ("host", "parts")}
+    pictures = {"timeline", "parts", "experts", "roofline", "by_batch", "placements"}
+    assert {f"{name}.png" for name in pictures} | {"timeline.html"} <= {p.name for p in results.iterdir()}
+    for out in outputs(elsewhere / "profile_inference.ipynb"):
+        assert out.get("name") != "stderr" and "error" not in out.get("output_type", "")
+
+
 def test_load_shards_at_three_ranks(elsewhere):
     execute("load_shards", elsewhere, world_size=3, output_dir="results")
     shares = pd.read_csv(elsewhere / "results" / "shares.csv")
@@ -143,6 +169,7 @@ def test_moekits_errors_after_the_first_cell_take_one_line(elsewhere):
         ("run_inference", {"max_batches": 2, "max_new_tokens": 3}),
         ("load_shards", {}),
         ("inspect_routing", {"max_tokens": 1500}),
+        ("profile_inference", {"batch_blocks": [1], "steps": 1}),
         ("prepare_data", {}),
     ],
 )

@@ -178,13 +178,14 @@ def test_waiting_for_a_peer_has_an_end(pool):
 
 def gave_up(rank: ranks.Rank) -> str:
     """What scoring says on a rank that has given up waiting for a peer."""
-    from moekit.batches import text_batches
+    from moekit.batches import shares, text_batches
     from moekit.worker import scoring
 
     rank.state["model"] = model = whole()
     model.dispatch.check = lambda: (_ for _ in ()).throw(RuntimeError("a peer did not come"))
     try:
-        scoring.score(rank, [text_batches([[5, 6, 7]], 1, 64)], fraction=None, vocab=50, seed=1)
+        mine = shares(text_batches([[5, 6, 7]], 1, 64), 1)
+        scoring.score(rank, mine, fraction=None, vocab=50, seed=1)
     except RuntimeError as error:
         return str(error)
     return "nothing"

@@ -95,6 +95,33 @@ def test_what_inspect_routing_would_trip_over(changes, said):
         preflight.inspect_routing(given(**INSPECT | changes))
 
 
+PROFILE = {"mode": "decode", "batch_blocks": [1, 4], "steps": 3}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"batch_blocks": []}, r"batch_blocks=\[\]: expected one number of at least 1"),
+        ({"batch_blocks": [2, 0]}, r"batch_blocks=\[2, 0\]: expected one number of at least 1"),
+        (
+            {"steps": 61},
+            "steps=61: prompts of 128 tokens and the steps need 380 positions, and the model has 256",
+        ),
+        ({"data": "/nowhere"}, "/nowhere"),
+        ({"checkpoint": "/nowhere"}, "/nowhere does not exist"),
+    ],
+)
+def test_what_profile_inference_would_trip_over(changes, said):
+    names = ("checkpoint", "data", "world_size", "device", "output_dir")
+    whole = {name: getattr(given(), name) for name in names} | PROFILE
+    assert preflight.profile_inference(SimpleNamespace(**whole)).experts == 16
+    assert (
+        preflight.profile_inference(SimpleNamespace(**whole | {"mode": "score", "steps": 61})).experts == 16
+    )
+    with pytest.raises(ParameterError, match=said):
+        preflight.profile_inference(SimpleNamespace(**whole | changes))
+
+
 def test_a_trace_of_another_model_is_said(tmp_path):
     trace, _ = synthetic(tokens=64, layers=(1, 3), experts=8)
     trace.save(tmp_path / "t.parquet")

@@ -15,6 +15,7 @@ from synthetic_traces import synthetic
 
 import moekit
 from moekit import checkpoint
+from moekit.batches import shares
 from moekit.handle import fingerprint
 from moekit.nn.cache import Cache
 from moekit.nn.ffn import activation_fn
@@ -165,7 +166,8 @@ def score_observed(rank, steps, options, fraction):
     modules = [m for m in rank.state["model"].modules() if isinstance(m, MoE)]
     hooks = [module.register_forward_hook(hook) for module in modules]
     try:
-        _, parts = worker.score(rank, steps, fraction=fraction, vocab=200, seed=1, trace=options)
+        mine = [shares(step, rank.world_size)[rank.rank] for step in steps]
+        _, parts = worker.score(rank, mine, fraction=fraction, vocab=200, seed=1, trace=options)
     finally:
         for one in hooks:
             one.remove()

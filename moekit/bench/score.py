@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from moekit.api import Model
-from moekit.batches import Batch
+from moekit.batches import Batch, shares
 from moekit.bench import measure, shapes
 from moekit.bench.figures import GIB, Figure, spread
 from moekit.bench.measure import Ceilings
@@ -167,9 +167,10 @@ def score(rank: Rank, blocks: int, repeats: int) -> Scored:
     model: Transformer = rank.state["model"]
     length, vocab = model.config.max_positions, model.config.vocab_rows
     step = [random_batch(i, length, vocab) for i in range(blocks * rank.world_size)]
+    share = shares(step, rank.world_size)[rank.rank]
 
     def work() -> list[tuple[int, np.ndarray]]:
-        return worker.score(rank, [step], fraction=FRACTION, vocab=vocab, seed=1)[0]
+        return worker.score(rank, [share], fraction=FRACTION, vocab=vocab, seed=1)[0]
 
     quiet, rank.send_report = rank.send_report, None
     try:

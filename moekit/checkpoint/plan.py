@@ -20,6 +20,7 @@ from moekit.checkpoint.contents import clip
 from moekit.checkpoint.files import Files, find
 from moekit.checkpoint.inspection import Inspection, NonFinite, Wanted, warn_unchecked
 from moekit.checkpoint.keys import NUMBER, OUTPUT_KEYS, SHARED_KEY, Place, key_of, name_of, places
+from moekit.checkpoint.placement import reached, slotted
 from moekit.checkpoint.reading import Source, Weights, read, stamp
 from moekit.checkpoint.shards import EXPERT, tensors
 from moekit.nn.config import ModelConfig
@@ -36,6 +37,8 @@ class Plan:
     # Files that `survey` has mapped already, so that `fill` in the same process need not parse them again (a few ms
     # each). `fill` takes them out. They are not pickled.
     opened: dict[Path, Weights] = field(default_factory=dict, repr=False, compare=False)
+    # For each MoE layer, the slot [E] of each expert; without it, expert e has slot e. Ranks hold consecutive slots.
+    slots: dict[int, tuple[int, ...]] = field(default_factory=dict, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"opened": {}}
@@ -55,7 +58,7 @@ class Plan:
 
     def needed(self, held: range) -> list[Source]:
         """The files a rank with the experts ``held`` opens: what is shared, and those with an expert of its own."""
-        return [s for s in self.sources if s.common or any(expert in s.experts for expert in held)]
+        return [s for s in self.sources if s.common or reached(s.experts, held, self.slots)]
 
 
 def survey(files: Files, dictionary: int | None = None) -> Plan:
@@ -256,11 +259,7 @@ def _unfold(target: Place) -> list[Place]:
 
 
 class Filled(dict[Place, int]):
-    """How often each place was filled: once.
-
-    Attributes:
-        nonfinite: tensors with weights that are not finite.
-    """
+    """How often each place was filled: once; ``nonfinite`` are the tensors with weights that are not finite."""
 
     nonfinite: list[NonFinite]
 
@@ -293,9 +292,10 @@ def fill(
     def wanted(source: Source, weights: Weights) -> Iterator[tuple[Wanted, Tensor]]:
         """What is read of each tensor, and where it goes."""
         for key, tensor, target in places(source, weights, plan.config):
-            if target.part == "expert" and target.expert not in held:
+            slot = slotted(target, plan.slots)
+            if slot.part == "expert" and slot.expert not in held:
                 continue
-            view = target.of(parameters[target.name].data, held.start)
+            view = slot.of(parameters[target.name].data, held.start)
             begin = 0
             if key in weights.cut:
                 begin = weights.cut[key][0]
@@ -324,11 +324,12 @@ def fill(
                 yield copying.Piece(f"{source.path}: {key}", tensor, view, checks.get(key))
 
     copying.copy(pieces(), next(iter(parameters.values())).device, threads, progress)
+    numbers = {slotted(at, plan.slots): sum(len(some) for some, _ in by) for at, by in filled.items()}
     for name, parameter in parameters.items():
         for part in _parts(name, parameter):
             count = part.count(parameter)
             target = replace(part, expert=held.start + part.expert) if part.part == "expert" else part
-            found = sum(map(len, (numbers for numbers, _ in filled[target])))
+            found = numbers.get(target, 0)
             if found != count:
                 raise ValueError(
                     f"{found:,} of {count:,} numbers of {name_of(target)} were filled; did the files change meanwhile?"

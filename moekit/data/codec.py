@@ -87,10 +87,10 @@ class Codec:
         return self._bytes.get(number) or self.dictionary.symbols[number].encode()
 
     def _checked(self, ids: Iterable[int]) -> list[int]:
-        numbers = [int(number) for number in ids]
-        for number in numbers:
-            if not 0 <= number < len(self):
-                raise ValueError(f"id {number} is outside the dictionary, whose ids are 0 to {len(self) - 1}")
+        numbers, types = list(map(int, ids)), len(self)
+        for number in (min(numbers), max(numbers)) if numbers else ():
+            if not 0 <= number < types:
+                raise ValueError(f"id {number} is outside the dictionary, whose ids are 0 to {types - 1}")
         return numbers
 
 

@@ -89,7 +89,8 @@ class Generation:
         finish_reason: "length" after ``max_new_tokens`` tokens; "stop" after a stop text or, in a beam search, ``</s>``.
         score: the sum of ``logprobs``. For a beam search, it is the score by which fairseq ranks: the mean
             log-probability over prompt and new tokens.
-        alternatives: for each token the best tokens at its position, (id, logprob) each, as many as the request asks for.
+        alternatives: for each token the best tokens at its position, (id, logprob) each, as many as the request asks for;
+            empty if it asks for none.
         trace: the routing of the prompt and of all new tokens but the last, which is never an input; None if the request
             asks for no trace.
     """
@@ -234,7 +235,7 @@ class Request:
             logprobs=logprobs,
             finish_reason=bursts[-1].finish_reason,
             score=float(logprobs.sum(dtype=np.float64)),
-            alternatives=[row for burst in bursts for row in burst.alternatives],
+            alternatives=[row for burst in bursts if burst.best.size for row in burst.alternatives],
         )
 
 

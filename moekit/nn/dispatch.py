@@ -20,6 +20,7 @@ from torch import Tensor
 
 from moekit.nn.experts import Assignment, Experts
 from moekit.nn.gate import sort_by_expert
+from moekit.nn.parts import is_part, part
 
 # Its name from torch 2.13 on, and before.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -110,7 +111,8 @@ class AllToAll:
         mine = self.deal[self.rank]
         # How many choices of each rank are of each expert held here.
         arriving = counts.new_empty(self.world_size * mine)
-        dist.all_to_all_single(arriving, counts, [mine] * self.world_size, self.deal, group=self.group)
+        with part("exchange"):
+            dist.all_to_all_single(arriving, counts, [mine] * self.world_size, self.deal, group=self.group)
         arriving = arriving.view(self.world_size, mine)
         # How many rows go where is the one question to the device.
         leaving = torch.stack([part.sum() for part in counts.split(self.deal)])
@@ -139,7 +141,8 @@ class AllToAll:
         done = experts(everything, Assignment(*sort_by_expert(chosen, mine), choices))  # [W M K, D]
 
         home = torch.empty_like(done)
-        dist.all_to_all_single(home, done, group=self.group)
+        with part("exchange"):
+            dist.all_to_all_single(home, done, group=self.group)
         # Of what the ranks computed for one choice, all but one is zero.
         home = home.view(self.world_size, rows * choices, -1).sum(0)
         weights = assignment.weights
@@ -213,7 +216,8 @@ class Hierarchical:
         to_ranks = leaving.new_zeros(self.world_size)
         to_ranks[self.gateways] = leaving
         from_ranks = torch.empty_like(to_ranks)
-        dist.all_to_all_single(from_ranks, to_ranks)
+        with part("exchange"):
+            dist.all_to_all_single(from_ranks, to_ranks)
         to_ranks, from_ranks = torch.stack([to_ranks, from_ranks]).tolist()
 
         # The number of an expert on its machine; -1 for the choices that are none of it.
@@ -249,12 +253,14 @@ class Hierarchical:
         done = experts(everything, Assignment(*sort_by_expert(chosen, mine), choices))  # [L C M K, D]
 
         made = torch.empty_like(done)
-        dist.all_to_all_single(made, done, group=within.group)
+        with part("exchange"):
+            dist.all_to_all_single(made, done, group=within.group)
         # Of what the ranks of a machine computed for one choice, all but one is zero.
         made = made.view(within.world_size, len(weights), -1).sum(0) * weights[:, None]
         made = made.view(self.machines * rows, choices, -1).sum(dim=1)  # [C M, D]
         home = torch.empty_like(made)
-        dist.all_to_all_single(home, made, group=self.column)
+        with part("exchange"):
+            dist.all_to_all_single(home, made, group=self.column)
         home = home.view(self.machines, rows, -1).sum(0)[: len(x)]
         return F.pad(home[:, None], (0, 0, 0, choices - 1)).flatten(0, 1)
 
@@ -267,6 +273,7 @@ def expert_of(assignment: Assignment) -> Tensor:
     return torch.empty_like(order).scatter(0, order, expert)
 
 
+@is_part("exchange")
 def gather(rows: Tensor, world_size: int, group: dist.ProcessGroup | None = None) -> Tensor:
     """What each rank has, one after the other, all of one shape."""
     found = rows.new_empty(world_size * len(rows), *rows.shape[1:])
@@ -274,6 +281,7 @@ def gather(rows: Tensor, world_size: int, group: dist.ProcessGroup | None = None
     return found
 
 
+@is_part("exchange")
 def exchange(
     rows: Tensor, to_ranks: list[int], from_ranks: list[int], group: dist.ProcessGroup | None = None
 ) -> Tensor:

@@ -55,6 +55,8 @@ class Graph:
     """A graph of ``work`` on tensors of the shapes of ``inputs``; all other tensors in it must keep their addresses."""
 
     def __init__(self, work: Callable[..., Tensor | None], *inputs: Tensor):
+        # A profiler runs the work outside of the graph, to learn which kernel belongs to which part.
+        self.work = work
         self.inputs = [tensor.clone() for tensor in inputs]
         aside = capturing(torch.cuda.current_device())
         aside.wait_stream(torch.cuda.current_stream())

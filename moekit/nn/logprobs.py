@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moekit.nn.parts import is_part
 from moekit.nn.passes import Pass
 from moekit.nn.transformer import Transformer
 
@@ -23,6 +24,7 @@ def predictions(model: Transformer, features: Tensor, vocab: int) -> Tensor:
     return torch.cat(parts).view(features.shape[:2])
 
 
+@is_part("log-probabilities")
 def log_probs(model: Transformer, features: Tensor, targets: Tensor, vocab: int) -> Tensor:
     """[B, T, D] features and [B, T] targets -> float32 [B, T] natural log-probabilities, over ``vocab`` types."""
     parts = [

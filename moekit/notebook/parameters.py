@@ -35,6 +35,7 @@ from moekit.arguments import (
 from moekit.data.sources import CHECKPOINTS
 from moekit.generation.request import KINDS
 from moekit.notebook import errors
+from moekit.profiling.run import MODES
 
 
 @dataclass(frozen=True)
@@ -155,6 +156,19 @@ STUDY_ROUTING: Table = {
     "mask": Pairs(optional=True),
     "resamples": Whole(),
     "seed": Whole(0),
+}
+
+PROFILE_INFERENCE: Table = {
+    "checkpoint": Place(),
+    "data": Place(),
+    "world_size": Whole(optional=True),
+    "device": MODEL["device"],
+    "dtype": MODEL["dtype"],
+    "mode": Choice(MODES),
+    "batch_blocks": Wholes(),
+    "steps": Whole(),
+    "capacity_token_fraction": Capacity(),
+    "output_dir": Place(),
 }
 
 # names that mean a parameter of another name

@@ -21,6 +21,7 @@ from moekit.generation.run import generate
 from moekit.nn import intervene
 from moekit.nn.config import ModelConfig
 from moekit.notebook.parameters import GENERATION
+from moekit.profiling.run import positions
 from moekit.routing.domains import lines_of
 from moekit.routing.trace import Trace
 
@@ -133,6 +134,19 @@ def study_routing(p: SimpleNamespace) -> ModelConfig:
         )
     if p.mask:
         _said(lambda: intervene.plan(config, mask=p.mask))
+    return config
+
+
+def profile_inference(p: SimpleNamespace) -> ModelConfig:
+    """As :func:`load_shards`; the data is there and the model's, and there are blocks to profile."""
+    given = SimpleNamespace(**vars(p), bpe=None, subset="valid", tokens_per_sample=None)
+    config = load_shards(given)
+    _data(given, config)
+    if not p.batch_blocks or not all(p.batch_blocks):
+        raise ParameterError(
+            f"batch_blocks={p.batch_blocks}: expected one number of at least 1 or more of them"
+        )
+    _said(positions, config, p.mode, p.steps, config.max_positions)
     return config
 
 

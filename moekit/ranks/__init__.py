@@ -8,9 +8,9 @@ caller's ``__main__`` again in each of them. No rank outlives its driver, howeve
 Another kind of pool is another subclass of :class:`Ranks`: functions that run on a rank see a :class:`Rank` alone.
 """
 
-from moekit.ranks.base import Rank, RankError, Ranks
+from moekit.ranks.base import Each, Rank, RankError, Ranks
 from moekit.ranks.devices import choose_devices
-from moekit.ranks.launch import prepare
+from moekit.ranks.launch import prepare, ready
 from moekit.ranks.lent import LentRanks
 from moekit.ranks.pools import start
 from moekit.ranks.ray_ranks import RayRanks
@@ -19,6 +19,7 @@ from moekit.ranks.system import usable_cores
 from moekit.ranks.this_process import ThisProcess
 
 __all__ = [
+    "Each",
     "LentRanks",
     "Rank",
     "RankError",
@@ -28,6 +29,7 @@ __all__ = [
     "ThisProcess",
     "choose_devices",
     "prepare",
+    "ready",
     "start",
     "usable_cores",
 ]

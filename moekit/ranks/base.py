@@ -3,7 +3,7 @@
 import socket
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -65,6 +65,18 @@ class Rank:
             self.send_report(message)
 
 
+@dataclass(frozen=True)
+class Each:
+    """An argument of a call that differs from rank to rank: rank r gets ``parts[r]``."""
+
+    parts: Sequence[Any]
+
+
+def own(value: Any, rank: int) -> Any:
+    """What ``rank`` gets of the argument ``value`` of a call."""
+    return value.parts[rank] if isinstance(value, Each) else value
+
+
 class Ranks(ABC):
     """A pool of ranks. A context manager; closing it twice is fine.
 
@@ -87,6 +99,7 @@ class Ranks(ABC):
     ) -> list[Any]:
         """Run ``fn(rank, *args, **kwargs)`` on every rank and return the results in rank order.
 
+        Of an argument in ``args`` that is an :class:`Each`, a rank gets its own part alone.
         ``on_report(rank_index, message)`` is called here while the ranks run. Results are pickled: move tensors
         to the CPU first, and know that arrays travel faster. Raises RankError when a rank raises, dies or gives no
         sign of life, TimeoutError when ``timeout`` seconds are over, RuntimeError when the pool is closed or busy.

@@ -18,7 +18,8 @@ from typing import Any
 
 import cloudpickle
 
-from moekit.ranks import channel, links, supervisor, system
+from moekit.processes import channel
+from moekit.ranks import links, supervisor, system
 
 # Seconds between two looks at the links between nodes, for one connection, and between two looks at the head.
 EACH, CONNECT, HEAD = 3.0, 2.5, 2.0

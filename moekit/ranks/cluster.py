@@ -15,7 +15,7 @@ from typing import Any
 import cloudpickle
 
 from moekit.interrupts import hold_interrupts
-from moekit.ranks import channel
+from moekit.processes import channel
 from moekit.ranks.piped import Member, read_tail
 from moekit.ranks.system import Process
 

@@ -26,7 +26,8 @@ import torch
 import torch.distributed as dist
 
 from moekit.interrupts import hold_interrupts
-from moekit.ranks import channel, links
+from moekit.processes import channel
+from moekit.ranks import links
 from moekit.ranks.base import Rank, headline
 from moekit.ranks.launch import launch
 from moekit.ranks.piped import START_LIMIT, Member, PipedRanks

@@ -8,14 +8,21 @@ import subprocess
 import sys
 from pathlib import Path
 
-from moekit.ranks import forkserver
+from moekit.processes import forkserver
 from moekit.ranks.base import Rank
 
 
 def prepare() -> None:
     """Let a server start meanwhile, from which ranks are forked: worth it before a second of other work."""
-    if forkserver.available():
-        forkserver.prepare()
+    forkserver.prepare_if_possible()
+
+
+def ready() -> bool:
+    """Whether ranks can be forked at once."""
+    try:
+        return forkserver.available() and forkserver.prepare().ready
+    except OSError:
+        return False
 
 
 def await_server() -> forkserver.Server | None:

@@ -19,9 +19,9 @@ import cloudpickle
 import torch
 
 from moekit.interrupts import hold_interrupts
-from moekit.ranks import channel
+from moekit.processes import channel
 from moekit.ranks import watch as watching
-from moekit.ranks.base import RankError, Ranks, forked, gone, headline
+from moekit.ranks.base import Each, RankError, Ranks, forked, gone, headline, own
 from moekit.ranks.watch import Watch
 
 # Seconds for the interpreters to start, import torch and join the process group.
@@ -80,14 +80,15 @@ class PipedRanks(Ranks):
         if not self._end.alive:
             raise gone(self._why_gone)
         operation = getattr(fn, "__name__", type(fn).__name__)
-        job = cloudpickle.dumps((fn, args, kwargs))
+        jobs = self._jobs(fn, args, kwargs)
         me = object()
         try:
             with self._lock:
                 if self._caller is not None:
                     raise RuntimeError("the ranks are busy with another call: wait for it to end")
                 self._caller = me
-            return self._run(operation, job, timeout, on_report)
+            self._await_joined()
+            return self._run(operation, self._outgoing(jobs), timeout, on_report)
         except BaseException as error:
             if self._caller is me:
                 self._give_up(operation, error)
@@ -95,6 +96,21 @@ class PipedRanks(Ranks):
         finally:
             if self._caller is me:
                 self._caller = None
+
+    def _jobs(self, fn: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> list[bytes]:
+        """What is sent to each rank; made once where all get the same."""
+        if not any(isinstance(arg, Each) for arg in args):
+            return [cloudpickle.dumps((fn, args, kwargs))] * self.world_size
+        return [
+            cloudpickle.dumps((fn, tuple(own(arg, rank) for arg in args), kwargs))
+            for rank in range(self.world_size)
+        ]
+
+    def _outgoing(self, jobs: list[bytes]) -> dict[int, channel.Outgoing]:
+        return {rank: channel.Outgoing(pipe, jobs[rank]) for rank, pipe in enumerate(self._pipes)}
+
+    def _await_joined(self) -> None:
+        """Wait until the ranks have come up, where they did not before."""
 
     def _give_up(self, operation: str, error: BaseException) -> None:
         """End the ranks after an error in a call; the error is another one where that tells more."""
@@ -109,10 +125,13 @@ class PipedRanks(Ranks):
         self.close()
 
     def _run(
-        self, operation: str, job: bytes, timeout: float | None, on_report: Callable[[int, Any], None] | None
+        self,
+        operation: str,
+        unsent: dict[int, channel.Outgoing],
+        timeout: float | None,
+        on_report: Callable[[int, Any], None] | None,
     ) -> list[Any]:
         watch = Watch(operation, self._members, self._silence, self._joined)
-        unsent = {rank: channel.Outgoing(pipe, job) for rank, pipe in enumerate(self._pipes)}
         results: dict[int, Any] = {}
         while watch.at_work:
             left = self._left(watch, timeout)

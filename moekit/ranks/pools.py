@@ -1,6 +1,6 @@
 """Which pool of ranks is started."""
 
-from moekit.ranks.base import Ranks
+from moekit.ranks.base import Rank, Ranks
 from moekit.ranks.devices import choose_devices
 from moekit.ranks.spawned import SpawnedRanks
 from moekit.ranks.this_process import ThisProcess
@@ -8,7 +8,11 @@ from moekit.ranks.watch import silence_limit
 
 
 def start(
-    world_size: int | None, device: str = "auto", timeout: float = 1800.0, silence: float | None = None
+    world_size: int | None,
+    device: str = "auto",
+    timeout: float = 1800.0,
+    silence: float | None = None,
+    wait: bool = True,
 ) -> Ranks:
     """Start ``world_size`` ranks on this machine.
 
@@ -18,6 +22,8 @@ def start(
         timeout: seconds that a collective may wait, and that a call without a limit of its own may make no progress.
         silence: seconds that a rank may give no sign of life before a call ends with its name. None: those of the
             environment's ``MOEKIT_SILENCE``, or 30.
+        wait: whether to return only when all ranks have come up; otherwise the first call waits for them, and raises
+            what went wrong.
 
     Raises:
         ValueError: a world size, device or limit that cannot be.
@@ -26,4 +32,11 @@ def start(
     """
     devices = choose_devices(world_size, device)
     limit = silence_limit(silence)
-    return ThisProcess(devices) if len(devices) == 1 else SpawnedRanks(devices, timeout, limit)
+    pool = ThisProcess(devices) if len(devices) == 1 else SpawnedRanks(devices, timeout, limit)
+    if wait:
+        pool.call(come_up)
+    return pool
+
+
+def come_up(rank: Rank) -> None:
+    """Nothing: it can only be run by a rank that has come up."""

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from moekit.arguments import Choice, Flag, Number, Text, Whole, check
-from moekit.ranks import channel, links
+from moekit.processes import channel
+from moekit.ranks import links
 from moekit.ranks.base import RankError
 from moekit.ranks.cluster import Cluster
 from moekit.ranks.piped import START_LIMIT, PipedRanks
@@ -172,9 +173,9 @@ class RayRanks(PipedRanks):
             links.keep_alive(pipe, self._silence)
         return [came[rank] for rank in range(self.world_size)]
 
-    def _run(self, operation, job, timeout, on_report):
+    def _run(self, *asked):
         self._cluster.listen()
-        return super()._run(operation, job, timeout, on_report)
+        return super()._run(*asked)
 
     def _fault(self, watch: Watch) -> Exception | None:
         """What the cluster says of nodes, links and its head. A node's fault is its first rank's."""

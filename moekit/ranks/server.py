@@ -19,7 +19,7 @@ import cloudpickle
 import torch
 import torch.distributed as dist
 
-from moekit.ranks import channel
+from moekit.processes import channel
 from moekit.ranks.base import Rank, headline
 from moekit.ranks.watch import BEAT
 
@@ -189,6 +189,8 @@ def _init(me: Rank, store: dist.Store, timeout: float) -> None:
     on_gpu = me.device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(me.device)
+        # The GPU's context takes a while, in which the driver reads the checkpoint's headers.
+        torch.empty(1, device=me.device)
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",
         store=store,

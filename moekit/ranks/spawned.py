@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 
 from moekit.interrupts import hold_interrupts
-from moekit.ranks import channel
+from moekit.processes import channel
+from moekit.processes.forkserver import Forked, Server
 from moekit.ranks.base import Rank, headline
-from moekit.ranks.forkserver import Forked, Server
 from moekit.ranks.launch import await_server, launch
 from moekit.ranks.piped import START_LIMIT, Member, PipedRanks, read_tail
 from moekit.ranks.server import join
@@ -63,7 +63,10 @@ class Child(Member):
 
 
 class SpawnedRanks(PipedRanks):
-    """Several ranks of this machine, a process each."""
+    """Several ranks of this machine, a process each.
+
+    The ranks come up while the driver does something else, and the first call waits for them.
+    """
 
     def __init__(self, devices: list[torch.device], timeout: float, silence: float):
         super().__init__(devices, timeout, silence)
@@ -74,14 +77,25 @@ class SpawnedRanks(PipedRanks):
             )
             server = await_server()
             self._incoming = [self._launch(rank, server) for rank in range(self.world_size)]
+            jobs = self._jobs(join, (str(self._folder / "rendezvous"), timeout), {})
+            # The first job, until the ranks have done it.
+            self._joining: dict[int, channel.Outgoing] | None = self._outgoing(jobs)
+            for message in self._joining.values():
+                with contextlib.suppress(ConnectionError):
+                    # A short message passes at once.
+                    message.write()
         except BaseException as error:
             if hasattr(self, "_end"):
                 self.close()
             if isinstance(error, OSError):
                 raise RuntimeError(_cannot_start(error)) from error
             raise
-        self.call(join, str(self._folder / "rendezvous"), timeout, timeout=START_LIMIT)
-        self._joined = True
+
+    def _await_joined(self) -> None:
+        if (joining := self._joining) is not None:
+            self._joining = None
+            self._run("join", joining, START_LIMIT, None)
+            self._joined = True
 
     def _launch(self, rank: int, server: Server | None) -> channel.Incoming:
         """Start one rank, at the end of a pipe."""

@@ -5,7 +5,7 @@ import os
 
 import torch
 
-from moekit.ranks.base import Rank, RankError, Ranks, forked, gone, headline
+from moekit.ranks.base import Rank, RankError, Ranks, forked, gone, headline, own
 from moekit.ranks.system import usable_cores
 
 
@@ -36,7 +36,7 @@ class ThisProcess(Ranks):
         )
         try:
             with here:
-                return [fn(self._rank, *args, **kwargs)]
+                return [fn(self._rank, *(own(arg, 0) for arg in args), **kwargs)]
         except (Exception, SystemExit) as error:
             raise RankError(0, f"raised {headline(error)}") from error
 

@@ -35,6 +35,8 @@ def load(rank: Rank, plan: checkpoint.Plan, dtype: torch.dtype, backend: str, ve
     model = empty(rank, plan.config, dtype, backend)
     share = (rank.rank, rank.world_size)
     filled = checkpoint.fill(model, plan, held, rank.report, rank.cores, verify, share)
+    for layer, slots in plan.slots.items():
+        model.layers[layer].moe.slots = torch.tensor(slots, device=rank.device)
     rank.state["model"] = model
     parameters = list(model.parameters())
     return {

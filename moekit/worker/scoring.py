@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moekit.batches import Batch
+from moekit.batches import Batch, Share
 from moekit.nn import graphs
 from moekit.nn.dispatch import Local
 from moekit.nn.intervene import Intervention
@@ -30,7 +30,7 @@ GRAPH = "repeated"
 @torch.inference_mode()
 def score(
     rank: Rank,
-    steps: Sequence[Sequence[Batch]],
+    steps: Sequence[Share],
     *,
     fraction: float | None,
     vocab: int,
@@ -41,8 +41,8 @@ def score(
     """Log-probabilities of the targets of this rank's share of every step's batches.
 
     Args:
-        steps: the batches of each step, which have one shape; rank r takes every W-th batch from r on, in one forward
-            pass. In a step with fewer batches than ranks, a rank without batches only runs its experts for the others.
+        steps: this rank's share of each step, which it runs in one forward pass. A rank without batches only runs its
+            experts for the others.
         vocab: types of the dictionary; the distribution is over these.
         seed: the seed, combined with the batch's index, of the noise that some gates draw; it gives the same noise at
             any world size.
@@ -59,16 +59,16 @@ def score(
     # A GPU runs one step while the host launches the next one.
     under_way: tuple[Sequence[Batch], Tensor] | None = None
     for step in steps:
-        mine = step[rank.rank :: rank.world_size]
+        mine = step.batches
         inputs = Inputs.of(mine, rank.device) if mine else None
-        rows = rows_of(step, rank.world_size)
-        asked = ask(mine, inputs, fraction, seed, trace, intervention) if inputs is not None else Pass()
+        asked = ask(step, inputs, fraction, seed, trace, intervention) if inputs is not None else Pass()
         captured = worth_capturing(model, asked, step, rank.world_size)
         if not captured:
             # A large pass may need the memory of the graph. The other ranks drop their graphs in the same step.
             rank.state.pop(GRAPH, None)
             rank.state.pop(SPARE, None)
-        asked.rows_expected = rows if captured or model.dispatch.by_expectation else None
+        by_expectation = captured or model.dispatch.by_expectation
+        asked.rows_expected = step.rows(rank.world_size) if by_expectation else None
         if inputs is None:
             model.serve(asked.rows_expected)
             continue
@@ -104,52 +104,47 @@ class Inputs(NamedTuple):
 
 
 def ask(
-    batches: Sequence[Batch],
+    step: Share,
     inputs: Inputs,
     fraction: float | None,
     seed: int,
     trace: Options | None,
     intervention: Intervention | None,
 ) -> Pass:
-    """A pass over ``batches``, in which each batch is a routing group."""
+    """A pass over this rank's batches of ``step``, in which each batch is a routing group."""
     asked = Pass(
         fraction=fraction,
-        groups=len(batches),
-        noise=Noise(seed, [b.index for b in batches]),
+        groups=len(step.batches),
+        noise=Noise(seed, [b.index for b in step.batches]),
         record=None if trace is None else Recorder(trace),
     )
     if intervention is not None:
         positions = torch.arange(inputs.tokens.shape[1], device=inputs.tokens.device)
         intervention.apply(asked, torch.from_numpy(inputs.samples).to(positions.device), positions)
-    if padding_matters(batches, asked.fraction):
+    if step.padding_matters(asked.fraction):
         asked.padding = inputs.tokens == PAD
     return asked
 
 
-def worth_capturing(model: Transformer, asked: Pass, step: Sequence[Batch], world_size: int) -> bool:
+def worth_capturing(model: Transformer, asked: Pass, step: Share, world_size: int) -> bool:
     """Whether the ranks run passes like ``step`` as a graph.
 
     The result has to be the same on all ranks, so it depends only on the whole step and on arguments that all ranks have.
     If a rank has no batches, the first condition is false on every rank.
     """
     return (
-        len(step) >= world_size
-        and graphs.few(model, rows_of(step, world_size), world_size)
+        step.count >= world_size
+        and graphs.few(model, step.rows(world_size), world_size)
         and graphs.fits(model, asked)
-        and not padding_matters(step, asked.fraction)
+        and not step.padding_matters(asked.fraction)
     )
 
 
-def rows_of(step: Sequence[Batch], world_size: int) -> int:
-    """The most tokens that any rank has in ``step``."""
-    return -(-len(step) // world_size) * step[0].tokens.size
-
-
-def repeated(rank: Rank, asked: Pass, inputs: Inputs, step: Sequence[Batch], vocab: int) -> Tensor:
+def repeated(rank: Rank, asked: Pass, inputs: Inputs, step: Share, vocab: int) -> Tensor:
     """Log-probabilities [B, T] of this rank's share of ``step``, with a graph after enough equal steps."""
     model: Transformer = rank.state["model"]
     kept = rank.state.setdefault(GRAPH, graphs.Repeated(isinstance(model.dispatch, Local)))
-    key = step[0].tokens.shape, len(step), asked.fraction, vocab
+    key = step.shape, step.count, asked.fraction, vocab
     return kept(key, functools.partial(scored, model, asked, vocab), inputs.tokens, inputs.targets)
 
 
@@ -158,18 +153,6 @@ def collected(rank: Rank, batches: Sequence[Batch], found: Tensor) -> list[tuple
     logprobs = found.cpu().numpy().reshape(len(batches), -1, found.shape[1])
     rank.report(sum(int((b.targets != PAD).sum()) for b in batches))
     return list(zip([b.index for b in batches], logprobs, strict=True))
-
-
-def padding_matters(batches: Sequence[Batch], fraction: float | None) -> bool:
-    """Whether a pass over ``batches`` needs a mask of the padding; either all batches have padding or none has.
-
-    Causal attention ignores trailing padding, and without a capacity padding displaces no token. Then no mask is needed.
-    """
-    if not batches[0].padded():
-        return False
-    padding = np.concatenate([b.tokens for b in batches]) == PAD
-    trailing = bool((np.diff(padding.astype(np.int8)) >= 0).all())
-    return fraction is not None or not trailing
 
 
 def trace_rows(

@@ -13,11 +13,9 @@ from moekit.nn.experts import Assignment, Experts
 from moekit.nn.graphs import MOST_TOKENS
 from moekit.nn.kernels import peers
 from moekit.nn.kernels.grouped import gathered_ffn
-from moekit.nn.kernels.peers import Mailbox
+from moekit.nn.kernels.peers import FEWEST, Mailbox
 from moekit.nn.peer_memory import symmetric
 
-# Rows of the smallest mailbox.
-FEWEST = 16
 # Bytes that the gathered rows and the hidden layer of the experts may take. Passes of up to MOST_TOKENS rows, which may be
 # captured, are not compared with it.
 MOST_BYTES = 8 << 30

@@ -22,6 +22,8 @@ from torch import Tensor
 
 from moekit.nn.experts import Assignment
 
+# Rows of the smallest mailbox.
+FEWEST = 16
 # Rows that a program reads from the peers.
 PULLED = 4
 # Choices that a program copies at a time.
@@ -36,11 +38,13 @@ class Mailbox:
 
     Attributes:
         x: [M, D], the rows that the experts read.
-        chosen: [M K] int32, the expert of each choice, E for none; used in place of ``order`` if there are few choices.
         order: [M K] int32, the rank's choices sorted by expert.
         starts: [E + 1] int32, the index in ``order`` of the first choice of each expert.
         weights: [M K] float32.
         home: [M, K, D], the weighted output of the expert for each choice.
+        all_x, all_chosen, all_weights: [W, M, D], [W, M K] int32 and [W, M K] float32: the rows of all ranks, and the expert
+            (E for none) and the weight of each choice. Where rows are few, each rank writes its own into the buffers of
+            all ranks; a larger mailbox has none of these.
         flags: [W] int32, the number of times that each peer has reached :func:`meet`.
         reach: [W] int64, bytes from this rank's buffer to the buffer of each rank.
         times: [1] int32, the number of times that this rank has reached :func:`meet`.
@@ -51,14 +55,17 @@ class Mailbox:
     @staticmethod
     def layout(rows: int, choices: int, experts: int, dim: int, dtype: torch.dtype, world_size: int):
         """(name, shape, dtype) of each part, in the order of the parts in the buffer."""
+        all_rows = world_size * rows if rows <= FEWEST else 0
         return (
             ("flags", (world_size,), torch.int32),
             ("x", (rows, dim), dtype),
-            ("chosen", (rows * choices,), torch.int32),
             ("order", (rows * choices,), torch.int32),
             ("starts", (experts + 1,), torch.int32),
             ("weights", (rows * choices,), torch.float32),
             ("home", (rows, choices, dim), dtype),
+            ("all_x", (all_rows, dim), dtype),
+            ("all_chosen", (all_rows * choices,), torch.int32),
+            ("all_weights", (all_rows * choices,), torch.float32),
         )
 
     @classmethod

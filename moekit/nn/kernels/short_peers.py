@@ -1,8 +1,9 @@
 """A MoE layer of a few rows over several ranks; ``vectors.experts_linear`` is the same for one rank.
 
-It has four kernels. The first one makes the gate's choice and publishes it with the rows. The next two compute both
-products: they read rows from the peers and write results to the peers. The last one adds up the results. The first and
-the last kernel also wait for the peers, so no separate kernel is needed for that.
+It has four kernels. The first one makes the gate's choice and writes it, with the rows, into the buffers of all ranks: a
+write does not wait for its way to the peer and back, as a read does. The next two compute both products and write results
+to the peers. The last one adds up the results. The first and the last kernel also wait for the peers, so no separate kernel
+is needed for that.
 
 Shape letters: W ranks, M the most rows that a rank brings, B rows that this rank brings, K choices per row, P = W M K
 choices of all ranks, E experts in all, D model dim, F expert width.
@@ -51,7 +52,7 @@ def experts_linear(
     padded = triton.next_power_of_2(most)
     kind = torch.float32 if fp32 else logits.dtype
     _hand_out[(1,)](
-        logits, x, box.chosen, box.weights, box.x, box.flags, box.reach, box.times, box.gave_up,
+        logits, x, box.all_chosen, box.all_weights, box.all_x, box.flags, box.reach, box.times, box.gave_up,
         rows, box.rank, box.limit, torch.finfo(kind).eps,
         E=box.experts, K=choices, D=dim, MOST=most, ROWS=padded, EXPERTS=triton.next_power_of_2(box.experts),
         BLOCK=triton.next_power_of_2(dim), HALF=kind == torch.float16, BRAIN=kind == torch.bfloat16,
@@ -61,14 +62,14 @@ def experts_linear(
         inner = min(triton.next_power_of_2(dim), LONGEST)
         columns = columns_of(width, inner, device, most * choices)
         _up[(triton.cdiv(width, columns), places)](
-            box.x, w1, b1, box.chosen, box.reach, hidden, first, held,
-            K=choices, SLOTS=most * choices, N=width, D=dim, ACTIVATION=ACTIVATIONS[experts.activation], EXACT=exact,
+            box.all_x, w1, b1, box.all_chosen, hidden, first, held,
+            K=choices, N=width, D=dim, ACTIVATION=ACTIVATIONS[experts.activation], EXACT=exact,
             COLUMNS=columns, INNER=inner, num_warps=WARPS, **overlapped(device),
         )  # fmt: skip
         inner = min(triton.next_power_of_2(width), LONGEST)
         columns = columns_of(dim, inner, device, most * choices)
         _down[(triton.cdiv(dim, columns), places)](
-            hidden, w2, b2, box.chosen, box.weights, box.reach, box.home, first, held,
+            hidden, w2, b2, box.all_chosen, box.all_weights, box.reach, box.home, first, held,
             SLOTS=most * choices, N=dim, D=width, COLUMNS=columns, INNER=inner, num_warps=WARPS, **overlapped(device),
         )  # fmt: skip
     _collect[(1,)](
@@ -91,7 +92,7 @@ def _hand_out(
     column = tl.arange(0, BLOCK)
     here = (row < rows)[:, None] & (column < D)[None, :]
     at = row[:, None] * D + column[None, :]
-    tl.store(x_out + at, tl.load(x + at, mask=here, other=0.0), mask=here)
+    mine = tl.load(x + at, mask=here, other=0.0)
     expert = tl.arange(0, EXPERTS)
     real = (row < rows)[:, None] & (expert < E)[None, :]
     scores = tl.load(logits + row[:, None] * E + expert[None, :], mask=real, other=float("-inf")).to(
@@ -100,18 +101,26 @@ def _hand_out(
     scores = tl.where((expert < E)[None, :] & (row >= rows)[:, None], 0.0, scores)
     _, first, second, _, _, one, two = top(scores, eps, E, K, HALF, BRAIN)
     there = row < MOST
-    tl.store(chosen + row * K, tl.where(row < rows, first, E), mask=there)
-    tl.store(weights + row * K, one, mask=there)
-    if K == 2:
-        tl.store(chosen + row * K + 1, tl.where(row < rows, second, E), mask=there)
-        tl.store(weights + row * K + 1, two, mask=there)
+    first, second = tl.where(row < rows, first, E), tl.where(row < rows, second, E)
+    own = rank.to(tl.int64) * MOST
+    choice = own * K + row * K
+    for peer in tl.static_range(W):
+        far = tl.multiple_of(tl.load(reach + peer), 256)
+        tl.store(
+            x_out + far // (x_out.dtype.element_ty.primitive_bitwidth // 8) + own * D + at, mine, mask=here
+        )
+        tl.store(chosen + far // 4 + choice, first, mask=there)
+        tl.store(weights + far // 4 + choice, one, mask=there)
+        if K == 2:
+            tl.store(chosen + far // 4 + choice + 1, second, mask=there)
+            tl.store(weights + far // 4 + choice + 1, two, mask=there)
     wait_for_peers(flags, reach, times, gave_up, rank, limit, W, RANKS, TIMED)
 
 
 @triton.jit(do_not_specialize=["first", "held"])
 def _up(
-    x, w, b, chosen, reach, out, first, held,
-    K: tl.constexpr, SLOTS: tl.constexpr, N: tl.constexpr, D: tl.constexpr, ACTIVATION: tl.constexpr,
+    x, w, b, chosen, out, first, held,
+    K: tl.constexpr, N: tl.constexpr, D: tl.constexpr, ACTIVATION: tl.constexpr,
     EXACT: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     start(OVERLAP)
@@ -119,18 +128,17 @@ def _up(
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     fits = column < N
     inner = tl.arange(0, INNER)
-    far = tl.multiple_of(tl.load(reach + place // SLOTS), 256)
-    own = place % SLOTS
     wait(OVERLAP)
-    expert = (tl.load(chosen + far // 4 + own) - first).to(tl.int64)
+    # Peers wrote these values, so the loads bypass the cache of the multiprocessor.
+    expert = (tl.load(chosen + place, volatile=True) - first).to(tl.int64)
     if (expert >= 0) & (expert < held):
         w_at = w + expert * (N * D) + column[:, None] * D + inner[None, :]
-        a_at = x + far // (x.dtype.element_ty.primitive_bitwidth // 8) + (own // K) * D + inner
+        a_at = x + (place // K) * D + inner
         products = tl.zeros((COLUMNS, INNER), dtype=tl.float32)
         for done in tl.static_range(0, D, INNER):
             rest = inner < D - done
             m = tl.load(w_at + done, mask=fits[:, None] & rest[None, :], other=0.0).to(tl.float32)
-            a = tl.load(a_at + done, mask=rest, other=0.0).to(tl.float32)
+            a = tl.load(a_at + done, mask=rest, other=0.0, volatile=True).to(tl.float32)
             products += m * a[None, :]
         total = tl.sum(products, axis=1)
         total += tl.load(b + expert * N + column, mask=fits, other=0.0).to(tl.float32)
@@ -153,7 +161,7 @@ def _down(
     far = tl.multiple_of(tl.load(reach + place // SLOTS), 256)
     own = place % SLOTS
     wait(OVERLAP)
-    expert = (tl.load(chosen + far // 4 + own) - first).to(tl.int64)
+    expert = (tl.load(chosen + place, volatile=True) - first).to(tl.int64)
     if (expert >= 0) & (expert < held):
         w_at = w + expert * (N * D) + column[:, None] * D + inner[None, :]
         products = tl.zeros((COLUMNS, INNER), dtype=tl.float32)
@@ -164,7 +172,7 @@ def _down(
             products += m * a[None, :]
         total = tl.sum(products, axis=1)
         total += tl.load(b + expert * N + column, mask=fits, other=0.0).to(tl.float32)
-        total *= tl.load(weights + far // 4 + own).to(kind).to(tl.float32)
+        total *= tl.load(weights + place, volatile=True).to(kind).to(tl.float32)
         at = far // (kind.primitive_bitwidth // 8) + own * N + column
         tl.store(home + at, total.to(kind), mask=fits)
 

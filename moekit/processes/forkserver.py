@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import gc
+import importlib
 import os
 import pickle
 import random
@@ -24,7 +25,7 @@ import time
 import traceback
 from typing import Any, NoReturn
 
-from moekit.ranks.channel import from_standard_input, readable
+from moekit.processes.channel import from_standard_input, readable
 
 # Seconds for the server to start.
 START_LIMIT = 120.0
@@ -32,18 +33,42 @@ START_LIMIT = 120.0
 # Seconds for a fork.
 FORK_LIMIT = 20.0
 
-# Seconds without a rank after which the server ends.
+# Seconds without a rank after which the server ends; in a notebook, a person reads between one cell and the next.
 IDLE = 5.0
+IDLE_IN_NOTEBOOK = 600.0
+
+# The module whose ``serve`` is a rank. It is named and not imported, since it imports torch.
+SERVING = "moekit.ranks.server"
+
+# What a rank on a GPU needs besides; each takes a while to import.
+FOR_GPUS = (
+    "moekit.nn.kernels.operations",
+    "moekit.nn.kernels.peer_dispatch",
+    "torch.distributed._symmetric_memory",
+)
 
 # Bytes of a request.
 LARGEST = 1 << 20
 
-# Variables that no library of a rank reads; fairseq's imports set the last two.
-PASSING = {"_", "COLUMNS", "LINES", "PYTEST_CURRENT_TEST", "KMP_INIT_AT_FORK", "KMP_DUPLICATE_LIB_OK"}
+# Variables that no library of a rank reads at its import; fairseq's imports set the two of KMP, and torch the last one when
+# it first uses a GPU.
+PASSING = {
+    "_",
+    "COLUMNS",
+    "LINES",
+    "PYTEST_CURRENT_TEST",
+    "KMP_INIT_AT_FORK",
+    "KMP_DUPLICATE_LIB_OK",
+    "CUDA_MODULE_LOADING",
+}
 
 
 class Unavailable(Exception):
     """There is no server, and ranks have to be started without it."""
+
+
+def in_notebook() -> bool:
+    return "ipykernel" in sys.modules
 
 
 def available() -> bool:
@@ -77,6 +102,13 @@ def prepare() -> Server:
         return _server
 
 
+def prepare_if_possible() -> None:
+    """Let a server start, where there can be one; whoever needs it finds out what was wrong."""
+    if available():
+        with contextlib.suppress(OSError):
+            prepare()
+
+
 def _lasting() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in PASSING}
 
@@ -94,8 +126,8 @@ class Server:
         self._ready = self._gone = False
         path = [os.path.abspath(entry) for entry in sys.path]
         code = (
-            f"import sys; sys.path[:] = {path!r}; from moekit.ranks.forkserver import main; "
-            f"main({self._owner}, {IDLE!r})"
+            f"import sys; sys.path[:] = {path!r}; from moekit.processes.forkserver import main; "
+            f"main({self._owner}, {IDLE_IN_NOTEBOOK if in_notebook() else IDLE!r})"
         )
         # Threads of a BLAS that starts with its library would be lost in a fork.
         single = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
@@ -122,6 +154,12 @@ class Server:
             return False
         self.listen()
         return not self._gone and self._environment == _lasting()
+
+    @property
+    def ready(self) -> bool:
+        """Whether it can fork now."""
+        self.listen()
+        return self._ready and not self._gone
 
     def retire(self) -> None:
         """Let the server end once its ranks have ended; it is asked for no others."""
@@ -233,6 +271,12 @@ def main(driver: int, idle: float) -> None:
     pipe = from_standard_input()
     import torch
 
+    importlib.import_module(SERVING)
+    if os.path.exists("/dev/nvidiactl"):
+        for module in FOR_GPUS:
+            with contextlib.suppress(ImportError):
+                # Without Triton there are no kernels.
+                importlib.import_module(module)
     with torch.device("meta"):
         # The first tensor without memory imports another part of torch.
         torch.nn.Linear(1, 1).to_empty(device="cpu")
@@ -330,9 +374,7 @@ def _become(
         random.seed()
         if numpy := sys.modules.get("numpy"):
             numpy.random.seed()
-        from moekit.ranks.server import serve
-
-        serve(*rank, parent=os.getppid(), **options)
+        importlib.import_module(SERVING).serve(*rank, parent=os.getppid(), **options)
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
     except BaseException:
