@@ -74,6 +74,7 @@ LOCK := uv pip compile pyproject.toml --extra lab --extra eval --generate-hashes
 
 lock: ## pin everything again (needs uv)
 	$(LOCK) --no-emit-package triton --output-file requirements.lock
+	$(LOCK) --no-emit-package triton --extra cluster --output-file requirements-cluster.lock
 	$(LOCK) --group dev --output-file requirements-dev.lock
 
 corpus: env ## make the demo's corpus and tokenizer again (Debian; about 4 minutes)

@@ -8,10 +8,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from synthetic_traces import synthetic
 
 import moekit
 from moekit.bench import __main__ as bench
-from moekit.bench import decode, figures, load, measure, moe_layer, score, shapes
+from moekit.bench import decode, figures, load, measure, moe_layer, network, score, shapes
 from moekit.bench import setting as settings
 from moekit.bench.figures import Figure
 from moekit.bench.measure import Ceilings
@@ -345,6 +346,44 @@ def test_two_ranks(tmp_path):
 @pytest.mark.slow
 def test_all_at_once(tmp_path):
     found = run(tmp_path, "all", "--shape", "tiny", "--device", "cpu", "--repeats", "1")
-    names = ["score", "questions", "decode", "load", "moe-layer", "padded", "data", "routing"]
-    assert list(found) == names
+    models = ["score", "questions", "decode", "load", "moe-layer", "padded"]
+    assert list(found) == [*models, "data", "routing", "network"]
     assert all(found.values())
+
+
+def test_what_crosses_between_machines_by_hand():
+    """Four ranks on two machines, one expert a rank; experts 0 and 1 are on the first machine."""
+    trace, _ = synthetic(tokens=4, layers=(1,), experts=4, block=1)
+    trace = replace(
+        trace,
+        # A sample for each rank: ranks 0 and 1 are on the first machine.
+        sample=np.arange(4, dtype=np.int32),
+        experts=np.array([[[0, 1]], [[2, 3]], [[1, 2]], [[0, 1]]], dtype=np.int16),
+        kept=np.array([[[True, True]], [[True, True]], [[True, False]], [[True, True]]]),
+    )
+    flat, hierarchical, busiest = network.counted(trace, network.Cluster(4, 2))
+    # Choices on the other machine: none, both, the first (the second one was dropped), both; each token goes there once.
+    assert flat == (0 + 2 + 1 + 2) / 4 and hierarchical == (0 + 1 + 1 + 1) / 4
+    # Two rows come to the first machine and one to the second.
+    assert busiest == pytest.approx(2 / 1.5)
+
+
+def test_the_formula_is_what_equally_likely_experts_give():
+    cluster, rng = network.Cluster(16, 2), np.random.default_rng(0)
+    trace, _ = synthetic(tokens=6400, layers=(1, 3), experts=32, block=4)
+    experts = np.stack(
+        [rng.permuted(np.tile(np.arange(32), (6400, 1)), axis=1)[:, :2] for _ in range(2)], axis=1
+    )
+    trace = replace(trace, experts=experts.astype(np.int16), kept=np.ones_like(experts, dtype=bool))
+    flat, hierarchical, _ = network.counted(trace, cluster)
+    assert (flat, hierarchical) == pytest.approx(network.expected(cluster, 32, 2), rel=0.01)
+
+
+def test_a_trace_of_one_machine_or_of_ranks_that_do_not_fit_is_refused(capsys):
+    for arguments, said in (
+        (["--ranks", "8"], "share one machine"),
+        (["--ranks", "9"], "9 ranks are no multiple of 8 a machine"),
+    ):
+        with pytest.raises(SystemExit):
+            bench.main(["network", *arguments])
+        assert said in capsys.readouterr().err

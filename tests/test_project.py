@@ -24,6 +24,8 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+CLUSTER = [Requirement(line) for line in PROJECT["project"]["optional-dependencies"]["cluster"]]
+LOCKS = ("requirements.lock", "requirements-cluster.lock", "requirements-dev.lock")
 FIXED = {"jupyterlab", "ve-fairseq", "torch", "ipywidgets", "papermill"}
 
 
@@ -47,13 +49,16 @@ def test_environment_project_and_locks_agree():
     assert pip[-1] == "-e .[lab]"
     assert pins(pip) == {name: locked[name] for name in declared() if name != "torch"} | dict([torch])
     assert set(declared()) >= FIXED
-    for lock in ("requirements.lock", "requirements-dev.lock"):
+    for lock in LOCKS:
         found = pins((ROOT / lock).read_text().splitlines())
         assert found.items() >= locked.items()
         assert "torch" not in found, "torch is installed by itself: its build depends on the machine"
     assert pins((ROOT / "requirements-dev.lock").read_text().splitlines()).items() >= (
         pins(PROJECT["dependency-groups"]["dev"]).items()
     )
+    cluster = pins((ROOT / "requirements-cluster.lock").read_text().splitlines())
+    for needed in CLUSTER:
+        assert cluster[canonicalize_name(needed.name)] in needed.specifier
     for name, allowed in declared().items():
         assert (locked | dict([torch]))[name] in allowed, name
 
@@ -72,7 +77,7 @@ def test_the_core_has_ranges_and_the_package_imports_what_it_declares():
         "traitlets": "ipywidgets",
     }
     # Of the bench and the kernels, which say what to do where it is missing, and a faster checksum.
-    optional = {"triton", "transformers", "isal"}
+    optional = {"triton", "transformers", "isal"} | {r.name for r in CLUSTER}
     graph = grimp.build_graph("moekit", include_external_packages=True, cache_dir=None)
     outside = {
         name
@@ -84,7 +89,7 @@ def test_the_core_has_ranges_and_the_package_imports_what_it_declares():
 
 
 def test_every_locked_package_has_hashes():
-    for lock in ("requirements.lock", "requirements-dev.lock"):
+    for lock in LOCKS:
         for entry in re.split(r"\n(?=\S)", (ROOT / lock).read_text().strip()):
             assert "--hash=sha256:" in entry, entry.split()[0]
 

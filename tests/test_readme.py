@@ -17,6 +17,7 @@ PAGES = [
     for name in (
         "README.md",
         "moekit/README.md",
+        "moekit/ranks/README.md",
         "notebooks/README.md",
         "moekit/nn/kernels/README.md",
         "moekit/plugin/README.md",
@@ -24,6 +25,7 @@ PAGES = [
         "moekit/demo/README.md",
         "moekit/routing/README.md",
         "docker/README.md",
+        "docker/cluster/README.md",
         "tests/README.md",
     )
 ]

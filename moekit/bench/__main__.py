@@ -21,7 +21,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from moekit.bench import data, decode, load, moe_layer, padded, questions, routing, score
+from moekit.bench import data, decode, load, moe_layer, network, padded, questions, routing, score
 from moekit.bench.setting import Setting
 from moekit.bench.setting import add_arguments as add_setting
 from moekit.notebook.report import versions
@@ -34,9 +34,13 @@ MODEL = {
     "moe-layer": moe_layer,
     "padded": padded,
 }
-OTHER = {"data": data, "routing": routing}
+OTHER = {"data": data, "routing": routing, "network": network}
 # Arguments of the benches without a shape in "all" with the tiny shape, so that they are quick, too.
-TINY = {"data": ["--megabytes", "0.2", "--repeats", "1"], "routing": ["--tokens", "5000"]}
+TINY = {
+    "data": ["--megabytes", "0.2", "--repeats", "1"],
+    "routing": ["--tokens", "5000"],
+    "network": ["--shape", "tiny", "--ranks", "8", "--per-machine", "2"],
+}
 
 Rows = list[dict[str, Any]]
 

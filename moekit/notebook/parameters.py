@@ -112,6 +112,7 @@ MODEL: Table = {
     "dtype": Choice(("auto", "float32", "float16", "bfloat16")),
     "output_dir": Place(),
 }
+RANKS: Table = {"ranks": Choice(("local", "ray"))}
 DATA: Table = {
     "data": Place(),
     "subset": Text(),
@@ -144,9 +145,10 @@ PREPARE_DATA: Table = {
     "bpe": Choice(("auto", "gpt2", "demo")),
     "delete_archive": Flag(),
 }
-LOAD_SHARDS: Table = MODEL
+LOAD_SHARDS: Table = {**MODEL, **RANKS}
 RUN_INFERENCE: Table = {
     **MODEL,
+    **RANKS,
     **DATA,
     "sample_break_mode": Choice(("none", "complete", "complete_doc", "eos")),
     "context_window": Whole(0),
@@ -155,6 +157,7 @@ RUN_INFERENCE: Table = {
 }
 INSPECT_ROUTING: Table = {
     **MODEL,
+    **RANKS,
     **DATA,
     "texts": Texts(optional=True),
     "domains": Texts(optional=True),

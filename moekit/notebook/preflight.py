@@ -65,7 +65,9 @@ def load_shards(p: SimpleNamespace) -> ModelConfig:
     Raises:
         ParameterError: what is wrong.
     """
-    _said(ranks.choose_devices, p.world_size, p.device)
+    if getattr(p, "ranks", "local") == "local":
+        # The devices of a cluster are known when it answers.
+        _said(ranks.choose_devices, p.world_size, p.device)
     files = _said(ckpt.find, p.checkpoint)
     config = _said(ckpt.survey, files).config
     _said(handle.find_dictionary, files, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 from collections.abc import Mapping
 from pathlib import Path
@@ -51,17 +52,26 @@ def files(checkpoint: str | Path) -> pd.DataFrame:
     return table.set_index("file")
 
 
-def shares(checkpoint: str | Path, world_size: int | None, device: str, dtype: str) -> pd.DataFrame:
-    """What each rank will read, one row per rank: its files, its experts, and the memory that they take beside what is free."""
+def shares(
+    checkpoint: str | Path, world_size: int | None, device: str, dtype: str, where: str = "local"
+) -> pd.DataFrame:
+    """What each rank will read, one row per rank: its files, its experts, and the memory that they take beside what is free.
+
+    Of ranks on a cluster (``where`` is "ray"), nothing is known before they start but their number: the memory that is free
+    is NaN, and with ``world_size`` None the table is that of one rank.
+    """
     from moekit.handle import weights_dtype
 
     plan = ckpt.survey(ckpt.find(checkpoint))
-    devices = ranks.choose_devices(world_size, device)
+    if where == "ray":
+        devices = [torch.device("cpu" if device == "cpu" else "cuda")] * (world_size or 1)
+        free = [math.nan] * len(devices)
+    else:
+        devices = ranks.choose_devices(world_size, device)
+        host = host_memory("MemAvailable") / len(devices)
+        free = [gpu.free for gpu in gpus()] if devices[0].type == "cuda" else [host] * len(devices)
     world_size = len(devices)
     width = weights_dtype(dtype, devices[0], plan).itemsize
-    on_gpu = devices[0].type == "cuda"
-    host = host_memory("MemAvailable") / world_size
-    free = [gpu.free for gpu in gpus()] if on_gpu else [host] * world_size
     rows = []
     for rank, place in enumerate(devices):
         held = owned(plan.config.experts, world_size, rank)
@@ -69,7 +79,7 @@ def shares(checkpoint: str | Path, world_size: int | None, device: str, dtype: s
         rows.append(
             {
                 "rank": rank,
-                "device": str(place),
+                "device": str(place) if where == "local" else "of the cluster",
                 "files": ", ".join(source.path.name for source in needed),
                 "experts a layer": f"{held.start} to {held.stop - 1}" if len(held) else "none",
                 "million parameters": round(plan.parameters(len(held)) / 1e6, 2),
@@ -106,6 +116,7 @@ def parts(model: Model) -> pd.DataFrame:
     rows = [
         {
             "rank": part["rank"],
+            "node": part["node"],
             "device": part["device"],
             "files read": len(part["files"]),
             "experts a layer": len(part["experts"]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from pathlib import Path
 
 import torch
 
@@ -11,7 +12,7 @@ from moekit import checkpoint
 from moekit.interrupts import hold_interrupts
 from moekit.nn import transformer
 from moekit.nn.config import ModelConfig
-from moekit.nn.dispatch import AllToAll, Dispatch, owned
+from moekit.nn.dispatch import AllToAll, Dispatch, Hierarchical, owned
 from moekit.nn.gates import top_k_of
 from moekit.nn.peer_memory import reachable
 from moekit.nn.transformer import Transformer
@@ -25,7 +26,7 @@ def load(rank: Rank, plan: checkpoint.Plan, dtype: torch.dtype, backend: str, ve
         verify: whether to compare checksums and count non-finite values; each rank checks a share of the shared file.
 
     Returns:
-        ``files`` and ``experts`` (a range) that were read; ``filled``, the number of copied tensors by (layer, expert),
+        ``node``, the machine's name; ``files`` and ``experts`` (a range) that were read; ``filled``, the number of copied tensors by (layer, expert),
         where None is the key of tensors outside the experts; ``nonfinite``, the non-finite values; ``parameters`` and
         their ``bytes``; ``seconds``.
     """
@@ -40,6 +41,7 @@ def load(rank: Rank, plan: checkpoint.Plan, dtype: torch.dtype, backend: str, ve
     parameters = list(model.parameters())
     return {
         "rank": rank.rank,
+        "node": rank.node,
         "device": str(rank.device),
         "backend": model.backend,
         "files": [s.path.name for s in plan.needed(held)],
@@ -71,4 +73,16 @@ def _dispatch(rank: Rank, config: ModelConfig, dtype: torch.dtype, backend: str)
         from moekit.nn.kernels.peer_dispatch import PeerDispatch
 
         return PeerDispatch(config.experts, top_k_of(config), config.dim, dtype, rank.device)
-    return AllToAll(config.experts)
+    return AllToAll(config.experts) if one_host else Hierarchical(config.experts, rank.machines)
+
+
+def missing(rank: Rank, sizes: dict[Path, int]) -> tuple[str, list[str]]:
+    """The name of the rank's node, and what is wrong there with files of which the driver knows the bytes."""
+    wrong = []
+    for path, size in sizes.items():
+        try:
+            if (here := path.stat().st_size) != size:
+                wrong.append(f"{path} has {here:,} bytes there and {size:,} on the driver's machine")
+        except OSError as error:
+            wrong.append(f"{path} cannot be read there ({error.strerror})")
+    return rank.node, wrong
