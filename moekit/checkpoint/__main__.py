@@ -59,6 +59,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     one = verb("convert", _convert, "Another format.", True)
     one.add_argument("--to", choices=sorted(reshaping.FORMATS), required=True)
+    one.add_argument(
+        "--bpe",
+        help="with --to hf: the folder with encoder.json, vocab.bpe and dict.txt, of which the tokenizer is made, or demo; "
+        "by default the source, if it holds them",
+    )
     return parser
 
 
@@ -118,8 +123,37 @@ def _keep(asked: argparse.Namespace) -> int:
 
 
 def _convert(asked: argparse.Namespace) -> int:
-    reshaping.convert(asked.source, asked.target, asked.to, **_options(asked))
+    if asked.bpe is not None and asked.to != "hf":
+        raise ValueError(f"--bpe {asked.bpe}: a tokenizer is a part of --to hf alone")
+    told = _tokenizer(asked) if asked.to == "hf" else {}
+    reshaping.convert(asked.source, asked.target, asked.to, **told, **_options(asked))
     return 0
+
+
+def _tokenizer(asked: argparse.Namespace) -> dict[str, Any]:
+    """The tokenizer's files, and the dictionary's types."""
+    from moekit.data import tokenizer
+    from moekit.data.codec import FILES, Codec
+    from moekit.data.dictionary import Dictionary
+
+    files = find(asked.source)
+    folder = files.shared.parent
+    bpe = asked.bpe
+    if bpe is None and asked.source == "demo":
+        bpe = "demo"
+    if bpe is None and all((folder / name).is_file() for name in FILES):
+        bpe = folder
+    if bpe is not None:
+        codec = Codec.load(bpe)
+        config = survey(files, len(codec)).config
+        begin = "<s>" if config.add_bos else "</s>"
+        return {"texts": tokenizer.files(codec, begin, config.max_positions), "dictionary": len(codec)}
+    print("convert: no tokenizer is made, as no --bpe names the folder of the BPE", file=sys.stderr)
+    if not (folder / "dict.txt").is_file():
+        return {}
+    types = len(Dictionary(folder / "dict.txt"))
+    survey(files, types)
+    return {"dictionary": types}
 
 
 if __name__ == "__main__":

@@ -56,11 +56,11 @@ def begins(memory: np.ndarray) -> bool:
     return len(start) == 9 and start[7] == 0 and start[8:] == b"{"
 
 
-def layout(memory: np.ndarray) -> tuple[dict[str, Entry], dict[str, Any]]:
-    """The tensors of a file, mapped into ``memory`` [bytes] uint8, and the settings that moekit wrote.
+def layout(memory: np.ndarray) -> tuple[dict[str, Entry], Any]:
+    """The tensors of a file, mapped into ``memory`` [bytes] uint8, and the settings that moekit wrote, or None.
 
     Raises:
-        Unreadable: it is damaged, or holds no settings.
+        Unreadable: it is damaged.
     """
     (length,) = LENGTH.unpack(memory[:8].tobytes())
     if length > MOST or 8 + length > len(memory):
@@ -83,9 +83,7 @@ def layout(memory: np.ndarray) -> tuple[dict[str, Entry], dict[str, Any]]:
     if at != len(memory):
         raise Unreadable(f"is damaged: it has {len(memory):,} bytes, and its tensors end after {at:,}")
     if SETTINGS not in metadata:
-        raise Unreadable(
-            f"tells no config: its metadata lack {SETTINGS}; make it with python -m moekit.checkpoint convert"
-        )
+        return entries, None
     try:
         settings = json.loads(metadata[SETTINGS], object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:

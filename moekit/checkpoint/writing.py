@@ -13,6 +13,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,13 +22,14 @@ from torch import Tensor
 from moekit.checkpoint import safetensors
 from moekit.checkpoint.contents import Opaque
 from moekit.checkpoint.files import NAME
+from moekit.checkpoint.hugging.config import BRIDGE
 from moekit.checkpoint.inspection import crc32
 from moekit.checkpoint.reading import read
 from moekit.progress import bar
 
 JOB = "job.json"
 BESIDE = ("dict.txt",)  # that a checkpoint needs, and that goes along
-OTHERS = re.compile(r"dict\.txt|.*\.(json|md|txt)")
+OTHERS = re.compile(rf"dict\.txt|.*\.(json|md|txt)|{re.escape(BRIDGE)}")
 
 File = tuple[str, Callable[[], tuple[Mapping[str, Tensor], Mapping[str, Any]]]]
 
@@ -37,6 +39,7 @@ def write_folder(
     target: Path,
     job: Mapping[str, Any],
     files: Iterable[File],
+    texts: Mapping[str, str] = MappingProxyType({}),
     *,
     total: int,
     force: bool,
@@ -48,6 +51,7 @@ def write_folder(
         source: the folder that they are made of.
         job: what tells this question from another, as JSON.
         files: their names, and functions that give a file's tensors and settings.
+        texts: more files, by their names.
         total: bytes of all tensors, for the bar.
         force: replace ``target``, if it is a checkpoint's folder.
         show: a bar with the rate.
@@ -65,6 +69,8 @@ def write_folder(
             shutil.rmtree(place)
         place.mkdir(parents=True, exist_ok=True)
         (place / JOB).write_text(asked)
+        for name, text in texts.items():
+            (place / name).write_text(text, "utf-8")
         with bar(target.name, total, "B", show=show) as shown:
             for name, content in files:
                 size = 0
