@@ -44,5 +44,6 @@ def visible(past: int, tokens: int, slots: int, real: Tensor | None, device: tor
         return seen
     # Slots of a cache that are not filled yet come after every token's own.
     filled = F.pad(real, (0, max(0, slots - real.shape[1])))[:, None, None, :slots]
-    # Padding looks at itself, since a softmax over nothing is NaN.
-    return seen & filled | (keys == own)
+    seen = seen & filled
+    # What sees nothing, such as padding in front, looks at itself, since a softmax over nothing is NaN.
+    return seen | (keys == own) & ~seen.any(dim=-1, keepdim=True)

@@ -168,7 +168,8 @@ class FairseqMoeModel(FairseqMoePreTrainedModel):
         if at is None:
             at = torch.arange(past, past + tokens, device=x.device)[None]
             if real is not None:
-                at = (real.long().cumsum(dim=1) - 1).clamp(min=0)[:, past : past + tokens]
+                # As in fairseq, padding has the position PAD, which is -1 from 0.
+                at = (real.long().cumsum(dim=1) * real - 1)[:, past : past + tokens]
         asked = Pass(
             self.config.capacity_token_fraction,
             padding=None if real is None else ~real[:, past : past + tokens],
