@@ -29,7 +29,7 @@ from moekit.progress import bar
 
 JOB = "job.json"
 BESIDE = ("dict.txt",)  # that a checkpoint needs, and that goes along
-OTHERS = re.compile(rf"dict\.txt|.*\.(json|md|txt)|{re.escape(BRIDGE)}")
+OTHERS = re.compile(rf"vocab\.bpe|.*\.(json|md|txt)|{re.escape(BRIDGE)}")
 
 File = tuple[str, Callable[[], tuple[Mapping[str, Tensor], Mapping[str, Any]]]]
 
@@ -81,7 +81,7 @@ def write_folder(
                 shown.update(size or (place / name).stat().st_size)
             shown.total = shown.n
         for name in BESIDE:
-            if (source / name).is_file():
+            if (source / name).is_file() and name not in texts:
                 shutil.copyfile(source / name, place / name)
         (place / JOB).unlink()
         _move(place, target)

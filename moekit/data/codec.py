@@ -13,6 +13,16 @@ from moekit.symbols import BOS, EOS, PAD, UNK
 FILES = ("encoder.json", "vocab.bpe", "dict.txt")
 
 
+def places(checkpoint: Path) -> list[Path]:
+    """The folders in which a checkpoint's codec is looked for, beside the files in ``checkpoint``."""
+    return [checkpoint, checkpoint / "gpt2_bpe", checkpoint.parent / "gpt2_bpe"]
+
+
+def has_codec(folder: Path) -> bool:
+    """Whether a folder has a codec's files."""
+    return all((folder / name).is_file() for name in FILES)
+
+
 class Codec:
     """The codec of a fairseq language model: GPT-2's byte-level BPE, then fairseq's dictionary.
 
