@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -128,12 +128,17 @@ def write(
     file: IO[bytes],
     tensors: Mapping[str, Tensor],
     settings: Mapping[str, Any],
-    checksum: Callable[[memoryview], int],
+    checksums: Callable[[Iterable[memoryview]], Iterable[int]],
 ) -> None:
-    """Write ``tensors`` one after the other, the widest numbers first, so that each lies where its type needs it."""
+    """Write ``tensors`` one after the other, the widest numbers first, so that each lies where its type needs it.
+
+    Args:
+        checksums: the CRC32 of each of some contents.
+    """
     order = sorted(tensors, key=lambda key: (-tensors[key].itemsize, key))
     metadata = {"format": "pt", SETTINGS: json.dumps(settings, default=repr)}
-    metadata |= {CHECKSUM + key: f"{checksum(_bytes(tensors[key])):08x}" for key in order}
+    found = checksums(_bytes(tensors[key]) for key in order)
+    metadata |= {CHECKSUM + key: f"{number:08x}" for key, number in zip(order, found, strict=True)}
     header: dict[str, Any] = {METADATA: metadata}
     at = 0
     for key in order:

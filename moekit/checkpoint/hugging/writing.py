@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from moekit.checkpoint.hugging import config as hf
 from moekit.checkpoint.hugging.names import PREFIX
 from moekit.checkpoint.keys import KEYS, Place
-from moekit.checkpoint.writing import File
+from moekit.checkpoint.writing import THREADS, File
 from moekit.nn.config import ModelConfig
 
 # The most bytes of a file, but for one that holds a single tensor; it is in memory as a whole while it is written.
@@ -100,10 +101,19 @@ def _experts(
             yield Whole(
                 f"{PREFIX}layers.{layer}.moe.experts.{EXPERT[key]}",
                 len(chosen) * tensor.nbytes,
-                lambda layer=layer, chosen=chosen, key=key: torch.stack(
+                lambda layer=layer, chosen=chosen, key=key: _stacked(
                     [expert(layer, one)[key] for one in chosen]
                 ),
             )
+
+
+def _stacked(tensors: list[Tensor]) -> Tensor:
+    """:func:`torch.stack` by several threads: they wait for a disk most of the time."""
+    made = tensors[0].new_empty((len(tensors), *tensors[0].shape))
+    with ThreadPoolExecutor(THREADS, "stacking") as pool:
+        for _ in pool.map(lambda pair: pair[0].copy_(pair[1]), zip(made, tensors, strict=True)):
+            pass
+    return made
 
 
 def _parts(wholes: list[Whole]) -> list[list[Whole]]:
