@@ -504,6 +504,24 @@ def test_an_unknown_tensor_is_refused(tiny):
         checkpoint.survey(checkpoint.find(tiny))
 
 
+class Hostile:
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_hostile_copy_executes_nothing(tmp_path):
+    build("pads_take_places", tmp_path / "source")
+    light(tmp_path / "source", tmp_path / "light", "bin")
+    path, mark = tmp_path / "light" / "pytorch_model.bin", tmp_path / "executed"
+    torch.save(torch.load(path, weights_only=True) | {"decoder.extra": Hostile(mark)}, path)
+    with pytest.raises(ValueError, match="which moekit does not do: a checkpoint is data"):
+        checkpoint.survey(checkpoint.find(tmp_path / "light"))
+    assert not mark.exists()
+
+
 def test_the_tool_says_what_it_cannot_do(tiny, tmp_path, capsys):
     assert "hold no optimizer's state" in refused(capsys, "strip", tiny, tmp_path / "x")
     arguments = ("convert", tiny, tmp_path / "x", "--to", "safetensors", "--bpe", "demo")
@@ -533,6 +551,12 @@ def test_the_harness_finds_what_score_finds(folder, loaded):
         table = loaded.score([loaded.codec.encode(context + continuation)])
         expected = table["logprob"][len(loaded.codec.encode(context)) :].sum()
         assert logprob == pytest.approx(expected, abs=1e-4)
+    theirs.add_bos_token = False
+    rolling = [Instance("loglikelihood_rolling", {}, (TEXTS[0],), 0)]
+    assert theirs.loglikelihood_rolling(rolling, disable_tqdm=True) == [
+        pytest.approx(loaded.score(TEXTS[0])["logprob"].sum(), abs=1e-4)
+    ]
+    theirs.add_bos_token = None
     # lm_eval always ends at the end of a line, which is the tokenizer's eos_token.
     settings = {"until": ["return"], "max_gen_toks": 12}
     text = theirs.generate_until(
