@@ -229,6 +229,22 @@ def test_embeddings_in_place_of_ids(model):
     torch.testing.assert_close(logits_of(model, inputs_embeds=given), logits_of(model, tokens))
 
 
+@pytest.mark.parametrize("name", ["pads_take_places", "own_output"])
+def test_new_tokens_have_rows(name, tmp_path):
+    build(name, tmp_path / "source")
+    run("convert", tmp_path / "source", tmp_path / "hf", "--to", "hf", "--quiet")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype="float32")
+    tokens = torch.tensor([[2, 5, 6, 7]])
+    before = logits_of(model, tokens)
+    model.config.dictionary_size = 200
+    model.resize_token_embeddings(203)
+    after = logits_of(model, torch.tensor([[2, 5, 6, 7, 202]]))
+    assert after.shape[-1] == 203 and after.isfinite().all()
+    torch.testing.assert_close(after[:, :4, :200], before, rtol=0, atol=1e-5)
+    model.save_pretrained(tmp_path / "more")
+    assert checkpoint.survey(checkpoint.find(tmp_path / "more")).config.vocab_rows == 203
+
+
 def test_rows_beyond_the_dictionary_take_no_part(reference, tmp_path, capsys):
     """As in ``model.score``, which knows the dictionary."""
     source = tmp_path / "source"

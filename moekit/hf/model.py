@@ -38,9 +38,7 @@ class FairseqMoePreTrainedModel(PreTrainedModel):
             init.zeros_(module.bias)
         elif isinstance(module, Experts):
             for name, stack in module.tensors.items():
-                init.normal_(stack, std=self.config.initializer_range) if name[0] == "w" else init.zeros_(
-                    stack
-                )
+                init.normal_(stack, std=self.config.initializer_range * (name[0] == "w"))
         elif isinstance(module, Positions) and module.weight is not None:
             init.normal_(module.weight, std=self.config.initializer_range)
 
@@ -109,7 +107,7 @@ class FairseqMoeModel(FairseqMoePreTrainedModel):
             cache = past_key_values
         if cache is None and (self.config.use_cache if use_cache is None else use_cache):
             cache = DynamicCache()
-        asked, visible = self._asked(x, attention_mask, position_ids, cache, record)
+        asked, seen = self._asked(x, attention_mask, position_ids, cache, record)
         router_logits: list[Tensor] = []
         gates = [layer.moe.gate for layer in decoder.layers if layer.moe is not None]
         wanted = self.config.output_router_logits if output_router_logits is None else output_router_logits
@@ -122,7 +120,7 @@ class FairseqMoeModel(FairseqMoePreTrainedModel):
             states = [x]
             with sdpa_kernel(ATTENTION):
                 for layer in decoder.layers:
-                    x, pending = layer(x, pending, visible, asked)
+                    x, pending = layer(x, pending, seen, asked)
                     if output_hidden_states:
                         states.append(x if pending is None else added(x, pending))
             features = decoder.features(x, pending)
@@ -198,7 +196,22 @@ class FairseqMoeForCausalLM(FairseqMoePreTrainedModel, GenerationMixin):
         self.model.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> torch.nn.Module:
-        return self.model.decoder.output or self.model.decoder.embed
+        decoder = self.model.decoder
+        return decoder.embed if decoder.output is None else decoder.output
+
+    def set_output_embeddings(self, value: torch.nn.Module) -> None:
+        decoder = self.model.decoder
+        if decoder.output is None:
+            decoder.embed = value
+        else:
+            decoder.output = value
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        """As transformers has it; all rows count from then on, those of new tokens among them."""
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        if self.config.dictionary_size is not None:
+            self.config.dictionary_size = len(embeddings.weight)
+        return embeddings
 
     @can_return_tuple
     def forward(
