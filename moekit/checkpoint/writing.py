@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -27,9 +26,9 @@ from moekit.checkpoint.files import NAME
 from moekit.checkpoint.hugging.config import BRIDGE
 from moekit.checkpoint.inspection import crc32
 from moekit.checkpoint.reading import read
+from moekit.checkpoint.threads import pool
 from moekit.progress import bar
 
-THREADS = min(8, os.cpu_count() or 1)
 JOB = "job.json"
 BESIDE = ("dict.txt",)  # that a checkpoint needs, and that goes along
 OTHERS = re.compile(rf"vocab\.bpe|.*\.(json|md|txt)|{re.escape(BRIDGE)}")
@@ -130,8 +129,8 @@ def _write(path: Path, tensors: Mapping[str, Tensor], settings: Mapping[str, Any
     part = path.with_name(path.name + ".part")
     with open(part, "wb") as file:
         if path.suffix == ".safetensors":
-            with ThreadPoolExecutor(THREADS, "checksums") as pool:
-                safetensors.write(file, tensors, settings, lambda contents: pool.map(crc32, contents))
+            with pool("checksums") as executor:
+                safetensors.write(file, tensors, settings, lambda contents: executor.map(crc32, contents))
         else:
             if settings.get("args") is not None:
                 settings["args"] = argparse.Namespace(**settings["args"])
@@ -145,8 +144,8 @@ def _write(path: Path, tensors: Mapping[str, Tensor], settings: Mapping[str, Any
         return found is not None and found.dtype == tensor.dtype and _equal(found, tensor)
 
     # NumPy compares without Python's lock.
-    with ThreadPoolExecutor(THREADS, "comparing") as pool:
-        for key, equal in zip(tensors, pool.map(same, tensors), strict=True):
+    with pool("comparing") as executor:
+        for key, equal in zip(tensors, executor.map(same, tensors), strict=True):
             if not equal:
                 raise ValueError(f"{part}: {key} is not what was written: is the disk sound?")
     os.replace(part, path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +13,8 @@ from torch import Tensor
 from moekit.checkpoint.hugging import config as hf
 from moekit.checkpoint.hugging.names import PREFIX
 from moekit.checkpoint.keys import KEYS, Place
-from moekit.checkpoint.writing import THREADS, File
+from moekit.checkpoint.threads import pool
+from moekit.checkpoint.writing import File
 from moekit.nn.config import ModelConfig
 
 # The most bytes of a file, but for one that holds a single tensor; it is in memory as a whole while it is written.
@@ -110,8 +110,8 @@ def _experts(
 def _stacked(tensors: list[Tensor]) -> Tensor:
     """:func:`torch.stack` by several threads: they wait for a disk most of the time."""
     made = tensors[0].new_empty((len(tensors), *tensors[0].shape))
-    with ThreadPoolExecutor(THREADS, "stacking") as pool:
-        for _ in pool.map(lambda pair: pair[0].copy_(pair[1]), zip(made, tensors, strict=True)):
+    with pool("stacking") as executor:
+        for _ in executor.map(lambda pair: pair[0].copy_(pair[1]), zip(made, tensors, strict=True)):
             pass
     return made
 
