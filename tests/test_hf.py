@@ -25,6 +25,9 @@ from moekit.nn.config import ModelConfig
 from moekit.nn.gate import balance_loss
 from moekit.nn.passes import Pass
 
+if not torch.cuda.is_available():
+    # transformers imports Triton, which then reads this: the tests of the kernels need it.
+    os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("transformers")
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
@@ -327,6 +330,22 @@ def test_it_loads_where_nobody_imports_moekit(folder, tmp_path):
     assert {path.suffix for path in (tmp_path / "saved").iterdir()} == {".json", ".py", ".safetensors"}
     # No code of moekit's was copied.
     assert [path.name for path in (tmp_path / "saved").glob("*.py")] == ["modeling_moekit.py"]
+
+
+@pytest.mark.slow
+def test_a_pipeline_writes_what_moekit_writes(folder, loaded):
+    """Where torchaudio does not load, too, if moekit.hf is the first to be imported."""
+    code = (
+        "import moekit.hf, sys\n"
+        "from transformers import pipeline\n"
+        "made = pipeline('text-generation', sys.argv[1], dtype='float32', device='cpu')\n"
+        "print(repr(made('def main(', max_new_tokens=12, do_sample=False)[0]['generated_text']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder)], capture_output=True, text=True, timeout=200, check=False
+    )
+    expected = loaded.generate("def main(", max_new_tokens=12, temperature=0, progress=False)[0].text
+    assert done.stdout.strip() == repr("def main(" + expected), done.stderr
 
 
 # ------------------------------------------------------------------------------------------------ the tokenizer
