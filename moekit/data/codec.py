@@ -15,6 +15,16 @@ from moekit.symbols import BOS, EOS, PAD, UNK
 FILES = ("encoder.json", "vocab.bpe", "dict.txt")
 
 
+def places(checkpoint: Path) -> list[Path]:
+    """The folders in which a checkpoint's codec is looked for, beside the files in ``checkpoint``."""
+    return [checkpoint, checkpoint / "gpt2_bpe", checkpoint.parent / "gpt2_bpe"]
+
+
+def has_codec(folder: Path) -> bool:
+    """Whether a folder has a codec's files."""
+    return all((folder / name).is_file() for name in FILES)
+
+
 class Codec:
     """The codec of a fairseq language model: GPT-2's byte-level BPE, then fairseq's dictionary.
 
@@ -44,6 +54,7 @@ class Codec:
     reads_text = True
 
     def __init__(self, encoder_json: str | Path, vocab_bpe: str | Path, dict_txt: str | Path) -> None:
+        self.encoder_json, self.vocab_bpe = Path(encoder_json), Path(vocab_bpe)
         self.bpe = BytePairs(encoder_json, vocab_bpe)
         self.dictionary = Dictionary(dict_txt)
         self._ids = {number: self.dictionary.index.get(str(number), UNK) for number in self.bpe.bytes_of}
@@ -61,6 +72,10 @@ class Codec:
     def __len__(self) -> int:
         """The number of types of the dictionary, including the special ones; all ids are below it."""
         return len(self.dictionary)
+
+    def id_of(self, number: int) -> int:
+        """The dictionary's id of GPT-2's id ``number``; that of ``<unk>`` where it has none."""
+        return self._ids.get(number, UNK)
 
     def encode(self, text: str) -> list[int]:
         """The dictionary's ids of ``text``, including blanks at the ends of lines; each line end becomes ``</s>``.
