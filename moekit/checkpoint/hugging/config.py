@@ -63,7 +63,7 @@ class Described:
         """What a file of fairseq's would hold besides the weights."""
         return {
             "cfg": fairseq_cfg(self.config, 1),
-            "optimizer_history": history(config),
+            "optimizer_history": history(self.config),
             "extra_state": {"epoch": 1},
         }
 
