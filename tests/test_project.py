@@ -36,8 +36,9 @@ def pins(lines) -> dict[str, str]:
 
 
 def declared() -> dict[str, SpecifierSet]:
-    """The core's packages and the lab's, with the versions that they may have."""
-    lines = PROJECT["project"]["dependencies"] + PROJECT["project"]["optional-dependencies"]["lab"]
+    """The packages of the core and of all notebooks, with the versions that they may have."""
+    extras = PROJECT["project"]["optional-dependencies"]
+    lines = PROJECT["project"]["dependencies"] + extras["lab"] + extras["eval"]
     return {canonicalize_name(r.name): r.specifier for r in map(Requirement, lines)}
 
 
@@ -46,7 +47,7 @@ def test_environment_project_and_locks_agree():
     pip = next(entry["pip"] for entry in conda["dependencies"] if isinstance(entry, dict))
     (torch,) = pins(re.findall(r"torch==\S+", (ROOT / "Makefile").read_text())).items()
     locked = pins((ROOT / "requirements.lock").read_text().splitlines())
-    assert pip[-1] == "-e .[lab]"
+    assert pip[-1] == "-e .[lab,eval]"
     assert pins(pip) == {name: locked[name] for name in declared() if name != "torch"} | dict([torch])
     assert set(declared()) >= FIXED
     for lock in LOCKS:
