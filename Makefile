@@ -66,7 +66,7 @@ hooks: env ## a git hook that refuses what lint refuses
 	@chmod +x "$$(git rev-parse --git-path hooks)/pre-commit"
 
 # torch, whose build depends on the machine, is installed by itself. What only torch needs is left out of the lock files.
-LOCK := uv pip compile pyproject.toml --extra lab --generate-hashes --python-version 3.11 --no-header --no-annotate --quiet \
+LOCK := uv pip compile pyproject.toml --extra lab --extra eval --generate-hashes --python-version 3.11 --no-header --no-annotate --quiet \
 	$(foreach name,torch cuda-bindings cuda-pathfinder cuda-toolkit nvidia-cublas nvidia-cuda-cupti \
 	nvidia-cuda-nvrtc nvidia-cuda-runtime nvidia-cudnn-cu13 nvidia-cufft nvidia-cufile nvidia-curand \
 	nvidia-cusolver nvidia-cusparse nvidia-cusparselt-cu13 nvidia-nccl-cu13 nvidia-nvjitlink nvidia-nvshmem-cu13 \

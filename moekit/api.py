@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moekit import checkpoint as ckpt
-from moekit.arguments import Choice, Flag, Whole, check
+from moekit.arguments import Choice, Flag, Whole, check, shown
 from moekit.batches import Batch, text_batches, up_to
+from moekit.domains import evaluate_domains
 from moekit.fairseq_data import Batches, Data, is_data
 from moekit.generation.run import generate, stream
 from moekit.handle import Handle, describe_run, find_codec, find_dictionary, weights_dtype
@@ -48,18 +49,20 @@ class Model(Handle):
 
     def evaluate(
         self,
-        data: str | Path,
+        data: str | Path | None = None,
         subset: str = "valid",
         tokens_per_sample: int | None = None,
         batch_size: int = 1,
-        capacity_token_fraction: float | str | None = None,
+        capacity_token_fraction: float | str | Iterable[float | str | None] | None = None,
         sample_break_mode: str = "none",
         context_window: int = 0,
         max_batches: int | None = None,
         seed: int = 1,
         progress: bool = True,
         trace: bool | Options = False,
-    ) -> Evaluation:
+        *,
+        domains: str | Path | Mapping[str, str | Path] | None = None,
+    ) -> Evaluation | pd.DataFrame:
         """Score binarised data as ``fairseq_cli.eval_lm --is-moe`` does; the result does not depend on the world size.
 
         Args:
@@ -74,12 +77,22 @@ class Model(Handle):
             seed: of gates that sample their second expert.
             progress: show a bar.
             trace: also record the routing; :class:`moekit.nn.record.Options` say what of it.
+            domains: in place of ``data``, and the result is a table with a row for each domain and capacity, of which there
+                may be several (:func:`moekit.domains.evaluate_domains`).
 
         Raises:
             ValueError: an argument makes no sense, or a file is missing.
             moekit.ranks.RankError: a rank failed.
         """
+        if (data is None) == (domains is None):
+            raise ValueError(f"data={shown(data)}, domains={shown(domains)}: expected one of the two")
         max_batches = check("max_batches", max_batches, Whole(optional=True))
+        if domains is not None:
+            if trace:
+                raise ValueError("trace: a table of domains has none; trace one of their folders")
+            how = Data("demo", subset, tokens_per_sample, batch_size, sample_break_mode, context_window)
+            fractions = capacity_token_fraction
+            return evaluate_domains(self, domains, how, fractions, max_batches, seed, progress)
         asked = Data(data, subset, tokens_per_sample, batch_size, sample_break_mode, context_window)
         fraction, seed = self.capacity(capacity_token_fraction), check("seed", seed, SEED)
         collector = self._collector(trace)

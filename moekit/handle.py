@@ -19,7 +19,7 @@ from moekit import checkpoint as ckpt
 from moekit.arguments import Capacity, Choice, check
 from moekit.batches import Batch
 from moekit.data.codec import FILES as CODEC_FILES
-from moekit.data.codec import Codec, Ids
+from moekit.data.codec import Codec, Ids, has_codec, places
 from moekit.data.dictionary import Dictionary
 from moekit.fairseq_data import Batches, Data, open_data
 from moekit.nn import intervene
@@ -244,15 +244,14 @@ def find_codec(
 def _codec(
     files: ckpt.Files, config: ModelConfig, bpe: str | Path | None, dictionary: Dictionary | None
 ) -> Codec:
-    folder = files.shared.parent
-    places = [folder, folder / "gpt2_bpe", folder.parent / "gpt2_bpe"]
+    folders = places(files.shared.parent)
     if bpe is not None:
-        places = [paths.of_demo(bpe, "bpe") or check("bpe", bpe, arguments.Path())]
-    with arguments.reading(places[0]):
-        place = next((p for p in places if all((p / name).is_file() for name in CODEC_FILES)), None)
+        folders = [paths.of_demo(bpe, "bpe") or check("bpe", bpe, arguments.Path())]
+    with arguments.reading(folders[0]):
+        place = next(filter(has_codec, folders), None)
     if place is None:
         raise ValueError(
-            f"text needs {', '.join(CODEC_FILES)}, expected in {' or '.join(map(str, places))}: put them there, or give "
+            f"text needs {', '.join(CODEC_FILES)}, expected in {' or '.join(map(str, folders))}: put them there, or give "
             "load(bpe=...) their folder"
         )
     with arguments.reading(place):

@@ -172,6 +172,18 @@ def test_score(tmp_path, capsys):
     assert "score, 3 x 256 tokens a call" in shown and "16 of 16 experts" in shown
 
 
+def test_questions(tmp_path):
+    rows = run(
+        tmp_path, "questions", "--shape", "tiny", "--device", "cpu", "--choices", "3", "--repeats", "1"
+    )
+    whole, alone, shared = rows["questions"]
+    assert whole["work"] == "evaluate, whole blocks" and shared["work"].startswith("questions, 3 endings")
+    # The goal is in the same run: the rate on blocks of as many tokens.
+    for row in (alone, shared):
+        assert row["goal"] == pytest.approx(0.8 * whole["figure"], rel=0.01)
+        assert row["met"] == (row["figure"] >= row["goal"])
+
+
 def test_decode(tmp_path):
     rows = run(tmp_path, "decode", "--shape", "tiny", "--device", "cpu", "--batches", "1,3", "--repeats", "2")
     found = {row["work"]: row for row in rows["decode"]}
@@ -334,7 +346,8 @@ def test_two_ranks(tmp_path):
 @pytest.mark.slow
 def test_all_at_once(tmp_path):
     found = run(tmp_path, "all", "--shape", "tiny", "--device", "cpu", "--repeats", "1")
-    assert list(found) == ["score", "decode", "load", "moe-layer", "padded", "data", "routing", "network"]
+    models = ["score", "questions", "decode", "load", "moe-layer", "padded"]
+    assert list(found) == [*models, "data", "routing", "network"]
     assert all(found.values())
 
 

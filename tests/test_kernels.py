@@ -694,3 +694,38 @@ def load(name, folder) -> Transformer:
     model = Transformer(plan.config).to(DEVICE).eval()
     checkpoint.fill(model, plan, range(plan.config.experts))
     return model.requires_grad_(False)
+
+
+def test_a_model_of_transformers_computes_with_the_kernels():
+    """Padding in front, a cache that is not moekit's, a gate's logits: as on the plain path."""
+    pytest.importorskip("transformers")
+    from moekit.hf import FairseqMoeConfig, FairseqMoeForCausalLM
+
+    torch.manual_seed(0)
+    config = FairseqMoeConfig(
+        num_hidden_layers=2,
+        hidden_size=32,
+        intermediate_size=48,
+        num_attention_heads=4,
+        vocab_size=60,
+        num_experts=8,
+        initializer_range=0.3,
+        eos_token_id=None,
+    )
+    model = FairseqMoeForCausalLM(config).to(DEVICE).eval()
+    tokens = torch.tensor([[1, 1, 2, 5, 6, 7], [2, 8, 9, 10, 11, 12]], device=DEVICE)
+    mask = (tokens != 1).long()
+    found = {}
+    for backend in ("loop", "triton"):
+        model.model.backend = backend
+        with torch.no_grad():
+            one = model(tokens, attention_mask=mask, output_router_logits=True)
+        made = model.generate(tokens, attention_mask=mask, max_new_tokens=3, do_sample=False)
+        assert model.model.decoder.backend == backend
+        found[backend] = one.logits[mask == 1], one.aux_loss, made
+    for expected, other in zip(*found.values(), strict=True):
+        torch.testing.assert_close(other, expected, rtol=1e-4, atol=1e-4)
+    loss = model(tokens, attention_mask=mask, labels=tokens).loss
+    loss.backward()
+    assert model.model.decoder.backend == "loop"
+    assert all(parameter.grad is not None for parameter in model.parameters())

@@ -122,6 +122,36 @@ def test_where_the_time_goes_on_four_ranks(elsewhere):
         assert out.get("name") != "stderr" and "error" not in out.get("output_type", "")
 
 
+def test_evaluate_tasks_beside_a_baseline(elsewhere):
+    """Sparse beside dense; all that is shown is kept, too."""
+    asked = {"max_batches": 10, "capacity_token_fractions": [0.25, 1.0], "mask": {5: [*range(14)]}}
+    execute("evaluate_tasks", elsewhere, baseline="demo-dense", world_size=2, output_dir="results", **asked)
+    results = elsewhere / "results"
+    tasks = pd.read_csv(results / "tasks.csv").set_index(["task", "metric"])
+    difference = tasks["value"] - tasks["value_baseline"]
+    assert tasks["difference"].tolist() == pytest.approx(difference.tolist(), abs=1e-6)
+    assert difference["demo_endings", "margin"] != 0 and tasks["paper"].isna().all()
+    assert tasks.loc[("demo_endings", "acc"), ["value", "value_baseline"]].min() > 0.85
+    mask = pd.read_csv(results / "mask.csv").set_index(["task", "metric"])
+    assert mask.loc[("demo_endings", "margin"), "high"] < 0
+    domains = pd.read_csv(results / "domains.csv")
+    whole = domains[domains["domain"] == "(all)"].set_index(["model", "capacity"])["bits_per_token"]
+    free = domains[domains["domain"].eq("(all)") & domains["capacity"].isna()]
+    free = free.set_index("model")["bits_per_token"]
+    assert set(free.index) == {"checkpoint", "baseline"}
+    assert whole["checkpoint", 1.0] == free["checkpoint"] < whole["checkpoint", 0.25]
+    items = pd.read_parquet(results / "items.parquet")
+    assert set(items["run"]) == {"checkpoint", "baseline", "masked"}
+    run = json.loads((results / "run.json").read_text())
+    assert run["parameters"]["world_size"] == 2 and run["runs"]["masked"]["intervention"]["mask"]
+    assert {"tasks.png", "domains.png", "capacities.png", "changed.csv"} <= {
+        p.name for p in results.iterdir()
+    }
+    for out in outputs(elsewhere / "evaluate_tasks.ipynb"):
+        said = out.get("text", "") + out.get("data", {}).get("text/plain", "")
+        assert "%|" not in said and out.get("name") != "stderr", said
+
+
 def test_load_shards_at_three_ranks(elsewhere):
     execute("load_shards", elsewhere, world_size=3, output_dir="results")
     shares = pd.read_csv(elsewhere / "results" / "shares.csv")
@@ -188,6 +218,10 @@ def test_moekits_errors_after_the_first_cell_take_one_line(elsewhere):
         ("inspect_routing", {"max_tokens": 1500}),
         ("profile_inference", {"batch_blocks": [1], "steps": 1}),
         ("prepare_data", {}),
+        (
+            "evaluate_tasks",
+            {"limit": 4, "max_batches": 2, "capacity_token_fractions": [], "mask": None, "domains": None},
+        ),
     ],
 )
 def test_all_cells_may_be_run_again_in_the_same_kernel(name, parameters, elsewhere):

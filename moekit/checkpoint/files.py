@@ -2,7 +2,8 @@
 
 The branch's trainer writes ``NAME-shared.pt`` and, for each rank, ``NAME-rank-N.pt``. With ``--ddp-backend fully_sharded``
 each rank writes ``NAME-rank-N-shardN.pt`` and ``NAME-shared-shardN.pt``: the latter are copies of one another, or, with
-``--use-sharded-state``, parts of the shared tensors (see shards.py), which are needed all.
+``--use-sharded-state``, parts of the shared tensors (see shards.py), which are needed all. A folder of Hugging Face's
+libraries has one file with all weights, or several and an index (see hugging/).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from moekit import paths
 from moekit.checkpoint.contents import clip, short
+from moekit.checkpoint.hugging import folder as folder_of_hugging
 from moekit.checkpoint.keys import SHARED_KEY
 from moekit.checkpoint.reading import read
 from moekit.checkpoint.shards import tensors
@@ -60,12 +62,17 @@ def find(checkpoint: str | Path) -> Files:
     Args:
         checkpoint: its folder; ``model-shared.pt``; any ``model-rank-N.pt``; ``model.pt``, which need not exist (if it
             does and holds the shared part, it stands in for ``model-shared.pt``); ``"demo"`` or
-            ``"demo-dense"``; all of these with ``.safetensors`` in place of ``.pt``. Stems other than ``model`` work alike.
+            ``"demo-dense"``; all of these with ``.safetensors`` in place of ``.pt``; a folder with a ``config.json`` of Hugging
+            Face's libraries, or a file in it. Stems other than ``model`` work alike.
 
     Raises:
         ValueError: nothing there, several checkpoints in one folder, a gap in the ranks, or no shared part.
     """
     path = _path(checkpoint)
+    hugging = folder_of_hugging.find(path)
+    if hugging is not None:
+        first, *rest = hugging
+        return Files(first, (), tuple(rest))
     folder, named = (path, None) if path.is_dir() else (path.parent, _named(path))
     names = _names(folder, checkpoint)
     stem = named["stem"] if named else _only_stem(folder, names)

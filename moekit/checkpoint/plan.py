@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from moekit.checkpoint.keys import NUMBER, OUTPUT_KEYS, SHARED_KEY, Place, key_o
 from moekit.checkpoint.placement import reached, slotted
 from moekit.checkpoint.reading import Source, Weights, read, stamp
 from moekit.checkpoint.shards import EXPERT, tensors
+from moekit.checkpoint.threads import pool
 from moekit.nn.config import ModelConfig
 
 
@@ -351,21 +351,16 @@ def inspect(plan: Plan, threads: int = copying.THREADS) -> list[NonFinite]:
         ValueError: a tensor is damaged.
     """
     found: list[NonFinite] = []
-    threads_of_torch = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(threads, "inspecting", torch.set_num_threads, (1,)) as pool:
-            for source in plan.sources:
-                weights = plan.open(source)
-                parts: list[Wanted] = list(places(source, weights, plan.config))
-                inspection = Inspection(source, weights, parts)
-                checks = [check for part in parts if (check := inspection.check(part)) is not None]
-                for _ in pool.map(lambda check: check(), checks):
-                    pass
-                inspection.remember()
-                found += inspection.nonfinite
-    finally:
-        # A thread of torch's takes over the number that was set last, in whichever thread.
-        torch.set_num_threads(threads_of_torch)
+    with pool("inspecting", threads) as executor:
+        for source in plan.sources:
+            weights = plan.open(source)
+            parts: list[Wanted] = list(places(source, weights, plan.config))
+            inspection = Inspection(source, weights, parts)
+            checks = [check for part in parts if (check := inspection.check(part)) is not None]
+            for _ in executor.map(lambda check: check(), checks):
+                pass
+            inspection.remember()
+            found += inspection.nonfinite
     return found
 
 

@@ -130,3 +130,33 @@ def nothing(tokens: int) -> dict[str, np.ndarray]:
     """What :meth:`Recorder.rows` returns of a model without experts."""
     columns = {name: np.empty((tokens, 0, 0), dtype) for name, dtype in CHOICE_COLUMNS.items()}
     return columns | {"entropy": np.empty((tokens, 0), np.float32)}
+
+
+class LoadRecorder:
+    """The function in ``Pass.record`` that only counts: choices that are not dispatched, and the fullest expert.
+
+    It keeps a number for each token and two for each routing group, whatever the number of layers.
+    """
+
+    def __init__(self) -> None:
+        self.undispatched: torch.Tensor | None = None
+        self.fullest: torch.Tensor | None = None
+
+    def __call__(self, layer: int, routing: Routing) -> None:
+        import torch
+
+        kept = routing.kept.flatten(1)  # [G, S K]
+        counts = torch.zeros(len(kept), routing.probs.shape[-1], dtype=torch.int32, device=kept.device)
+        counts.scatter_add_(1, routing.experts.flatten(1), kept.int())
+        fullest = counts.amax(dim=1)
+        undispatched = (~routing.kept).sum(dim=-1, dtype=torch.int16)
+        first = self.fullest is None
+        self.fullest = fullest if first else torch.maximum(self.fullest, fullest)
+        self.undispatched = undispatched if first else self.undispatched + undispatched
+
+    def counts(self, groups: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+        """``fullest`` [G], the most choices that an expert of any layer got of a group; and ``undispatched`` [G, S] int16,
+        choices of a token that were not dispatched, over all layers. Zeros for a model without experts."""
+        if self.fullest is None:
+            return np.zeros(groups, np.int64), np.zeros((groups, tokens), np.int16)
+        return self.fullest.cpu().numpy().astype(np.int64), self.undispatched.cpu().numpy()

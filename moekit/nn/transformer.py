@@ -86,13 +86,17 @@ class Transformer(nn.Module):
     @is_part("embedding")
     def embedded(self, tokens: Tensor, asked: Pass) -> Tensor:
         """[B, T] -> [B, T, D], what the first layer reads."""
-        x = self.embed(tokens)
+        return self.placed(self.embed(tokens), asked)
+
+    def placed(self, x: Tensor, asked: Pass) -> Tensor:
+        """Embeddings [B, T, input_dim] -> [B, T, D] with the positions, what the first layer reads."""
+        length = x.shape[1]
         if self.config.scale_embedding:
             x = x * math.sqrt(self.config.dim)
         if self.project_in is not None:
             x = self.project_in(x)
         if self.positions is not None:
-            x = x + self.positions(tokens, asked).to(x)
+            x = x + self.positions(length, x.device, asked).to(x)
         return x if self.embed_norm is None else self.embed_norm(x)
 
     def features(self, x: Tensor, pending: Tensor | None = None) -> Tensor:
@@ -187,12 +191,11 @@ class Positions(nn.Module):
         if config.learned_positions:
             self.weight = nn.Parameter(torch.empty(config.max_positions + PAD + 1, config.dim))
 
-    def forward(self, tokens: Tensor, asked: Pass) -> Tensor:
-        """The positions of tokens [B, T]: [B, T, D], or [T, D] where all samples have the same."""
-        length = tokens.shape[1]
+    def forward(self, length: int, device: torch.device, asked: Pass) -> Tensor:
+        """The positions of ``length`` tokens a sample: [B, T, D], or [T, D] where all samples have the same."""
         table = self.weight
         if table is None:
-            table = self.table(length if asked.cache is None else asked.cache.slots, tokens.device)
+            table = self.table(length if asked.cache is None else asked.cache.slots, device)
         if asked.cache is not None:
             position = asked.cache.positions(length) + PAD + 1
         elif asked.padding is not None:

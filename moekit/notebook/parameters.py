@@ -82,7 +82,27 @@ class Pairs:
         return found
 
 
-Table = Mapping[str, Kind | Place | Numbers | Pairs]
+@dataclass(frozen=True)
+class Places:
+    """A path for each name; where ``one`` says so, one path alone stands for itself."""
+
+    optional: bool = False
+    one: bool = False
+
+    @property
+    def expected(self) -> str:
+        named = "a path for each name, such as {'news': '/data/news'}"
+        return f"the path of a folder, or {named}" if self.one else named
+
+    def convert(self, value: Any) -> str | dict[str, str]:
+        if isinstance(value, Mapping) and value:
+            return {Text().convert(name): Place().convert(path) for name, path in value.items()}
+        if not self.one:
+            raise ValueError
+        return Place().convert(value)
+
+
+Table = Mapping[str, Kind | Place | Numbers | Pairs | Places]
 
 MODEL: Table = {
     "checkpoint": Place(),
@@ -156,6 +176,20 @@ STUDY_ROUTING: Table = {
     "mask": Pairs(optional=True),
     "resamples": Whole(),
     "seed": Whole(0),
+}
+EVALUATE_TASKS: Table = {
+    **MODEL,
+    "baseline": Place(optional=True),
+    "tasks": Texts(),
+    "task_data": Places(optional=True),
+    "limit": Whole(optional=True),
+    "num_fewshot": Whole(0, optional=True),
+    "domains": Places(optional=True, one=True),
+    "subset": Text(),
+    "tokens_per_sample": Whole(optional=True),
+    "max_batches": Whole(optional=True),
+    "capacity_token_fractions": Numbers(),
+    "mask": Pairs(optional=True),
 }
 
 PROFILE_INFERENCE: Table = {
@@ -248,8 +282,12 @@ def _assigned(cell: str) -> Iterator[str]:
 
 
 def _spelled(value: Any, kind: Any) -> Any:
-    """The list or the mapping that a string spells, where :class:`Numbers` or :class:`Pairs` are wanted."""
-    if isinstance(kind, Numbers | Pairs) and isinstance(value, str) and value.strip()[:1] in ("[", "{"):
+    """The list or the mapping that a string spells, where :class:`Numbers`, :class:`Pairs` or :class:`Places` are wanted."""
+    if (
+        isinstance(kind, Numbers | Pairs | Places)
+        and isinstance(value, str)
+        and value.strip()[:1] in ("[", "{")
+    ):
         with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
             return ast.literal_eval(value.strip())
     return value

@@ -128,13 +128,41 @@ def study_routing(p: SimpleNamespace) -> ModelConfig:
         )
     _data(p, config)
     _said(lines_of, p.data, p.subset, p.domains)
+    _changes(p, config)
+    return config
+
+
+def evaluate_tasks(p: SimpleNamespace) -> ModelConfig:
+    """As :func:`load_shards`, for the baseline too; the tasks and their data sets are there, and so are the domains."""
+    config = load_shards(p)
+    _codec(p, ckpt.find(p.checkpoint), config)
+    if p.baseline is not None:
+        files = _said(ckpt.find, p.baseline)
+        _codec(p, files, _said(ckpt.survey, files).config)
+    try:
+        from moekit.tasks.evaluation import load_tasks
+    except ImportError as error:
+        raise ParameterError(str(error)) from None
+    if not p.tasks:
+        raise ParameterError("tasks=[]: expected at least one name")
+    _said(load_tasks, p.tasks, p.task_data or {})
+    if p.domains is not None:
+        for folder in p.domains.values() if isinstance(p.domains, dict) else [p.domains]:
+            _data(SimpleNamespace(**vars(p) | {"data": folder}), config)
+        if not isinstance(p.domains, dict):
+            _said(lines_of, p.domains, p.subset)
+    _changes(p, config)
+    return config
+
+
+def _changes(p: SimpleNamespace, config: ModelConfig) -> None:
+    """The capacities and the mask make sense for the model."""
     if not all(0 < fraction <= 1 for fraction in p.capacity_token_fractions):
         raise ParameterError(
             f"capacity_token_fractions={p.capacity_token_fractions}: expected shares of a batch's tokens, above 0 up to 1"
         )
     if p.mask:
         _said(lambda: intervene.plan(config, mask=p.mask))
-    return config
 
 
 def profile_inference(p: SimpleNamespace) -> ModelConfig:
