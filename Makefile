@@ -79,8 +79,9 @@ lock: ## pin everything again (needs uv)
 corpus: env ## make the demo's corpus and tokenizer again (Debian; about 4 minutes)
 	$(BIN)/python -m moekit.demo.corpus --out $(OUT)/corpus
 
-demo: env ## train the demo model again on that corpus (5 minutes on a GPU)
+demo: env ## train the demo models again on that corpus (8 minutes on a GPU)
 	$(BIN)/python -m moekit.demo.train --data $(OUT)/corpus --out moekit/demo/model
+	$(BIN)/python -m moekit.demo.train --kind dense --data $(OUT)/corpus --out moekit/demo/dense
 
 image: ## build the container image; docker/run.sh starts it
 	docker/build.sh

@@ -216,8 +216,8 @@ def load(
     """Load a checkpoint of fairseq's ``moe`` branch onto ``world_size`` ranks.
 
     Args:
-        checkpoint: a folder, ``model.pt``, ``model-shared.pt``, any ``model-rank-N.pt``, or "demo"; all name the
-            same model (:func:`moekit.checkpoint.find`).
+        checkpoint: a folder, ``model.pt``, ``model-shared.pt``, any ``model-rank-N.pt``; all name the same model
+            (:func:`moekit.checkpoint.find`). "demo" is the model in the repository, "demo-dense" its dense sibling.
         world_size: ranks, each with a share of the experts; any number, whatever the number of files. None: one for
             every GPU, one on the CPU.
         device: "cuda" (one GPU per rank), "cpu", or "auto": GPUs where there are any.

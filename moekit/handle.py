@@ -86,8 +86,9 @@ class Handle:
 
     def __repr__(self) -> str:
         c = self.config
+        experts = f"{len(c.moe_layers)} with {c.experts} experts" if c.moe_layers else "all dense"
         return (
-            f"<moekit model {self.files.shared.parent}: {c.layers} layers, {len(c.moe_layers)} with {c.experts} experts, "
+            f"<moekit model {self.files.shared.parent}: {c.layers} layers, {experts}, "
             f"{str(self.dtype).removeprefix('torch.')} on {self.world_size} x {self.device}>"
         )
 
@@ -131,8 +132,11 @@ class Handle:
         return ids
 
     def capacity(self, asked: float | str | None) -> float | None:
-        """The capacity fraction that holds when a call asks for ``asked``: an intervention's own replaces it."""
+        """The capacity fraction that holds when a call asks for ``asked``: an intervention's own replaces it. A dense model has
+        none, as nothing in it has a capacity."""
         asked = check("capacity_token_fraction", asked, Capacity())
+        if not self.config.moe_layers:
+            return None
         own = ... if self.intervention is None else self.intervention.capacity_token_fraction
         return asked if own is ... else own
 
@@ -210,10 +214,8 @@ def find_dictionary(files: ckpt.Files, dictionary: str | Path | None) -> Diction
     """
     if dictionary is None:
         path = files.shared.parent
-    elif isinstance(dictionary, str) and dictionary == "demo":
-        path = paths.DEMO_BPE
     else:
-        path = check("dictionary", dictionary, arguments.Path())
+        path = paths.of_demo(dictionary, "bpe") or check("dictionary", dictionary, arguments.Path())
     with arguments.reading(path):
         path = path / "dict.txt" if path.is_dir() else path
         if path.is_file():
@@ -244,8 +246,7 @@ def _codec(
 ) -> Codec:
     folders = places(files.shared.parent)
     if bpe is not None:
-        demo = isinstance(bpe, str) and bpe == "demo"
-        folders = [paths.DEMO_BPE if demo else check("bpe", bpe, arguments.Path())]
+        folders = [paths.of_demo(bpe, "bpe") or check("bpe", bpe, arguments.Path())]
     with arguments.reading(folders[0]):
         place = next(filter(has_codec, folders), None)
     if place is None:

@@ -16,6 +16,7 @@ from moekit.bench import setting as settings
 from moekit.bench.figures import Figure
 from moekit.bench.measure import Ceilings
 from moekit.bench.setting import Setting
+from moekit.nn.cost import flop_per_token
 from moekit.ranks import Rank
 
 CPU = torch.device("cpu")
@@ -42,6 +43,7 @@ def run(tmp_path, *arguments: str) -> dict[str, list[dict]]:
 def test_the_released_shapes_weigh_what_the_released_files_do():
     assert shapes.parameters(shapes.SHAPES["15b"]) == pytest.approx(14.6e9, rel=1e-3)
     assert shapes.parameters(shapes.SHAPES["52b"]) == pytest.approx(51.8e9, rel=1e-2)
+    assert shapes.parameters(shapes.SHAPES["dense-1.3b"]) == pytest.approx(1.31e9, rel=1e-2)
     assert setting("15b", dtype="float16").rank_bytes() / 2**30 == pytest.approx(27.2, abs=0.1)
 
 
@@ -49,8 +51,11 @@ def test_costs_of_a_model_that_can_be_counted_by_hand():
     config = replace(TINY, layers=2, dim=4, ffn_dim=6, experts=3, vocab_rows=10, input_dim=4, output_dim=4)
     assert shapes.expert_parameters(config) == 4 * 6 + 6 + 6 * 4 + 4
     # Projections 4 * 16 a layer and (1 + 3) / 2 * 2 * 4 for attention, 48 dense, 2 experts of 48, gate 12, output 40.
-    assert shapes.flop_per_token(config, 3) == 2 * (2 * (64 + 16) + 48 + 96 + 12 + 40)
-    assert shapes.flop_per_token(replace(config, gate="top1"), 3) == 2 * (2 * (64 + 16) + 48 + 48 + 12 + 40)
+    assert flop_per_token(config, 3) == 2 * (2 * (64 + 16) + 48 + 96 + 12 + 40)
+    assert flop_per_token(replace(config, gate="top1"), 3) == 2 * (2 * (64 + 16) + 48 + 48 + 12 + 40)
+    # Both layers are dense, one of them 10 wide; bridges of 5 and 8 columns, and the output matrix has 8 of them.
+    dense = replace(config, alternate_ffn_dim=10, input_dim=5, output_dim=8, share_output=False)
+    assert flop_per_token(dense, 3) == 2 * (2 * (64 + 16) + 48 + 80 + 20 + 32 + 80)
 
 
 def test_limits_are_those_of_the_issue_at_its_ceilings():
@@ -175,6 +180,20 @@ def test_decode(tmp_path):
     assert all(row["figure"] > 0 for row in rows["decode"])
 
 
+@pytest.mark.parametrize("bench_name", ["score", "decode"])
+def test_a_dense_shape(tmp_path, bench_name):
+    size = ["--blocks", "1"] if bench_name == "score" else ["--batches", "1,2"]
+    rows = run(tmp_path, bench_name, "--shape", "dense-tiny", "--device", "cpu", "--repeats", "1", *size)
+    rows = rows[bench_name][3:]
+    assert rows and all(row["figure"] > 0 and row["limit"] > 0 for row in rows)
+    assert "no experts" in rows[0]["note"]
+
+
+def test_a_dense_shape_has_no_layer_to_time(tmp_path):
+    (row,) = run(tmp_path, "moe-layer", "--shape", "dense-tiny", "--device", "cpu")["moe-layer"]
+    assert row["figure"] is None and row["note"] == "the model is dense, it has no layer with experts"
+
+
 def test_load_writes_its_files_unless_they_are_there(tmp_path):
     folder = tmp_path / "model"
     arguments = ["load", "--shape", "tiny", "--device", "cpu", "--dtype", "bfloat16", "--folder", str(folder)]
@@ -185,6 +204,8 @@ def test_load_writes_its_files_unless_they_are_there(tmp_path):
         "of that, all headers",
     ]
     assert "in 5 files" in rows[3]["note"]
+    dense = ["load", "--shape", "dense-tiny", "--device", "cpu", "--folder", str(tmp_path / "dense")]
+    assert "in 1 files" in run(tmp_path, *dense)["load"][3]["note"]
     written = {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
     run(tmp_path, *arguments)
     assert {p.name: p.stat().st_mtime_ns for p in folder.iterdir()} == written
@@ -305,6 +326,8 @@ def test_two_ranks(tmp_path):
     assert rows[3]["work"] == "decode, batch 2 on each of 2 ranks"
     rows = run(tmp_path, "load", *arguments)["load"]
     assert rows[3]["figure"] > 0
+    rows = run(tmp_path, "score", *arguments, "--shape", "dense-tiny", "--blocks", "1")["score"]
+    assert [row["work"] for row in rows[4:]] == ["evaluate, 4 blocks", "2 ranks against one, best of each"]
 
 
 @pytest.mark.slow

@@ -58,6 +58,23 @@ def test_run_inference_on_four_ranks_equals_one(elsewhere):
     assert {"loss_by_position.png", "passage.png"} <= {p.name for p in (elsewhere / "results").iterdir()}
 
 
+def test_a_dense_model_is_a_checkpoint_like_any_other(elsewhere):
+    execute("load_shards", elsewhere, checkpoint="demo-dense", world_size=2, output_dir="results")
+    shares = pd.read_csv(elsewhere / "results" / "shares.csv")
+    assert shares["files"].tolist() == ["model.pt"] * 2 and shares["experts a layer"].tolist() == ["none"] * 2
+    how = {"max_batches": 2, "max_new_tokens": 3, "output_dir": "scored"}
+    execute("run_inference", elsewhere, checkpoint="demo-dense", world_size=2, **how)
+    found = json.loads((elsewhere / "scored" / "results.json").read_text())
+    assert found["world_size"] == 2 and 3 < found["loss_base2"] < 6
+    said = [out for out in outputs(elsewhere / "run_inference.ipynb") if out.get("name") == "stderr"]
+    assert not said
+    with pytest.raises(
+        papermill.PapermillExecutionError, match="'demo-dense': the model is dense, it has no"
+    ):
+        execute("inspect_routing", elsewhere, checkpoint="demo-dense", output_dir="no")
+    assert not (elsewhere / "no" / "trace.parquet").exists()
+
+
 def test_the_study_finds_what_is_known_of_the_demo(elsewhere):
     execute("study_routing", elsewhere, device="cpu", output_dir="results")
     results = elsewhere / "results"

@@ -19,6 +19,7 @@ import moekit
 from moekit.bench import shapes
 from moekit.nn import parts
 from moekit.nn.config import ModelConfig
+from moekit.nn.cost import flop_per_token
 from moekit.nn.passes import Pass as ModelPass
 from moekit.nn.transformer import Transformer
 from moekit.profiling import PARTS, Profile, events, naming, run
@@ -309,7 +310,7 @@ def scored(blocks=2, length=8, experts=16) -> Pass:
 
 def test_operations_add_up_to_those_of_a_token():
     costs = least(TINY, scored())
-    assert sum(cost.flop for cost in costs.values()) == pytest.approx(16 * shapes.flop_per_token(TINY, 8))
+    assert sum(cost.flop for cost in costs.values()) == pytest.approx(16 * flop_per_token(TINY, 8))
 
 
 def test_weights_are_read_once_by_hand():

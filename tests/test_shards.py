@@ -280,13 +280,13 @@ def test_a_dense_model_whose_first_shard_holds_all(tmp_path, written):
     save(model, tmp_path / "plain", 1)
     folder = tmp_path / "shards"
     folder.mkdir()
-    change(tmp_path / "plain" / "model-shared.pt", lambda state: None, folder / "checkpoint_last-shard0.pt")
+    change(tmp_path / "plain" / "model.pt", lambda state: None, folder / "checkpoint_last-shard0.pt")
     change(
         folder / "checkpoint_last-shard0.pt",
         lambda state: state.update(model={}),
         folder / "checkpoint_last-shard1.pt",
     )
-    same(weights(folder), weights(tmp_path / "plain" / "model-shared.pt"))
+    same(weights(folder), weights(tmp_path / "plain" / "model.pt"))
 
 
 def test_the_table_of_files_tells_shards(written):

@@ -11,14 +11,12 @@ from moekit.nn.config import ModelConfig
 
 # Every key that the branch writes into ``cfg``, with its defaults.
 TEMPLATE = Path(__file__).with_name("branch_cfg.json")
-HISTORY = [
-    {
-        "criterion_name": "MoECriterion",
-        "optimizer_name": "FP16Optimizer",
-        "lr_scheduler_state": {},
-        "num_updates": 0,
-    }
-]
+
+
+def history(criterion: str) -> list[dict[str, Any]]:
+    """The ``optimizer_history`` of a training that has not begun."""
+    told = {"criterion_name": criterion, "optimizer_name": "FP16Optimizer"}
+    return [told | {"lr_scheduler_state": {}, "num_updates": 0}]
 
 
 def fairseq_cfg(config: ModelConfig, files: int, **options: Any) -> dict[str, Any]:
@@ -56,6 +54,8 @@ def fairseq_cfg(config: ModelConfig, files: int, **options: Any) -> dict[str, An
     unknown = sorted(set(options) - set(cfg["model"]))
     assert not unknown, f"no such option of the branch: {unknown}"
     cfg["model"] |= options
+    if not config.moe_layers:
+        cfg["criterion"] = {"_name": "cross_entropy", "sentence_avg": False}
     cfg["task"] |= {
         "tokens_per_sample": config.max_positions,
         "add_bos_token": config.add_bos,

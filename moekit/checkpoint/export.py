@@ -1,6 +1,7 @@
 """Write a model in the layout of the released checkpoints: ``model-shared.pt`` and ``model-rank-N.pt``, float16.
 
-The reverse of checkpoint.py, by the same key table. It serves the demo, the bench and the tests.
+A model without experts is one file, ``model.pt``, which the released fairseq reads, too. This is the reverse of plan.py, by
+the same key table. It serves the demos, the bench and the tests.
 """
 
 from __future__ import annotations
@@ -12,20 +13,20 @@ from typing import Any
 
 import torch
 
-from moekit.checkpoint.branch import HISTORY, fairseq_cfg
+from moekit.checkpoint.branch import fairseq_cfg, history
 from moekit.checkpoint.keys import fairseq_parts
-from moekit.nn.config import ModelConfig
+from moekit.nn.config import DENSE, ModelConfig
 from moekit.nn.dispatch import owned
 from moekit.nn.transformer import Transformer
 
 
 def save(
-    model: Transformer, folder: Path, files: int, *, dtype: torch.dtype = torch.float16, **options: Any
+    model: Transformer, folder: Path, files: int = 1, *, dtype: torch.dtype = torch.float16, **options: Any
 ) -> None:
     """Write ``model``, which holds all its experts, into ``folder``.
 
     Args:
-        files: how many files the experts are spread over.
+        files: how many files the experts are spread over; 1 for a model without experts.
         dtype: of the weights written.
         options: entries of ``cfg["model"]`` that the model's config does not tell, such as ``dropout``.
 
@@ -64,17 +65,21 @@ def write(
         shared: by our names, what is no expert's, in ``dtype`` on the CPU.
         experts: called once for each file: our names of the experts' stacked weights, and those of the experts held.
     """
-    if not 1 <= files <= config.experts:
+    dense = not config.moe_layers
+    if dense and files != 1:
+        raise ValueError(f"files={files}: {DENSE} to spread over files; expected 1")
+    if not dense and not 1 <= files <= config.experts:
         raise ValueError(f"files={files}: expected 1 to {config.experts}, the number of experts")
     folder.mkdir(parents=True, exist_ok=True)
     top = {
         "args": None,
         "cfg": fairseq_cfg(config, files, **options),
-        "optimizer_history": HISTORY,
+        "optimizer_history": history("CrossEntropyCriterion" if dense else "MoECriterion"),
         "extra_state": {"epoch": 1},
     }
-    _write(top | {"model": shared_part(shared, config, dtype)}, folder / "model-shared.pt")
-    for rank in range(files):
+    name = "model.pt" if dense else "model-shared.pt"
+    _write(top | {"model": shared_part(shared, config, dtype)}, folder / name)
+    for rank in range(0 if dense else files):
         part = expert_part(experts(owned(config.experts, files, rank)))
         _write(top | {"model": part}, folder / f"model-rank-{rank}.pt")
 

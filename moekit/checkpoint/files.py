@@ -61,9 +61,9 @@ def find(checkpoint: str | Path) -> Files:
 
     Args:
         checkpoint: its folder; ``model-shared.pt``; any ``model-rank-N.pt``; ``model.pt``, which need not exist (if it
-            does and holds the shared part, it stands in for ``model-shared.pt``); ``"demo"``; all of these with
-            ``.safetensors`` in place of ``.pt``; a folder with a ``config.json`` of Hugging Face's libraries, or a file in
-            it. Stems other than ``model`` work alike.
+            does and holds the shared part, it stands in for ``model-shared.pt``); ``"demo"`` or ``"demo-dense"``; all of
+            these with ``.safetensors`` in place of ``.pt``; a folder with a ``config.json`` of Hugging Face's libraries, or
+            a file in it. Stems other than ``model`` work alike.
 
     Raises:
         ValueError: nothing there, several checkpoints in one folder, a gap in the ranks, or no shared part.
@@ -103,7 +103,7 @@ def _path(checkpoint: str | Path) -> Path:
             f"checkpoint={short(checkpoint)} is an address: name a checkpoint's folder or one of its .pt files on this machine"
         )
     try:
-        path = paths.DEMO_MODEL if str(checkpoint) == "demo" else Path(checkpoint).expanduser()
+        path = paths.of_demo(checkpoint, "checkpoint") or Path(checkpoint).expanduser()
         # A name that is too long, say, is noticed by the system alone.
         path.exists()
     except PermissionError:
@@ -162,7 +162,9 @@ def _only_stem(folder: Path, names: dict[str, re.Match]) -> str:
         or {m["stem"] for m in names.values()}
     )
     if not stems:
-        raise ValueError(f"{folder} holds no checkpoint: expected model-shared.pt and model-rank-0.pt, ...")
+        raise ValueError(
+            f"{folder} holds no checkpoint: expected model.pt, or model-shared.pt and model-rank-0.pt, ..."
+        )
     if "model" in stems:
         return "model"
     if len(stems) > 1:

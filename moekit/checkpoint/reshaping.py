@@ -22,7 +22,7 @@ from moekit.checkpoint.plan import survey
 from moekit.checkpoint.reading import SETTINGS, Source, read, stamp
 from moekit.checkpoint.shards import EXPERT
 from moekit.checkpoint.writing import File, check_target, write_folder
-from moekit.nn.config import ModelConfig
+from moekit.nn.config import DENSE, ModelConfig
 from moekit.nn.dispatch import owned
 from moekit.nn.gates import top_k_of
 
@@ -159,7 +159,7 @@ def reshard(
     force: bool = False,
     show: bool = True,
 ) -> None:
-    """Write the model with its experts in another number of files.
+    """Write the model with its experts in another number of files; a dense model in one.
 
     Raises:
         ValueError: fewer files than 1 or more than experts; and as :func:`strip`.
@@ -240,6 +240,10 @@ def _write(
     if number is None:
         most = min(content.ranks, count)
         number = next((n for n in range(most, 0, -1) if count % n == 0), 0)
+    elif not config.moe_layers:
+        if number != 1:
+            raise ValueError(f"--files {number}: {DENSE} to spread over files; expected 1")
+        number = 0
     elif not 1 <= number <= count:
         raise ValueError(f"--files {number}: expected 1 to {count}, the number of experts")
     settings = content.settings if kept is None else _with_experts(content.settings, count)
@@ -281,6 +285,8 @@ def _write(
 def _check_kept(kept: dict[int, list[int]], config: ModelConfig) -> int:
     """How many experts each layer keeps."""
     layers, experts = config.moe_layers, config.experts
+    if not layers:
+        raise ValueError(f"--experts: {DENSE} to choose from; expected a checkpoint with experts")
     if sorted(kept) != layers:
         raise ValueError(
             f"--experts names the layers {sorted(kept)}; expected all that have experts: {layers}"

@@ -64,7 +64,7 @@ class Codec:
     @classmethod
     def load(cls, folder: str | Path = "demo") -> Codec:
         """The codec of the three files in ``folder``; "demo" is the codec of the demo model."""
-        folder = paths.DEMO_BPE if str(folder) == "demo" else arguments.check("bpe", folder, arguments.Path())
+        folder = paths.of_demo(folder, "bpe") or arguments.check("bpe", folder, arguments.Path())
         return cls(*(folder / name for name in FILES))
 
     def __len__(self) -> int:

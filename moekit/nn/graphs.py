@@ -39,7 +39,8 @@ def fits(model: Transformer, asked: Pass) -> bool:
     With several ranks, the number of expected rows has to be known (:attr:`moekit.nn.passes.Pass.rows_expected`). All ranks
     capture at the same time, because a capture runs the work several times.
     """
-    draws = gate_of(model.config).draws
+    # A dense model's config names a gate all the same.
+    draws = bool(model.config.moe_layers) and gate_of(model.config).draws
     on_gpu = model.embed.weight.is_cuda and model.backend == "triton"
     plain = asked.record is None and asked.edit is None and asked.padding is None
     return on_gpu and plain and not draws

@@ -19,7 +19,7 @@ from moekit.data.dictionary import Dictionary
 from moekit.generation.request import KINDS, rules
 from moekit.generation.run import generate
 from moekit.nn import intervene
-from moekit.nn.config import ModelConfig
+from moekit.nn.config import DENSE, ModelConfig
 from moekit.notebook.parameters import GENERATION
 from moekit.profiling.run import positions
 from moekit.routing.domains import lines_of
@@ -99,8 +99,8 @@ def inspect_routing(p: SimpleNamespace) -> ModelConfig:
     config = load_shards(p)
     if not config.moe_layers:
         raise ParameterError(
-            f"checkpoint={p.checkpoint!r}: the model is dense, it has no layer with experts whose routing could be "
-            "inspected; name one with experts, or use run_inference.ipynb"
+            f"checkpoint={p.checkpoint!r}: {DENSE} whose routing could be inspected; name one with experts, or use "
+            "run_inference.ipynb"
         )
     if p.texts is None:
         _data(p, config)
@@ -122,7 +122,7 @@ def study_routing(p: SimpleNamespace) -> ModelConfig:
     config = load_shards(p)
     if not config.moe_layers:
         raise ParameterError(
-            f"checkpoint={p.checkpoint!r}: the model is dense, it has no layer with experts to study"
+            f"checkpoint={p.checkpoint!r}: {DENSE} to study; name one with experts, or use run_inference.ipynb"
         )
     _data(p, config)
     _said(lines_of, p.data, p.subset, p.domains)

@@ -81,8 +81,8 @@ def score(
             scores += collected(rank, *under_way)
         under_way = mine, found
         if trace is not None:
-            predicted = predictions(model, features, vocab) if trace.predicted else None
-            parts.append(trace_rows(asked.record, inputs, found, predicted))
+            told = predictions(model, features, vocab) if trace.predicted else None
+            parts.append(trace_rows(asked.record, inputs, found, told))
     if under_way is not None:
         scores += collected(rank, *under_way)
     model.dispatch.check()
@@ -156,12 +156,13 @@ def collected(rank: Rank, batches: Sequence[Batch], found: Tensor) -> list[tuple
 
 
 def trace_rows(
-    recorder: Recorder, inputs: Inputs, logprobs: Tensor, predicted: Tensor | None
+    recorder: Recorder, inputs: Inputs, logprobs: Tensor, told: tuple[Tensor, Tensor] | None
 ) -> dict[str, np.ndarray]:
     """The records of one forward pass, with columns on its tokens: a part of a trace, without padding.
 
     Args:
-        logprobs, predicted: [B, T] each, the log-probabilities of the targets and the best tokens.
+        logprobs: [B, T], the log-probabilities of the targets.
+        told: what :func:`moekit.nn.logprobs.predictions` gives; None if it was not asked for.
     """
     real = inputs.tokens != PAD
     row, position = (index.cpu().numpy() for index in real.nonzero(as_tuple=True))
@@ -173,5 +174,6 @@ def trace_rows(
         "target": target.cpu().numpy(),
         "generated": np.zeros(len(row), dtype=bool),
         "logprob": logprob.masked_fill(target == PAD, float("nan")).cpu().numpy(),
-        "predicted": np.full(len(row), -1) if predicted is None else predicted[real].cpu().numpy(),
+        "predicted": np.full(len(row), -1) if told is None else told[0][real].cpu().numpy(),
+        "output_entropy": np.full(len(row), np.nan) if told is None else told[1][real].cpu().numpy(),
     }

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from moekit.checkpoint.branch import HISTORY, fairseq_cfg
+from moekit.checkpoint.branch import fairseq_cfg, history
 from moekit.checkpoint.contents import clip, short
 from moekit.checkpoint.options import from_fairseq, options_of
 from moekit.nn.config import ACTIVATIONS, ModelConfig
@@ -63,7 +63,9 @@ class Described:
         """What a file of fairseq's would hold besides the weights."""
         return {
             "cfg": fairseq_cfg(self.config, 1),
-            "optimizer_history": HISTORY,
+            "optimizer_history": history(
+                "MoECriterion" if self.config.moe_layers else "CrossEntropyCriterion"
+            ),
             "extra_state": {"epoch": 1},
         }
 

@@ -22,8 +22,15 @@ from moekit.nn.parts import part
 from moekit.nn.passes import Pass
 from moekit.nn.transformer import Block, MoE, Transformer
 
-# The most sequences. A step of four took 0.65 ms, and 0.76 ms with the ordinary kernels (H100); more were not tried.
-FEW = 4
+# The most sequences of a model with up to so many dims, and none of a wider one: each program normalises all rows again.
+# Steps of four sequences of the 15B took 0.65 ms, and 0.76 with the ordinary kernels (H100). Of dense models (H200), with
+# 1,024 dims, four took 0.89 and 0.92 ms; with 2,048, one took 1.30 and 1.36, two 1.59 and 1.37; with 2,560, one 3.45 and 2.39.
+FEW = {1024: 4, 2048: 1}
+
+
+def few(dim: int) -> int:
+    """The most sequences of a model with ``dim`` dims."""
+    return next((most for dims, most in FEW.items() if dim <= dims), 0)
 
 
 def fits(model: Transformer, sequences: int) -> bool:
@@ -34,7 +41,8 @@ def fits(model: Transformer, sequences: int) -> bool:
     one_place = isinstance(model.dispatch, Local)
     # The kernel that makes the gate's choice knows experts by their own numbers.
     in_order = all(layer.moe is None or layer.moe.slots is None for layer in model.layers)
-    return sequences <= FEW and model.config.pre_norm and (one_place or (through_peers and in_order))
+    supported = one_place or (through_peers and in_order)
+    return sequences <= few(model.config.dim) and model.config.pre_norm and supported
 
 
 def read_on(
