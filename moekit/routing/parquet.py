@@ -96,6 +96,7 @@ def read(path: str | Path) -> Trace:
         if there:
             # pyarrow's own message of a file that may not be read says that it is damaged.
             open(path, "rb").close()
+            results.settle(path.parent)
     if not there:
         raise ValueError(f"there is no trace {path}; expected a file that Trace.save wrote")
     try:
