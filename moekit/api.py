@@ -320,7 +320,8 @@ def load(
 def _of_a_file(error: RankError, files: ckpt.Files) -> str | None:
     """What is wrong with a file, where that is why a rank failed: then the rank is not to blame."""
     said = str(error.__cause__)
-    about = isinstance(error.__cause__, ValueError) and any(said.startswith(str(path)) for path in files.all)
+    names = [str(name) for path in files.all for name in (path, path.resolve())]
+    about = isinstance(error.__cause__, ValueError) and said.startswith(tuple(names))
     return said if about else None
 
 

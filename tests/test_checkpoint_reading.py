@@ -382,6 +382,30 @@ def test_what_is_neither_weights_nor_config_is_not_built(folder):
     assert repr(extra["c"]).startswith("<numpy")
 
 
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("old", [False, True])
+def test_plain_data_is_read_from_every_protocol(folder, protocol, old):
+    path = folder / "model-rank-1.pt"
+    extra = [
+        bytearray(b"x"),
+        bytearray(),
+        b"",
+        range(3),
+        slice(1, 2),
+        {1},
+        frozenset(),
+        complex(1, 2),
+        np.zeros(2),
+    ]
+    change(
+        path,
+        lambda state: state["extra_state"].update(more=extra),
+        pickle_protocol=protocol,
+        _use_new_zipfile_serialization=not old,
+    )
+    assert len(checkpoint.read(path)["extra_state"]["more"]) == len(extra)
+
+
 def test_cut_short_says_how_many_bytes_and_what_to_do(folder):
     path = folder / "model-rank-2.pt"
     path.write_bytes(path.read_bytes()[:30_000])

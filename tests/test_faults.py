@@ -460,7 +460,7 @@ def test_arguments_that_contradict_the_pool_are_refused(options, said):
 
 
 def test_interrupts_at_random_moments(tmp_path, counted):
-    trials = os.environ.get("FUZZ", "4")
+    trials = os.environ.get("INTERRUPTS", "4")
     program = [sys.executable, str(Path(__file__).with_name("interrupted.py")), trials, "1", str(tmp_path)]
     environment = os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
     ended = subprocess.run(

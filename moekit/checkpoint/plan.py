@@ -23,6 +23,7 @@ from moekit.checkpoint.placement import reached, slotted
 from moekit.checkpoint.reading import Source, Weights, read, stamp
 from moekit.checkpoint.shards import EXPERT, tensors
 from moekit.checkpoint.threads import pool
+from moekit.mapped import whole_files
 from moekit.nn.config import ModelConfig
 
 
@@ -264,6 +265,7 @@ class Filled(dict[Place, int]):
     nonfinite: list[NonFinite]
 
 
+@whole_files()
 def fill(
     model: torch.nn.Module,
     plan: Plan,
