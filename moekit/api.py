@@ -198,9 +198,8 @@ class Model(Handle):
         return text_batches(self.ids("texts", texts), batch_size, self.config.max_positions, self.first)
 
     def _collector(self, trace: bool | Options) -> tracing.Collector | None:
-        if not isinstance(trace, Options) and not (trace := check("trace", trace, Flag())):
-            return None
-        return tracing.Collector((Options() if trace is True else trace).of(self.config))
+        options = Options.asked(trace)
+        return None if options is None else tracing.Collector(options.of(self.config))
 
     def _trace(
         self,

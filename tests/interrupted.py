@@ -85,7 +85,7 @@ def main(trials, seed, folder):
             time.sleep(0.01)
         time.sleep(wait)
         os.kill(child, signal.SIGINT)
-        end = time.monotonic() + 120
+        end = time.monotonic() + 300
         while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < end:
             time.sleep(0.02)
         if ended == (0, 0):
