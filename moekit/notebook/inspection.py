@@ -83,6 +83,7 @@ def favourites(
     """
     import pandas as pd
 
+    labels = trace.labels_of(labels)
     found = metrics.domain_specialisation(trace, labels, against=against, choice=choice)
     tested = metrics.permutation(trace, labels, choice=choice)
     found = found.merge(
