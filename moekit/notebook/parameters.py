@@ -175,6 +175,10 @@ STUDY_ROUTING: Table = {
     "batch_size": Whole(),
     "capacity_token_fractions": Numbers(),
     "mask": Pairs(optional=True),
+    "continuations": Whole(),
+    "prompt_tokens": Whole(2),
+    "max_new_tokens": KINDS["max_new_tokens"],
+    "temperature": KINDS["temperature"],
     "resamples": Whole(),
     "seed": Whole(0),
 }
