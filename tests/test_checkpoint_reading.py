@@ -38,10 +38,16 @@ def folder(reference, tmp_path, monkeypatch):
 
 @pytest.fixture
 def counted(monkeypatch):
-    """The bytes of each part whose sum was checked."""
+    """The bytes of each part whose sum was checked, but for the version, one number, which every survey checks."""
     sizes: list[int] = []
     crc32 = inspection.crc32
-    monkeypatch.setattr(inspection, "crc32", lambda data: sizes.append(len(data)) or crc32(data))
+
+    def count(data):
+        if len(data) > 4:
+            sizes.append(len(data))
+        return crc32(data)
+
+    monkeypatch.setattr(inspection, "crc32", count)
     return sizes
 
 
@@ -80,6 +86,22 @@ def test_one_bit_of_one_weight_is_noticed_and_named(folder):
     assert fill(folder, verify=False)
     with pytest.raises(ValueError, match=rf"model-rank-2\.pt: {KEY} is damaged"):
         checkpoint.inspect(checkpoint.survey(checkpoint.find(folder)))
+
+
+def test_a_version_that_is_damaged_is_named(folder):
+    """It decides whether there is a norm behind the last layer."""
+    flip(folder / "model-shared.pt", "decoder.version")
+    with pytest.raises(ValueError, match=r"model-shared\.pt: decoder\.version is damaged"):
+        checkpoint.survey(checkpoint.find(folder))
+
+
+def test_tied_matrices_have_one_shape(folder):
+    key = "decoder.embed_tokens.weight"
+    change(folder / "model-shared.pt", lambda state: state["model"].update({key: state["model"][key].t()}))
+    with pytest.raises(
+        ValueError, match=rf"{key} has shape \[32, 200\], expected \[200, 32\] as .*: cfg ties them"
+    ):
+        checkpoint.survey(checkpoint.find(folder))
 
 
 def test_load_can_leave_the_checksums_out(folder):
