@@ -66,8 +66,10 @@ def together(folder: str | Path, make: bool = True) -> Iterator[Path]:
     except OSError as error:
         raise NotWritten(_sentence(folder, error)) from None
     try:
-        with open(place / LOCK, "w") as lock:
+        # The file has its name once it is locked, so that nobody takes the folder for one that was left.
+        with open(place / f"{LOCK}.new", "w") as lock:
             _locked(lock)
+            os.replace(lock.name, place / LOCK)
             yield place
             _move(place, folder, lock)
     except NotWritten:
