@@ -42,8 +42,9 @@ test: env lint ## all tests
 quick: env ## the tests that start no browser and few processes
 	$(BIN)/python -m pytest -m "not slow"
 
-fuzz: env ## the property tests for longer: FUZZ=5000 make fuzz
-	FUZZ=$${FUZZ:-5000} $(BIN)/python -m pytest tests/test_*fuzz*.py
+fuzz: env ## the property tests for longer (FUZZ=5000 make fuzz), and 50 interrupts
+	FUZZ=$${FUZZ:-5000} INTERRUPTS=50 $(BIN)/python -m pytest tests/test_*fuzz*.py \
+		tests/test_faults.py::test_interrupts_at_random_moments
 
 lint: env ## ruff, which folder may import which, and notebooks without outputs
 	$(BIN)/ruff check .

@@ -198,9 +198,8 @@ class Model(Handle):
         return text_batches(self.ids("texts", texts), batch_size, self.config.max_positions, self.first)
 
     def _collector(self, trace: bool | Options) -> tracing.Collector | None:
-        if not isinstance(trace, Options) and not (trace := check("trace", trace, Flag())):
-            return None
-        return tracing.Collector((Options() if trace is True else trace).of(self.config))
+        options = Options.asked(trace)
+        return None if options is None else tracing.Collector(options.of(self.config))
 
     def _trace(
         self,
@@ -320,7 +319,8 @@ def load(
 def _of_a_file(error: RankError, files: ckpt.Files) -> str | None:
     """What is wrong with a file, where that is why a rank failed: then the rank is not to blame."""
     said = str(error.__cause__)
-    about = isinstance(error.__cause__, ValueError) and any(said.startswith(str(path)) for path in files.all)
+    names = [str(name) for path in files.all for name in (path, path.resolve())]
+    about = isinstance(error.__cause__, ValueError) and said.startswith(tuple(names))
     return said if about else None
 
 

@@ -97,7 +97,7 @@ def parameter(name: str, value: Any, kind: Kind) -> Any:
     if kind.optional and isinstance(value, str) and value.lower() in ("none", ""):
         return None
     if isinstance(kind, Texts | Wholes):
-        value = _spelled(value, str if isinstance(kind, Texts) else int)
+        value = _listed(value, str if isinstance(kind, Texts) else int)
     try:
         return check(name, value, kind)
     except ValueError as error:
@@ -286,16 +286,22 @@ class Wholes:
 Kind = Text | Path | Choice | Whole | Number | Capacity | Flag | Texts | Wholes
 
 
-def _spelled(value: Any, kind: type) -> Any:
-    """papermill's ``-p prompts '["a", "b"]'`` as the list that it spells; any other text stays one."""
-    if isinstance(value, str) and value.startswith("[") and value.rstrip().endswith("]"):
-        try:
-            read = ast.literal_eval(value.strip())
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            return value
-        if isinstance(read, list) and all(isinstance(part, kind) for part in read):
-            return read
+def literal(value: Any, begins: str = "[") -> Any:
+    """What a text that papermill passes spells, as ``-p prompts '["a", "b"]'`` does a list; any other text stays one.
+
+    Args:
+        begins: the characters of which one has to begin the text.
+    """
+    if isinstance(value, str) and value.strip() and value.strip()[0] in begins:
+        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            return ast.literal_eval(value.strip())
     return value
+
+
+def _listed(value: Any, kind: type) -> Any:
+    """The list of ``kind`` that a text spells; any other text stays one."""
+    read = literal(value)
+    return read if isinstance(read, list) and all(isinstance(part, kind) for part in read) else value
 
 
 def _items(value: Any) -> list:

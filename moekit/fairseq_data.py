@@ -24,6 +24,7 @@ from moekit.batches import Batch
 from moekit.data import verify
 from moekit.data.dictionary import Dictionary
 from moekit.interrupts import hold_interrupts
+from moekit.mapped import whole_files
 
 # fairseq_cli/eval_lm.py: the tokens a batch may have, whatever its batch_size.
 MAX_TOKENS = 36_000
@@ -157,7 +158,7 @@ class Batches:
         dataset = self._contextual()
         for index, members in enumerate(self.order):
             # The overflow is in targets that lie in the past (TokenBlockDataset), which nothing reads.
-            with np.errstate(over="ignore"):
+            with whole_files(), np.errstate(over="ignore"):
                 sample = dataset.collater([dataset[i] for i in members])
             tokens = sample["net_input"]["src_tokens"].numpy().astype(np.int32)
             targets = sample["target"].numpy().astype(np.int32)
@@ -165,6 +166,7 @@ class Batches:
             yield Batch(index, sample["id"].numpy(), tokens, targets, starts)
 
 
+@whole_files()
 def open_data(
     data: Data | str | Path,
     subset: str = "valid",
@@ -223,6 +225,7 @@ def check_files(data: str | Path, subset: str, dictionary: Dictionary | None = N
     verify.verify(data_folder(data), check("subset", subset, Text()), dictionary)
 
 
+@whole_files()
 def lines(prefix: Path) -> tuple[np.ndarray, np.ndarray]:
     """The lengths of the lines and all ids of a binarised text."""
     sizes, ids = verify.lines(prefix)

@@ -6,9 +6,11 @@
     # Here both files lie in out/. Had an error ended the block, out/ would be as before.
 
 The files are written into a temporary folder, flushed to the disk, and then moved to their names one after the other. A
-move within a file system replaces a file at once, so that a reader, a kill or a full disk never meets half a file. The
-moves are the last step, and the interrupt key waits for them. No file system moves several files at once: a kill between
-two moves leaves whole files of two runs.
+move within a file system replaces a file at once, so that a reader, a kill or a full disk never meets half a file.
+
+No file system moves several files at once. So a mark in the temporary folder says when all files are there, and from then
+on they get to their names: a process of their own moves them, which a kill of the run does not reach. If that one ends in
+the middle, too, as when a machine loses its power, the next save or :func:`settle` in the folder does the rest.
 """
 
 from __future__ import annotations
@@ -16,20 +18,25 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import json
 import os
 import shutil
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from moekit import moving
 from moekit.interrupts import hold_interrupts
 
 PREFIX, LOCK = ".moekit-", ".lock"
 # seconds after which a temporary folder without a lock was left by a killed run
 OLD = 60
+# seconds that the moves of one run wait for those of another
+PATIENCE = 10.0
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -54,21 +61,24 @@ def together(folder: str | Path, make: bool = True) -> Iterator[Path]:
     try:
         if make:
             folder.mkdir(parents=True, exist_ok=True)
-        _remove_left_over(folder)
+        settle(folder)
         place = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{_process(os.getpid())}", dir=folder))
     except OSError as error:
         raise NotWritten(_sentence(folder, error)) from None
     try:
-        with open(place / LOCK, "w") as lock:
+        # The file has its name once it is locked, so that nobody takes the folder for one that was left.
+        with open(place / f"{LOCK}.new", "w") as lock:
             _locked(lock)
+            os.replace(lock.name, place / LOCK)
             yield place
-            _move(place, folder)
+            _move(place, folder, lock)
     except NotWritten:
         raise
     except OSError as error:
         raise NotWritten(_sentence(folder, error)) from error
     finally:
-        shutil.rmtree(place, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            _settle(place, folder)
 
 
 @contextlib.contextmanager
@@ -86,7 +96,30 @@ def whole(path: str | Path, make: bool = False) -> Iterator[Path]:
         yield folder / path.name
 
 
-def _move(place: Path, folder: Path) -> None:
+def settle(folder: str | Path) -> None:
+    """Move what killed runs had written whole, and remove what they had not: no process holds their lock any more.
+
+    A folder without a lock may be one that another process has made a moment ago; its name tells the process.
+    """
+    folder = Path(folder)
+    for place in sorted(folder.glob(f"{PREFIX}*")):
+        with contextlib.suppress(OSError):
+            if (place / LOCK).is_file():
+                with open(place / LOCK) as lock:
+                    if _locked(lock):
+                        _settle(place, folder)
+            elif time.time() - place.stat().st_mtime > OLD or _is_orphan(place):
+                shutil.rmtree(place, ignore_errors=True)
+
+
+def _settle(place: Path, folder: Path) -> None:
+    if (place / moving.WHOLE).is_file():
+        with _alone(folder):
+            moving.move(place, folder)
+    shutil.rmtree(place, ignore_errors=True)
+
+
+def _move(place: Path, folder: Path, lock: IO[str]) -> None:
     """Move every file below ``place`` to its name below ``folder``, once all of them are on the disk."""
     files = sorted(path for path in place.rglob("*") if path.is_file() and path != place / LOCK)
     targets = [folder / path.relative_to(place) for path in files]
@@ -95,12 +128,51 @@ def _move(place: Path, folder: Path) -> None:
             raise NotWritten(f"{target} is a folder, expected a file or nothing there: remove or rename it")
         _flush(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-    # Nothing is left to do but this: with some microseconds a file, a kill seldom falls in between.
-    with hold_interrupts():
-        for path, target in zip(files, targets, strict=True):
-            os.replace(path, target)
+    # What a run left that was killed meanwhile is older.
+    settle(folder)
+    # An interrupt waits until all files have their names.
+    with hold_interrupts(), _alone(folder) as other:
+        _mark(place, [str(path.relative_to(place)) for path in files])
+        if len(files) > 1:
+            # The process keeps the locks, so that nobody takes its files for those of a run that was killed.
+            _outliving(place, folder, [lock.fileno(), *other])
+        moving.move(place, folder)
     for changed in {target.parent for target in targets}:
         _flush(changed)
+
+
+def _mark(place: Path, names: list[str]) -> None:
+    """Say on the disk that all files are there; the mark itself appears whole."""
+    part = place / f"{moving.WHOLE}.part"
+    part.write_text(json.dumps(names), "utf-8")
+    _flush(part)
+    os.replace(part, place / moving.WHOLE)
+    _flush(place)
+
+
+def _outliving(place: Path, folder: Path, kept: list[int]) -> None:
+    """Move in a process that no kill of this one ends, and wait for it; where none can be started, the caller moves."""
+    program = [sys.executable, "-I", "-S", moving.__file__, str(place), str(folder)]
+    streams = [(os.POSIX_SPAWN_OPEN, n, os.devnull, os.O_RDWR, 0) for n in range(3)]
+    locks = [(os.POSIX_SPAWN_DUP2, held, max(kept) + 1 + n) for n, held in enumerate(kept)]
+    with contextlib.suppress(OSError, NotImplementedError):
+        mover = os.posix_spawn(program[0], program, os.environ, file_actions=streams + locks, setsid=True)
+        end = time.monotonic() + PATIENCE
+        while os.waitpid(mover, os.WNOHANG) == (0, 0) and time.monotonic() < end:
+            time.sleep(0.002)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[list[int]]:
+    """Hold the folder's lock, so that the moves of two runs do not mix; it gives the descriptors that hold it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        end = time.monotonic() + PATIENCE
+        while not _locked(descriptor) and time.monotonic() < end:
+            time.sleep(0.01)
+        yield [descriptor]
+    finally:
+        os.close(descriptor)
 
 
 def _flush(path: Path) -> None:
@@ -109,21 +181,6 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _remove_left_over(folder: Path) -> None:
-    """Remove the temporary folders of runs that were killed: no process holds their lock any more.
-
-    A folder without a lock may be one that another process has made a moment ago; its name tells the process.
-    """
-    for place in folder.glob(f"{PREFIX}*"):
-        with contextlib.suppress(OSError):
-            if (place / LOCK).is_file():
-                with open(place / LOCK) as lock:
-                    if _locked(lock):
-                        shutil.rmtree(place, ignore_errors=True)
-            elif time.time() - place.stat().st_mtime > OLD or _is_orphan(place):
-                shutil.rmtree(place, ignore_errors=True)
 
 
 def _process(pid: int) -> str:
@@ -144,7 +201,7 @@ def _is_orphan(place: Path) -> bool:
     return False
 
 
-def _locked(lock: IO[str]) -> bool:
+def _locked(lock: IO[str] | int) -> bool:
     """Take the lock, which ends with the file or the process; False where another has it, or there are no locks."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

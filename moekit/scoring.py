@@ -5,23 +5,18 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from moekit.arguments import first_few
 from moekit.batches import Batch, shares
 from moekit.handle import Handle
 from moekit.interrupts import import_whole
-from moekit.nn.intervene import Intervention
-from moekit.nn.noise import Noise
-from moekit.nn.passes import Pass
-from moekit.nn.transformer import Transformer
 from moekit.progress import bar as progress_bar
-from moekit.ranks import Each, Rank
+from moekit.ranks import Each
 from moekit.routing import trace as tracing
 from moekit.symbols import PAD
 from moekit.worker import scoring
@@ -103,7 +98,7 @@ def not_finite(model: Handle, batches: Sequence[Batch], scores: dict, **how: Any
     samples = [int(b.ids[row]) for b in batches for row in np.flatnonzero(bad[b.index].any(axis=1))]
     named = first_few(samples)
     total = sum(int((b.targets != PAD).sum()) for b in batches)
-    found = model.ranks.call(first_not_finite, first, intervention=model.intervention, **how)[0]
+    found = model.ranks.call(scoring.first_not_finite, first, intervention=model.intervention, **how)[0]
     kind = str(model.dtype).removeprefix("torch.")
     if found is None:
         where = "all layers give finite numbers, so the output's log-probabilities overflow"
@@ -113,55 +108,6 @@ def not_finite(model: Handle, batches: Sequence[Batch], scores: dict, **how: Any
         where = f"the {found} is the first whose output is not finite"
     remedy = "; load the model with dtype='bfloat16' or 'float32'" if kind == "float16" else ""
     return f"{count:,} of {total:,} log-probabilities are not finite ({kind}), in samples {named}: {where}{remedy}"
-
-
-@torch.inference_mode()
-def first_not_finite(
-    rank: Rank,
-    batch: Batch,
-    *,
-    fraction: float | None,
-    vocab: int,
-    seed: int,
-    intervention: Intervention | None,
-) -> str | None:
-    """Run ``batch`` again, on rank 0, and name the first module whose output has NaN or infinity; None without any."""
-    model: Transformer = rank.state["model"]
-    if rank.rank > 0:
-        return model.serve()
-    names: list[str] = []
-
-    def looks(name: str) -> Callable[..., None]:
-        def hook(module: torch.nn.Module, _: Any, output: Any) -> None:
-            tensors = output if isinstance(output, tuple) else (output,)
-            if not all(bool(t.isfinite().all()) for t in tensors if t is not None):
-                weights = any(not bool(p.isfinite().all()) for p in module.parameters())
-                names.append(f"weights of the {name}" if weights else name)
-
-        return hook
-
-    parts = [("embedding", model.embed)]
-    for number, layer in enumerate(model.layers):
-        for name, kind in {"attn": "attention", "ffn": "feed-forward network", "moe": "experts"}.items():
-            module = getattr(layer, name)
-            if module is not None:
-                parts.append((f"{kind} of layer {number}", module))
-    hooks = [module.register_forward_hook(looks(name)) for name, module in parts]
-    try:
-        tokens = torch.from_numpy(batch.tokens).to(rank.device).long()
-        asked = Pass(fraction=fraction, noise=Noise(seed, [batch.index]))
-        if batch.padded():
-            asked.padding = tokens == PAD
-        if intervention is not None:
-            positions = torch.arange(tokens.shape[1], device=rank.device)
-            intervention.apply(asked, torch.from_numpy(batch.ids).to(rank.device), positions)
-        logits = model.logits(model(tokens, asked), vocab)
-        if not names and not bool(logits.isfinite().all()):
-            names.append("output matrix")
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return names[0] if names else None
 
 
 def score_batches(

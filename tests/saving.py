@@ -1,10 +1,13 @@
 """A run that saves its results again and again, for tests that kill it: ``python saving.py FOLDER TRIALS SEED``.
 
-Each trial forks a process that saves a newer version of every file over the last one, and kills it after a random time.
-Prints a JSON object: how many processes were killed while they saved, the files that were not whole afterwards, and the
-pairs of files that were saved together and are of two runs.
+Each trial forks a process that saves a newer version of every file over the last one, and kills it: after a random time, or
+around the moves at the end, by itself or together with the process that moves, as when a machine loses its power. Prints a
+JSON object: how many processes were killed while they saved, how many of these while the files moved, the files that were
+not whole afterwards, and the pairs of files that were saved together and are of two runs.
 """
 
+import contextlib
+import fcntl
 import json
 import os
 import random
@@ -20,6 +23,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from synthetic_traces import synthetic
 
+from moekit import moving, results
 from moekit.notebook import inspection, report
 from moekit.notebook.explorer import page
 from moekit.routing.trace import Trace
@@ -71,6 +75,29 @@ def _version(table: pd.DataFrame, rows: int) -> int:
     return version
 
 
+def marked(folder: Path, child: int) -> Path | None:
+    """The temporary folder of a save whose files are all there, as soon as there is one; None if the child ends before."""
+    while True:
+        for mark in folder.glob(f"{results.PREFIX}*/{moving.WHOLE}"):
+            return mark.parent
+        if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            return None
+
+
+def mover_of(child: int) -> list[int]:
+    """The process that moves the files of ``child``, if it runs."""
+    with contextlib.suppress(OSError):
+        return [int(pid) for pid in Path(f"/proc/{child}/task/{child}/children").read_text().split()]
+    return []
+
+
+def wait_for_mover(folder: Path) -> None:
+    """Until no process moves files: it holds the lock of their temporary folder."""
+    for lock in folder.glob(f"{results.PREFIX}*/{results.LOCK}"):
+        with contextlib.suppress(OSError), open(lock) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+
+
 def main(folder: Path, trials: int, seed: int) -> dict:
     draw = random.Random(seed)
     child = os.fork()
@@ -82,17 +109,32 @@ def main(folder: Path, trials: int, seed: int) -> dict:
         os._exit(0)
     os.waitpid(child, 0)
     seconds = float((folder / "seconds").read_text())
-    killed, bad = 0, []
+    killed, moved, bad = 0, 0, []
     for version in range(1, trials + 1):
+        how = ("random", "at the moves", "with the mover")[version % 3]
         child = os.fork()
         if child == 0:
             try:
                 save(folder, version)
             finally:
                 os._exit(0)
-        time.sleep(draw.uniform(0, 1.1 * seconds))
-        os.kill(child, signal.SIGKILL)
-        killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        if how == "random":
+            time.sleep(draw.uniform(0, 1.1 * seconds))
+            pids = [child]
+        else:
+            marked(folder, child)
+            time.sleep(draw.uniform(0, 0.04))
+            pids = [child, *(mover_of(child) if how == "with the mover" else [])]
+        for pid in reversed(pids):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        ended = os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        killed += ended
+        moved += ended and how != "random"
+        wait_for_mover(folder)
+        if len(pids) > 1:
+            # Nobody was left to move the rest.
+            results.settle(folder)
         # Read in a process of its own, since pyarrow's threads must not run where forks are made.
         child = os.fork()
         if child == 0:
@@ -109,6 +151,7 @@ def main(folder: Path, trials: int, seed: int) -> dict:
     mixed = [pair for pair in bad if pair.startswith("mixed")]
     return {
         "killed": killed,
+        "moved": moved,
         "broken": [one for one in bad if one not in mixed],
         "mixed": mixed,
         "left": left,

@@ -304,6 +304,37 @@ def keys(folder, rng):
 
 
 @mutator
+def transposed(folder, rng):
+    """Also a matrix that is there twice, tied, of which one is read."""
+    path = some(rng, folder)
+
+    def edit(state):
+        keys = [key for key, tensor in state["model"].items() if tensor.dim() == 2]
+        key = rng.choice([key for key in keys if len(set(state["model"][key].shape)) == 2])
+        state["model"][key] = state["model"][key].t().contiguous()
+
+    change(path, edit)
+    return "refused"
+
+
+@mutator
+def members_swapped(folder, rng):
+    """Two members of one size change places, and keep their checksums' places in the directory."""
+    path = some(rng, folder)
+    of_size = collections.defaultdict(list)
+    for name, (start, size) in positions(path).items():
+        if "/data/" in name:
+            of_size[size].append(start)
+    size = rng.choice([size for size, starts in of_size.items() if len(starts) > 1])
+    one, other = rng.sample(of_size[size], 2)
+    data = bytearray(path.read_bytes())
+    data[one : one + size], data[other : other + size] = data[other : other + size], data[one : one + size]
+    path.write_bytes(data)
+    # The members may be equal.
+    return "either"
+
+
+@mutator
 def dtypes(folder, rng):
     kind = rng.choice(["double", "float", "bfloat16", "int", "bool", "cfloat", "float8"])
     path = folder / rng.choice(NAMES[1:])

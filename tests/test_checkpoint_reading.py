@@ -38,10 +38,16 @@ def folder(reference, tmp_path, monkeypatch):
 
 @pytest.fixture
 def counted(monkeypatch):
-    """The bytes of each part whose sum was checked."""
+    """The bytes of each part whose sum was checked, but for the version, one number, which every survey checks."""
     sizes: list[int] = []
     crc32 = inspection.crc32
-    monkeypatch.setattr(inspection, "crc32", lambda data: sizes.append(len(data)) or crc32(data))
+
+    def count(data):
+        if len(data) > 4:
+            sizes.append(len(data))
+        return crc32(data)
+
+    monkeypatch.setattr(inspection, "crc32", count)
     return sizes
 
 
@@ -80,6 +86,22 @@ def test_one_bit_of_one_weight_is_noticed_and_named(folder):
     assert fill(folder, verify=False)
     with pytest.raises(ValueError, match=rf"model-rank-2\.pt: {KEY} is damaged"):
         checkpoint.inspect(checkpoint.survey(checkpoint.find(folder)))
+
+
+def test_a_version_that_is_damaged_is_named(folder):
+    """It decides whether there is a norm behind the last layer."""
+    flip(folder / "model-shared.pt", "decoder.version")
+    with pytest.raises(ValueError, match=r"model-shared\.pt: decoder\.version is damaged"):
+        checkpoint.survey(checkpoint.find(folder))
+
+
+def test_tied_matrices_have_one_shape(folder):
+    key = "decoder.embed_tokens.weight"
+    change(folder / "model-shared.pt", lambda state: state["model"].update({key: state["model"][key].t()}))
+    with pytest.raises(
+        ValueError, match=rf"{key} has shape \[32, 200\], expected \[200, 32\] as .*: cfg ties them"
+    ):
+        checkpoint.survey(checkpoint.find(folder))
 
 
 def test_load_can_leave_the_checksums_out(folder):
@@ -380,6 +402,30 @@ def test_what_is_neither_weights_nor_config_is_not_built(folder):
     extra = state["extra_state"]
     assert extra["a"] == 0.5 and extra["b"] == "x/y" and extra["d"] == {1: [2]}
     assert repr(extra["c"]).startswith("<numpy")
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("old", [False, True])
+def test_plain_data_is_read_from_every_protocol(folder, protocol, old):
+    path = folder / "model-rank-1.pt"
+    extra = [
+        bytearray(b"x"),
+        bytearray(),
+        b"",
+        range(3),
+        slice(1, 2),
+        {1},
+        frozenset(),
+        complex(1, 2),
+        np.zeros(2),
+    ]
+    change(
+        path,
+        lambda state: state["extra_state"].update(more=extra),
+        pickle_protocol=protocol,
+        _use_new_zipfile_serialization=not old,
+    )
+    assert len(checkpoint.read(path)["extra_state"]["more"]) == len(extra)
 
 
 def test_cut_short_says_how_many_bytes_and_what_to_do(folder):

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import cloudpickle
@@ -122,6 +123,60 @@ def test_the_rank_is_named_and_nothing_is_left(temp, operation, fault, counted):
         assert "in fail" in str(caught.value) or ".fail" in str(caught.value)
     assert all_gone(pids) and not list(temp.iterdir()) and set(os.listdir("/dev/shm")) == shared
     counted(f"faults of a rank: {fault}", "with the rank named and nothing left")
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("no memory"), ValueError("boom"), KeyboardInterrupt()]
+)
+def test_a_single_rank_goes_on_after_an_error_in_mid_call(monkeypatch, error, counted):
+    """In any pass of any call: what it had is given back where memory was short, and the next call gives the same."""
+    from moekit.nn.transformer import Transformer
+
+    calls = {
+        "score": lambda model: model.score(TWICE)["logprob"].tolist(),
+        "trace": lambda model: model.trace(TWICE, progress=False).experts.tolist(),
+        "generate": lambda model: [
+            one.text for one in model.generate(TWICE, max_new_tokens=6, progress=False)
+        ],
+        "beams": lambda model: [
+            one.text for one in model.generate(TWICE, max_new_tokens=4, beam_size=2, progress=False)
+        ],
+        "stream": lambda model: [one.id for one in model.stream(TWICE, max_new_tokens=6)],
+        "evaluate": lambda model: model.evaluate("demo", max_batches=2, progress=False).loss_base2,
+    }
+    before, made = Transformer.forward, []
+    with moekit.load("demo", 1, "cpu", progress=False) as model:
+        wanted = {name: call(model) for name, call in calls.items()}
+        state = set(model.ranks._rank.state)
+        for name, call in calls.items():
+            for at in (1, 2, 4):
+                passes = 0
+
+                def forward(*args, at=at, **options):
+                    nonlocal passes
+                    passes += 1
+                    if passes == at:
+                        tensor = torch.ones(1000)
+                        made.append(weakref.ref(tensor))
+                        raise error
+                    return before(*args, **options)
+
+                monkeypatch.setattr(Transformer, "forward", forward)
+                kept = None
+                try:
+                    call(model)
+                except (RankError, KeyboardInterrupt) as caught:
+                    kept = caught
+                monkeypatch.setattr(Transformer, "forward", before)
+                if isinstance(error, torch.OutOfMemoryError) and kept is not None:
+                    assert made[-1]() is None, f"{name}: the error keeps what the call had"
+                assert call(model) == wanted[name], name
+                assert set(model.ranks._rank.state) == state
+                counted(
+                    "errors in mid-call of a single rank",
+                    "after which the next call gives the same",
+                    kept is not None,
+                )
 
 
 @LINUX
@@ -460,7 +515,7 @@ def test_arguments_that_contradict_the_pool_are_refused(options, said):
 
 
 def test_interrupts_at_random_moments(tmp_path, counted):
-    trials = os.environ.get("FUZZ", "4")
+    trials = os.environ.get("INTERRUPTS", "4")
     program = [sys.executable, str(Path(__file__).with_name("interrupted.py")), trials, "1", str(tmp_path)]
     environment = os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
     ended = subprocess.run(

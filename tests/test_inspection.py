@@ -1,4 +1,5 @@
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -9,8 +10,9 @@ from test_project import ROOT
 
 import moekit
 from moekit.arguments import ParameterError
-from moekit.notebook import inspection, parameters
+from moekit.notebook import inspection, parameters, routing_plots
 from moekit.routing import metrics
+from moekit.routing.domains import domains_of
 from moekit.routing.trace import Trace
 
 
@@ -76,6 +78,72 @@ def test_change_is_the_mean_difference_a_domain():
     assert table["tokens"].tolist() == [18, 18]  # a sample's last token has no target
     assert table["rerouted"].eq(0).all() and table["note"].eq("too few").all()
     assert inspection.change_by_domain(trace, after, None)["domain"].tolist() == ["all"]
+
+
+@pytest.fixture(scope="module")
+def of_the_demo():
+    with moekit.load("demo", 1, "cpu", progress=False) as model:
+        trace = model.trace("demo", max_tokens=24_000, progress=False)
+        yield model, trace.labelled(domain=domains_of(trace))
+
+
+def test_the_model_continues_beginnings_of_each_domain(of_the_demo):
+    model, trace = of_the_demo
+    new = inspection.continued(model, trace, "domain", samples=2, read=20, max_new_tokens=5, temperature=0.0)
+    start = np.flatnonzero(np.diff(trace.sample, prepend=-1))
+    domains = trace.labels["domain"]
+    pure = {n for n in start if len({*domains[n : n + 20]}) == 1}
+    prompts = {tuple(trace.token[n + 1 : n + 20]): domains[n] for n in pure}
+    for sample in np.unique(new.sample):
+        one = new.select(samples=sample)
+        # Generation begins with a symbol of its own, and the last new token is no input.
+        assert len(one) == 20 + 5 - 1 and one.generated.sum() == 4
+        assert (
+            prompts[tuple(one.token[1:20])] == one.labels["domain"][0] and len({*one.labels["domain"]}) == 1
+        )
+    number = pd.Series(new.labels["domain"][np.unique(new.sample, return_index=True)[1]]).value_counts()
+    assert set(number.index) == set(domains[sorted(pure)]) and number.max() == 2
+    text = model.generate([new.token[1:20].tolist()], max_new_tokens=5, progress=False)[0]
+    assert list(text.ids)[:4] == new.select(samples=0).token[20:].tolist()
+    with pytest.raises(
+        ValueError, match="no sample has 1000 tokens; expected some to continue, so read fewer"
+    ):
+        inspection.continued(model, trace, "domain", read=1000, max_new_tokens=1)
+
+
+def test_where_no_sample_is_of_one_domain_its_most_counts():
+    asked = {}
+
+    class Silent:
+        def generate(self, prompts, **options):
+            asked["prompts"] = prompts
+            traces = [made.select(samples=number) for number in range(len(prompts))]
+            return [SimpleNamespace(trace=one) for one in traces]
+
+    made, _ = synthetic(tokens=60, block=20)
+    labels = np.array(["a", "b", "b"] * 20)
+    found = inspection.continued(Silent(), made, labels, samples=5, read=6)
+    assert len(asked["prompts"]) == 3 and set(found.labels["domain"]) == {"b"}
+
+
+def test_read_and_written_shares_are_those_of_the_domains(of_the_demo):
+    _, trace = of_the_demo
+    favourites = inspection.favourites(trace, "domain", None, choice=0)
+    half = trace.sample % 2 == 0
+    read, new = trace.select(mask=half), trace.select(mask=~half)
+    table = inspection.written(read, new, favourites)
+    assert len(table) >= 2
+    for row in table.itertuples():
+        place = trace.at(row.layer)
+        for part, share in ((read, row.read), (new, row.written)):
+            own = part.experts[part.labels["domain"] == row.domain, place, 0]
+            assert share == pytest.approx((own == row.expert).mean())
+        assert row.load == pytest.approx((new.experts[:, place, 0] == row.expert).mean())
+    figure = routing_plots.written(table)
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == [
+        f"{row.domain}, {row.layer}:{row.expert}" for row in table.itertuples()
+    ]
+    assert np.allclose(figure.axes[0].lines[0].get_xdata(), 100 * table["read"])
 
 
 def test_wide_tables_end_with_chance():

@@ -75,6 +75,16 @@ def test_a_dense_model_is_a_checkpoint_like_any_other(elsewhere):
     assert not (elsewhere / "no" / "trace.parquet").exists()
 
 
+def test_the_study_has_60_lines():
+    cells = nbformat.read(ROOT / "notebooks" / "study_routing.ipynb", 4).cells
+    code = [
+        cell.source
+        for cell in cells
+        if cell.cell_type == "code" and "parameters" not in cell.metadata.get("tags", [])
+    ]
+    assert sum(bool(line.strip()) for source in code for line in source.split("\n")) <= 60
+
+
 def test_the_study_finds_what_is_known_of_the_demo(elsewhere):
     execute("study_routing", elsewhere, device="cpu", output_dir="results")
     results = elsewhere / "results"
@@ -93,6 +103,13 @@ def test_the_study_finds_what_is_known_of_the_demo(elsewhere):
     assert {"specialisation.pdf", "capacity.png", "pairs.tex", "settings.csv"} <= {
         p.name for p in results.iterdir()
     }
+    written = pd.read_csv(results / "written.csv").set_index("domain")
+    german = written.loc["german"]
+    assert (german["layer"], german["expert"], german["units"]) == (5, 8, 8)
+    assert (
+        german["read"] == pytest.approx(0.70, abs=0.01) and german["written"] > 0.5 > 5 * german["load"] - 0.3
+    )
+    assert {"choices.pdf", "written.png", "written.tex"} <= {p.name for p in results.iterdir()}
     for out in outputs(elsewhere / "study_routing.ipynb"):
         said = out.get("text", "") + out.get("data", {}).get("text/plain", "")
         assert "%|" not in said and str(elsewhere) not in said and out.get("name") != "stderr"

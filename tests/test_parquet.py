@@ -25,6 +25,9 @@ def same(one: Trace, other: Trace) -> bool:
         for n in ARRAYS
     )
     full = one.full.keys() == other.full.keys()
+    columns = columns and {n: v.tolist() for n, v in one.labels.items()} == {
+        n: v.tolist() for n, v in other.labels.items()
+    }
     return plain and columns and full and all(np.array_equal(one.full[n], other.full[n]) for n in one.full)
 
 
@@ -96,9 +99,53 @@ def test_a_trace_without_experts(made, tmp_path):
     assert pq.read_table(tmp_path / "t.parquet").column_names == list(TOKEN_COLUMNS)
 
 
-def test_no_changed_bit_gives_another_trace(made, tmp_path):
+LABELS = np.array(["French", "ümläut,\n", "", "c\u0301ode"])
+
+
+def test_labels_are_saved_with_the_trace(made, tmp_path):
+    path = tmp_path / "t.parquet"
+    labelled = made.labelled(domain=LABELS[np.arange(200) % 4], line=range(200))
+    labelled.save(path)
+    found = Trace.load(path)
+    assert same(found, labelled) and found.labels["line"][7] == "7"
+    assert pd.read_parquet(path)["labels.domain"].tolist() == labelled.labels["domain"].tolist()
+    assert json.loads(pq.read_schema(path).metadata[parquet.HEAD])["format"] == parquet.FORMAT
+    none = labelled.select(mask=np.zeros(200, bool))
+    none.save(path)
+    assert same(Trace.load(path), none)
+    made.save(path)
+    assert json.loads(pq.read_schema(path).metadata[parquet.HEAD])["format"] == parquet.FORMAT
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        [],
+        {"x": "a"},
+        {"x": [1]},
+        {"x": ["a"]},
+        {"y": ["French"]},
+        {"x": ["French", "ümläut,\n", ""]},
+        {"x": None},
+    ],
+)
+def test_labels_that_the_file_does_not_hold(made, tmp_path, labels):
+    path = tmp_path / "t.parquet"
+    made.labelled(x=LABELS[np.arange(200) % 4]).save(path)
+    table = pq.read_table(path)
+    head = json.loads(table.schema.metadata[parquet.HEAD]) | {"labels": labels}
+    pq.write_table(table.replace_schema_metadata({parquet.HEAD: json.dumps(head)}), path)
+    with pytest.raises(ValueError, match=r"t\.parquet is damaged") as caught:
+        Trace.load(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_no_changed_bit_gives_another_trace(made, tmp_path, labelled):
     """1,000 files with one bit changed: an error that names the file, or the very trace."""
     path = tmp_path / "t.parquet"
+    if labelled:
+        made = made.labelled(domain=LABELS[np.arange(200) % 4])
     made.save(path)
     good, rng, refused = path.read_bytes(), np.random.default_rng(0), 0
     for at, bit in zip(rng.integers(0, len(good), 1000), rng.integers(0, 8, 1000), strict=True):
@@ -138,7 +185,7 @@ def test_files_that_are_cut(made, tmp_path):
         (lambda head: head.update(layers=[1, 1]), "an absurd number"),
         (lambda head: head.update(layers=[1, 5]), "it lacks the column entropy.5"),
         (lambda head: head.update(top_k=3), r"it lacks the column experts\.1\.2"),
-        (lambda head: head.update(format=99), "has format 99; this moekit reads the formats 1 to 3"),
+        (lambda head: head.update(format=99), "has format 99; this moekit reads the formats 1 to 4"),
     ],
 )
 def test_heads_that_make_no_sense(made, tmp_path, change, said):

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import saving
+from synthetic_traces import synthetic
 
-from moekit import results
+from moekit import moving, results
+from moekit.routing.trace import Trace
 
 HERE = Path(__file__).parent
 
@@ -107,6 +109,7 @@ def kills(folder: Path, trials: int, counted) -> dict:
     assert ran.returncode == 0, ran.stderr
     found = json.loads(ran.stdout)
     counted("kills while results are saved", "with every file whole", found["killed"] - len(found["broken"]))
+    counted("of these, kills around the moves", "with every file whole", found["moved"])
     counted("kills while results are saved", "with files of two runs", len(found["mixed"]))
     counted("kills while results are saved", "with a file that cannot be read", len(found["broken"]))
     return found
@@ -114,13 +117,18 @@ def kills(folder: Path, trials: int, counted) -> dict:
 
 def test_files_of_notebooks_are_whole_after_kills(tmp_path, counted):
     found = kills(tmp_path, 25, counted)
-    assert found["killed"] >= 15 and found["broken"] == [] and found["left"] == []
+    assert (
+        found["killed"] >= 15
+        and found["moved"] >= 8
+        and found["broken"] == found["mixed"] == found["left"] == []
+    )
 
 
 @pytest.mark.slow
 def test_files_of_notebooks_are_whole_after_200_kills(tmp_path, counted):
     found = kills(tmp_path, 200, counted)
-    assert found["killed"] >= 150 and found["broken"] == [] and found["left"] == []
+    assert found["killed"] >= 150 and found["moved"] >= 80
+    assert found["broken"] == found["mixed"] == found["left"] == []
 
 
 def test_a_full_disk_is_one_sentence_and_touches_nothing(tmp_path):
@@ -194,6 +202,77 @@ def test_what_a_killed_run_left_goes_and_what_a_running_one_writes_stays(tmp_pat
         (place / "a.txt").write_text("a")
     young.rmdir()
     assert contents(tmp_path) == {"a.txt": b"a", "b.txt": b"b"}
+
+
+def half_moved(folder: Path, names: str, done: int) -> Path:
+    """What a run leaves that ended, with the process that moves, after ``done`` moves."""
+    place = folder / f"{results.PREFIX}ended"
+    place.mkdir()
+    (place / results.LOCK).write_text("")
+    for number, name in enumerate(names):
+        (folder / name if number < done else place / name).write_text("new")
+    (place / moving.WHOLE).write_text(json.dumps([*names]))
+    return place
+
+
+@pytest.mark.parametrize("done", range(4))
+@pytest.mark.parametrize("by", ["settle", "save"])
+def test_what_is_whole_gets_to_its_names_by_the_next_save_or_reading(tmp_path, done, by):
+    for name in "abc":
+        (tmp_path / name).write_text("old")
+    half_moved(tmp_path, "abc", done)
+    if by == "settle":
+        results.settle(tmp_path)
+    else:
+        with results.whole(tmp_path / "d") as part:
+            assert all((tmp_path / name).read_text() == "new" for name in "abc")
+            part.write_text("new")
+    assert contents(tmp_path) == dict.fromkeys("abc" if by == "settle" else "abcd", b"new")
+
+
+def test_a_trace_is_read_after_what_was_whole_has_got_to_its_name(tmp_path):
+    trace, _ = synthetic(tokens=20)
+    trace.save(tmp_path / "t")
+    (tmp_path / "t").rename(tmp_path / "kept")
+    trace.meta["run"] = "older"
+    trace.save(tmp_path / "t")
+    place = half_moved(tmp_path, "t", 0)
+    (tmp_path / "kept").rename(place / "t")
+    assert "run" not in Trace.load(tmp_path / "t").meta and not place.exists()
+
+
+def test_a_save_comes_after_what_an_earlier_one_left_meanwhile(tmp_path):
+    with results.together(tmp_path) as place:
+        (place / "a").write_text("newest")
+        (place / "b").write_text("newest")
+        half_moved(tmp_path, "ab", 1)
+    assert contents(tmp_path) == {"a": b"newest", "b": b"newest"}
+
+
+def test_saves_of_two_processes_do_not_mix(tmp_path):
+    code = (
+        "import sys, pathlib; from moekit import results\n"
+        "folder, version = pathlib.Path(sys.argv[1]), sys.argv[2]\n"
+        "for _ in range(20):\n"
+        "    with results.together(folder) as place:\n"
+        "        for name in 'abcdefgh': (place / name).write_text(version)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(HERE.parent)}
+    runs = [
+        subprocess.Popen([sys.executable, "-c", code, tmp_path, str(n)], env=environment) for n in range(2)
+    ]
+    assert [run.wait(120) for run in runs] == [0, 0]
+    assert len(set(contents(tmp_path).values())) == 1 and len(contents(tmp_path)) == 8
+
+
+def test_without_a_process_that_moves_the_run_does(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "posix_spawn", lambda *_, **__: (_ for _ in ()).throw(OSError("no processes")))
+    write(tmp_path, 1)
+    assert sorted(contents_of_files(tmp_path)) == ["a.txt", "b.txt", "c.txt", "sub/d.txt"]
+
+
+def contents_of_files(folder: Path) -> list[str]:
+    return [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
 
 
 def test_jupyter_shows_one_sentence():

@@ -39,6 +39,22 @@ def test_load_is_sorted_and_has_its_baseline(small):
     assert [c.get_label() for c in curve.collections] == ["uniform random routing, 90 %"]
 
 
+def test_first_and_second_choices_are_each_experts_shares():
+    trace, _ = synthetic(tokens=900, layers=(1, 3), experts=16, block=100)
+    figure = routing_plots.choices(trace)
+    assert [ax.get_visible() for ax in figure.axes] == [True, True]
+    dots = figure.axes[1].lines[0]
+    for axis, choice in ((dots.get_xdata(), 0), (dots.get_ydata(), 1)):
+        share = np.bincount(trace.experts[:, 1, choice], minlength=16) / 9
+        assert np.allclose(axis, share)
+    bars = [bar[:, 0] for bar in figure.axes[1].collections[0].get_segments() if len(bar)]
+    table = metrics.load(trace, choice=0).query("layer == 3")
+    assert np.allclose(bars, 100 * table[["low", "high"]].dropna()) and len(bars) > 10
+    assert "rank correlation" in figure.axes[1].get_title(loc="left")
+    with pytest.raises(ValueError, match="no second choices"):
+        routing_plots.choices(synthetic(tokens=64, choices=1)[0])
+
+
 def test_drops_are_those_of_the_trace():
     trace, _ = synthetic(tokens=64, layers=(1,), experts=4, block=16)
     kept = np.ones((64, 1, 2), bool)

@@ -29,7 +29,7 @@ def slow(metric):
 # -------------------------------------------------------------------------------------------------------- bootstrap
 
 
-@pytest.mark.parametrize("metric", ["load", "balance", "gate", "drops", "repeats"])
+@pytest.mark.parametrize("metric", ["load", "gate", "drops", "repeats"])
 def test_counting_units_equals_drawing_tokens(metric):
     """The fast way draws counts, the slow one makes the trace of every resample."""
     trace, _ = synthetic(tokens=600, block=40, experts=6)
@@ -38,6 +38,45 @@ def test_counting_units_equals_drawing_tokens(metric):
     np.testing.assert_allclose(fast["low"], drawn["low"], atol=1e-6)
     np.testing.assert_allclose(fast["high"], drawn["high"], atol=1e-6)
     assert (fast["note"] == "").any()
+
+
+@pytest.mark.parametrize("metric", ["balance", "hot_set"])
+def test_the_middle_of_a_spread_is_by_resamples_and_its_width_by_the_jackknife(metric):
+    """24 samples: each resample and each trace without a sample is made, and measured as a trace."""
+    from scipy.stats import t
+
+    trace, _ = synthetic(tokens=600, block=25, experts=6)
+    fast = metrics.bootstrap(trace, metric, resamples=60)
+    drawn = metrics.bootstrap(trace, slow(metrics.METRICS[metric]), resamples=60)
+    known = fast["low"].notna().to_numpy()
+    assert known.mean() > 0.7 and (fast["note"] != "too few").all()
+    middle = [(table["low"] + table["high"])[known] / 2 for table in (fast, drawn)]
+    np.testing.assert_allclose(*middle, atol=1e-6)
+    measured = metrics.METRICS[metric]
+    without = np.stack([measured(trace.select(mask=trace.sample != sample))["value"] for sample in range(24)])
+    error = np.sqrt(23 / 24 * ((without - without.mean(axis=0)) ** 2).sum(axis=0))
+    half = (fast["high"] - fast["low"])[known] / 2
+    np.testing.assert_allclose(half, t.ppf(0.975, 23) * error[known], atol=1e-6)
+
+
+def test_a_spread_of_few_units_has_no_interval():
+    told = metrics.bootstrap(synthetic(tokens=600, block=40, experts=6)[0], "balance")
+    assert told["low"].isna().all() and (told["note"] == "too few").all()
+
+
+def test_an_interval_by_hand():
+    again = np.array([1.0, 2.0, 3.0, 6.0])
+    low, high = statistics.interval(again, 2.5, 10)
+    half = 2.2621571627 * again.std(ddof=1) * math.sqrt(10 / 9)
+    assert (low, high) == (pytest.approx(2 * 2.5 - 3 - half), pytest.approx(2 * 2.5 - 3 + half))
+    assert statistics.interval(again, 2.5, 10, error=1.0)[1] == pytest.approx(2 + 2.2621571627)
+    assert (
+        np.isnan(statistics.interval(again, 2.5, 7)).all()
+        and np.isnan(statistics.interval(again * 0, 0, 10)).all()
+    )
+    values = np.random.default_rng(0).normal(size=12)
+    without = np.array([np.delete(values, n).mean() for n in range(12)])
+    assert statistics.jackknife(without) == pytest.approx(values.std(ddof=1) / math.sqrt(12))
 
 
 @pytest.mark.parametrize("metric", [metrics.domain_specialisation, metrics.domain_information])

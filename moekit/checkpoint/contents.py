@@ -72,6 +72,12 @@ def _members(arguments: tuple) -> bool:
     return len(arguments) <= 1 and all(isinstance(a, (list, tuple, Group, Pairs)) for a in arguments)
 
 
+def _content(arguments: tuple) -> bool:
+    """Of bytes: nothing, or the bytes; protocol 2 has none, and writes text and the name of a codec, or a call with these."""
+    of_bytes = len(arguments) == 1 and isinstance(arguments[0], (bytes, Call))
+    return not arguments or of_bytes or (len(arguments) == 2 and arguments[1] in OLD_CODECS)
+
+
 def _one_value(arguments: tuple) -> bool:
     return len(arguments) == 1 and isinstance(arguments[0], (str, int, float))
 
@@ -82,9 +88,8 @@ CALLS: dict[str, Callable[[tuple], bool]] = {
     r"collections\.(OrderedDict|defaultdict|deque|Counter)": _any,
     r"argparse\.Namespace": _any,
     r"(builtins|__builtin__)\.(set|frozenset|dict|list|tuple)": _members,
-    r"(builtins|__builtin__)\.(slice|complex|range)": _any,
-    # Protocol 2 has no bytes: it writes them as text and the name of a codec.
-    r"(builtins|__builtin__)\.(bytes|bytearray)": lambda a: not a or (len(a) == 2 and a[1] in OLD_CODECS),
+    r"(builtins|__builtin__)\.(slice|complex|x?range)": _any,
+    r"(builtins|__builtin__)\.(bytes|bytearray)": _content,
     r"_codecs\.encode": lambda a: len(a) == 2 and isinstance(a[0], str) and a[1] in OLD_CODECS,
     r"datetime\.(datetime|date|time|timedelta|timezone)": _any,
     r"pathlib(\._local)?\.(Pure)?(Posix|Windows)?Path": lambda a: all(isinstance(part, str) for part in a),

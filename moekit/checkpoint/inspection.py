@@ -91,13 +91,8 @@ class Inspection:
 
     def _check(self, wanted: Wanted, record: Record | None) -> None:
         key, part, place = wanted
-        if record is not None and record.checksum is not None:
-            content = self.weights.memory[record.start : record.start + record.size]
-            if crc32(content) != record.checksum:
-                raise ValueError(
-                    f"{self.source.path}: {clip(key)} is damaged (its bytes do not have the checksum {record.checksum:08x} "
-                    "that the file tells): fetch the file again"
-                )
+        if record is not None:
+            check_sum(self.weights, key)
         # Half precision may overflow in the sum, but a sum that is finite has finite terms only.
         numbers = part.float() if part.itemsize == 1 else part
         if not numbers.sum().isfinite():
@@ -112,6 +107,21 @@ class Inspection:
             return
         if time.time() - max(self.source.stamp[-2:]) / 1e9 > SETTLED:
             _keep(self.name, self.nonfinite)
+
+
+def check_sum(weights: Weights, key: str) -> None:
+    """Compare the checksum of a tensor's record, where the file tells one.
+
+    Raises:
+        ValueError: the bytes are not those that were written.
+    """
+    record = weights.records[key]
+    content = weights.memory[record.start : record.start + record.size]
+    if record.checksum is not None and crc32(content) != record.checksum:
+        raise ValueError(
+            f"{weights.path}: {clip(key)} is damaged (its bytes do not have the checksum {record.checksum:08x} that the "
+            "file tells): fetch the file again"
+        )
 
 
 def _folder() -> Path:

@@ -15,14 +15,16 @@ from torch import Tensor
 from moekit.checkpoint import copying
 from moekit.checkpoint import options as cfg
 from moekit.checkpoint.belonging import check_belongs
+from moekit.checkpoint.config import config_of
 from moekit.checkpoint.contents import clip
 from moekit.checkpoint.files import Files, find
 from moekit.checkpoint.inspection import Inspection, NonFinite, Wanted, warn_unchecked
-from moekit.checkpoint.keys import NUMBER, OUTPUT_KEYS, SHARED_KEY, Place, key_of, name_of, places
+from moekit.checkpoint.keys import NUMBER, SHARED_KEY, Place, key_of, name_of, places
 from moekit.checkpoint.placement import reached, slotted
 from moekit.checkpoint.reading import Source, Weights, read, stamp
 from moekit.checkpoint.shards import EXPERT, tensors
 from moekit.checkpoint.threads import pool
+from moekit.mapped import whole_files
 from moekit.nn.config import ModelConfig
 
 
@@ -77,7 +79,7 @@ def survey(files: Files, dictionary: int | None = None) -> Plan:
     stamps = {path: stamp(path) for path in files.all}
     states = {path: first if path == files.first else read(path) for path in files.all}
     opened = {path: tensors(state, path) for path, state in states.items()}
-    config = _config(files, states, opened, dictionary)
+    config = config_of(files, states, opened, dictionary)
     expected = _expected(files, config)
 
     sources: list[Source] = []
@@ -161,52 +163,6 @@ class Filling(defaultdict[Place, list[tuple[range, str]]]):
         return end if end < count or place not in self else None
 
 
-def _config(
-    files: Files, states: dict[Path, dict], opened: dict[Path, Weights], dictionary: int | None
-) -> ModelConfig:
-    """The config that rank 0's file tells, checked against the sizes of the files."""
-    shared = opened[files.shared]
-    keys = {key: opened[path] for path in reversed(files.common) for key in opened[path]}
-    if SHARED_KEY not in keys:
-        raise ValueError(f"{files.shared.parent} has no shared part: no file holds {SHARED_KEY}")
-    matrices = [(key, keys[key].shape(key)) for key in (SHARED_KEY, *sorted(OUTPUT_KEYS)) if key in keys]
-    for key, shape in matrices:
-        if len(shape) != 2 or 0 in shape:
-            raise ValueError(f"{files.shared}: {key} has shape {list(shape)}, expected a row for each type")
-    rows = min(shape[0] for _, shape in matrices)
-    if dictionary is not None and dictionary > rows:
-        raise ValueError(
-            f"{files.shared}: {SHARED_KEY} has {rows} rows, too few for a dictionary of {dictionary} types"
-        )
-    version = shared.get("decoder.version")
-    if version is not None and version.numel() != 1:
-        raise ValueError(
-            f"{files.shared}: decoder.version has shape {list(version.shape)}, expected one number"
-        )
-    config = cfg.from_fairseq(
-        *cfg.options_of(states[files.first], str(files.first)),
-        vocab_rows=dictionary or rows,
-        # files without a version, or of version 2 and less, are from before the final norm existed
-        before_final_norm=version is None or float(version.real) <= 2,
-        where=str(files.first),
-    )
-    # A model is not built, not even without memory, if its files cannot hold it. Each weight takes a byte or more.
-    layers = 1 + max((int(NUMBER.findall(key)[0]) for key in keys if NUMBER.search(key)), default=-1)
-    weights = 2 * config.dim * config.ffn_dim * config.experts * len(config.moe_layers)
-    size = sum(memory.nbytes for memory in (state["model"].memory for state in states.values()))
-    if config.layers > layers:
-        there = f"{files.shared.name} has"
-        if files.shards:
-            there = f"the {len(files.common)} shards up to {files.common[-1].name} (is one missing?) have"
-        raise ValueError(f"{files.first}: decoder_layers={config.layers}, but {there} {layers} layers")
-    if weights > size:
-        raise ValueError(
-            f"{files.first}: moe_expert_count={config.experts}, decoder_embed_dim={config.dim} and "
-            f"decoder_ffn_embed_dim={config.ffn_dim} make {weights:,} weights, but all files have {size:,} bytes"
-        )
-    return config
-
-
 def _expected(files: Files, config: ModelConfig) -> dict[str, Tensor]:
     """The parameters to fill, by their names; on no device."""
     from moekit.nn.transformer import Transformer
@@ -264,6 +220,7 @@ class Filled(dict[Place, int]):
     nonfinite: list[NonFinite]
 
 
+@whole_files()
 def fill(
     model: torch.nn.Module,
     plan: Plan,

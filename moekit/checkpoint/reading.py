@@ -21,6 +21,7 @@ from moekit.checkpoint.archive import START, Layout, Record, layout
 from moekit.checkpoint.contents import Stored, clip, is_known, layout_of, pairs, plain, refused, short, walk
 from moekit.checkpoint.hugging.config import described, same_model
 from moekit.checkpoint.pickles import EACH, Call, Unreadable
+from moekit.mapped import whole_files
 
 # What is read besides the weights: the config, and what tells one training from another. The state of the optimizer
 # stays in the file.
@@ -115,7 +116,8 @@ def _mapped(path: Path, what: str) -> Iterator[tuple[np.ndarray, torch.UntypedSt
         raise ValueError(f"{path} cannot be mapped into memory: {_reason(error)}") from error
     memory = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
     try:
-        yield memory, storage
+        with whole_files():
+            yield memory, storage
     except Unreadable as error:
         advice = "; fetch it again" if re.search(r"damage|is cut short", str(error)) else ""
         raise ValueError(f"{path} is not a readable {what}: it {error}{advice}") from error

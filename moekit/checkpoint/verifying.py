@@ -10,6 +10,7 @@ from moekit.checkpoint.inspection import crc32
 from moekit.checkpoint.plan import survey
 from moekit.checkpoint.reading import read
 from moekit.checkpoint.threads import pool
+from moekit.mapped import whole_files
 from moekit.progress import bar
 
 
@@ -39,6 +40,7 @@ def verify(checkpoint: str | Path, *, show: bool = True) -> list[dict[str, Any]]
     return rows
 
 
+@whole_files()
 def _of_file(path: Path) -> dict[str, Any]:
     weights = read(path)["model"]
     row: dict[str, Any] = {

@@ -27,6 +27,7 @@ from moekit.checkpoint.hugging.config import BRIDGE
 from moekit.checkpoint.inspection import crc32
 from moekit.checkpoint.reading import read
 from moekit.checkpoint.threads import pool
+from moekit.mapped import whole_files
 from moekit.progress import bar
 
 JOB = "job.json"
@@ -127,27 +128,28 @@ def _move(place: Path, target: Path) -> None:
 def _write(path: Path, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
     settings = {name: _known(value) for name, value in settings.items()}
     part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
-        if path.suffix == ".safetensors":
-            with pool("checksums") as executor:
-                safetensors.write(file, tensors, settings, lambda contents: executor.map(crc32, contents))
-        else:
-            if settings.get("args") is not None:
-                settings["args"] = argparse.Namespace(**settings["args"])
-            torch.save({"args": None} | settings | {"model": dict(tensors)}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    written = read(part)["model"]
+    with whole_files():
+        with open(part, "wb") as file:
+            if path.suffix == ".safetensors":
+                with pool("checksums") as executor:
+                    safetensors.write(file, tensors, settings, lambda contents: executor.map(crc32, contents))
+            else:
+                if settings.get("args") is not None:
+                    settings["args"] = argparse.Namespace(**settings["args"])
+                torch.save({"args": None} | settings | {"model": dict(tensors)}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        written = read(part)["model"]
 
-    def same(key: str) -> bool:
-        found, tensor = written.get(key), tensors[key]
-        return found is not None and found.dtype == tensor.dtype and _equal(found, tensor)
+        def same(key: str) -> bool:
+            found, tensor = written.get(key), tensors[key]
+            return found is not None and found.dtype == tensor.dtype and _equal(found, tensor)
 
-    # NumPy compares without Python's lock.
-    with pool("comparing") as executor:
-        for key, equal in zip(tensors, executor.map(same, tensors), strict=True):
-            if not equal:
-                raise ValueError(f"{part}: {key} is not what was written: is the disk sound?")
+        # NumPy compares without Python's lock.
+        with pool("comparing") as executor:
+            for key, equal in zip(tensors, executor.map(same, tensors), strict=True):
+                if not equal:
+                    raise ValueError(f"{part}: {key} is not what was written: is the disk sound?")
     os.replace(part, path)
 
 

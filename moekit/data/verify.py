@@ -14,6 +14,7 @@ import numpy as np
 
 from moekit.data.binarise import HEADER, MAGIC, VERSION, Binarised
 from moekit.data.dictionary import SPECIAL, Dictionary
+from moekit.mapped import whole_files
 
 LEGACY_MAGIC = b"TNTIDX\x00\x00"
 # The magic, the version, the code and the bytes of an id, the number of lines, the number of sizes.
@@ -50,6 +51,7 @@ def kind_of(prefix: Path) -> str:
     raise ValueError(f"{index} {said}; expected what fairseq-preprocess or prepare_data.ipynb writes")
 
 
+@whole_files()
 def verify(folder: Path, subset: str, model: Dictionary | None = None) -> str:
     """Check ``dict.txt`` and the files of ``subset``; each file is read once until it changes.
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moekit.arguments import Capacity, Flag, Kind, Number, Texts, Whole, check, shown
+from moekit.arguments import Capacity, Kind, Number, Texts, Whole, check, shown
 from moekit.generation.text import Text
 from moekit.handle import Handle
 from moekit.nn.record import Options
@@ -133,8 +133,7 @@ def rules(asked: dict[str, Any]) -> dict[str, Any]:
         ValueError: an argument is invalid, or two arguments contradict each other.
     """
     found = asked | {name: check(name, asked[name], kind) for name, kind in KINDS.items()}
-    trace = asked.get("trace", False)
-    found["trace"] = trace if isinstance(trace, Options) else check("trace", trace, Flag())
+    found["trace"] = Options.asked(asked.get("trace", False))
     record = asked.get("record")
     if record is not None and not callable(record):
         raise ValueError(f"record={shown(record)}: expected a function that the ranks call, or None")
@@ -142,7 +141,7 @@ def rules(asked: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"stop={found['stop']}: expected texts, none of them empty")
     beam_size, copies = found["beam_size"], found["num_return_sequences"]
     if beam_size > 1:
-        without = {"temperature": 0, "repetition_penalty": 1, "stop": [], "alternatives": 0, "trace": False}
+        without = {"temperature": 0, "repetition_penalty": 1, "stop": [], "alternatives": 0, "trace": None}
         if named := [name for name, off in without.items() if found.get(name, off) != off]:
             raise ValueError(f"beam_size={beam_size} searches and ends at </s>: leave out {', '.join(named)}")
         if found["max_new_tokens"] < 2:
@@ -203,7 +202,7 @@ class Request:
             vocab=model.vocab,
             fraction=model.capacity(asked["capacity_token_fraction"]),
             intervention=model.intervention,
-            trace=(Options() if trace is True else trace).of(model.config) if trace else None,
+            trace=None if trace is None else trace.of(model.config),
         )
         stop = tuple(asked["stop"])
         return cls(sequences, settings, asked["max_new_tokens"], stop, copies, model.codec)

@@ -53,6 +53,17 @@ class Options:
         object.__setattr__(self, "full", tuple(check("full", self.full, Wholes())))
         object.__setattr__(self, "predicted", check("predicted", self.predicted, Flag()))
 
+    @classmethod
+    def asked(cls, trace: bool | Options) -> Options | None:
+        """What the argument ``trace`` of a call asks for: True is all layers; None for False.
+
+        Raises:
+            ValueError: it is something else.
+        """
+        if isinstance(trace, cls):
+            return trace
+        return cls() if check("trace", trace, Flag()) else None
+
     def of(self, config: ModelConfig) -> Options:
         """With the layers of a model filled in.
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,13 +15,25 @@ from moekit.notebook.pieces import pieces
 from moekit.routing import metrics
 from moekit.routing.compare import change_by_domain
 from moekit.routing.domains import domains_of
+from moekit.routing.trace import join
 
-__all__ = ["change_by_domain", "favourites", "labels_of", "masked_by_domain", "save", "wide"]
+__all__ = [
+    "change_by_domain",
+    "continued",
+    "favourites",
+    "labels_of",
+    "masked_by_domain",
+    "save",
+    "stacked",
+    "wide",
+    "written",
+]
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
+    from moekit.api import Model
     from moekit.data.codec import Codec
     from moekit.notebook.explorer import Explorer
     from moekit.routing.trace import Trace
@@ -83,6 +96,7 @@ def favourites(
     """
     import pandas as pd
 
+    labels = trace.labels_of(labels)
     found = metrics.domain_specialisation(trace, labels, against=against, choice=choice)
     tested = metrics.permutation(trace, labels, choice=choice)
     found = found.merge(
@@ -116,6 +130,76 @@ def favourites(
         )
     order = sorted(rows, key=lambda row: row["next"] - row["share"])
     return pd.DataFrame(order)
+
+
+def continued(
+    model: Model, trace: Trace, labels: str | np.ndarray, samples: int = 10, read: int = 32, **options: Any
+) -> Trace:
+    """How the model routes text that it writes itself: it continues the beginnings of samples of each domain.
+
+    Args:
+        trace: of the text, in blocks or texts.
+        labels: [T] labels, or the name of the trace's column.
+        samples: the most of each domain, spread over the text; those that begin with ``read`` tokens of it alone, or, where
+            there are none, with a most of it.
+        read: tokens that the model reads of each, its first symbol included.
+        options: of ``model.generate``, such as ``max_new_tokens``, ``temperature`` and ``seed``.
+
+    Returns:
+        The trace of the prompts and the new tokens, a sample each, with the labels of the prompts as column ``domain``. Its
+        metrics count the new tokens.
+
+    Raises:
+        ValueError: all samples are shorter.
+    """
+    labels = trace.labels_of(labels)
+    start = np.flatnonzero(np.diff(trace.sample, prepend=-1))
+    length = np.diff(np.append(start, len(trace)))
+    told = [(n, Counter(labels[n : n + read].tolist()).most_common(1)[0]) for n in start[length >= read]]
+    if not told:
+        raise ValueError(f"no sample has {read} tokens; expected some to continue, so read fewer")
+    chosen: list[tuple[int, str]] = []
+    for domain in sorted({domain for _, (domain, _) in told}):
+        here = [(n, count) for n, (found, count) in told if found == domain]
+        # A prompt of one domain alone is better.
+        best = [n for n, count in here if count == read] or [n for n, _ in here]
+        places = np.linspace(0, len(best) - 1, min(samples, len(best))).astype(int)
+        chosen += [(best[place], domain) for place in places]
+    # The first symbol of a sample is the end of what came before; generation begins with one of its own.
+    prompts = [trace.token[n + 1 : n + read].tolist() for n, _ in chosen]
+    made = model.generate(prompts, trace=True, progress=False, **options)
+    found = join(one.trace for one in made)
+    return found.labelled(domain=np.array([domain for _, domain in chosen])[found.sample])
+
+
+def written(read: Trace, new: Trace, favourites: pd.DataFrame) -> pd.DataFrame:
+    """Whether text that the model writes uses the experts that the domain's text uses.
+
+    Args:
+        read: the trace of the text, with a column ``domain``.
+        new: that of :func:`continued`.
+        favourites: pairs to look at: ``domain``, ``layer``, ``expert``, as :func:`favourites` gives; first choices count.
+
+    Returns:
+        One row per pair: ``domain``, ``layer``, ``expert``, ``read``, ``read_low``, ``read_high`` (share of the domain's
+        tokens in the text, 95 % over samples), ``written``, ``written_low``, ``written_high`` (of the new tokens), ``load``
+        (of all new tokens), ``units`` (continuations).
+    """
+    keys = ["domain", "layer", "expert"]
+    found = favourites[keys]
+    for name, trace in (("read", read), ("written", new)):
+        table = metrics.domain_specialisation(trace, "domain", choice=0)
+        names = {"value": name, "low": f"{name}_low", "high": f"{name}_high"}
+        more = ["chance", "units"] if name == "written" else []
+        found = found.merge(table[[*keys, *names, *more]].rename(columns=names), on=keys)
+    return found.rename(columns={"chance": "load"})
+
+
+def stacked(tables: Mapping[str, pd.DataFrame], name: str) -> pd.DataFrame:
+    """Tables of one kind below one another; the column ``name`` tells which is which."""
+    import pandas as pd
+
+    return pd.concat([table.assign(**{name: key}) for key, table in tables.items()], ignore_index=True)
 
 
 def masked_by_domain(pairs: Mapping[Trace, Trace], labels: np.ndarray | None) -> pd.DataFrame:

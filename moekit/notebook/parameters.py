@@ -30,6 +30,7 @@ from moekit.arguments import (
     Texts,
     Whole,
     Wholes,
+    literal,
     parameter,
 )
 from moekit.data.sources import CHECKPOINTS
@@ -174,6 +175,10 @@ STUDY_ROUTING: Table = {
     "batch_size": Whole(),
     "capacity_token_fractions": Numbers(),
     "mask": Pairs(optional=True),
+    "continuations": Whole(),
+    "prompt_tokens": Whole(2),
+    "max_new_tokens": KINDS["max_new_tokens"],
+    "temperature": KINDS["temperature"],
     "resamples": Whole(),
     "seed": Whole(0),
 }
@@ -241,7 +246,9 @@ def check(variables: Mapping[str, Any], kinds: Table) -> Checked:
     for name, kind in kinds.items():
         if name not in variables:
             raise ParameterError(f"{name} is missing: expected {kind.expected}")
-        setattr(checked, name, parameter(name, _spelled(variables[name], kind), kind))
+        given = variables[name]
+        value = literal(given, "[{") if isinstance(kind, Numbers | Pairs | Places) else given
+        setattr(checked, name, parameter(name, value, kind))
     return checked
 
 
@@ -279,15 +286,3 @@ def _assigned(cell: str) -> Iterator[str]:
             if isinstance(statement, ast.Assign | ast.AnnAssign):
                 targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
                 yield from (target.id for target in targets if isinstance(target, ast.Name))
-
-
-def _spelled(value: Any, kind: Any) -> Any:
-    """The list or the mapping that a string spells, where :class:`Numbers`, :class:`Pairs` or :class:`Places` are wanted."""
-    if (
-        isinstance(kind, Numbers | Pairs | Places)
-        and isinstance(value, str)
-        and value.strip()[:1] in ("[", "{")
-    ):
-        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-            return ast.literal_eval(value.strip())
-    return value

@@ -76,11 +76,14 @@ def embedded(page: str, title: str, height: int = 900):
 
 
 def save(
-    output_dir: str | Path, figures: Mapping[str, Figure], tables: Mapping[str, tuple[pd.DataFrame, str]]
+    output_dir: str | Path,
+    figures: Mapping[str, Figure | None],
+    tables: Mapping[str, tuple[pd.DataFrame, str]],
 ) -> list[str]:
     """Write ``{name}.pdf`` and ``.png`` of each figure, ``{name}.csv`` and ``.tex`` of each table; they appear together.
 
     Args:
+        figures: name -> a figure; None stands for one that was not made.
         tables: name -> the table and its caption.
 
     Returns:
@@ -89,6 +92,7 @@ def save(
     Raises:
         moekit.results.NotWritten: the folder cannot be written to, or its disk is full; earlier files are as they were.
     """
+    figures = {name: figure for name, figure in figures.items() if figure is not None}
     with results.together(output_dir) as folder:
         for name, figure in figures.items():
             figure.savefig(folder / f"{name}.png", dpi=DPI, bbox_inches="tight")

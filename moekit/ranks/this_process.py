@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import traceback
 
 import torch
 
@@ -38,6 +39,9 @@ class ThisProcess(Ranks):
             with here:
                 return [fn(self._rank, *(own(arg, 0) for arg in args), **kwargs)]
         except (Exception, SystemExit) as error:
+            if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+                # A notebook keeps its last error, and the error the call's tensors: the next call would lack their memory.
+                traceback.clear_frames(error.__traceback__)
             raise RankError(0, f"raised {headline(error)}") from error
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ from moekit.routing.statistics import BLOCK, Paired, holm, paired, unit_of
 from moekit.symbols import PAD
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     import pandas as pd
 
@@ -113,7 +113,7 @@ def _dropped(trace: Trace) -> np.ndarray:
 def change_by_domain(
     before: Trace,
     after: Trace,
-    labels: np.ndarray | None = None,
+    labels: str | Iterable[str] | np.ndarray | None = None,
     *,
     by: str | Sequence | np.ndarray = "sample",
     size: int = BLOCK,
@@ -122,7 +122,7 @@ def change_by_domain(
     """What an intervention or another capacity did to the log-probability, one row per domain, largest loss first.
 
     Args:
-        labels: [T] of ``before``; None: everything is one domain.
+        labels: [T] of ``before``, or the name of its column; None: everything is one domain.
         by, size: the units of the statistics, as in :func:`moekit.routing.metrics.bootstrap`.
 
     Returns:
@@ -142,7 +142,7 @@ def change_by_domain(
         raise ValueError(
             f"the traces share {len(found)} of {len(before)} tokens: they are not of the same text"
         )
-    labels = np.full(len(before), "all") if labels is None else np.asarray(labels)
+    labels = np.full(len(before), "all") if labels is None else before.labels_of(labels)
     unit, delta = unit_of(before, by, size), found["delta"].to_numpy(np.float64)
     moved = found["layers_changed"].to_numpy() > 0
     rows = []

@@ -1,10 +1,11 @@
 """The Parquet file of a trace, which any Parquet reader opens: one row for each token.
 
 Columns: those of the token; for each traced layer n and choice k ``experts.n.k``, ``probs.n.k``, ``weights.n.k``,
-``kept.n.k``; ``entropy.n``; and ``full.n``, the E float16 of the full distribution in one binary value. The schema's
-metadata holds under "moekit.trace" a JSON object with ``format``, ``layers``, ``top_k``, ``num_experts`` and ``meta``, and
-under "moekit.crc32" the CRC32 of that object followed by the columns' values. Format 1 had no checksum, and format 2 no
-``output_entropy``. A trace without layers, of a dense model, has the columns of the tokens only.
+``kept.n.k``; ``entropy.n``; ``full.n``, the E float16 of the full distribution in one binary value; and ``labels.name``, text.
+The schema's metadata holds under "moekit.trace" a JSON object with ``format``, ``layers``, ``top_k``, ``num_experts``, ``meta``
+and ``labels``, the different texts of each column, and under "moekit.crc32" the CRC32 of that object followed by the columns'
+values, labels as numbers (int32) of their texts. Format 1 had no checksum, format 2 no ``output_entropy``, and format 3 no
+labels. A trace without layers, of a dense model, has the columns of the tokens only.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from moekit.arguments import reading
 from moekit.nn.record import CHOICE_COLUMNS
 from moekit.routing.trace import TOKEN_COLUMNS, Trace
 
-FORMAT = 3
-FORMATS = (1, 2, 3)
+FORMAT = 4
+FORMATS = (1, 2, 3, 4)
 # Columns of a token that earlier formats did not have, and the first that has them.
 NEW_IN = {"output_entropy": 3}
 HEAD, CHECKSUM = b"moekit.trace", b"moekit.crc32"
@@ -41,6 +42,7 @@ class Head:
     top_k: int
     num_experts: int
     meta: dict[str, Any]
+    labels: dict[str, list[str]]
 
     def columns(self, full: tuple[int, ...], version: int) -> Iterator[tuple[str, str, np.dtype]]:
         """Name in the file, name in the trace and dtype of each column, in the order that the checksum takes them."""
@@ -54,6 +56,8 @@ class Head:
             yield f"entropy.{layer}", "entropy", np.dtype(np.float32)
             if layer in full:
                 yield f"full.{layer}", "full", np.dtype(np.float16)
+        for name in self.labels:
+            yield f"labels.{name}", "labels", np.dtype(np.int32)
 
 
 def write(trace: Trace, path: str | Path) -> None:
@@ -61,15 +65,22 @@ def write(trace: Trace, path: str | Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    head = Head(trace.layers, trace.top_k, trace.num_experts, trace.meta)
+    texts = {name: np.unique(given, return_inverse=True) for name, given in trace.labels.items()}
+    named = {name: different.tolist() for name, (different, _) in texts.items()}
+    head = Head(trace.layers, trace.top_k, trace.num_experts, trace.meta, named)
     text = json.dumps({"format": FORMAT} | vars(head)).encode()
     checksum, columns = zlib.crc32(text), {}
     for column, name, dtype in head.columns(tuple(trace.full), FORMAT):
-        values = _of_trace(trace, column, name).astype(dtype, copy=False)
+        if name == "labels":
+            values = texts[column.removeprefix("labels.")][1].astype(dtype)
+        else:
+            values = _of_trace(trace, column, name).astype(dtype, copy=False)
         checksum = zlib.crc32(_bytes(values), checksum)
         if name == "full":
             kind = pa.binary(values.itemsize * trace.num_experts)
             columns[column] = pa.Array.from_buffers(kind, len(trace), [None, pa.py_buffer(values)])
+        elif name == "labels":
+            columns[column] = pa.array(trace.labels[column.removeprefix("labels.")])
         else:
             columns[column] = pa.array(values)
     table = pa.table(columns).replace_schema_metadata({HEAD: text, CHECKSUM: str(checksum)})
@@ -79,7 +90,7 @@ def write(trace: Trace, path: str | Path) -> None:
             part,
             compression="zstd",
             row_group_size=ROWS,
-            use_dictionary=[column for column in columns if column.startswith("experts.")],
+            use_dictionary=[column for column in columns if column.startswith(("experts.", "labels."))],
             use_byte_stream_split=[name for name, c in columns.items() if pa.types.is_floating(c.type)],
             write_page_checksum=True,
         )
@@ -96,6 +107,7 @@ def read(path: str | Path) -> Trace:
         if there:
             # pyarrow's own message of a file that may not be read says that it is damaged.
             open(path, "rb").close()
+            results.settle(path.parent)
     if not there:
         raise ValueError(f"there is no trace {path}; expected a file that Trace.save wrote")
     try:
@@ -121,7 +133,10 @@ def read(path: str | Path) -> Trace:
 
     arrays, checksum = {}, zlib.crc32(found[HEAD])
     for column, name, dtype in columns:
-        values = _of_table(table[column], name, dtype, head.num_experts)
+        if name == "labels":
+            values = _numbers_of(table[column], head.labels[column.removeprefix("labels.")])
+        else:
+            values = _of_table(table[column], name, dtype, head.num_experts)
         if values is None:
             raise _damaged(path, f"the column {column} holds {table[column].type}")
         arrays[column] = values
@@ -139,6 +154,17 @@ def _of_trace(trace: Trace, column: str, name: str) -> np.ndarray:
     if name == "full":
         return np.ascontiguousarray(trace.full[layer])
     return np.ascontiguousarray(getattr(trace, name)[:, trace.at(layer), *k])
+
+
+def _numbers_of(column: Any, texts: list[str]) -> np.ndarray | None:
+    """[T] int32, the number of each label among ``texts``; None where it is none of them."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if column.type != pa.string() or column.null_count:
+        return None
+    found = pc.index_in(column, pa.array(texts, pa.string())).combine_chunks()
+    return None if found.null_count else np.ascontiguousarray(found.to_numpy(zero_copy_only=False))
 
 
 def _of_table(column: Any, name: str, dtype: np.dtype, experts: int) -> np.ndarray | None:
@@ -174,6 +200,7 @@ def _trace(head: Head, arrays: dict[str, np.ndarray], full: tuple[int, ...]) -> 
         full={layer: arrays[f"full.{layer}"] for layer in full},
         num_experts=head.num_experts,
         meta=head.meta,
+        labels={name: np.array(texts, str)[arrays[f"labels.{name}"]] for name, texts in head.labels.items()},
     )
 
 
@@ -182,13 +209,18 @@ def _head(text: bytes, path: Path) -> tuple[Head, int]:
     try:
         said = json.loads(text)
         version = said["format"]
-        head = Head(tuple(said["layers"]), said["top_k"], said["num_experts"], said["meta"])
+        labels = said.get("labels", {})
+        head = Head(tuple(said["layers"]), said["top_k"], said["num_experts"], said["meta"], labels)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise _damaged(path, f"its head cannot be read ({type(error).__name__})") from None
     if version not in FORMATS:
         raise ValueError(
             f"{path} has format {str(version)[:20]}; this moekit reads the formats 1 to {FORMAT}"
         )
+    if not isinstance(labels, dict) or not all(
+        isinstance(texts, list) and all(isinstance(text, str) for text in texts) for texts in labels.values()
+    ):
+        raise _damaged(path, "its head names labels that are no text")
     numbers = (*head.layers, head.top_k, head.num_experts)
     whole = all(isinstance(n, int) and not isinstance(n, bool) for n in numbers)
     if not whole or not isinstance(head.meta, dict):

@@ -3,6 +3,7 @@
     trace = model.trace("demo", capacity_token_fraction=0.05)
     trace.save("trace.parquet")
     trace = Trace.load("trace.parquet")
+    trace = trace.labelled(domain=domains_of(trace))     # a column that metrics know by its name
 
 A :class:`moekit.nn.record.Recorder` sits in ``Pass.record`` on each rank and keeps what the MoE layers hand out. The driver
 merges the ranks' parts in the order of samples and positions, so that a trace does not depend on the world size.
@@ -13,13 +14,13 @@ Shape letters: T tokens, L traced MoE layers, K choices a token, E experts.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moekit.arguments import Wholes, check
+from moekit.arguments import Wholes, check, shown
 from moekit.nn.record import CHOICE_COLUMNS, Options, nothing
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ class Trace:
         full: layer -> [T, E] float16, the full gate distribution of the layers that it was asked for.
         num_experts: E.
         meta: what ran: checkpoint, data, capacity, dtype, device, versions (see :func:`describe_run`).
+        labels: name -> [T] strings, what :meth:`labelled` added; metrics take the name in place of labels.
     """
 
     sample: np.ndarray
@@ -86,6 +88,7 @@ class Trace:
     num_experts: int
     meta: dict[str, Any]
     output_entropy: np.ndarray | None = None
+    labels: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.output_entropy is None:
@@ -101,6 +104,11 @@ class Trace:
         for layer, probs in self.full.items():
             if layer not in self.layers or probs.shape != (tokens, self.num_experts):
                 raise ValueError(f"full[{layer}] has shape {list(probs.shape)}; the layers are {self.layers}")
+        for name, given in self.labels.items():
+            if given.shape != (tokens,) or given.dtype.kind != "U":
+                raise ValueError(
+                    f"labels[{name!r}] is {given.dtype} {list(given.shape)}; expected text [{tokens}]"
+                )
 
     def __len__(self) -> int:
         return len(self.sample)
@@ -126,6 +134,44 @@ class Trace:
             raise ValueError(f"layer {layer} is not in the trace, whose layers are {list(self.layers)}")
         return self.layers.index(layer)
 
+    def labelled(self, **labels: Iterable[Any] | None) -> Trace:
+        """The trace with columns of labels, such as ``domain=domains_of(trace)``; they are saved, selected and joined with it.
+
+        Args:
+            labels: [T] each, from any iterable, kept as text; None removes the column.
+
+        Raises:
+            ValueError: not a label for each token, or a name that a column of the trace has.
+        """
+        found = dict(self.labels)
+        for name, given in labels.items():
+            if name in (*TOKEN_COLUMNS, *CHOICE_COLUMNS, "entropy", "layer"):
+                raise ValueError(f"a trace has a column {name} of its own: give the labels another name")
+            found.pop(name, None)
+            if given is not None:
+                found[name] = self.labels_of(given if isinstance(given, str) else array_of(given)).astype(str)
+        return replace(self, labels=found)
+
+    def labels_of(self, groups: str | Iterable[Any] | np.ndarray) -> np.ndarray:
+        """[T] labels: the column of this name, or those that are given.
+
+        Raises:
+            ValueError: no column is called so, or it is not a label for each token.
+        """
+        if isinstance(groups, str):
+            if groups not in self.labels:
+                there = f"there are {', '.join(self.labels)}" if self.labels else "there is none"
+                raise ValueError(
+                    f"the trace has no column of labels called {shown(groups)}: {there}; trace.labelled(...) adds one"
+                )
+            return self.labels[groups]
+        found = array_of(groups)
+        if found.shape != (len(self),):
+            raise ValueError(
+                f"groups has shape {list(found.shape)}; expected a label for each of {len(self)} tokens"
+            )
+        return found
+
     def select(
         self,
         samples: int | Iterable[int] | None = None,
@@ -146,22 +192,33 @@ class Trace:
         columns = {name: getattr(self, name)[chosen] for name in TOKEN_COLUMNS}
         columns |= {name: getattr(self, name)[chosen][:, places] for name in (*CHOICE_COLUMNS, "entropy")}
         full = {layer: self.full[layer][chosen] for layer in wanted if layer in self.full}
-        return Trace(**columns, layers=wanted, full=full, num_experts=self.num_experts, meta=self.meta)
+        labels = {name: given[chosen] for name, given in self.labels.items()}
+        return replace(self, **columns, layers=wanted, full=full, labels=labels)
 
     def without_experts(self) -> Trace:
         """The trace as that of a dense model: to compare log-probabilities of models whose experts are not alike."""
         tokens = {name: getattr(self, name) for name in TOKEN_COLUMNS}
-        return Trace(**tokens, **nothing(len(self)), layers=(), full={}, num_experts=0, meta=self.meta)
+        return Trace(
+            **tokens,
+            **nothing(len(self)),
+            layers=(),
+            full={},
+            num_experts=0,
+            meta=self.meta,
+            labels=self.labels,
+        )
 
     def to_pandas(self) -> pd.DataFrame:
-        """One row per (token, layer): the token's columns, ``layer``, ``entropy``, and for each choice k ``expert_k``,
-        ``prob_k``, ``weight_k`` and ``kept_k``. One row per token with the token's columns, if there are no layers."""
+        """One row per (token, layer): the token's columns, its labels, ``layer``, ``entropy``, and for each choice k ``expert_k``,
+        ``prob_k``, ``weight_k`` and ``kept_k``. One row per token with its columns and labels, if there are no layers."""
         import pandas as pd
 
         depth = len(self.layers)
         if not depth:
-            return pd.DataFrame({name: getattr(self, name) for name in TOKEN_COLUMNS}, copy=False)
+            own = {name: getattr(self, name) for name in TOKEN_COLUMNS}
+            return pd.DataFrame(own | dict(self.labels), copy=False)
         columns = {name: np.repeat(getattr(self, name), depth) for name in TOKEN_COLUMNS}
+        columns |= {name: np.repeat(given, depth) for name, given in self.labels.items()}
         columns["layer"] = np.tile(np.array(self.layers, dtype=np.int16), len(self))
         for k in range(self.top_k):
             for name, short in zip(CHOICE_COLUMNS, ("expert", "prob", "weight", "kept"), strict=True):
@@ -191,7 +248,7 @@ class Trace:
         return parquet.read(path)
 
 
-ARRAYS = {f.name for f in fields(Trace)} - {"layers", "full", "num_experts", "meta"}
+ARRAYS = {f.name for f in fields(Trace)} - {"layers", "full", "num_experts", "meta", "labels"}
 
 
 def need_layers(trace: Trace, what: str) -> None:
@@ -215,8 +272,8 @@ def kept_by_expert(trace: Trace) -> np.ndarray:
     return np.sort(np.where(trace.kept, trace.experts, np.int16(-1)), axis=2)
 
 
-def labels(given: Iterable[str] | np.ndarray) -> np.ndarray:
-    """Labels from any iterable, read once, as an array."""
+def array_of(given: Iterable[Any] | np.ndarray) -> np.ndarray:
+    """What any iterable gives, read once, as an array."""
     whole = isinstance(given, str) or hasattr(given, "__len__")
     return np.asarray(given if whole else list(given))
 
@@ -254,7 +311,7 @@ class Collector:
 
 
 def join(traces: Iterable[Trace], *, renumber: bool = False) -> Trace:
-    """Traces of different samples in one, with the first one's meta: those of several generations, say.
+    """Traces of different samples in one, with the first one's meta and the labels that all have: several generations, say.
 
     Args:
         renumber: number the samples of all traces anew, from 0 and in their order; else every sample keeps its number, and
@@ -284,7 +341,12 @@ def join(traces: Iterable[Trace], *, renumber: bool = False) -> Trace:
         part |= {f"full.{layer}": trace.full[layer] for layer in full}
     collector = Collector(Options(first.layers, full))
     collector.add(parts)
-    return collector.trace(first.num_experts, first.meta)
+    order = np.lexsort(
+        [np.concatenate([getattr(t, name) for t in traces]) for name in ("position", "sample")]
+    )
+    shared = [name for name in first.labels if all(name in t.labels for t in traces)]
+    labels = {name: np.concatenate([t.labels[name] for t in traces])[order] for name in shared}
+    return replace(collector.trace(first.num_experts, first.meta), labels=labels)
 
 
 def _renumbered(traces: list[Trace]) -> list[Trace]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from moekit.batches import Batch, Share
+from moekit.batches import Batch, Share, shares
 from moekit.nn import graphs
 from moekit.nn.dispatch import Local
 from moekit.nn.intervene import Intervention
@@ -101,6 +101,50 @@ def score(
         scores += collected(rank, *under_way)
     model.dispatch.check()
     return scores, parts
+
+
+@torch.inference_mode()
+def first_not_finite(
+    rank: Rank,
+    batch: Batch,
+    *,
+    fraction: float | None,
+    vocab: int,
+    seed: int,
+    intervention: Intervention | None,
+) -> str | None:
+    """Run ``batch`` again, on rank 0, and name the first module whose output has NaN or infinity; None without any."""
+    model: Transformer = rank.state["model"]
+    if rank.rank > 0:
+        return model.serve()
+    names: list[str] = []
+
+    def looks(name: str) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, _: Any, output: Any) -> None:
+            tensors = output if isinstance(output, tuple) else (output,)
+            if not all(bool(t.isfinite().all()) for t in tensors if t is not None):
+                weights = any(not bool(p.isfinite().all()) for p in module.parameters())
+                names.append(f"weights of the {name}" if weights else name)
+
+        return hook
+
+    parts = [("embedding", model.embed)]
+    for number, layer in enumerate(model.layers):
+        for name, kind in {"attn": "attention", "ffn": "feed-forward network", "moe": "experts"}.items():
+            module = getattr(layer, name)
+            if module is not None:
+                parts.append((f"{kind} of layer {number}", module))
+    hooks = [module.register_forward_hook(looks(name)) for name, module in parts]
+    try:
+        inputs = Inputs.of([batch], rank.device)
+        asked = ask(shares([batch], 1)[0], inputs, fraction, seed, None, intervention)
+        logits = model.logits(model(inputs.tokens, asked), vocab)
+        if not names and not bool(logits.isfinite().all()):
+            names.append("output matrix")
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return names[0] if names else None
 
 
 class Inputs(NamedTuple):

@@ -55,12 +55,7 @@ def pack(
         raise ValueError(f"{trace.num_experts} experts; the explorer knows up to {DROPPED - 1}")
     if domains is None:
         domains = np.full(tokens, "all")
-    domains = np.asarray(domains)
-    if domains.shape != (tokens,):
-        raise ValueError(
-            f"domains has shape {list(domains.shape)}; expected a label for each of {tokens} tokens"
-        )
-    labels, domain = np.unique(domains, return_inverse=True)
+    labels, domain = np.unique(trace.labels_of(domains), return_inverse=True)
 
     known_target = trace.target != PAD
     known_prediction = trace.predicted >= 0

@@ -11,7 +11,6 @@ from moekit import results
 from moekit.arguments import Whole, check
 from moekit.notebook.explorer.pack import choose_samples, pack
 from moekit.notebook.standalone import standalone
-from moekit.routing.trace import labels
 
 if TYPE_CHECKING:
     from moekit.data import Codec
@@ -54,7 +53,7 @@ def page(
 ) -> str:
     """The text of the page that :func:`save_html` writes."""
     max_tokens = check("max_tokens", max_tokens, Whole())
-    domains = None if domains is None else labels(domains)
+    domains = None if domains is None else trace.labels_of(domains)
     chosen = choose_samples(trace.sample, domains, max_tokens)
     here = np.isin(trace.sample, chosen)
     cut = None

@@ -13,7 +13,6 @@ from moekit.batches import Batch
 from moekit.notebook import pictures
 from moekit.notebook.explorer import page
 from moekit.notebook.explorer.pack import pack
-from moekit.routing.trace import labels
 from moekit.scoring import score_batches
 from moekit.symbols import PAD
 
@@ -126,6 +125,7 @@ def explore(
     Args:
         model: the model that made the trace, to mask experts; None: the button says why it is off.
         codec: whose ``pieces(ids)`` shows tokens as text; None: their ids.
-        domains: [T] labels of the tokens (:func:`moekit.routing.domains.domains_of`); None: no domains.
+        domains: [T] labels of the tokens (:func:`moekit.routing.domains.domains_of`), or the name of the trace's column;
+            None: no domains.
     """
-    return Explorer(trace, model, codec, None if domains is None else labels(domains))
+    return Explorer(trace, model, codec, None if domains is None else trace.labels_of(domains))

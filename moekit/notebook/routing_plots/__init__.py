@@ -8,14 +8,15 @@ Shape letters: T tokens, L traced layers, K choices, E experts, D domains.
 
 from moekit.notebook.routing_plots.by_domain import domain_heatmap
 from moekit.notebook.routing_plots.dropping import drops_by_position
-from moekit.notebook.routing_plots.effects import changes, information
-from moekit.notebook.routing_plots.loads import load_heatmap
+from moekit.notebook.routing_plots.effects import changes, information, written
+from moekit.notebook.routing_plots.loads import choices, load_heatmap
 from moekit.notebook.routing_plots.routes import paths
 from moekit.notebook.routing_plots.text import text_figure, text_html
 from moekit.notebook.routing_plots.together import coactivation
 
 __all__ = [
     "changes",
+    "choices",
     "coactivation",
     "domain_heatmap",
     "drops_by_position",
@@ -24,4 +25,5 @@ __all__ = [
     "paths",
     "text_figure",
     "text_html",
+    "written",
 ]

@@ -10,7 +10,6 @@ from matplotlib.figure import Figure
 
 from moekit.notebook.style import INK, RATIO, RATIO_COLOURS, STYLE, log2, ratio_bar
 from moekit.routing import metrics
-from moekit.routing.trace import labels as labels_of
 
 if TYPE_CHECKING:
     from moekit.routing.trace import Trace
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 
 def domain_heatmap(
     trace: Trace,
-    domains: np.ndarray,
+    domains: str | np.ndarray,
     *,
     against: str = "load",
     choice: int | None = None,
@@ -32,13 +31,13 @@ def domain_heatmap(
     :func:`moekit.routing.metrics.permutation` of the domains over samples.
 
     Args:
-        domains: [T] labels.
+        domains: [T] labels, or the name of the trace's column.
         against: "load": the expert's own load; "uniform": the same for all experts.
         choice: only this choice (0: first); None: all.
         mark: draw the dots. They test the lift over the expert's own load, whatever ``against`` is.
     """
     new = metrics.new_tokens(trace)
-    domains = labels_of(domains)
+    domains = trace.labels_of(domains)
     if new is not None:
         trace, domains = trace.select(mask=new), domains[new]
     labels, size = np.unique(domains, return_counts=True)

@@ -73,3 +73,29 @@ def information(table: pd.DataFrame) -> Figure:
         ax.set(ylabel="% of the expert's entropy", title="Told of a token's expert, corrected by shuffles")
         ax.legend(ncols=2, fontsize=8)
     return fig
+
+
+def written(table: pd.DataFrame) -> Figure:
+    """The share of a domain's tokens that choose one of its experts: in text that the model reads, and in text that it writes.
+
+    Args:
+        table: :func:`moekit.notebook.inspection.written`.
+    """
+    kinds = {"read": "in the text", "written": "in what the model writes"}
+    with rc_context(STYLE):
+        fig = Figure(figsize=(6, 1.1 + 0.28 * len(table)), layout="constrained")
+        ax = fig.subplots()
+        at = np.arange(len(table))[::-1]
+        for number, (kind, label) in enumerate(kinds.items()):
+            y, colour = at + 0.12 - 0.24 * number, CHOICE_COLOURS[number]
+            ax.hlines(y, 100 * table[f"{kind}_low"], 100 * table[f"{kind}_high"], color=colour, lw=1.4)
+            ax.plot(100 * table[kind], y, "o", ms=5, color=colour, label=label)
+        ax.plot(100 * table["load"], at, "|", ms=9, color=INK, label="in all that the model writes")
+        names = (f"{row.domain}, {row.layer}:{row.expert}" for row in table.itertuples())
+        ax.set_yticks(at, list(names))
+        ax.set(
+            xlabel="% of the domain's tokens whose first choice is the expert (layer:expert); 95 % over samples",
+            xlim=(0, None),
+        )
+        ax.legend(loc="best", fontsize=8)
+    return fig

@@ -8,7 +8,17 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from moekit.notebook.style import INK, RATIO, RATIO_COLOURS, STYLE, log2, plain_log, ramp, ratio_bar
+from moekit.notebook.style import (
+    CHOICE_COLOURS,
+    INK,
+    RATIO,
+    RATIO_COLOURS,
+    STYLE,
+    log2,
+    plain_log,
+    ramp,
+    ratio_bar,
+)
 from moekit.routing import metrics
 
 if TYPE_CHECKING:
@@ -66,4 +76,54 @@ def load_heatmap(trace: Trace, seed: int = 0) -> Figure:
         )
         if idle:
             curve.set_title(f"experts that no token chose: {idle}", fontsize=8)
+    return fig
+
+
+def choices(trace: Trace, named: int = 5) -> Figure:
+    """First against second choices: one panel a layer, and in it each expert's share of either, with 95 % intervals over samples.
+
+    On the diagonal lie experts that are first and second choices alike. Above it lie those that are mostly second choices,
+    which a capacity drops first.
+
+    Args:
+        named: experts farthest from the diagonal whose numbers are written beside them.
+
+    Raises:
+        ValueError: each token has one choice.
+    """
+    if trace.top_k < 2:
+        raise ValueError("each token has one choice in this trace: there are no second choices")
+    first, second = (metrics.load(trace, choice=choice) for choice in range(2))
+    columns = min(3, len(trace.layers))
+    rows = -(-len(trace.layers) // columns)
+    with rc_context(STYLE):
+        fig = Figure(figsize=(3.1 * columns, 3.1 * rows + 0.4), layout="constrained")
+        panels = fig.subplots(rows, columns, squeeze=False).ravel()
+        for ax in panels[len(trace.layers) :]:
+            ax.set_visible(False)
+        for ax, layer in zip(panels, trace.layers, strict=False):
+            one, other = (
+                100 * table[table["layer"] == layer].set_index("expert") for table in (first, second)
+            )
+            x, y = one["value"], other["value"]
+            ax.hlines(y, one["low"], one["high"], color="#BBBBBB", lw=0.8)
+            ax.vlines(x, other["low"], other["high"], color="#BBBBBB", lw=0.8)
+            ax.plot(x, y, "o", ms=4, color=CHOICE_COLOURS[0], mec="white", mew=0.4)
+            top = max(x.max(), y.max()) * 1.05
+            ax.plot([0, top], [0, top], color=INK, lw=0.8, ls="--")
+            for expert in (y - x).abs().nlargest(named).index:
+                ax.annotate(
+                    str(expert), (x[expert], y[expert]), xytext=(3, 3), textcoords="offset points", fontsize=7
+                )
+            ax.set(xlim=(0, top), ylim=(0, top), aspect="equal")
+            both = x.rank().corr(y.rank())
+            ax.set_title(f"layer {layer}: rank correlation {both:.2f}", fontsize=9)
+        fig.supxlabel("% of first choices", fontsize=9)
+        fig.supylabel("% of second choices", fontsize=9)
+        fig.suptitle(
+            "Each expert's share of first and of second choices; bars: 95 % over samples; dashed: equal shares",
+            x=0.01,
+            ha="left",
+            fontsize=9,
+        )
     return fig

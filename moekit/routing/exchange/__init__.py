@@ -36,6 +36,7 @@ from pathlib import Path
 
 from moekit import results
 from moekit.arguments import reading
+from moekit.mapped import whole_files
 from moekit.routing.exchange.readers import READERS, as_trace
 from moekit.routing.exchange.writers import WRITERS
 from moekit.routing.trace import Trace, need_layers
@@ -58,6 +59,7 @@ def write(trace: Trace, path: str | Path, layout: str) -> None:
         writer(trace, part)
 
 
+@whole_files()
 def read(
     path: str | Path, layout: str, *, num_experts: int | None = None, layers: Sequence[int] | None = None
 ) -> Trace:

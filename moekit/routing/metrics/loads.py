@@ -17,7 +17,16 @@ from moekit.routing.metrics.tables import (
     set_sizes,
     table_of_rows,
 )
-from moekit.routing.statistics import drawn, interval, random_counts, share_of_units, units, wilson
+from moekit.routing.statistics import (
+    FEW_FOR_SPREAD,
+    drawn,
+    interval,
+    jackknife,
+    random_counts,
+    share_of_units,
+    units,
+    wilson,
+)
 from moekit.routing.trace import Trace
 
 if TYPE_CHECKING:
@@ -75,8 +84,9 @@ def balance(trace: Trace, *, choice: int | None = None, dispatched: bool = False
     - ``top_20_share``: the share of the 20 % busiest experts, as fairseq logs it (top2gate.py, SAMPLE_FRACTION);
     - ``unused`` = experts without a choice.
 
-    Interval: bootstrap over units. ``value`` is that of the trace, whose chance unevenness is in it; the interval is
-    corrected for that, so that the value of a short trace may lie above it. ``chance``: mean of a simulation.
+    Interval: its middle by the bootstrap over units, its width by the jackknife, from 20 units on. ``value`` is that of
+    the trace, whose chance unevenness is in it; the interval is corrected for that, so that the value of a short trace
+    may lie above it. ``chance``: mean of a simulation.
 
     Returns:
         One row per (layer, ``statistic``): ``layer``, ``statistic``, ``value``, ``low``, ``high``, ``chance``.
@@ -88,9 +98,10 @@ def balance(trace: Trace, *, choice: int | None = None, dispatched: bool = False
     for layer_index, layer in enumerate(trace.layers):
         chosen = chosen_experts(trace, layer_index, choice, dispatched)
         cells = block_counts(found.unit, chosen, trace.num_experts, found.number)
-        again = _spread(drawn(found, cells))
+        again, without = _spread(drawn(found, cells)), _spread(cells.sum(axis=0) - cells)
         for name, value in _spread(cells.sum(axis=0, keepdims=True)).items():
-            low, high = interval(again[name], value[0], found.number)
+            error = jackknife(without[name])
+            low, high = interval(again[name], value[0], found.number, error, FEW_FOR_SPREAD)
             rows.append((layer, name, value[0], low, high, chance[name].mean()))
     return table_of_rows(rows, "layer statistic value low high chance")
 
@@ -165,7 +176,8 @@ def hot_set(trace: Trace, sizes: Sequence[int] | None = None, *, dispatched: boo
         chosen = chosen_experts(trace, layer_index, None, dispatched)
         cells = block_counts(found.unit, chosen, experts, found.number)
         value, again = coverage(cells.sum(axis=0)), coverage(drawn(found, cells))
-        low, high = interval(again, value, found.number)
+        without = coverage(cells.sum(axis=0) - cells)
+        low, high = interval(again, value, found.number, jackknife(without), FEW_FOR_SPREAD)
         fit, test = block_counts(odd, chosen, experts, 2)
         ranked = test[np.argsort(-fit, kind="stable")].cumsum()
         held_out = ranked[sizes - 1] / test.sum() if test.sum() else np.full(len(sizes), np.nan)

@@ -11,7 +11,7 @@ import numpy as np
 from moekit.routing import statistics
 from moekit.routing.metrics.registry import METRICS, measured
 from moekit.routing.metrics.tables import block_counts, broadcast_table, chosen_experts, labels_of, layers_of
-from moekit.routing.statistics import BLOCK, FEW, SEED, entropy_bits
+from moekit.routing.statistics import BLOCK, FEW, FEW_FOR_SPREAD, SEED, entropy_bits
 from moekit.routing.trace import ARRAYS, Trace
 
 if TYPE_CHECKING:
@@ -69,7 +69,8 @@ def bootstrap(
     if "units" not in frame:
         unit = statistics.unit_of(trace, by, size)
         frame = frame.assign(units=float(min(int(unit.max()) + 1, statistics.BLOCKS)))
-    few = frame["units"] < FEW
+    # Some statistics need more units than others.
+    few = (frame["units"] < FEW) | (frame["low"].isna() & (frame["units"] < FEW_FOR_SPREAD))
     return frame.assign(note=np.where(few, "too few", np.where(frame["low"].isna(), "does not vary", "")))
 
 
@@ -101,7 +102,8 @@ def _redrawn_interval(
         sample = np.unique(copy, return_inverse=True)[1].astype(np.int32)
         some = {name: getattr(trace, name)[rows] for name in ARRAYS} | {"sample": sample}
         full = {layer: probs[rows] for layer, probs in trace.full.items()}
-        drawn = dataclasses.replace(trace, **some, full=full)
+        labels = {name: given[rows] for name, given in trace.labels.items()}
+        drawn = dataclasses.replace(trace, **some, full=full, labels=labels)
 
         def of_rows(value: Any, rows: np.ndarray = rows) -> Any:
             per_token = not isinstance(value, str) and getattr(value, "__len__", lambda: -1)() == len(trace)

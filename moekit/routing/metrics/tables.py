@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moekit.arguments import Wholes, check
-from moekit.routing.trace import Trace, labels
+from moekit.routing.trace import Trace
 from moekit.symbols import PAD
 
 if TYPE_CHECKING:
@@ -48,14 +48,9 @@ def block_counts(block: np.ndarray, chosen: np.ndarray, experts: int, blocks: in
     return np.bincount(cell.ravel(), minlength=blocks * (experts + 1)).reshape(blocks, -1)[:, :experts] * 1.0
 
 
-def labels_of(trace: Trace, groups: Iterable[str] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def labels_of(trace: Trace, groups: str | Iterable[str] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The different labels, sorted, and each token's number among them [T]."""
-    groups = labels(groups)
-    if groups.shape != (len(trace),):
-        raise ValueError(
-            f"groups has shape {list(groups.shape)}; expected a label for each of {len(trace)} tokens"
-        )
-    return np.unique(groups, return_inverse=True)
+    return np.unique(trace.labels_of(groups), return_inverse=True)
 
 
 def tokens_by(trace: Trace, by: str) -> tuple[np.ndarray, np.ndarray]:
