@@ -191,8 +191,8 @@ def test_a_cache_continues_what_it_holds(model):
         assert first.cache.get_seq_length() == 8
         rest = model(tokens[:, 8:15], cache=first.cache)
         last = model(tokens[:, 15:], past_key_values=rest.cache, logits_to_keep=1)
-    torch.testing.assert_close(rest.logits, whole[:, 8:15], rtol=0, atol=2e-5)
-    torch.testing.assert_close(last.logits, whole[:, -1:], rtol=0, atol=2e-5)
+    torch.testing.assert_close(rest.logits, whole[:, 8:15], rtol=0, atol=1e-4)
+    torch.testing.assert_close(last.logits, whole[:, -1:], rtol=0, atol=1e-4)
 
 
 def test_router_logits_and_the_balance_loss(model, plain):
