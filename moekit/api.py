@@ -195,7 +195,8 @@ class Model(Handle):
 
         Returns:
             One row per MoE layer, of all ranks together: ``layer``, ``requests`` (choices of tokens), ``hits`` (requests
-            whose expert was in a slot, in the order of the text, as :func:`moekit.metrics.cache_hits` has them) and
+            whose expert was in a slot, in the order of the text: those of :func:`moekit.metrics.cache_hits`, which counts
+            a generated trace's prompt with ``prompt=True``) and
             ``value`` (their share), ``copied`` (experts copied to their device; a pass copies each once at most),
             ``GiB`` of them, ``ahead`` (those copied because they were predicted) and ``used`` (of those, requested).
 

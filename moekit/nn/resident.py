@@ -53,8 +53,8 @@ class Counts:
     Attributes:
         requests: choices of tokens, of experts held here.
         hits: those whose expert was in a slot, in the order of the text (:class:`~moekit.nn.policies.Policy`).
-        copied: experts copied to the device, ahead of time or not. In a pass of one token, that is one for each request
-            that is no hit. A large pass copies an expert once for all of its tokens.
+        copied: experts copied to the device, ahead of time or not. A pass copies an expert that is not there once, for all of
+            its tokens, and needs no copy of one that is there when it begins.
         ahead: of those, copied for the next pass of the layer before its requests were known.
         used: of those, requested by it.
         nbytes: of what was copied.
