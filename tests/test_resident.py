@@ -25,6 +25,7 @@ from moekit.nn.kernels import short_step
 from moekit.nn.memory import Sizes
 from moekit.nn.policies import POLICIES, Hottest
 from moekit.nn.resident import Residence, install
+from moekit.nn.slots import CHUNK
 from moekit.nn.transformer import empty
 from moekit.planning.fitting import advice, chosen, most_resident
 from moekit.planning.runs import GIB, Room, Run
@@ -182,7 +183,7 @@ def test_with_the_kernels(interpreted):
         counts = model.slots.layers[0].counts
         assert counts.requests == 2 * 2 * (6 + 2) and 0 < counts.copied < counts.requests
     # All choices of a step have slots at once.
-    assert short_step.FEW * 2 <= resident.CHUNK and short_step.fits(models[1], short_step.FEW)
+    assert short_step.FEW * 2 <= CHUNK and short_step.fits(models[1], short_step.FEW)
 
 
 # ---------------------------------------------------------------------------------------------------- hits
@@ -271,7 +272,7 @@ def test_what_follows_is_fetched_ahead():
     assert one.counts.ahead == 0 and two.counts.ahead == two.counts.used == 34
     assert two.counts.hits == 0 and two.counts.copied == 40
     resident.begin(model)
-    assert not two.pairs.any() and two.counts.copied == 0
+    assert not any(one.successors.of) and two.counts.copied == 0
 
 
 # ------------------------------------------------------------------------------------------------- after errors
@@ -281,8 +282,8 @@ def test_an_error_costs_nothing(monkeypatch):
     with moekit.load("demo", 1, "cpu", resident=2, **QUIET) as model:
         wanted = model.score(texts())
         inner = model.ranks.call(lambda rank: rank.state["model"])[0]
-        slots = inner.slots
-        real, calls = slots.layers[1].operations.experts_ffn, []
+        places = inner.slots
+        real, calls = places.layers[1].operations.experts_ffn, []
 
         def broken(*arguments):
             calls.append(1)
@@ -290,17 +291,17 @@ def test_an_error_costs_nothing(monkeypatch):
                 raise RuntimeError("out of memory")
             return real(*arguments)
 
-        for layer in slots.layers:
+        for layer in places.layers:
             layer.operations = replace(layer.operations, experts_ffn=broken)
         with pytest.raises(moekit.RankError, match="out of memory"):
             model.score(texts())
-        assert len(slots.free) == slots.count
+        assert len(places.free) == places.count
         assert model.score(texts()).equals(wanted)
-        held = sum(len(layer.where) for layer in slots.layers)
-        assert sorted(slot for slot, _ in slots.free) == sorted(
-            set(range(slots.count)) - {slot for layer in slots.layers for slot in layer.where.values()}
+        held = sum(len(layer.where) for layer in places.layers)
+        assert sorted(slot for slot, _ in places.free) == sorted(
+            set(range(places.count)) - {slot for layer in places.layers for slot in layer.where.values()}
         )
-        assert held == 2 * len(slots.layers)
+        assert held == 2 * len(places.layers)
 
 
 # -------------------------------------------------------------------------------------------------- the plan

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from moekit.api import Model
 from moekit.batches import Batch, shares
@@ -200,13 +201,17 @@ def describe(rank: Rank, batches: list[Batch]) -> str:
     model: Transformer = rank.state["model"]
     if not model.config.moe_layers:
         return "no experts"
-    seen: list[Routing] = []
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def note(layer: int, routing: Routing) -> None:
+        seen.append((routing.experts, routing.kept))
+
     tokens = torch.from_numpy(np.concatenate([b.tokens for b in batches])).to(rank.device).long()
-    model(tokens, Pass(FRACTION, groups=len(batches), record=lambda layer, routing: seen.append(routing)))
+    model(tokens, Pass(FRACTION, groups=len(batches), record=note))
     experts = model.config.experts
-    loads = torch.stack([r.experts.flatten().bincount(minlength=experts) for r in seen]).float()
+    loads = torch.stack([chosen.flatten().bincount(minlength=experts) for chosen, _ in seen]).float()
     reached, most = (loads > 0).sum(dim=1).float().mean(), (loads.amax(dim=1) / loads.mean(dim=1)).mean()
-    dropped = 1 - torch.stack([r.kept.float().mean() for r in seen]).mean()
+    dropped = 1 - torch.stack([kept.float().mean() for _, kept in seen]).mean()
     return f"{reached:.0f} of {experts} experts, {most:.1f}x at most, {dropped:.1%} dropped"
 
 

@@ -17,7 +17,8 @@ from moekit.nn.cache import SLOTS
 from moekit.nn.config import ModelConfig
 from moekit.nn.gates import top_k_of
 from moekit.nn.logprobs import LOGIT_ROWS
-from moekit.nn.resident import CHUNK, ROUND
+from moekit.nn.resident import ROUND
+from moekit.nn.slots import CHUNK
 from moekit.nn.transformer import parameters
 
 # The type of each index and of a token.

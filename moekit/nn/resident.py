@@ -1,6 +1,6 @@
 """Experts on a device that is smaller than the model: some of each layer are in slots, the others are fetched.
 
-All experts of a rank have a home in host memory. :class:`Slots` are places for experts on the device, which all layers
+All experts of a rank have a home in host memory. Slots (slots.py) are places for experts on the device, which all layers
 share. What stays in them is up to a policy (policies.py); this file carries it out, and no policy changes a result.
 
 A pass goes over a layer in rounds. A round computes with experts that are all in slots: first with those that were there
@@ -12,9 +12,10 @@ Shape letters: N rows, K choices a row, P choices, E experts held here, D model 
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,24 +27,16 @@ from moekit.nn.experts import Assignment, Experts
 from moekit.nn.operations import PLAIN
 from moekit.nn.pinning import pin
 from moekit.nn.policies import POLICIES, Hottest, Policy
+from moekit.nn.slots import CHUNK, Slots, transit
+from moekit.nn.successors import Successors
 
 if TYPE_CHECKING:
     from moekit.nn.transformer import Transformer
 
-# Experts that are fetched together, while those before are computed with.
-CHUNK = 8
 # The most choices of a round, but for a single expert's: the hidden layer of the experts takes memory for these.
 ROUND = 16_384
 # With more requests than this, a pass fetches first and counts its hits meanwhile.
 MANY = 2048
-# An expert that follows another in more than this share of passes is predicted. A copy that is not needed delays those
-# that are, so a prediction has to be right more often than not.
-LIKELY = 0.5
-
-
-def transit(held: int) -> int:
-    """The slots that a rank has beside those for the experts that stay; it holds ``held`` experts a layer."""
-    return 2 * min(CHUNK, held)
 
 
 @dataclass
@@ -68,71 +61,6 @@ class Counts:
     nbytes: int = 0
 
 
-class Slots:
-    """Room for ``count`` experts on ``device``, of the kind of ``like``."""
-
-    def __init__(self, like: Experts, count: int, device: torch.device):
-        stacks = {
-            name: torch.empty(count, *stack.shape[1:], dtype=stack.dtype, device=device)
-            for name, stack in like.stacks().items()
-        }
-        self.experts = like.over(stacks)
-        self.count, self.device = count, device
-        self.nbytes = sum(stack.nbytes for stack in stacks.values())
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        # Free slots, and what has to be over on the device before each is written to.
-        self.free: deque[tuple[int, torch.cuda.Event | None]] = deque((slot, None) for slot in range(count))
-        # What a step in parts has still to do once its products are under way.
-        self.open: Iterator[object] | None = None
-        # The layer that came before in a small pass, and what it requested.
-        self.previous: tuple[Resident, list[int]] | None = None
-        self.layers: list[Resident] = []
-
-    def fetch(self, home: Experts, wanted: Sequence[int]) -> dict[int, int]:
-        """Begin to copy experts from their home; returns the slot of each."""
-        found = {}
-        stacks, homes = self.experts.stacks(), home.stacks()
-        with torch.cuda.stream(self.stream):
-            for expert in wanted:
-                slot, over = self.free.popleft()
-                if over is not None:
-                    self.stream.wait_event(over)
-                for name, stack in homes.items():
-                    stacks[name][slot].copy_(stack[expert], non_blocking=True)
-                found[expert] = slot
-        return found
-
-    def arrival(self) -> torch.cuda.Event | None:
-        """What is over once all copies that have begun are complete."""
-        return None if self.stream is None else self.stream.record_event()
-
-    def wait(self, arrival: torch.cuda.Event | None) -> None:
-        """Have what the device computes from now on wait for copies."""
-        if arrival is not None:
-            torch.cuda.current_stream(self.device).wait_event(arrival)
-
-    def release(self, slots: Sequence[int]) -> None:
-        """Give slots back, once what the device has been asked to compute so far is over."""
-        over = None if self.stream is None else torch.cuda.current_stream(self.device).record_event()
-        self.free.extend((slot, over) for slot in slots)
-
-    def forget(self) -> None:
-        """Begin again with free slots, and with policies that have seen nothing."""
-        self.open = self.previous = None
-        self.free.clear()
-        self.release(range(self.count))
-        for layer in self.layers:
-            layer.where, layer.ahead = {}, {}
-            layer.absent[:] = True
-            layer.policy.clear()
-
-    def settle(self) -> None:
-        """Finish what a step in parts has left open."""
-        if self.open is not None:
-            next(self.open, None)
-            self.open = None
-
-
 class Resident(nn.Module):
     """A layer's experts, at ``home`` in host memory, of which those that ``policy`` keeps are in ``slots``.
 
@@ -146,16 +74,19 @@ class Resident(nn.Module):
         self.home, self.slots, self.policy, self.prefetch = home, slots, policy, prefetch
         self.held, self.width, self.activation = home.held, home.width, home.activation
         self.operations = home.operations
+        self.homes = home.stacks()
         self.counts = Counts()
         # The slots of the experts that stay, and of those that were fetched before their requests were known.
         self.where: dict[int, int] = {}
         self.ahead: dict[int, int] = {}
         self.arrival: torch.cuda.Event | None = None
-        self.absent = np.ones(self.held, dtype=bool)
-        # The MoE layer behind this one. Of each expert here and each one there: small passes in which the one was
-        # requested and the other was in no slot, and of these those in which the other was requested, too.
+        # The MoE layer behind this one, if there is one.
         self.behind: list[Resident] = []
-        self.seen, self.pairs = np.zeros((2, self.held, self.held), dtype=np.int32)
+        self.successors = Successors(self.held)
+        # What a step in parts asks of the host, and what it is told: experts, and their slots.
+        self.asked, self.told = torch.zeros(
+            2, CHUNK, dtype=torch.long, pin_memory=slots.device.type == "cuda"
+        )
 
     # ------------------------------------------------------------------------------------------- a pass
 
@@ -192,7 +123,7 @@ class Resident(nn.Module):
         chosen = torch.empty(len(order), dtype=torch.int16, device=order.device)
         return chosen.scatter_(0, order, expert.short()).cpu().numpy()
 
-    def rounds(self, requests: Sequence[int] | np.ndarray) -> Iterator[dict[int, int]]:
+    def rounds(self, requests: list[int] | np.ndarray) -> Iterator[dict[int, int]]:
         """Have the experts of ``requests`` in slots, some of them a round.
 
         Yields:
@@ -208,26 +139,33 @@ class Resident(nn.Module):
                 # An error or an interrupt came between a policy and what it decided.
                 self.slots.forget()
 
-    def _rounds(self, requests: Sequence[int] | np.ndarray) -> Iterator[dict[int, int]]:
+    def _rounds(self, requests: list[int] | np.ndarray) -> Iterator[dict[int, int]]:
         slots, many = self.slots, len(requests) > MANY
-        needed = dict(sorted(Counter(requests if isinstance(requests, list) else requests.tolist()).items()))
         if many:
-            kept = self.policy.after(requests)
+            needed = dict(
+                zip(*(part.tolist() for part in np.unique(requests, return_counts=True)), strict=True)
+            )
+            hits, kept = 0, self.policy.after(requests)
         else:
-            self.counts.hits += self.policy.take(requests)
-            kept = self.policy.kept
+            needed = dict(sorted(Counter(requests).items()))
+            hits, kept = self.policy.take(requests), self.policy.kept
         self.counts.requests += len(requests)
+        self.counts.hits += hits
 
-        self._note(list(needed))
-        here = self._here(needed)
-        gone = [expert for expert in self.where if expert not in kept and expert not in needed]
-        self.absent[gone] = True
-        slots.release([self.where.pop(expert) for expert in gone])
+        here = {expert: self.where[expert] for expert in needed if expert in self.where}
+        self._note(needed, here)
+        if self.ahead:
+            here |= self._foreseen(needed)
+        if hits < len(requests):
+            # Where all requests hit, nothing leaves.
+            gone = [expert for expert in self.where.keys() - kept if expert not in needed]
+            slots.release([self.where.pop(expert) for expert in gone])
         absent = [expert for expert in needed if expert not in here]
         chunks = [absent[i : i + CHUNK] for i in range(0, len(absent), CHUNK)]
         if len(chunks) <= 1:
-            here |= self._fetch(absent)
-            slots.wait(slots.arrival())
+            if absent:
+                here |= self._fetch(absent)
+                slots.wait(slots.arrival())
             self._look_ahead()
             yield from self._computed(here, needed, kept)
         else:
@@ -245,28 +183,26 @@ class Resident(nn.Module):
 
     def _fetch(self, wanted: Sequence[int]) -> dict[int, int]:
         self.counts.copied += len(wanted)
-        self.counts.nbytes += len(wanted) * self.slots.nbytes // max(1, self.slots.count)
-        return self.slots.fetch(self.home, wanted)
+        self.counts.nbytes += len(wanted) * self.slots.each
+        return self.slots.fetch(self.homes, wanted)
 
-    def _here(self, needed: dict[int, int]) -> dict[int, int]:
-        """The slots of the needed experts that are there; those that were fetched in vain are free again."""
-        here = {expert: slot for expert, slot in self.where.items() if expert in needed}
+    def _foreseen(self, needed: Container[int]) -> dict[int, int]:
+        """The slots of the needed experts that were fetched ahead; those that were fetched in vain are free again."""
         used = {expert: slot for expert, slot in self.ahead.items() if expert in needed}
         self.slots.release([slot for expert, slot in self.ahead.items() if expert not in needed])
         self.ahead = {}
         if used:
             self.slots.wait(self.arrival)
         self.counts.used += len(used)
-        return here | used
+        return used
 
     def _computed(
-        self, places: dict[int, int], needed: dict[int, int], kept: set[int]
+        self, places: dict[int, int], needed: dict[int, int], kept: Container[int]
     ) -> Iterator[dict[int, int]]:
         """Rounds with the experts in ``places``; afterwards those that are not kept give their slots back."""
-        by_slot = sorted(places.items(), key=lambda place: place[1])
         part: dict[int, int] = {}
         room = ROUND
-        for expert, slot in by_slot:
+        for expert, slot in sorted(places.items(), key=lambda place: place[1]):
             if part and needed[expert] > room:
                 yield part
                 part, room = {}, ROUND
@@ -274,36 +210,33 @@ class Resident(nn.Module):
             room -= needed[expert]
         if part:
             yield part
-        stay = {expert: slot for expert, slot in places.items() if expert in kept}
-        leave = {expert: slot for expert, slot in places.items() if expert not in kept}
-        self.where |= stay
-        for expert in leave:
-            self.where.pop(expert, None)
-        self.absent[list(stay)], self.absent[list(leave)] = False, True
-        self.slots.release(list(leave.values()))
+        leave = []
+        for expert, slot in places.items():
+            if expert in kept:
+                self.where[expert] = slot
+            else:
+                self.where.pop(expert, None)
+                leave.append(slot)
+        self.slots.release(leave)
 
-    def _note(self, requested: list[int]) -> None:
-        """Count which experts were requested after which of the layer before."""
+    def _note(self, requested: Collection[int], here: Container[int]) -> None:
+        """Note which experts were missed after those that the layer before requested; only ``here`` are in slots of these."""
         before, self.slots.previous = self.slots.previous, None
-        if len(requested) > CHUNK:
+        if not self.prefetch or len(requested) > CHUNK:
             return
         if before is not None and before[0].behind == [self]:
-            layer, earlier = before
-            layer.seen[earlier] += self.absent
-            missed = [expert for expert in requested if self.absent[expert]]
-            layer.pairs[np.ix_(earlier, missed)] += 1
-        if self.prefetch and self.behind:
-            self.slots.previous = self, requested
+            missed = [expert for expert in requested if expert not in here]
+            before[0].successors.note(before[1], missed, self.where)
+        if self.behind:
+            self.slots.previous = self, list(requested)
 
     def _look_ahead(self) -> None:
-        """Begin to copy those experts of the next MoE layer that most likely follow."""
+        """Begin to copy those experts of the next MoE layer that most likely are missed there."""
         if self.slots.previous is None:
             return
         (behind,), (_, requested) = self.behind, self.slots.previous
-        seen = self.seen[requested]
-        # By one standard deviation of how often an expert would follow by a fair coin.
-        likely = (self.pairs[requested] > LIKELY * seen + np.sqrt(seen) / 2).any(axis=0) & behind.absent
-        wanted = [expert for expert in np.flatnonzero(likely).tolist() if expert not in behind.ahead]
+        likely = dict.fromkeys(self.successors.likely(requested))
+        wanted = [expert for expert in likely if expert not in behind.where and expert not in behind.ahead]
         wanted = wanted[: CHUNK - len(behind.ahead)]
         if wanted:
             behind.ahead |= behind._fetch(wanted)
@@ -312,17 +245,28 @@ class Resident(nn.Module):
 
     # --------------------------------------------------------------------------------- a step in parts
 
-    def bring(self, chosen: Tensor, places: Tensor) -> None:
-        """Have the experts of ``chosen`` [B, K] in slots, and write each one's slot to ``places`` [B, K] int64.
+    def ask(self, chosen: Tensor) -> Callable[[], None]:
+        """Send the experts of ``chosen`` [B, K] to the host; the host has to call what this returns before :meth:`places`.
 
-        They stay there until the next layer's are asked for. B K is at most ``CHUNK``.
+        B K is at most ``CHUNK``. Nothing here or in :meth:`places` asks the device for a number, as a CUDA graph must not.
         """
+        count = chosen.numel()
+        self.asked[:count].view(chosen.shape).copy_(chosen, non_blocking=True)
+        return functools.partial(self._bring, count)
+
+    def _bring(self, count: int) -> None:
+        """Have the experts asked for in slots; they stay there until the next layer's are asked for."""
         self.slots.settle()
-        experts = chosen.flatten().tolist()
+        if self.slots.stream is not None:
+            torch.cuda.current_stream(self.slots.device).synchronize()
+        experts = self.asked[:count].tolist()
         self.slots.open = self.rounds(experts)
         found = next(self.slots.open)
-        slots = torch.tensor([found[expert] for expert in experts]).view(chosen.shape)
-        places.copy_(slots.pin_memory() if places.is_cuda else slots, non_blocking=True)
+        self.told.numpy()[:count] = [found[expert] for expert in experts]
+
+    def places(self, chosen: Tensor) -> Tensor:
+        """[B, K] int64, the slots of the experts that :meth:`ask` asked for."""
+        return self.told[: chosen.numel()].view(chosen.shape).to(chosen.device, non_blocking=True, copy=True)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -380,7 +324,6 @@ def begin(model: Transformer) -> None:
     slots.forget()
     for layer in slots.layers:
         layer.counts = Counts()
-        layer.seen[:], layer.pairs[:] = 0, 0
-        layer.where = slots.fetch(layer.home, sorted(layer.policy.kept))
-        layer.absent[list(layer.where)] = False
+        layer.successors = Successors(layer.held)
+        layer.where = slots.fetch(layer.homes, sorted(layer.policy.kept))
     slots.wait(slots.arrival())

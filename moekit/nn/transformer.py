@@ -33,7 +33,7 @@ from moekit.nn.pinning import paged
 from moekit.symbols import PAD
 
 if TYPE_CHECKING:
-    from moekit.nn.resident import Slots
+    from moekit.nn.slots import Slots
 
 Module = TypeVar("Module", bound=nn.Module)
 # Without cuDNN's, which torch prefers on Hopper: texts have many lengths, and cuDNN makes a plan for every new shape, in
@@ -45,7 +45,7 @@ class Transformer(nn.Module):
     """Decoder-only language model; ``held`` experts a layer live here, all of them by default."""
 
     operations = PLAIN
-    # Where not all experts fit on the device: see resident.py.
+    # Where not all experts fit on the device: see slots.py.
     slots: Slots | None = None
 
     def __init__(self, config: ModelConfig, held: int | None = None, dispatch: Dispatch | None = None):

@@ -12,7 +12,7 @@ from moekit.planning.runs import Memory, Room, Run, room
 from moekit.ranks.machine import gpus
 
 # The share of a GPU's memory that is left free in the spaces between tensors.
-SPARE = 0.01
+SPARE = 0.03
 
 
 def chosen(run: Run, free: Room, resident: int | None, gpu_memory: str | float | None) -> tuple[Run, Room]:

@@ -13,13 +13,13 @@ from moekit.arguments import Number
 from moekit.nn.config import ModelConfig
 from moekit.nn.dispatch import owned
 from moekit.nn.memory import Sizes
-from moekit.nn.resident import transit
+from moekit.nn.slots import transit
 from moekit.ranks.machine import gpus, host_memory
 from moekit.scoring import TOKENS_A_PASS
 
 GIB = 2**30
 # What a process has on a GPU beside torch's tensors: CUDA's context, and the workspace of cuBLAS (32 MiB on Hopper).
-CONTEXT, CUBLAS = 0.5 * GIB, GIB // 32
+CONTEXT, CUBLAS = 0.7 * GIB, GIB // 32
 
 
 # Bytes of each unit that a text may name.

@@ -8,10 +8,8 @@ Shape letters: B sequences, D model dim, V dictionary.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Generator
 
-import torch
 from torch import Tensor
 
 from moekit.nn.cache import Cache
@@ -24,7 +22,7 @@ from moekit.nn.kernels.peer_dispatch import PeerDispatch
 from moekit.nn.kernels.vectors import experts_linear, linear
 from moekit.nn.parts import part
 from moekit.nn.passes import Pass
-from moekit.nn.resident import CHUNK
+from moekit.nn.slots import CHUNK
 from moekit.nn.transformer import Block, MoE, Transformer
 
 # The most sequences of a model with up to so many dims, and none of a wider one: each program normalises all rows again.
@@ -86,7 +84,7 @@ def in_parts(
     """:func:`read_on` for B above 0, in parts.
 
     Yields:
-        What the host has to do between two parts: it brings experts (:meth:`moekit.nn.resident.Resident.bring`). Without
+        What the host has to do between two parts: it brings experts (:meth:`moekit.nn.resident.Resident.ask`). Without
         slots there is one part.
 
     Returns:
@@ -107,9 +105,10 @@ def in_parts(
             with part("gate"):
                 logits, h = linear(x, layer.moe.gate.weight, norm=layer.ffn_norm)
                 _, chosen, _, weights = choose(layer.moe.rule, logits)
-                places = torch.zeros_like(chosen)
-            yield functools.partial(layer.moe.experts.bring, chosen, places)
+                ask = layer.moe.experts.ask(chosen)
+            yield ask
             with part("experts"):
+                places = layer.moe.experts.places(chosen)
                 x = experts_linear(model.slots.experts, h, places, weights, x)
     norm = model.norm
     if model.project_out is not None:
