@@ -434,5 +434,5 @@ def test_policies_of_other_models(many):
         ValueError, match=r"policy is a trace of 16 experts and the layers \[1, 3, 5\]; the model has 512"
     ):
         moekit.load(many, 1, "cpu", resident=2, policy=trace, **QUIET)
-    with pytest.raises(ValueError, match="this model has none"):
+    with pytest.raises(ValueError, match="resident=3 is a number of experts, and this model has none"):
         chosen(run_of(replace(TINY, moe_freq=0, experts=0)), Room((1e12,), 1e12), 3, None)

@@ -8,11 +8,31 @@ from dataclasses import replace
 import torch
 
 from moekit.arguments import Whole, check, shown
+from moekit.nn.config import ModelConfig
 from moekit.planning.runs import Memory, Room, Run, room
 from moekit.ranks.machine import gpus
 
 # The share of a GPU's memory that is left free in the spaces between tensors.
 SPARE = 0.03
+
+
+def asked(
+    config: ModelConfig, resident: int | None, gpu_memory: str | float | None
+) -> tuple[int | None, float | str | None]:
+    """The arguments ``resident`` and ``gpu_memory`` of :func:`moekit.load`, checked.
+
+    Raises:
+        ValueError: they make no sense, both are given, or the model has no experts.
+    """
+    count = check("resident", resident, Whole(optional=True))
+    limit = check("gpu_memory", gpu_memory, Memory(optional=True))
+    if count is not None and limit is not None:
+        raise ValueError(
+            f"resident={count} and gpu_memory={shown(gpu_memory)}: give one of them, the other follows"
+        )
+    if count is not None and not config.moe_layers:
+        raise ValueError(f"resident={count} is a number of experts, and this model has none: leave it out")
+    return count, limit
 
 
 def chosen(run: Run, free: Room, resident: int | None, gpu_memory: str | float | None) -> tuple[Run, Room]:
@@ -24,14 +44,7 @@ def chosen(run: Run, free: Room, resident: int | None, gpu_memory: str | float |
     Raises:
         ValueError: they make no sense, or both are given.
     """
-    resident = check("resident", resident, Whole(optional=True))
-    limit = check("gpu_memory", gpu_memory, Memory(optional=True))
-    if resident is not None and limit is not None:
-        raise ValueError(
-            f"resident={resident} and gpu_memory={shown(gpu_memory)}: give one of them, the other follows"
-        )
-    if (resident is not None or limit is not None) and not run.config.moe_layers:
-        raise ValueError("resident and gpu_memory are about experts, and this model has none: leave them out")
+    resident, limit = asked(run.config, resident, gpu_memory)
     if resident is not None:
         run = replace(run, resident=resident)
         return (run if run.fetched else replace(run, resident=None)), free
