@@ -1,5 +1,6 @@
 """Experts that are fetched: no policy changes a result, hits are those of the simulator, and a plan is what is measured."""
 
+import mmap
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from moekit.nn.cache import Cache
 from moekit.nn.dispatch import owned
 from moekit.nn.kernels import short_step
 from moekit.nn.memory import Sizes
+from moekit.nn.pinning import paged
 from moekit.nn.policies import POLICIES, Hottest
 from moekit.nn.resident import Residence, install
 from moekit.nn.slots import CHUNK
@@ -273,6 +275,14 @@ def test_what_follows_is_fetched_ahead():
     assert two.counts.hits == 0 and two.counts.copied == 40
     resident.begin(model)
     assert not any(one.successors.of) and two.counts.copied == 0
+
+
+def test_memory_in_pages_of_its_own():
+    for dtype in (torch.float16, torch.int8, torch.float8_e4m3fn):
+        one, two = (paged(torch.empty(3, 5, dtype=dtype, device="meta")) for _ in range(2))
+        assert one.shape == (3, 5) and one.dtype == dtype and one.data_ptr() % mmap.PAGESIZE == 0
+        assert one.data_ptr() != two.data_ptr()
+    assert paged(torch.empty(0, 5, device="meta")).shape == (0, 5)
 
 
 # ------------------------------------------------------------------------------------------------- after errors

@@ -9,7 +9,7 @@ import torch
 
 from moekit.arguments import Whole, check, shown
 from moekit.nn.config import ModelConfig
-from moekit.planning.runs import Memory, Room, Run, room
+from moekit.planning.runs import GIB, Memory, Room, Run, room
 from moekit.ranks.machine import gpus
 
 # The share of a GPU's memory that is left free in the spaces between tensors.
@@ -27,9 +27,8 @@ def asked(
     count = check("resident", resident, Whole(optional=True))
     limit = check("gpu_memory", gpu_memory, Memory(optional=True))
     if count is not None and limit is not None:
-        raise ValueError(
-            f"resident={count} and gpu_memory={shown(gpu_memory)}: give one of them, the other follows"
-        )
+        told = shown(limit) if isinstance(limit, str) else f"{limit / GIB:.3g}GiB"
+        raise ValueError(f"resident={count} and gpu_memory={told}: give one of them, the other follows")
     if count is not None and not config.moe_layers:
         raise ValueError(f"resident={count} is a number of experts, and this model has none: leave it out")
     return count, limit

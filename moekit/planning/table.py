@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MemoryPlan:
     """What a run takes, and whether it fits; it shows itself as a table and a sentence.
 
@@ -37,7 +37,7 @@ class MemoryPlan:
     resident: int | None
     advice: str
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return f"{self.table.to_string()}\n{self.advice}"
 
     def _repr_html_(self) -> str:
