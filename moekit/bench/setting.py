@@ -20,7 +20,7 @@ from moekit.nn.config import ModelConfig
 from moekit.nn.operations import BACKENDS, choose_backend
 from moekit.nn.resident import Residence
 from moekit.planning.fitting import fitting
-from moekit.planning.runs import Run
+from moekit.planning.runs import Run, room
 from moekit.ranks.machine import gpus, host_memory
 
 
@@ -79,7 +79,8 @@ class Setting:
         )
         if args.resident is None and args.gpu_memory is None:
             return setting
-        run = fitting(setting.run(), args.resident, args.gpu_memory, lent=False)
+        run = setting.run()
+        run = fitting(run, room(run.devices), args.resident, args.gpu_memory)
         return replace(setting, resident=run.resident)
 
     def run(self) -> Run:

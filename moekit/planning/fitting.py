@@ -9,8 +9,7 @@ import torch
 
 from moekit.arguments import Whole, check, shown
 from moekit.nn.config import ModelConfig
-from moekit.planning.runs import GIB, Memory, Room, Run, room
-from moekit.ranks.machine import gpus
+from moekit.planning.runs import GIB, Memory, Room, Run
 
 # The share of a GPU's memory that is left free in the spaces between tensors.
 SPARE = 0.03
@@ -95,19 +94,12 @@ def advice(run: Run, free: Room) -> str:
     return f"{free.short(run)}: {change} would fit"
 
 
-def fitting(run: Run, resident: int | None, gpu_memory: str | float | None, lent: bool) -> Run:
+def fitting(run: Run, free: Room, resident: int | None, gpu_memory: str | float | None) -> Run:
     """The run as :func:`moekit.load` makes it, which fits at least as long as its passes are short.
-
-    Args:
-        lent: whether the devices are those of ranks that exist already: an earlier model may still be there, whose memory
-            becomes free.
 
     Raises:
         ValueError: it does not fit, or an argument makes no sense.
     """
-    free = room(run.devices)
-    if lent and run.devices[0].type == "cuda":
-        free = replace(free, devices=tuple(gpu.total for gpu in gpus()))
     run, within = chosen(run, free, resident, gpu_memory)
     short = replace(run, tokens=min(run.tokens, run.config.max_positions), sequences=0)
     if not within.takes(short):

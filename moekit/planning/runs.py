@@ -173,17 +173,22 @@ class Room:
         )
 
 
-def room(devices: list[torch.device] | tuple[torch.device, ...]) -> Room:
-    """What is free on all devices of this machine of the kind of ``devices``, and on the host."""
+def room(devices: Sequence[torch.device], lent: bool = False) -> Room:
+    """What is free on all devices of this machine of the kind of ``devices``, and on the host.
+
+    Args:
+        lent: whether ranks exist on them already. An earlier model may still be there, whose memory becomes free, so the
+            devices count as empty.
+    """
     host = host_memory("MemAvailable")
     if devices[0].type == "cpu":
         # There, the device's memory is the host's, which all ranks share.
         return Room((math.inf,) * len(devices), host)
+    if lent:
+        return Room(tuple(gpu.total for gpu in gpus()), host)
     free = [gpu.free for gpu in gpus()]
     if torch.cuda.is_initialized():
         # What torch keeps in this process for tensors to come is free, too.
-        free = [
-            size + torch.cuda.memory_reserved(i) - torch.cuda.memory_allocated(i)
-            for i, size in enumerate(free)
-        ]
+        kept = [torch.cuda.memory_reserved(i) - torch.cuda.memory_allocated(i) for i in range(len(free))]
+        free = [size + more for size, more in zip(free, kept, strict=True)]
     return Room(tuple(free), host)
