@@ -16,7 +16,7 @@ from moekit.bench.fetched import Fetched
 from moekit.bench.figures import Figure, spread
 from moekit.bench.measure import Ceilings
 from moekit.bench.score import numbers
-from moekit.bench.setting import Setting, ceiling_figures
+from moekit.bench.setting import Setting, add_fetching, ceiling_figures
 from moekit.nn.cost import flop_per_token
 from moekit.nn.gate import Routing
 from moekit.ranks import Rank
@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batches", type=numbers, default=[1, 64], help="sequences a rank, such as 1,64 (the default)"
     )
+    add_fetching(parser)
 
 
 def run(setting: Setting, args: argparse.Namespace) -> list[Figure]:

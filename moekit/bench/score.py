@@ -21,7 +21,7 @@ from moekit.bench import measure
 from moekit.bench.fetched import Fetched
 from moekit.bench.figures import GIB, Figure, spread
 from moekit.bench.measure import Ceilings
-from moekit.bench.setting import Setting, at_least_one, ceiling_figures
+from moekit.bench.setting import Setting, add_fetching, at_least_one, ceiling_figures
 from moekit.nn import graphs
 from moekit.nn.cost import flop_per_token
 from moekit.nn.gate import Routing
@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--blocks", type=numbers, default=[1, 4, 32], help="a call and rank, such as 1,4,32 (the default)"
     )
+    add_fetching(parser)
 
 
 def numbers(text: str) -> list[int]:

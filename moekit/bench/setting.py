@@ -74,13 +74,14 @@ class Setting:
             choose_backend(args.backend, device, DTYPES[dtype]),
             args.world_size,
             args.repeats or (10 if on_gpu else 3),
-            zipf=args.zipf,
-            prefetch=not args.no_prefetch,
+            zipf=getattr(args, "zipf", 0.0),
+            prefetch=not getattr(args, "no_prefetch", False),
         )
-        if args.resident is None and args.gpu_memory is None:
+        resident, gpu_memory = (getattr(args, name, None) for name in ("resident", "gpu_memory"))
+        if resident is None and gpu_memory is None:
             return setting
         run = setting.run()
-        run = fitting(run, room(run.devices), args.resident, args.gpu_memory)
+        run = fitting(run, room(run.devices), resident, gpu_memory)
         return replace(setting, resident=run.resident)
 
     def run(self) -> Run:
@@ -130,15 +131,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="default: float16 on a GPU, float32 without")
     parser.add_argument("--backend", choices=("auto", *BACKENDS), default="auto")
     parser.add_argument("--world-size", type=int, default=1)
+    parser.add_argument(
+        "--repeats", type=at_least_one, help="the median counts; default: 10 on a GPU, 3 without"
+    )
+
+
+def add_fetching(parser: argparse.ArgumentParser) -> None:
+    """The arguments of the benches whose experts may be fetched."""
     parser.add_argument("--resident", type=at_least_one, help="experts a layer on the device; default: all")
     parser.add_argument("--gpu-memory", help="of a rank, such as 12GiB; --resident follows from it")
     parser.add_argument(
         "--zipf", type=float, default=0.0, help="exponent of skewed gates; default: even ones"
     )
     parser.add_argument("--no-prefetch", action="store_true", help="fetch no expert before it is needed")
-    parser.add_argument(
-        "--repeats", type=at_least_one, help="the median counts; default: 10 on a GPU, 3 without"
-    )
 
 
 def at_least_one(text: str) -> int:
