@@ -168,7 +168,7 @@ def test_with_the_kernels(interpreted):
     models = []
     for residence in (None, Residence(1, "lru"), Residence(7, "lfu")):
         rank = ranks.Rank(0, 1, device)
-        shapes.build(rank, config, torch.float16, "triton", residence, 1.0)
+        shapes.build(rank, config, torch.float16, "triton", residence=residence, zipf=1.0)
         models.append(rank.state["model"])
     tokens = torch.randint(4, 64, (2, 6), device=device, generator=torch.Generator(device).manual_seed(1))
     whole, *fetched = [model(tokens) for model in models]

@@ -112,7 +112,8 @@ class Setting:
         with ranks.start(self.world_size, self.device) as pool:
             ceilings = measure.slowest(pool.call(measure.ceilings, self.kind))
             staying = None if self.resident is None else Residence(self.resident, "lru", self.prefetch)
-            pool.call(shapes.build, self.config, self.kind, self.backend, staying, self.zipf)
+            how = {"residence": staying, "zipf": self.zipf}
+            pool.call(shapes.build, self.config, self.kind, self.backend, **how)
             plan = checkpoint.Plan(self.config, self.kind, ())
             yield Model(plan, checkpoint.Files(Path("random weights"), ()), pool, self.kind), ceilings
         measure.give_back(self.device)
