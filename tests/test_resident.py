@@ -446,3 +446,13 @@ def test_policies_of_other_models(many):
         moekit.load(many, 1, "cpu", resident=2, policy=trace, **QUIET)
     with pytest.raises(ValueError, match="resident=3 is a number of experts, and this model has none"):
         chosen(run_of(replace(TINY, moe_freq=0, experts=0)), Room((1e12,), 1e12), 3, None)
+
+
+def test_the_hottest_of_experts_with_other_numbers():
+    """Where experts are placed otherwise, a rank's numbers are those of the dispatch."""
+    residence = Residence(1, np.array([[5, 9, 0, 7]]))
+    numbers = torch.tensor([2, 0, 3, 1])
+    assert residence.of_layer(0, range(2)).kept == {1}
+    # Numbers 0 to 3 are the experts 1, 3, 0, 2: the hottest are expert 1 on the first rank, and 0 on the second.
+    assert residence.of_layer(0, range(2), numbers).kept == {0}
+    assert residence.of_layer(0, range(2, 4), numbers).kept == {0}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Generator, Hashable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from moekit.nn.gates import gate_of
 from moekit.nn.passes import Pass
 from moekit.nn.transformer import Transformer
 
+R = TypeVar("R")
 # Runs before the capture: in the first run, libraries allocate memory and Triton compiles.
 WARM_UP = 2
 # Repetitions of the same work after which a capture pays off.
@@ -96,6 +98,7 @@ class InParts:
     """
 
     def __init__(self, work: Callable[..., Generator[Callable[[], None], None, Tensor]], *inputs: Tensor):
+        self.work = functools.partial(whole, work)
         self.inputs = [tensor.clone() for tensor in inputs]
         aside = capturing(torch.cuda.current_device())
         aside.wait_stream(torch.cuda.current_stream())
@@ -125,6 +128,17 @@ class InParts:
             if ask is not None:
                 ask()
         return self.output
+
+
+def whole(work: Callable[..., Generator[Callable[[], None], None, R]], *inputs: Tensor) -> R:
+    """Do all of ``work``, with the host's part of it."""
+    parts = work(*inputs)
+    while True:
+        try:
+            ask = next(parts)
+        except StopIteration as end:
+            return end.value
+        ask()
 
 
 class Repeated:

@@ -292,12 +292,20 @@ class Residence:
     policy: str | np.ndarray = "lru"
     prefetch: bool = True
 
-    def of_layer(self, layer: int, held: range) -> Policy:
-        """The policy of MoE layer number ``layer``, counted from 0, on the rank that holds the experts ``held``."""
+    def of_layer(self, layer: int, held: range, numbers: Tensor | None = None) -> Policy:
+        """The policy of MoE layer number ``layer``, counted from 0, on the rank that holds the experts ``held``.
+
+        Args:
+            numbers: [all experts], those that the dispatch knows them by, and that ``held`` means; None: their own.
+        """
         count = min(self.count, len(held))
         if isinstance(self.policy, str):
             return POLICIES[self.policy](len(held), count)
-        return Hottest(len(held), count, self.policy[layer, held.start : held.stop])
+        heat = self.policy[layer]
+        if numbers is not None:
+            # The expert with each number.
+            heat = heat[np.argsort(numbers.cpu().numpy())]
+        return Hottest(len(held), count, heat[held.start : held.stop])
 
 
 def install(model: Transformer, residence: Residence, held: range, device: torch.device) -> None:
@@ -309,7 +317,7 @@ def install(model: Transformer, residence: Residence, held: range, device: torch
     for number, (moe, home) in enumerate(zip(moes, homes, strict=True)):
         if device.type == "cuda":
             pin(home)
-        policy = residence.of_layer(number, held)
+        policy = residence.of_layer(number, held, moe.slots)
         moe.experts = Resident(home, model.slots, policy, residence.prefetch)
     model.slots.layers = [moe.experts for moe in moes]
     for layer, behind in itertools.pairwise(model.slots.layers):

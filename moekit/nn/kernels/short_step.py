@@ -15,6 +15,7 @@ from torch import Tensor
 from moekit.nn.cache import Cache
 from moekit.nn.dispatch import Local
 from moekit.nn.gates import gate_of
+from moekit.nn.graphs import whole
 from moekit.nn.kernels import short_peers
 from moekit.nn.kernels.attention import attend_one
 from moekit.nn.kernels.gate import choose
@@ -69,13 +70,7 @@ def read_on(
     if len(tokens) == 0:
         _serve(model, rows)
         return None
-    parts = in_parts(model, tokens, cache, vocab, rows)
-    while True:
-        try:
-            bring = next(parts)
-        except StopIteration as end:
-            return end.value
-        bring()
+    return whole(lambda: in_parts(model, tokens, cache, vocab, rows))
 
 
 def in_parts(
