@@ -24,7 +24,7 @@ from moekit.nn.operations import choose_backend
 from moekit.nn.record import Options
 from moekit.planning.fitting import fitting
 from moekit.planning.residence import residence, residency
-from moekit.planning.runs import Run, room
+from moekit.planning.runs import Run, room, unknown
 from moekit.profiling import profile
 from moekit.progress import bar as progress_bar
 from moekit.ranks import LentRanks, RankError, Ranks, RayRanks, choose_devices, prepare, ready, start
@@ -312,7 +312,8 @@ def load(
     files = ckpt.find(checkpoint)
     known = find_dictionary(files, dictionary)
     # Before the ranks come up, which take some of it.
-    free = room(devices, lent=ranks is not None)
+    far = devices is None or isinstance(ranks, RayRanks)
+    free = None if far else room(devices, lent=ranks is not None)
     pool = None
     if ranks is None and len(devices) > 1 and ready():
         # The ranks come up while the headers are read here.
@@ -330,7 +331,7 @@ def load(
         kind = weights_dtype(dtype, devices[0], plan)
         backend = choose_backend(backend, devices[0], kind)
         run = Run.of(plan.config, devices, kind, backend, None if known is None else len(known))
-        run = fitting(run, free, resident, gpu_memory)
+        run = fitting(run, free or unknown(world_size), resident, gpu_memory)
         staying = residence(run, policy, prefetch)
         if pool is None:
             pool = start(world_size, devices[0].type) if ranks is None else LentRanks(ranks)

@@ -29,8 +29,8 @@ from moekit.nn.policies import POLICIES, Hottest
 from moekit.nn.resident import Residence, install
 from moekit.nn.slots import CHUNK
 from moekit.nn.transformer import empty
-from moekit.planning.fitting import advice, chosen, most_resident
-from moekit.planning.runs import GIB, Room, Run
+from moekit.planning.fitting import advice, chosen, fitting, most_resident
+from moekit.planning.runs import GIB, Room, Run, unknown
 from moekit.routing import expert_caches
 
 os.environ.pop(INTERPRET, None)
@@ -185,7 +185,8 @@ def test_with_the_kernels(interpreted):
         counts = model.slots.layers[0].counts
         assert counts.requests == 2 * 2 * (6 + 2) and 0 < counts.copied < counts.requests
     # All choices of a step have slots at once.
-    assert short_step.FEW * 2 <= CHUNK and short_step.fits(models[1], short_step.FEW)
+    most = max(short_step.FEW.values())
+    assert most * 2 <= CHUNK and short_step.fits(models[1], most)
 
 
 # ---------------------------------------------------------------------------------------------------- hits
@@ -405,6 +406,17 @@ def test_a_model_that_does_not_fit_is_refused(monkeypatch):
     plan = moekit.plan("demo", 1, "cpu")
     assert not plan.fits and "Does not fit: " in plan.advice and plan.advice in str(plan)
     assert "Does not fit" in plan._repr_html_()
+
+
+def test_ranks_of_which_nothing_is_known():
+    """What is asked for holds, nothing is refused, and what is free cannot be asked."""
+    run, nothing = run_of(devices=(torch.device("cuda", 0),) * 2), unknown(2)
+    assert fitting(run, nothing, None, None).resident is None
+    assert fitting(run, nothing, 3, None).resident == 3
+    assert fitting(run, nothing, None, "1GiB").resident is None
+    assert 0 < fitting(run, nothing, None, 0.94 * GIB).resident < 8
+    with pytest.raises(ValueError, match="nothing tells what is free"):
+        fitting(run, nothing, None, "auto")
 
 
 def test_gpu_memory_chooses():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -48,6 +49,10 @@ def chosen(run: Run, free: Room, resident: int | None, gpu_memory: str | float |
         return (run if run.fetched else replace(run, resident=None)), free
     if limit is None:
         return run, free
+    if limit == "auto" and any(math.isnan(one) for one in free.devices):
+        raise ValueError(
+            'gpu_memory="auto": nothing tells what is free on the devices; name it, such as "14GiB"'
+        )
     if limit != "auto":
         free = replace(free, devices=tuple(min(limit, one) if one == one else limit for one in free.devices))
     within = replace(free, devices=tuple(one * (1 - SPARE) for one in free.devices))

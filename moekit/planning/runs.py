@@ -192,3 +192,8 @@ def room(devices: Sequence[torch.device], lent: bool = False) -> Room:
         kept = [torch.cuda.memory_reserved(i) - torch.cuda.memory_allocated(i) for i in range(len(free))]
         free = [size + more for size, more in zip(free, kept, strict=True)]
     return Room(tuple(free), host)
+
+
+def unknown(ranks: int) -> Room:
+    """The room of ranks on other machines, of which nothing is known here."""
+    return Room((math.nan,) * ranks, math.nan)
