@@ -117,6 +117,6 @@ def described(run: Run, free: Room, within: Room) -> MemoryPlan:
     elif run.fetched:
         said = f"Fits, with {run.resident} of {max(run.held)} experts a layer on each device; the others are fetched."
     else:
-        said = "Fits, with all experts on their devices."
+        said = "Fits, with all experts on their devices." if run.config.moe_layers else "Fits."
     table = pd.DataFrame(rows).set_index("rank").round(3)
     return MemoryPlan(table, fits, run.resident if run.fetched else None, said)
