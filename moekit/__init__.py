@@ -32,6 +32,7 @@ __all__ = [
     "load",
     "metrics",
     "module",
+    "plan",
 ]
 
 # What is imported when it is asked for: module, and name in it; "" for the module itself.
@@ -41,6 +42,7 @@ LAZY = {
     "explore": ("moekit.notebook.explorer", "explore"),
     "metrics": ("moekit.routing.metrics", ""),
     "module": ("moekit.plain", "module"),
+    "plan": ("moekit.planning.table", "plan"),
 }
 
 

@@ -22,6 +22,9 @@ from moekit.interrupts import import_whole
 from moekit.nn.changes import changed
 from moekit.nn.operations import choose_backend
 from moekit.nn.record import Options
+from moekit.planning.fitting import fitting
+from moekit.planning.residence import residence, residency
+from moekit.planning.runs import Run, room, unknown
 from moekit.profiling import profile
 from moekit.progress import bar as progress_bar
 from moekit.ranks import LentRanks, RankError, Ranks, RayRanks, choose_devices, prepare, ready, start
@@ -184,6 +187,24 @@ class Model(Handle):
         )
         return self._trace(collector, chosen, fraction, seed, asked)
 
+    def residency(self, clear: bool = False) -> pd.DataFrame:
+        """What was fetched since loading, or since the last call that cleared: for a model with ``load``'s ``resident``.
+
+        Args:
+            clear: begin again afterwards, with slots as after loading.
+
+        Returns:
+            One row per MoE layer, of all ranks together: ``layer``, ``requests`` (choices of tokens), ``hits`` (requests
+            whose expert was in a slot, in the order of the text: those of :func:`moekit.metrics.cache_hits`, which counts
+            a generated trace's prompt with ``prompt=True``) and
+            ``value`` (their share), ``copied`` (experts copied to their device; a pass copies each once at most),
+            ``GiB`` of them, ``ahead`` (those copied because they were predicted) and ``used`` (of those, requested).
+
+        Raises:
+            ValueError: all experts are on their devices.
+        """
+        return residency(self, check("clear", clear, Flag()))
+
     def _open(self, data: Data) -> Batches:
         """Binarised data with at least one sample that the model can take."""
         batches = self.open_data(data)
@@ -225,6 +246,10 @@ def load(
     ranks: Ranks | str | None = None,
     verify: bool = True,
     placement: Mapping[int, Sequence[int]] | None = None,
+    resident: int | None = None,
+    gpu_memory: str | float | None = None,
+    policy: str | tracing.Trace | Path = "lru",
+    prefetch: bool = True,
 ) -> Model:
     """Load a checkpoint of fairseq's ``moe`` branch onto ``world_size`` ranks.
 
@@ -254,9 +279,17 @@ def load(
         placement: for each layer with experts, the rank of each expert, such as
             :func:`moekit.metrics.fitted_placement` finds; as many on each rank as without it. It changes who computes, and
             no result. None: rank after rank in the order of the experts.
+        resident: experts of each layer on the device of their rank; the others wait in host memory (pinned, for GPUs) and
+            are fetched when a token needs them. No result depends on it. None: all.
+        gpu_memory: what a rank may take of its GPU, such as "14GiB" or a number of bytes; ``resident`` follows from it
+            (:func:`moekit.plan`). "auto": what is free.
+        policy: which experts stay: "lru" (requested last), "lfu" (requested most often), or a trace of the model or its
+            file, whose most requested ones stay always.
+        prefetch: while few tokens are read, also fetch experts of the next layer that this layer's choices predict.
 
     Raises:
-        ValueError: the checkpoint is incomplete, damaged or not what it should be, or an argument makes no sense.
+        ValueError: the checkpoint is incomplete, damaged or not what it should be, an argument makes no sense, or the model
+            does not fit (:func:`moekit.plan` has the numbers).
         moekit.ranks.RankError: a rank failed.
     """
     began = time.perf_counter()
@@ -277,6 +310,9 @@ def load(
         devices = _devices_of(ranks, world_size, device)
     files = ckpt.find(checkpoint)
     known = find_dictionary(files, dictionary)
+    # Before the ranks come up, which take some of it.
+    far = devices is None or isinstance(ranks, RayRanks)
+    free = None if far else room(devices, lent=ranks is not None)
     pool = None
     if ranks is None and len(devices) > 1 and ready():
         # The ranks come up while the headers are read here.
@@ -293,6 +329,9 @@ def load(
         plan = replace(plan, slots=ckpt.slots_of(placement, plan.config, world_size))
         kind = weights_dtype(dtype, devices[0], plan)
         backend = choose_backend(backend, devices[0], kind)
+        run = Run.of(plan.config, devices, kind, backend, None if known is None else len(known))
+        run = fitting(run, free or unknown(world_size), resident, gpu_memory)
+        staying = residence(run, policy, prefetch)
         if pool is None:
             pool = start(world_size, devices[0].type) if ranks is None else LentRanks(ranks)
         _check_seen(pool, files)
@@ -300,7 +339,7 @@ def load(
         total = sum(source.bytes * (world_size if source.common else 1) for source in plan.sources)
         with progress_bar("loading", total, "B", show=progress) as bar:
             model.parts = pool.call(
-                loading.load, plan, kind, backend, verify, on_report=lambda rank, n: bar.update(n)
+                loading.load, plan, kind, backend, verify, staying, on_report=lambda rank, n: bar.update(n)
             )
             plan.opened.clear()
             ckpt.warn_nonfinite(found for part in model.parts for found in part["nonfinite"])

@@ -18,6 +18,7 @@ from moekit.bench.figures import Figure
 from moekit.bench.measure import Ceilings
 from moekit.bench.setting import Setting
 from moekit.nn.cost import flop_per_token
+from moekit.nn.passes import Pass
 from moekit.ranks import Rank
 
 CPU = torch.device("cpu")
@@ -327,6 +328,46 @@ def test_unknown_opponents_are_refused(capsys):
 
 
 @pytest.mark.slow
+def test_experts_that_are_fetched(tmp_path):
+    """Their share of hits, their bytes, and the limit that the bytes make."""
+    how = ["--shape", "tiny", "--device", "cpu", "--resident", "2", "--zipf", "1.2", "--repeats", "2"]
+    for work, rows in run(tmp_path, "decode", *how, "--batches", "1").items():
+        assert work == "decode"
+        ceilings = {row["work"]: row["figure"] * 1e9 for row in rows[:3]}
+        row = next(row for row in rows if row["work"] == "decode, batch 1")
+        share, gib = re.search(r"([\d.]+)% of 4 requests hit, ([\d.e-]+) GiB fetched", row["note"]).groups()
+        assert 0 < float(share) < 100
+        least = float(gib) * 2**30 / ceilings["from pinned host memory"] * 1e3
+        assert row["limit"] == pytest.approx(max(least, row["limit"]), rel=0.02) and least > 0
+    assert "GiB fetched" in str(run(tmp_path, "score", *how, "--blocks", "2"))
+
+
+def test_skewed_gates():
+    """The most frequent experts are those that Zipf's law puts first."""
+    rank = Rank(0, 1, CPU)
+    shapes.build(rank, TINY, torch.float32, "loop", zipf=1.5)
+    found = {}
+    tokens = torch.randint(4, 500, (8, 256), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+
+        def note(layer, routing):
+            found[layer] = routing.experts.flatten().bincount(minlength=16)
+
+        rank.state["model"](tokens, Pass(record=note))
+    for layer, counts in found.items():
+        place = torch.randperm(16, generator=after_the_way(layer))
+        # The counts in the order of the law fall: the first quarter has most choices, the last one hardly any.
+        quarters = counts[place.argsort()].view(4, 4).sum(dim=1) / counts.sum()
+        assert quarters[0] > 0.6 and quarters[3] < 0.1
+
+
+def after_the_way(layer: int) -> torch.Generator:
+    """The generator of :func:`shapes.skew` once it has drawn the constant part's direction."""
+    generator = torch.Generator().manual_seed(layer)
+    torch.randn(TINY.dim, generator=generator)
+    return generator
+
+
 def test_two_ranks(tmp_path):
     arguments = ["--shape", "tiny", "--device", "cpu", "--world-size", "2", "--repeats", "2"]
     rows = run(tmp_path, "score", *arguments, "--blocks", "2")["score"]

@@ -170,7 +170,9 @@ def test_evaluate_tasks_beside_a_baseline(elsewhere):
 
 
 def test_load_shards_at_three_ranks(elsewhere):
-    execute("load_shards", elsewhere, world_size=3, output_dir="results")
+    execute("load_shards", elsewhere, world_size=3, resident=2, output_dir="results")
+    memory = pd.read_csv(elsewhere / "results" / "memory.csv")
+    assert memory["on the device"].tolist() == [2, 2, 2] and (memory["slots"] > 0).all()
     shares = pd.read_csv(elsewhere / "results" / "shares.csv")
     assert shares["experts a layer"].tolist() == ["0 to 4", "5 to 9", "10 to 15"]
     assert (elsewhere / "results" / "filled.png").stat().st_size > 1000

@@ -12,10 +12,11 @@ import torch
 
 from moekit.api import Model
 from moekit.bench import measure, shapes
+from moekit.bench.fetched import Fetched
 from moekit.bench.figures import Figure, spread
 from moekit.bench.measure import Ceilings
 from moekit.bench.score import numbers
-from moekit.bench.setting import Setting, ceiling_figures
+from moekit.bench.setting import Setting, add_fetching, ceiling_figures
 from moekit.nn.cost import flop_per_token
 from moekit.nn.gate import Routing
 from moekit.ranks import Rank
@@ -36,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batches", type=numbers, default=[1, 64], help="sequences a rank, such as 1,64 (the default)"
     )
+    add_fetching(parser)
 
 
 def run(setting: Setting, args: argparse.Namespace) -> list[Figure]:
@@ -49,29 +51,36 @@ def run(setting: Setting, args: argparse.Namespace) -> list[Figure]:
     return rows
 
 
-def limit(setting: Setting, ceilings: Ceilings, experts: list[float], batch: int) -> float:
+def limit(
+    setting: Setting, ceilings: Ceilings, experts: list[float], batch: int, fetched: float = 0.0
+) -> float:
     """The least seconds of a step with ``batch`` sequences per rank.
 
     A step reads once all weights outside the experts, and the weights of the experts that it chooses; its operations may
     take longer than these reads. ``experts`` is the number of distinct chosen experts in each MoE layer, as a mean over
-    the steps. With several ranks, each rank reads its share of the experts. Keys and values are not counted.
+    the steps. With several ranks, each rank reads its share of the experts. Keys and values are not counted. The device
+    fetches ``fetched`` bytes of experts from the host.
     """
     config = setting.config
     each = shapes.expert_parameters(config)
     dense = shapes.parameters(config) - len(config.moe_layers) * config.experts * each
     read = dense + sum(experts) / setting.world_size * each
     flop = batch * flop_per_token(config, 1)
-    return ceilings.seconds(read * setting.itemsize, flop)
+    return max(ceilings.seconds(read * setting.itemsize, flop), fetched / ceilings.fetch)
 
 
 def measured(model: Model, setting: Setting, ceilings: Ceilings, batch: int) -> list[Figure]:
     ranks, new = setting.world_size, NEW[setting.device]
     found: list[Decoded] = model.ranks.call(time_decoding, batch, new, setting.repeats)
     seconds = statistics.median(found[0].seconds) / new
-    least = limit(setting, ceilings, found[0].experts, batch)
+    # The slowest rank decides.
+    fetched = max(f.fetched.nbytes for f in found) / found[0].steps
+    least = limit(setting, ceilings, found[0].experts, batch, fetched)
     gpu = max(f.peak.gpu_gib or 0 for f in found) or None
     host = max(f.peak.host_gib or 0 for f in found) or None
     note = f"{spread(found[0].seconds)}; {reached(found[0].experts, setting)}"
+    if setting.resident is not None:
+        note += f"; {found[0].fetched.told(found[0].steps)}"
     row = {"gpu_gib": gpu, "host_gib": host, "note": note}
     goal = setting.goal(f"decode {batch}", ceilings)
     name = f"decode, batch {batch}" + (f" on each of {ranks} ranks" if ranks > 1 else "")
@@ -108,30 +117,39 @@ def prompt(number: int, vocab: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Decoded:
-    """``seconds`` of each call of ``decoding.run``, and the mean number of distinct experts of a step in each MoE layer."""
+    """``seconds`` of each call of ``decoding.run``, and the mean number of distinct experts of a step in each MoE layer.
+
+    ``fetched`` is what happened to experts in all layers in ``steps`` steps.
+    """
 
     seconds: list[float]
     peak: measure.Peak
     experts: list[float]
+    fetched: Fetched
+    steps: int
 
 
 def time_decoding(rank: Rank, batch: int, new: int, repeats: int) -> Decoded:
     """Time :func:`moekit.worker.decoding.run`, ``new`` tokens per call, and count the experts in a separate run.
 
     Before each measurement, the prompts are read again and a few tokens are decoded. So all measurements have the same
-    positions, and the rank has a graph of a step.
+    positions, and the rank has a graph of a step. Each has prompts of its own, whose experts are not in slots already.
     """
     model = rank.state["model"]
     vocab = model.config.vocab_rows
-    prompts = [
-        [Prompt(number, prompt(number, vocab)) for number in range(r * batch, (r + 1) * batch)]
-        for r in range(rank.world_size)
-    ]
     rows = [list(range(batch))] * rank.world_size
+    fetched = Fetched()
 
-    def decoded(settings: Settings) -> float:
+    def decoded(settings: Settings, turn: int = 0) -> float:
+        nonlocal fetched
+        first = turn * batch * rank.world_size
+        prompts = [
+            [Prompt(number, prompt(first + number, vocab)) for number in range(r * batch, (r + 1) * batch)]
+            for r in range(rank.world_size)
+        ]
         chosen = decode.begin(rank, KEY, prompts, settings, PROMPT + WARM_UP + new + 1)
         for steps in (WARM_UP, new):
+            before = Fetched.of(model)
             measure.synchronise(rank.device)
             start = time.perf_counter()
             # A rank reads only the tokens of its sequences.
@@ -140,10 +158,14 @@ def time_decoding(rank: Rank, batch: int, new: int, repeats: int) -> Decoded:
             # The tokens are on the host, so the work of the device is complete.
             seconds = time.perf_counter() - start
         decode.end(rank, KEY)
+        fetched += Fetched.of(model) - before
         return seconds
 
     with measure.memory(rank.device) as peak:
-        seconds = [decoded(Settings(vocab)) for _ in range(1 + repeats)][1:]
+        decoded(Settings(vocab))
+        fetched = Fetched()
+        seconds = [decoded(Settings(vocab), turn) for turn in range(1, 1 + repeats)]
+    counted = fetched
 
     distinct: dict[int, list[int]] = {layer: [] for layer in model.config.moe_layers}
 
@@ -153,4 +175,5 @@ def time_decoding(rank: Rank, batch: int, new: int, repeats: int) -> Decoded:
             distinct[layer].append(len(routing.experts.unique()))
 
     decoded(Settings(vocab, record=count))
-    return Decoded(seconds, peak, [statistics.mean(found) for found in distinct.values()])
+    experts = [statistics.mean(found) for found in distinct.values()]
+    return Decoded(seconds, peak, experts, counted, repeats * new)

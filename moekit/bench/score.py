@@ -13,13 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from moekit.api import Model
 from moekit.batches import Batch, shares
 from moekit.bench import measure
+from moekit.bench.fetched import Fetched
 from moekit.bench.figures import GIB, Figure, spread
 from moekit.bench.measure import Ceilings
-from moekit.bench.setting import Setting, at_least_one, ceiling_figures
+from moekit.bench.setting import Setting, add_fetching, at_least_one, ceiling_figures
 from moekit.nn import graphs
 from moekit.nn.cost import flop_per_token
 from moekit.nn.gate import Routing
@@ -36,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--blocks", type=numbers, default=[1, 4, 32], help="a call and rank, such as 1,4,32 (the default)"
     )
+    add_fetching(parser)
 
 
 def numbers(text: str) -> list[int]:
@@ -69,14 +72,15 @@ def against_one(setting: Setting, blocks: list[int], best: float, goal: float | 
     return Figure(work, best / one, "times", setting.world_size, goal, note=note)
 
 
-def limit(setting: Setting, ceilings: Ceilings, blocks: int) -> float:
+def limit(setting: Setting, ceilings: Ceilings, blocks: int, fetched: float = 0.0) -> float:
     """The most tokens per second of all ranks, if a call reads all weights of a rank once and computes its operations.
 
     The slower of the two decides (:func:`moekit.nn.cost.flop_per_token`). Exchanges between ranks are not counted.
+    A rank fetches ``fetched`` bytes of experts from the host.
     """
     length = setting.config.max_positions
     flop = blocks * length * flop_per_token(setting.config, length)
-    seconds = ceilings.seconds(setting.rank_bytes(), flop)
+    seconds = max(ceilings.seconds(setting.rank_bytes(), flop), fetched / ceilings.fetch)
     return setting.world_size * blocks * length / seconds
 
 
@@ -93,11 +97,12 @@ def measured(model: Model, setting: Setting, ceilings: Ceilings, blocks: int) ->
             f"score, {blocks} x {length} tokens a call",
             ranks * blocks * length / seconds,
             "tokens/s",
-            limit(setting, ceilings, blocks),
+            limit(setting, ceilings, blocks, max(f.fetched.nbytes for f in found) / len(calls)),
             setting.goal(f"score {blocks}", ceilings),
             gpu_gib=gpu,
             host_gib=host,
-            note=f"{seconds * 1e3:.1f} ms a call ({spread(calls)}); {found[0].routing}",
+            note=f"{seconds * 1e3:.1f} ms a call ({spread(calls)}); {found[0].routing}"
+            + (f"; {found[0].fetched.told(len(calls))}" if setting.resident is not None else ""),
         )
     ]
     if gpu is not None and blocks * length == TOKENS_A_PASS["cuda"]:
@@ -106,7 +111,7 @@ def measured(model: Model, setting: Setting, ceilings: Ceilings, blocks: int) ->
                 "peak GPU memory of that",
                 gpu,
                 "GiB",
-                setting.rank_bytes() / GIB,
+                sum(setting.run().parts(0)[part] for part in ("weights", "slots")) / GIB,
                 setting.goal("score memory", ceilings),
                 lower=True,
             )
@@ -155,12 +160,13 @@ def random_batch(index: int, length: int, vocab: int) -> Batch:
 
 @dataclass(frozen=True)
 class Scored:
-    """``seconds`` of each call, the share of a call in exchanges, and a description of the routing."""
+    """``seconds`` of each call, the share of a call in exchanges, a description of the routing, and what was fetched."""
 
     seconds: list[float]
     peak: measure.Peak
     exchange: float
     routing: str
+    fetched: Fetched
 
 
 def score(rank: Rank, blocks: int, repeats: int) -> Scored:
@@ -178,12 +184,16 @@ def score(rank: Rank, blocks: int, repeats: int) -> Scored:
         routing = describe(rank, step[:blocks])
         with measure.memory(rank.device) as peak:
             warm_up = graphs.AFTER + 1 if rank.device.type == "cuda" else 2
-            seconds = measure.seconds(work, rank.device, repeats=repeats, warm_up=warm_up)
+            for _ in range(warm_up):
+                work()
+            before = Fetched.of(model)
+            seconds = measure.seconds(work, rank.device, repeats=repeats, warm_up=0)
+            fetched = Fetched.of(model) - before
         assert all(np.isfinite(found).all() for _, found in work()), "a log-probability is no finite number"
         exchange = exchanged(rank, work) if rank.world_size > 1 and model.config.moe_layers else 0.0
     finally:
         rank.send_report = quiet
-    return Scored(seconds, peak, exchange, routing)
+    return Scored(seconds, peak, exchange, routing, fetched)
 
 
 @torch.inference_mode()
@@ -192,13 +202,17 @@ def describe(rank: Rank, batches: list[Batch]) -> str:
     model: Transformer = rank.state["model"]
     if not model.config.moe_layers:
         return "no experts"
-    seen: list[Routing] = []
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def note(layer: int, routing: Routing) -> None:
+        seen.append((routing.experts, routing.kept))
+
     tokens = torch.from_numpy(np.concatenate([b.tokens for b in batches])).to(rank.device).long()
-    model(tokens, Pass(FRACTION, groups=len(batches), record=lambda layer, routing: seen.append(routing)))
+    model(tokens, Pass(FRACTION, groups=len(batches), record=note))
     experts = model.config.experts
-    loads = torch.stack([r.experts.flatten().bincount(minlength=experts) for r in seen]).float()
+    loads = torch.stack([chosen.flatten().bincount(minlength=experts) for chosen, _ in seen]).float()
     reached, most = (loads > 0).sum(dim=1).float().mean(), (loads.amax(dim=1) / loads.mean(dim=1)).mean()
-    dropped = 1 - torch.stack([r.kept.float().mean() for r in seen]).mean()
+    dropped = 1 - torch.stack([kept.float().mean() for _, kept in seen]).mean()
     return f"{reached:.0f} of {experts} experts, {most:.1f}x at most, {dropped:.1%} dropped"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,6 +18,9 @@ from moekit.bench.measure import Ceilings
 from moekit.handle import DTYPES
 from moekit.nn.config import ModelConfig
 from moekit.nn.operations import BACKENDS, choose_backend
+from moekit.nn.resident import Residence
+from moekit.planning.fitting import fitting
+from moekit.planning.runs import Run, room
 from moekit.ranks.machine import gpus, host_memory
 
 
@@ -31,6 +34,10 @@ class Setting:
     backend: str
     world_size: int
     repeats: int
+    # Experts a layer on the device of their rank, and how skewed the gates are; see shapes.py.
+    resident: int | None = None
+    zipf: float = 0.0
+    prefetch: bool = True
 
     @property
     def config(self) -> ModelConfig:
@@ -60,18 +67,36 @@ class Setting:
         device = ranks.choose_devices(args.world_size, args.device)[0]
         on_gpu = device.type == "cuda"
         dtype = args.dtype or ("float16" if on_gpu else "float32")
-        return cls(
+        setting = cls(
             args.shape or ("15b" if on_gpu else "tiny"),
             device.type,
             dtype,
             choose_backend(args.backend, device, DTYPES[dtype]),
             args.world_size,
             args.repeats or (10 if on_gpu else 3),
+            zipf=getattr(args, "zipf", 0.0),
+            prefetch=not getattr(args, "no_prefetch", False),
         )
+        resident, gpu_memory = (getattr(args, name, None) for name in ("resident", "gpu_memory"))
+        if resident is None and gpu_memory is None:
+            return setting
+        run = setting.run()
+        run = fitting(run, room(run.devices), resident, gpu_memory)
+        return replace(setting, resident=run.resident)
+
+    def run(self) -> Run:
+        """The run as :mod:`moekit.planning` sees it."""
+        devices = [
+            torch.device(self.device, rank) if self.device == "cuda" else torch.device("cpu")
+            for rank in range(self.world_size)
+        ]
+        found = Run.of(self.config, devices, self.kind, self.backend, None)
+        return replace(found, resident=self.resident)
 
     def too_large(self) -> str:
         """The reason why the weights do not fit into the free memory; "" if they fit."""
-        needed = self.rank_bytes()
+        parts = self.run().parts(0)
+        needed = parts["weights"] + parts["slots"]
         if self.device == "cuda":
             free = min(gpu.free for gpu in gpus()[: self.world_size])
         else:
@@ -86,7 +111,9 @@ class Setting:
         """The handle of a model with random weights, as ``moekit.load`` returns it, and the ceilings of its devices."""
         with ranks.start(self.world_size, self.device) as pool:
             ceilings = measure.slowest(pool.call(measure.ceilings, self.kind))
-            pool.call(shapes.build, self.config, self.kind, self.backend)
+            staying = None if self.resident is None else Residence(self.resident, "lru", self.prefetch)
+            how = {"residence": staying, "zipf": self.zipf}
+            pool.call(shapes.build, self.config, self.kind, self.backend, **how)
             plan = checkpoint.Plan(self.config, self.kind, ())
             yield Model(plan, checkpoint.Files(Path("random weights"), ()), pool, self.kind), ceilings
         measure.give_back(self.device)
@@ -108,6 +135,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--repeats", type=at_least_one, help="the median counts; default: 10 on a GPU, 3 without"
     )
+
+
+def add_fetching(parser: argparse.ArgumentParser) -> None:
+    """The arguments of the benches whose experts may be fetched."""
+    parser.add_argument("--resident", type=at_least_one, help="experts a layer on the device; default: all")
+    parser.add_argument("--gpu-memory", help="of a rank, such as 12GiB; --resident follows from it")
+    parser.add_argument(
+        "--zipf", type=float, default=0.0, help="exponent of skewed gates; default: even ones"
+    )
+    parser.add_argument("--no-prefetch", action="store_true", help="fetch no expert before it is needed")
 
 
 def at_least_one(text: str) -> int:

@@ -11,11 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moekit.checkpoint import export
-from moekit.nn import transformer
+from moekit.nn import resident, transformer
 from moekit.nn.config import ModelConfig
+from moekit.nn.dispatch import owned
+from moekit.nn.resident import Residence
 from moekit.nn.transformer import Transformer
 from moekit.ranks import Rank
 from moekit.worker import loading
@@ -75,6 +78,9 @@ FILES = {"15b": 64, "52b": 64, "15b-64e": 8, "tiny": 4, "dense-1.3b": 1, "dense-
 
 # ------------------------------------------------------------------------------------------------ random weights
 
+# The length of the constant part of a skewed gate's input, whose other part has a length of sqrt(dim).
+CONSTANT = 4.0
+
 
 def draw(name: str, parameter: Tensor, config: ModelConfig, generator: torch.Generator) -> None:
     """Fill the parameter called ``name`` with uniform numbers.
@@ -102,13 +108,52 @@ def draw(name: str, parameter: Tensor, config: ModelConfig, generator: torch.Gen
 
 
 @torch.no_grad()
-def build(rank: Rank, config: ModelConfig, dtype: torch.dtype, backend: str) -> None:
-    """Put a model with random weights into ``rank.state["model"]``: this rank's experts, and the shared parameters."""
-    model = loading.empty(rank, config, dtype, backend)
+def build(
+    rank: Rank,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    backend: str,
+    residence: Residence | None = None,
+    zipf: float = 0.0,
+) -> None:
+    """Put a model with random weights into ``rank.state["model"]``: this rank's experts, and the shared parameters.
+
+    Args:
+        residence: where the experts are; the numbers do not depend on it.
+        zipf: of :func:`skew`.
+    """
+    model = loading.empty(rank, config, dtype, backend, residence is not None)
     shared, own = (torch.Generator(rank.device).manual_seed(seed) for seed in (1, 2 + rank.rank))
     for name, parameter in model.named_parameters():
-        draw(name, parameter, config, own if ".experts." in name else shared)
+        drawn = torch.empty_like(parameter, device=rank.device)
+        draw(name, drawn, config, own if ".experts." in name else shared)
+        parameter.data = drawn if parameter.device == rank.device else parameter.data.copy_(drawn)
+    if zipf:
+        skew(model, zipf)
+    if residence is not None:
+        held = owned(config.experts, rank.world_size, rank.rank)
+        resident.install(model, residence, held, rank.device)
     rank.state["model"] = model
+
+
+@torch.no_grad()
+def skew(model: Transformer, exponent: float) -> None:
+    """Make the gates choose about as Zipf's law says: the n-th most frequent expert with a share of n ** -exponent.
+
+    A gate has no biases, so each gate's input gets a constant part, and the gate's matrix an answer to it: the logarithm
+    of the share, on the scale of the logits' spread. The most frequent experts are others in each layer.
+    """
+    for layer in model.config.moe_layers:
+        block = model.layers[layer]
+        weight, bias = block.moe.gate.weight, block.ffn_norm.bias
+        generator = torch.Generator().manual_seed(layer)
+        way = F.normalize(torch.randn(weight.shape[1], generator=generator), dim=0)
+        frequency = 1 + torch.randperm(len(weight), generator=generator).float()
+        # A choice is the best of sums of logits and noise. With noise of Gumbel's distribution, whose standard deviation
+        # is pi / sqrt(6), the shares are the exponentials of the logits; the spread of these logits is about 1.
+        logits = -exponent * frequency.log() * math.sqrt(6) / math.pi
+        bias += (CONSTANT * way).to(bias)
+        weight += (logits[:, None] * way / CONSTANT).to(weight)
 
 
 # For each stack of experts, the sum of each expert's numbers.

@@ -56,7 +56,7 @@ def copy(
 
     Args:
         pieces: an iterable that this thread reads while other threads copy.
-        device: the device of all targets.
+        device: the device of the targets, but for those on the CPU.
         threads: the most threads; ``THREADS`` is a limit, too.
         progress: called in this thread with the bytes copied since the last call.
 
@@ -68,6 +68,11 @@ def copy(
     threads = max(1, min(threads, THREADS))
     waiting: collections.deque[Future[int]] = collections.deque()
 
+    def loads() -> Iterator[tuple[Straight | OntoGpu, Load]]:
+        for there, some in itertools.groupby(pieces, lambda piece: piece.target.device.type == device.type):
+            own = carrier if there else Straight()
+            yield from ((own, load) for load in own.loads(some))
+
     def finish_one() -> None:
         copied = waiting.popleft().result()
         if progress is not None:
@@ -77,10 +82,10 @@ def copy(
     try:
         with ThreadPoolExecutor(threads, "copying", torch.set_num_threads, (1,)) as pool:
             try:
-                for load in carrier.loads(pieces):
+                for own, load in loads():
                     if len(waiting) == 2 * threads:
                         finish_one()
-                    waiting.append(pool.submit(_carry, carrier, load))
+                    waiting.append(pool.submit(_carry, own, load))
                 while waiting:
                     finish_one()
             finally:

@@ -5,6 +5,7 @@ Shape letters: N rows, K choices a row, P choices, E experts held here, D model 
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,12 +26,15 @@ class Assignment:
         counts: [E] int64, how many choices are of each expert.
         choices: K.
         weights: [N K], what each choice's output is multiplied with; None for ones.
+        whole: the choices and the experts of a larger assignment that this one is a part of, or None. Kernels choose
+            their blocks by it, so that parts give the same bits as the whole.
     """
 
     order: Tensor
     counts: Tensor
     choices: int = 1
     weights: Tensor | None = None
+    whole: tuple[int, int] | None = None
 
 
 class Expert(NamedTuple):
@@ -67,6 +71,18 @@ class Experts(nn.Module):
     def tensors(self) -> dict[str, Tensor]:
         """The stacked tensors, by the names of :class:`Expert`, in that order."""
         return {name: getattr(self, name) for name in Expert._fields}
+
+    def stacks(self) -> dict[str, Tensor]:
+        """Every tensor that has an expert in front, by its name; those of another class may be more."""
+        return {**dict(self.named_parameters()), **dict(self.named_buffers())}
+
+    def over(self, stacks: dict[str, Tensor]) -> Experts:
+        """Experts of the same kind over other tensors, called as :meth:`stacks` has them."""
+        other = copy.copy(self)
+        other._parameters, other._buffers = {}, {}
+        for name, stack in stacks.items():
+            other.register_buffer(name, stack)
+        return other
 
     def expert(self, number: int) -> Expert:
         """The weights of expert ``number``, counted from 0 among those held here."""

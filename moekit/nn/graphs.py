@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Generator, Hashable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from moekit.nn.gates import gate_of
 from moekit.nn.passes import Pass
 from moekit.nn.transformer import Transformer
 
+R = TypeVar("R")
 # Runs before the capture: in the first run, libraries allocate memory and Triton compiles.
 WARM_UP = 2
 # Repetitions of the same work after which a capture pays off.
@@ -33,8 +35,10 @@ def few(model: Transformer, rows: int, world_size: int) -> bool:
     return rows * (1 if model.dispatch.by_expectation else world_size) <= MOST_TOKENS
 
 
-def fits(model: Transformer, asked: Pass) -> bool:
+def fits(model: Transformer, asked: Pass, sequences: int | None = None) -> bool:
     """Whether a pass can be captured: it runs on the device alone, with the same kernels every time.
+
+    Where experts are fetched, the host takes part: only a decode step of few ``sequences`` is captured, in parts.
 
     With several ranks, the number of expected rows has to be known (:attr:`moekit.nn.passes.Pass.rows_expected`). All ranks
     capture at the same time, because a capture runs the work several times.
@@ -43,7 +47,16 @@ def fits(model: Transformer, asked: Pass) -> bool:
     draws = bool(model.config.moe_layers) and gate_of(model.config).draws
     on_gpu = model.embed.weight.is_cuda and model.backend == "triton"
     plain = asked.record is None and asked.edit is None and asked.padding is None
-    return on_gpu and plain and not draws
+    return on_gpu and plain and not draws and (model.slots is None or _in_parts(model, sequences))
+
+
+def _in_parts(model: Transformer, sequences: int | None) -> bool:
+    if sequences is None:
+        return False
+    # Triton is imported only if its back end is selected.
+    from moekit.nn.kernels import short_step
+
+    return short_step.fits(model, sequences)
 
 
 @functools.lru_cache
@@ -78,6 +91,56 @@ class Graph:
         return self.output
 
 
+class InParts:
+    """Graphs of work that the host interrupts: a generator that yields what the host has to do, and returns the output.
+
+    The tensors that the host reads and writes keep their addresses, as those of a :class:`Graph` do.
+    """
+
+    def __init__(self, work: Callable[..., Generator[Callable[[], None], None, Tensor]], *inputs: Tensor):
+        self.work = functools.partial(whole, work)
+        self.inputs = [tensor.clone() for tensor in inputs]
+        aside = capturing(torch.cuda.current_device())
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(WARM_UP):
+                # Without the host's part the numbers mean nothing, and take as long.
+                for _ in work(*self.inputs):
+                    pass
+        torch.cuda.current_stream().wait_stream(aside)
+        self.parts: list[tuple[torch.cuda.CUDAGraph, Callable[[], None] | None]] = []
+        memory, rest, asks = torch.cuda.graph_pool_handle(), work(*self.inputs), True
+        while asks:
+            graph, ask = torch.cuda.CUDAGraph(), None
+            with torch.cuda.graph(graph, pool=memory, stream=aside, capture_error_mode="thread_local"):
+                try:
+                    ask = next(rest)
+                except StopIteration as end:
+                    self.output, asks = end.value, False
+            self.parts.append((graph, ask))
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """Replay the graphs, with the host's part between them. The next call overwrites the result."""
+        for own, given in zip(self.inputs, inputs, strict=True):
+            own.copy_(given)
+        for graph, ask in self.parts:
+            graph.replay()
+            if ask is not None:
+                ask()
+        return self.output
+
+
+def whole(work: Callable[..., Generator[Callable[[], None], None, R]], *inputs: Tensor) -> R:
+    """Do all of ``work``, with the host's part of it."""
+    parts = work(*inputs)
+    while True:
+        try:
+            ask = next(parts)
+        except StopIteration as end:
+            return end.value
+        ask()
+
+
 class Repeated:
     """Runs work, and captures a graph of it when the same work has run :data:`AFTER` times in a row.
 
@@ -110,7 +173,7 @@ class Repeated:
         return self.graph(*inputs).clone()
 
 
-def of_step(model: Transformer, cache: Cache, vocab: int, rows_expected: int | None) -> Graph:
+def of_step(model: Transformer, cache: Cache, vocab: int, rows_expected: int | None) -> Graph | InParts:
     """A graph of a decode step: tokens [B] int64 -> logits [B, V] of the next token; ``cache`` does not advance.
 
     With several ranks it is a collective, also for a rank where B is 0, whose result is None. ``rows_expected`` is as in
@@ -122,4 +185,9 @@ def of_step(model: Transformer, cache: Cache, vocab: int, rows_expected: int | N
         asked = Pass(groups=len(read), cache=cache, rows_expected=rows_expected)
         return model.operations.read_on(model, read, asked, vocab)
 
-    return Graph(step, torch.zeros(len(cache.lengths), dtype=torch.long, device=cache.lengths.device))
+    tokens = torch.zeros(len(cache.lengths), dtype=torch.long, device=cache.lengths.device)
+    if model.slots is None:
+        return Graph(step, tokens)
+    from moekit.nn.kernels import short_step
+
+    return InParts(lambda read: short_step.in_parts(model, read, cache, vocab, len(read)), tokens)

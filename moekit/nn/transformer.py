@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import replace
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,11 @@ from moekit.nn.gates import gate_of
 from moekit.nn.operations import PLAIN, added, use
 from moekit.nn.parts import is_part, part
 from moekit.nn.passes import Pass
+from moekit.nn.pinning import paged
 from moekit.symbols import PAD
+
+if TYPE_CHECKING:
+    from moekit.nn.slots import Slots
 
 Module = TypeVar("Module", bound=nn.Module)
 # Without cuDNN's, which torch prefers on Hopper: texts have many lengths, and cuDNN makes a plan for every new shape, in
@@ -41,6 +45,8 @@ class Transformer(nn.Module):
     """Decoder-only language model; ``held`` experts a layer live here, all of them by default."""
 
     operations = PLAIN
+    # Where not all experts fit on the device: see slots.py.
+    slots: Slots | None = None
 
     def __init__(self, config: ModelConfig, held: int | None = None, dispatch: Dispatch | None = None):
         super().__init__()
@@ -148,11 +154,21 @@ def empty(
     dtype: torch.dtype = torch.float32,
     held: int | None = None,
     dispatch: Dispatch | None = None,
+    at_home: bool = False,
 ) -> Transformer:
-    """A :class:`Transformer` for inference on ``device`` whose weights are uninitialised memory, to be filled."""
+    """A :class:`Transformer` for inference on ``device`` whose weights are uninitialised memory, to be filled.
+
+    Args:
+        at_home: the experts' weights are in host memory, for :mod:`moekit.nn.resident`.
+    """
     with torch.device("meta"):
         model = Transformer(config, held, dispatch)
-    return allocated(model, device, dtype).eval()
+    if not at_home:
+        return allocated(model, device, dtype).eval()
+    model = allocated(model, torch.device("meta"), dtype).eval()
+    for layer in config.moe_layers:
+        model.layers[layer].moe.experts._apply(paged)
+    return model._apply(lambda weight: torch.empty_like(weight, device=device) if weight.is_meta else weight)
 
 
 def allocated(module: Module, device: torch.device, dtype: torch.dtype) -> Module:

@@ -36,6 +36,7 @@ from moekit.arguments import (
 from moekit.data.sources import CHECKPOINTS
 from moekit.generation.request import KINDS
 from moekit.notebook import errors
+from moekit.planning.runs import Memory
 from moekit.profiling.run import MODES
 
 
@@ -103,7 +104,7 @@ class Places:
         return Place().convert(value)
 
 
-Table = Mapping[str, Kind | Place | Numbers | Pairs | Places]
+Table = Mapping[str, Kind | Memory | Place | Numbers | Pairs | Places]
 
 MODEL: Table = {
     "checkpoint": Place(),
@@ -114,6 +115,7 @@ MODEL: Table = {
     "output_dir": Place(),
 }
 RANKS: Table = {"ranks": Choice(("local", "ray"))}
+FETCHED: Table = {"resident": Whole(optional=True), "gpu_memory": Memory(optional=True)}
 DATA: Table = {
     "data": Place(),
     "subset": Text(),
@@ -146,10 +148,11 @@ PREPARE_DATA: Table = {
     "bpe": Choice(("auto", "gpt2", "demo")),
     "delete_archive": Flag(),
 }
-LOAD_SHARDS: Table = {**MODEL, **RANKS}
+LOAD_SHARDS: Table = {**MODEL, **RANKS, **FETCHED}
 RUN_INFERENCE: Table = {
     **MODEL,
     **RANKS,
+    **FETCHED,
     **DATA,
     "sample_break_mode": Choice(("none", "complete", "complete_doc", "eos")),
     "context_window": Whole(0),
@@ -159,6 +162,7 @@ RUN_INFERENCE: Table = {
 INSPECT_ROUTING: Table = {
     **MODEL,
     **RANKS,
+    **FETCHED,
     **DATA,
     "texts": Texts(optional=True),
     "domains": Texts(optional=True),

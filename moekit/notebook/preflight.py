@@ -21,6 +21,7 @@ from moekit.generation.run import generate
 from moekit.nn import intervene
 from moekit.nn.config import DENSE, ModelConfig
 from moekit.notebook.parameters import GENERATION
+from moekit.planning.fitting import asked
 from moekit.profiling.run import positions
 from moekit.routing.domains import lines_of
 from moekit.routing.trace import Trace
@@ -71,6 +72,8 @@ def load_shards(p: SimpleNamespace) -> ModelConfig:
     files = _said(ckpt.find, p.checkpoint)
     config = _said(ckpt.survey, files).config
     _said(handle.find_dictionary, files, None)
+    if hasattr(p, "resident"):
+        _said(asked, config, p.resident, p.gpu_memory)
     if p.bpe is not None:
         _codec(p, files, config)
     _writable("output_dir", p.output_dir)

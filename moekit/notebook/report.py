@@ -112,7 +112,7 @@ def model(model: Model) -> pd.DataFrame:
 
 
 def parts(model: Model) -> pd.DataFrame:
-    """What each rank holds, one row per rank."""
+    """What each rank holds, one row per rank: "MiB" on its device, and in host memory those of experts that are fetched."""
     rows = [
         {
             "rank": part["rank"],
@@ -122,6 +122,7 @@ def parts(model: Model) -> pd.DataFrame:
             "experts a layer": len(part["experts"]),
             "million parameters": round(part["parameters"] / 1e6, 2),
             "MiB": round(part["bytes"] / 2**20, 1),
+            "MiB of experts on the host": round(part["host_bytes"] / 2**20, 1),
             "seconds": round(part["seconds"], 2),
         }
         for part in model.parts

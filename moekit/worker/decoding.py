@@ -68,7 +68,7 @@ class Sequences:
         # The parts of a trace.
         self.parts: list[dict[str, np.ndarray]] = []
         # The graph of a step with the current rows, and the steps since the rows of any rank changed.
-        self.graph: graphs.Graph | None = None if spare is None else spare.graph
+        self.graph: graphs.Graph | graphs.InParts | None = None if spare is None else spare.graph
         self.unchanged = 0
         self.alike: Hashable = alike
 
@@ -230,7 +230,7 @@ class Spare(NamedTuple):
 
     alike: Hashable
     cache: Cache
-    graph: graphs.Graph
+    graph: graphs.Graph | graphs.InParts
 
 
 def _take_spare(rank: Rank, alike: Hashable) -> Spare | None:
@@ -308,7 +308,7 @@ def _read_on(model: Transformer, sequences: Sequences, read: Tensor, ahead: int)
     known = sequences.graph is not None or many
     repeats = settings.beam_size == 1 and known
     logits = None
-    if few and repeats and graphs.fits(model, asked):
+    if few and repeats and graphs.fits(model, asked, rows):
         if sequences.graph is None:
             sequences.graph = graphs.of_step(model, cache, settings.vocab, rows)
         logits = sequences.graph(read)

@@ -10,35 +10,52 @@ import torch
 
 from moekit import checkpoint
 from moekit.interrupts import hold_interrupts
-from moekit.nn import transformer
+from moekit.nn import resident, transformer
 from moekit.nn.config import ModelConfig
 from moekit.nn.dispatch import AllToAll, Dispatch, Hierarchical, owned
 from moekit.nn.gates import top_k_of
 from moekit.nn.peer_memory import reachable
+from moekit.nn.resident import Counts, Residence
 from moekit.nn.transformer import Transformer
 from moekit.ranks import Rank
 
 
-def load(rank: Rank, plan: checkpoint.Plan, dtype: torch.dtype, backend: str, verify: bool = True) -> dict:
+def load(
+    rank: Rank,
+    plan: checkpoint.Plan,
+    dtype: torch.dtype,
+    backend: str,
+    verify: bool = True,
+    residence: Residence | None = None,
+) -> dict:
     """Read this rank's part of the checkpoint into ``rank.state["model"]``, and report the bytes during reading.
 
     Args:
         verify: whether to compare checksums and count non-finite values; each rank checks a share of the shared file.
+        residence: how many experts are on the device, and which; None: all.
 
     Returns:
         ``node``, the machine's name; ``files`` and ``experts`` (a range) that were read; ``filled``, the number of copied tensors by (layer, expert),
         where None is the key of tensors outside the experts; ``nonfinite``, the non-finite values; ``parameters`` and
-        their ``bytes``; ``seconds``.
+        their ``bytes`` on the device and in ``host_bytes`` of the experts that are fetched; ``resident``, experts a
+        layer in slots, None for all; ``seconds``.
     """
     start = time.perf_counter()
     held = owned(plan.config.experts, rank.world_size, rank.rank)
-    model = empty(rank, plan.config, dtype, backend)
+    model = empty(rank, plan.config, dtype, backend, residence is not None)
     share = (rank.rank, rank.world_size)
     filled = checkpoint.fill(model, plan, held, rank.report, rank.cores, verify, share)
     for layer, slots in plan.slots.items():
         model.layers[layer].moe.slots = torch.tensor(slots, device=rank.device)
+    if residence is not None:
+        resident.install(model, residence, held, rank.device)
     rank.state["model"] = model
     parameters = list(model.parameters())
+    homes = (
+        0
+        if model.slots is None
+        else sum(stack.nbytes for layer in model.slots.layers for stack in layer.home.stacks().values())
+    )
     return {
         "rank": rank.rank,
         "node": rank.node,
@@ -49,26 +66,41 @@ def load(rank: Rank, plan: checkpoint.Plan, dtype: torch.dtype, backend: str, ve
         "filled": Counter(place.where for place, times in filled.items() for _ in range(times)),
         "nonfinite": filled.nonfinite,
         "parameters": sum(p.numel() for p in parameters),
-        "bytes": sum(p.nbytes for p in parameters),
+        "bytes": sum(p.nbytes for p in parameters)
+        - homes
+        + (0 if model.slots is None else model.slots.nbytes),
+        "host_bytes": homes,
+        "resident": None if residence is None else residence.count,
         "seconds": time.perf_counter() - start,
     }
 
 
-def empty(rank: Rank, config: ModelConfig, dtype: torch.dtype, backend: str) -> Transformer:
-    """This rank's part of a model on its device, with weights that are not set yet; a collective."""
+def empty(
+    rank: Rank, config: ModelConfig, dtype: torch.dtype, backend: str, at_home: bool = False
+) -> Transformer:
+    """This rank's part of a model on its device, with weights that are not set yet; a collective.
+
+    Args:
+        at_home: the experts' weights are in host memory, for :mod:`moekit.nn.resident`.
+    """
     held = owned(config.experts, rank.world_size, rank.rank)
-    dispatch = _dispatch(rank, config, dtype, backend)
+    dispatch = _dispatch(rank, config, dtype, backend, at_home)
     # The first tensor without memory imports a part of torch, and an interrupt must not break this import.
     with hold_interrupts():
-        return transformer.empty(config, rank.device, dtype, len(held), dispatch).use(backend)
+        return transformer.empty(config, rank.device, dtype, len(held), dispatch, at_home).use(backend)
 
 
-def _dispatch(rank: Rank, config: ModelConfig, dtype: torch.dtype, backend: str) -> Dispatch | None:
-    """The dispatch to the experts of other ranks: through their memory if every rank can address it."""
+def _dispatch(
+    rank: Rank, config: ModelConfig, dtype: torch.dtype, backend: str, fetched: bool
+) -> Dispatch | None:
+    """The dispatch to the experts of other ranks: through their memory if every rank can address it.
+
+    Where experts are ``fetched``, their ranks have to know on the host which are needed.
+    """
     if rank.world_size == 1 or not config.moe_layers:
         return None
     one_host = rank.local_world_size == rank.world_size
-    if backend == "triton" and one_host and reachable(rank.device, rank.world_size):
+    if backend == "triton" and not fetched and one_host and reachable(rank.device, rank.world_size):
         # Triton is imported only if this backend is selected.
         from moekit.nn.kernels.peer_dispatch import PeerDispatch
 
@@ -86,3 +118,12 @@ def missing(rank: Rank, sizes: dict[Path, int]) -> tuple[str, list[str]]:
         except OSError as error:
             wrong.append(f"{path} cannot be read there ({error.strerror})")
     return rank.node, wrong
+
+
+def residency(rank: Rank, clear: bool = False) -> list[Counts]:
+    """What happened in each MoE layer since it was last cleared; ``clear`` begins again (:func:`resident.begin`)."""
+    model: Transformer = rank.state["model"]
+    found = [layer.counts for layer in model.slots.layers]
+    if clear:
+        resident.begin(model)
+    return found

@@ -103,7 +103,7 @@ def grouped_ffn(experts: Experts, x: Tensor, assignment: Assignment, cut: Cut | 
     if made == 0 or experts.held == 0:
         return out
     w1, b1, w2, b2 = experts.tensors.values()
-    cut = cut or cut_for(made, experts.held, x.dtype, shared_memory(x.device))
+    cut = cut or cut_for(*(assignment.whole or (made, experts.held)), x.dtype, shared_memory(x.device))
     weights = None if weights is None else weights.contiguous()
     plan = order, tiles(assignment.counts, made, cut.up.rows)
     hidden = x.new_empty(made, experts.width)

@@ -8,11 +8,14 @@ Shape letters: B sequences, D model dim, V dictionary.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Generator
+
 from torch import Tensor
 
 from moekit.nn.cache import Cache
 from moekit.nn.dispatch import Local
 from moekit.nn.gates import gate_of
+from moekit.nn.graphs import whole
 from moekit.nn.kernels import short_peers
 from moekit.nn.kernels.attention import attend_one
 from moekit.nn.kernels.gate import choose
@@ -20,6 +23,7 @@ from moekit.nn.kernels.peer_dispatch import PeerDispatch
 from moekit.nn.kernels.vectors import experts_linear, linear
 from moekit.nn.parts import part
 from moekit.nn.passes import Pass
+from moekit.nn.slots import CHUNK
 from moekit.nn.transformer import Block, MoE, Transformer
 
 # The most sequences of a model with up to so many dims, and none of a wider one: each program normalises all rows again.
@@ -37,6 +41,8 @@ def fits(model: Transformer, sequences: int) -> bool:
     """Whether :func:`read_on` supports this model and ``sequences`` sequences per rank."""
     # With peers, the gate's choice is part of a kernel that supports only softmax and top-k.
     gate = gate_of(model.config)
+    if model.slots is not None and sequences * gate.top_k > CHUNK:
+        return False
     through_peers = isinstance(model.dispatch, PeerDispatch) and gate.softmax_top_k and gate.top_k <= 2
     one_place = isinstance(model.dispatch, Local)
     # The kernel that makes the gate's choice knows experts by their own numbers.
@@ -64,6 +70,21 @@ def read_on(
     if len(tokens) == 0:
         _serve(model, rows)
         return None
+    return whole(lambda: in_parts(model, tokens, cache, vocab, rows))
+
+
+def in_parts(
+    model: Transformer, tokens: Tensor, cache: Cache, vocab: int, rows: int
+) -> Generator[Callable[[], None], None, Tensor]:
+    """:func:`read_on` for B above 0, in parts.
+
+    Yields:
+        What the host has to do between two parts: it brings experts (:meth:`moekit.nn.resident.Resident.ask`). Without
+        slots there is one part.
+
+    Returns:
+        [B, V] logits.
+    """
     heads = model.config.heads
     x = model.embedded(tokens[:, None], Pass(cache=cache))[:, 0].contiguous()
     for number, layer in enumerate(model.layers):
@@ -73,7 +94,17 @@ def read_on(
                 qkv, _ = linear(x, attn.qkv.weight, attn.qkv.bias, norm=layer.attn_norm)
                 seen = attend_one(qkv.view(len(x), 3, heads, -1), cache.kv[attn.index], cache.lengths)
                 x, _ = linear(seen, attn.out.weight, attn.out.bias, onto=x)
-            x = _feed_forward(model, layer, x, rows)
+            if layer.moe is None or model.slots is None:
+                x = _feed_forward(model, layer, x, rows)
+                continue
+            with part("gate"):
+                logits, h = linear(x, layer.moe.gate.weight, norm=layer.ffn_norm)
+                _, chosen, _, weights = choose(layer.moe.rule, logits)
+                ask = layer.moe.experts.ask(chosen)
+            yield ask
+            with part("experts"):
+                places = layer.moe.experts.places(chosen)
+                x = experts_linear(model.slots.experts, h, places, weights, x)
     norm = model.norm
     if model.project_out is not None:
         x, norm = model.features(x), None

@@ -1,0 +1,96 @@
+"""Places for experts on a device, which all layers of a rank share, and the copies from host memory to them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from moekit.nn.experts import Experts
+
+if TYPE_CHECKING:
+    from moekit.nn.resident import Resident
+
+# Experts that are fetched together, while those before are computed with.
+CHUNK = 8
+
+
+def transit(held: int) -> int:
+    """The slots that a rank has beside those for the experts that stay; it holds ``held`` experts a layer."""
+    return 2 * min(CHUNK, held)
+
+
+class Slots:
+    """Room for ``count`` experts on ``device``, of the kind of ``like``.
+
+    Attributes:
+        experts: the slots as experts.
+        layers: those that share the slots, in the order of the model.
+        nbytes: of all slots.
+        each: bytes of an expert.
+        previous: the layer that came last in a pass of few requests, and what it requested.
+    """
+
+    def __init__(self, like: Experts, count: int, device: torch.device):
+        self.stacks = {
+            name: torch.empty(count, *stack.shape[1:], dtype=stack.dtype, device=device)
+            for name, stack in like.stacks().items()
+        }
+        self.experts = like.over(self.stacks)
+        self.count, self.device = count, device
+        self.nbytes = sum(stack.nbytes for stack in self.stacks.values())
+        self.each = self.nbytes // max(1, count)
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        # Free slots, and what has to be over on the device before each is written to.
+        self.free: deque[tuple[int, torch.cuda.Event | None]] = deque((slot, None) for slot in range(count))
+        # What a step in parts has still to do once its products are under way.
+        self.open: Iterator[object] | None = None
+        self.layers: list[Resident] = []
+        self.previous: tuple[Resident, list[int]] | None = None
+
+    def fetch(self, homes: dict[str, torch.Tensor], wanted: Sequence[int]) -> dict[int, int]:
+        """Begin to copy experts from the stacks ``homes``; returns the slot of each."""
+        if not wanted:
+            return {}
+        found = {}
+        with torch.cuda.stream(self.stream):
+            for expert in wanted:
+                slot, over = self.free.popleft()
+                if over is not None:
+                    self.stream.wait_event(over)
+                for name, stack in homes.items():
+                    self.stacks[name][slot].copy_(stack[expert], non_blocking=True)
+                found[expert] = slot
+        return found
+
+    def arrival(self) -> torch.cuda.Event | None:
+        """What is over once all copies that have begun are complete."""
+        return None if self.stream is None else self.stream.record_event()
+
+    def wait(self, arrival: torch.cuda.Event | None) -> None:
+        """Have what the device computes from now on wait for copies."""
+        if arrival is not None:
+            torch.cuda.current_stream(self.device).wait_event(arrival)
+
+    def release(self, slots: Sequence[int]) -> None:
+        """Give slots back, once what the device has been asked to compute so far is over."""
+        if slots:
+            over = None if self.stream is None else torch.cuda.current_stream(self.device).record_event()
+            self.free.extend((slot, over) for slot in slots)
+
+    def settle(self) -> None:
+        """Finish what a step in parts has left open."""
+        if self.open is not None:
+            next(self.open, None)
+            self.open = None
+
+    def forget(self) -> None:
+        """Begin again with free slots, and with policies that have seen nothing."""
+        self.open = self.previous = None
+        self.free.clear()
+        self.release(range(self.count))
+        for layer in self.layers:
+            layer.where, layer.ahead = {}, {}
+            layer.policy.clear()

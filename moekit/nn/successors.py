@@ -1,0 +1,48 @@
+"""Which experts of the next layer are about to be missed, told by this layer's choices.
+
+:func:`moekit.metrics.predictability` is how well an expert tells the next layer's. Here only passes count in which the other
+expert had to be fetched: one that is in its slot anyway need not be foreseen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable
+
+# An expert that is missed after another in more than this share of passes is foreseen. A copy that is not needed delays
+# those that are, so this has to be right more often than not.
+LIKELY = 0.5
+# Successors of an expert that are remembered.
+MOST = 16
+
+
+class Successors:
+    """Of each of ``experts`` experts, those of the next layer that were missed after it."""
+
+    def __init__(self, experts: int):
+        # Of each successor: passes in which it was missed, and those in which it was in no slot, since it was first missed.
+        self.of: list[dict[int, list[int]]] = [{} for _ in range(experts)]
+
+    def note(self, requested: Iterable[int], missed: Iterable[int], there: Container[int]) -> None:
+        """After ``requested`` here, ``missed`` had to be fetched in the next layer, where ``there`` were in slots."""
+        for expert in requested:
+            known = self.of[expert]
+            for successor, tally in known.items():
+                if successor not in there:
+                    tally[1] += 1
+            for successor in missed:
+                if successor in known:
+                    known[successor][0] += 1
+                    continue
+                if len(known) == MOST:
+                    del known[min(known, key=lambda one: known[one][0] / known[one][1])]
+                known[successor] = [1, 1]
+
+    def likely(self, requested: Iterable[int]) -> list[int]:
+        """Those that most likely will be missed after ``requested``, if they are in no slot."""
+        # By one standard deviation of how often an expert would follow by a fair coin.
+        return [
+            successor
+            for expert in requested
+            for successor, (missed, passes) in self.of[expert].items()
+            if missed > LIKELY * passes + passes**0.5 / 2
+        ]

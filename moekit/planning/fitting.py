@@ -1,0 +1,112 @@
+"""Which runs fit: as many experts on the devices as there is room for, and what to change where there is none."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from moekit.arguments import Whole, check, shown
+from moekit.nn.config import ModelConfig
+from moekit.planning.runs import GIB, Memory, Room, Run
+
+# The share of a GPU's memory that is left free in the spaces between tensors.
+SPARE = 0.03
+
+
+def asked(
+    config: ModelConfig, resident: int | None, gpu_memory: str | float | None
+) -> tuple[int | None, float | str | None]:
+    """The arguments ``resident`` and ``gpu_memory`` of :func:`moekit.load`, checked.
+
+    Raises:
+        ValueError: they make no sense, both are given, or the model has no experts.
+    """
+    count = check("resident", resident, Whole(optional=True))
+    limit = check("gpu_memory", gpu_memory, Memory(optional=True))
+    if count is not None and limit is not None:
+        told = shown(limit) if isinstance(limit, str) else f"{limit / GIB:.3g}GiB"
+        raise ValueError(f"resident={count} and gpu_memory={told}: give one of them, the other follows")
+    if count is not None and not config.moe_layers:
+        raise ValueError(f"resident={count} is a number of experts, and this model has none: leave it out")
+    return count, limit
+
+
+def chosen(run: Run, free: Room, resident: int | None, gpu_memory: str | float | None) -> tuple[Run, Room]:
+    """The run with as many experts on the device as was asked for, and the memory within which it has to stay.
+
+    Args:
+        resident, gpu_memory: :func:`moekit.load`'s.
+
+    Raises:
+        ValueError: they make no sense, or both are given.
+    """
+    resident, limit = asked(run.config, resident, gpu_memory)
+    if resident is not None:
+        run = replace(run, resident=resident)
+        return (run if run.fetched else replace(run, resident=None)), free
+    if limit is None:
+        return run, free
+    if limit == "auto" and any(math.isnan(one) for one in free.devices):
+        raise ValueError(
+            'gpu_memory="auto": nothing tells what is free on the devices; name it, such as "14GiB"'
+        )
+    if limit != "auto":
+        free = replace(free, devices=tuple(min(limit, one) if one == one else limit for one in free.devices))
+    within = replace(free, devices=tuple(one * (1 - SPARE) for one in free.devices))
+    return most_resident(run, within) or replace(run, resident=1), free
+
+
+def most_resident(run: Run, within: Room) -> Run | None:
+    """The run with the most experts on the devices that fits ``within``; None if none does."""
+    every = replace(run, resident=None)
+    if within.takes(every):
+        return every
+    if not run.config.moe_layers:
+        return None
+    low, high = 0, max(run.held) - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if within.takes(replace(run, resident=middle)) else (low, middle - 1)
+    return replace(run, resident=low) if low else None
+
+
+def changes(run: Run, free: Room) -> Iterator[tuple[str, Run]]:
+    """Changes of :func:`moekit.load`'s arguments that would make a run fit, the smallest first."""
+    best = most_resident(run, free)
+    if best is not None and best.resident is not None:
+        yield f"resident={best.resident}", best
+    if run.devices[0].type == "cuda":
+        for ranks in range(len(run.devices) + 1, len(free.devices) + 1):
+            yield (
+                f"world_size={ranks}",
+                replace(run, devices=tuple(torch.device("cuda", r) for r in range(ranks))),
+            )
+    if run.dtype == torch.float32:
+        yield 'dtype="bfloat16"', replace(run, dtype=torch.bfloat16)
+        half = most_resident(replace(run, dtype=torch.bfloat16), free)
+        if half is not None and half.resident is not None:
+            yield f'dtype="bfloat16" and resident={half.resident}', half
+
+
+def advice(run: Run, free: Room) -> str:
+    """What to do about a run that does not fit."""
+    change = next((name for name, other in changes(run, free) if free.takes(other)), None)
+    if change is None:
+        return f"{free.short(run)}: no change of load's arguments would fit this machine"
+    return f"{free.short(run)}: {change} would fit"
+
+
+def fitting(run: Run, free: Room, resident: int | None, gpu_memory: str | float | None) -> Run:
+    """The run as :func:`moekit.load` makes it, which fits at least as long as its passes are short.
+
+    Raises:
+        ValueError: it does not fit, or an argument makes no sense.
+    """
+    run, within = chosen(run, free, resident, gpu_memory)
+    short = replace(run, tokens=min(run.tokens, run.config.max_positions), sequences=0)
+    if not within.takes(short):
+        raise ValueError(f"the model does not fit: {advice(short, within)}; moekit.plan(...) has the table")
+    return run

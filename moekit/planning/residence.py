@@ -1,0 +1,60 @@
+"""Experts that are fetched: which stay is told to the ranks, and what happened is asked of them."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moekit import arguments
+from moekit.arguments import Flag, check, shown
+from moekit.handle import Handle
+from moekit.nn.policies import POLICIES
+from moekit.nn.resident import Residence
+from moekit.planning.runs import GIB, Run
+from moekit.routing.trace import Trace
+from moekit.worker import loading
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def residence(run: Run, policy: str | Trace | Path, prefetch: bool) -> Residence | None:
+    """What the ranks have to know of a run whose experts are fetched; None if all are on their devices.
+
+    Raises:
+        ValueError: the policy is none, or a trace of another model.
+    """
+    prefetch = check("prefetch", prefetch, Flag())
+    if isinstance(policy, str) and policy not in POLICIES and not policy.endswith(".parquet"):
+        raise ValueError(
+            f"policy={shown(policy)}: expected {', '.join(POLICIES)}, a trace or the path of one's .parquet file"
+        )
+    if isinstance(policy, str) and policy in POLICIES:
+        return Residence(run.resident, policy, prefetch) if run.fetched else None
+    trace = policy if isinstance(policy, Trace) else Trace.load(check("policy", policy, arguments.Path()))
+    if (trace.num_experts, list(trace.layers)) != (run.config.experts, run.config.moe_layers):
+        raise ValueError(
+            f"policy is a trace of {trace.num_experts} experts and the layers {list(trace.layers)}; the model has "
+            f"{run.config.experts} and {run.config.moe_layers}: name a trace of this model with all of its layers"
+        )
+    from moekit.routing.metrics import counts
+
+    return Residence(run.resident, counts(trace, dispatched=True), prefetch) if run.fetched else None
+
+
+def residency(model: Handle, clear: bool) -> pd.DataFrame:
+    """:meth:`moekit.api.Model.residency`."""
+    import pandas as pd
+
+    if model.parts[0]["resident"] is None:
+        raise ValueError(
+            "all experts are on their devices: nothing is fetched; load(resident=...) leaves some out"
+        )
+    ranks = model.ranks.call(loading.residency, clear)
+    rows = []
+    for layer, found in zip(model.config.moe_layers, zip(*ranks, strict=True), strict=True):
+        total = {name: sum(getattr(one, name) for one in found) for name in vars(found[0])}
+        value = total["hits"] / total["requests"] if total["requests"] else math.nan
+        rows.append({"layer": layer, **total, "value": value, "GiB": total["nbytes"] / GIB})
+    return pd.DataFrame(rows)[["layer", "requests", "hits", "value", "copied", "GiB", "ahead", "used"]]

@@ -1,0 +1,470 @@
+"""Experts that are fetched: no policy changes a result, hits are those of the simulator, and a plan is what is measured."""
+
+import mmap
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+INTERPRET = "TRITON_INTERPRET"
+if not torch.cuda.is_available():
+    # The kernels read it when they are defined: by the imports that follow.
+    os.environ[INTERPRET] = "1"
+
+pytest.importorskip("triton")
+import moekit
+from moekit import ranks
+from moekit.bench import shapes
+from moekit.nn import resident
+from moekit.nn.cache import Cache
+from moekit.nn.dispatch import owned
+from moekit.nn.kernels import short_step
+from moekit.nn.memory import Sizes
+from moekit.nn.pinning import paged
+from moekit.nn.policies import POLICIES, Hottest
+from moekit.nn.resident import Residence, install
+from moekit.nn.slots import CHUNK
+from moekit.nn.transformer import empty
+from moekit.planning.fitting import advice, chosen, fitting, most_resident
+from moekit.planning.runs import GIB, Room, Run, unknown
+from moekit.routing import expert_caches
+
+os.environ.pop(INTERPRET, None)
+
+CPU = torch.device("cpu")
+QUIET = {"progress": False, "verify": False}
+SIMULATED = {"lru": expert_caches.lru_distance, "lfu": expert_caches.lfu_rank}
+# Two layers with 16 experts each; random weights.
+TINY = shapes.SHAPES["tiny"]
+MANY = replace(TINY, experts=512, dim=32, ffn_dim=32, input_dim=32, output_dim=32)
+
+
+def written(config, folder: Path, files: int) -> Path:
+    folder.mkdir()
+    shapes.write(config, folder, files, CPU, torch.float32)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """A checkpoint with 512 experts a layer."""
+    return written(MANY, tmp_path_factory.mktemp("many") / "checkpoint", 4)
+
+
+def texts(vocab=500, count=3, length=60):
+    return [np.random.default_rng(i).integers(4, vocab, length).tolist() for i in range(count)]
+
+
+def outputs(model):
+    """What score, trace, route and generate give: passes of many and of few tokens, with and without a capacity."""
+    ids = texts(min(500, model.vocab))
+    scores = [model.score(ids, capacity_token_fraction=f)["logprob"].to_numpy() for f in (None, 0.1)]
+    layer = model.config.moe_layers[0]
+    with model.route(mask={layer: [0, 3]}, drop_second=True):
+        scores.append(model.score(ids[:1])["logprob"].to_numpy())
+    trace = model.trace(ids, progress=False, batch_size=3)
+    one, three = (model.generate(ids[:n], max_new_tokens=8, progress=False) for n in (1, 3))
+    beams = model.generate(ids[:1], max_new_tokens=4, beam_size=3, progress=False)
+    written = [(text.ids, np.asarray(text.logprobs).tolist()) for text in (*one, *three, *beams)]
+    return [*scores, trace.probs, trace.logprob, trace.kept], trace.experts, written
+
+
+def same(found, wanted):
+    assert all(np.array_equal(a, b, equal_nan=True) for a, b in zip(found[0], wanted[0], strict=True))
+    assert np.array_equal(found[1], wanted[1])
+    assert found[2] == wanted[2]
+
+
+# --------------------------------------------------------------------------------------------------- policies
+
+
+@pytest.mark.parametrize("policy", SIMULATED)
+def test_a_policy_is_what_is_simulated(policy):
+    """Requests in parts of any length, also with what a policy foresees of its own."""
+    random = np.random.default_rng(1)
+    for experts, requests in ((1, 50), (5, 400), (16, 3000), (512, 3000)):
+        stream = np.minimum(random.zipf(1.3, requests) - 1, experts - 1)
+        stream[::3] = random.integers(0, experts, len(stream[::3]))
+        for slots in {1, 2, 7, experts - 1, experts} - {0}:
+            mine, hits = POLICIES[policy](experts, slots), 0
+            for part in np.array_split(stream, 13):
+                foreseen = mine.after(part)
+                hits += mine.take(part.tolist())
+                assert foreseen == set(mine.kept)
+                assert len(mine.kept) <= slots
+            assert hits == expert_caches.hits(SIMULATED[policy](stream), np.array([slots]))[0]
+            mine.clear()
+            assert mine.take(stream[:1].tolist()) == 0
+
+
+def test_the_hottest_stay():
+    mine = Hottest(4, 2, np.array([1, 7, 0, 7]))
+    assert mine.kept == {1, 3} and mine.take([0, 1, 1, 2, 3]) == 3 and mine.after(np.array([0])) == {1, 3}
+
+
+# -------------------------------------------------------------------------------------------- equal results
+
+
+@pytest.mark.parametrize("world_size", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+def test_no_policy_changes_a_result(world_size):
+    """To the bit, for N = 1, 2, 7 and all of the demo's experts; all calls one after the other on the same slots."""
+    with ranks.start(world_size, "cpu") as pool:
+        with moekit.load("demo", ranks=pool, **QUIET) as model:
+            wanted = outputs(model)
+            trace = model.trace(texts(), progress=False)
+        for number, policy in ((1, "lru"), (2, trace), (7, "lfu"), (16, "lru")):
+            with moekit.load("demo", ranks=pool, resident=number, policy=policy, **QUIET) as model:
+                everything = number >= 16 // world_size
+                assert [part["resident"] for part in model.parts] == [
+                    None if everything else number
+                ] * world_size
+                same(outputs(model), wanted)
+                if not everything:
+                    assert (model.residency()["copied"] > 0).all()
+
+
+def test_of_many_experts_by_another_back_end(many):
+    """Torch's grouped product takes the slots for experts, most of which have no rows."""
+    found = []
+    for number in (None, 100):
+        with moekit.load(many, 1, "cpu", backend="grouped_mm", resident=number, **QUIET) as model:
+            written = model.generate(texts(count=2), max_new_tokens=6, progress=False)
+            found.append((model.score(texts()), [text.ids for text in written]))
+    assert found[0][0].equals(found[1][0]) and found[0][1] == found[1][1]
+
+
+def test_large_passes_fetch_each_expert_once(many, monkeypatch):
+    """Where copies begin before hits are counted, and rounds are cut by their choices."""
+    ids = [np.random.default_rng(9).integers(4, 500, 250).tolist()]
+    with moekit.load(many, 1, "cpu", **QUIET) as model:
+        wanted = model.trace(ids, progress=False)
+    monkeypatch.setattr(resident, "MANY", 16)
+    monkeypatch.setattr(resident, "ROUND", 20)
+    for policy in SIMULATED:
+        with moekit.load(many, 1, "cpu", resident=7, policy=policy, **QUIET) as model:
+            found = model.trace(ids, progress=False)
+            assert np.array_equal(found.logprob, wanted.logprob, equal_nan=True)
+            table = model.residency()
+            distinct = [len(np.unique(wanted.experts[:, layer])) for layer in range(len(wanted.layers))]
+            assert table["copied"].tolist() == distinct
+            assert table["hits"].tolist() == simulated(wanted, policy, 7)
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    if not torch.cuda.is_available():
+        monkeypatch.setenv(INTERPRET, "1")
+
+
+@torch.inference_mode()
+def test_with_the_kernels(interpreted):
+    """Grouped products in rounds, and a step of few sequences in parts, against models with all experts."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = replace(TINY, layers=2, dim=16, ffn_dim=16, input_dim=16, output_dim=16, vocab_rows=64)
+    models = []
+    for residence in (None, Residence(1, "lru"), Residence(7, "lfu")):
+        rank = ranks.Rank(0, 1, device)
+        shapes.build(rank, config, torch.float16, "triton", residence=residence, zipf=1.0)
+        models.append(rank.state["model"])
+    tokens = torch.randint(4, 64, (2, 6), device=device, generator=torch.Generator(device).manual_seed(1))
+    whole, *fetched = [model(tokens) for model in models]
+    assert all(torch.equal(one, whole) for one in fetched)
+    caches = [Cache(config, 2, 64, device, torch.float16) for _ in models]
+    for token in tokens.T[:2]:
+        whole, *fetched = [
+            short_step.read_on(model, token, cache, 64) for model, cache in zip(models, caches, strict=True)
+        ]
+        assert all(torch.equal(one, whole) for one in fetched)
+        for cache in caches:
+            cache.advance(1)
+    for model in models[1:]:
+        counts = model.slots.layers[0].counts
+        assert counts.requests == 2 * 2 * (6 + 2) and 0 < counts.copied < counts.requests
+    # All choices of a step have slots at once.
+    most = max(short_step.FEW.values())
+    assert most * 2 <= CHUNK and short_step.fits(models[1], most)
+
+
+# ---------------------------------------------------------------------------------------------------- hits
+
+
+def simulated(trace, policy: str, size: int, experts: range | None = None) -> list[int]:
+    """Hits of the requests for ``experts``, as :func:`moekit.metrics.cache_hits` has them."""
+    table = moekit.metrics.cache_hits(trace, sizes=[size], prompt=True)
+    if experts is None:
+        of = table[table["policy"] == policy]
+        return (of["value"] * of["requests"]).round().astype(int).tolist()
+    found = []
+    for layer in range(len(trace.layers)):
+        stream = np.where(trace.kept[:, layer], trace.experts[:, layer], -1).ravel()
+        stream = stream[(stream >= experts.start) & (stream < experts.stop)].astype(int) - experts.start
+        found.append(int(expert_caches.hits(SIMULATED[policy](stream), np.array([size]))[0]))
+    return found
+
+
+@pytest.mark.parametrize("policy", SIMULATED)
+@pytest.mark.parametrize("which", ["demo", "many"])
+def test_hits_are_those_of_the_simulator(which, policy, request):
+    """For texts, with a capacity that drops, and for tokens that are generated one by one, where a miss is a copy."""
+    checkpoint = "demo" if which == "demo" else request.getfixturevalue("many")
+    ids = texts()
+    for size in (1, 7):
+        with moekit.load(
+            checkpoint, 1, "cpu", resident=size, policy=policy, prefetch=False, **QUIET
+        ) as model:
+            for fraction in (None, 0.1):
+                model.residency(clear=True)
+                trace = model.trace(ids, capacity_token_fraction=fraction, progress=False)
+                table = model.residency(clear=True)
+                assert table["hits"].tolist() == simulated(trace, policy, size)
+                assert table["requests"].tolist() == trace.kept.sum(axis=(0, 2)).tolist()
+            trace = model.generate(ids[0][:1], max_new_tokens=40, trace=True, progress=False)[0].trace
+            table = model.residency()
+            assert table["hits"].tolist() == simulated(trace, policy, size)
+            # The first pass reads two tokens, each other pass one.
+            ends = [2, *range(3, len(trace) + 1)]
+            for layer, copied in enumerate(table["copied"]):
+                passes = np.split(trace.experts[:, layer], ends[:-1])
+                assert sum(map(len, passes)) == len(trace)
+                assert copied == copies(passes, policy, size)
+
+
+def copies(passes: list[np.ndarray], policy: str, size: int) -> int:
+    """Experts that are needed and not there, pass by pass; after a pass those are there that the policy's words say."""
+    there, before, count = set(), [], 0
+    for one in passes:
+        needed = one.ravel().tolist()
+        count += len(set(needed) - there)
+        before += needed
+        last = {expert: time for time, expert in enumerate(before)}
+        rank = {
+            expert: (before.count(expert) if policy == "lfu" else 0, time) for expert, time in last.items()
+        }
+        there = set(sorted(rank, key=rank.get)[-size:])
+    return count
+
+
+def test_hits_over_ranks():
+    with ranks.start(2, "cpu") as pool:
+        with moekit.load("demo", ranks=pool, resident=2, prefetch=False, **QUIET) as model:
+            trace = model.generate(texts()[0][:2], max_new_tokens=30, trace=True, progress=False)[0].trace
+            found = model.residency()["hits"].tolist()
+        parts = [simulated(trace, "lru", 2, owned(16, 2, rank)) for rank in range(2)]
+        assert found == [sum(layer) for layer in zip(*parts, strict=True)]
+
+
+# ---------------------------------------------------------------------------------------------- fetching ahead
+
+
+def test_what_follows_is_fetched_ahead():
+    """A model whose second layer of experts follows its first: after a few tokens nothing is fetched late."""
+    model = empty(replace(TINY, layers=4, experts=32), CPU, held=32, at_home=True)
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    install(model, Residence(1, "lru"), range(32), CPU)
+    one, two = model.slots.layers
+    for turn in range(40):
+        expert = turn % 3
+        list(one.rounds([expert]))
+        assert (expert + 10 in two.ahead) == (turn >= 3 * 2)
+        list(two.rounds([expert + 10]))
+    assert one.counts.ahead == 0 and two.counts.ahead == two.counts.used == 34
+    assert two.counts.hits == 0 and two.counts.copied == 40
+    resident.begin(model)
+    assert not any(one.successors.of) and two.counts.copied == 0
+
+
+def test_memory_in_pages_of_its_own():
+    for dtype in (torch.float16, torch.int8, torch.float8_e4m3fn):
+        one, two = (paged(torch.empty(3, 5, dtype=dtype, device="meta")) for _ in range(2))
+        assert one.shape == (3, 5) and one.dtype == dtype and one.data_ptr() % mmap.PAGESIZE == 0
+        assert one.data_ptr() != two.data_ptr()
+    assert paged(torch.empty(0, 5, device="meta")).shape == (0, 5)
+
+
+# ------------------------------------------------------------------------------------------------- after errors
+
+
+def test_an_error_costs_nothing(monkeypatch):
+    with moekit.load("demo", 1, "cpu", resident=2, **QUIET) as model:
+        wanted = model.score(texts())
+        inner = model.ranks.call(lambda rank: rank.state["model"])[0]
+        places = inner.slots
+        real, calls = places.layers[1].operations.experts_ffn, []
+
+        def broken(*arguments):
+            calls.append(1)
+            if len(calls) == 3:
+                raise RuntimeError("out of memory")
+            return real(*arguments)
+
+        for layer in places.layers:
+            layer.operations = replace(layer.operations, experts_ffn=broken)
+        with pytest.raises(moekit.RankError, match="out of memory"):
+            model.score(texts())
+        assert len(places.free) == places.count
+        assert model.score(texts()).equals(wanted)
+        held = sum(len(layer.where) for layer in places.layers)
+        assert sorted(slot for slot, _ in places.free) == sorted(
+            set(range(places.count)) - {slot for layer in places.layers for slot in layer.where.values()}
+        )
+        assert held == 2 * len(places.layers)
+
+
+# -------------------------------------------------------------------------------------------------- the plan
+
+
+def measured(work) -> int:
+    """The most bytes that ``work`` has in memory at a time, as torch's profiler saw it."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        work()
+    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+@pytest.mark.parametrize("number", [None, 1, 7])
+def test_a_plan_is_what_is_measured(number):
+    """Within 5 %, of the demo."""
+    with moekit.load("demo", 1, "cpu", resident=number, **QUIET) as model:
+        row = moekit.plan("demo", 1, "cpu", resident=number, sequences=0).table.loc[0]
+        # Sixteen blocks are the 4,096 tokens of a pass.
+        batches = 17
+        model.evaluate("demo", max_batches=batches, progress=False)
+        peak = measured(lambda: model.evaluate("demo", max_batches=batches, progress=False))
+        weights = model.parts[0]["bytes"]
+    assert (row["weights"] + row["slots"]) * GIB == pytest.approx(weights, abs=0.001 * GIB)
+    assert row["total"] * GIB == pytest.approx(weights + peak, rel=0.05)
+    assert row["host"] * GIB == pytest.approx(
+        row["total"] * GIB + model.parts[0]["host_bytes"], abs=0.002 * GIB
+    )
+
+
+def run_of(config=TINY, devices=(CPU,), **changes) -> Run:
+    return replace(Run.of(config, devices, torch.float32, "loop", None), **changes)
+
+
+def test_sizes_by_hand():
+    sizes = Sizes(TINY, torch.float16)
+    assert sizes.expert == 2 * shapes.expert_parameters(TINY)
+    one = Sizes(TINY, torch.float16, one_byte=True)
+    assert one.expert == 2 * 64 * 128 + 2 * (64 + 128) + 4 * (64 + 128)
+    total = shapes.parameters(TINY) * 2
+    assert sizes.shared + 2 * 16 * sizes.expert == total
+    # Layers, keys and values, sequences, slots in whole 64s, dim, bytes.
+    assert sizes.cache(3, 70) == 4 * 2 * 3 * 128 * 64 * 2 and sizes.cache(0, 70) == 0
+    run = run_of(dtype=torch.float16, devices=(CPU, CPU), resident=3)
+    assert run.parts(0)["slots"] == (2 * 3 + 16) * sizes.expert
+    assert run.parts(0)["weights"] == sizes.shared and run.home(1) == 2 * 8 * sizes.expert
+    assert replace(run, resident=8).parts(0)["slots"] == 0
+
+
+def test_as_many_as_fit():
+    """One more does not fit; less than all is asked for only if all do not fit."""
+    run = run_of()
+    least, all_of_it = (sum(replace(run, resident=n).parts(0).values()) for n in (1, None))
+    for size in np.linspace(least, 1.02 * all_of_it, 9):
+        room = Room((size,), 1e12)
+        best = most_resident(run, room)
+        assert room.takes(best)
+        if best.resident is not None:
+            more = best.resident + 1
+            assert not room.takes(replace(run, resident=None if more == 16 else more))
+    assert most_resident(run, Room((0.99 * least,), 1e12)) is None
+    assert most_resident(run, Room((1e12,), all_of_it - 1)) is None
+
+
+def test_the_smallest_change():
+    cuda = torch.device("cuda", 0)
+    # One GPU that is too small of two.
+    run = run_of(devices=(cuda,))
+    need = sum(run.parts(0).values())
+    assert advice(run, Room((need - 1e5, 1e12), 1e12)).endswith(": resident=15 would fit")
+    short = advice(run, Room((need - 1e5, need), 1e5))
+    assert f"rank 0 needs {need / GIB:.3g} GiB on cuda:0" in short and short.endswith(
+        ": world_size=2 would fit"
+    )
+    nothing = advice(run, Room((1e6,), 1e12))
+    assert "0.000931 GiB are free" in nothing and "no change" in nothing
+
+
+def test_a_model_that_does_not_fit_is_refused(monkeypatch):
+    with pytest.raises(ValueError, match=r"the model does not fit: rank 0 needs 0\.\d+ GiB on cpu"):
+        moekit.load("demo", 1, "cpu", gpu_memory="8MiB", progress=False)
+    monkeypatch.setattr("moekit.planning.runs.host_memory", lambda what: 4.2e7)
+    with pytest.raises(
+        ValueError, match=r'GiB of host memory, and 0.0391 GiB are free: dtype="bfloat16" would fit'
+    ):
+        moekit.load("demo", 1, "cpu", progress=False)
+    plan = moekit.plan("demo", 1, "cpu")
+    assert not plan.fits and "Does not fit: " in plan.advice and plan.advice in str(plan)
+    assert "Does not fit" in plan._repr_html_()
+
+
+def test_ranks_of_which_nothing_is_known():
+    """What is asked for holds, nothing is refused, and what is free cannot be asked."""
+    run, nothing = run_of(devices=(torch.device("cuda", 0),) * 2), unknown(2)
+    assert fitting(run, nothing, None, None).resident is None
+    assert fitting(run, nothing, 3, None).resident == 3
+    assert fitting(run, nothing, None, "1GiB").resident is None
+    assert 0 < fitting(run, nothing, None, 0.94 * GIB).resident < 8
+    with pytest.raises(ValueError, match="nothing tells what is free"):
+        fitting(run, nothing, None, "auto")
+
+
+def test_gpu_memory_chooses():
+    plan = moekit.plan("demo", 1, "cpu", gpu_memory="48MiB")
+    assert plan.fits and 1 <= plan.resident < 15
+    with moekit.load("demo", 1, "cpu", gpu_memory="48MiB", **QUIET) as model:
+        assert model.parts[0]["resident"] == plan.resident
+    for enough in ("auto", "10 GiB", 1e10, "1e10"):
+        assert moekit.plan("demo", 1, "cpu", gpu_memory=enough).resident is None
+    quantised = moekit.plan("demo", 1, "cpu", experts="int8").table.loc[0, "weights"]
+    assert quantised < moekit.plan("demo", 1, "cpu").table.loc[0, "weights"] / 2
+
+
+@pytest.mark.parametrize(
+    "how, said",
+    [
+        ({"resident": 0}, r"resident=0: expected a whole number of at least 1"),
+        ({"resident": 2, "gpu_memory": "1GiB"}, r"give one of them"),
+        ({"gpu_memory": "3 apples"}, r"gpu_memory='3 apples': expected a text such as '14GiB'"),
+        ({"gpu_memory": 12}, r"gpu_memory=12: expected"),
+        ({"policy": "mru"}, r"policy='mru': expected lru, lfu, a trace"),
+        ({"policy": "there/is/no.parquet"}, r"there/is/no.parquet"),
+        ({"prefetch": "maybe"}, r"prefetch='maybe': expected True or False"),
+    ],
+)
+def test_arguments(how, said):
+    with pytest.raises(ValueError, match=said):
+        moekit.load("demo", 1, "cpu", **{"resident": 2, **how} if "policy" in how else how, **QUIET)
+
+
+def test_policies_of_other_models(many):
+    with moekit.load("demo", 1, "cpu", **QUIET) as model:
+        trace = model.trace(texts(), progress=False)
+        with pytest.raises(ValueError, match="nothing is fetched"):
+            model.residency()
+    with pytest.raises(
+        ValueError, match=r"policy is a trace of 16 experts and the layers \[1, 3, 5\]; the model has 512"
+    ):
+        moekit.load(many, 1, "cpu", resident=2, policy=trace, **QUIET)
+    with pytest.raises(ValueError, match="resident=3 is a number of experts, and this model has none"):
+        chosen(run_of(replace(TINY, moe_freq=0, experts=0)), Room((1e12,), 1e12), 3, None)
+
+
+def test_the_hottest_of_experts_with_other_numbers():
+    """Where experts are placed otherwise, a rank's numbers are those of the dispatch."""
+    residence = Residence(1, np.array([[5, 9, 0, 7]]))
+    numbers = torch.tensor([2, 0, 3, 1])
+    assert residence.of_layer(0, range(2)).kept == {1}
+    # Numbers 0 to 3 are the experts 1, 3, 0, 2: the hottest are expert 1 on the first rank, and 0 on the second.
+    assert residence.of_layer(0, range(2), numbers).kept == {0}
+    assert residence.of_layer(0, range(2, 4), numbers).kept == {0}
