@@ -16,7 +16,7 @@ from moekit.arguments import Flag, Whole, check
 from moekit.batches import Batch, text_batches, up_to
 from moekit.fairseq_data import Batches, Data, is_data
 from moekit.generation.run import generate, stream
-from moekit.handle import Handle, describe_run, find_codec, find_dictionary, weights_dtype
+from moekit.handle import Handle, describe_run, experts_dtype, find_codec, find_dictionary, weights_dtype
 from moekit.interrupts import import_whole
 from moekit.nn.changes import changed
 from moekit.nn.operations import choose_backend
@@ -208,6 +208,7 @@ def load(
     progress: bool = True,
     ranks: Ranks | None = None,
     verify: bool = True,
+    experts: str | None = None,
 ) -> Model:
     """Load a checkpoint of fairseq's ``moe`` branch onto ``world_size`` ranks.
 
@@ -233,6 +234,8 @@ def load(
             which end when it is closed.
         verify: compare the checksum of each tensor that is read with the file's, and warn of weights that are not finite.
             The result is remembered until a file changes, so that only the first load takes the time.
+        experts: "int8" or "fp8" (e4m3): the experts' matrices have numbers of one byte and a float32 scale for each row,
+            made while they are read; biases and all other weights keep ``dtype``. None: the experts have ``dtype``, too.
 
     Raises:
         ValueError: the checkpoint is incomplete, damaged or not what it should be, or an argument makes no sense.
@@ -260,14 +263,15 @@ def load(
         plan = replace(plan, config=changed(plan.config, {} if config is None else config))
         codec = None if bpe is None else find_codec(files, plan.config, bpe, known)
         kind = weights_dtype(dtype, devices[0], plan)
-        backend = choose_backend(backend, devices[0], kind)
+        own = experts_dtype(experts)
+        backend = choose_backend(backend, devices[0], kind, own)
         if pool is None:
             pool = start(world_size, devices[0].type) if ranks is None else LentRanks(ranks)
-        model = Model(plan, files, pool, kind, known, codec)
+        model = Model(plan, files, pool, kind, known, codec, experts)
         total = sum(source.bytes * (world_size if source.common else 1) for source in plan.sources)
         with progress_bar("loading", total, "B", show=progress) as bar:
             model.parts = pool.call(
-                loading.load, plan, kind, backend, verify, on_report=lambda rank, n: bar.update(n)
+                loading.load, plan, kind, backend, verify, own, on_report=lambda rank, n: bar.update(n)
             )
             plan.opened.clear()
             ckpt.warn_nonfinite(found for part in model.parts for found in part["nonfinite"])

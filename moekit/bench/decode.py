@@ -58,9 +58,9 @@ def limit(setting: Setting, ceilings: Ceilings, experts: list[float], batch: int
     config = setting.config
     each = shapes.expert_parameters(config)
     dense = shapes.parameters(config) - len(config.moe_layers) * config.experts * each
-    read = dense + sum(experts) / setting.world_size * each
+    read = dense * setting.itemsize + sum(experts) / setting.world_size * setting.expert_bytes()
     flop = batch * shapes.flop_per_token(config, 1)
-    return ceilings.seconds(read * setting.itemsize, flop)
+    return ceilings.seconds(read, flop)
 
 
 def measured(model: Model, setting: Setting, ceilings: Ceilings, batch: int) -> list[Figure]:

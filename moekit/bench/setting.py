@@ -18,12 +18,13 @@ from moekit.bench.measure import Ceilings
 from moekit.handle import DTYPES
 from moekit.nn.config import ModelConfig
 from moekit.nn.operations import BACKENDS, choose_backend
+from moekit.nn.quantise import KINDS
 from moekit.ranks.machine import gpus, host_memory
 
 
 @dataclass(frozen=True)
 class Setting:
-    """The setting of a bench; ``dtype`` and ``backend`` are names; ``device`` is "cpu" or "cuda"."""
+    """The setting of a bench; ``dtype``, ``backend`` and ``experts`` are names; ``device`` is "cpu" or "cuda"."""
 
     shape: str
     device: str
@@ -31,6 +32,8 @@ class Setting:
     backend: str
     world_size: int
     repeats: int
+    # The type of the experts' matrices; None: ``dtype``.
+    experts: str | None = None
 
     @property
     def config(self) -> ModelConfig:
@@ -44,11 +47,22 @@ class Setting:
     def itemsize(self) -> int:
         return self.kind.itemsize
 
+    @property
+    def experts_kind(self) -> torch.dtype | None:
+        return None if self.experts is None else KINDS[self.experts]
+
+    def expert_bytes(self) -> int:
+        """The bytes of the weights of an expert, with the scales of its rows."""
+        if self.experts is None:
+            return shapes.expert_parameters(self.config) * self.itemsize
+        rows = self.config.ffn_dim + self.config.dim
+        return 2 * self.config.dim * self.config.ffn_dim + rows * (self.itemsize + torch.float32.itemsize)
+
     def rank_bytes(self) -> float:
         """The bytes of the weights of a rank, with equal numbers of experts on all ranks."""
-        total = shapes.parameters(self.config)
-        experts = len(self.config.moe_layers) * self.config.experts * shapes.expert_parameters(self.config)
-        return (total - experts + experts / self.world_size) * self.itemsize
+        experts = len(self.config.moe_layers) * self.config.experts
+        others = shapes.parameters(self.config) - experts * shapes.expert_parameters(self.config)
+        return others * self.itemsize + experts / self.world_size * self.expert_bytes()
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Setting:
@@ -60,13 +74,15 @@ class Setting:
         device = ranks.choose_devices(args.world_size, args.device)[0]
         on_gpu = device.type == "cuda"
         dtype = args.dtype or ("float16" if on_gpu else "float32")
+        kind = None if args.experts is None else KINDS[args.experts]
         return cls(
             args.shape or ("15b" if on_gpu else "tiny"),
             device.type,
             dtype,
-            choose_backend(args.backend, device, DTYPES[dtype]),
+            choose_backend(args.backend, device, DTYPES[dtype], kind),
             args.world_size,
             args.repeats or (10 if on_gpu else 3),
+            args.experts,
         )
 
     def too_large(self) -> str:
@@ -86,12 +102,14 @@ class Setting:
         """The handle of a model with random weights, as ``moekit.load`` returns it, and the ceilings of its devices."""
         with ranks.start(self.world_size, self.device) as pool:
             ceilings = measure.slowest(pool.call(measure.ceilings, self.kind))
-            pool.call(shapes.build, self.config, self.kind, self.backend)
+            pool.call(shapes.build, self.config, self.kind, self.backend, self.experts_kind)
             plan = checkpoint.Plan(self.config, self.kind, ())
-            yield Model(plan, checkpoint.Files(Path("random weights"), ()), pool, self.kind), ceilings
+            files = checkpoint.Files(Path("random weights"), ())
+            yield Model(plan, files, pool, self.kind, experts=self.experts), ceilings
         measure.give_back(self.device)
 
     def goal(self, what: str, ceilings: Ceilings) -> float | None:
+        what = what if self.experts is None else f"{what} {self.experts}"
         return goal(self.shape, self.world_size, what, ceilings.device, self.dtype)
 
 
@@ -101,6 +119,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     parser.add_argument("--dtype", choices=DTYPES, help="default: float16 on a GPU, float32 without")
+    parser.add_argument(
+        "--experts", choices=KINDS, help="the experts' matrices in one byte; default: in dtype"
+    )
     parser.add_argument("--backend", choices=("auto", *BACKENDS), default="auto")
     parser.add_argument("--world-size", type=int, default=1)
     parser.add_argument(

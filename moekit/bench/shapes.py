@@ -17,6 +17,7 @@ from moekit.checkpoint import export
 from moekit.nn import transformer
 from moekit.nn.config import ModelConfig
 from moekit.nn.gates import top_k_of
+from moekit.nn.quantise import quantise
 from moekit.nn.transformer import Transformer
 from moekit.ranks import Rank
 from moekit.worker import loading
@@ -89,12 +90,29 @@ def draw(name: str, parameter: Tensor, config: ModelConfig, generator: torch.Gen
 
 
 @torch.no_grad()
-def build(rank: Rank, config: ModelConfig, dtype: torch.dtype, backend: str) -> None:
-    """Put a model with random weights into ``rank.state["model"]``: this rank's experts, and the shared parameters."""
-    model = loading.empty(rank, config, dtype, backend)
+def build(
+    rank: Rank, config: ModelConfig, dtype: torch.dtype, backend: str, kind: torch.dtype | None = None
+) -> None:
+    """Put a model with random weights into ``rank.state["model"]``: this rank's experts, and the shared parameters.
+
+    ``kind`` is that of the experts' matrices, None for ``dtype``.
+    """
+    model = loading.empty(rank, config, dtype, backend, kind)
     shared, own = (torch.Generator(rank.device).manual_seed(seed) for seed in (1, 2 + rank.rank))
     for name, parameter in model.named_parameters():
-        draw(name, parameter, config, own if ".experts." in name else shared)
+        if ".experts." not in name:
+            draw(name, parameter, config, shared)
+        elif kind is None:
+            draw(name, parameter, config, own)
+        else:
+            path, _, field = name.rpartition(".")
+            experts, drawn = (
+                model.get_submodule(path),
+                parameter.new_empty((1, *parameter.shape[1:]), dtype=dtype),
+            )
+            for number in range(experts.held):
+                draw(name, drawn, config, own)
+                experts.fill(field, number, drawn[0])
     rank.state["model"] = model
 
 
@@ -103,11 +121,18 @@ Sums = dict[str, list[float]]
 
 
 @torch.no_grad()
-def write(config: ModelConfig, folder: Path, files: int, device: torch.device, read_as: torch.dtype) -> Sums:
+def write(
+    config: ModelConfig,
+    folder: Path,
+    files: int,
+    device: torch.device,
+    read_as: torch.dtype,
+    kind: torch.dtype | None = None,
+) -> Sums:
     """Write a float16 checkpoint with random weights in the released layout, one file in memory at a time.
 
     Returns:
-        The sums of the experts' numbers after conversion to the dtype ``read_as``.
+        The sums of the experts' numbers after conversion to the dtype ``read_as``, or for matrices to ``kind``.
     """
     generator = torch.Generator(device).manual_seed(1)
     with torch.device("meta"):
@@ -123,7 +148,13 @@ def write(config: ModelConfig, folder: Path, files: int, device: torch.device, r
         found = {}
         for name in sums:
             stack = drawn(name, (len(held), *parameters[name].shape[1:]))
-            sums[name] += expert_sums(stack.to(read_as))
+            if kind is None or stack.dim() == 2:
+                sums[name] += expert_sums(stack.to(read_as))
+            else:
+                for matrix in stack:
+                    numbers = torch.empty_like(matrix, dtype=kind)
+                    quantise(matrix, numbers, torch.empty(len(matrix), device=device))
+                    sums[name] += expert_sums(numbers[None])
             found[name] = stack.cpu()
         return found
 
@@ -135,9 +166,10 @@ def write(config: ModelConfig, folder: Path, files: int, device: torch.device, r
 def expert_sums(stack: Tensor) -> list[float]:
     """[E, ...] -> the sum of each expert's numbers, which does not depend on the order of the additions.
 
-    The sum is exact in float64: every float16 is a multiple of 2**-24, also after conversion to bfloat16 or float32.
+    The sum is exact in float64: every float16 is a multiple of 2**-24, also after conversion to bfloat16 or float32, and
+    so is every number of one byte.
     """
-    return [expert.sum(dtype=torch.float64).item() for expert in stack]
+    return [(e.float() if e.itemsize == 1 else e).sum(dtype=torch.float64).item() for e in stack]
 
 
 # -------------------------------------------------------------------------------------------- the cost of a pass

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from moekit.nn import gate
 from moekit.nn.ffn import grouped_mm, loop
+from moekit.nn.quantise import name_of
 from moekit.symbols import PAD
 
 if TYPE_CHECKING:
@@ -150,11 +151,16 @@ def use(module: nn.Module, backend: str) -> None:
             part.operations = table
 
 
-def choose_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+def choose_backend(
+    backend: str, device: torch.device, dtype: torch.dtype, kind: torch.dtype | None = None
+) -> str:
     """The back end for inference on ``device`` with weights of ``dtype``: ``backend``, or for "auto" the fastest.
 
+    Args:
+        kind: of the experts' matrices, int8 or float8_e4m3fn; None: ``dtype``.
+
     Raises:
-        ValueError: no back end has that name, or this one does not run there.
+        ValueError: no back end has that name, or this one does not run there or with such experts.
     """
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend={backend!r}; expected auto, {', '.join(BACKENDS)}")
@@ -162,10 +168,15 @@ def choose_backend(backend: str, device: torch.device, dtype: torch.dtype) -> st
     runs = runs and importlib.util.find_spec("triton") is not None
     if backend == "triton" and not runs:
         raise ValueError(f"backend='triton' needs the package triton and a GPU, and this is a {device.type}")
+    if backend == "grouped_mm" and kind is not None:
+        raise ValueError(
+            f"backend='grouped_mm' has no product with {name_of(kind)} experts: choose 'triton' or 'loop', or leave out "
+            "experts"
+        )
     if backend != "auto":
         return backend
     if device.type != "cuda":
         return "loop"
     if runs:
         return "triton"
-    return "grouped_mm" if dtype == torch.bfloat16 else "loop"
+    return "grouped_mm" if dtype == torch.bfloat16 and kind is None else "loop"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import Counter
 
@@ -18,24 +19,33 @@ from moekit.nn.transformer import Transformer
 from moekit.ranks import Rank
 
 
-def load(rank: Rank, plan: checkpoint.Plan, dtype: torch.dtype, backend: str, verify: bool = True) -> dict:
+def load(
+    rank: Rank,
+    plan: checkpoint.Plan,
+    dtype: torch.dtype,
+    backend: str,
+    verify: bool = True,
+    kind: torch.dtype | None = None,
+) -> dict:
     """Read this rank's part of the checkpoint into ``rank.state["model"]``, and report the bytes during reading.
 
     Args:
+        kind: of the experts' matrices, int8 or float8_e4m3fn; None: ``dtype``.
         verify: whether to compare checksums and count non-finite values; each rank checks a share of the shared file.
 
     Returns:
         ``files`` and ``experts`` (a range) that were read; ``filled``, the number of copied tensors by (layer, expert),
-        where None is the key of tensors outside the experts; ``nonfinite``, the non-finite values; ``parameters`` and
-        their ``bytes``; ``seconds``.
+        where None is the key of tensors outside the experts; ``nonfinite``, the non-finite values; ``parameters``,
+        the ``bytes`` of all weights; ``experts' dtype``; ``seconds``.
     """
     start = time.perf_counter()
     held = owned(plan.config.experts, rank.world_size, rank.rank)
-    model = empty(rank, plan.config, dtype, backend)
+    model = empty(rank, plan.config, dtype, backend, kind)
     share = (rank.rank, rank.world_size)
     filled = checkpoint.fill(model, plan, held, rank.report, rank.cores, verify, share)
     rank.state["model"] = model
     parameters = list(model.parameters())
+    size = sum(tensor.nbytes for tensor in itertools.chain(parameters, model.buffers()))
     return {
         "rank": rank.rank,
         "device": str(rank.device),
@@ -45,18 +55,21 @@ def load(rank: Rank, plan: checkpoint.Plan, dtype: torch.dtype, backend: str, ve
         "filled": Counter(place.where for place, times in filled.items() for _ in range(times)),
         "nonfinite": filled.nonfinite,
         "parameters": sum(p.numel() for p in parameters),
-        "bytes": sum(p.nbytes for p in parameters),
+        "experts' dtype": str(kind or dtype).removeprefix("torch."),
+        "bytes": size,
         "seconds": time.perf_counter() - start,
     }
 
 
-def empty(rank: Rank, config: ModelConfig, dtype: torch.dtype, backend: str) -> Transformer:
+def empty(
+    rank: Rank, config: ModelConfig, dtype: torch.dtype, backend: str, kind: torch.dtype | None = None
+) -> Transformer:
     """This rank's part of a model on its device, with weights that are not set yet; a collective."""
     held = owned(config.experts, rank.world_size, rank.rank)
     dispatch = _dispatch(rank, config, dtype, backend)
     # The first tensor without memory imports a part of torch, and an interrupt must not break this import.
     with hold_interrupts():
-        return transformer.empty(config, rank.device, dtype, len(held), dispatch).use(backend)
+        return transformer.empty(config, rank.device, dtype, len(held), dispatch, kind).use(backend)
 
 
 def _dispatch(rank: Rank, config: ModelConfig, dtype: torch.dtype, backend: str) -> Dispatch | None:
