@@ -17,8 +17,25 @@ from moekit import ranks, results
 from moekit.nn.dispatch import owned
 from moekit.nn.experts import TENSORS
 from moekit.nn.gates import gate_of
+from moekit.notebook.quantisation import quantisation
 from moekit.ranks.machine import gpus, host_memory
 from moekit.versions import versions
+
+__all__ = [
+    "absolute",
+    "draw",
+    "files",
+    "filled",
+    "machine",
+    "model",
+    "parts",
+    "quantisation",
+    "result",
+    "save",
+    "save_figures",
+    "shares",
+    "versions",
+]
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
