@@ -35,8 +35,8 @@ def quantise(matrix: Tensor, numbers: Tensor, scale: Tensor) -> None:
         scale: [..., R] float32, which is written.
     """
     largest = torch.linalg.vector_norm(matrix, math.inf, dim=-1, dtype=torch.float32)
-    # A row of zeros is zero with any scale.
-    scale.copy_(largest.div_(LARGEST[numbers.dtype]).clamp_(min=torch.finfo(torch.float32).tiny))
+    # GPUs divide by a number in another way than CPUs, and multiply in the same way. A row of zeros is zero with any scale.
+    scale.copy_(largest.mul_(1 / LARGEST[numbers.dtype]).clamp_(min=torch.finfo(torch.float32).tiny))
     exact = matrix / scale[..., None]
     if numbers.dtype == torch.int8:
         exact = exact.round_().nan_to_num_(0.0)

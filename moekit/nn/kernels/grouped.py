@@ -71,7 +71,18 @@ CUTS = (
     Cut(ANY, ANY, Blocks(128, 128, 64, 8, 3), Blocks(128, 256, 64, 8, 4)),
 )
 # Weights of one byte are half as many bytes under way, and they are converted between memory and multiplication.
-ONE_BYTE_CUTS = CUTS
+ONE_BYTE_CUTS = (
+    Cut(ANY, 4, Blocks(16, 64, 128, 4, 3), Blocks(16, 64, 256, 4, 3)),
+    Cut(ANY, 8, Blocks(16, 128, 128, 4, 3), Blocks(16, 64, 256, 4, 3)),
+    Cut(ANY, 64, Blocks(32, 128, 128, 4, 3), Blocks(32, 128, 128, 4, 3)),
+    Cut(ANY, ANY, Blocks(128, 128, 64, 8, 3), Blocks(128, 128, 64, 4, 4)),
+)
+# For GPUs with less shared memory than Hopper has, after the cuts that do not fit there.
+SMALL = (
+    Cut(ANY, 16, Blocks(16, 128, 64, 4, 3), Blocks(16, 128, 64, 4, 3)),
+    Cut(ANY, ANY, Blocks(64, 128, 64, 4, 3), Blocks(64, 128, 64, 4, 3)),
+    Cut(ANY, ANY, Blocks(64, 64, 64, 4, 3), Blocks(64, 64, 64, 4, 3)),
+)
 # float32 takes twice the memory, and it is only used for checks.
 PLAIN = Cut(ANY, ANY, Blocks(32, 64, 32, 4, 2), Blocks(32, 64, 32, 4, 2))
 
@@ -84,11 +95,16 @@ def cut_for(choices: int, experts: int, dtype: torch.dtype, shared: float = ANY,
     """
     if dtype == torch.float32:
         return PLAIN
+    cuts = fitting(itemsize, shared)
+    return next(cut for cut in cuts if choices <= cut.choices and choices <= cut.mean * experts)
+
+
+def fitting(itemsize: int, shared: float) -> list[Cut]:
+    """The cuts for weights of ``itemsize`` bytes whose programs need no more than ``shared`` bytes of shared memory."""
     cuts = ONE_BYTE_CUTS if itemsize == 1 else CUTS
-    fitting = [cut for cut in cuts if max(cut.up.shared(itemsize), cut.down.shared(itemsize)) <= shared]
-    return next(
-        (cut for cut in fitting if choices <= cut.choices and choices <= cut.mean * experts), fitting[-1]
-    )
+    return [
+        cut for cut in (*cuts, *SMALL) if max(cut.up.shared(itemsize), cut.down.shared(itemsize)) <= shared
+    ]
 
 
 @functools.lru_cache
