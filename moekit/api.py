@@ -263,7 +263,7 @@ def load(
         plan = replace(plan, config=changed(plan.config, {} if config is None else config))
         codec = None if bpe is None else find_codec(files, plan.config, bpe, known)
         kind = weights_dtype(dtype, devices[0], plan)
-        own = experts_dtype(experts)
+        own = experts_dtype(experts, files, plan.config)
         backend = choose_backend(backend, devices[0], kind, own)
         if pool is None:
             pool = start(world_size, devices[0].type) if ranks is None else LentRanks(ranks)

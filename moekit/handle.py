@@ -206,10 +206,20 @@ def weights_dtype(dtype: str, device: torch.device, plan: ckpt.Plan) -> torch.dt
     return DTYPES[dtype]
 
 
-def experts_dtype(experts: str | None) -> torch.dtype | None:
-    """What :func:`load`'s ``experts`` means: the type of the experts' matrices, None for that of the other weights."""
+def experts_dtype(experts: str | None, files: ckpt.Files, config: ModelConfig) -> torch.dtype | None:
+    """What :func:`load`'s ``experts`` means: the type of the experts' matrices, None for that of the other weights.
+
+    Raises:
+        ValueError: the model has no experts, or there is no such type.
+    """
     experts = check("experts", experts, Choice(tuple(KINDS), optional=True))
-    return None if experts is None else KINDS[experts]
+    if experts is None:
+        return None
+    if not config.moe_layers:
+        raise ValueError(
+            f"experts={experts!r}: the model in {files.shared.parent} is dense, it has no experts: leave it out"
+        )
+    return KINDS[experts]
 
 
 def find_dictionary(files: ckpt.Files, dictionary: str | Path | None) -> Dictionary | None:

@@ -111,17 +111,22 @@ def weights_of(one_byte: int) -> dict:
 
 
 def compile_all(target: Target) -> None:
+    """All kernels; of those of the experts some variants for Hopper only, since compiling takes its time."""
+    most = target.capability == 90
     for cut in grouped.fitting(2, target.shared):
         target.grouped("fp16", cut)
     for cut in grouped.fitting(1, target.shared):
         target.grouped("fp16", cut, 1)
     target.grouped("fp16", grouped.fitting(1, target.shared)[0], 2)
-    target.grouped("fp32", grouped.PLAIN)
-    if target.capability >= 80:
-        target.grouped("bf16", grouped.fitting(2, target.shared)[-1])
-        target.grouped("bf16", grouped.fitting(1, target.shared)[0], 1)
-        target.grouped("fp16", grouped.fitting(2, target.shared)[-1], over_peers=True)
-        target.grouped("fp16", grouped.fitting(1, target.shared)[-1], 1, over_peers=True)
+    if most:
+        target.grouped("fp16", grouped.CUTS[-1], over_peers=True)
+        target.grouped("fp16", grouped.ONE_BYTE_CUTS[-1], 1, over_peers=True)
+        target.grouped("bf16", grouped.CUTS[-1])
+        target.grouped("bf16", grouped.ONE_BYTE_CUTS[0], 1)
+        target.grouped("fp32", grouped.PLAIN)
+    for one_byte in (0, 1, 2) if most else (0, 1):
+        target.few_rows(one_byte)
+        target.few_rows_over_peers(one_byte)
     for probs in ("fp32", "fp16"):
         types = {"logits": "*fp16", "chosen": "*i64", "eps": "fp32"}
         types |= dict.fromkeys(("probs", "gate_probs", "weights"), f"*{probs}")
@@ -165,9 +170,6 @@ def compile_all(target: Target) -> None:
         constants |= {"INNER": 1024} | target.overlap
         constants |= {"onto": None} if k == 768 else {"gain": None, "shift": None}
         target.compile(vectors._linear, types, constants, vectors.WARPS)
-    for one_byte in (0, 1, 2):
-        target.few_rows(one_byte)
-        target.few_rows_over_peers(one_byte)
     waits = {
         "flags": "*i32",
         "reach": "*i64",

@@ -34,6 +34,7 @@ from moekit.arguments import (
 )
 from moekit.data.sources import CHECKPOINTS
 from moekit.generation.request import KINDS
+from moekit.nn.quantise import KINDS as QUANTISED
 from moekit.notebook import errors
 
 
@@ -89,6 +90,7 @@ MODEL: Table = {
     "world_size": Whole(optional=True),
     "device": Choice(("auto", "cuda", "cpu")),
     "dtype": Choice(("auto", "float32", "float16", "bfloat16")),
+    "experts": Choice(tuple(QUANTISED), optional=True),
     "output_dir": Place(),
 }
 DATA: Table = {

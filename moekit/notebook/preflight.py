@@ -67,6 +67,7 @@ def load_shards(p: SimpleNamespace) -> ModelConfig:
     _said(ranks.choose_devices, p.world_size, p.device)
     files = _said(ckpt.find, p.checkpoint)
     config = _said(ckpt.survey, files).config
+    _said(handle.experts_dtype, p.experts, files, config)
     _said(handle.find_dictionary, files, None)
     if p.bpe is not None:
         _codec(p, files, config)

@@ -17,6 +17,8 @@ from moekit import ranks, results
 from moekit.nn.dispatch import owned
 from moekit.nn.experts import TENSORS
 from moekit.nn.gates import gate_of
+from moekit.nn.quantise import name_of
+from moekit.nn.transformer import weight_bytes
 from moekit.notebook.quantisation import quantisation
 from moekit.ranks.machine import gpus, host_memory
 from moekit.versions import versions
@@ -68,14 +70,17 @@ def files(checkpoint: str | Path) -> pd.DataFrame:
     return table.set_index("file")
 
 
-def shares(checkpoint: str | Path, world_size: int | None, device: str, dtype: str) -> pd.DataFrame:
+def shares(
+    checkpoint: str | Path, world_size: int | None, device: str, dtype: str, experts: str | None = None
+) -> pd.DataFrame:
     """What each rank will read, one row per rank: its files, its experts, and the memory that they take beside what is free."""
-    from moekit.handle import weights_dtype
+    from moekit.handle import experts_dtype, weights_dtype
 
-    plan = ckpt.survey(ckpt.find(checkpoint))
+    files = ckpt.find(checkpoint)
+    plan = ckpt.survey(files)
     devices = ranks.choose_devices(world_size, device)
     world_size = len(devices)
-    width = weights_dtype(dtype, devices[0], plan).itemsize
+    kinds = weights_dtype(dtype, devices[0], plan), experts_dtype(experts, files, plan.config)
     on_gpu = devices[0].type == "cuda"
     host = host_memory("MemAvailable") / world_size
     free = [gpu.free for gpu in gpus()] if on_gpu else [host] * world_size
@@ -90,7 +95,8 @@ def shares(checkpoint: str | Path, world_size: int | None, device: str, dtype: s
                 "files": ", ".join(source.path.name for source in needed),
                 "experts a layer": f"{held.start} to {held.stop - 1}" if len(held) else "none",
                 "million parameters": round(plan.parameters(len(held)) / 1e6, 2),
-                "GiB": round(plan.parameters(len(held)) * width / GIB, 3),
+                "experts' type": name_of(kinds[1]) or str(kinds[0]).removeprefix("torch."),
+                "GiB": round(weight_bytes(plan.config, len(held), *kinds) / GIB, 3),
                 "GiB free": round(free[rank] / GIB, 1),
             }
         )
@@ -112,10 +118,16 @@ def model(model: Model) -> pd.DataFrame:
         "positions": c.max_positions,
         "rows of the embedding": c.vocab_rows,
         "million parameters": round(model.plan.parameters(c.experts) / 1e6, 2),
-        "ranks": f"{model.world_size} on {model.device}, {str(model.dtype).removeprefix('torch.')}",
+        "ranks": f"{model.world_size} on {model.device}, {dtypes(model)}",
         "seconds to load": round(model.load_seconds, 2),
     }
     return pd.DataFrame({"": facts})
+
+
+def dtypes(model: Model) -> str:
+    """The type of the weights, and of the experts' where it is another."""
+    kind = str(model.dtype).removeprefix("torch.")
+    return kind if model.experts is None else f"{kind}, experts in {model.experts}"
 
 
 def parts(model: Model) -> pd.DataFrame:
@@ -126,6 +138,7 @@ def parts(model: Model) -> pd.DataFrame:
             "device": part["device"],
             "files read": len(part["files"]),
             "experts a layer": len(part["experts"]),
+            "experts' type": model.experts or str(model.dtype).removeprefix("torch."),
             "million parameters": round(part["parameters"] / 1e6, 2),
             "MiB": round(part["bytes"] / 2**20, 1),
             "seconds": round(part["seconds"], 2),
@@ -194,6 +207,7 @@ def save(
         "load_seconds": model.load_seconds,
         "world_size": model.world_size,
         "dtype": str(model.dtype).removeprefix("torch."),
+        "experts": model.experts,
         "device": model.device,
         "versions": versions(),
         "parameters": parameters,

@@ -36,7 +36,7 @@ def load(
     Returns:
         ``files`` and ``experts`` (a range) that were read; ``filled``, the number of copied tensors by (layer, expert),
         where None is the key of tensors outside the experts; ``nonfinite``, the non-finite values; ``parameters``,
-        the ``bytes`` of all weights; ``experts' dtype``; ``seconds``.
+        the ``bytes`` of all weights; ``seconds``.
     """
     start = time.perf_counter()
     held = owned(plan.config.experts, rank.world_size, rank.rank)
@@ -55,7 +55,6 @@ def load(
         "filled": Counter(place.where for place, times in filled.items() for _ in range(times)),
         "nonfinite": filled.nonfinite,
         "parameters": sum(p.numel() for p in parameters),
-        "experts' dtype": str(kind or dtype).removeprefix("torch."),
         "bytes": size,
         "seconds": time.perf_counter() - start,
     }
