@@ -63,25 +63,27 @@ class Cut:
 # takes the time, so tiles are small and many loads are under way. With many rows, multiplying takes the time, so tiles
 # are as large as the registers allow.
 ANY = float("inf")
+# For GPUs with less shared memory than Hopper has.
+FEW_ROWS, MANY_ROWS = Blocks(16, 128, 64, 4, 3), Blocks(64, 64, 64, 4, 3)
+# The first one that fits is taken.
 CUTS = (
     Cut(16, ANY, Blocks(16, 32, 128, 4, 4), Blocks(16, 16, 256, 2, 4)),
     Cut(ANY, 8, Blocks(16, 128, 128, 4, 3), Blocks(16, 128, 128, 4, 3)),
     Cut(ANY, 16, Blocks(32, 128, 128, 8, 3), Blocks(32, 128, 128, 8, 3)),
+    Cut(ANY, 16, FEW_ROWS, FEW_ROWS),
     Cut(ANY, 128, Blocks(64, 128, 64, 4, 3), Blocks(64, 128, 64, 4, 3)),
     Cut(ANY, ANY, Blocks(128, 128, 64, 8, 3), Blocks(128, 256, 64, 8, 4)),
+    Cut(ANY, ANY, Blocks(64, 128, 64, 4, 3), Blocks(64, 128, 64, 4, 3)),
+    Cut(ANY, ANY, MANY_ROWS, MANY_ROWS),
 )
 # Weights of one byte are half as many bytes under way, and they are converted between memory and multiplication.
 ONE_BYTE_CUTS = (
     Cut(ANY, 4, Blocks(16, 64, 128, 4, 3), Blocks(16, 64, 256, 4, 3)),
     Cut(ANY, 8, Blocks(16, 128, 128, 4, 3), Blocks(16, 64, 256, 4, 3)),
+    Cut(ANY, 8, FEW_ROWS, FEW_ROWS),
     Cut(ANY, 64, Blocks(32, 128, 128, 4, 3), Blocks(32, 128, 128, 4, 3)),
     Cut(ANY, ANY, Blocks(128, 128, 64, 8, 3), Blocks(128, 128, 64, 4, 4)),
-)
-# For GPUs with less shared memory than Hopper has, after the cuts that do not fit there.
-SMALL = (
-    Cut(ANY, 16, Blocks(16, 128, 64, 4, 3), Blocks(16, 128, 64, 4, 3)),
-    Cut(ANY, ANY, Blocks(64, 128, 64, 4, 3), Blocks(64, 128, 64, 4, 3)),
-    Cut(ANY, ANY, Blocks(64, 64, 64, 4, 3), Blocks(64, 64, 64, 4, 3)),
+    Cut(ANY, ANY, MANY_ROWS, MANY_ROWS),
 )
 # float32 takes twice the memory, and it is only used for checks.
 PLAIN = Cut(ANY, ANY, Blocks(32, 64, 32, 4, 2), Blocks(32, 64, 32, 4, 2))
@@ -100,11 +102,14 @@ def cut_for(choices: int, experts: int, dtype: torch.dtype, shared: float = ANY,
 
 
 def fitting(itemsize: int, shared: float) -> list[Cut]:
-    """The cuts for weights of ``itemsize`` bytes whose programs need no more than ``shared`` bytes of shared memory."""
-    cuts = ONE_BYTE_CUTS if itemsize == 1 else CUTS
-    return [
-        cut for cut in (*cuts, *SMALL) if max(cut.up.shared(itemsize), cut.down.shared(itemsize)) <= shared
-    ]
+    """The cuts for weights of ``itemsize`` bytes that a GPU with ``shared`` bytes of shared memory may take."""
+    found = []
+    for cut in ONE_BYTE_CUTS if itemsize == 1 else CUTS:
+        if max(cut.up.shared(itemsize), cut.down.shared(itemsize)) <= shared:
+            found.append(cut)
+            if cut.choices == cut.mean == ANY:
+                break
+    return found
 
 
 @functools.lru_cache
