@@ -772,9 +772,33 @@ def test_kernels_that_are_not_there(reference, monkeypatch):
         choose_backend("cublas", cpu, torch.float16)
     monkeypatch.delenv(INTERPRET, raising=False)
     with pytest.raises(
-        ValueError, match="backend='triton' needs the package triton and a GPU, and this is a cpu"
+        ValueError,
+        match="needs the package triton and a GPU of compute capability 7.5 or more, and this is a cpu",
     ):
         moekit.load(reference / "checkpoint", device="cpu", backend="triton")
+
+
+def test_a_gpu_that_triton_does_not_compile_for_takes_the_loop(monkeypatch):
+    cuda = torch.device("cuda")
+    monkeypatch.delenv(INTERPRET, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    assert choose_backend("auto", cuda, torch.float16) == "loop"
+    with pytest.raises(ValueError, match=r"and this is a Tesla V100 \(7\.0\)"):
+        choose_backend("triton", cuda, torch.float16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert choose_backend("auto", cuda, torch.float16) == "triton"
+
+
+def test_the_back_end_of_experts_of_one_byte(monkeypatch):
+    cuda = torch.device("cuda")
+    assert choose_backend("auto", cuda, torch.bfloat16, torch.int8) == "triton"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert choose_backend("auto", cuda, torch.bfloat16) == "grouped_mm"
+    assert choose_backend("auto", cuda, torch.bfloat16, torch.int8) == "loop"
+    with pytest.raises(ValueError, match="backend='grouped_mm' has no product with fp8 experts"):
+        choose_backend("grouped_mm", cuda, torch.bfloat16, torch.float8_e4m3fn)
 
 
 def load(name, folder, kind: torch.dtype | None = None) -> Transformer:

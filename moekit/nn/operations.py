@@ -164,10 +164,12 @@ def choose_backend(
     """
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend={backend!r}; expected auto, {', '.join(BACKENDS)}")
-    runs = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    runs = _compiles(device) or os.environ.get("TRITON_INTERPRET") == "1"
     runs = runs and importlib.util.find_spec("triton") is not None
     if backend == "triton" and not runs:
-        raise ValueError(f"backend='triton' needs the package triton and a GPU, and this is a {device.type}")
+        raise ValueError(
+            f"backend='triton' needs the package triton and a GPU of compute capability 7.5 or more, and this is a {_name(device)}"
+        )
     if backend == "grouped_mm" and kind is not None:
         raise ValueError(
             f"backend='grouped_mm' has no product with {name_of(kind)} experts: choose 'triton' or 'loop', or leave out "
@@ -180,3 +182,21 @@ def choose_backend(
     if runs:
         return "triton"
     return "grouped_mm" if dtype == torch.bfloat16 and kind is None else "loop"
+
+
+# Turing is the oldest generation of GPUs that Triton compiles for.
+OLDEST = (7, 5)
+
+
+def _compiles(device: torch.device) -> bool:
+    """Whether Triton compiles for ``device``."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return device.type == "cuda"
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= OLDEST
+
+
+def _name(device: torch.device) -> str:
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return device.type
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{torch.cuda.get_device_name(device)} ({major}.{minor})"
