@@ -450,12 +450,18 @@ def test_sums_in_parts_and_programs_of_one_column(name, dtype, tmp_path, monkeyp
     few_against_slow(load(name, tmp_path).to(dtype), 2, 1e-5 if dtype == torch.float32 else 1e-2)
 
 
-@ONE_BYTE
 @pytest.mark.parametrize(
-    "name, sequences", [("before_dropping", 4), ("odd_dim", 1), ("top1", 3), ("every_layer", 2), ("tanh", 1)]
+    "name, sequences, kind",
+    [
+        ("before_dropping", 2, "int8"),
+        ("odd_dim", 1, "int8"),
+        ("top1", 3, "int8"),
+        ("tanh", 1, "int8"),
+        ("every_layer", 1, "fp8"),
+    ],
 )
-def test_a_few_sequences_with_experts_of_one_byte(kind, name, sequences, tmp_path):
-    few_against_slow(load(name, tmp_path, kind), sequences, 1e-5)
+def test_a_few_sequences_with_experts_of_one_byte(name, sequences, kind, tmp_path):
+    few_against_slow(load(name, tmp_path, KINDS[kind]), sequences, 1e-5)
 
 
 def few_against_slow(model: Transformer, sequences: int, tolerance: float) -> None:
@@ -513,10 +519,13 @@ def test_the_fast_model_is_the_slow_one(name, fraction, tmp_path):
     fast_against_slow(load(name, tmp_path), fraction)
 
 
-@ONE_BYTE
-@pytest.mark.parametrize("name", [*GATES, "twelve_experts", "odd_dim", "relu", "gelu_accurate"])
-def test_the_fast_model_is_the_slow_one_with_experts_of_one_byte(kind, name, tmp_path):
-    fast_against_slow(load(name, tmp_path, kind), 0.05)
+@pytest.mark.parametrize(
+    "name, kind",
+    [(name, "int8") for name in (*GATES, "odd_dim", "gelu_accurate")]
+    + [("top1", "fp8"), ("mask_padding", "fp8")],
+)
+def test_the_fast_model_is_the_slow_one_with_experts_of_one_byte(name, kind, tmp_path):
+    fast_against_slow(load(name, tmp_path, KINDS[kind]), 0.05)
 
 
 def fast_against_slow(model: Transformer, fraction: float | None) -> None:
