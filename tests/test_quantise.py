@@ -223,7 +223,7 @@ def test_the_type_of_the_experts_is_shown(model, reference):
     }
     for part, told in zip(model.parts, shares["GiB"], strict=True):
         assert told == round(part["bytes"] / 2**30, 3)
-    files = report.files(reference / "checkpoint")["experts' dtype"]
+    files = report.files(reference / "checkpoint")["experts_dtype"]
     assert files["model-shared.pt"] == "" and set(files.drop("model-shared.pt")) == {"float16"}
 
 

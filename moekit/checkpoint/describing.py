@@ -19,7 +19,7 @@ def describe(checkpoint: str | Path) -> list[dict[str, Any]]:
 
     Returns:
         Rows with ``file``, ``bytes``, ``kind`` ("shared" or "rank"), ``rank`` (None for the shared one), ``experts``
-        (a MoE layer), ``moe_layers``, ``dtype`` (of all tensors), ``experts' dtype`` (of the experts' tensors, "" if
+        (a MoE layer), ``moe_layers``, ``dtype`` (of all tensors), ``experts_dtype`` (of the experts' tensors, "" if
         there are none) and ``tensors``.
 
     Raises:
@@ -40,7 +40,7 @@ def describe(checkpoint: str | Path) -> list[dict[str, Any]]:
                 "experts": len({n[1] for n in own.values()}),
                 "moe_layers": len({n[0] for n in own.values()}),
                 "dtype": _types(found.values()),
-                "experts' dtype": _types(found[key] for key in own),
+                "experts_dtype": _types(found[key] for key in own),
                 "tensors": len(found),
             }
         )
