@@ -54,6 +54,12 @@ def quantisation(
         raise ValueError(
             "the model's experts are as the files have them: load it with experts='int8' or 'fp8' to compare the two"
         )
+    for source in model.plan.sources:
+        if stamp(source.path) != source.stamp:
+            raise ValueError(
+                f"{source.path} is not the file that the model was loaded from (it was changed, moved or removed): load the "
+                "model again"
+            )
     how = {"progress": False} | how
     after = model.trace(data_or_texts, max_tokens=max_tokens, **how)
     errors: dict[int, float] = {}
@@ -85,12 +91,6 @@ def quantisation(
 @contextlib.contextmanager
 def _originals(model: Model, errors: dict[int, float]) -> Iterator[None]:
     """The model computes with the experts of the files; ``errors`` is filled with each layer's at the end."""
-    for source in model.plan.sources:
-        if stamp(source.path) != source.stamp:
-            raise ValueError(
-                f"{source.path} is not the file that the model was loaded from (it was changed, moved or removed): load the "
-                "model again"
-            )
     try:
         model.ranks.call(originals.put, model.plan)
         yield
