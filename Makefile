@@ -66,7 +66,7 @@ hooks: env ## a git hook that refuses what lint refuses
 	@chmod +x "$$(git rev-parse --git-path hooks)/pre-commit"
 
 # torch, whose build depends on the machine, is installed by itself. What only torch needs is left out of the lock files.
-LOCK := uv pip compile pyproject.toml --extra lab --generate-hashes --python-version 3.11 --no-header --no-annotate --quiet \
+LOCK := uv pip compile pyproject.toml --extra lab --extra eval --generate-hashes --python-version 3.11 --no-header --no-annotate --quiet \
 	$(foreach name,torch cuda-bindings cuda-pathfinder cuda-toolkit nvidia-cublas nvidia-cuda-cupti \
 	nvidia-cuda-nvrtc nvidia-cuda-runtime nvidia-cudnn-cu13 nvidia-cufft nvidia-cufile nvidia-curand \
 	nvidia-cusolver nvidia-cusparse nvidia-cusparselt-cu13 nvidia-nccl-cu13 nvidia-nvjitlink nvidia-nvshmem-cu13 \
@@ -74,13 +74,15 @@ LOCK := uv pip compile pyproject.toml --extra lab --generate-hashes --python-ver
 
 lock: ## pin everything again (needs uv)
 	$(LOCK) --no-emit-package triton --output-file requirements.lock
+	$(LOCK) --no-emit-package triton --extra cluster --output-file requirements-cluster.lock
 	$(LOCK) --group dev --output-file requirements-dev.lock
 
 corpus: env ## make the demo's corpus and tokenizer again (Debian; about 4 minutes)
 	$(BIN)/python -m moekit.demo.corpus --out $(OUT)/corpus
 
-demo: env ## train the demo model again on that corpus (5 minutes on a GPU)
+demo: env ## train the demo models again on that corpus (8 minutes on a GPU)
 	$(BIN)/python -m moekit.demo.train --data $(OUT)/corpus --out moekit/demo/model
+	$(BIN)/python -m moekit.demo.train --kind dense --data $(OUT)/corpus --out moekit/demo/dense
 
 image: ## build the container image; docker/run.sh starts it
 	docker/build.sh

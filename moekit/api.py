@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moekit import checkpoint as ckpt
-from moekit.arguments import Flag, Whole, check
+from moekit.arguments import Choice, Flag, Whole, check, shown
 from moekit.batches import Batch, text_batches, up_to
+from moekit.domains import evaluate_domains
 from moekit.fairseq_data import Batches, Data, is_data
 from moekit.generation.run import generate, stream
 from moekit.handle import Handle, describe_run, experts_dtype, find_codec, find_dictionary, weights_dtype
@@ -21,8 +22,9 @@ from moekit.interrupts import import_whole
 from moekit.nn.changes import changed
 from moekit.nn.operations import choose_backend
 from moekit.nn.record import Options
+from moekit.profiling import profile
 from moekit.progress import bar as progress_bar
-from moekit.ranks import LentRanks, RankError, Ranks, choose_devices, prepare, ready, start
+from moekit.ranks import LentRanks, RankError, Ranks, RayRanks, choose_devices, prepare, ready, start
 from moekit.routing import trace as tracing
 from moekit.scoring import Evaluation, score_batches, summarize, warm_up
 from moekit.worker import loading
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
 
 SEED = Whole(0)
+RANKS = Choice(("local", "ray"))
 
 
 class Model(Handle):
@@ -42,20 +45,24 @@ class Model(Handle):
 
     stream = stream
 
+    profile = profile
+
     def evaluate(
         self,
-        data: str | Path,
+        data: str | Path | None = None,
         subset: str = "valid",
         tokens_per_sample: int | None = None,
         batch_size: int = 1,
-        capacity_token_fraction: float | str | None = None,
+        capacity_token_fraction: float | str | Iterable[float | str | None] | None = None,
         sample_break_mode: str = "none",
         context_window: int = 0,
         max_batches: int | None = None,
         seed: int = 1,
         progress: bool = True,
         trace: bool | Options = False,
-    ) -> Evaluation:
+        *,
+        domains: str | Path | Mapping[str, str | Path] | None = None,
+    ) -> Evaluation | pd.DataFrame:
         """Score binarised data as ``fairseq_cli.eval_lm --is-moe`` does; the result does not depend on the world size.
 
         Args:
@@ -70,12 +77,22 @@ class Model(Handle):
             seed: of gates that sample their second expert.
             progress: show a bar.
             trace: also record the routing; :class:`moekit.nn.record.Options` say what of it.
+            domains: in place of ``data``, and the result is a table with a row for each domain and capacity, of which there
+                may be several (:func:`moekit.domains.evaluate_domains`).
 
         Raises:
             ValueError: an argument makes no sense, or a file is missing.
             moekit.ranks.RankError: a rank failed.
         """
+        if (data is None) == (domains is None):
+            raise ValueError(f"data={shown(data)}, domains={shown(domains)}: expected one of the two")
         max_batches = check("max_batches", max_batches, Whole(optional=True))
+        if domains is not None:
+            if trace:
+                raise ValueError("trace: a table of domains has none; trace one of their folders")
+            how = Data("demo", subset, tokens_per_sample, batch_size, sample_break_mode, context_window)
+            fractions = capacity_token_fraction
+            return evaluate_domains(self, domains, how, fractions, max_batches, seed, progress)
         asked = Data(data, subset, tokens_per_sample, batch_size, sample_break_mode, context_window)
         fraction, seed = self.capacity(capacity_token_fraction), check("seed", seed, SEED)
         collector = self._collector(trace)
@@ -206,15 +223,16 @@ def load(
     config: Mapping[str, Any] | None = None,
     backend: str = "auto",
     progress: bool = True,
-    ranks: Ranks | None = None,
+    ranks: Ranks | str | None = None,
     verify: bool = True,
+    placement: Mapping[int, Sequence[int]] | None = None,
     experts: str | None = None,
 ) -> Model:
     """Load a checkpoint of fairseq's ``moe`` branch onto ``world_size`` ranks.
 
     Args:
-        checkpoint: a folder, ``model.pt``, ``model-shared.pt``, any ``model-rank-N.pt``, or "demo"; all name the
-            same model (:func:`moekit.checkpoint.find`).
+        checkpoint: a folder, ``model.pt``, ``model-shared.pt``, any ``model-rank-N.pt``; all name the same model
+            (:func:`moekit.checkpoint.find`). "demo" is the model in the repository, "demo-dense" its dense sibling.
         world_size: ranks, each with a share of the experts; any number, whatever the number of files. None: one for
             every GPU, one on the CPU.
         device: "cuda" (one GPU per rank), "cpu", or "auto": GPUs where there are any.
@@ -229,11 +247,15 @@ def load(
         backend: what computes: "triton", "loop" (slow, and plain to see that it is right), "grouped_mm" (the same with
             torch's grouped product for the experts), or "auto": the fastest there is.
         progress: show a bar.
-        ranks: a pool that :func:`moekit.ranks.start` made; world size and device are the pool's. It holds one model at a
-            time: closing the model empties the ranks, and they can load another one. None: ranks of the model's own,
-            which end when it is closed.
+        ranks: "local" for ranks on this machine and "ray" for ranks on the Ray cluster that it belongs to, which end when the
+            model is closed; None: "local". Or a pool that :func:`moekit.ranks.start` or :class:`moekit.ranks.RayRanks` made:
+            world size and device are the pool's. It holds one model at a time: closing the model empties the ranks, and
+            they can load another one.
         verify: compare the checksum of each tensor that is read with the file's, and warn of weights that are not finite.
             The result is remembered until a file changes, so that only the first load takes the time.
+        placement: for each layer with experts, the rank of each expert, such as
+            :func:`moekit.metrics.fitted_placement` finds; as many on each rank as without it. It changes who computes, and
+            no result. None: rank after rank in the order of the experts.
         experts: "int8" or "fp8" (e4m3): the experts' matrices have numbers of one byte and a float32 scale for each row,
             made while they are read; biases and all other weights keep ``dtype``. None: the experts have ``dtype``, too.
 
@@ -248,25 +270,37 @@ def load(
         check("world_size", world_size, Whole(optional=True)),
         check("verify", verify, Flag()),
     )
-    devices = choose_devices(world_size, device) if ranks is None else _devices_of(ranks, world_size, device)
-    world_size = len(devices)
-    if ranks is None and world_size > 1:
-        prepare()
+    if isinstance(ranks, str):
+        ranks = None if check("ranks", ranks, RANKS) == "local" else "ray"
+    devices = None
+    if ranks is None:
+        devices = choose_devices(world_size, device)
+        if len(devices) > 1:
+            prepare()
+    elif ranks != "ray":
+        devices = _devices_of(ranks, world_size, device)
     files = ckpt.find(checkpoint)
     known = find_dictionary(files, dictionary)
     pool = None
-    if ranks is None and world_size > 1 and ready():
+    if ranks is None and len(devices) > 1 and ready():
         # The ranks come up while the headers are read here.
-        pool = start(world_size, devices[0].type, wait=False)
+        pool = start(len(devices), devices[0].type, wait=False)
     try:
         plan = ckpt.survey(files, None if known is None else len(known))
         plan = replace(plan, config=changed(plan.config, {} if config is None else config))
         codec = None if bpe is None else find_codec(files, plan.config, bpe, known)
+        if ranks == "ray":
+            # Only the cluster knows the devices.
+            pool = RayRanks(world_size, device=device)
+            devices = pool.devices
+        world_size = len(devices)
+        plan = replace(plan, slots=ckpt.slots_of(placement, plan.config, world_size))
         kind = weights_dtype(dtype, devices[0], plan)
         own = experts_dtype(experts, files, plan.config)
         backend = choose_backend(backend, devices[0], kind, own)
         if pool is None:
             pool = start(world_size, devices[0].type) if ranks is None else LentRanks(ranks)
+        _check_seen(pool, files)
         model = Model(plan, files, pool, kind, known, codec, experts)
         total = sum(source.bytes * (world_size if source.common else 1) for source in plan.sources)
         with progress_bar("loading", total, "B", show=progress) as bar:
@@ -292,6 +326,21 @@ def _of_a_file(error: RankError, files: ckpt.Files) -> str | None:
     said = str(error.__cause__)
     about = isinstance(error.__cause__, ValueError) and any(said.startswith(str(path)) for path in files.all)
     return said if about else None
+
+
+def _check_seen(pool: Ranks, files: ckpt.Files) -> None:
+    """That every node sees the checkpoint's files under their paths; else a ValueError that names one that does not."""
+    if not any(pool.nodes):
+        return
+    found = dict(pool.call(loading.missing, {path.absolute(): path.stat().st_size for path in files.all}))
+    for node, wrong in found.items():
+        if wrong:
+            of = [rank for rank, name in enumerate(pool.nodes) if name == node]
+            raise ValueError(
+                f"node {node} (ranks {of}) does not see the checkpoint as this machine does: {wrong[0]}"
+                + (f", and {len(wrong) - 1} more files" if wrong[1:] else "")
+                + "; put it where all nodes see it under one path"
+            )
 
 
 def _devices_of(pool: Ranks, world_size: int | None, device: str) -> list[torch.device]:

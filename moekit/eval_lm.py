@@ -4,6 +4,8 @@
         --batch-size 1 --fp16 --output-word-probs --is-moe --distributed-world-size 4 \\
         --model-overrides "{'world_size': 4, 'moe_eval_capacity_token_fraction': 0.05}"
 
+Under a launcher that sets ``RANK``, ``WORLD_SIZE`` and ``MASTER_ADDR``, such as torchrun, its processes are the ranks.
+
 The parser is the released fairseq's, with what the branch adds. Unlike the branch, it logs the words of all ranks, and
 the capacity is the checkpoint's own only if ``--model-overrides`` gives none; None there drops nothing.
 """
@@ -25,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 import moekit
 from moekit import checkpoint
@@ -34,6 +37,8 @@ from moekit.batches import Batch
 from moekit.checkpoint.options import from_fairseq, options_of
 from moekit.handle import check_size, find_dictionary
 from moekit.nn.changes import CHANGEABLE
+from moekit.ranks import Ranks
+from moekit.ranks.joined import JoinedRanks, Launch, attend
 from moekit.scoring import score_batches
 
 # The logger has fairseq's name, since scripts look for it.
@@ -44,7 +49,7 @@ HONOURED = """data path gen_subset sample_break_mode tokens_per_sample add_bos_t
     output_word_stats stats_path no_progress_bar task""".split()
 # What the branch's eval_lm does not heed either, what is always on, and what only says how the same is computed.
 WITHOUT_EFFECT = """all_gather_list_size batch_size_valid bpe broadcast_buffers bucket_cap_mb criterion curriculum
-    data_buffer_size dataset_impl ddp_backend ddp_comm_hook disable_validation distributed_backend distributed_num_procs
+    data_buffer_size dataset_impl ddp_backend ddp_comm_hook device_id disable_validation distributed_backend distributed_num_procs
     distributed_port empty_cache_freq fast_stat_sync find_unused_parameters fix_batches_to_gpus fixed_validation_seed
     fp16_init_scale fp16_no_flatten_grads fp16_scale_tolerance fp16_scale_window heartbeat_timeout log_format
     log_interval log_nvidia_smi lr lr_scheduler max_source_positions max_target_positions max_tokens_valid
@@ -62,7 +67,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     # fairseq logs remarks when it is imported.
     logging.getLogger("fairseq").setLevel(logging.WARNING)
     try:
-        run(parse(argv))
+        launched = Launch.of()
+        args = parse(argv)
+        if launched is not None and _contradicts(args.distributed_world_size, launched):
+            raise ValueError(
+                f"--distributed-world-size {args.distributed_world_size}, and the launcher started {launched.world_size} "
+                "processes: leave the option out"
+            )
+        if launched is None:
+            run(args)
+        elif launched.rank > 0:
+            attend(launched, launched.device(_device(args)))
+        else:
+            with JoinedRanks(launched, launched.device(_device(args))) as pool:
+                run(args, pool)
     except (Exception, KeyboardInterrupt) as error:
         logger.debug("the error in full", exc_info=True)
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -71,6 +89,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"python -m moekit.eval_lm: error: {said}", file=sys.stderr)
         return 1
     return 0
+
+
+def _contradicts(world_size: int, launched: Launch) -> bool:
+    """Whether ``--distributed-world-size`` was given, and not as the launcher has it. fairseq's default counts the GPUs."""
+    return world_size not in (launched.world_size, max(1, torch.cuda.device_count()))
+
+
+def _device(args: Namespace) -> str:
+    return "cpu" if args.cpu else "auto"
 
 
 # --------------------------------------------------------------------------------------------- the command line
@@ -182,8 +209,8 @@ def applied(files: checkpoint.Files, overrides: dict[str, Any]) -> tuple[float |
 # --------------------------------------------------------------------------------------------------- evaluating
 
 
-def run(args: Namespace) -> dict[str, Any]:
-    """Score what ``args`` ask for, and log it as the branch does. Returns its figures."""
+def run(args: Namespace, ranks: Ranks | None = None) -> dict[str, Any]:
+    """Score what ``args`` ask for on ``ranks``, and log it as the branch does. Returns its figures."""
     start = time.perf_counter()
     stats = None if args.stats_path is None else Path(f"{args.stats_path}.json").expanduser()
     if stats is not None and (stats.is_dir() or not os.access(stats.parent, os.W_OK)):
@@ -198,12 +225,13 @@ def run(args: Namespace) -> dict[str, Any]:
     data_order.check_files(args.data, args.gen_subset, own)
     model = moekit.load(
         args.path,
-        args.distributed_world_size,
-        device="cpu" if args.cpu else "auto",
+        args.distributed_world_size if ranks is None else None,
+        device=_device(args),
         dtype="float16" if args.fp16 else "float32",
         dictionary=None if own else data_order.data_folder(args.data),
         config=changed,
         progress=not args.no_progress_bar,
+        ranks=ranks,
     )
     with model:
         parameters = model.parts[0]["parameters"]

@@ -89,7 +89,7 @@ def is_data(what: object) -> bool:
     Raises:
         ValueError: it looks like a path, and nothing is there.
     """
-    if isinstance(what, Path) or (isinstance(what, str) and what == "demo"):
+    if isinstance(what, Path) or paths.of_demo(what, "data") is not None:
         return True
     if not isinstance(what, str) or "\0" in what:
         return False
@@ -231,8 +231,8 @@ def lines(prefix: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def data_folder(data: str | Path) -> Path:
     """The folder that ``data`` names: "demo" is the demo's; of several with colons between, the first."""
-    if isinstance(data, str) and data == "demo":
-        return paths.DEMO_DATA
+    if (demo := paths.of_demo(data, "data")) is not None:
+        return demo
     folder = check("data", data, PathKind())
     first = Path(str(folder).split(os.pathsep)[0])
     if first != folder and folder.is_dir():

@@ -19,7 +19,7 @@ from moekit import checkpoint as ckpt
 from moekit.arguments import Capacity, Choice, check
 from moekit.batches import Batch
 from moekit.data.codec import FILES as CODEC_FILES
-from moekit.data.codec import Codec, Ids
+from moekit.data.codec import Codec, Ids, has_codec, places
 from moekit.data.dictionary import Dictionary
 from moekit.fairseq_data import Batches, Data, open_data
 from moekit.nn import intervene
@@ -89,9 +89,10 @@ class Handle:
 
     def __repr__(self) -> str:
         c = self.config
-        experts = "" if self.experts is None else f" in {self.experts}"
+        kind = "" if self.experts is None else f" in {self.experts}"
+        experts = f"{len(c.moe_layers)} with {c.experts} experts{kind}" if c.moe_layers else "all dense"
         return (
-            f"<moekit model {self.files.shared.parent}: {c.layers} layers, {len(c.moe_layers)} with {c.experts} experts{experts}, "
+            f"<moekit model {self.files.shared.parent}: {c.layers} layers, {experts}, "
             f"{str(self.dtype).removeprefix('torch.')} on {self.world_size} x {self.device}>"
         )
 
@@ -135,8 +136,11 @@ class Handle:
         return ids
 
     def capacity(self, asked: float | str | None) -> float | None:
-        """The capacity fraction that holds when a call asks for ``asked``: an intervention's own replaces it."""
+        """The capacity fraction that holds when a call asks for ``asked``: an intervention's own replaces it. A dense model has
+        none, as nothing in it has a capacity."""
         asked = check("capacity_token_fraction", asked, Capacity())
+        if not self.config.moe_layers:
+            return None
         own = ... if self.intervention is None else self.intervention.capacity_token_fraction
         return asked if own is ... else own
 
@@ -230,10 +234,8 @@ def find_dictionary(files: ckpt.Files, dictionary: str | Path | None) -> Diction
     """
     if dictionary is None:
         path = files.shared.parent
-    elif isinstance(dictionary, str) and dictionary == "demo":
-        path = paths.DEMO_BPE
     else:
-        path = check("dictionary", dictionary, arguments.Path())
+        path = paths.of_demo(dictionary, "bpe") or check("dictionary", dictionary, arguments.Path())
     with arguments.reading(path):
         path = path / "dict.txt" if path.is_dir() else path
         if path.is_file():
@@ -262,16 +264,14 @@ def find_codec(
 def _codec(
     files: ckpt.Files, config: ModelConfig, bpe: str | Path | None, dictionary: Dictionary | None
 ) -> Codec:
-    folder = files.shared.parent
-    places = [folder, folder / "gpt2_bpe", folder.parent / "gpt2_bpe"]
+    folders = places(files.shared.parent)
     if bpe is not None:
-        demo = isinstance(bpe, str) and bpe == "demo"
-        places = [paths.DEMO_BPE if demo else check("bpe", bpe, arguments.Path())]
-    with arguments.reading(places[0]):
-        place = next((p for p in places if all((p / name).is_file() for name in CODEC_FILES)), None)
+        folders = [paths.of_demo(bpe, "bpe") or check("bpe", bpe, arguments.Path())]
+    with arguments.reading(folders[0]):
+        place = next(filter(has_codec, folders), None)
     if place is None:
         raise ValueError(
-            f"text needs {', '.join(CODEC_FILES)}, expected in {' or '.join(map(str, places))}: put them there, or give "
+            f"text needs {', '.join(CODEC_FILES)}, expected in {' or '.join(map(str, folders))}: put them there, or give "
             "load(bpe=...) their folder"
         )
     with arguments.reading(place):

@@ -28,7 +28,7 @@ class Invariance:
 
     Attributes:
         summary: one row per setting: ``batch_size``, ``capacity_token_fraction``, ``loss_base2`` (bits a token), ``dropped``
-            (share of choices not dispatched), and against the same texts alone at the same capacity
+            (share of choices not dispatched; NaN of a dense model), and against the same texts alone at the same capacity
             ``experts_changed``, ``kept_changed`` (shares of tokens x layers), ``mean_abs_delta``, ``max_abs_delta``
             (of the log-probability, nats), ``tokens_changed`` (share of tokens whose log-probability moved by more
             than ``tolerance``).
@@ -71,7 +71,7 @@ def batch_invariance(
                     "batch_size": size,
                     "capacity_token_fraction": math.nan if fraction is None else fraction,
                     "loss_base2": -float(np.nanmean(trace.logprob, dtype=np.float64)) / math.log(2),
-                    "dropped": float((~trace.kept).mean()),
+                    "dropped": float((~trace.kept).mean()) if trace.layers else math.nan,
                     "experts_changed": float(change.layers["experts_changed"].mean()),
                     "kept_changed": float(change.layers["kept_changed"].mean()),
                     "mean_abs_delta": float(moved.mean()),

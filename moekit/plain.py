@@ -10,6 +10,7 @@ It computes on the plain path, which is slow, learns, and is what all others are
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from moekit import checkpoint as ckpt
 from moekit.arguments import Choice, check
+from moekit.nn.noise import from_torch
 from moekit.nn.passes import Pass
 from moekit.nn.transformer import Transformer
 
@@ -55,11 +57,15 @@ class LanguageModel(Transformer):
 
         Args:
             tokens: [B, T] int64 dictionary ids.
-            asked: capacity, padding, a record of the routing, see :class:`~moekit.nn.passes.Pass`.
+            asked: capacity, padding, a record of the routing, see :class:`~moekit.nn.passes.Pass`. Gates that draw their
+                second expert draw from torch's generator, unless it says otherwise.
 
         Returns:
             [B, T, V]
         """
+        asked = asked or Pass()
+        if asked.noise is None:
+            asked = replace(asked, noise=from_torch)
         return self.logits(super().forward(tokens, asked))
 
 

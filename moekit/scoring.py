@@ -173,6 +173,7 @@ def score_batches(
     seed: int,
     progress: bool,
     trace: tracing.Collector | None = None,
+    loads: dict[int, tuple[int, np.ndarray]] | None = None,
 ) -> dict:
     """Score batches on all ranks: batch index -> float32 [B, T] log-probabilities of its targets.
 
@@ -180,6 +181,8 @@ def score_batches(
 
     Args:
         fraction: the capacity in effect (:meth:`moekit.handle.Handle.capacity`).
+        loads: gets, for each batch's index, the choices of the fullest expert of any layer, and [B, T] how many choices of
+            each token were not dispatched; None counts nothing. Without ``trace``.
     """
     # The table of the scores needs pandas.
     import_whole("pandas")
@@ -206,12 +209,17 @@ def score_batches(
                 seed=seed,
                 trace=None if trace is None else trace.options,
                 intervention=model.intervention,
+                loads=loads is not None,
                 on_report=lambda rank, tokens: bar.update(tokens),
             )
             for pairs, parts in found:
                 scores.update(pairs)
                 if trace is not None:
                     trace.add(parts)
+                elif loads is not None:
+                    for part in parts:
+                        counts = zip(part["fullest"].tolist(), part["undispatched"], strict=True)
+                        loads.update(zip(part["batch"].tolist(), counts, strict=True))
     if said := not_finite(model, batches, scores, fraction=fraction, vocab=vocab, seed=seed):
         warnings.warn(said, RuntimeWarning, stacklevel=3)
     return scores

@@ -8,15 +8,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from synthetic_traces import synthetic
 
 import moekit
 from moekit.bench import __main__ as bench
-from moekit.bench import decode, figures, load, measure, moe_layer, score, shapes
+from moekit.bench import decode, figures, load, measure, moe_layer, network, score, shapes
 from moekit.bench import setting as settings
 from moekit.bench.figures import Figure
 from moekit.bench.measure import Ceilings
 from moekit.bench.setting import Setting
 from moekit.nn import transformer
+from moekit.nn.cost import flop_per_token
 from moekit.ranks import Rank
 
 CPU = torch.device("cpu")
@@ -43,6 +45,7 @@ def run(tmp_path, *arguments: str) -> dict[str, list[dict]]:
 def test_the_released_shapes_weigh_what_the_released_files_do():
     assert shapes.parameters(shapes.SHAPES["15b"]) == pytest.approx(14.6e9, rel=1e-3)
     assert shapes.parameters(shapes.SHAPES["52b"]) == pytest.approx(51.8e9, rel=1e-2)
+    assert shapes.parameters(shapes.SHAPES["dense-1.3b"]) == pytest.approx(1.31e9, rel=1e-2)
     assert setting("15b", dtype="float16").rank_bytes() / 2**30 == pytest.approx(27.2, abs=0.1)
 
 
@@ -50,8 +53,11 @@ def test_costs_of_a_model_that_can_be_counted_by_hand():
     config = replace(TINY, layers=2, dim=4, ffn_dim=6, experts=3, vocab_rows=10, input_dim=4, output_dim=4)
     assert shapes.expert_parameters(config) == 4 * 6 + 6 + 6 * 4 + 4
     # Projections 4 * 16 a layer and (1 + 3) / 2 * 2 * 4 for attention, 48 dense, 2 experts of 48, gate 12, output 40.
-    assert shapes.flop_per_token(config, 3) == 2 * (2 * (64 + 16) + 48 + 96 + 12 + 40)
-    assert shapes.flop_per_token(replace(config, gate="top1"), 3) == 2 * (2 * (64 + 16) + 48 + 48 + 12 + 40)
+    assert flop_per_token(config, 3) == 2 * (2 * (64 + 16) + 48 + 96 + 12 + 40)
+    assert flop_per_token(replace(config, gate="top1"), 3) == 2 * (2 * (64 + 16) + 48 + 48 + 12 + 40)
+    # Both layers are dense, one of them 10 wide; bridges of 5 and 8 columns, and the output matrix has 8 of them.
+    dense = replace(config, alternate_ffn_dim=10, input_dim=5, output_dim=8, share_output=False)
+    assert flop_per_token(dense, 3) == 2 * (2 * (64 + 16) + 48 + 80 + 20 + 32 + 80)
 
 
 def test_an_expert_of_one_byte_has_a_scale_a_row():
@@ -185,6 +191,18 @@ def test_score(tmp_path, capsys):
     assert "score, 3 x 256 tokens a call" in shown and "16 of 16 experts" in shown
 
 
+def test_questions(tmp_path):
+    rows = run(
+        tmp_path, "questions", "--shape", "tiny", "--device", "cpu", "--choices", "3", "--repeats", "1"
+    )
+    whole, alone, shared = rows["questions"]
+    assert whole["work"] == "evaluate, whole blocks" and shared["work"].startswith("questions, 3 endings")
+    # The goal is in the same run: the rate on blocks of as many tokens.
+    for row in (alone, shared):
+        assert row["goal"] == pytest.approx(0.8 * whole["figure"], rel=0.01)
+        assert row["met"] == (row["figure"] >= row["goal"])
+
+
 def test_decode(tmp_path):
     rows = run(tmp_path, "decode", "--shape", "tiny", "--device", "cpu", "--batches", "1,3", "--repeats", "2")
     found = {row["work"]: row for row in rows["decode"]}
@@ -192,6 +210,20 @@ def test_decode(tmp_path):
     assert "2.0 of 16 experts a layer" in found["decode, batch 1"]["note"]
     assert found["decode, batch 3"]["unit"] == found["generate, batch 3"]["unit"] == "tokens/s"
     assert all(row["figure"] > 0 for row in rows["decode"])
+
+
+@pytest.mark.parametrize("bench_name", ["score", "decode"])
+def test_a_dense_shape(tmp_path, bench_name):
+    size = ["--blocks", "1"] if bench_name == "score" else ["--batches", "1,2"]
+    rows = run(tmp_path, bench_name, "--shape", "dense-tiny", "--device", "cpu", "--repeats", "1", *size)
+    rows = rows[bench_name][3:]
+    assert rows and all(row["figure"] > 0 and row["limit"] > 0 for row in rows)
+    assert "no experts" in rows[0]["note"]
+
+
+def test_a_dense_shape_has_no_layer_to_time(tmp_path):
+    (row,) = run(tmp_path, "moe-layer", "--shape", "dense-tiny", "--device", "cpu")["moe-layer"]
+    assert row["figure"] is None and row["note"] == "the model is dense, it has no layer with experts"
 
 
 def test_load_writes_its_files_unless_they_are_there(tmp_path):
@@ -204,6 +236,8 @@ def test_load_writes_its_files_unless_they_are_there(tmp_path):
         "of that, all headers",
     ]
     assert "in 5 files" in rows[3]["note"]
+    dense = ["load", "--shape", "dense-tiny", "--device", "cpu", "--folder", str(tmp_path / "dense")]
+    assert "in 1 files" in run(tmp_path, *dense)["load"][3]["note"]
     written = {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
     run(tmp_path, *arguments)
     assert {p.name: p.stat().st_mtime_ns for p in folder.iterdir()} == written
@@ -234,7 +268,7 @@ def test_what_is_loaded_in_one_byte_is_checked_too(tmp_path):
 
 def test_what_does_not_fit_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(settings, "host_memory", lambda what: 10 << 20)
-    for name in ("score", "decode"):
+    for name in ("score", "decode", "padded"):
         (row,) = run(tmp_path, name, "--shape", "15b", "--device", "cpu")[name]
         assert row["figure"] is None and row["note"].startswith("does not fit: 54.4 GiB of weights, 0.0 GiB")
     monkeypatch.setattr(load.shutil, "disk_usage", lambda path: type("", (), {"free": 1 << 30}))
@@ -347,10 +381,51 @@ def test_two_ranks(tmp_path):
     assert rows[3]["work"] == "decode, batch 2 on each of 2 ranks"
     rows = run(tmp_path, "load", *arguments)["load"]
     assert rows[3]["figure"] > 0
+    rows = run(tmp_path, "score", *arguments, "--shape", "dense-tiny", "--blocks", "1")["score"]
+    assert [row["work"] for row in rows[4:]] == ["evaluate, 4 blocks", "2 ranks against one, best of each"]
 
 
 @pytest.mark.slow
 def test_all_at_once(tmp_path):
     found = run(tmp_path, "all", "--shape", "tiny", "--device", "cpu", "--repeats", "1")
-    assert list(found) == ["score", "decode", "load", "moe-layer", "data", "routing"]
+    models = ["score", "questions", "decode", "load", "moe-layer", "padded"]
+    assert list(found) == [*models, "data", "routing", "network"]
     assert all(found.values())
+
+
+def test_what_crosses_between_machines_by_hand():
+    """Four ranks on two machines, one expert a rank; experts 0 and 1 are on the first machine."""
+    trace, _ = synthetic(tokens=4, layers=(1,), experts=4, block=1)
+    trace = replace(
+        trace,
+        # A sample for each rank: ranks 0 and 1 are on the first machine.
+        sample=np.arange(4, dtype=np.int32),
+        experts=np.array([[[0, 1]], [[2, 3]], [[1, 2]], [[0, 1]]], dtype=np.int16),
+        kept=np.array([[[True, True]], [[True, True]], [[True, False]], [[True, True]]]),
+    )
+    flat, hierarchical, busiest = network.counted(trace, network.Cluster(4, 2))
+    # Choices on the other machine: none, both, the first (the second one was dropped), both; each token goes there once.
+    assert flat == (0 + 2 + 1 + 2) / 4 and hierarchical == (0 + 1 + 1 + 1) / 4
+    # Two rows come to the first machine and one to the second.
+    assert busiest == pytest.approx(2 / 1.5)
+
+
+def test_the_formula_is_what_equally_likely_experts_give():
+    cluster, rng = network.Cluster(16, 2), np.random.default_rng(0)
+    trace, _ = synthetic(tokens=6400, layers=(1, 3), experts=32, block=4)
+    experts = np.stack(
+        [rng.permuted(np.tile(np.arange(32), (6400, 1)), axis=1)[:, :2] for _ in range(2)], axis=1
+    )
+    trace = replace(trace, experts=experts.astype(np.int16), kept=np.ones_like(experts, dtype=bool))
+    flat, hierarchical, _ = network.counted(trace, cluster)
+    assert (flat, hierarchical) == pytest.approx(network.expected(cluster, 32, 2), rel=0.01)
+
+
+def test_a_trace_of_one_machine_or_of_ranks_that_do_not_fit_is_refused(capsys):
+    for arguments, said in (
+        (["--ranks", "8"], "share one machine"),
+        (["--ranks", "9"], "9 ranks are no multiple of 8 a machine"),
+    ):
+        with pytest.raises(SystemExit):
+            bench.main(["network", *arguments])
+        assert said in capsys.readouterr().err

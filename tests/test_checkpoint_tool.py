@@ -392,7 +392,7 @@ def test_numbers_of_all_types_come_back(tmp_path):
         "scalar": torch.tensor(2.5),
     }
     with open(tmp_path / "x.safetensors", "wb") as file:
-        safetensors.write(file, wanted, {"cfg": None}, lambda data: 0)
+        safetensors.write(file, wanted, {"cfg": None}, lambda contents: [0 for _ in contents])
     found = checkpoint.read(tmp_path / "x.safetensors")["model"]
     for key, tensor in wanted.items():
         assert found[key].dtype == tensor.dtype and found[key].shape == tensor.shape

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -15,10 +16,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from branch_cases import BASE
 from data_server import Page, Server
 
+import moekit
+from moekit.checkpoint import export
 from moekit.data import Binarised, DownloadError, prepare, preparing, settings, sources
 from moekit.data.lock import locked
+from moekit.nn.transformer import Transformer
 from moekit.notebook import data_plots as plots
 from moekit.paths import DEMO_BPE as DEMO
 
@@ -194,6 +200,23 @@ def test_wikitext_from_a_mirror_and_again_without_it(tmp_path):
     second, said = run(tmp_path, source="wikitext-103", mirrors=["http://127.0.0.1:9/gone"])
     assert second.done == [] and said[-1].startswith("Nothing to do")
     no_halves(tmp_path)
+
+
+def test_a_dense_checkpoint_is_fetched_and_verified(tmp_path, reference):
+    """An archive of one file and the dictionary, as those of the release."""
+    model = Transformer(replace(BASE, moe_freq=0, experts=0)).requires_grad_(False)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    export.save(model, tmp_path / "en_dense_lm_1_3b")
+    shutil.copy(reference / "data-bin" / "dict.txt", tmp_path / "en_dense_lm_1_3b")
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w:gz") as file:
+        file.add(tmp_path / "en_dense_lm_1_3b", "en_dense_lm_1_3b")
+    with Server(pages(**{"/models/lm/en_dense_lm_1_3b.tar.gz": Page(archive.getvalue())})) as server:
+        found, _ = run(tmp_path, checkpoint="en_dense_lm_1_3b", mirrors=[server.url("")])
+    assert found.files_table()["file"].tolist() == ["model.pt"]
+    with moekit.load(found.checkpoint, 1, "cpu", progress=False) as model:
+        assert model.config.moe_layers == [] and len(model.dictionary) == 200
 
 
 def test_a_checkpoint_is_fetched_unpacked_and_verified(tmp_path, reference):

@@ -9,8 +9,10 @@ import torch
 
 import moekit
 from moekit import demo
-from moekit.demo.train import demo_config, initialize, train
+from moekit.demo.train import BLOCK, demo_config, dense_config, initialize, train
+from moekit.nn.cost import flop_per_token
 from moekit.nn.transformer import Transformer
+from moekit.notebook import sparse_dense
 from moekit.routing.domains import domains_of
 
 FOLDER = Path(demo.__file__).parent
@@ -85,8 +87,52 @@ def test_training_makes_a_checkpoint_that_loads(tmp_path):
     for split in ("train", "valid"):
         np.save(data / f"{split}.npy", rng.integers(4, 60, 600).astype(np.uint16))
     (data / "meta.json").write_text(json.dumps({"vocabulary": 60}))
-    train(data, tmp_path / "model", steps=2, batch=2, rate=1e-3, device="cpu", seed=1)
+    how = {"steps": 2, "batch": 2, "rate": 1e-3, "device": "cpu", "seed": 1}
+    train(data, tmp_path / "model", **how)
     with moekit.load(tmp_path / "model", 1, "cpu", progress=False) as made:
         assert made.config.experts == 16
         assert len(made.files.ranks) == 8
         assert made.config.vocab_rows == 60
+    train(data, tmp_path / "dense", **how, kind="dense")
+    assert [path.name for path in (tmp_path / "dense").iterdir()] == ["model.pt"]
+    with moekit.load(tmp_path / "dense", 1, "cpu", progress=False) as made:
+        assert made.config == dense_config(60)
+
+
+def test_the_dense_sibling_takes_as_many_operations():
+    """A token's, of blocks of any length, and so the training's, which reads the same blocks."""
+    sparse, dense = demo_config(8192), dense_config(8192)
+    assert not dense.moe_layers and dense.ffn_dim == 772
+    for length in (1, 64, BLOCK):
+        assert flop_per_token(sparse, length) == flop_per_token(dense, length)
+
+
+@pytest.fixture(scope="module")
+def dense():
+    with moekit.load("demo-dense", 1, "cpu", progress=False) as dense:
+        yield dense
+
+
+@pytest.mark.parametrize("subset", ["valid", "test"])
+def test_the_dense_sibling_has_learnt(dense, subset):
+    facts = META["splits"][subset]["total"]
+    result = dense.evaluate("demo", subset, progress=False)
+    assert dense.config == dense_config(META["vocabulary"]) and result.ntokens == facts["tokens"]
+    bits_a_byte = result.loss_base2 * result.ntokens / facts["bytes"]
+    assert bits_a_byte < 0.65 * facts["unigram_tokens_bits_per_byte"]
+
+
+def test_the_page_has_the_figures_of_both(model, dense):
+    """Each row of the page's table, from traces of both models."""
+    traces = [one.trace("demo", progress=False) for one in (model, dense)]
+    table = sparse_dense.by_domain(*traces, domains_of(traces[0]))
+    rows = [
+        f"| {row.domain} | {row.sparse:.2f} | {row.dense:.2f} "
+        f"| {row.perplexity_ratio:.2f} ({2**-row.high:.2f} to {2**-row.low:.2f}) |"
+        for row in table.itertuples()
+    ]
+    page = (FOLDER / "README.md").read_text()
+    assert "\n".join(rows) + "\n" in page, "\n".join(rows)
+    costs = sparse_dense.costs({"sparse": model, "dense": dense})
+    assert costs["flop"].nunique() == 1 and f"({costs['flop'].iloc[0] / 1e6:.3g} million" in page
+    assert f"took {3 * costs['flop'].iloc[0] * 6000 * 64 * BLOCK:.3g} operations".replace("e+", "e") in page

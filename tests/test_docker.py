@@ -26,6 +26,8 @@ SCRIPTS = sorted((ROOT / "docker").glob("*.sh")) + [
     ROOT / "tests" / "docker" / "ci.sh",
     ROOT / "tests" / "docker" / "offline_docker",
 ]
+CLUSTER_SCRIPTS = [ROOT / "docker" / "cluster" / name for name in ("slurm.sbatch", "eval_lm.sbatch")]
+SCRIPTS += CLUSTER_SCRIPTS
 COMPOSE = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())
 DOCKER = os.environ.get("DOCKER", "docker")
 IMAGE = os.environ.get("MOEKIT_TEST_IMAGE")
@@ -50,7 +52,7 @@ def run(*command, check=True, timeout=300, **kwargs) -> subprocess.CompletedProc
 
 def test_linters_find_nothing():
     tools = Path(sys.executable).parent
-    assert run(tools / "hadolint", DOCKERFILE).stdout == ""
+    assert run(tools / "hadolint", DOCKERFILE, ROOT / "docker" / "cluster" / "Dockerfile").stdout == ""
     assert run(tools / "shellcheck", "--external-sources", "--source-path=SCRIPTDIR", *SCRIPTS).stdout == ""
 
 
@@ -71,6 +73,75 @@ def test_build_context_holds_what_the_dockerfile_copies_and_no_more():
         used |= set(re.findall(r"type=bind,source=([^,\s]+)", line))
     assert {name for name in used if not any((name + "/").startswith(a + "/") for a in allowed)} == set()
     assert {a for a in allowed if not any((name + "/").startswith(a + "/") for name in used)} == set()
+
+
+def test_the_cluster_of_containers_publishes_nothing_but_jupyterlab_and_asks_for_a_token():
+    cluster = yaml.safe_load((ROOT / "docker" / "compose.cluster.yaml").read_text())
+    head, worker = cluster["services"]["head"], cluster["services"]["worker"]
+    assert worker["deploy"]["replicas"] == 2
+    assert head["ports"] == ["127.0.0.1:${MOEKIT_PORT:-8888}:8888"] and "ports" not in worker
+    assert cluster["networks"]["nodes"]["internal"] and worker["networks"] == ["nodes"]
+    for service in (head, worker):
+        assert service["environment"]["RAY_AUTH_MODE"] == "token"
+        assert service["environment"]["RAY_AUTH_TOKEN_PATH"] == "/run/secrets/ray_token"
+        assert service["secrets"] == ["ray_token"]
+    # All nodes see the same files.
+    assert head["volumes"] == worker["volumes"] == COMPOSE["services"]["cpu"]["volumes"]
+    assert_ray_options(
+        "ray start " + re.search(r"ray start (.*?) &&", " ".join(head["command"][2].split()))[1]
+    )
+    assert_ray_options(worker["command"])
+
+
+def assert_ray_options(command: str) -> None:
+    """That the installed Ray knows every option of a ``ray start``."""
+    from ray.scripts.scripts import start
+
+    known = {name for option in start.params for name in option.opts}
+    options = re.findall(r"--[a-z-]+", command)
+    assert options and set(options) <= known, set(options) - known
+
+
+def test_the_manifest_for_kubernetes_is_one_of_kuberay():
+    ray, policy = yaml.safe_load_all((ROOT / "docker" / "cluster" / "kuberay.yaml").read_text())
+    assert (ray["apiVersion"], ray["kind"]) == ("ray.io/v1", "RayCluster")
+    version = re.search(r'"ray\[default\]==(\S+)"', (ROOT / "pyproject.toml").read_text())[1]
+    assert ray["spec"]["rayVersion"] == version
+    groups = [ray["spec"]["headGroupSpec"], *ray["spec"]["workerGroupSpecs"]]
+    mounts = []
+    for group in groups:
+        (container,) = group["template"]["spec"]["containers"]
+        secret = next(entry for entry in container["env"] if entry["name"] == "RAY_AUTH_TOKEN")["valueFrom"]
+        assert secret["secretKeyRef"]["name"] == "moekit-ray-token"
+        assert {"name": "RAY_AUTH_MODE", "value": "token"} in container["env"]
+        mounts.append(container["volumeMounts"])
+        volumes = {volume["name"] for volume in group["template"]["spec"]["volumes"]}
+        assert {mount["name"] for mount in container["volumeMounts"]} == volumes
+        assert_ray_options(
+            "ray start " + " ".join(f"--{name}" for name in group["rayStartParams"]) + " --block"
+        )
+    assert mounts[0] == mounts[1], "all pods see the same files"
+    limits = ray["spec"]["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert int(limits["nvidia.com/gpu"]) == 8
+    assert policy["spec"]["podSelector"] == {"matchLabels": {"ray.io/cluster": ray["metadata"]["name"]}}
+
+
+def test_the_scripts_for_slurm_say_what_sbatch_and_ray_understand():
+    known = set(
+        "job-name nodes ntasks-per-node gpus-per-node cpus-per-task exclusive time distribution".split()
+    )
+    for script in CLUSTER_SCRIPTS:
+        text = script.read_text()
+        asked = re.findall(r"^#SBATCH --([a-z-]+)", text, re.M)
+        assert {"nodes", "ntasks-per-node", "time"} <= set(asked) <= known
+        for command in re.findall(r"\b(ray start .*?)(?:\n|$)", text):
+            assert_ray_options(command)
+    ray, plain = (script.read_text() for script in CLUSTER_SCRIPTS)
+    assert "-p ranks ray" in ray and "RAY_AUTH_MODE=token" in ray
+    # What eval_lm reads of a launcher.
+    assert {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= set(
+        re.findall(r"\b([A-Z_]+)=", plain)
+    )
 
 
 def test_compose_reserves_gpus_and_stays_on_this_machine():

@@ -5,6 +5,7 @@ import logging
 import math
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -168,6 +169,59 @@ def test_several_ranks_say_the_same(command):
         m.split(" [")[0] for m in two if WORDS.match(m)
     ]
     assert one[-1] == two[-1]
+
+
+@pytest.mark.slow
+def test_a_launchers_processes_are_the_ranks(reference, tmp_path):
+    """torchrun on this machine; --standalone chooses a free port."""
+    arguments = f"{reference / 'data-bin'} --path {reference / 'checkpoint' / 'model.pt'} --gen-subset valid --is-moe --cpu"
+    arguments += " --sample-break-mode none --tokens-per-sample 64 --batch-size 2 --no-progress-bar --max-valid-steps 2"
+    figures = {}
+    for name, launcher in {
+        "alone": ["-m"],
+        "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"],
+    }.items():
+        size = ["--distributed-world-size", "2"] if name == "alone" else []
+        command = [
+            *launcher,
+            "moekit.eval_lm",
+            *arguments.split(),
+            *size,
+            "--stats-path",
+            str(tmp_path / name),
+        ]
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("Loss (base 2)") == 1, "rank 0 alone tells"
+        figures[name] = json.loads((tmp_path / f"{name}.json").read_text())["valid"]
+    same = ("loss", "perplexity", "ntok_total")
+    assert [figures["torchrun"][key] for key in same] == [figures["alone"][key] for key in same]
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"RANK": "one", "WORLD_SIZE": "2"}, "RANK='one' in the environment"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 in the environment: expected less than WORLD_SIZE=2"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR is missing"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"},
+            "--distributed-world-size 3",
+        ),
+    ],
+)
+def test_what_a_launcher_gets_wrong_is_said(command, capsys, monkeypatch, environment, said):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    status, _ = command("--is-moe", "--distributed-world-size", "3")
+    error = capsys.readouterr().err.strip()
+    assert status == 1 and said in error and len(error.splitlines()) == 1
+
+
+def test_one_process_of_a_launcher_is_no_other_than_none(command, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert command("--is-moe", "--max-valid-steps", "0")[0] == 0
 
 
 @pytest.mark.parametrize(

@@ -447,7 +447,8 @@ def test_a_pool_made_apart_holds_one_model_at_a_time(reference):
     [
         ({"world_size": 2}, "world_size is 2, and ranks has 1"),
         ({"device": "cuda"}, "device is 'cuda', and ranks is on cpu"),
-        ({"ranks": "ray"}, "ranks is 'ray': expected a pool"),
+        ({"ranks": "here"}, "ranks='here': expected one of local, ray"),
+        ({"ranks": [1]}, r"ranks is \[1\]: expected a pool"),
     ],
 )
 def test_arguments_that_contradict_the_pool_are_refused(options, said):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -398,7 +399,7 @@ def test_attention_of_one_token(few_programs, dim, dtype, monkeypatch):
         assert kv[:, b, :, length].equal(qkv[b, 1:]), "the new key and value are kept"
 
 
-@pytest.mark.parametrize("name", ["before_dropping", "odd_dim", "learned_positions"])
+@pytest.mark.parametrize("name", ["before_dropping", "odd_dim", "learned_positions", "alternate_ffn"])
 def test_the_fast_model_reads_on_as_the_slow_one(name, tmp_path):
     model = load(name, tmp_path)
     tokens = torch.randint(4, 190, (3, 9), generator=torch.Generator().manual_seed(7)).to(DEVICE)
@@ -490,14 +491,16 @@ def few_against_slow(model: Transformer, sequences: int, tolerance: float) -> No
         assert (slow.float() - fast.float()).norm() < tolerance * slow.float().norm()
 
 
-def test_who_is_too_many_or_normalised_afterwards_takes_the_general_path():
+def test_who_is_too_many_too_wide_or_normalised_afterwards_takes_the_general_path():
     with torch.device("meta"):
         pre, post = (Transformer(CASES[name].config) for name in ("relu", "post_norm"))
-    assert (
-        short_step.fits(pre, short_step.FEW)
-        and not short_step.fits(pre, short_step.FEW + 1)
-        and not short_step.fits(post, 1)
-    )
+    assert short_step.fits(pre, 4) and not short_step.fits(pre, 5) and not short_step.fits(post, 1)
+    with torch.device("meta"):
+        wide, wider = (
+            Transformer(replace(CASES["relu"].config, layers=1, dim=dim, input_dim=dim, output_dim=dim))
+            for dim in (2048, 2560)
+        )
+    assert short_step.fits(wide, 1) and not short_step.fits(wide, 2) and not short_step.fits(wider, 1)
 
 
 GATES = [
@@ -511,7 +514,7 @@ GATES = [
 
 
 @pytest.mark.parametrize(
-    "name", [*GATES, "twelve_experts", "odd_dim", "relu", "gelu_accurate", "tanh", "linear"]
+    "name", [*GATES, "twelve_experts", "odd_dim", "relu", "gelu_accurate", "tanh", "linear", "alternate_ffn"]
 )
 @pytest.mark.parametrize("fraction", [None, 0.05, -1.0])
 def test_the_fast_model_is_the_slow_one(name, fraction, tmp_path):
@@ -541,7 +544,7 @@ def fast_against_slow(model: Transformer, fraction: float | None) -> None:
             found[backend] = model.logits(features), routings
     slow, fast = (found[backend][0] for backend in ("loop", "triton"))
     assert (slow - fast).norm() / slow.norm() < 1e-5
-    assert found["loop"][1].keys() == found["triton"][1].keys() != set()
+    assert found["loop"][1].keys() == found["triton"][1].keys() == set(model.config.moe_layers)
     for layer, slow in found["loop"][1].items():
         fast = found["triton"][1][layer]
         assert slow.experts.equal(fast.experts) and slow.kept.equal(fast.kept)
@@ -553,7 +556,7 @@ class NotLaunched:
         return lambda *args, **options: None
 
 
-@pytest.mark.parametrize("name", [*GATES, "post_norm", "learned_positions"])
+@pytest.mark.parametrize("name", [*GATES, "post_norm", "learned_positions", "alternate_ffn"])
 def test_no_pass_asks_the_device_for_a_number(name, monkeypatch):
     """On a device that has no numbers. The kernels themselves run on the device and are not launched."""
     for kernel in (
@@ -583,8 +586,9 @@ def test_no_pass_asks_the_device_for_a_number(name, monkeypatch):
         if short_step.fits(model, 1):
             assert best(short_step.read_on(model, tokens[0, :1], cache, 190))[0].shape == (1,)
         assert model(tokens, Pass(0.05, groups=2, padding=tokens == PAD)).shape == (4, 16, 32)
-        with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
-            model.use("loop")(tokens)
+        if model.config.moe_layers:
+            with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+                model.use("loop")(tokens)
 
 
 on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
@@ -621,6 +625,16 @@ def test_a_graph_scores_what_single_kernels_do(reference, monkeypatch):
     for one, other in zip(found, single, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
     assert len({tuple(one) for one in found}) == len(texts)
+
+
+@pytest.mark.parametrize("dense", [True, False])
+def test_a_dense_model_is_captured_whatever_gate_its_config_names(dense):
+    """Of a training without experts the config may still say that the second expert is drawn."""
+    config = replace(BASE, second_expert="sampling", **({"moe_freq": 0, "experts": 0} if dense else {}))
+    seen = SimpleNamespace(
+        config=config, backend="triton", embed=SimpleNamespace(weight=SimpleNamespace(is_cuda=True))
+    )
+    assert graph.fits(seen, Pass()) == dense
 
 
 def test_what_comes_again_is_captured_once(monkeypatch):
@@ -734,6 +748,24 @@ def test_ranks_that_compute_with_kernels(reference):
     assert found["loop"][1] == found["triton"][1]
 
 
+def test_ranks_that_compute_a_dense_model_with_kernels(tmp_path):
+    """Each of two ranks has the whole model, and exchanges nothing with the other."""
+    if torch.cuda.device_count() == 1:
+        pytest.skip("two ranks need two GPUs, or none and Triton's interpreter")
+    build("alternate_ffn", tmp_path)
+    generator = torch.Generator().manual_seed(3)
+    texts = [torch.randint(4, 190, (n,), generator=generator).tolist() for n in (9, 4, 9, 1, 12)]
+    found = {}
+    for world_size, backend in ((1, "loop"), (2, "triton")):
+        device = "auto" if DEVICE == "cuda" else "cpu"
+        how = {"backend": backend, "progress": False}
+        with moekit.load(tmp_path, world_size, device, "float32", **how) as model:
+            written = model.generate(texts[:3], max_new_tokens=4, progress=False)
+            found[backend] = model.score(texts, batch_size=2)["logprob"], [one.ids for one in written]
+    np.testing.assert_allclose(found["loop"][0], found["triton"][0], atol=1e-4)
+    assert found["loop"][1] == found["triton"][1]
+
+
 def test_they_compile_for_all_gpus_since_turing(tmp_path):
     """No GPU is needed for that. Large tiles have to become the matrix instructions of Hopper and of Blackwell."""
     env = {k: v for k, v in os.environ.items() if k != INTERPRET} | {"TRITON_CACHE_DIR": str(tmp_path)}
@@ -816,3 +848,38 @@ def load(name, folder, kind: torch.dtype | None = None) -> Transformer:
     model = transformer.empty(plan.config, torch.device(DEVICE), kind=kind)
     checkpoint.fill(model, plan, range(plan.config.experts))
     return model.requires_grad_(False)
+
+
+def test_a_model_of_transformers_computes_with_the_kernels():
+    """Padding in front, a cache that is not moekit's, a gate's logits: as on the plain path."""
+    pytest.importorskip("transformers")
+    from moekit.hf import FairseqMoeConfig, FairseqMoeForCausalLM
+
+    torch.manual_seed(0)
+    config = FairseqMoeConfig(
+        num_hidden_layers=2,
+        hidden_size=32,
+        intermediate_size=48,
+        num_attention_heads=4,
+        vocab_size=60,
+        num_experts=8,
+        initializer_range=0.3,
+        eos_token_id=None,
+    )
+    model = FairseqMoeForCausalLM(config).to(DEVICE).eval()
+    tokens = torch.tensor([[1, 1, 2, 5, 6, 7], [2, 8, 9, 10, 11, 12]], device=DEVICE)
+    mask = (tokens != 1).long()
+    found = {}
+    for backend in ("loop", "triton"):
+        model.model.backend = backend
+        with torch.no_grad():
+            one = model(tokens, attention_mask=mask, output_router_logits=True)
+        made = model.generate(tokens, attention_mask=mask, max_new_tokens=3, do_sample=False)
+        assert model.model.decoder.backend == backend
+        found[backend] = one.logits[mask == 1], one.aux_loss, made
+    for expected, other in zip(*found.values(), strict=True):
+        torch.testing.assert_close(other, expected, rtol=1e-4, atol=1e-4)
+    loss = model(tokens, attention_mask=mask, labels=tokens).loss
+    loss.backward()
+    assert model.model.decoder.backend == "loop"
+    assert all(parameter.grad is not None for parameter in model.parameters())

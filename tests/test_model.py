@@ -319,11 +319,11 @@ def test_tables_of_positions_are_as_long_as_a_pass_needs_and_stay_where_they_are
     whole = sinusoids(5000, 8, torch.device("cpu"))
     before = []
     for length in (3, 100, 62, 4000):
-        found = positions(torch.zeros(1, length, dtype=torch.long), Pass())
+        found = positions(length, torch.device("cpu"), Pass())
         assert found.equal(whole[2 : 2 + length])
         before.append((found, found.data_ptr()))
     assert sorted(rows for rows, _ in positions.tables) == [8, 64, 128, 4096]
-    assert [(positions(torch.zeros(1, len(f), dtype=torch.long), Pass()).data_ptr()) for f, _ in before] == [
+    assert [positions(len(f), torch.device("cpu"), Pass()).data_ptr() for f, _ in before] == [
         place for _, place in before
     ]
     with pytest.raises(ValueError, match="dim 3 are not defined; expected a dim of 4 or more"):

@@ -1,5 +1,6 @@
 """The notebooks, run headless as a user does."""
 
+import gzip
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from nbclient import NotebookClient
 from test_project import ROOT
 
 import moekit
+from moekit.profiling import Profile
 
 pytestmark = pytest.mark.slow
 
@@ -56,6 +58,23 @@ def test_run_inference_on_four_ranks_equals_one(elsewhere):
     assert {"loss_by_position.png", "passage.png"} <= {p.name for p in (elsewhere / "results").iterdir()}
 
 
+def test_a_dense_model_is_a_checkpoint_like_any_other(elsewhere):
+    execute("load_shards", elsewhere, checkpoint="demo-dense", world_size=2, output_dir="results")
+    shares = pd.read_csv(elsewhere / "results" / "shares.csv")
+    assert shares["files"].tolist() == ["model.pt"] * 2 and shares["experts a layer"].tolist() == ["none"] * 2
+    how = {"max_batches": 2, "max_new_tokens": 3, "output_dir": "scored"}
+    execute("run_inference", elsewhere, checkpoint="demo-dense", world_size=2, **how)
+    found = json.loads((elsewhere / "scored" / "results.json").read_text())
+    assert found["world_size"] == 2 and 3 < found["loss_base2"] < 6
+    said = [out for out in outputs(elsewhere / "run_inference.ipynb") if out.get("name") == "stderr"]
+    assert not said
+    with pytest.raises(
+        papermill.PapermillExecutionError, match="'demo-dense': the model is dense, it has no"
+    ):
+        execute("inspect_routing", elsewhere, checkpoint="demo-dense", output_dir="no")
+    assert not (elsewhere / "no" / "trace.parquet").exists()
+
+
 def test_the_study_finds_what_is_known_of_the_demo(elsewhere):
     execute("study_routing", elsewhere, device="cpu", output_dir="results")
     results = elsewhere / "results"
@@ -77,6 +96,60 @@ def test_the_study_finds_what_is_known_of_the_demo(elsewhere):
     for out in outputs(elsewhere / "study_routing.ipynb"):
         said = out.get("text", "") + out.get("data", {}).get("text/plain", "")
         assert "%|" not in said and str(elsewhere) not in said and out.get("name") != "stderr"
+
+
+def test_where_the_time_goes_on_four_ranks(elsewhere):
+    small = {"batch_blocks": [1, 2], "steps": 2, "capacity_token_fraction": 0.2}
+    execute("profile_inference", elsewhere, world_size=4, device="cpu", output_dir="results", **small)
+    results = elsewhere / "results"
+    found = Profile.load(results / "profile_2.json.gz")
+    assert found.meta["world_size"] == 4 and found.meta["tokens"] == 2 * 256
+    # The shares of the table are those of the step that the clock of each rank measured.
+    parts = pd.read_csv(results / "parts.csv").set_index("part")
+    assert parts["seconds"].sum() == pytest.approx(found.profiled.mean(), rel=0.03)
+    assert {"attention", "gate", "dispatch", "experts up", "experts down", "combine", "waiting"} <= set(
+        parts.index
+    )
+    assert (pd.read_csv(results / "experts.csv").groupby("layer")["rank"].count() == 4).all()
+    saved = pd.read_csv(results / "saved.csv").set_index("placement")["saved of a step"]
+    assert saved["contiguous"] == 0 and saved["fitted"] > 0
+    events = json.loads(gzip.decompress((results / "trace.json.gz").read_bytes()))["traceEvents"]
+    lanes = {e["args"]["name"] for e in events if e["name"] == "process_name"}
+    assert lanes == {f"rank {rank}: {what}" for rank in range(4) for what in ("host", "parts")}
+    pictures = {"timeline", "parts", "experts", "roofline", "by_batch", "placements"}
+    assert {f"{name}.png" for name in pictures} | {"timeline.html"} <= {p.name for p in results.iterdir()}
+    for out in outputs(elsewhere / "profile_inference.ipynb"):
+        assert out.get("name") != "stderr" and "error" not in out.get("output_type", "")
+
+
+def test_evaluate_tasks_beside_a_baseline(elsewhere):
+    """Sparse beside dense; all that is shown is kept, too."""
+    asked = {"max_batches": 10, "capacity_token_fractions": [0.25, 1.0], "mask": {5: [*range(14)]}}
+    execute("evaluate_tasks", elsewhere, baseline="demo-dense", world_size=2, output_dir="results", **asked)
+    results = elsewhere / "results"
+    tasks = pd.read_csv(results / "tasks.csv").set_index(["task", "metric"])
+    difference = tasks["value"] - tasks["value_baseline"]
+    assert tasks["difference"].tolist() == pytest.approx(difference.tolist(), abs=1e-6)
+    assert difference["demo_endings", "margin"] != 0 and tasks["paper"].isna().all()
+    assert tasks.loc[("demo_endings", "acc"), ["value", "value_baseline"]].min() > 0.85
+    mask = pd.read_csv(results / "mask.csv").set_index(["task", "metric"])
+    assert mask.loc[("demo_endings", "margin"), "high"] < 0
+    domains = pd.read_csv(results / "domains.csv")
+    whole = domains[domains["domain"] == "(all)"].set_index(["model", "capacity"])["bits_per_token"]
+    free = domains[domains["domain"].eq("(all)") & domains["capacity"].isna()]
+    free = free.set_index("model")["bits_per_token"]
+    assert set(free.index) == {"checkpoint", "baseline"}
+    assert whole["checkpoint", 1.0] == free["checkpoint"] < whole["checkpoint", 0.25]
+    items = pd.read_parquet(results / "items.parquet")
+    assert set(items["run"]) == {"checkpoint", "baseline", "masked"}
+    run = json.loads((results / "run.json").read_text())
+    assert run["parameters"]["world_size"] == 2 and run["runs"]["masked"]["intervention"]["mask"]
+    assert {"tasks.png", "domains.png", "capacities.png", "changed.csv"} <= {
+        p.name for p in results.iterdir()
+    }
+    for out in outputs(elsewhere / "evaluate_tasks.ipynb"):
+        said = out.get("text", "") + out.get("data", {}).get("text/plain", "")
+        assert "%|" not in said and out.get("name") != "stderr", said
 
 
 def test_load_shards_at_three_ranks(elsewhere):
@@ -144,7 +217,12 @@ def test_moekits_errors_after_the_first_cell_take_one_line(elsewhere):
         ("run_inference", {"max_batches": 2, "max_new_tokens": 3, "experts": "int8"}),
         ("load_shards", {}),
         ("inspect_routing", {"max_tokens": 1500, "experts": "fp8"}),
+        ("profile_inference", {"batch_blocks": [1], "steps": 1}),
         ("prepare_data", {}),
+        (
+            "evaluate_tasks",
+            {"limit": 4, "max_batches": 2, "capacity_token_fractions": [], "mask": None, "domains": None},
+        ),
     ],
 )
 def test_all_cells_may_be_run_again_in_the_same_kernel(name, parameters, elsewhere):

@@ -7,7 +7,7 @@ from test_project import ROOT
 import moekit
 from moekit.arguments import Choice, Flag, Number, ParameterError, Text, Texts, Whole
 from moekit.notebook import models, parameters
-from moekit.notebook.parameters import Numbers, Pairs, Place, check
+from moekit.notebook.parameters import Numbers, Pairs, Place, Places, check
 
 
 @pytest.mark.parametrize(
@@ -112,6 +112,22 @@ def test_experts_by_layer_and_lists_of_numbers():
     for wrong in (8, "all", {"a": 1}):
         with pytest.raises(ParameterError, match="mask=.*: expected experts by layer"):
             check({"mask": wrong, "fractions": 1}, kinds)
+
+
+def test_a_path_for_each_name():
+    kinds = {"data": Places(optional=True), "domains": Places(optional=True, one=True)}
+    named = {"a": "~/x", "b": "demo"}
+    for given in (named, str(named)):
+        found = check({"data": given, "domains": given}, kinds)
+        assert found.data == found.domains == {"a": str(Path("~/x").expanduser()), "b": "demo"}
+    assert check({"data": None, "domains": "demo"}, kinds).domains == "demo"
+    for wrong in ("demo", {}, {"a": "file:///x"}, ["x"], {"a": 1.5j}):
+        with pytest.raises(ParameterError, match="data=.*: expected a path for each name"):
+            check({"data": wrong, "domains": None}, kinds)
+    with pytest.raises(
+        ParameterError, match="domains=.*: expected the path of a folder, or a path for each name"
+    ):
+        check({"data": None, "domains": ["x"]}, kinds)
 
 
 def test_labels_are_domains():

@@ -1,5 +1,6 @@
 """A trace's file: whole, damaged, of another version, and no trace at all."""
 
+import dataclasses
 import json
 import zlib
 
@@ -10,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from synthetic_traces import synthetic
 
+from moekit.nn.record import nothing
 from moekit.routing import parquet
 from moekit.routing.trace import TOKEN_COLUMNS, Trace
 
@@ -19,7 +21,8 @@ ARRAYS = [*TOKEN_COLUMNS, "experts", "probs", "weights", "kept", "entropy"]
 def same(one: Trace, other: Trace) -> bool:
     plain = one.layers == other.layers and one.num_experts == other.num_experts and one.meta == other.meta
     columns = all(
-        np.array_equal(getattr(one, n), getattr(other, n), equal_nan=n == "logprob") for n in ARRAYS
+        np.array_equal(getattr(one, n), getattr(other, n), equal_nan=n in ("logprob", "output_entropy"))
+        for n in ARRAYS
     )
     full = one.full.keys() == other.full.keys()
     return plain and columns and full and all(np.array_equal(one.full[n], other.full[n]) for n in one.full)
@@ -64,8 +67,33 @@ def test_a_file_of_format_1_has_no_checksum(made, tmp_path):
     made.save(path)
     table = pq.read_table(path)
     head = json.loads(table.schema.metadata[b"moekit.trace"]) | {"format": 1}
+    table = table.drop_columns("output_entropy")
     pq.write_table(table.replace_schema_metadata({"moekit.trace": json.dumps(head)}), path)
+    assert same(Trace.load(path), dataclasses.replace(made, output_entropy=None))
+
+
+def test_a_file_of_format_2_has_no_entropy_of_the_output(made, tmp_path):
+    path = tmp_path / "t.parquet"
+    told = dataclasses.replace(made, output_entropy=np.linspace(0, 2, len(made), dtype=np.float32))
+    told.save(path)
+    assert same(Trace.load(path), told)
+    table = pq.read_table(path).drop_columns("output_entropy")
+    pq.write_table(table, path)
+    with_head(path, lambda head: head.update(format=2))
     assert same(Trace.load(path), made)
+    with_head(path, lambda head: None)
+    with_head(path, lambda head: head.update(format=3))
+    with pytest.raises(ValueError, match="it lacks the column output_entropy"):
+        Trace.load(path)
+
+
+def test_a_trace_without_experts(made, tmp_path):
+    """Of a dense model: the columns of the tokens, and nothing else."""
+    tokens = {name: getattr(made, name) for name in TOKEN_COLUMNS}
+    dense = Trace(**tokens, **nothing(len(made)), layers=(), full={}, num_experts=0, meta={})
+    dense.save(tmp_path / "t.parquet")
+    assert same(Trace.load(tmp_path / "t.parquet"), dense)
+    assert pq.read_table(tmp_path / "t.parquet").column_names == list(TOKEN_COLUMNS)
 
 
 def test_no_changed_bit_gives_another_trace(made, tmp_path):
@@ -110,7 +138,7 @@ def test_files_that_are_cut(made, tmp_path):
         (lambda head: head.update(layers=[1, 1]), "an absurd number"),
         (lambda head: head.update(layers=[1, 5]), "it lacks the column entropy.5"),
         (lambda head: head.update(top_k=3), r"it lacks the column experts\.1\.2"),
-        (lambda head: head.update(format=99), "has format 99; this moekit reads the formats 1 and 2"),
+        (lambda head: head.update(format=99), "has format 99; this moekit reads the formats 1 to 3"),
     ],
 )
 def test_heads_that_make_no_sense(made, tmp_path, change, said):

@@ -1,16 +1,18 @@
 """The model as one plain module: names, hooks, gradients, and a loop that learns one domain."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from branch_cases import build
 
 import moekit
 from moekit import checkpoint, paths, plain
 from moekit.checkpoint.export import save
 from moekit.data.codec import Codec
-from moekit.nn.gate import balance_loss
+from moekit.nn.gate import Edit, balance_loss
 from moekit.nn.passes import Pass
 
 IDS = [[5, 6, 7, 8, 9, 10, 11, 12], [40, 41, 42, 43, 44, 45, 46, 47]]
@@ -59,6 +61,44 @@ def test_a_hook_on_the_gate_is_a_mask(model, folder):
     torch.testing.assert_close(
         found.detach(), torch.tensor(expected["logprob"].values).float(), rtol=0, atol=1e-5
     )
+
+
+def test_an_edit_in_nnsight_is_a_mask(model, folder):
+    """Of a layer's output, which another module computes without two experts, and of the logits of its gate."""
+    nnsight = pytest.importorskip("nnsight")
+    tokens = torch.tensor([[2, *ids] for ids in IDS])
+    without = torch.zeros(8, dtype=torch.bool)
+    without[[3, 5]] = True
+    other, edited = moekit.module(folder), nnsight.NNsight(model)
+    masked = Pass(fraction=1.0, edit=lambda layer, config: Edit(mask=without))
+    with torch.no_grad():
+        with edited.trace(tokens, Pass(fraction=1.0)):
+            read = edited.layers[1].moe.input
+            edited.layers[1].moe.output = other.layers[1].moe(read, masked)
+            of_output = edited.output.save()
+        with edited.trace(tokens, Pass(fraction=1.0)):
+            logits = edited.layers[1].moe.gate.output
+            edited.layers[1].moe.gate.output = logits.masked_fill(without, -torch.inf)
+            of_gate = edited.output.save()
+    with moekit.load(folder, 1, "cpu", progress=False) as loaded, loaded.route(mask={1: [3, 5]}):
+        expected = torch.tensor(loaded.score(IDS, capacity_token_fraction=1.0)["logprob"].values).float()
+    for found in (of_output, of_gate):
+        found = F.log_softmax(found, -1)[:, :-1].gather(-1, tokens[:, 1:, None]).flatten()
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_a_gate_that_draws_draws_from_torchs_generator(tmp_path):
+    build("pads_take_places", tmp_path)
+    drawn = moekit.module(tmp_path)
+    for layer in drawn.layers[1::2]:
+        layer.moe.rule.config = replace(drawn.config, second_expert="sampling")
+    tokens = torch.tensor(IDS)
+    with torch.no_grad():
+        torch.manual_seed(0)
+        first = drawn(tokens)
+        assert not drawn(tokens).equal(first)
+        torch.manual_seed(0)
+        assert drawn(tokens).equal(first)
 
 
 def test_gradients_are_those_of_a_small_step(model):

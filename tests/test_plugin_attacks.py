@@ -26,7 +26,7 @@ import moekit
 import moekit.plugin
 from moekit import checkpoint
 from moekit.checkpoint import options as config
-from moekit.checkpoint.export import HISTORY
+from moekit.checkpoint.export import history
 
 PLUGIN = Path(moekit.__file__).parent / "plugin"
 SENTENCE = "5 6 7 8 9"
@@ -336,7 +336,13 @@ def characters(trap, key: str = "decoder.embed_tokens.char_embeddings.weight") -
     }
     model = {key: torch.zeros(200, 32), "decoder.version": torch.tensor([3.0])}
     extra = {"epoch": 1, "train_iterator": {"epoch": 1}}
-    return {"args": None, "cfg": cfg, "model": model, "optimizer_history": HISTORY, "extra_state": extra}
+    return {
+        "args": None,
+        "cfg": cfg,
+        "model": model,
+        "optimizer_history": history("CrossEntropyCriterion"),
+        "extra_state": extra,
+    }
 
 
 def single(reference, folder, trap):

@@ -1,4 +1,5 @@
 import errno
+import sys
 import tempfile
 from dataclasses import replace
 from types import SimpleNamespace
@@ -96,6 +97,33 @@ def test_what_inspect_routing_would_trip_over(changes, said):
         preflight.inspect_routing(given(**INSPECT | changes))
 
 
+PROFILE = {"mode": "decode", "batch_blocks": [1, 4], "steps": 3}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"batch_blocks": []}, r"batch_blocks=\[\]: expected one number of at least 1"),
+        ({"batch_blocks": [2, 0]}, r"batch_blocks=\[2, 0\]: expected one number of at least 1"),
+        (
+            {"steps": 61},
+            "steps=61: prompts of 128 tokens and the steps need 380 positions, and the model has 256",
+        ),
+        ({"data": "/nowhere"}, "/nowhere"),
+        ({"checkpoint": "/nowhere"}, "/nowhere does not exist"),
+    ],
+)
+def test_what_profile_inference_would_trip_over(changes, said):
+    names = ("checkpoint", "data", "world_size", "device", "output_dir")
+    whole = {name: getattr(given(), name) for name in names} | PROFILE
+    assert preflight.profile_inference(SimpleNamespace(**whole)).experts == 16
+    assert (
+        preflight.profile_inference(SimpleNamespace(**whole | {"mode": "score", "steps": 61})).experts == 16
+    )
+    with pytest.raises(ParameterError, match=said):
+        preflight.profile_inference(SimpleNamespace(**whole | changes))
+
+
 def test_a_trace_of_another_model_is_said(tmp_path):
     trace, _ = synthetic(tokens=64, layers=(1, 3), experts=8)
     trace.save(tmp_path / "t.parquet")
@@ -169,3 +197,47 @@ def test_settings_of_the_generation_fit_each_other():
     with pytest.raises(ParameterError, match="max_new_tokens=1 leaves a beam search nothing"):
         preflight.run_inference(given(beam_size=4, max_new_tokens=1))
     assert {"temperature", "top_p", "alternatives"}.isdisjoint(preflight.generation(given(beam_size=4)))
+
+
+TASKS = {
+    "baseline": None,
+    "tasks": ["copa_release"],
+    "task_data": None,
+    "domains": "demo",
+    "capacity_token_fractions": [0.5],
+    "mask": {5: [8]},
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"tasks": []}, r"tasks=\[\]: expected at least one name"),
+        ({"tasks": ["nothing.yaml"]}, "there is no task file nothing.yaml"),
+        (
+            {"task_data": {"fair_piqa": "x.jsonl"}},
+            "data is given for 'fair_piqa', which is none of the tasks",
+        ),
+        ({"tasks": ["fair_piqa"], "task_data": {"fair_piqa": "/x.jsonl"}}, "there is no file /x.jsonl"),
+        ({"baseline": "/nowhere"}, "/nowhere does not exist"),
+        ({"domains": {"x": "/nowhere"}}, r"/nowhere (has no dict\.txt|does not exist)"),
+        ({"domains": "/nowhere"}, r"/nowhere (has no dict\.txt|does not exist)"),
+        ({"subset": "bogus"}, r"has no bogus\.bin"),
+        ({"capacity_token_fractions": [0.0]}, "expected shares of a batch's tokens"),
+        ({"mask": {0: [1]}}, "layer 0 is not a mixture-of-experts layer"),
+        ({"bpe": "/nowhere"}, "text needs encoder.json"),
+    ],
+)
+def test_what_evaluate_tasks_would_trip_over(changes, said):
+    with pytest.raises(ParameterError, match=said):
+        preflight.evaluate_tasks(given(**TASKS | changes))
+
+
+def test_tasks_that_are_whole_pass(monkeypatch):
+    assert preflight.evaluate_tasks(given(**TASKS, **{"seed": 1})).experts == 16
+    own = {"baseline": "demo", "domains": {"a": "demo", "b": "demo"}, "mask": None}
+    assert preflight.evaluate_tasks(given(**TASKS | own)).experts == 16
+    monkeypatch.setitem(sys.modules, "moekit.tasks", None)
+    monkeypatch.delitem(sys.modules, "moekit.tasks.evaluation", raising=False)
+    with pytest.raises(ParameterError, match="moekit.tasks"):
+        preflight.evaluate_tasks(given(**TASKS))

@@ -24,6 +24,8 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+CLUSTER = [Requirement(line) for line in PROJECT["project"]["optional-dependencies"]["cluster"]]
+LOCKS = ("requirements.lock", "requirements-cluster.lock", "requirements-dev.lock")
 FIXED = {"jupyterlab", "ve-fairseq", "torch", "ipywidgets", "papermill"}
 
 
@@ -34,8 +36,9 @@ def pins(lines) -> dict[str, str]:
 
 
 def declared() -> dict[str, SpecifierSet]:
-    """The core's packages and the lab's, with the versions that they may have."""
-    lines = PROJECT["project"]["dependencies"] + PROJECT["project"]["optional-dependencies"]["lab"]
+    """The packages of the core and of all notebooks, with the versions that they may have."""
+    extras = PROJECT["project"]["optional-dependencies"]
+    lines = PROJECT["project"]["dependencies"] + extras["lab"] + extras["eval"]
     return {canonicalize_name(r.name): r.specifier for r in map(Requirement, lines)}
 
 
@@ -44,16 +47,19 @@ def test_environment_project_and_locks_agree():
     pip = next(entry["pip"] for entry in conda["dependencies"] if isinstance(entry, dict))
     (torch,) = pins(re.findall(r"torch==\S+", (ROOT / "Makefile").read_text())).items()
     locked = pins((ROOT / "requirements.lock").read_text().splitlines())
-    assert pip[-1] == "-e .[lab]"
+    assert pip[-1] == "-e .[lab,eval]"
     assert pins(pip) == {name: locked[name] for name in declared() if name != "torch"} | dict([torch])
     assert set(declared()) >= FIXED
-    for lock in ("requirements.lock", "requirements-dev.lock"):
+    for lock in LOCKS:
         found = pins((ROOT / lock).read_text().splitlines())
         assert found.items() >= locked.items()
         assert "torch" not in found, "torch is installed by itself: its build depends on the machine"
     assert pins((ROOT / "requirements-dev.lock").read_text().splitlines()).items() >= (
         pins(PROJECT["dependency-groups"]["dev"]).items()
     )
+    cluster = pins((ROOT / "requirements-cluster.lock").read_text().splitlines())
+    for needed in CLUSTER:
+        assert cluster[canonicalize_name(needed.name)] in needed.specifier
     for name, allowed in declared().items():
         assert (locked | dict([torch]))[name] in allowed, name
 
@@ -62,15 +68,18 @@ def test_the_core_has_ranges_and_the_package_imports_what_it_declares():
     """A package that another environment already holds is not replaced; fairseq's is the one that results agree with."""
     exact = [line for line in PROJECT["project"]["dependencies"] if "==" in line]
     assert exact == ["ve-fairseq==0.12.3"]
-    known = declared() | {"ve-fairseq": None}
+    extras = [line for lines in PROJECT["project"]["optional-dependencies"].values() for line in lines]
+    known = {*declared(), *(canonicalize_name(Requirement(line).name) for line in extras)}
     modules = {
+        "lm_eval": "lm-eval",
         "fairseq": "ve-fairseq",
         "fairseq_cli": "ve-fairseq",
         "IPython": "jupyterlab",
         "traitlets": "ipywidgets",
+        "torchaudio": "ve-fairseq",
     }
     # Of the bench and the kernels, which say what to do where it is missing, and a faster checksum.
-    optional = {"triton", "transformers", "isal"}
+    optional = {"triton", "isal"}
     graph = grimp.build_graph("moekit", include_external_packages=True, cache_dir=None)
     outside = {
         name
@@ -82,7 +91,7 @@ def test_the_core_has_ranges_and_the_package_imports_what_it_declares():
 
 
 def test_every_locked_package_has_hashes():
-    for lock in ("requirements.lock", "requirements-dev.lock"):
+    for lock in LOCKS:
         for entry in re.split(r"\n(?=\S)", (ROOT / lock).read_text().strip()):
             assert "--hash=sha256:" in entry, entry.split()[0]
 
@@ -202,8 +211,8 @@ def test_what_running_notebooks_leaves_is_ignored():
     assert done.stdout.splitlines() == left
 
 
-def test_shipped_demo_is_small():
+def test_shipped_demos_are_small():
     files = subprocess.run(
         ["git", "ls-files", "moekit/demo"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
     ).stdout.split()
-    assert sum((ROOT / name).stat().st_size for name in files) < 20e6
+    assert sum((ROOT / name).stat().st_size for name in files) < 24e6

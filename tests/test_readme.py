@@ -11,18 +11,23 @@ import pytest
 from test_project import ROOT
 
 from moekit.notebook import parameters
+from moekit.plain import NAMES as PLAIN_NAMES
 
 PAGES = [
     ROOT / name
     for name in (
         "README.md",
         "moekit/README.md",
+        "moekit/ranks/README.md",
         "notebooks/README.md",
+        "moekit/checkpoint/README.md",
         "moekit/nn/kernels/README.md",
         "moekit/plugin/README.md",
+        "moekit/tasks/README.md",
         "moekit/demo/README.md",
         "moekit/routing/README.md",
         "docker/README.md",
+        "docker/cluster/README.md",
         "tests/README.md",
     )
 ]
@@ -131,6 +136,11 @@ def test_the_notebooks_page_has_their_parameters(path):
         for name, value in values.items()
     ]
     assert re.findall(r"^\| `(\w+)` \| (`.*?`) \| (.*?) \| ", section, re.MULTILINE) == rows
+
+
+def test_the_page_has_the_names_of_a_plain_module():
+    found = re.findall(r"^\| `([\w.]+)` \| (.*) \|$", (ROOT / "moekit/README.md").read_text(), re.MULTILINE)
+    assert PLAIN_NAMES.items() <= dict(found).items()
 
 
 def test_the_readme_is_short():

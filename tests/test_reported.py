@@ -20,10 +20,11 @@ from test_preflight import INSPECT
 from test_preflight import given as inference
 
 import moekit
-from moekit import eval_lm, metrics
+from moekit import checkpoint, eval_lm, metrics, paths
 from moekit.arguments import ParameterError
 from moekit.checkpoint import export
-from moekit.fairseq_data import importing_fairseq
+from moekit.data.codec import Codec
+from moekit.fairseq_data import data_folder, importing_fairseq, is_data
 from moekit.nn.record import Options
 from moekit.nn.transformer import Transformer
 from moekit.notebook import preflight, routing_plots
@@ -283,6 +284,26 @@ def test_the_demos_names_stand_for_its_files(reference):
             moekit.load(reference / "checkpoint", **given)
 
 
+def test_a_folder_may_be_called_like_the_demo(reference, tmp_path, monkeypatch):
+    """A text is the name, and a ``Path`` the folder, for each kind of file."""
+    monkeypatch.chdir(tmp_path)
+    demo = Path("demo")
+    shutil.copytree(reference / "checkpoint", demo)
+    shutil.copytree(reference / "data-bin", demo, dirs_exist_ok=True)
+    assert checkpoint.find(demo).shared.parent == demo and data_folder(demo) == demo
+    for name, folder in (("demo", paths.DEMO_MODEL), ("demo-dense", paths.DEMO_DENSE)):
+        assert checkpoint.find(name).shared.parent == folder
+        assert data_folder(name) == paths.DEMO_DATA and is_data(name)
+        assert len(Codec.load(name)) == 8192
+    with moekit.load(demo, 1, "cpu", dictionary=demo, **QUIET) as model:
+        assert model.vocab == 200
+        assert len(model.trace(demo, tokens_per_sample=64, max_tokens=100, **QUIET))
+        with pytest.raises(ValueError, match="text needs encoder.json.*, expected in demo:"):
+            moekit.load(demo, 1, "cpu", bpe=demo, **QUIET)
+    with pytest.raises(ValueError, match=r"demo/encoder\.json"):
+        Codec.load(demo)
+
+
 UNREADABLE = """
     import sys
     from pathlib import Path
@@ -389,12 +410,13 @@ def test_prompts_without_a_codec_are_an_error(reference):
 
 
 def test_a_dense_model_is_said_in_the_first_cell(reference, tmp_path):
-    export.save(Transformer(replace(BASE, moe_freq=0)), tmp_path, files=1)
+    export.save(Transformer(replace(BASE, moe_freq=0)), tmp_path)
     dense = {"checkpoint": str(tmp_path), "data": str(reference / "data-bin"), "prompts": []}
     dense["max_new_tokens"] = 5
     assert preflight.run_inference(inference(**dense)).moe_layers == []
     with pytest.raises(ParameterError, match="the model is dense, it has no layer with experts"):
         preflight.inspect_routing(inference(**INSPECT | dense))
+    assert preflight.load_shards(inference(**dense)).experts == 0
 
 
 def test_a_file_in_place_of_a_folder(tmp_path):

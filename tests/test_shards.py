@@ -281,13 +281,13 @@ def test_a_dense_model_whose_first_shard_holds_all(tmp_path, written):
     save(model, tmp_path / "plain", 1)
     folder = tmp_path / "shards"
     folder.mkdir()
-    change(tmp_path / "plain" / "model-shared.pt", lambda state: None, folder / "checkpoint_last-shard0.pt")
+    change(tmp_path / "plain" / "model.pt", lambda state: None, folder / "checkpoint_last-shard0.pt")
     change(
         folder / "checkpoint_last-shard0.pt",
         lambda state: state.update(model={}),
         folder / "checkpoint_last-shard1.pt",
     )
-    same(weights(folder), weights(tmp_path / "plain" / "model-shared.pt"))
+    same(weights(folder), weights(tmp_path / "plain" / "model.pt"))
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
@@ -313,3 +313,20 @@ def test_the_table_of_files_tells_shards(written):
         ("rank", r) for r in range(4)
     ]
     assert all(re.search(r"-shard\d\.pt$", row["file"]) for row in rows)
+
+
+@pytest.mark.parametrize("kind", ["rank-{0}-shard{0}", "shared-shard{0}"])
+def test_shards_that_were_swapped_are_refused(written, tmp_path, kind):
+    """torch writes a file's name into it, if it is given a name and not an open file."""
+    folder = shutil.copytree(written / "3ranks_3experts" / "flat", tmp_path / "flat")
+    first, second = (folder / f"checkpoint_last-{kind.format(number)}.pt" for number in (0, 1))
+    for path in (first, second):
+        change(path, lambda state: None)
+    same(weights(folder), weights(written / "3ranks_3experts" / "plain"))
+    first.rename(folder / "aside")
+    second.rename(first)
+    (folder / "aside").rename(second)
+    with pytest.raises(
+        ValueError, match=rf"{first.stem}\.pt was written as {second.stem}: were files swapped"
+    ):
+        weights(folder)

@@ -16,6 +16,7 @@ from moekit.bench.figures import Figure, spread
 from moekit.bench.measure import Ceilings
 from moekit.bench.score import numbers
 from moekit.bench.setting import Setting, ceiling_figures
+from moekit.nn.cost import flop_per_token
 from moekit.nn.gate import Routing
 from moekit.ranks import Rank
 from moekit.worker import decoding as decode
@@ -59,7 +60,7 @@ def limit(setting: Setting, ceilings: Ceilings, experts: list[float], batch: int
     each = shapes.expert_parameters(config)
     dense = shapes.parameters(config) - len(config.moe_layers) * config.experts * each
     read = dense * setting.itemsize + sum(experts) / setting.world_size * setting.expert_bytes()
-    flop = batch * shapes.flop_per_token(config, 1)
+    flop = batch * flop_per_token(config, 1)
     return ceilings.seconds(read, flop)
 
 
@@ -68,10 +69,9 @@ def measured(model: Model, setting: Setting, ceilings: Ceilings, batch: int) -> 
     found: list[Decoded] = model.ranks.call(time_decoding, batch, new, setting.repeats)
     seconds = statistics.median(found[0].seconds) / new
     least = limit(setting, ceilings, found[0].experts, batch)
-    reached = statistics.mean(found[0].experts)
     gpu = max(f.peak.gpu_gib or 0 for f in found) or None
     host = max(f.peak.host_gib or 0 for f in found) or None
-    note = f"{spread(found[0].seconds)}; {reached:.1f} of {setting.config.experts} experts a layer"
+    note = f"{spread(found[0].seconds)}; {reached(found[0].experts, setting)}"
     row = {"gpu_gib": gpu, "host_gib": host, "note": note}
     goal = setting.goal(f"decode {batch}", ceilings)
     name = f"decode, batch {batch}" + (f" on each of {ranks} ranks" if ranks > 1 else "")
@@ -91,6 +91,12 @@ def measured(model: Model, setting: Setting, ceilings: Ceilings, batch: int) -> 
     rate = len(prompts) * tokens / whole
     note = f"{len(prompts)} x {tokens} tokens and {PROMPT} of prompt in {whole:.2f} s"
     return [main, Figure(f"generate, batch {batch}", rate, "tokens/s", ranks * batch / least, note=note)]
+
+
+def reached(experts: list[float], setting: Setting) -> str:
+    if not experts:
+        return "no experts"
+    return f"{statistics.mean(experts):.1f} of {setting.config.experts} experts a layer"
 
 
 def prompt(number: int, vocab: int) -> list[int]:

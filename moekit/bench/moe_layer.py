@@ -18,6 +18,7 @@ from moekit.bench.figures import GIB, Figure, spread
 from moekit.bench.measure import Ceilings
 from moekit.bench.score import FRACTION, numbers
 from moekit.bench.setting import Setting, ceiling_figures
+from moekit.nn.config import DENSE
 from moekit.nn.dispatch import Local
 from moekit.nn.experts import Experts, QuantisedExperts
 from moekit.nn.ffn import activation_fn
@@ -63,9 +64,11 @@ def run(setting: Setting, args: argparse.Namespace) -> list[Figure]:
     Raises:
         ValueError: a result differs from the result of the loop.
     """
+    config = setting.config
+    if not config.moe_layers:
+        return [Figure("layer", None, "ms", note=DENSE)]
     device = torch.device(setting.device, 0) if setting.device == "cuda" else torch.device("cpu")
     ceilings = measure.ceilings(Rank(0, 1, device), setting.kind)
-    config = setting.config
     with torch.device("meta"):
         moe = MoE(config, config.moe_layers[0], config.experts, Local())
     moe = allocated(moe, device, setting.kind)

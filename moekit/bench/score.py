@@ -16,11 +16,12 @@ import torch.distributed as dist
 
 from moekit.api import Model
 from moekit.batches import Batch, shares
-from moekit.bench import measure, shapes
+from moekit.bench import measure
 from moekit.bench.figures import GIB, Figure, spread
 from moekit.bench.measure import Ceilings
 from moekit.bench.setting import Setting, at_least_one, ceiling_figures
 from moekit.nn import graphs
+from moekit.nn.cost import flop_per_token
 from moekit.nn.gate import Routing
 from moekit.nn.passes import Pass
 from moekit.nn.transformer import Transformer
@@ -71,10 +72,10 @@ def against_one(setting: Setting, blocks: list[int], best: float, goal: float | 
 def limit(setting: Setting, ceilings: Ceilings, blocks: int) -> float:
     """The most tokens per second of all ranks, if a call reads all weights of a rank once and computes its operations.
 
-    The slower of the two decides (:func:`moekit.bench.shapes.flop_per_token`). Exchanges between ranks are not counted.
+    The slower of the two decides (:func:`moekit.nn.cost.flop_per_token`). Exchanges between ranks are not counted.
     """
     length = setting.config.max_positions
-    flop = blocks * length * shapes.flop_per_token(setting.config, length)
+    flop = blocks * length * flop_per_token(setting.config, length)
     seconds = ceilings.seconds(setting.rank_bytes(), flop)
     return setting.world_size * blocks * length / seconds
 
@@ -110,7 +111,7 @@ def measured(model: Model, setting: Setting, ceilings: Ceilings, blocks: int) ->
                 lower=True,
             )
         )
-    if ranks > 1:
+    if ranks > 1 and setting.config.moe_layers:
         share = max(f.exchange for f in found)
         note = "the rank that spends most; waiting for others included"
         goal = setting.goal("all-to-all", ceilings)
@@ -179,7 +180,7 @@ def score(rank: Rank, blocks: int, repeats: int) -> Scored:
             warm_up = graphs.AFTER + 1 if rank.device.type == "cuda" else 2
             seconds = measure.seconds(work, rank.device, repeats=repeats, warm_up=warm_up)
         assert all(np.isfinite(found).all() for _, found in work()), "a log-probability is no finite number"
-        exchange = exchanged(rank, work) if rank.world_size > 1 else 0.0
+        exchange = exchanged(rank, work) if rank.world_size > 1 and model.config.moe_layers else 0.0
     finally:
         rank.send_report = quiet
     return Scored(seconds, peak, exchange, routing)
@@ -189,6 +190,8 @@ def score(rank: Rank, blocks: int, repeats: int) -> Scored:
 def describe(rank: Rank, batches: list[Batch]) -> str:
     """The routing of random tokens by random weights: with few chosen experts, the bench would do less work than a real model."""
     model: Transformer = rank.state["model"]
+    if not model.config.moe_layers:
+        return "no experts"
     seen: list[Routing] = []
     tokens = torch.from_numpy(np.concatenate([b.tokens for b in batches])).to(rank.device).long()
     model(tokens, Pass(FRACTION, groups=len(batches), record=lambda layer, routing: seen.append(routing)))

@@ -115,7 +115,9 @@ class Setting:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--shape", choices=shapes.SHAPES, help="default: 15b on a GPU, tiny without; 15b-64e has 64 experts"
+        "--shape",
+        choices=shapes.SHAPES,
+        help="default: 15b on a GPU, tiny without; 15b-64e has 64 experts, dense-* none",
     )
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     parser.add_argument("--dtype", choices=DTYPES, help="default: float16 on a GPU, float32 without")

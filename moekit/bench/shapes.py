@@ -1,4 +1,4 @@
-"""The shapes of the benches, their random weights, and the least cost of a pass.
+"""The shapes of the benches, their random weights, and the number of their parameters.
 
 A download is not needed: a model with random weights takes as long as a trained one, if its numbers stay finite and its
 gates choose many experts. score.py checks both.
@@ -16,7 +16,6 @@ from torch import Tensor
 from moekit.checkpoint import export
 from moekit.nn import transformer
 from moekit.nn.config import ModelConfig
-from moekit.nn.gates import top_k_of
 from moekit.nn.quantise import quantise
 from moekit.nn.transformer import Transformer
 from moekit.ranks import Rank
@@ -58,8 +57,22 @@ SHAPES = {
         experts=16,
     ),
 }
-# The number of files with experts; one more file holds the other tensors.
-FILES = {"15b": 64, "52b": 64, "15b-64e": 8, "tiny": 4}
+# en_dense_lm_1_3b of the release: its layers and dim are those of fairseq's examples/moe_lm/README.md, its heads and widths
+# those of fairseq's architecture transformer_lm_gpt3_xl.
+SHAPES["dense-1.3b"] = replace(
+    EN_MOE_LM_15B,
+    layers=24,
+    dim=2048,
+    ffn_dim=8192,
+    heads=32,
+    input_dim=2048,
+    output_dim=2048,
+    moe_freq=0,
+    experts=0,
+)
+SHAPES["dense-tiny"] = replace(SHAPES["tiny"], moe_freq=0, experts=0)
+# The number of files with experts; one more file holds the other tensors. A dense model is one file.
+FILES = {"15b": 64, "52b": 64, "15b-64e": 8, "tiny": 4, "dense-1.3b": 1, "dense-tiny": 1}
 
 # ------------------------------------------------------------------------------------------------ random weights
 
@@ -172,7 +185,7 @@ def expert_sums(stack: Tensor) -> list[float]:
     return [(e.float() if e.itemsize == 1 else e).sum(dtype=torch.float64).item() for e in stack]
 
 
-# -------------------------------------------------------------------------------------------- the cost of a pass
+# ------------------------------------------------------------------------------------------------- parameters
 
 
 def parameters(config: ModelConfig) -> int:
@@ -183,18 +196,3 @@ def parameters(config: ModelConfig) -> int:
 def expert_parameters(config: ModelConfig) -> int:
     """The parameters of one expert: two matrices and two biases."""
     return 2 * config.dim * config.ffn_dim + config.ffn_dim + config.dim
-
-
-def flop_per_token(config: ModelConfig, length: int) -> float:
-    """Floating-point operations per token for scoring a sample of ``length`` tokens without dropped tokens.
-
-    Each parameter that processes the token takes two operations (a product and a sum): projections, feed-forward networks
-    or K experts and their gate, and the output matrix. Each of the (length + 1) / 2 positions that the token attends to
-    on average takes 4 ``dim`` operations: a dot product of queries and keys, and a sum of values.
-    """
-    attention = 4 * config.dim**2 + 2 * config.dim * (length + 1) / 2
-    dense = (config.layers - len(config.moe_layers)) * 2 * config.dim * config.ffn_dim
-    moe = len(config.moe_layers) * (
-        top_k_of(config) * 2 * config.dim * config.ffn_dim + config.dim * config.experts
-    )
-    return 2 * (config.layers * attention + dense + moe + config.dim * config.vocab_rows)

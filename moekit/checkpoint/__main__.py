@@ -31,7 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m moekit.checkpoint", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m moekit.checkpoint",
+        description="Look at a checkpoint, check it, and make others of it.",
+    )
     verbs = parser.add_subparsers(dest="verb", required=True)
 
     def verb(name: str, run, about: str, target: bool = False) -> argparse.ArgumentParser:
@@ -59,6 +62,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     one = verb("convert", _convert, "Another format.", True)
     one.add_argument("--to", choices=sorted(reshaping.FORMATS), required=True)
+    one.add_argument(
+        "--bpe",
+        help="with --to hf: the folder with encoder.json, vocab.bpe and dict.txt, of which the tokenizer is made, or demo; "
+        "by default the source, or gpt2_bpe in it or beside it",
+    )
     return parser
 
 
@@ -118,8 +126,34 @@ def _keep(asked: argparse.Namespace) -> int:
 
 
 def _convert(asked: argparse.Namespace) -> int:
-    reshaping.convert(asked.source, asked.target, asked.to, **_options(asked))
+    if asked.bpe is not None and asked.to != "hf":
+        raise ValueError(f"--bpe {asked.bpe}: a tokenizer is a part of --to hf alone")
+    told = _tokenizer(asked) if asked.to == "hf" else {}
+    reshaping.convert(asked.source, asked.target, asked.to, **told, **_options(asked))
     return 0
+
+
+def _tokenizer(asked: argparse.Namespace) -> dict[str, Any]:
+    """The tokenizer's files, those that it is made of, and the dictionary's types."""
+    from moekit.data import tokenizer
+    from moekit.data.codec import FILES, Codec, has_codec, places
+    from moekit.data.dictionary import Dictionary, text_of
+
+    files = find(asked.source)
+    folder = files.shared.parent
+    bpe = next(filter(has_codec, places(folder)), None) if asked.bpe is None else asked.bpe
+    if bpe is None:
+        print("convert: no tokenizer is made, as no --bpe names the folder of the BPE", file=sys.stderr)
+        there = (folder / "dict.txt").is_file()
+        types = len(Dictionary(folder / "dict.txt")) if there else None
+        survey(files, types)
+        return {"dictionary": types}
+    codec = Codec.load(bpe)
+    config = survey(files, len(codec)).config
+    texts = tokenizer.files(codec, "<s>" if config.add_bos else "</s>", config.max_positions)
+    paths = (codec.encoder_json, codec.vocab_bpe, codec.dictionary.path)
+    texts |= {name: text_of(path, f"a {name}") for name, path in zip(FILES, paths, strict=True)}
+    return {"texts": texts, "dictionary": len(codec)}
 
 
 if __name__ == "__main__":

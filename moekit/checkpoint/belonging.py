@@ -15,7 +15,10 @@ from moekit.checkpoint.keys import NUMBER
 from moekit.checkpoint.options import READ
 from moekit.checkpoint.reading import Weights
 
-RANK = re.compile(r"(?P<stem>.+)-rank-(?P<rank>[0-9]+)(\.pt)?")
+# torch's names of folders lack the file's end.
+NUMBERED = re.compile(
+    r"(?P<stem>.+?)(-shared|-rank-(?P<rank>[0-9]+))?(-shard(?P<shard>[0-9]+))?(\.pt)?", re.DOTALL
+)
 UPDATES = "optimizer_history[-1].num_updates"
 # Sections of cfg that are alike on all ranks of a training, but for paths, which a copy of it may have changed. Options
 # that the config reads are those of rank 0's file, as in fairseq, so that a user can change them in that one file.
@@ -33,7 +36,7 @@ def check_belongs(files: Files, states: Mapping[Path, Mapping[str, Any]]) -> Non
     Raises:
         ValueError: two files cannot be of one checkpoint, or a file is not the rank that its name says.
     """
-    for path in files.ranks:
+    for path in files.all:
         _check_name(path, states[path]["model"].folder)
     _check_copies({path: states[path]["model"] for path in files.ranks})
     first = _training(states[files.first])
@@ -56,12 +59,22 @@ def check_belongs(files: Files, states: Mapping[Path, Mapping[str, Any]]) -> Non
 
 
 def _check_name(path: Path, folder: str | None) -> None:
-    """torch names the folder in a file's archive after the file. Other names than a rank's say nothing."""
-    written, named = RANK.fullmatch(folder or ""), RANK.fullmatch(path.name)
-    if written and named and written["stem"] == named["stem"] and int(written["rank"]) != int(named["rank"]):
+    """torch names the folder in a file's archive after the file. Names without a rank or a shard say nothing."""
+    written, named = (_numbers(name) for name in (folder or "", path.name))
+    same_kind = list(written) == list(named) and written.get("stem") == named.get("stem")
+    if same_kind and written != named:
         raise ValueError(
             f"{path} was written as {folder}: were files swapped? If it was renamed on purpose, save it anew under its name"
         )
+
+
+def _numbers(name: str) -> dict[str, str | int]:
+    """The stem of a file's name, and the numbers of its rank and shard, where it has them."""
+    match = NUMBERED.fullmatch(name)
+    told = match.groupdict() if match else {}
+    return {
+        part: value if part == "stem" else int(value) for part, value in told.items() if value is not None
+    }
 
 
 def _check_copies(opened: dict[Path, Weights]) -> None:

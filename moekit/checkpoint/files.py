@@ -2,7 +2,8 @@
 
 The branch's trainer writes ``NAME-shared.pt`` and, for each rank, ``NAME-rank-N.pt``. With ``--ddp-backend fully_sharded``
 each rank writes ``NAME-rank-N-shardN.pt`` and ``NAME-shared-shardN.pt``: the latter are copies of one another, or, with
-``--use-sharded-state``, parts of the shared tensors (see shards.py), which are needed all.
+``--use-sharded-state``, parts of the shared tensors (see shards.py), which are needed all. A folder of Hugging Face's
+libraries has one file with all weights, or several and an index (see hugging/).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from moekit import paths
 from moekit.checkpoint.contents import clip, short
+from moekit.checkpoint.hugging import folder as folder_of_hugging
 from moekit.checkpoint.keys import SHARED_KEY
 from moekit.checkpoint.reading import read
 from moekit.checkpoint.shards import tensors
@@ -59,14 +61,18 @@ def find(checkpoint: str | Path) -> Files:
 
     Args:
         checkpoint: its folder; ``model-shared.pt``; any ``model-rank-N.pt``; ``model.pt``, which need not exist (if it
-            does and holds the shared part, it stands in for ``model-shared.pt``); ``"demo"``; all of these with
-            ``.safetensors`` in place of ``.pt``. Stems other than
-            ``model`` work alike.
+            does and holds the shared part, it stands in for ``model-shared.pt``); ``"demo"`` or
+            ``"demo-dense"``; all of these with ``.safetensors`` in place of ``.pt``; a folder with a ``config.json`` of Hugging
+            Face's libraries, or a file in it. Stems other than ``model`` work alike.
 
     Raises:
         ValueError: nothing there, several checkpoints in one folder, a gap in the ranks, or no shared part.
     """
     path = _path(checkpoint)
+    hugging = folder_of_hugging.find(path)
+    if hugging is not None:
+        first, *rest = hugging
+        return Files(first, (), tuple(rest))
     folder, named = (path, None) if path.is_dir() else (path.parent, _named(path))
     names = _names(folder, checkpoint)
     stem = named["stem"] if named else _only_stem(folder, names)
@@ -97,7 +103,7 @@ def _path(checkpoint: str | Path) -> Path:
             f"checkpoint={short(checkpoint)} is an address: name a checkpoint's folder or one of its .pt files on this machine"
         )
     try:
-        path = paths.DEMO_MODEL if str(checkpoint) == "demo" else Path(checkpoint).expanduser()
+        path = paths.of_demo(checkpoint, "checkpoint") or Path(checkpoint).expanduser()
         # A name that is too long, say, is noticed by the system alone.
         path.exists()
     except PermissionError:
@@ -156,7 +162,9 @@ def _only_stem(folder: Path, names: dict[str, re.Match]) -> str:
         or {m["stem"] for m in names.values()}
     )
     if not stems:
-        raise ValueError(f"{folder} holds no checkpoint: expected model-shared.pt and model-rank-0.pt, ...")
+        raise ValueError(
+            f"{folder} holds no checkpoint: expected model.pt, or model-shared.pt and model-rank-0.pt, ..."
+        )
     if "model" in stems:
         return "model"
     if len(stems) > 1:

@@ -72,6 +72,7 @@ OUTPUT_KEYS = {"decoder.output_projection.weight", "decoder.embed_out"}
 
 
 _NUMBER = r"(?:0|[1-9][0-9]{0,6})(?=\.)"
+_LAYER = re.compile(r"(?<=^layers\.)\d+")
 NUMBER = re.compile(rf"(?<=\.layers\.){_NUMBER}|(?<=\.experts\.){_NUMBER}")
 
 
@@ -134,6 +135,35 @@ def places(
 def _split(key: str) -> tuple[str, tuple[int, ...]]:
     """A key without its numbers, and the numbers."""
     return NUMBER.sub("{}", key), tuple(int(n) for n in NUMBER.findall(key))
+
+
+def fairseq_parts(name: str, parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """One of our parameters as fairseq's tensors: their names, and views of ``parameter``.
+
+    Experts count from 0, as in each of fairseq's files.
+
+    Raises:
+        ValueError: the model has no parameter of that name.
+    """
+    layer, pattern = _LAYER.search(name), _LAYER.sub("{}", name)
+    keys = _keys().get(pattern)
+    if keys is None:
+        raise ValueError(f"{clip(name)} is no parameter of moekit's model")
+    for key, part in keys:
+        for expert in range(len(parameter)) if part == "expert" else [0]:
+            target = Place(name, part, expert)
+            yield key.format(layer and layer[0], expert), target.of(parameter)
+
+
+@functools.cache
+def _keys() -> dict[str, list[tuple[str, str]]]:
+    """Our names without numbers, and fairseq's names of their parts."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for key, target in KEYS.items():
+        name, _, part = (target or "").rstrip("]").partition("[")
+        if name:
+            found.setdefault(name, []).append((key, part))
+    return found
 
 
 def key_of(target: Place) -> str:

@@ -6,6 +6,7 @@ import argparse
 import math
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from moekit.checkpoint.contents import Opaque, clip, short
@@ -215,7 +216,7 @@ def from_fairseq(
         # fairseq divides by dim // 2 - 1 there.
         raise options.error("decoder_embed_dim", "4 or more, as its positions are sinusoids")
     tokens_per_sample = of_task.whole("tokens_per_sample", 1024, 1, MOST)
-    return ModelConfig(
+    config = ModelConfig(
         layers=options.whole("decoder_layers", 6, 1, LAYERS),
         dim=dim,
         ffn_dim=options.whole("decoder_ffn_embed_dim", 2048, 1, MOST),
@@ -246,3 +247,5 @@ def from_fairseq(
         mask_padding=options.flag("use_moe_pad_mask"),
         add_bos=of_task.flag("add_bos_token") or options.flag("add_bos_token"),
     )
+    # The branch's default options name experts for dense models, too.
+    return config if config.moe_layers else replace(config, experts=0)

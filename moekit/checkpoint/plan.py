@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,10 @@ from moekit.checkpoint.files import Files
 from moekit.checkpoint.inspection import Inspection, NonFinite, Wanted, warn_unchecked
 from moekit.checkpoint.joining import Joining
 from moekit.checkpoint.keys import NUMBER, OUTPUT_KEYS, SHARED_KEY, Place, key_of, name_of, places
+from moekit.checkpoint.placement import reached, slotted
 from moekit.checkpoint.reading import Source, Weights, read, stamp
 from moekit.checkpoint.shards import EXPERT, tensors
+from moekit.checkpoint.threads import pool
 from moekit.nn.config import ModelConfig
 
 
@@ -37,6 +38,8 @@ class Plan:
     # Files that `survey` has mapped already, so that `fill` in the same process need not parse them again (a few ms
     # each). `fill` takes them out. They are not pickled.
     opened: dict[Path, Weights] = field(default_factory=dict, repr=False, compare=False)
+    # For each MoE layer, the slot [E] of each expert; without it, expert e has slot e. Ranks hold consecutive slots.
+    slots: dict[int, tuple[int, ...]] = field(default_factory=dict, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"opened": {}}
@@ -56,7 +59,7 @@ class Plan:
 
     def needed(self, held: range) -> list[Source]:
         """The files a rank with the experts ``held`` opens: what is shared, and those with an expert of its own."""
-        return [s for s in self.sources if s.common or any(expert in s.experts for expert in held)]
+        return [s for s in self.sources if s.common or reached(s.experts, held, self.slots)]
 
 
 def survey(files: Files, dictionary: int | None = None) -> Plan:
@@ -257,11 +260,7 @@ def _unfold(target: Place) -> list[Place]:
 
 
 class Filled(dict[Place, int]):
-    """How often each place was filled: once.
-
-    Attributes:
-        nonfinite: tensors with weights that are not finite.
-    """
+    """How often each place was filled: once; ``nonfinite`` are the tensors with weights that are not finite."""
 
     nonfinite: list[NonFinite]
 
@@ -296,9 +295,10 @@ def fill(
     def wanted(source: Source, weights: Weights) -> Iterator[tuple[Wanted, Tensor]]:
         """What is read of each tensor, and where it goes."""
         for key, tensor, target in places(source, weights, plan.config):
-            if target.part == "expert" and target.expert not in held:
+            slot = slotted(target, plan.slots)
+            if slot.part == "expert" and slot.expert not in held:
                 continue
-            view = target.of(parameters[target.name].data, held.start)
+            view = slot.of(parameters[target.name].data, held.start)
             begin = 0
             if key in weights.cut:
                 begin = weights.cut[key][0]
@@ -329,16 +329,17 @@ def fill(
                 if (scale := scales.get(f"{target.name}_scale")) is None:
                     yield piece
                     continue
-                local = target.expert - held.start
+                local = slotted(target, plan.slots).expert - held.start
                 whole, begin = parameters[target.name].data[local], weights.cut.get(key, (0,))[0]
                 yield from joining.joined(piece, begin, whole, scale[local])
 
     copying.copy(pieces(), next(iter(parameters.values())).device, threads, progress)
+    numbers = {slotted(at, plan.slots): sum(len(some) for some, _ in by) for at, by in filled.items()}
     for name, parameter in parameters.items():
         for part in _parts(name, parameter):
             count = part.count(parameter)
             target = replace(part, expert=held.start + part.expert) if part.part == "expert" else part
-            found = sum(map(len, (numbers for numbers, _ in filled[target])))
+            found = numbers.get(target, 0)
             if found != count:
                 raise ValueError(
                     f"{found:,} of {count:,} numbers of {name_of(target)} were filled; did the files change meanwhile?"
@@ -360,19 +361,14 @@ def inspect(plan: Plan, threads: int = copying.THREADS) -> list[NonFinite]:
         ValueError: a tensor is damaged.
     """
     found: list[NonFinite] = []
-    threads_of_torch = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(threads, "inspecting", torch.set_num_threads, (1,)) as pool:
-            for source in plan.sources:
-                weights = plan.open(source)
-                parts: list[Wanted] = list(places(source, weights, plan.config))
-                inspection = Inspection(source, weights, parts)
-                checks = [check for part in parts if (check := inspection.check(part)) is not None]
-                for _ in pool.map(lambda check: check(), checks):
-                    pass
-                inspection.remember()
-                found += inspection.nonfinite
-    finally:
-        # A thread of torch's takes over the number that was set last, in whichever thread.
-        torch.set_num_threads(threads_of_torch)
+    with pool("inspecting", threads) as executor:
+        for source in plan.sources:
+            weights = plan.open(source)
+            parts: list[Wanted] = list(places(source, weights, plan.config))
+            inspection = Inspection(source, weights, parts)
+            checks = [check for part in parts if (check := inspection.check(part)) is not None]
+            for _ in executor.map(lambda check: check(), checks):
+                pass
+            inspection.remember()
+            found += inspection.nonfinite
     return found

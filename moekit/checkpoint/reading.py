@@ -19,11 +19,14 @@ from torch import Tensor
 from moekit.checkpoint import safetensors
 from moekit.checkpoint.archive import START, Layout, Record, layout
 from moekit.checkpoint.contents import Stored, clip, is_known, layout_of, pairs, plain, refused, short, walk
+from moekit.checkpoint.hugging.config import described, same_model
 from moekit.checkpoint.pickles import EACH, Call, Unreadable
 
 # What is read besides the weights: the config, and what tells one training from another. The state of the optimizer
 # stays in the file.
 SETTINGS = ("args", "cfg", "optimizer_history", "extra_state", "shard_metadata")
+# What is told besides of a file of Hugging Face's libraries.
+HUGGING = ("hugging", "buffers", "files")
 # What wrappers put into the names of the tensors of what they wrap: fairscale's anywhere, torch's in front.
 WRAPPERS = re.compile(r"(?<![^.])(_fsdp_wrapped_module|_fpw_module)\.")
 
@@ -53,6 +56,10 @@ class Weights(dict[str, Tensor]):
 
 def read(path: Path) -> dict[str, Any]:
     """The top level of one checkpoint file: ``model``, its :class:`Weights`, and of :data:`SETTINGS` those it has.
+
+    A file of Hugging Face's libraries has the settings that the ``config.json`` beside it tells, and ``hugging`` besides,
+    a :class:`~moekit.checkpoint.hugging.config.Described`; ``buffers`` are what names.py packed, ``files`` the number of
+    files with experts that it was made of. Its tensors have the names that stand there.
 
     Nothing in the file is executed, and only its directory and its pickle are read.
 
@@ -192,6 +199,13 @@ def _refuse(path: Path, found: Layout) -> None:
 
 def _of_safetensors(path: Path, memory: np.ndarray, storage: torch.UntypedStorage) -> dict[str, Any]:
     entries, settings = safetensors.layout(memory)
+    if settings is None or (isinstance(settings, dict) and "buffers" in settings):
+        settings = _of_hugging(path, settings)
+        if settings is None:
+            raise Unreadable(
+                f"tells no config: its metadata lack {safetensors.SETTINGS}, and no config.json beside it names a model that "
+                "moekit knows; make it with python -m moekit.checkpoint convert"
+            )
     if not isinstance(settings, dict):
         raise Unreadable("is damaged: its settings are no object")
     weights = Weights(path, memory, None)
@@ -199,11 +213,26 @@ def _of_safetensors(path: Path, memory: np.ndarray, storage: torch.UntypedStorag
         part = storage[record.start : record.start + record.size]
         weights[key] = torch.empty(0, dtype=dtype).set_(part).view(shape)
         weights.records[key] = record
-    return {"model": weights} | {name: settings[name] for name in SETTINGS if name in settings}
+    return {"model": weights} | {name: settings[name] for name in (*SETTINGS, *HUGGING) if name in settings}
+
+
+def _of_hugging(path: Path, written: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The settings of a file whose config stands beside it; those of the branch's files, unless that was changed since."""
+    found = described(path.parent)
+    if found is None:
+        return None
+    settings = written if written and same_model(written, found) else found.settings()
+    kept = {name: written[name] for name in ("buffers", "files") if written and name in written}
+    return settings | kept | {"hugging": found}
 
 
 def _state(path: Path, memory: np.ndarray, storage: torch.UntypedStorage, found: Layout) -> dict[str, Any]:
     top = _named(path, found.content, "its top level") or {}
+    beside = None
+    if top and "model" not in top and all(_is_tensor(node) for node in top.values()):
+        # A file of Hugging Face's libraries holds the tensors alone.
+        beside = _of_hugging(path, None)
+        top = {"model": found.content} if beside else top
     if pairs(top.get("model")) is None:
         raise ValueError(f"{path} has no 'model' with tensors: it is no fairseq checkpoint")
     weights = Weights(path, memory, found.folder)
@@ -228,7 +257,11 @@ def _state(path: Path, memory: np.ndarray, storage: torch.UntypedStorage, found:
         raise Unreadable(
             f"has tensors of {total:,} bytes in storages of {most:,}, so it is damaged or hostile"
         )
-    return {"model": weights} | {name: plain(top[name]) for name in SETTINGS if name in top}
+    return {"model": weights} | (beside or {name: plain(top[name]) for name in SETTINGS if name in top})
+
+
+def _is_tensor(node: Any) -> bool:
+    return isinstance(node, Call) and layout_of(node) is not None
 
 
 def _tensor(call: Call, storage: torch.UntypedStorage, found: Layout) -> tuple[Tensor, Record] | None:

@@ -5,26 +5,32 @@ from __future__ import annotations
 import copy
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from moekit.checkpoint.files import NAME, Files, find
-from moekit.checkpoint.keys import NUMBER, OUTPUT_KEYS, SHARED_KEY
+from moekit.checkpoint.hugging import writing
+from moekit.checkpoint.hugging.names import packed
+from moekit.checkpoint.keys import NUMBER, OUTPUT_KEYS, SHARED_KEY, places
 from moekit.checkpoint.plan import survey
-from moekit.checkpoint.reading import read, stamp
+from moekit.checkpoint.reading import SETTINGS, Source, read, stamp
 from moekit.checkpoint.shards import EXPERT
 from moekit.checkpoint.writing import File, check_target, write_folder
-from moekit.nn.config import ModelConfig
+from moekit.nn.config import DENSE, ModelConfig
 from moekit.nn.dispatch import owned
 from moekit.nn.gates import top_k_of
 
 GATE = "decoder.layers.{}.moe_layer.gate.wg.weight"
 OUTPUT = "decoder.output_projection.weight"
-FORMATS = {"fairseq": ".pt", "safetensors": ".safetensors"}
+# The ends of the files' names.
+FORMATS = {"fairseq": ".pt", "safetensors": ".safetensors", "hf": ".safetensors"}
+FORMAT = {".pt": "fairseq", ".safetensors": "safetensors"}
 
 
 class Content:
@@ -33,12 +39,17 @@ class Content:
     Attributes:
         config: of the model.
         settings: what rank 0's file holds besides the weights.
+        format: one of :data:`FORMATS`.
+        ranks: how many files hold experts; of the format "hf", how many it was made of.
     """
 
     def __init__(self, files: Files):
         plan = survey(files)
         self.files, self.config = files, plan.config
-        self.settings = {n: v for n, v in read(files.first).items() if n not in ("model", "shard_metadata")}
+        state = read(files.first)
+        self.settings = {n: state[n] for n in SETTINGS if n in state and n != "shard_metadata"}
+        self.format = "hf" if "hugging" in state else FORMAT[files.first.suffix]
+        self.ranks = state.get("files", 1) if self.format == "hf" else len(files.ranks)
         self.bytes = 0
         self.common: dict[str, list[tuple[int, Tensor]]] = defaultdict(list)
         self.by_expert: dict[tuple[int, int], dict[str, list[tuple[int, Tensor]]]] = defaultdict(
@@ -61,7 +72,7 @@ class Content:
                     parts[name].append((weights.cut.get(key, (0, ()))[0], tensor))
                     self.shapes[where][name] = weights.shape(key)
                     self.bytes += tensor.nbytes
-        alone = files.shards or files.first.suffix == FORMATS["safetensors"]
+        alone = files.shards or self.format != "fairseq"
         self.tied = self.config.share_output and (OUTPUT in self.common or bool(alone))
         if self.tied and alone and OUTPUT_KEYS.isdisjoint(self.common):
             self.common[OUTPUT], self.shapes[None][OUTPUT] = (
@@ -125,6 +136,10 @@ def strip(source: str | Path, target: str | Path, *, force: bool = False, show: 
     files, target = find(source), Path(target).expanduser()
     check_target(files.shared.parent, target, force)
     survey(files)
+    if "hugging" in read(files.first):
+        raise ValueError(
+            f"{files.shared.parent} is a Hugging Face folder, whose files hold no optimizer's state"
+        )
 
     def content(path: Path):
         state = read(path)
@@ -144,7 +159,7 @@ def reshard(
     force: bool = False,
     show: bool = True,
 ) -> None:
-    """Write the model with its experts in another number of files.
+    """Write the model with its experts in another number of files; a dense model in one.
 
     Raises:
         ValueError: fewer files than 1 or more than experts; and as :func:`strip`.
@@ -154,18 +169,28 @@ def reshard(
 
 
 def convert(
-    source: str | Path, target: str | Path, to: str, *, force: bool = False, show: bool = True
+    source: str | Path,
+    target: str | Path,
+    to: str,
+    *,
+    texts: Mapping[str, str] = MappingProxyType({}),
+    dictionary: int | None = None,
+    force: bool = False,
+    show: bool = True,
 ) -> None:
-    """Write the model in another format, with as many files.
+    """Write the model in another format. fairseq's files and those of safetensors are as many as there were.
 
     Args:
-        to: "safetensors" or "fairseq".
+        to: one of :data:`FORMATS`.
+        texts: with "hf", more files of the folder, such as the tokenizer's.
+        dictionary: with "hf", types of the dictionary; logits of the matrices' rows beyond it are -inf there.
 
     Raises:
         ValueError: as :func:`strip`.
     """
     found = find(source)
-    _write(found, target, _job("convert", found, to=to), None, None, to, force, show)
+    job = _job("convert", found, to=to, texts=sorted(texts.items()), dictionary=dictionary)
+    _write(found, target, job, None, None, to, force, show, texts, dictionary)
 
 
 def keep(
@@ -201,6 +226,8 @@ def _write(
     to: str,
     force: bool,
     show: bool,
+    texts: Mapping[str, str] = MappingProxyType({}),
+    dictionary: int | None = None,
 ) -> None:
     target = Path(target).expanduser()
     check_target(files.shared.parent, target, force)
@@ -211,15 +238,22 @@ def _write(
         count = _check_kept(kept, config)
     every = kept or {layer: range(config.experts) for layer in config.moe_layers}
     if number is None:
-        most = min(len(files.ranks), count)
+        most = min(content.ranks, count)
         number = next((n for n in range(most, 0, -1) if count % n == 0), 0)
+    elif not config.moe_layers:
+        if number != 1:
+            raise ValueError(f"--files {number}: {DENSE} to spread over files; expected 1")
+        number = 0
     elif not 1 <= number <= count:
         raise ValueError(f"--files {number}: expected 1 to {count}, the number of experts")
     settings = content.settings if kept is None else _with_experts(content.settings, count)
-    stem, end = _stem(files), FORMATS[to] if to else files.first.suffix
+    # The number of files means nothing to Hugging Face's libraries.
+    to = to or ("fairseq" if content.format == "hf" and kept is None else content.format)
+    stem, end = _stem(files) if content.format != "hf" else "model", FORMATS[to]
+    folder = files.shared.parent
 
     def shared() -> tuple[dict[str, Tensor], Mapping[str, Any]]:
-        tensors = content.shared(end != FORMATS["safetensors"])
+        tensors = content.shared(to == "fairseq")
         for layer, chosen in (kept or {}).items():
             key = GATE.format(layer)
             tensors[key] = tensors[key][list(chosen)]
@@ -230,17 +264,29 @@ def _write(
             {layer: chosen[held.start : held.stop] for layer, chosen in every.items()}
         ), settings
 
-    def made() -> Iterator[File]:
+    def made() -> Iterable[File]:
         yield f"{stem}-shared{end}" if number else f"{stem}{end}", shared
         for index in range(number):
             yield f"{stem}-rank-{index}{end}", lambda index=index: rank(owned(count, number, index))
 
-    write_folder(files.shared.parent, target, job, made(), total=content.bytes, force=force, show=show)
+    parts: Iterable[File] = made()
+    if to == "hf":
+        config = replace(config, experts=count) if kept else config
+        tensors = shared()[0]
+        # The place of a tensor that is no expert's does not depend on the file.
+        source = Source(files.shared, range(0), 0, 0, ())
+        placed = [(tensor, place) for _, tensor, place in places(source, tensors, config)]
+        besides = {**settings, "buffers": packed(tensors), "files": number}
+        parts, beside = writing.made(config, placed, every, content.expert, besides, dictionary)
+        texts = {**texts, **beside}
+    write_folder(folder, target, job, parts, texts, total=content.bytes, force=force, show=show)
 
 
 def _check_kept(kept: dict[int, list[int]], config: ModelConfig) -> int:
     """How many experts each layer keeps."""
     layers, experts = config.moe_layers, config.experts
+    if not layers:
+        raise ValueError(f"--experts: {DENSE} to choose from; expected a checkpoint with experts")
     if sorted(kept) != layers:
         raise ValueError(
             f"--experts names the layers {sorted(kept)}; expected all that have experts: {layers}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -56,11 +56,11 @@ def begins(memory: np.ndarray) -> bool:
     return len(start) == 9 and start[7] == 0 and start[8:] == b"{"
 
 
-def layout(memory: np.ndarray) -> tuple[dict[str, Entry], dict[str, Any]]:
-    """The tensors of a file, mapped into ``memory`` [bytes] uint8, and the settings that moekit wrote.
+def layout(memory: np.ndarray) -> tuple[dict[str, Entry], Any]:
+    """The tensors of a file, mapped into ``memory`` [bytes] uint8, and the settings that moekit wrote, or None.
 
     Raises:
-        Unreadable: it is damaged, or holds no settings.
+        Unreadable: it is damaged.
     """
     (length,) = LENGTH.unpack(memory[:8].tobytes())
     if length > MOST or 8 + length > len(memory):
@@ -83,9 +83,7 @@ def layout(memory: np.ndarray) -> tuple[dict[str, Entry], dict[str, Any]]:
     if at != len(memory):
         raise Unreadable(f"is damaged: it has {len(memory):,} bytes, and its tensors end after {at:,}")
     if SETTINGS not in metadata:
-        raise Unreadable(
-            f"tells no config: its metadata lack {SETTINGS}; make it with python -m moekit.checkpoint convert"
-        )
+        return entries, None
     try:
         settings = json.loads(metadata[SETTINGS], object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
@@ -130,12 +128,17 @@ def write(
     file: IO[bytes],
     tensors: Mapping[str, Tensor],
     settings: Mapping[str, Any],
-    checksum: Callable[[memoryview], int],
+    checksums: Callable[[Iterable[memoryview]], Iterable[int]],
 ) -> None:
-    """Write ``tensors`` one after the other, the widest numbers first, so that each lies where its type needs it."""
+    """Write ``tensors`` one after the other, the widest numbers first, so that each lies where its type needs it.
+
+    Args:
+        checksums: the CRC32 of each of some contents.
+    """
     order = sorted(tensors, key=lambda key: (-tensors[key].itemsize, key))
     metadata = {"format": "pt", SETTINGS: json.dumps(settings, default=repr)}
-    metadata |= {CHECKSUM + key: f"{checksum(_bytes(tensors[key])):08x}" for key in order}
+    found = checksums(_bytes(tensors[key]) for key in order)
+    metadata |= {CHECKSUM + key: f"{number:08x}" for key, number in zip(order, found, strict=True)}
     header: dict[str, Any] = {METADATA: metadata}
     at = 0
     for key in order:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from moekit.checkpoint.contents import clip, short
+from moekit.checkpoint.hugging.names import by_fairseqs_names
 from moekit.checkpoint.options import options_of
 from moekit.checkpoint.reading import Weights
 
@@ -24,12 +25,15 @@ EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 def tensors(state: dict[str, Any], path: Path) -> Weights:
-    """The tensors of what :func:`~moekit.checkpoint.read` found in ``path``, those that are cut as their parts.
+    """The tensors of what :func:`~moekit.checkpoint.read` found in ``path`` by fairseq's names, those that are cut as
+    their parts.
 
     Raises:
         ValueError: the file is a shard that does not tell what lies in it, or whose name does not tell which it is.
     """
     weights: Weights = state["model"]
+    if "hugging" in state:
+        return by_fairseqs_names(weights, state["hugging"], state.get("buffers"))
     if not any(FLAT.fullmatch(key) for key in weights):
         return weights
     name = NUMBERED.fullmatch(path.name)

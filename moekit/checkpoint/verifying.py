@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ from moekit.checkpoint.files import find
 from moekit.checkpoint.inspection import crc32
 from moekit.checkpoint.plan import survey
 from moekit.checkpoint.reading import read
+from moekit.checkpoint.threads import pool
 from moekit.progress import bar
 
 
@@ -32,9 +31,9 @@ def verify(checkpoint: str | Path, *, show: bool = True) -> list[dict[str, Any]]
     # Neither checksums nor torch's sums hold Python's lock.
     with (
         bar("verify", sum(sizes.values()), "B", show=show) as shown,
-        ThreadPoolExecutor(min(8, os.cpu_count() or 1), "verifying") as pool,
+        pool("verifying") as executor,
     ):
-        for (path, size), row in zip(sizes.items(), pool.map(_of_file, sizes), strict=True):
+        for (path, size), row in zip(sizes.items(), executor.map(_of_file, sizes), strict=True):
             rows.append({"file": path.name, "bytes": size} | row)
             shown.update(size)
     return rows

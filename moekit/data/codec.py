@@ -5,12 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
+
 from moekit import arguments, paths
 from moekit.data.bpe import BytePairs
 from moekit.data.dictionary import Dictionary
 from moekit.symbols import BOS, EOS, PAD, UNK
 
 FILES = ("encoder.json", "vocab.bpe", "dict.txt")
+
+
+def places(checkpoint: Path) -> list[Path]:
+    """The folders in which a checkpoint's codec is looked for, beside the files in ``checkpoint``."""
+    return [checkpoint, checkpoint / "gpt2_bpe", checkpoint.parent / "gpt2_bpe"]
+
+
+def has_codec(folder: Path) -> bool:
+    """Whether a folder has a codec's files."""
+    return all((folder / name).is_file() for name in FILES)
 
 
 class Codec:
@@ -42,6 +54,7 @@ class Codec:
     reads_text = True
 
     def __init__(self, encoder_json: str | Path, vocab_bpe: str | Path, dict_txt: str | Path) -> None:
+        self.encoder_json, self.vocab_bpe = Path(encoder_json), Path(vocab_bpe)
         self.bpe = BytePairs(encoder_json, vocab_bpe)
         self.dictionary = Dictionary(dict_txt)
         self._ids = {number: self.dictionary.index.get(str(number), UNK) for number in self.bpe.bytes_of}
@@ -53,12 +66,16 @@ class Codec:
     @classmethod
     def load(cls, folder: str | Path = "demo") -> Codec:
         """The codec of the three files in ``folder``; "demo" is the codec of the demo model."""
-        folder = paths.DEMO_BPE if str(folder) == "demo" else arguments.check("bpe", folder, arguments.Path())
+        folder = paths.of_demo(folder, "bpe") or arguments.check("bpe", folder, arguments.Path())
         return cls(*(folder / name for name in FILES))
 
     def __len__(self) -> int:
         """The number of types of the dictionary, including the special ones; all ids are below it."""
         return len(self.dictionary)
+
+    def id_of(self, number: int) -> int:
+        """The dictionary's id of GPT-2's id ``number``; that of ``<unk>`` where it has none."""
+        return self._ids.get(number, UNK)
 
     def encode(self, text: str) -> list[int]:
         """The dictionary's ids of ``text``, including blanks at the ends of lines; each line end becomes ``</s>``.
@@ -82,6 +99,15 @@ class Codec:
     def pieces(self, ids: Iterable[int]) -> list[str]:
         """Each id as readable text, or as its symbol (``</s>``); bytes of an incomplete character as ``\\xe2``."""
         return [self._text(number).decode(errors="backslashreplace") for number in self._checked(ids)]
+
+    def sizes(self) -> np.ndarray:
+        """[len(self)] int64, the bytes of text that each id stands for: ``</s>`` for the one of a line end, ``<unk>`` for none.
+
+        The bytes of an unknown piece are not known from its id.
+        """
+        found = np.array([len(self._text(number)) for number in range(len(self))])
+        found[[BOS, PAD, UNK]], found[EOS] = 0, 1
+        return found
 
     def _text(self, number: int) -> bytes:
         return self._bytes.get(number) or self.dictionary.symbols[number].encode()

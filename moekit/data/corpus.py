@@ -7,8 +7,9 @@ import re
 from pathlib import Path
 
 from moekit import paths
+from moekit.data.documents import DOCUMENTS
 
-TEXT_SUFFIXES = (".txt", ".text", ".raw", ".md")
+TEXT_SUFFIXES = (".txt", ".text", ".raw", ".md", *DOCUMENTS)
 SUBSET = re.compile(r"(?<![a-z])(?:(train|training)|(valid|validation|dev)|(test))(?![a-z])")
 # A file in a folder of prepared data that records the source of the data.
 MARK = "moekit-source.json"
@@ -45,7 +46,7 @@ def own(source: str, data_dir: Path) -> Texts:
     """
     path = Path(source).expanduser()
     if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.suffix in TEXT_SUFFIXES)
+        found = sorted(p for p in path.rglob("*") if p.name.endswith(TEXT_SUFFIXES))
         wanted = f"files ending in {', '.join(TEXT_SUFFIXES)} (a glob names others)"
     else:
         found = sorted(Path(name) for name in glob.glob(str(path), recursive=True)) or [path]

@@ -15,6 +15,7 @@ from moekit import paths
 from moekit.data import codec, corpus, record, sources
 from moekit.data.binarise import Binarised, Summary, binarise
 from moekit.data.codec import Codec
+from moekit.data.documents import DOCUMENTS, unfold
 from moekit.data.download import DownloadError, discard, download, human
 from moekit.data.encode import encode_files
 from moekit.data.lock import locked
@@ -108,6 +109,7 @@ def prepare(settings: Settings, say: Say = print) -> Prepared:
         bpe = _bpe(settings, steps)
         home = settings.data_dir / name
         _claim(home, settings, texts)
+        texts = {subset: _unfolded(subset, files, home, steps) for subset, files in texts.items()}
         _copied(bpe / "dict.txt", home / "data-bin", steps)
         summaries = {
             subset: _subset(subset, files, home, bpe, settings, steps) for subset, files in texts.items()
@@ -178,6 +180,26 @@ def _claim(home: Path, settings: Settings, texts: corpus.Texts) -> None:
         for stale in set(corpus.SUBSETS) - set(texts):
             for end in ends:
                 (folder / f"{stale}{end}").unlink(missing_ok=True)
+
+
+def _unfolded(subset: str, files: list[Path], home: Path, steps: Steps) -> list[Path]:
+    """Text files in place of files of documents; a subset's documents become one text, which has a domain for each line."""
+    folded = [file for file in files if file.name.endswith(DOCUMENTS)]
+    if not folded:
+        return files
+    text, domains = home / "text" / f"{subset}.txt", home / "text" / f"{subset}{corpus.DOMAINS}"
+    text.parent.mkdir(exist_ok=True)
+    made, now = record.once(
+        text.with_name(f"{subset}.json"),
+        asked={},
+        inputs=folded,
+        outputs=[text, domains],
+        work=lambda: unfold(folded, text, domains),
+    )
+    steps.report(
+        f"unfold {subset}", now, f"{made['documents']:,} documents of {made['domains']:,} domains in {text}"
+    )
+    return [text, *(file for file in files if file not in folded)]
 
 
 def _subset(

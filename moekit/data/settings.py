@@ -16,7 +16,7 @@ class Settings:
 
     Attributes:
         source: "demo" (the repository's own text), "wikitext-103", or own text: a file, a folder or a glob.
-        checkpoint: "none", "en_moe_lm_15b" or "en_moe_lm_52b".
+        checkpoint: "none", or one of :data:`moekit.data.sources.CHECKPOINTS`, such as "en_moe_lm_15b" or "en_dense_lm_1_3b".
         data_dir: the folder of all files.
         workers: the number of processes.
         keep_empty: keep empty lines, as ``multiprocessing_bpe_encoder --keep-empty``.

@@ -74,7 +74,17 @@ WIKITEXT_103 = Remote(
     unpacked=550_000_000,
 )
 
+# The released models with experts, then their dense siblings.
 CHECKPOINTS = {
     name: _fairseq(f"models/lm/{name}.tar.gz", _begins_with(b"\x1f\x8b", "gzip"), unpacked)
-    for name, unpacked in (("en_moe_lm_15b", 30_000_000_000), ("en_moe_lm_52b", 105_000_000_000))
+    for name, unpacked in (
+        ("en_moe_lm_15b", 30_000_000_000),
+        ("en_moe_lm_52b", 105_000_000_000),
+        ("en_dense_lm_125m", 300_000_000),
+        ("en_dense_lm_355m", 800_000_000),
+        ("en_dense_lm_1_3b", 2_700_000_000),
+        ("en_dense_lm_2_7b", 5_400_000_000),
+        ("en_dense_lm_6_7b", 13_400_000_000),
+        ("en_dense_lm_13b", 25_800_000_000),
+    )
 }

@@ -1,10 +1,11 @@
-"""Train the demo model: ``python -m moekit.demo.train --data DIR --out moekit/demo/model``.
+"""Train the demo models: ``python -m moekit.demo.train --data DIR --out moekit/demo/model``.
 
-``python -m moekit.demo.corpus --out DIR`` writes ``DIR``. The model is moekit's, so the demo also shows that the code
+``python -m moekit.demo.corpus --out DIR`` writes ``DIR``. The models are moekit's, so the demos also show that the code
 that runs checkpoints can train a model. The objective is fairseq's ``moe_cross_entropy``: cross-entropy
-plus 0.01 times the sum of the layers' balance losses.
+plus 0.01 times the sum of the layers' balance losses, which a model without experts does not have.
 
-The defaults give the model in the repository on one H100 with torch 2.11, in 287 s.
+The defaults give the model in the repository on one H100 with torch 2.11, in 287 s. ``--kind dense`` trains its dense
+sibling, which reads the same blocks in the same order with the same compute.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import json
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,7 @@ from tqdm import tqdm
 
 from moekit.checkpoint.export import save
 from moekit.nn.config import ModelConfig
+from moekit.nn.cost import flop_per_token
 from moekit.nn.gate import balance_loss
 from moekit.nn.passes import Pass
 from moekit.nn.transformer import Attention, Transformer
@@ -52,6 +55,20 @@ def demo_config(vocab: int) -> ModelConfig:
         gate_fp32=True,
         second_expert="all",
     )
+
+
+def dense_config(vocab: int) -> ModelConfig:
+    """The demo model without experts, and with feed-forward networks so wide that a token takes as many operations."""
+    sparse = demo_config(vocab)
+    dense = replace(sparse, moe_freq=0, experts=0)
+    missing = flop_per_token(sparse, BLOCK) - flop_per_token(dense, BLOCK)
+    # An output of each layer more takes two products and two sums of each of its inputs.
+    wider = missing / (4 * dense.dim * dense.layers)
+    return replace(dense, ffn_dim=dense.ffn_dim + round(wider))
+
+
+# What can be trained: the demo model, and its dense sibling.
+KINDS = {"sparse": demo_config, "dense": dense_config}
 
 
 def initialize(model: Transformer) -> None:
@@ -96,15 +113,27 @@ def bits_a_token(model: Transformer, tokens: Tensor, device: str) -> float:
     return total / targets.numel() / math.log(2)
 
 
-def train(data: Path, out: Path, *, steps: int, batch: int, rate: float, device: str, seed: int) -> None:
-    """Train for ``steps`` steps of ``batch`` blocks with peak learning rate ``rate``, then write the checkpoint."""
+def train(
+    data: Path,
+    out: Path,
+    *,
+    steps: int,
+    batch: int,
+    rate: float,
+    device: str,
+    seed: int,
+    kind: str = "sparse",
+) -> None:
+    """Train a model of :data:`KINDS` for ``steps`` steps of ``batch`` blocks with peak learning rate ``rate``, then write
+    the checkpoint."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     meta = json.loads((data / "meta.json").read_text())
     splits = {
         name: torch.from_numpy(np.load(data / f"{name}.npy").astype(np.int32)) for name in ("train", "valid")
     }
-    model = Transformer(demo_config(meta["vocabulary"])).to(device)
+    config = KINDS[kind](meta["vocabulary"])
+    model = Transformer(config).to(device)
     initialize(model)
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() == 1]
@@ -140,18 +169,20 @@ def train(data: Path, out: Path, *, steps: int, batch: int, rate: float, device:
                 save(
                     model,
                     out,
-                    FILES,
+                    FILES if config.moe_layers else 1,
                     dropout=0.0,
                     attention_dropout=0.0,
                     moe_eval_capacity_token_fraction=-1.0,
                 )
-    print(f"trained for {time.perf_counter() - start:.0f} s; wrote {out}")
+    flop = 3 * flop_per_token(config, BLOCK) * steps * batch * BLOCK
+    print(f"trained for {time.perf_counter() - start:.0f} s, {flop:.4g} operations; wrote {out}")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--kind", choices=KINDS, default="sparse")
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--batch", type=int, default=64, help="blocks of 256 tokens a step")
     parser.add_argument("--rate", type=float, default=3e-3, help="peak learning rate")

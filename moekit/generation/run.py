@@ -142,6 +142,7 @@ def _trace(
             "generated": part["position"] >= read[part["sample"]],
             "logprob": logprobs[place + 1],
             "predicted": np.full(len(place), -1),
+            "output_entropy": np.full(len(place), np.nan),
         }
     collector.add(parts)
     settings = request.settings

@@ -68,9 +68,12 @@ class ModelConfig:
 
     @property
     def moe_layers(self) -> list[int]:
-        """The layers (from 0) that hold experts."""
+        """The layers (from 0) that hold experts; a model without any is dense."""
         return [i for i in range(self.layers) if self.is_moe(i)]
 
+
+# What an error says of a dense model before it says what to do.
+DENSE = "the model is dense, it has no layer with experts"
 
 ACTIVATIONS = ("relu", "gelu", "gelu_fast", "gelu_accurate", "tanh", "linear")
 SECOND_EXPERT = ("all", "sampling", "random")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from moekit.nn.operations import PLAIN
+from moekit.nn.parts import is_part
 from moekit.nn.quantise import dequantise, quantise
 
 
@@ -81,6 +82,7 @@ class Experts(nn.Module):
         stacks = (stack.unbind() for stack in self.tensors.values())
         return [Expert(*weights) for weights in zip(*stacks, strict=True)]
 
+    @is_part("experts")
     def forward(self, x: Tensor, assignment: Assignment) -> Tensor:
         """What each choice's expert makes of its row, times the choice's weight.
 

@@ -125,3 +125,8 @@ def top_k_of(config: ModelConfig) -> int:
 def gate_of(config: ModelConfig) -> Gate:
     """The gate that ``config`` names."""
     return GATES[config.gate](config)
+
+
+def interacts(config: ModelConfig, fraction: float | None) -> bool:
+    """Whether it matters which tokens are routed together: a capacity is shared, and draws depend on the group."""
+    return bool(config.moe_layers) and (fraction is not None or gate_of(config).draws)

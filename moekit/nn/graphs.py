@@ -39,7 +39,8 @@ def fits(model: Transformer, asked: Pass) -> bool:
     With several ranks, the number of expected rows has to be known (:attr:`moekit.nn.passes.Pass.rows_expected`). All ranks
     capture at the same time, because a capture runs the work several times.
     """
-    draws = gate_of(model.config).draws
+    # A dense model's config names a gate all the same.
+    draws = bool(model.config.moe_layers) and gate_of(model.config).draws
     on_gpu = model.embed.weight.is_cuda and model.backend == "triton"
     plain = asked.record is None and asked.edit is None and asked.padding is None
     return on_gpu and plain and not draws
@@ -55,6 +56,8 @@ class Graph:
     """A graph of ``work`` on tensors of the shapes of ``inputs``; all other tensors in it must keep their addresses."""
 
     def __init__(self, work: Callable[..., Tensor | None], *inputs: Tensor):
+        # A profiler runs the work outside of the graph, to learn which kernel belongs to which part.
+        self.work = work
         self.inputs = [tensor.clone() for tensor in inputs]
         aside = capturing(torch.cuda.current_device())
         aside.wait_stream(torch.cuda.current_stream())

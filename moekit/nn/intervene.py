@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from moekit.arguments import Capacity, Flag, Whole, Wholes, check, first_few, shown
-from moekit.nn.config import ModelConfig
+from moekit.nn.config import DENSE, ModelConfig
 from moekit.nn.gate import Edit
 from moekit.nn.gates import top_k_of
 
@@ -147,8 +147,11 @@ def plan(
     Raises:
         ValueError: no such layer or expert, too few experts left, or a contradiction.
     """
+    pairs, forces = _pairs(mask), list(force) if isinstance(force, Iterable) else [force]
+    if not config.moe_layers and (pairs or forces or check("drop_second", drop_second, Flag())):
+        raise ValueError(f"route: {DENSE} whose choices could be changed; expected a model with experts")
     masked: dict[int, tuple[int, ...]] = {}
-    for layer, expert in _pairs(mask):
+    for layer, expert in pairs:
         check_expert(config, layer, expert)
         masked[layer] = tuple(sorted({*masked.get(layer, ()), expert}))
     for layer, experts in masked.items():
@@ -158,7 +161,7 @@ def plan(
                 f"every token needs {top_k_of(config)}"
             )
     forced = []
-    for one in force if isinstance(force, Iterable) else [force]:
+    for one in forces:
         if not isinstance(one, Force):
             raise ValueError(f"force={shown(one)}: expected moekit.Force, or several")
         experts = one.experts

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moekit.nn.parts import is_part
 from moekit.nn.passes import Pass
 from moekit.nn.transformer import Transformer
 
@@ -17,12 +18,18 @@ def scored(model: Transformer, asked: Pass, vocab: int, tokens: Tensor, targets:
     return log_probs(model, model(tokens, asked), targets, vocab)
 
 
-def predictions(model: Transformer, features: Tensor, vocab: int) -> Tensor:
-    """[B, T, D] features -> [B, T] int64, the most probable next tokens of ``vocab`` types."""
-    parts = [model.logits(rows, vocab).argmax(dim=-1) for rows in _pieces(features)]
-    return torch.cat(parts).view(features.shape[:2])
+def predictions(model: Transformer, features: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
+    """[B, T, D] features -> [B, T] int64, the most probable next tokens of ``vocab`` types, and [B, T] float32, the entropies
+    of the distributions over them, in nats."""
+    best, entropies = [], []
+    for rows in _pieces(features):
+        logits = model.logits(rows, vocab)
+        best.append(logits.argmax(dim=-1))
+        entropies.append(torch.special.entr(logits.float().softmax(dim=-1)).sum(dim=-1))
+    return torch.cat(best).view(features.shape[:2]), torch.cat(entropies).view(features.shape[:2])
 
 
+@is_part("log-probabilities")
 def log_probs(model: Transformer, features: Tensor, targets: Tensor, vocab: int) -> Tensor:
     """[B, T, D] features and [B, T] targets -> float32 [B, T] natural log-probabilities, over ``vocab`` types."""
     parts = [

@@ -53,3 +53,9 @@ def _signed(number: int) -> int:
 def _shifted(x: Tensor, bits: int) -> Tensor:
     """Shift ``x`` to the right by ``bits``, filling with zeros from the left."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def from_torch(layer: int, kind: str, like: Tensor) -> Tensor:
+    """Noise of ``kind``, as :class:`Noise` has it, drawn anew in each call from torch's own generator."""
+    drawn = torch.rand(like.shape, device=like.device).clamp(2.0**-24, 1 - 2.0**-24)
+    return -torch.log(-torch.log(drawn)) if kind == "gumbel" else drawn

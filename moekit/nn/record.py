@@ -1,4 +1,4 @@
-"""What a pass records of the routing: options say what, and a recorder keeps it on its rank.
+"""What a pass records of the routing: options say what, and a recorder keeps it on its rank. Of a dense model, nothing.
 
 Shape letters: T tokens, L recorded MoE layers, K choices a token, E experts.
 """
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moekit.arguments import Flag, Wholes, check
-from moekit.nn.config import ModelConfig
+from moekit.nn.config import DENSE, ModelConfig
 
 if TYPE_CHECKING:
     import torch
@@ -33,9 +33,10 @@ class Options:
     """What to record.
 
     Attributes:
-        layers: MoE layers (model layer numbers); None: all of them.
+        layers: MoE layers (model layer numbers); None: all of them, which in a dense model is none.
         full: layers whose full gate distribution is kept: T x E float16 each.
-        predicted: also the output's most probable next token, which costs about as much as scoring once more.
+        predicted: also the output's most probable next token and the entropy of its distribution, which costs about as much
+            as scoring once more. Of a dense model they are recorded anyway, since there is little else.
 
     Raises:
         ValueError: one of them makes no sense.
@@ -48,8 +49,6 @@ class Options:
     def __post_init__(self) -> None:
         # An iterator would be used up by the first call.
         layers = check("layers", self.layers, Wholes(optional=True))
-        if layers == []:
-            raise ValueError("layers=[]: expected at least one layer, or None for all")
         object.__setattr__(self, "layers", None if layers is None else tuple(layers))
         object.__setattr__(self, "full", tuple(check("full", self.full, Wholes())))
         object.__setattr__(self, "predicted", check("predicted", self.predicted, Flag()))
@@ -58,11 +57,18 @@ class Options:
         """With the layers of a model filled in.
 
         Raises:
-            ValueError: the model has no such MoE layer, or none at all.
+            ValueError: the model has no such MoE layer.
         """
+        if self.layers == ():
+            raise ValueError("layers=[]: expected at least one layer, or None for all")
         there = config.moe_layers
         if not there:
-            raise ValueError("the model has no mixture-of-experts layer to trace")
+            if self.layers or self.full:
+                name = "layers" if self.layers else "full"
+                raise ValueError(
+                    f"{name}={list(getattr(self, name))}: {DENSE}; leave {name} out, and the trace holds log-probabilities"
+                )
+            return Options((), (), predicted=True)
         layers = tuple(there) if self.layers is None else tuple(sorted({*self.layers, *self.full}))
         for layer in (*layers, *self.full):
             if layer not in there:
@@ -102,10 +108,13 @@ class Recorder:
         """What was recorded of the tokens where ``real`` ([B, T] bool) is true, B samples after one another.
 
         Returns:
-            ``experts``, ``probs``, ``weights``, ``kept`` [n, L, K], ``entropy`` [n, L], ``full.{layer}`` [n, E].
+            ``experts``, ``probs``, ``weights``, ``kept`` [n, L, K], ``entropy`` [n, L], ``full.{layer}`` [n, E]. L and K are
+            0 if no layer was asked for.
         """
         import torch
 
+        if not self.options.layers:
+            return nothing(int(real.sum()))
         missing = [layer for layer in self.options.layers if layer not in self.found]
         assert not missing, f"layers {missing} took part in the forward pass and recorded nothing"
         rows = real.flatten().nonzero()[:, 0]
@@ -115,3 +124,39 @@ class Recorder:
         }
         table |= {f"full.{layer}": self.found[layer]["full"][rows] for layer in self.options.full}
         return {name: column.cpu().numpy() for name, column in table.items()}
+
+
+def nothing(tokens: int) -> dict[str, np.ndarray]:
+    """What :meth:`Recorder.rows` returns of a model without experts."""
+    columns = {name: np.empty((tokens, 0, 0), dtype) for name, dtype in CHOICE_COLUMNS.items()}
+    return columns | {"entropy": np.empty((tokens, 0), np.float32)}
+
+
+class LoadRecorder:
+    """The function in ``Pass.record`` that only counts: choices that are not dispatched, and the fullest expert.
+
+    It keeps a number for each token and two for each routing group, whatever the number of layers.
+    """
+
+    def __init__(self) -> None:
+        self.undispatched: torch.Tensor | None = None
+        self.fullest: torch.Tensor | None = None
+
+    def __call__(self, layer: int, routing: Routing) -> None:
+        import torch
+
+        kept = routing.kept.flatten(1)  # [G, S K]
+        counts = torch.zeros(len(kept), routing.probs.shape[-1], dtype=torch.int32, device=kept.device)
+        counts.scatter_add_(1, routing.experts.flatten(1), kept.int())
+        fullest = counts.amax(dim=1)
+        undispatched = (~routing.kept).sum(dim=-1, dtype=torch.int16)
+        first = self.fullest is None
+        self.fullest = fullest if first else torch.maximum(self.fullest, fullest)
+        self.undispatched = undispatched if first else self.undispatched + undispatched
+
+    def counts(self, groups: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+        """``fullest`` [G], the most choices that an expert of any layer got of a group; and ``undispatched`` [G, S] int16,
+        choices of a token that were not dispatched, over all layers. Zeros for a model without experts."""
+        if self.fullest is None:
+            return np.zeros(groups, np.int64), np.zeros((groups, tokens), np.int16)
+        return self.fullest.cpu().numpy().astype(np.int64), self.undispatched.cpu().numpy()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -27,6 +28,7 @@ from moekit.nn.experts import Assignment, Experts, QuantisedExperts
 from moekit.nn.ffn import activation_fn
 from moekit.nn.gates import gate_of
 from moekit.nn.operations import PLAIN, added, use
+from moekit.nn.parts import is_part, part
 from moekit.nn.passes import Pass
 from moekit.symbols import PAD
 
@@ -77,19 +79,25 @@ class Transformer(nn.Module):
             visible = attention_mask(asked.padding)
         pending = None
         with sdpa_kernel(ATTENTION):
-            for layer in self.layers:
-                x, pending = layer(x, pending, visible, asked)
+            for number, layer in enumerate(self.layers):
+                with part(f"layer {number}"):
+                    x, pending = layer(x, pending, visible, asked)
         return self.features(x, pending)
 
+    @is_part("embedding")
     def embedded(self, tokens: Tensor, asked: Pass) -> Tensor:
         """[B, T] -> [B, T, D], what the first layer reads."""
-        x = self.embed(tokens)
+        return self.placed(self.embed(tokens), asked)
+
+    def placed(self, x: Tensor, asked: Pass) -> Tensor:
+        """Embeddings [B, T, input_dim] -> [B, T, D] with the positions, what the first layer reads."""
+        length = x.shape[1]
         if self.config.scale_embedding:
             x = x * math.sqrt(self.config.dim)
         if self.project_in is not None:
             x = self.project_in(x)
         if self.positions is not None:
-            x = x + self.positions(tokens, asked).to(x)
+            x = x + self.positions(length, x.device, asked).to(x)
         return x if self.embed_norm is None else self.embed_norm(x)
 
     def features(self, x: Tensor, pending: Tensor | None = None) -> Tensor:
@@ -119,10 +127,12 @@ class Transformer(nn.Module):
         Args:
             rows_expected: that of the other ranks' :class:`Pass`.
         """
-        for layer in self.layers:
+        for number, layer in enumerate(self.layers):
             if layer.moe is not None:
-                layer.moe.serve(self.embed.weight, rows_expected)
+                with part(f"layer {number}"):
+                    layer.moe.serve(self.embed.weight, rows_expected)
 
+    @is_part("output")
     def logits(self, features: Tensor, vocab: int | None = None) -> Tensor:
         """[..., output_dim] -> [..., V] for the first ``vocab`` types: rows beyond the dictionary take no part."""
         return F.linear(features, self.output_weight[:vocab])
@@ -202,12 +212,11 @@ class Positions(nn.Module):
         if config.learned_positions:
             self.weight = nn.Parameter(torch.empty(config.max_positions + PAD + 1, config.dim))
 
-    def forward(self, tokens: Tensor, asked: Pass) -> Tensor:
-        """The positions of tokens [B, T]: [B, T, D], or [T, D] where all samples have the same."""
-        length = tokens.shape[1]
+    def forward(self, length: int, device: torch.device, asked: Pass) -> Tensor:
+        """The positions of ``length`` tokens a sample: [B, T, D], or [T, D] where all samples have the same."""
         table = self.weight
         if table is None:
-            table = self.table(length if asked.cache is None else asked.cache.slots, tokens.device)
+            table = self.table(length if asked.cache is None else asked.cache.slots, device)
         if asked.cache is not None:
             position = asked.cache.positions(length) + PAD + 1
         elif asked.padding is not None:
@@ -253,6 +262,7 @@ class AddNorm(nn.LayerNorm):
     def __init__(self, dim: int):
         super().__init__(dim)
 
+    @is_part("norm")
     def forward(self, x: Tensor, pending: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """[B, T, D], and what :func:`~moekit.nn.operations.added` takes -> the sum and its norm, [B, T, D] each."""
         return self.operations.add_norm(x, pending, self)
@@ -296,6 +306,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.dim, 3 * config.dim)
         self.out = nn.Linear(config.dim, config.dim)
 
+    @is_part("attention")
     def forward(self, x: Tensor, visible: Tensor | None, cache: Cache | None) -> Tensor:
         b, t, d = x.shape
         qkv = self.qkv(x).view(b, t, 3, self.heads, d // self.heads)
@@ -309,6 +320,7 @@ class DenseFFN(nn.Module):
         self.fc2 = nn.Linear(config.dense_dim(index), config.dim)
         self.activation = activation_fn(config.activation)
 
+    @is_part("dense")
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.activation(self.fc1(x)))
 
@@ -325,6 +337,8 @@ class MoE(nn.Module):
         self.gate = nn.Linear(config.dim, config.experts, bias=False)
         self.rule = gate_of(config)
         self.experts = Experts(held, config.dim, config.ffn_dim, config.activation)
+        # [E] int64, the number that the dispatch knows each expert by; None where it is the expert's own.
+        self.slots: Tensor | None = None
 
     def forward(self, x: Tensor, asked: Pass) -> Tensor:
         """[B, T, D] -> [B, T, K, D], the weighted output of each choice's expert, zero where it was dropped."""
@@ -333,9 +347,13 @@ class MoE(nn.Module):
         if asked.record is not None:
             asked.record(self.index, routing)
         top_k = self.rule.top_k
-        order, counts = self.operations.by_expert(routing, self.config.experts)
-        assignment = Assignment(order, counts, top_k, routing.weights.flatten())
-        done = self.dispatch(self.experts, rows, assignment, asked.rows_expected)  # [N K, D]
+        with part("plan"):
+            if self.slots is not None:
+                routing = replace(routing, experts=self.slots[routing.experts])
+            order, counts = self.operations.by_expert(routing, self.config.experts)
+            assignment = Assignment(order, counts, top_k, routing.weights.flatten())
+        with part("dispatch"):
+            done = self.dispatch(self.experts, rows, assignment, asked.rows_expected)  # [N K, D]
         return done.view(*x.shape[:-1], top_k, x.shape[-1])
 
     def serve(self, like: Tensor, rows_expected: int | None) -> None:
@@ -343,8 +361,10 @@ class MoE(nn.Module):
         counts = torch.zeros(self.config.experts, dtype=torch.long, device=like.device)
         rows, weights = like.new_empty(0, self.config.dim), like.new_empty(0)
         assignment = Assignment(counts[:0], counts, self.rule.top_k, weights)
-        self.dispatch(self.experts, rows, assignment, rows_expected)
+        with part("dispatch"):
+            self.dispatch(self.experts, rows, assignment, rows_expected)
 
+    @is_part("gate")
     def route(self, rows: Tensor, asked: Pass) -> gate.Routing:
         """[N, D] -> the routing of G groups of S tokens."""
         logits = self.gate(rows).view(asked.groups, -1, self.config.experts)

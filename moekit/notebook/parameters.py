@@ -36,6 +36,7 @@ from moekit.data.sources import CHECKPOINTS
 from moekit.generation.request import KINDS
 from moekit.nn.quantise import KINDS as QUANTISED
 from moekit.notebook import errors
+from moekit.profiling.run import MODES
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,27 @@ class Pairs:
         return found
 
 
-Table = Mapping[str, Kind | Place | Numbers | Pairs]
+@dataclass(frozen=True)
+class Places:
+    """A path for each name; where ``one`` says so, one path alone stands for itself."""
+
+    optional: bool = False
+    one: bool = False
+
+    @property
+    def expected(self) -> str:
+        named = "a path for each name, such as {'news': '/data/news'}"
+        return f"the path of a folder, or {named}" if self.one else named
+
+    def convert(self, value: Any) -> str | dict[str, str]:
+        if isinstance(value, Mapping) and value:
+            return {Text().convert(name): Place().convert(path) for name, path in value.items()}
+        if not self.one:
+            raise ValueError
+        return Place().convert(value)
+
+
+Table = Mapping[str, Kind | Place | Numbers | Pairs | Places]
 
 MODEL: Table = {
     "checkpoint": Place(),
@@ -90,9 +111,10 @@ MODEL: Table = {
     "world_size": Whole(optional=True),
     "device": Choice(("auto", "cuda", "cpu")),
     "dtype": Choice(("auto", "float32", "float16", "bfloat16")),
-    "experts": Choice(tuple(QUANTISED), optional=True),
     "output_dir": Place(),
 }
+EXPERTS: Table = {"experts": Choice(tuple(QUANTISED), optional=True)}
+RANKS: Table = {"ranks": Choice(("local", "ray"))}
 DATA: Table = {
     "data": Place(),
     "subset": Text(),
@@ -125,9 +147,11 @@ PREPARE_DATA: Table = {
     "bpe": Choice(("auto", "gpt2", "demo")),
     "delete_archive": Flag(),
 }
-LOAD_SHARDS: Table = MODEL
+LOAD_SHARDS: Table = {**MODEL, **EXPERTS, **RANKS}
 RUN_INFERENCE: Table = {
     **MODEL,
+    **EXPERTS,
+    **RANKS,
     **DATA,
     "sample_break_mode": Choice(("none", "complete", "complete_doc", "eos")),
     "context_window": Whole(0),
@@ -136,6 +160,8 @@ RUN_INFERENCE: Table = {
 }
 INSPECT_ROUTING: Table = {
     **MODEL,
+    **EXPERTS,
+    **RANKS,
     **DATA,
     "texts": Texts(optional=True),
     "domains": Texts(optional=True),
@@ -145,6 +171,7 @@ INSPECT_ROUTING: Table = {
 }
 STUDY_ROUTING: Table = {
     **MODEL,
+    **EXPERTS,
     "data": Place(),
     "subset": Text(),
     "domains": Place(optional=True),
@@ -154,6 +181,33 @@ STUDY_ROUTING: Table = {
     "mask": Pairs(optional=True),
     "resamples": Whole(),
     "seed": Whole(0),
+}
+EVALUATE_TASKS: Table = {
+    **MODEL,
+    "baseline": Place(optional=True),
+    "tasks": Texts(),
+    "task_data": Places(optional=True),
+    "limit": Whole(optional=True),
+    "num_fewshot": Whole(0, optional=True),
+    "domains": Places(optional=True, one=True),
+    "subset": Text(),
+    "tokens_per_sample": Whole(optional=True),
+    "max_batches": Whole(optional=True),
+    "capacity_token_fractions": Numbers(),
+    "mask": Pairs(optional=True),
+}
+
+PROFILE_INFERENCE: Table = {
+    "checkpoint": Place(),
+    "data": Place(),
+    "world_size": Whole(optional=True),
+    "device": MODEL["device"],
+    "dtype": MODEL["dtype"],
+    "mode": Choice(MODES),
+    "batch_blocks": Wholes(),
+    "steps": Whole(),
+    "capacity_token_fraction": Capacity(),
+    "output_dir": Place(),
 }
 
 # names that mean a parameter of another name
@@ -233,8 +287,12 @@ def _assigned(cell: str) -> Iterator[str]:
 
 
 def _spelled(value: Any, kind: Any) -> Any:
-    """The list or the mapping that a string spells, where :class:`Numbers` or :class:`Pairs` are wanted."""
-    if isinstance(kind, Numbers | Pairs) and isinstance(value, str) and value.strip()[:1] in ("[", "{"):
+    """The list or the mapping that a string spells, where :class:`Numbers`, :class:`Pairs` or :class:`Places` are wanted."""
+    if (
+        isinstance(kind, Numbers | Pairs | Places)
+        and isinstance(value, str)
+        and value.strip()[:1] in ("[", "{")
+    ):
         with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
             return ast.literal_eval(value.strip())
     return value

@@ -32,8 +32,13 @@ SURPRISE_KEYS = (0, 3, 6, 9, 12)
 
 
 def shards(checkpoint: str | Path, world_size: int) -> Figure:
-    """Which rank reads which file for which experts: files on the left, ranks on the right, experts as ribbons."""
+    """Which rank reads which file for which experts: files on the left, ranks on the right, experts as ribbons.
+
+    Of a dense model, each rank reads all files.
+    """
     plan = ckpt.survey(ckpt.find(checkpoint))
+    if not plan.config.moe_layers:
+        return _copies([source.path.name for source in plan.sources], world_size)
     sources = [source for source in plan.sources if len(source.experts)]
     experts = plan.config.experts
     height = max(2.6, 0.28 * max(len(sources), 3 * world_size))
@@ -43,12 +48,12 @@ def shards(checkpoint: str | Path, world_size: int) -> Figure:
     for x, title in ((1.5, "files"), (8.5, "ranks")):
         axes.text(x, -0.02 * experts, title, ha="center", va="bottom", fontsize=12, fontweight="bold")
     for source in sources:
-        _box(axes, 0, 3, source.experts, "0.85", source.path.name, len(sources))
+        _box(axes, 0, 3, (source.experts.start, source.experts.stop), "0.85", source.path.name, len(sources))
     for rank in range(world_size):
         colour = RANK_COLOURS[rank % len(RANK_COLOURS)]
         held = owned(experts, world_size, rank)
         names = f"rank {rank}: " + (f"experts {held.start}–{held.stop - 1}" if len(held) else "no experts")
-        _box(axes, 7, 10, held, (*colour, 0.35), names, world_size)
+        _box(axes, 7, 10, (held.start, held.stop), (*colour, 0.35), names, world_size)
         for source in sources:
             shared = range(max(held.start, source.experts.start), min(held.stop, source.experts.stop))
             if len(shared):
@@ -66,19 +71,50 @@ def shards(checkpoint: str | Path, world_size: int) -> Figure:
     return done(figure)
 
 
-def _box(axes, left: float, right: float, rows: range, colour, label: str, boxes: int) -> None:
-    if not len(rows):
+def _copies(files: list[str], world_size: int) -> Figure:
+    """Files that each rank reads whole."""
+    rows = max(len(files), world_size)
+    figure, axes = plt.subplots(figsize=(8, min(max(1.8, 0.5 * rows), 14)), layout="constrained")
+    axes.set(xlim=(0, 10), ylim=(rows, -0.15 * rows))
+    axes.axis("off")
+    for x, title in ((1.5, "files"), (8.5, "ranks")):
+        axes.text(x, -0.03 * rows, title, ha="center", va="bottom", fontsize=12, fontweight="bold")
+    tall, each = rows / len(files), rows / world_size
+    for rank in range(world_size):
+        colour = RANK_COLOURS[rank % len(RANK_COLOURS)]
+        axes.fill_between(
+            [3, 7], [0, rank * each], [rows, (rank + 1) * each], color=colour, alpha=0.2, linewidth=0
+        )
+        _box(
+            axes,
+            7,
+            10,
+            (rank * each, (rank + 1) * each),
+            (*colour, 0.35),
+            f"rank {rank}: the whole model",
+            world_size,
+        )
+    for place, name in enumerate(files):
+        _box(axes, 0, 3, (place * tall, (place + 1) * tall), "0.85", name, len(files))
+    title = "no experts: the rank reads the whole model"
+    if world_size > 1:
+        title = (
+            f"no experts: each of {world_size} ranks reads the whole model, and takes its share of the text"
+        )
+    figure.suptitle(title, fontsize=13)
+    return done(figure)
+
+
+def _box(axes, left: float, right: float, rows: tuple[float, float], colour, label: str, boxes: int) -> None:
+    top, bottom = rows
+    if top == bottom:
         return
     axes.add_patch(
-        Rectangle(
-            (left, rows.start), right - left, len(rows), facecolor=colour, edgecolor="white", linewidth=1.5
-        )
+        Rectangle((left, top), right - left, bottom - top, facecolor=colour, edgecolor="white", linewidth=1.5)
     )
     if boxes <= 64:
         size = 10 if boxes <= 16 else 6
-        axes.text(
-            (left + right) / 2, rows.start + len(rows) / 2, label, ha="center", va="center", fontsize=size
-        )
+        axes.text((left + right) / 2, (top + bottom) / 2, label, ha="center", va="center", fontsize=size)
 
 
 def filled(table: pd.DataFrame) -> Figure:
@@ -86,7 +122,7 @@ def filled(table: pd.DataFrame) -> Figure:
     figure, axes = plt.subplots(figsize=(8, 0.6 + 0.35 * max(1, len(table))), layout="constrained")
     if table.empty:
         axes.axis("off")
-        axes.set_title("this model has no experts", fontsize=11)
+        axes.set_title("no experts: each rank filled its copy of the whole model once", fontsize=11)
         return done(figure)
     complete = (table.to_numpy() == TENSORS).astype(float)
     axes.imshow(complete, aspect="auto", cmap="RdYlGn", vmin=0, vmax=1, interpolation="nearest", alpha=0.8)

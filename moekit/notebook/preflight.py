@@ -19,8 +19,9 @@ from moekit.data.dictionary import Dictionary
 from moekit.generation.request import KINDS, rules
 from moekit.generation.run import generate
 from moekit.nn import intervene
-from moekit.nn.config import ModelConfig
+from moekit.nn.config import DENSE, ModelConfig
 from moekit.notebook.parameters import GENERATION
+from moekit.profiling.run import positions
 from moekit.routing.domains import lines_of
 from moekit.routing.trace import Trace
 
@@ -64,10 +65,12 @@ def load_shards(p: SimpleNamespace) -> ModelConfig:
     Raises:
         ParameterError: what is wrong.
     """
-    _said(ranks.choose_devices, p.world_size, p.device)
+    if getattr(p, "ranks", "local") == "local":
+        # The devices of a cluster are known when it answers.
+        _said(ranks.choose_devices, p.world_size, p.device)
     files = _said(ckpt.find, p.checkpoint)
     config = _said(ckpt.survey, files).config
-    _said(handle.experts_dtype, p.experts, files, config)
+    _said(handle.experts_dtype, getattr(p, "experts", None), files, config)
     _said(handle.find_dictionary, files, None)
     if p.bpe is not None:
         _codec(p, files, config)
@@ -99,8 +102,8 @@ def inspect_routing(p: SimpleNamespace) -> ModelConfig:
     config = load_shards(p)
     if not config.moe_layers:
         raise ParameterError(
-            f"checkpoint={p.checkpoint!r}: the model is dense, it has no layer with experts whose routing could be "
-            "inspected; name one with experts, or use run_inference.ipynb"
+            f"checkpoint={p.checkpoint!r}: {DENSE} whose routing could be inspected; name one with experts, or use "
+            "run_inference.ipynb"
         )
     if p.texts is None:
         _data(p, config)
@@ -122,16 +125,57 @@ def study_routing(p: SimpleNamespace) -> ModelConfig:
     config = load_shards(p)
     if not config.moe_layers:
         raise ParameterError(
-            f"checkpoint={p.checkpoint!r}: the model is dense, it has no layer with experts to study"
+            f"checkpoint={p.checkpoint!r}: {DENSE} to study; name one with experts, or use run_inference.ipynb"
         )
     _data(p, config)
     _said(lines_of, p.data, p.subset, p.domains)
+    _changes(p, config)
+    return config
+
+
+def evaluate_tasks(p: SimpleNamespace) -> ModelConfig:
+    """As :func:`load_shards`, for the baseline too; the tasks and their data sets are there, and so are the domains."""
+    config = load_shards(p)
+    _codec(p, ckpt.find(p.checkpoint), config)
+    if p.baseline is not None:
+        files = _said(ckpt.find, p.baseline)
+        _codec(p, files, _said(ckpt.survey, files).config)
+    try:
+        from moekit.tasks.evaluation import load_tasks
+    except ImportError as error:
+        raise ParameterError(str(error)) from None
+    if not p.tasks:
+        raise ParameterError("tasks=[]: expected at least one name")
+    _said(load_tasks, p.tasks, p.task_data or {})
+    if p.domains is not None:
+        for folder in p.domains.values() if isinstance(p.domains, dict) else [p.domains]:
+            _data(SimpleNamespace(**vars(p) | {"data": folder}), config)
+        if not isinstance(p.domains, dict):
+            _said(lines_of, p.domains, p.subset)
+    _changes(p, config)
+    return config
+
+
+def _changes(p: SimpleNamespace, config: ModelConfig) -> None:
+    """The capacities and the mask make sense for the model."""
     if not all(0 < fraction <= 1 for fraction in p.capacity_token_fractions):
         raise ParameterError(
             f"capacity_token_fractions={p.capacity_token_fractions}: expected shares of a batch's tokens, above 0 up to 1"
         )
     if p.mask:
         _said(lambda: intervene.plan(config, mask=p.mask))
+
+
+def profile_inference(p: SimpleNamespace) -> ModelConfig:
+    """As :func:`load_shards`; the data is there and the model's, and there are blocks to profile."""
+    given = SimpleNamespace(**vars(p), bpe=None, subset="valid", tokens_per_sample=None)
+    config = load_shards(given)
+    _data(given, config)
+    if not p.batch_blocks or not all(p.batch_blocks):
+        raise ParameterError(
+            f"batch_blocks={p.batch_blocks}: expected one number of at least 1 or more of them"
+        )
+    _said(positions, config, p.mode, p.steps, config.max_positions)
     return config
 
 

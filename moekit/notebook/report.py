@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 from collections.abc import Mapping
 from pathlib import Path
@@ -71,19 +72,31 @@ def files(checkpoint: str | Path) -> pd.DataFrame:
 
 
 def shares(
-    checkpoint: str | Path, world_size: int | None, device: str, dtype: str, experts: str | None = None
+    checkpoint: str | Path,
+    world_size: int | None,
+    device: str,
+    dtype: str,
+    where: str = "local",
+    experts: str | None = None,
 ) -> pd.DataFrame:
-    """What each rank will read, one row per rank: its files, its experts, and the memory that they take beside what is free."""
+    """What each rank will read, one row per rank: its files, its experts, and the memory that they take beside what is free.
+
+    Of ranks on a cluster (``where`` is "ray"), nothing is known before they start but their number: the memory that is free
+    is NaN, and with ``world_size`` None the table is that of one rank.
+    """
     from moekit.handle import experts_dtype, weights_dtype
 
     files = ckpt.find(checkpoint)
     plan = ckpt.survey(files)
-    devices = ranks.choose_devices(world_size, device)
+    if where == "ray":
+        devices = [torch.device("cpu" if device == "cpu" else "cuda")] * (world_size or 1)
+        free = [math.nan] * len(devices)
+    else:
+        devices = ranks.choose_devices(world_size, device)
+        host = host_memory("MemAvailable") / len(devices)
+        free = [gpu.free for gpu in gpus()] if devices[0].type == "cuda" else [host] * len(devices)
     world_size = len(devices)
     kinds = weights_dtype(dtype, devices[0], plan), experts_dtype(experts, files, plan.config)
-    on_gpu = devices[0].type == "cuda"
-    host = host_memory("MemAvailable") / world_size
-    free = [gpu.free for gpu in gpus()] if on_gpu else [host] * world_size
     rows = []
     for rank, place in enumerate(devices):
         held = owned(plan.config.experts, world_size, rank)
@@ -91,7 +104,7 @@ def shares(
         rows.append(
             {
                 "rank": rank,
-                "device": str(place),
+                "device": str(place) if where == "local" else "of the cluster",
                 "files": ", ".join(source.path.name for source in needed),
                 "experts a layer": f"{held.start} to {held.stop - 1}" if len(held) else "none",
                 "million parameters": round(plan.parameters(len(held)) / 1e6, 2),
@@ -135,6 +148,7 @@ def parts(model: Model) -> pd.DataFrame:
     rows = [
         {
             "rank": part["rank"],
+            "node": part["node"],
             "device": part["device"],
             "files read": len(part["files"]),
             "experts a layer": len(part["experts"]),

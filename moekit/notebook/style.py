@@ -17,6 +17,26 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 KINDS = ("#77AADD", "#EE8866", "#EEDD88", "#44BB99", "#FFAABB", "#99DDFF", "#BBCC33", "#AAAA00")
 CHOICE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 INK = "#111111"
+# The parts of a pass (moekit.profiling.PARTS). What is no work is grey; exchanges are warm.
+PART_COLOURS = {
+    "embedding": "#99DDFF",
+    "norm": "#BBCC33",
+    "attention": "#77AADD",
+    "dense": "#44BB99",
+    "gate": "#FFAABB",
+    "plan": "#E8C4E0",
+    "dispatch": "#EE8866",
+    "experts up": "#EEDD88",
+    "experts down": "#AAAA00",
+    "combine": "#F5B48F",
+    "output": "#A48BD0",
+    "log-probabilities": "#CDB8EA",
+    "sampling": "#B5E0C8",
+    "other": "#C9B79C",
+    "waiting": "#8C8C8C",
+    "idle": "#DDDDDD",
+    "host": "#BBBBBB",
+}
 STYLE = {
     "figure.facecolor": "white",
     "savefig.facecolor": "white",

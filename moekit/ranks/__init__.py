@@ -9,11 +9,13 @@ Another kind of pool is another subclass of :class:`Ranks`: functions that run o
 """
 
 from moekit.ranks.base import Each, Rank, RankError, Ranks
-from moekit.ranks.devices import choose_devices, usable_cores
+from moekit.ranks.devices import choose_devices
 from moekit.ranks.launch import prepare, ready
 from moekit.ranks.lent import LentRanks
 from moekit.ranks.pools import start
+from moekit.ranks.ray_ranks import RayRanks
 from moekit.ranks.spawned import SpawnedRanks
+from moekit.ranks.system import usable_cores
 from moekit.ranks.this_process import ThisProcess
 
 __all__ = [
@@ -22,6 +24,7 @@ __all__ = [
     "Rank",
     "RankError",
     "Ranks",
+    "RayRanks",
     "SpawnedRanks",
     "ThisProcess",
     "choose_devices",

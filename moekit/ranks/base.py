@@ -1,5 +1,6 @@
 """What a pool of ranks is: two methods to implement, and what a function that runs on a rank sees."""
 
+import socket
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -8,21 +9,23 @@ from typing import Any, Self
 
 import torch
 
-from moekit.ranks.devices import usable_cores
+from moekit.ranks.system import usable_cores
 
 
 class RankError(RuntimeError):
     """A rank raised or died: ``rank`` is its index, ``cause`` says what happened to it.
 
-    ``__cause__`` is the exception that the rank raised, if it raised one and that can be pickled.
+    ``node`` names its machine, "" for the driver's own. ``__cause__`` is the exception that the rank raised, if it raised
+    one and that can be pickled.
     """
 
-    def __init__(self, rank: int, cause: str):
-        super().__init__(rank, cause)
-        self.rank, self.cause = rank, cause
+    def __init__(self, rank: int, cause: str, node: str = ""):
+        super().__init__(rank, cause, node)
+        self.rank, self.cause, self.node = rank, cause, node
 
     def __str__(self) -> str:
-        return f"rank {self.rank} {self.cause}"
+        where = f" on node {self.node}" if self.node else ""
+        return f"rank {self.rank}{where} {self.cause}"
 
 
 @dataclass
@@ -30,8 +33,9 @@ class Rank:
     """What a function that runs on a rank sees.
 
     ``state`` lives as long as the pool. With ``world_size`` > 1 the default process group of ``torch.distributed``
-    is initialised (NCCL on GPUs, gloo on the CPU); a single rank has none. ``local_world_size`` of the ranks run on
-    this rank's machine and share its cores; None: all of them.
+    is initialised (NCCL on GPUs, gloo on the CPU); a single rank has none. ``machines`` has the number of each rank's
+    machine, those of one machine next to each other; None: all ranks share one. ``local_world_size`` of the ranks run on
+    this rank's machine and share its cores. ``node`` names the machine.
     """
 
     rank: int
@@ -39,11 +43,16 @@ class Rank:
     device: torch.device
     state: dict = field(default_factory=dict)
     send_report: Callable[[Any], None] | None = field(default=None, repr=False)
-    local_world_size: int | None = None
+    machines: tuple[int, ...] | None = None
+    node: str = field(default_factory=socket.gethostname)
 
     def __post_init__(self) -> None:
-        if self.local_world_size is None:
-            self.local_world_size = self.world_size
+        if self.machines is None:
+            self.machines = (0,) * self.world_size
+
+    @property
+    def local_world_size(self) -> int:
+        return self.machines.count(self.machines[self.rank])
 
     @property
     def cores(self) -> int:
@@ -69,11 +78,15 @@ def own(value: Any, rank: int) -> Any:
 
 
 class Ranks(ABC):
-    """A pool of ranks, ``devices[r]`` being that of rank r. A context manager; closing it twice is fine."""
+    """A pool of ranks. A context manager; closing it twice is fine.
 
-    def __init__(self, devices: list[torch.device]):
+    Rank r has ``devices[r]`` and runs on ``nodes[r]``, the name of a machine; "" is the driver's own.
+    """
+
+    def __init__(self, devices: list[torch.device], nodes: list[str] | None = None):
         self.devices = devices
         self.world_size = len(devices)
+        self.nodes = [""] * len(devices) if nodes is None else nodes
 
     @abstractmethod
     def call(

@@ -1,8 +1,4 @@
-"""The devices that ranks run on, and the cores that they may use."""
-
-import contextlib
-import os
-from pathlib import Path
+"""The devices that ranks run on."""
 
 import torch
 
@@ -22,13 +18,3 @@ def choose_devices(world_size: int | None, device: str) -> list[torch.device]:
         instead = f'world_size={count} or device="cpu"' if count else 'device="cpu"'
         raise ValueError(f"world_size {world_size} needs as many GPUs, and torch sees {count}: use {instead}")
     return [torch.device("cuda", rank) for rank in range(world_size)]
-
-
-def usable_cores() -> int:
-    """The cores that this process may use: its affinity, within the limit of its container (cgroup v2)."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError):
-        # Without the file, or with "max" in it, there is no limit.
-        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
-        cores = min(cores, max(1, quota // period))
-    return cores

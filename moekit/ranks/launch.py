@@ -38,15 +38,23 @@ def await_server() -> forkserver.Server | None:
 
 
 def launch(
-    me: Rank, folder: Path, pipe: socket.socket, log: int, server: forkserver.Server | None
+    me: Rank,
+    folder: Path,
+    pipe: socket.socket,
+    log: int,
+    server: forkserver.Server | None,
+    local: bool = True,
 ) -> subprocess.Popen | forkserver.Forked:
-    """Start the rank ``me``: ``pipe`` is its stdin, the descriptor ``log`` its stdout and stderr."""
+    """Start the rank ``me``: ``pipe`` is its stdin, the descriptor ``log`` its stdout and stderr.
+
+    ``local``: whether the other ranks run on this machine, too, and nothing needs to leave it.
+    """
     path = [os.path.abspath(entry) for entry in sys.path]
     rank = (me.rank, me.world_size, str(me.device))
-    options = {"local_world_size": me.local_world_size, "folder": str(folder)}
+    options = {"machines": me.machines, "folder": str(folder)}
     if server is not None:
         order = {
-            "environment": environment(me),
+            "environment": environment(me, local),
             "path": path,
             "cwd": os.getcwd(),
             "rank": rank,
@@ -63,18 +71,17 @@ def launch(
         stdin=pipe,
         stdout=log,
         stderr=log,
-        env=environment(me),
+        env=environment(me, local),
         # The interrupt key does not reach it, and its children end with it.
         process_group=0,
     )
 
 
-def environment(me: Rank) -> dict[str, str]:
+def environment(me: Rank, local: bool = True) -> dict[str, str]:
     """The environment of a rank."""
-    loopback = "lo" if sys.platform == "linux" else "lo0"
-    return os.environ | {
-        "OMP_NUM_THREADS": str(me.cores),
-        "GLOO_SOCKET_IFNAME": loopback,
-        "NCCL_SOCKET_IFNAME": loopback,
-        "MPLBACKEND": "agg",
-    }
+    own = {"OMP_NUM_THREADS": str(me.cores), "MPLBACKEND": "agg"}
+    if local:
+        own |= dict.fromkeys(
+            ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), "lo" if sys.platform == "linux" else "lo0"
+        )
+    return os.environ | own

@@ -30,7 +30,7 @@ class LentRanks(Ranks):
             raise ValueError(
                 "these ranks hold a model: close that one first, or start other ranks for this one"
             )
-        super().__init__(pool.devices)
+        super().__init__(pool.devices, pool.nodes)
         self._pool, self.closed = pool, False
         # A model that was never closed has left this.
         pool.call(forget)

@@ -28,15 +28,30 @@ FRAMES = 6
 
 
 def serve(
-    rank: int, world_size: int, device: str, *, local_world_size: int, parent: int, folder: str
+    rank: int,
+    world_size: int,
+    device: str,
+    *,
+    parent: int,
+    folder: str,
+    machines: tuple[int, ...] | None = None,
+    node: str | None = None,
+    launched: bool = False,
 ) -> None:
-    """Answer the driver's jobs one by one, until the pipe closes; ``parent`` is the process that started this one."""
+    """Answer the driver's jobs one by one, until the pipe closes; ``parent`` is the process that started this one.
+
+    ``folder`` goes with this process; ``machines`` and ``node`` are a :class:`Rank`'s. ``launched`` by another program than the
+    driver, the process ends alone, without its group, and with status 0 if the driver says that this is the end.
+    """
     pipe = channel.from_standard_input()
     jobs: queue.SimpleQueue[bytearray] = queue.SimpleQueue()
     voice = Voice(pipe)
-    threading.Thread(target=_listen, args=(pipe, jobs, parent, folder), name="listen", daemon=True).start()
+    threading.Thread(
+        target=_listen, args=(pipe, jobs, parent, folder, launched), name="listen", daemon=True
+    ).start()
     threading.Thread(target=voice.beat, name="beat", daemon=True).start()
-    me = Rank(rank, world_size, torch.device(device), local_world_size=local_world_size)
+    me = Rank(rank, world_size, torch.device(device), machines=machines)
+    me.node = node or me.node
     me.send_report = lambda message: voice.say("report", message)
     torch.set_num_threads(me.cores)
     voice.say("beat", ((), 0.0))
@@ -91,7 +106,7 @@ def _frames() -> tuple[str, ...]:
     return tuple(found)
 
 
-def _listen(pipe: socket.socket, jobs: queue.SimpleQueue, parent: int, folder: str) -> None:
+def _listen(pipe: socket.socket, jobs: queue.SimpleQueue, parent: int, folder: str, launched: bool) -> None:
     """Queue the jobs; end this process when the driver is gone, even while it sits in a collective."""
     poll = select.poll()
     poll.register(pipe, select.POLLIN)
@@ -100,8 +115,13 @@ def _listen(pipe: socket.socket, jobs: queue.SimpleQueue, parent: int, folder: s
         while os.getppid() == parent:
             # A forked child of the driver may hold the pipe open.
             if poll.poll(1000) and (job := incoming.read()) is not None:
+                if not job:
+                    shutil.rmtree(folder, ignore_errors=True)
+                    os._exit(0)
                 jobs.put(job)
     shutil.rmtree(folder, ignore_errors=True)
+    if launched:
+        os._exit(1)
     os.killpg(0, signal.SIGKILL)
 
 
@@ -120,7 +140,48 @@ def _answer(me: Rank, job: bytearray) -> bytes:
 
 
 def join(me: Rank, rendezvous: str, timeout: float) -> None:
-    """The first job: join the process group. It meets in a file, as a TCP store listens on all addresses.
+    """The first job on one machine: join the process group. It meets in a file, so that nothing listens."""
+    _init(me, dist.FileStore(rendezvous, me.world_size), timeout)
+
+
+# The store that this process keeps for the other ranks; torch closes one that nobody refers to.
+_kept: list[dist.Store] = []
+
+
+def keep_store(me: Rank, host: str) -> int | None:
+    """The first job on several machines: rank 0 keeps a store for all, and returns its port.
+
+    Torch's own would listen on all addresses of the machine; this one listens on ``host`` alone.
+    """
+    if me.rank != 0:
+        return None
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.create_server((host, 0), family=family, backlog=me.world_size)
+    port = listener.getsockname()[1]
+    descriptor = listener.detach()
+    _kept[:] = [
+        dist.TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=descriptor)
+    ]
+    return port
+
+
+def join_at(me: Rank, host: str, port: int, seconds: float, timeout: float) -> None:
+    """The second job on several machines: join the process group at rank 0's store, reached within ``seconds``."""
+    try:
+        store = dist.TCPStore(
+            host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=seconds)
+        )
+    except RuntimeError as error:
+        over = os.environ.get("GLOO_SOCKET_IFNAME", "any interface")
+        raise RuntimeError(
+            f"node {me.node} cannot reach rank 0 at {host}:{port} over {over} ({headline(error)[:200]}): see what "
+            "separates the nodes, or name another network with RayRanks(interface=...)"
+        ) from error
+    _init(me, store, timeout)
+
+
+def _init(me: Rank, store: dist.Store, timeout: float) -> None:
+    """Join the process group. ``timeout`` is in seconds, of a collective.
 
     NCCL connects the GPUs at the first collective, which takes a second and is not needed where ranks exchange rows
     through one another's memory.
@@ -132,7 +193,7 @@ def join(me: Rank, rendezvous: str, timeout: float) -> None:
         torch.empty(1, device=me.device)
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",
-        store=dist.FileStore(rendezvous, me.world_size),
+        store=store,
         rank=me.rank,
         world_size=me.world_size,
         timeout=timedelta(seconds=timeout),

@@ -6,7 +6,7 @@ import os
 import torch
 
 from moekit.ranks.base import Rank, RankError, Ranks, forked, gone, headline, own
-from moekit.ranks.devices import usable_cores
+from moekit.ranks.system import usable_cores
 
 
 class ThisProcess(Ranks):

@@ -12,13 +12,14 @@ Only time counts in which the driver itself runs and looks: a machine that slept
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Protocol
 
 from moekit.ranks.base import RankError
+from moekit.ranks.system import Process
 
 # Seconds between two beats of a rank.
 BEAT = 1.0
@@ -28,15 +29,6 @@ SILENCE = 30.0
 
 # Seconds of processor time from one beat to the next that count as work.
 USED = 0.01
-
-STATES = {
-    "T": "is stopped",
-    "t": "is stopped by a debugger",
-    "D": "waits for a device or a file system",
-    "Z": "has ended",
-    "R": "runs",
-    "S": "sleeps",
-}
 
 # Files of frames in which a rank waits for others.
 WAITS_FOR_PEERS = ("torch/distributed/", "nn/dispatch.py")
@@ -54,41 +46,21 @@ def silence_limit(silence: float | None) -> float:
     raise ValueError(f"{name} is {said!r}: expected a number of seconds above 0")
 
 
-@dataclass(frozen=True)
-class Process:
-    """The state of a process (a letter of ``ps``) and the seconds of processor time that it has used."""
+class Member(Protocol):
+    """The process of a rank as its driver sees it, on this machine or on another one.
 
-    state: str
-    seconds: float
+    ``node`` is the name of its machine, "" for the driver's own.
+    """
 
-    @classmethod
-    def of(cls, pid: int | str) -> Process | None:
-        """Of a process, or of its thread ``pid/task/tid``; None where the system does not tell."""
-        try:
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-            return cls(fields[0], (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"))
-        except (OSError, IndexError, ValueError):
-            return None
+    node: str
 
-    @property
-    def stopped(self) -> bool:
-        return self.state in "Tt"
+    def state(self) -> Process | None:
+        """Of its main thread; None where nobody tells."""
+        ...
 
-    @property
-    def ready(self) -> bool:
-        """Whether its main thread runs, or could if others had not the processor."""
-        return self.state == "R"
-
-    def __str__(self) -> str:
-        return f"its process {STATES.get(self.state, 'is in an unknown state')}: state {self.state}"
-
-
-def any_ready(pid: int) -> bool:
-    """Whether a thread of a process runs or could."""
-    threads = []
-    with contextlib.suppress(OSError):
-        threads = list(Path(f"/proc/{pid}/task").iterdir())
-    return any((found := Process.of(f"{pid}/task/{thread.name}")) and found.ready for thread in threads)
+    def any_ready(self) -> bool:
+        """Whether one of its threads runs or could."""
+        ...
 
 
 @dataclass
@@ -109,10 +81,10 @@ class Signs:
 class Watch:
     """The signs of all ranks during one call of ``operation``."""
 
-    def __init__(self, operation: str, pids: list[int], silence: float, started: bool):
-        self.operation, self.pids, self.silence = operation, pids, silence
-        self.signs = [Signs(started=started) for _ in pids]
-        self.at_work = set(range(len(pids)))
+    def __init__(self, operation: str, members: Sequence[Member], silence: float, started: bool):
+        self.operation, self.members, self.silence = operation, members, silence
+        self.signs = [Signs(started=started) for _ in members]
+        self.at_work = set(range(len(members)))
         self.began = self.looked = time.monotonic()
         # Seconds since a rank reported or finished.
         self.unmoved = 0.0
@@ -168,7 +140,7 @@ class Watch:
         signs = self.signs[rank]
         if not signs.started or signs.idle < self.silence:
             return False
-        process = Process.of(self.pids[rank])
+        process = self.members[rank].state()
         if process and process.ready:
             signs.idle = 0.0
         return signs.idle >= self.silence
@@ -178,18 +150,23 @@ class Watch:
 
         One with a thread that is ready to run lives, too: others have the processor.
         """
-        signs, process = self.signs[rank], Process.of(self.pids[rank])
-        if any_ready(self.pids[rank]) or (process and signs.known and process.seconds > signs.known.seconds):
+        signs, process = self.signs[rank], self.members[rank].state()
+        if self.members[rank].any_ready() or (
+            process and signs.known and process.seconds > signs.known.seconds
+        ):
             signs.silent = signs.idle = 0.0
         signs.known = process
 
     def stopped(self) -> list[int]:
         """The ranks whose processes are stopped, whether they are at work or not."""
-        states = [Process.of(pid) for pid in self.pids]
+        states = [member.state() for member in self.members]
         return [rank for rank, process in enumerate(states) if process and process.stopped]
 
+    def error(self, rank: int, cause: str) -> RankError:
+        return RankError(rank, cause, self.members[rank].node)
+
     def _silent(self, rank: int) -> RankError:
-        return RankError(
+        return self.error(
             rank,
             f"has given no sign of life for {self.silence:g} s while it ran '{self.operation}'"
             f"{self.state(rank)}: end what stopped it and load the model again{self.stack(rank)}",
@@ -197,7 +174,7 @@ class Watch:
 
     def _idle(self, ranks: list[int]) -> RankError:
         others = f"; so have ranks {ranks[1:]}" if ranks[1:] else ""
-        return RankError(
+        return self.error(
             ranks[0],
             f"has neither reported nor used the processor for {self.silence:g} s while it ran '{self.operation}'"
             f"{self.state(ranks[0])}{others}: look at what it waits for, or set MOEKIT_SILENCE to more seconds"
@@ -205,7 +182,7 @@ class Watch:
         )
 
     def state(self, rank: int) -> str:
-        process = Process.of(self.pids[rank])
+        process = self.members[rank].state()
         return f" ({process})" if process else ""
 
     def stack(self, rank: int) -> str:

@@ -49,6 +49,8 @@ def compare(
 ) -> Comparison:
     """What differs between two traces of the same tokens: an intervention, another capacity, another checkpoint.
 
+    Models whose experts are not alike compare as ``compare(one.without_experts(), other.without_experts())``.
+
     Args:
         by, size: the units of the statistics, as in :func:`moekit.routing.metrics.bootstrap`.
 
@@ -62,7 +64,10 @@ def compare(
     before, after = align(before, after)
     sets = np.sort(before.experts, axis=2) != np.sort(after.experts, axis=2)
     changed = sets.any(axis=2)
-    first = np.where(changed.any(axis=1), np.array(before.layers)[changed.argmax(axis=1)], -1)
+    first = np.full(len(before), -1)
+    if before.layers:
+        first = np.where(changed.any(axis=1), np.array(before.layers)[changed.argmax(axis=1)], -1)
+    best = (before.experts[:, :, :1] != after.experts[:, :, :1]).any(axis=2)
     delta = after.logprob - before.logprob
     tokens = pd.DataFrame(
         {
@@ -84,10 +89,10 @@ def compare(
         {
             "layer": before.layers,
             "experts_changed": changed.mean(axis=0),
-            "first_choice_changed": (before.experts[:, :, 0] != after.experts[:, :, 0]).mean(axis=0),
+            "first_choice_changed": best.mean(axis=0),
             "kept_changed": kept.any(axis=2).mean(axis=0),
-            "dropped_before": (~before.kept).mean(axis=(0, 2)),
-            "dropped_after": (~after.kept).mean(axis=(0, 2)),
+            "dropped_before": _dropped(before),
+            "dropped_after": _dropped(after),
             "weight_change": weight_change(before, after).mean(axis=0),
         }
     )
@@ -98,6 +103,11 @@ def compare(
     by_unit = by_unit.groupby("unit")["delta"].agg(["size", "mean"]).reset_index()
     by_unit.columns = ["unit", "tokens", "delta"]
     return Comparison(tokens, layers, mean, by_unit, paired(delta, unit))
+
+
+def _dropped(trace: Trace) -> np.ndarray:
+    """[L]: the share of choices that were not dispatched."""
+    return (~trace.kept).sum(axis=(0, 2)) / max(1, len(trace) * trace.top_k)
 
 
 def change_by_domain(

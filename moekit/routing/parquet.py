@@ -3,7 +3,8 @@
 Columns: those of the token; for each traced layer n and choice k ``experts.n.k``, ``probs.n.k``, ``weights.n.k``,
 ``kept.n.k``; ``entropy.n``; and ``full.n``, the E float16 of the full distribution in one binary value. The schema's
 metadata holds under "moekit.trace" a JSON object with ``format``, ``layers``, ``top_k``, ``num_experts`` and ``meta``, and
-under "moekit.crc32" the CRC32 of that object followed by the columns' values. Format 1 had no checksum.
+under "moekit.crc32" the CRC32 of that object followed by the columns' values. Format 1 had no checksum, and format 2 no
+``output_entropy``. A trace without layers, of a dense model, has the columns of the tokens only.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from moekit.arguments import reading
 from moekit.nn.record import CHOICE_COLUMNS
 from moekit.routing.trace import TOKEN_COLUMNS, Trace
 
-FORMAT = 2
-FORMATS = (1, 2)
+FORMAT = 3
+FORMATS = (1, 2, 3)
+# Columns of a token that earlier formats did not have, and the first that has them.
+NEW_IN = {"output_entropy": 3}
 HEAD, CHECKSUM = b"moekit.trace", b"moekit.crc32"
 ROWS = 65_536
 # bounds of what a head may say, so that a damaged one allocates nothing absurd
@@ -39,10 +42,11 @@ class Head:
     num_experts: int
     meta: dict[str, Any]
 
-    def columns(self, full: tuple[int, ...]) -> Iterator[tuple[str, str, np.dtype]]:
+    def columns(self, full: tuple[int, ...], version: int) -> Iterator[tuple[str, str, np.dtype]]:
         """Name in the file, name in the trace and dtype of each column, in the order that the checksum takes them."""
         for name, dtype in TOKEN_COLUMNS.items():
-            yield name, name, np.dtype(dtype)
+            if version >= NEW_IN.get(name, 1):
+                yield name, name, np.dtype(dtype)
         for layer in self.layers:
             for name, dtype in CHOICE_COLUMNS.items():
                 for k in range(self.top_k):
@@ -60,7 +64,7 @@ def write(trace: Trace, path: str | Path) -> None:
     head = Head(trace.layers, trace.top_k, trace.num_experts, trace.meta)
     text = json.dumps({"format": FORMAT} | vars(head)).encode()
     checksum, columns = zlib.crc32(text), {}
-    for column, name, dtype in head.columns(tuple(trace.full)):
+    for column, name, dtype in head.columns(tuple(trace.full), FORMAT):
         values = _of_trace(trace, column, name).astype(dtype, copy=False)
         checksum = zlib.crc32(_bytes(values), checksum)
         if name == "full":
@@ -103,7 +107,7 @@ def read(path: str | Path) -> Trace:
                 )
             head, version = _head(found[HEAD], path)
             layers = tuple(layer for layer in head.layers if f"full.{layer}" in file.schema_arrow.names)
-            columns = list(head.columns(layers))
+            columns = list(head.columns(layers, version))
             missing = {column for column, *_ in columns} - set(file.schema_arrow.names)
             if missing:
                 raise _damaged(path, f"it lacks the column {min(missing)}")
@@ -163,7 +167,7 @@ def _trace(head: Head, arrays: dict[str, np.ndarray], full: tuple[int, ...]) -> 
 
     entropy = [arrays[f"entropy.{layer}"] for layer in head.layers]
     return Trace(
-        **{name: arrays[name] for name in TOKEN_COLUMNS},
+        **{name: arrays[name] for name in TOKEN_COLUMNS if name in arrays},
         **{name: stacked(name) for name in CHOICE_COLUMNS},
         entropy=np.stack(entropy, axis=1) if entropy else np.empty((tokens, 0), np.float32),
         layers=head.layers,
@@ -182,13 +186,16 @@ def _head(text: bytes, path: Path) -> tuple[Head, int]:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise _damaged(path, f"its head cannot be read ({type(error).__name__})") from None
     if version not in FORMATS:
-        raise ValueError(f"{path} has format {str(version)[:20]}; this moekit reads the formats 1 and 2")
+        raise ValueError(
+            f"{path} has format {str(version)[:20]}; this moekit reads the formats 1 to {FORMAT}"
+        )
     numbers = (*head.layers, head.top_k, head.num_experts)
     whole = all(isinstance(n, int) and not isinstance(n, bool) for n in numbers)
     if not whole or not isinstance(head.meta, dict):
         raise _damaged(path, "its head names layers, choices or experts that are no whole numbers")
     different = len(set(head.layers)) == len(head.layers) <= MOST_LAYERS and min(head.layers, default=0) >= 0
-    if not (different and 1 <= head.top_k <= MOST_CHOICES and 1 <= head.num_experts <= MOST_EXPERTS):
+    least = 1 if head.layers else 0
+    if not (different and least <= head.top_k <= MOST_CHOICES and least <= head.num_experts <= MOST_EXPERTS):
         raise _damaged(path, "its head names an absurd number of layers, choices or experts")
     return head, version
 

@@ -104,12 +104,16 @@ def units(trace: Trace) -> Units:
     """The units that the plan in force asks for; more than ``BLOCKS`` are put together with their neighbours."""
     plan = _plan.get() or Plan()
     plan.used = True
-    unit = unit_of(trace, plan.by, plan.size)
+    return units_of(unit_of(trace, plan.by, plan.size), plan.resamples, plan.seed)
+
+
+def units_of(unit: np.ndarray, resamples: int = RESAMPLES, seed: int = SEED) -> Units:
+    """Units of tokens that lie in ``unit`` [T], from 0; more than ``BLOCKS`` are put together with their neighbours."""
     found = int(unit.max(initial=-1)) + 1
     n = min(found, BLOCKS)
     unit = unit * n // max(1, found)
-    rng = np.random.default_rng(plan.seed)
-    return Units(unit, rng.multinomial(n, np.full(n, 1 / n), size=plan.resamples).astype(float))
+    rng = np.random.default_rng(seed)
+    return Units(unit, rng.multinomial(n, np.full(n, 1 / n), size=resamples).astype(float))
 
 
 def interval(

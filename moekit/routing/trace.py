@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moekit.arguments import Wholes, check
-from moekit.nn.record import CHOICE_COLUMNS, Options
+from moekit.nn.record import CHOICE_COLUMNS, Options, nothing
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,6 +35,7 @@ TOKEN_COLUMNS = {
     "generated": np.bool_,
     "logprob": np.float32,
     "predicted": np.int32,
+    "output_entropy": np.float32,
 }
 
 
@@ -43,7 +44,7 @@ TOKEN_COLUMNS = {
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """What the router did to T real tokens in L MoE layers.
+    """What the router did to T real tokens in L MoE layers. Of a dense model, L, K and E are 0.
 
     Padding has no rows. It is routed as fairseq routes it, so with a capacity it takes places in the buffers, and real tokens
     that found no place because of it show as dropped.
@@ -55,6 +56,8 @@ class Trace:
         generated: [T] bool, False for tokens of a prompt or of data.
         logprob: [T] float32, natural logarithm, of the target; NaN if unknown.
         predicted: [T] int32, the output's most probable next token; -1 if it was not recorded.
+        output_entropy: [T] float32, of the output's distribution of the next token, in nats; NaN if it was not recorded. None
+            stands for NaN everywhere.
         layers: the traced layers' numbers in the model, from 0.
         experts: [T, L, K] int16, the router's choices, best first, dropped ones included.
         probs: [T, L, K] float32, gate probability of each choice.
@@ -82,8 +85,11 @@ class Trace:
     full: Mapping[int, np.ndarray]
     num_experts: int
     meta: dict[str, Any]
+    output_entropy: np.ndarray | None = None
 
     def __post_init__(self) -> None:
+        if self.output_entropy is None:
+            object.__setattr__(self, "output_entropy", np.full(len(self.sample), np.nan, np.float32))
         tokens, depth, k = len(self.sample), len(self.layers), self.experts.shape[-1]
         shapes = dict.fromkeys(TOKEN_COLUMNS, (tokens,)) | dict.fromkeys(CHOICE_COLUMNS, (tokens, depth, k))
         dtypes = TOKEN_COLUMNS | CHOICE_COLUMNS | {"entropy": np.float32}
@@ -100,6 +106,10 @@ class Trace:
         return len(self.sample)
 
     def __repr__(self) -> str:
+        if not self.layers:
+            return (
+                f"<trace of {len(self):,} tokens in {len(np.unique(self.sample)):,} samples, without experts>"
+            )
         return (
             f"<trace of {len(self):,} tokens in {len(np.unique(self.sample)):,} samples, layers "
             f"{', '.join(map(str, self.layers))}, {self.num_experts} experts, {self.top_k} choices a token>"
@@ -138,12 +148,19 @@ class Trace:
         full = {layer: self.full[layer][chosen] for layer in wanted if layer in self.full}
         return Trace(**columns, layers=wanted, full=full, num_experts=self.num_experts, meta=self.meta)
 
+    def without_experts(self) -> Trace:
+        """The trace as that of a dense model: to compare log-probabilities of models whose experts are not alike."""
+        tokens = {name: getattr(self, name) for name in TOKEN_COLUMNS}
+        return Trace(**tokens, **nothing(len(self)), layers=(), full={}, num_experts=0, meta=self.meta)
+
     def to_pandas(self) -> pd.DataFrame:
         """One row per (token, layer): the token's columns, ``layer``, ``entropy``, and for each choice k ``expert_k``,
-        ``prob_k``, ``weight_k`` and ``kept_k``."""
+        ``prob_k``, ``weight_k`` and ``kept_k``. One row per token with the token's columns, if there are no layers."""
         import pandas as pd
 
         depth = len(self.layers)
+        if not depth:
+            return pd.DataFrame({name: getattr(self, name) for name in TOKEN_COLUMNS}, copy=False)
         columns = {name: np.repeat(getattr(self, name), depth) for name in TOKEN_COLUMNS}
         columns["layer"] = np.tile(np.array(self.layers, dtype=np.int16), len(self))
         for k in range(self.top_k):
@@ -175,6 +192,22 @@ class Trace:
 
 
 ARRAYS = {f.name for f in fields(Trace)} - {"layers", "full", "num_experts", "meta"}
+
+
+def need_layers(trace: Trace, what: str) -> None:
+    """For what asks about experts.
+
+    Args:
+        what: the beginning of the error's sentence.
+
+    Raises:
+        ValueError: the trace has no layers.
+    """
+    if not trace.layers:
+        why = (
+            "its model is dense: trace one with experts" if not trace.num_experts else "select or record more"
+        )
+        raise ValueError(f"{what}: the trace has no layers, expected at least one; {why}")
 
 
 def kept_by_expert(trace: Trace) -> np.ndarray:

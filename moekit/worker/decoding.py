@@ -24,6 +24,7 @@ from moekit.nn import graphs
 from moekit.nn.cache import SLOTS, Cache
 from moekit.nn.logprobs import log_probs
 from moekit.nn.noise import Noise
+from moekit.nn.parts import is_part, part
 from moekit.nn.passes import Pass
 from moekit.nn.record import Recorder
 from moekit.nn.transformer import Transformer
@@ -168,10 +169,11 @@ def run(
     read = torch.tensor(tokens[rank.rank], device=rank.device, dtype=torch.long)
     found = []
     for step in range(steps):
-        logits = _read_on(model, sequences, read, steps - step)
-        if logits is not None:
-            found.append(_choose_next(model, sequences, logits))
-            read = found[-1].tokens
+        with part(f"step {step}"):
+            logits = _read_on(model, sequences, read, steps - step)
+            if logits is not None:
+                found.append(_choose_next(model, sequences, logits))
+                read = found[-1].tokens
     chosen = on_host(found) if found else None
     model.dispatch.check()
     return chosen
@@ -350,6 +352,7 @@ def _cache(model: Transformer, batch: int, slots: int) -> Cache:
 # ------------------------------------------------------------------------------------------ the next tokens
 
 
+@is_part("sampling")
 def _choose_next(model: Transformer, sequences: Sequences, logits: Tensor) -> Chosen:
     """Logits [B, V] -> the next token of each sequence, on the device."""
     settings = sequences.settings

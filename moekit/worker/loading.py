@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import Counter
+from pathlib import Path
 
 import torch
 
@@ -12,7 +13,7 @@ from moekit import checkpoint
 from moekit.interrupts import hold_interrupts
 from moekit.nn import transformer
 from moekit.nn.config import ModelConfig
-from moekit.nn.dispatch import AllToAll, Dispatch, owned
+from moekit.nn.dispatch import AllToAll, Dispatch, Hierarchical, owned
 from moekit.nn.gates import top_k_of
 from moekit.nn.peer_memory import reachable
 from moekit.nn.transformer import Transformer
@@ -34,20 +35,23 @@ def load(
         verify: whether to compare checksums and count non-finite values; each rank checks a share of the shared file.
 
     Returns:
-        ``files`` and ``experts`` (a range) that were read; ``filled``, the number of copied tensors by (layer, expert),
-        where None is the key of tensors outside the experts; ``nonfinite``, the non-finite values; ``parameters``,
-        the ``bytes`` of all weights; ``seconds``.
+        ``node``, the machine's name; ``files`` and ``experts`` (a range) that were read; ``filled``, the number of copied
+        tensors by (layer, expert), where None is the key of tensors outside the experts; ``nonfinite``, the non-finite
+        values; ``parameters``, the ``bytes`` of all weights; ``seconds``.
     """
     start = time.perf_counter()
     held = owned(plan.config.experts, rank.world_size, rank.rank)
     model = empty(rank, plan.config, dtype, backend, kind)
     share = (rank.rank, rank.world_size)
     filled = checkpoint.fill(model, plan, held, rank.report, rank.cores, verify, share)
+    for layer, slots in plan.slots.items():
+        model.layers[layer].moe.slots = torch.tensor(slots, device=rank.device)
     rank.state["model"] = model
     parameters = list(model.parameters())
     size = sum(tensor.nbytes for tensor in itertools.chain(parameters, model.buffers()))
     return {
         "rank": rank.rank,
+        "node": rank.node,
         "device": str(rank.device),
         "backend": model.backend,
         "files": [s.path.name for s in plan.needed(held)],
@@ -81,4 +85,16 @@ def _dispatch(rank: Rank, config: ModelConfig, dtype: torch.dtype, backend: str)
         from moekit.nn.kernels.peer_dispatch import PeerDispatch
 
         return PeerDispatch(config.experts, top_k_of(config), config.dim, dtype, rank.device)
-    return AllToAll(config.experts)
+    return AllToAll(config.experts) if one_host else Hierarchical(config.experts, rank.machines)
+
+
+def missing(rank: Rank, sizes: dict[Path, int]) -> tuple[str, list[str]]:
+    """The name of the rank's node, and what is wrong there with files of which the driver knows the bytes."""
+    wrong = []
+    for path, size in sizes.items():
+        try:
+            if (here := path.stat().st_size) != size:
+                wrong.append(f"{path} has {here:,} bytes there and {size:,} on the driver's machine")
+        except OSError as error:
+            wrong.append(f"{path} cannot be read there ({error.strerror})")
+    return rank.node, wrong

@@ -17,7 +17,7 @@ from moekit.nn.intervene import Intervention
 from moekit.nn.logprobs import log_probs, predictions, scored
 from moekit.nn.noise import Noise
 from moekit.nn.passes import Pass
-from moekit.nn.record import Options, Recorder
+from moekit.nn.record import LoadRecorder, Options, Recorder
 from moekit.nn.transformer import Transformer
 from moekit.ranks import Rank
 from moekit.symbols import PAD
@@ -37,6 +37,7 @@ def score(
     seed: int,
     trace: Options | None = None,
     intervention: Intervention | None = None,
+    loads: bool = False,
 ) -> tuple[list[tuple[int, np.ndarray]], list[dict[str, np.ndarray]]]:
     """Log-probabilities of the targets of this rank's share of every step's batches.
 
@@ -48,10 +49,12 @@ def score(
             any world size.
         trace: the options of a trace of the routing; None records nothing.
         intervention: a change of the routing; None changes nothing.
+        loads: count what is not dispatched, and how full experts get; without ``trace``.
 
     Returns:
         Pairs (batch index, float32 [B, T]), where values at targets that are ``PAD`` are undefined; and the parts of the
-        trace, for :class:`moekit.routing.trace.Collector`.
+        trace, for :class:`moekit.routing.trace.Collector`. With ``loads``, a part has ``batch`` [G], the batches' indices,
+        and ``fullest`` [G] and ``undispatched`` [G, B, T] of :class:`moekit.nn.record.LoadRecorder`.
     """
     model: Transformer = rank.state["model"]
     scores: list[tuple[int, np.ndarray]] = []
@@ -62,6 +65,8 @@ def score(
         mine = step.batches
         inputs = Inputs.of(mine, rank.device) if mine else None
         asked = ask(step, inputs, fraction, seed, trace, intervention) if inputs is not None else Pass()
+        if loads:
+            asked.record = LoadRecorder()
         captured = worth_capturing(model, asked, step, rank.world_size)
         if not captured:
             # A large pass may need the memory of the graph. The other ranks drop their graphs in the same step.
@@ -81,8 +86,17 @@ def score(
             scores += collected(rank, *under_way)
         under_way = mine, found
         if trace is not None:
-            predicted = predictions(model, features, vocab) if trace.predicted else None
-            parts.append(trace_rows(asked.record, inputs, found, predicted))
+            told = predictions(model, features, vocab) if trace.predicted else None
+            parts.append(trace_rows(asked.record, inputs, found, told))
+        if loads:
+            fullest, undispatched = asked.record.counts(len(mine), mine[0].tokens.size)
+            parts.append(
+                {
+                    "batch": np.array([batch.index for batch in mine]),
+                    "fullest": fullest,
+                    "undispatched": undispatched.reshape(len(mine), *mine[0].tokens.shape),
+                }
+            )
     if under_way is not None:
         scores += collected(rank, *under_way)
     model.dispatch.check()
@@ -156,12 +170,13 @@ def collected(rank: Rank, batches: Sequence[Batch], found: Tensor) -> list[tuple
 
 
 def trace_rows(
-    recorder: Recorder, inputs: Inputs, logprobs: Tensor, predicted: Tensor | None
+    recorder: Recorder, inputs: Inputs, logprobs: Tensor, told: tuple[Tensor, Tensor] | None
 ) -> dict[str, np.ndarray]:
     """The records of one forward pass, with columns on its tokens: a part of a trace, without padding.
 
     Args:
-        logprobs, predicted: [B, T] each, the log-probabilities of the targets and the best tokens.
+        logprobs: [B, T], the log-probabilities of the targets.
+        told: what :func:`moekit.nn.logprobs.predictions` gives; None if it was not asked for.
     """
     real = inputs.tokens != PAD
     row, position = (index.cpu().numpy() for index in real.nonzero(as_tuple=True))
@@ -173,5 +188,6 @@ def trace_rows(
         "target": target.cpu().numpy(),
         "generated": np.zeros(len(row), dtype=bool),
         "logprob": logprob.masked_fill(target == PAD, float("nan")).cpu().numpy(),
-        "predicted": np.full(len(row), -1) if predicted is None else predicted[real].cpu().numpy(),
+        "predicted": np.full(len(row), -1) if told is None else told[0][real].cpu().numpy(),
+        "output_entropy": np.full(len(row), np.nan) if told is None else told[1][real].cpu().numpy(),
     }

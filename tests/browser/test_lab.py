@@ -36,6 +36,15 @@ playground
 """
 
 
+TIMELINE = """
+import sys
+sys.path.insert(0, {tests!r})
+from made_up_profile import made_up
+from moekit.notebook.timeline import Timeline
+Timeline(made_up())
+"""
+
+
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory, reference):
     """JupyterLab on the loopback: its address and token; the notebooks stand in its root."""
@@ -57,6 +66,10 @@ def lab(tmp_path_factory, reference):
     nbformat.write(two, folder / "two.ipynb")
     one = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(PLAYGROUND)], metadata=notebook.metadata)
     nbformat.write(one, folder / "playground.ipynb")
+    cell = nbformat.v4.new_code_cell(TIMELINE.format(tests=str(ROOT / "tests")))
+    nbformat.write(
+        nbformat.v4.new_notebook(cells=[cell], metadata=notebook.metadata), folder / "timeline.ipynb"
+    )
     settings = folder / "settings" / "@jupyterlab"
     for name, chosen in (
         ("notebook-extension/tracker", '{"windowingMode": "none"}'),  # cells out of sight are drawn, too
@@ -210,3 +223,18 @@ def test_the_playground_writes_stops_and_remembers(browser, lab):
     while coloured.all_inner_texts() != written and time.monotonic() < end:
         time.sleep(0.2)
     assert coloured.all_inner_texts() == written
+
+
+def test_the_timeline_of_a_profile_zooms(browser, lab):
+    page = run_all(browser, lab, "timeline.ipynb")
+    keys = page.locator(".moekit-timeline .mkt-key")
+    keys.first.wait_for(timeout=60_000)
+    assert [text.split(" ")[0] for text in keys.all_text_contents()] == ["dispatch", "experts", "waiting"]
+    whole = keys.all_text_contents()
+    page.locator(".moekit-timeline").get_by_role("button", name="step 1", exact=True).click()
+    page.locator(".moekit-timeline canvas").focus()
+    page.keyboard.press("+")
+    assert keys.all_text_contents() != whole
+    page.keyboard.press("Home")
+    assert keys.all_text_contents() == whole
+    page.close()

@@ -18,11 +18,19 @@ from moekit.nn.kernels.attention import attend_one
 from moekit.nn.kernels.gate import choose
 from moekit.nn.kernels.peer_dispatch import PeerDispatch
 from moekit.nn.kernels.vectors import experts_linear, linear
+from moekit.nn.parts import part
 from moekit.nn.passes import Pass
-from moekit.nn.transformer import MoE, Transformer
+from moekit.nn.transformer import Block, MoE, Transformer
 
-# The most sequences. A step of four took 0.65 ms, and 0.76 ms with the ordinary kernels (H100); more were not tried.
-FEW = 4
+# The most sequences of a model with up to so many dims, and none of a wider one: each program normalises all rows again.
+# Steps of four sequences of the 15B took 0.65 ms, and 0.76 with the ordinary kernels (H100). Of dense models (H200), with
+# 1,024 dims, four took 0.89 and 0.92 ms; with 2,048, one took 1.30 and 1.36, two 1.59 and 1.37; with 2,560, one 3.45 and 2.39.
+FEW = {1024: 4, 2048: 1}
+
+
+def few(dim: int) -> int:
+    """The most sequences of a model with ``dim`` dims."""
+    return next((most for dims, most in FEW.items() if dim <= dims), 0)
 
 
 def fits(model: Transformer, sequences: int) -> bool:
@@ -31,7 +39,10 @@ def fits(model: Transformer, sequences: int) -> bool:
     gate = gate_of(model.config)
     through_peers = isinstance(model.dispatch, PeerDispatch) and gate.softmax_top_k and gate.top_k <= 2
     one_place = isinstance(model.dispatch, Local)
-    return sequences <= FEW and model.config.pre_norm and (one_place or through_peers)
+    # The kernel that makes the gate's choice knows experts by their own numbers.
+    in_order = all(layer.moe is None or layer.moe.slots is None for layer in model.layers)
+    supported = one_place or (through_peers and in_order)
+    return sequences <= few(model.config.dim) and model.config.pre_norm and supported
 
 
 def read_on(
@@ -55,40 +66,52 @@ def read_on(
         return None
     heads = model.config.heads
     x = model.embedded(tokens[:, None], Pass(cache=cache))[:, 0].contiguous()
-    for layer in model.layers:
-        attn = layer.attn
-        qkv, _ = linear(x, attn.qkv.weight, attn.qkv.bias, norm=layer.attn_norm)
-        seen = attend_one(qkv.view(len(x), 3, heads, -1), cache.kv[attn.index], cache.lengths)
-        x, _ = linear(seen, attn.out.weight, attn.out.bias, onto=x)
-        moe = layer.moe
-        if moe is not None:
-            logits, h = linear(x, moe.gate.weight, norm=layer.ffn_norm)
-            x = _experts(model, moe, logits, h, x, rows)
-        else:
-            fc1, fc2 = layer.ffn.fc1, layer.ffn.fc2
-            h, _ = linear(x, fc1.weight, fc1.bias, norm=layer.ffn_norm, activation=model.config.activation)
-            x, _ = linear(h, fc2.weight, fc2.bias, onto=x)
+    for number, layer in enumerate(model.layers):
+        with part(f"layer {number}"):
+            with part("attention"):
+                attn = layer.attn
+                qkv, _ = linear(x, attn.qkv.weight, attn.qkv.bias, norm=layer.attn_norm)
+                seen = attend_one(qkv.view(len(x), 3, heads, -1), cache.kv[attn.index], cache.lengths)
+                x, _ = linear(seen, attn.out.weight, attn.out.bias, onto=x)
+            x = _feed_forward(model, layer, x, rows)
     norm = model.norm
     if model.project_out is not None:
         x, norm = model.features(x), None
-    logits, _ = linear(x, model.output_weight[:vocab], norm=norm)
+    with part("output"):
+        logits, _ = linear(x, model.output_weight[:vocab], norm=norm)
     return logits
+
+
+def _feed_forward(model: Transformer, layer: Block, x: Tensor, rows: int) -> Tensor:
+    """``x`` [B, D] plus what the experts or the feed-forward network of ``layer`` make of its norm."""
+    if layer.moe is not None:
+        with part("gate"):
+            logits, h = linear(x, layer.moe.gate.weight, norm=layer.ffn_norm)
+        return _experts(model, layer.moe, logits, h, x, rows)
+    with part("dense"):
+        fc1, fc2 = layer.ffn.fc1, layer.ffn.fc2
+        h, _ = linear(x, fc1.weight, fc1.bias, norm=layer.ffn_norm, activation=model.config.activation)
+        return linear(h, fc2.weight, fc2.bias, onto=x)[0]
 
 
 def _experts(model: Transformer, moe: MoE, logits: Tensor, h: Tensor, onto: Tensor, rows: int) -> Tensor:
     """``onto`` [B, D] plus the weighted outputs for ``h`` [B, D] of the experts chosen by ``logits`` [B, E]."""
     dispatch = model.dispatch
     if isinstance(dispatch, Local):
-        _, chosen, _, weights = choose(moe.rule, logits)
-        return experts_linear(moe.experts, h, chosen, weights, onto)
+        with part("gate"):
+            _, chosen, _, weights = choose(moe.rule, logits)
+        with part("experts"):
+            return experts_linear(moe.experts, h, chosen, weights, onto)
     box, fp32 = dispatch.mailbox(rows), model.config.gate_fp32
-    return short_peers.experts_linear(moe.experts, box, dispatch.first, rows, logits, h, onto, fp32)
+    with part("dispatch"):
+        return short_peers.experts_linear(moe.experts, box, dispatch.first, rows, logits, h, onto, fp32)
 
 
 def _serve(model: Transformer, rows: int) -> None:
     """Run the experts held here on the choices of other ranks."""
     nothing = model.embed.weight.new_empty(0, model.config.dim)
     logits = nothing.new_empty(0, model.config.experts)
-    for layer in model.layers:
+    for number, layer in enumerate(model.layers):
         if layer.moe is not None:
-            _experts(model, layer.moe, logits, nothing, nothing, rows)
+            with part(f"layer {number}"):
+                _experts(model, layer.moe, logits, nothing, nothing, rows)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moekit.notebook.pieces import pieces
+from moekit.routing.trace import need_layers
 from moekit.symbols import PAD
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def pack(
     tokens = len(trace)
     if tokens == 0:
         raise ValueError("the trace has no tokens to explore")
+    need_layers(trace, "explore")
     if trace.num_experts >= DROPPED:
         raise ValueError(f"{trace.num_experts} experts; the explorer knows up to {DROPPED - 1}")
     if domains is None:

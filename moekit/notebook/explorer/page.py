@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +10,7 @@ import numpy as np
 from moekit import results
 from moekit.arguments import Whole, check
 from moekit.notebook.explorer.pack import choose_samples, pack
+from moekit.notebook.standalone import standalone
 from moekit.routing.trace import labels
 
 if TYPE_CHECKING:
@@ -20,24 +19,6 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 NO_KERNEL = "masking needs the model: call moekit.explore(trace, model=model) in a notebook"
-
-# The policy forbids every request, so a page that opens needs no network.
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:">
-<title>moekit: routing</title>
-<style>
-:root { color-scheme: light dark; }
-body { margin: 0; }
-@media (prefers-color-scheme: dark) { :root {
-  --jp-ui-font-color0: #e8e8e8; --jp-ui-font-color2: #a0a0a0; --jp-layout-color0: #111; --jp-layout-color1: #1c1c1c;
-  --jp-border-color2: #444;
-} }
-"""
 
 
 def save_html(
@@ -85,18 +66,5 @@ def page(
         trace = trace.select(mask=here)
         domains = None if domains is None else domains[here]
     header, arrays = pack(trace, codec, domains, mask=NO_KERNEL, cut=cut)
-
-    # Without "<" no token's text can end the element that holds the header.
-    held = json.dumps(header).replace("<", "\\u003c")
-    parts = [
-        PAGE,
-        (HERE / "explorer.css").read_text("utf-8"),
-        '</style>\n</head>\n<body>\n<div id="explorer"></div>\n',
-    ]
-    parts.append(f'<script type="application/json" id="header">{held}</script>\n')
-    for (name, _), array in zip(header["arrays"], arrays, strict=True):
-        text = base64.b64encode(array.tobytes()).decode()
-        parts.append(f'<script type="application/octet-stream" id="array-{name}">{text}</script>\n')
-    script = (HERE / "explorer.js").read_text("utf-8")
-    parts.append(f'<script type="module">\n{script}\nopenPage();\n</script>\n</body>\n</html>\n')
-    return "".join(parts)
+    style, script = ((HERE / f"explorer.{kind}").read_text("utf-8") for kind in ("css", "js"))
+    return standalone("moekit: routing", style, script, header, arrays)

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from moekit.notebook.style import CHOICE_COLOURS, STYLE
 from moekit.routing import metrics
-
-if TYPE_CHECKING:
-    from moekit.routing.trace import Trace
+from moekit.routing.trace import Trace, need_layers
 
 
 def drops_by_position(trace: Trace, bins: int = 32) -> Figure:
     """Share of choices that capacity dropped, along the sample: one panel per layer, one line per choice."""
+    need_layers(trace, "drops_by_position")
     edges = np.linspace(0, trace.position.max() + 1, min(bins, int(trace.position.max()) + 1) + 1)
     where = np.digitize(trace.position, edges) - 1
     size = np.bincount(where, minlength=len(edges) - 1)

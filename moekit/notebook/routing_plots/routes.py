@@ -11,10 +11,10 @@ from matplotlib.patches import Rectangle
 
 from moekit.notebook.pieces import visible_pieces
 from moekit.notebook.style import INK, STYLE, commonest
+from moekit.routing.trace import Trace, need_layers
 
 if TYPE_CHECKING:
     from moekit.data import Codec
-    from moekit.routing.trace import Trace
 
 
 def paths(
@@ -28,6 +28,7 @@ def paths(
         sample: its number in the trace; None: the first.
         start, tokens: which of its tokens.
     """
+    need_layers(trace, "paths")
     sample = int(trace.sample[0]) if sample is None else sample
     part = trace.select(samples=sample)
     part = part.select(mask=(part.position >= start) & (part.position < start + tokens))

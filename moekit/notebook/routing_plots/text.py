@@ -13,6 +13,7 @@ from moekit.notebook import coloured_text
 from moekit.notebook.coloured_text import Span
 from moekit.notebook.pieces import visible_pieces
 from moekit.notebook.style import commonest
+from moekit.routing.trace import Trace, need_layers
 
 if TYPE_CHECKING:
     from IPython.display import HTML
@@ -75,6 +76,7 @@ class _Passage:
 def _passage(trace: Trace, codec: Codec | None, sample: int | None, layer: int | None, by: str) -> _Passage:
     if by not in ("expert", "confidence"):
         raise ValueError(f"by={by!r}; expected expert or confidence")
+    need_layers(trace, "text")
     sample = int(trace.sample[0]) if sample is None else sample
     part = trace.select(samples=sample)
     if not len(part):

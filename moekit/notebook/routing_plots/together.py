@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from moekit.notebook.style import INK, KINDS, RATIO, RATIO_COLOURS, STYLE, log2, ratio_bar
 from moekit.routing import metrics
-
-if TYPE_CHECKING:
-    from moekit.routing.trace import Trace
+from moekit.routing.trace import Trace, need_layers
 
 
 def coactivation(trace: Trace, layer: int | None = None, pairs: int = 15) -> Figure:
@@ -26,6 +22,7 @@ def coactivation(trace: Trace, layer: int | None = None, pairs: int = 15) -> Fig
     """
     from scipy.cluster import hierarchy
 
+    need_layers(trace, "coactivation")
     if trace.top_k < 2:
         raise ValueError("each token has one choice in this trace: nothing is chosen together")
     layer = trace.layers[0] if layer is None else layer

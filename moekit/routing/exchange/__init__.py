@@ -38,7 +38,7 @@ from moekit import results
 from moekit.arguments import reading
 from moekit.routing.exchange.readers import READERS, as_trace
 from moekit.routing.exchange.writers import WRITERS
-from moekit.routing.trace import Trace
+from moekit.routing.trace import Trace, need_layers
 
 LAYOUTS = tuple(WRITERS)
 
@@ -49,10 +49,11 @@ def write(trace: Trace, path: str | Path, layout: str) -> None:
     """Write ``trace`` in one of the ``LAYOUTS``; see the table above for what of it each holds.
 
     Raises:
-        ValueError: there is no such layout.
+        ValueError: there is no such layout, or the trace has no layers.
         moekit.results.NotWritten: (a ValueError) the folder is missing or cannot be written to, or its disk is full.
     """
     writer = _choose(layout, WRITERS)
+    need_layers(trace, f"layout={layout!r}")
     with results.whole(path) as part:
         writer(trace, part)
 

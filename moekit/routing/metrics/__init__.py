@@ -25,6 +25,7 @@ from moekit.routing.metrics.information import classes_of, information
 from moekit.routing.metrics.loads import balance, counts, dead_experts, hot_set, load
 from moekit.routing.metrics.overlap import agreement, repeats
 from moekit.routing.metrics.pairs import Pairs, coactivation, predictability, transitions
+from moekit.routing.metrics.placing import fitted_placement, placement
 from moekit.routing.metrics.registry import METRICS, measured, new_tokens
 from moekit.routing.metrics.resampling import bootstrap, permutation
 from moekit.routing.metrics.specialisation import top_tokens, vocabulary_specialisation
@@ -46,6 +47,7 @@ __all__ = [
     "drop_chance",
     "drop_probability",
     "drops",
+    "fitted_placement",
     "gate",
     "hot_set",
     "information",
@@ -53,6 +55,7 @@ __all__ = [
     "measured",
     "new_tokens",
     "permutation",
+    "placement",
     "predictability",
     "repeats",
     "top_tokens",

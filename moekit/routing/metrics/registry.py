@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from moekit.routing.trace import Trace
+from moekit.routing.trace import Trace, need_layers
 
 METRICS: dict[str, Callable[[Trace], Any]] = {}
 
@@ -27,12 +27,13 @@ def measured(metric: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(metric)
     def checked(*args: Any, prompt: bool = False, **options: Any) -> Any:
         for trace in (*args, *options.values()):
-            if isinstance(trace, Trace) and not (len(trace) and trace.layers):
-                missing = "layers" if len(trace) else "tokens"
+            if not isinstance(trace, Trace):
+                continue
+            if not len(trace):
                 raise ValueError(
-                    f"metrics.{metric.__name__}: the trace has no {missing}, expected at least one; "
-                    "select or record more"
+                    f"metrics.{metric.__name__}: the trace has no tokens, expected at least one; select or record more"
                 )
+            need_layers(trace, f"metrics.{metric.__name__}")
         first = args[0] if args else None
         if isinstance(first, Trace) and not prompt and (new := new_tokens(first)) is not None:
             tokens = len(first)

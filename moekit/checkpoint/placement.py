@@ -1,0 +1,77 @@
+"""Where the experts of each layer go: ``load(placement=...)``, checked and as slots."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from moekit.arguments import Wholes, check, shown
+from moekit.checkpoint.keys import Place
+from moekit.nn.config import ModelConfig
+from moekit.nn.dispatch import owned
+
+
+def slots_of(
+    placement: Mapping[int, Sequence[int]] | None, config: ModelConfig, world_size: int
+) -> dict[int, tuple[int, ...]]:
+    """The slot of each expert, by layer, where rank r holds the slots that :func:`moekit.nn.dispatch.owned` deals to it.
+
+    Args:
+        placement: for each MoE layer, the rank of each expert; layers that it does not name keep their order. None: all do.
+
+    Raises:
+        ValueError: a layer has no experts, or a rank would not get as many experts as it has room for.
+    """
+    if placement is None:
+        return {}
+    if not isinstance(placement, Mapping):
+        raise ValueError(
+            f"placement={shown(placement)}: expected ranks by layer, such as {{5: [0, 1, 1, 0]}}"
+        )
+    there, found = config.moe_layers, {}
+    for layer in placement:
+        if layer not in there:
+            raise ValueError(f"placement: layer {shown(layer)} holds no experts; those that do are {there}")
+    for layer in there:
+        ranks = check(
+            f"placement[{layer}]", placement.get(layer, _in_order(config, world_size)), Wholes(ordered=True)
+        )
+        found[layer] = _slots(layer, ranks, config.experts, world_size)
+    return found
+
+
+def slotted(target: Place, slots: Mapping[int, Sequence[int]]) -> Place:
+    """``target`` with the slot of its expert in place of the expert; without ``slots`` it is the same."""
+    if target.where is None or not slots:
+        return target
+    layer, expert = target.where
+    return replace(target, expert=slots[layer][expert])
+
+
+def reached(experts: range, held: range, slots: Mapping[int, Sequence[int]]) -> bool:
+    """Whether a rank with the slots ``held`` holds one of ``experts`` in any layer."""
+    if not slots:
+        return any(expert in experts for expert in held)
+    return any(own[expert] in held for own in slots.values() for expert in experts)
+
+
+def _in_order(config: ModelConfig, world_size: int) -> list[int]:
+    return [rank for rank in range(world_size) for _ in owned(config.experts, world_size, rank)]
+
+
+def _slots(layer: int, ranks: list[int], experts: int, world_size: int) -> tuple[int, ...]:
+    if len(ranks) != experts:
+        raise ValueError(f"placement[{layer}] names a rank for {len(ranks)} experts; expected {experts}")
+    slots: list[Any] = [None] * experts
+    for rank in range(world_size):
+        own = [expert for expert, of in enumerate(ranks) if of == rank]
+        room = owned(experts, world_size, rank)
+        if len(own) != len(room):
+            raise ValueError(
+                f"placement[{layer}] gives rank {rank} {len(own)} experts; expected {len(room)} of {experts} on each of "
+                f"{world_size} ranks"
+            )
+        for slot, expert in zip(room, own, strict=True):
+            slots[expert] = slot
+    return tuple(slots)

@@ -1,0 +1,220 @@
+"""Perplexity by domain, over a sweep of capacities in which a pass where nothing would be dropped runs once."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from moekit.arguments import Whole, check, shown
+from moekit.batches import Batch
+from moekit.fairseq_data import Data
+from moekit.handle import Handle
+from moekit.nn.gates import gate_of
+from moekit.routing.domains import lines_of
+from moekit.routing.statistics import mean_of, units_of
+from moekit.scoring import score_batches, summarize
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# The row of all domains together.
+WHOLE = "(all)"
+
+
+def evaluate_domains(
+    model: Handle,
+    domains: str | Path | Mapping[str, str | Path],
+    how: Data,
+    fractions: float | str | Iterable[float | str | None] | None,
+    max_batches: int | None,
+    seed: int,
+    progress: bool,
+) -> pd.DataFrame:
+    """``Model.evaluate(domains=...)``.
+
+    Args:
+        domains: a folder of binarised data for each name; or one folder (or "demo") with ``{subset}.domains.txt`` in it or
+            above it, which names the domain of each line of the text. Then a block may hold several domains.
+        how: the data's options; its folder does not count.
+        fractions: ``capacity_token_fraction``, or several.
+        max_batches: of each folder.
+
+    Returns:
+        For each capacity, as they were given, one row per domain and :data:`WHOLE`, the tokens of all: ``capacity`` (None, a
+        number or "training"), ``domain``, ``tokens``, ``bits_per_token`` with ``low`` and ``high`` (95 % bootstrap interval
+        over samples; NaN for fewer than 8), ``perplexity``, ``bytes`` (of the text, a line end counts as one; None without a
+        codec), ``bits_per_byte``, ``dropped`` (share of choices that were not dispatched), ``batches``, and ``run``, how many
+        of the batches ran at this capacity: the others have their result from a larger one, at which no expert was fuller
+        than this one allows.
+
+    Raises:
+        ValueError: an argument makes no sense, or a file is missing.
+        moekit.ranks.RankError: a rank failed.
+    """
+    import pandas as pd
+
+    seed = check("seed", seed, Whole(0))
+    several = isinstance(fractions, Iterable) and not isinstance(fractions, str)
+    given = list(fractions) if several else [fractions]
+    if not given:
+        raise ValueError("capacity_token_fraction=[]: expected at least one")
+    held = [model.capacity(fraction) for fraction in given]
+    if not isinstance(domains, Mapping):
+        texts = [_labelled(model, replace(how, data=domains), max_batches)]
+    elif domains:
+        texts = [
+            _opened(model, name, replace(how, data=folder), max_batches) for name, folder in domains.items()
+        ]
+    else:
+        raise ValueError("domains={}: expected at least one folder by its name")
+    sizes = model.codec.sizes() if model.reads_text else None
+    found = [_swept(model, text, held, seed, progress) for text in texts]
+    rows = []
+    for number, fraction in enumerate(held):
+        parts = [sweep[number] for sweep in found]
+        labels = np.concatenate([text.labels for text in texts])
+        table = pd.concat([part.tokens for part in parts], keys=range(len(parts)), names=["text"])
+        table = table.reset_index("text")
+        names = list(dict.fromkeys(name for text in texts for name in text.names))
+        told = None if fraction is None else "training" if fraction <= 0 else fraction
+        for name in [*names, WHOLE]:
+            here = np.full(len(table), True) if name == WHOLE else labels == name
+            own = [
+                n
+                for n, text in enumerate(texts)
+                if name == WHOLE or not isinstance(domains, Mapping) or name in text.names
+            ]
+            row = {"capacity": told, "domain": name, **_measured(model, table[here], sizes)}
+            row["batches"] = sum(len(texts[n].batches) for n in own)
+            row["run"] = sum(parts[n].run for n in own)
+            rows.append(row)
+    table = pd.DataFrame(rows)
+    table["capacity"] = pd.Series([row["capacity"] for row in rows], dtype=object)
+    return table
+
+
+@dataclass(frozen=True)
+class DomainText:
+    """Batches of one folder, and the domain of each scored token in the order of :func:`moekit.scoring.summarize`."""
+
+    names: list[str]
+    batches: list[Batch]
+    labels: np.ndarray
+    vocab: int
+
+
+@dataclass(frozen=True)
+class Swept:
+    """A text at one capacity: ``tokens`` as ``Evaluation`` has them with ``undispatched`` choices, and how many batches ran."""
+
+    tokens: pd.DataFrame
+    run: int
+
+
+def _opened(model: Handle, name: str, data: Data, max_batches: int | None) -> DomainText:
+    if not isinstance(name, str) or not name or name == WHOLE:
+        raise ValueError(f"domains has the name {shown(name)}; expected a text other than {WHOLE}")
+    opened = model.open_data(data)
+    batches = list(itertools.islice(opened, max_batches))
+    count = sum(int(batch.scored(row).sum()) for batch in batches for row in range(len(batch.ids)))
+    count -= model.config.add_bos * sum(len(batch.ids) for batch in batches)
+    if not count:
+        raise ValueError(f"{data.prefix} has no tokens to score; leave the domain {shown(name)} out")
+    return DomainText([name], batches, np.full(count, name, dtype=object), len(opened.dictionary))
+
+
+def _labelled(model: Handle, data: Data, max_batches: int | None) -> DomainText:
+    if data.sample_break_mode != "none" or data.context_window:
+        raise ValueError(
+            "domains of lines are known for data in blocks: expected sample_break_mode='none' and context_window=0, or a "
+            "folder for each domain"
+        )
+    opened = model.open_data(data)
+    labels, lengths, ids = lines_of(data.data, data.subset)
+    batches = list(itertools.islice(opened, max_batches))
+    tokens = summarize(
+        batches, {b.index: np.zeros(b.tokens.shape, np.float32) for b in batches}, 1.0, model.config.add_bos
+    ).tokens
+    # The target's place in the text: a block has as many targets as it may have tokens.
+    block = opened.data.tokens_per_sample
+    place = tokens["sample"].to_numpy(np.int64) * block + tokens["position"].to_numpy() - model.config.add_bos
+    if (place >= len(ids)).any() or (ids[place] != tokens["target"].to_numpy()).any():
+        raise ValueError(f"the tokens of {data.prefix} are not in the order of its lines")
+    line = np.repeat(np.arange(len(lengths)), lengths)
+    names = labels[line[place]].astype(object)
+    return DomainText(sorted(set(names)), batches, names, len(opened.dictionary))
+
+
+def _swept(
+    model: Handle, text: DomainText, fractions: Sequence[float | None], seed: int, progress: bool
+) -> list[Swept]:
+    """The text at each capacity. From the largest to the smallest, a batch runs again only where it may drop more."""
+    gate = gate_of(model.config) if model.config.moe_layers else None
+
+    def room(batch: Batch, fraction: float | None) -> float:
+        places = None if gate is None else gate.capacity(batch.tokens.size, fraction)
+        return math.inf if places is None else places
+
+    order = sorted(
+        dict.fromkeys(fractions), key=lambda f: -room(max(text.batches, key=lambda b: b.tokens.size), f)
+    )
+    scores: dict[int, np.ndarray] = {}
+    loads: dict[int, tuple[int, np.ndarray]] = {}
+    # The places that an expert had when a batch ran last.
+    ran: dict[int, float] = {}
+    results = {}
+    for fraction in order:
+        again = []
+        for batch in text.batches:
+            bound, known = room(batch, fraction), ran.get(batch.index)
+            # Without a capacity, padding is routed in another way, unless it is not routed at all.
+            alike = not batch.padded() or model.config.mask_padding
+            fits = alike and known is not None and known > bound and loads[batch.index][0] <= bound
+            if known != bound and not fits:
+                again.append(batch)
+                ran[batch.index] = bound
+        scores |= score_batches(
+            model,
+            again,
+            fraction=fraction,
+            vocab=text.vocab,
+            seed=seed,
+            progress=progress,
+            loads=loads,
+        )
+        tokens = summarize(text.batches, scores, 1.0, model.config.add_bos).tokens
+        # The choices that were not dispatched, in the same order as the log-probabilities.
+        lost = {index: undispatched for index, (_, undispatched) in loads.items()}
+        lost = summarize(text.batches, lost, 1.0, model.config.add_bos).tokens["logprob"]
+        results[fraction] = Swept(tokens.assign(undispatched=lost.to_numpy()), len(again))
+    return [results[fraction] for fraction in fractions]
+
+
+def _measured(model: Handle, tokens: pd.DataFrame, sizes: np.ndarray | None) -> dict:
+    bits = -tokens["logprob"].to_numpy(np.float64) / math.log(2)
+    # A sample of each text is a unit.
+    sample = tokens["text"].to_numpy(np.int64) << 32 | tokens["sample"].to_numpy(np.int64)
+    drawn = units_of(np.unique(sample, return_inverse=True)[1])
+    value, low, high = mean_of(bits, drawn.unit, drawn)
+    choices = (
+        len(tokens)
+        * len(model.config.moe_layers)
+        * (gate_of(model.config).top_k if model.config.moe_layers else 1)
+    )
+    size = None if sizes is None else int(sizes[tokens["target"].to_numpy()].sum())
+    return {
+        "tokens": len(tokens),
+        "bits_per_token": value,
+        "low": low,
+        "high": high,
+        "perplexity": 2**value if value < 1024 else math.inf,
+        "bytes": size,
+        "bits_per_byte": math.nan if not size else bits.sum() / size,
+        "dropped": float(tokens["undispatched"].sum() / choices) if choices else 0.0,
+    }

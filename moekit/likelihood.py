@@ -1,0 +1,200 @@
+"""Log-probabilities of many texts of different lengths: what shares a beginning is read once, and lengths are sorted.
+
+A text costs a rank its tokens; padding costs as much. So texts of like lengths share a pass, and the choices of a question
+share the reading of the question.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from moekit.handle import Handle
+from moekit.nn.gates import interacts
+from moekit.progress import bar as progress_bar
+from moekit.ranks import Each
+from moekit.symbols import PAD
+from moekit.worker.branches import Branches, parts_of, score_branches
+
+# Tokens that the texts of a pass have together on a rank, padding and beginnings included: a cache holds them all.
+SLOTS_A_PASS = {"cpu": 8192, "cuda": 65_536}
+STEPS_A_CALL = 8
+# A shorter beginning is read again with each text: a pass of its own would cost more.
+WORTH_SHARING = 8
+# A text that would be padding by more than a fifth begins a new pass, if the one before it has an eighth of its tokens.
+LEAST_FILLED, WORTH_A_PASS = 0.8, 1 / 8
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text to score.
+
+    Attributes:
+        ids: its ids, the symbol that begins it included.
+        start: the first id that is scored, from 1.
+    """
+
+    ids: tuple[int, ...]
+    start: int
+
+
+@dataclass(frozen=True)
+class Score:
+    """Of the scored ids of a text, in order.
+
+    Attributes:
+        logprobs: [n] float32, natural log-probabilities.
+        best: [n] bool, whether it is the most probable token there.
+    """
+
+    logprobs: np.ndarray
+    best: np.ndarray
+
+
+@dataclass(frozen=True)
+class Family:
+    """Texts (their numbers) that share their first ``shared`` ids; 0 shares nothing."""
+
+    members: tuple[int, ...]
+    shared: int
+    longest: int
+
+    @property
+    def cost(self) -> int:
+        return len(self.members) * self.longest
+
+
+def score_texts(
+    model: Handle, texts: Sequence[Text], *, fraction: float | None, seed: int, progress: bool = True
+) -> list[Score]:
+    """Score ``texts``, in their order; the result depends neither on the world size nor on what shares a pass.
+
+    Args:
+        fraction: the capacity in effect (:meth:`moekit.handle.Handle.capacity`); each text is a routing group.
+
+    Raises:
+        ValueError: an intervention forces a text or a position that is not there.
+        moekit.ranks.RankError: a rank failed.
+    """
+    intervention = model.intervention
+    if intervention is not None:
+        intervention.check({number: len(text.ids) for number, text in enumerate(texts)})
+    alone = interacts(model.config, fraction)
+    forced = intervention is not None and bool(intervention.force)
+    scores: list[Score | None] = [None] * len(texts)
+    bad = 0
+    steps = plan_steps(
+        texts, model.world_size, SLOTS_A_PASS[model.device], alone=alone, shares=not (alone or forced)
+    )
+    total = sum(len(text.ids) - text.start for text in texts)
+    with progress_bar("scoring", total, " tokens", show=progress, delay=1.0) as bar:
+        while some := list(itertools.islice(steps, STEPS_A_CALL)):
+            found = model.ranks.call(
+                score_branches,
+                Each(list(zip(*map(parts_of, some), strict=True))),
+                fraction=fraction,
+                vocab=model.vocab,
+                seed=seed,
+                intervention=intervention,
+            )
+            for rank, results in enumerate(found):
+                parts = [step[rank] for step in some if step[rank] is not None]
+                for part, (logprobs, best) in zip(parts, results, strict=True):
+                    bad += int(not np.isfinite(logprobs).all())
+                    at = 0
+                    for number in part.samples.tolist():
+                        end = at + len(texts[number].ids) - texts[number].start
+                        scores[number] = Score(logprobs[at:end], best[at:end])
+                        at = end
+                    bar.update(at)
+    if bad:
+        warnings.warn(
+            "log-probabilities of some texts are not finite: model.score of such a text names the layer",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return scores
+
+
+def plan_steps(
+    texts: Sequence[Text], world_size: int, slots: int, *, alone: bool, shares: bool
+) -> Iterator[list[Branches | None]]:
+    """Texts as steps, each with a part for every rank (None for a rank without any), the longest texts first.
+
+    Args:
+        slots: about how many tokens a part has, padding and beginnings included.
+        alone: whether the tokens of a text change one another's routing. Then texts are not padded, and the last id is read
+            like the others, as fairseq's ``SequenceScorer`` reads it.
+        shares: whether a beginning may be read once for several texts.
+    """
+    families = sorted(
+        _families(texts, slots, shares), key=lambda f: (f.shared > 0, f.longest, f.shared), reverse=True
+    )
+    for _, some in itertools.groupby(families, key=lambda f: f.longest if alone else f.shared > 0):
+        alike = list(some)
+        total = sum(family.cost for family in alike)
+        # As many tokens for every rank in every step.
+        budget = total // (world_size * -(-total // (world_size * slots)))
+        parts = [_branches(texts, part, alone) for part in _packed(alike, budget)]
+        for start in range(0, len(parts), world_size):
+            step = parts[start : start + world_size]
+            yield [*step, *[None] * (world_size - len(step))]
+
+
+def _families(texts: Sequence[Text], slots: int, shares: bool) -> Iterator[Family]:
+    beginnings: dict[tuple[int, ...], list[int]] = {}
+    for number, text in enumerate(texts):
+        # The last id before the scored ones is read with them, as it predicts the first.
+        key = text.ids[: text.start - 1] if shares and text.start > WORTH_SHARING else (-1, number)
+        beginnings.setdefault(key, []).append(number)
+    for key, numbers in beginnings.items():
+        longest = max(len(texts[number].ids) for number in numbers) - 1
+        most = max(1, slots // longest)
+        for start in range(0, len(numbers), most):
+            some = tuple(numbers[start : start + most])
+            yield Family(some, len(key) if len(some) > 1 else 0, longest)
+
+
+def _packed(families: Sequence[Family], budget: int) -> Iterator[list[Family]]:
+    """Neighbours, the longest first, that together, padded to it, have up to ``budget`` tokens, and little padding."""
+    part: list[Family] = []
+    count = longest = 0
+    for family in families:
+        members, length = count + len(family.members), max(longest, family.longest)
+        short = family.longest < LEAST_FILLED * longest and count * longest > budget * WORTH_A_PASS
+        if part and (short or members * length > budget):
+            yield part
+            part, members, length = [], len(family.members), family.longest
+        part.append(family)
+        count, longest = members, length
+    if part:
+        yield part
+
+
+def _branches(texts: Sequence[Text], families: Sequence[Family], whole: bool) -> Branches:
+    numbers = [number for family in families for number in family.members]
+    shared = [family.shared for family in families for _ in family.members]
+    # The last id predicts nothing that is scored.
+    unread = 0 if whole else 1
+    longest = max(
+        len(texts[number].ids) - unread - skip for number, skip in zip(numbers, shared, strict=True)
+    )
+    tokens = np.full((len(numbers), longest), PAD, np.int32)
+    targets = tokens.copy()
+    for row, (number, skip) in enumerate(zip(numbers, shared, strict=True)):
+        ids, start = texts[number].ids, texts[number].start
+        tokens[row, : len(ids) - unread - skip] = ids[skip : len(ids) - unread]
+        targets[row, start - 1 - skip : len(ids) - 1 - skip] = ids[start:]
+    samples = np.array(numbers, np.int64)
+    if not families[0].shared:
+        return Branches(samples, tokens, targets)
+    lengths = np.array([family.shared for family in families], np.int64)
+    beginnings = np.full((len(families), int(lengths.max())), PAD, np.int32)
+    for row, family in enumerate(families):
+        beginnings[row, : family.shared] = texts[family.members[0]].ids[: family.shared]
+    parents = np.repeat(np.arange(len(families)), [len(family.members) for family in families])
+    return Branches(samples, tokens, targets, beginnings, lengths, parents)

@@ -1,0 +1,167 @@
+"""The tables of evaluate_tasks.ipynb: a model and its baseline on tasks and domains, side by side."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from moekit import api, results
+from moekit.domains import WHOLE
+from moekit.notebook.report import absolute, draw
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from moekit.tasks import TaskResults
+
+# Characters of a text in a table; the end of what a model read counts most.
+SHOWN = 70
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A model's results: those of the tasks, and the table of domains; None where none were asked for."""
+
+    tasks: TaskResults
+    domains: pd.DataFrame | None
+
+
+def load(p: SimpleNamespace, checkpoint: str) -> api.Model:
+    """``checkpoint`` as the notebook's parameters say."""
+    return api.load(checkpoint, p.world_size, p.device, p.dtype, bpe=p.bpe)
+
+
+def tasks(p: SimpleNamespace, model: api.Model) -> TaskResults:
+    """The notebook's tasks on ``model``, with the change of the routing that holds."""
+    from moekit.tasks import evaluate_tasks
+
+    options = {"data": p.task_data, "limit": p.limit, "num_fewshot": p.num_fewshot}
+    return evaluate_tasks(model, p.tasks, **options, progress=False)
+
+
+def domains(p: SimpleNamespace, model: api.Model, fractions: list[float]) -> pd.DataFrame | None:
+    """The notebook's domains without a capacity and at each of ``fractions``; None where none are given."""
+    if p.domains is None:
+        return None
+    options = {"subset": p.subset, "tokens_per_sample": p.tokens_per_sample, "max_batches": p.max_batches}
+    capacities = [None, *fractions]
+    return model.evaluate(domains=p.domains, capacity_token_fraction=capacities, **options, progress=False)
+
+
+def baseline(p: SimpleNamespace) -> Measured | None:
+    """The baseline on the same tasks and domains, without a capacity; None where none is given."""
+    if p.baseline is None:
+        return None
+    with load(p, p.baseline) as model:
+        return Measured(tasks(p, model), domains(p, model, []))
+
+
+def masked(p: SimpleNamespace, model: api.Model) -> TaskResults | None:
+    """The tasks without the experts of ``mask``; None where no mask is given."""
+    if not p.mask:
+        return None
+    with model.route(mask=p.mask):
+        return tasks(p, model)
+
+
+def task_table(found: TaskResults, other: Measured | None) -> pd.DataFrame:
+    """One row per task and metric: ``value`` and ``stderr``, those of the baseline, the ``difference`` with its paired 95 %
+    interval, and an empty column for the figures of a paper."""
+    from moekit.tasks import compare
+
+    table = found.tasks
+    if other is not None:
+        told = other.tasks.tasks[["task", "metric", "value", "stderr"]]
+        table = table.merge(told, on=["task", "metric"], how="left", suffixes=("", "_baseline"))
+        paired = compare(other.tasks, found)[["task", "metric", "change", "low", "high"]]
+        table = table.merge(paired, on=["task", "metric"], how="left").rename(
+            columns={"change": "difference"}
+        )
+    return table.assign(paper="")
+
+
+def domain_table(found: pd.DataFrame | None, other: Measured | None) -> pd.DataFrame | None:
+    """One row per domain, without a capacity: tokens, bits, and the baseline's bits."""
+    if found is None:
+        return None
+    names = ["domain", "tokens", "bytes", "bits_per_token", "low", "high", "bits_per_byte", "perplexity"]
+    table = found[found["capacity"].isna()][names]
+    if other is not None and other.domains is not None:
+        told = ["domain", "bits_per_token", "low", "high", "bits_per_byte"]
+        table = table.merge(other.domains[told], on="domain", suffixes=("", "_baseline"))
+    return table.reset_index(drop=True)
+
+
+def capacity_table(found: pd.DataFrame | None) -> pd.DataFrame | None:
+    """One row per capacity, over all domains: bits, the share of dropped choices, and how many batches ran for it."""
+    if found is None:
+        return None
+    names = ["capacity", "bits_per_token", "low", "high", "bits_per_byte", "dropped", "run", "batches"]
+    table = found[found["domain"] == WHOLE][names]
+    return table.fillna({"capacity": "none"}).reset_index(drop=True)
+
+
+def changes(before: TaskResults, after: TaskResults | None) -> tuple[pd.DataFrame, pd.DataFrame] | None:
+    """What a mask did: the table of :func:`moekit.tasks.compare`, and the items whose answer is another one."""
+    from moekit.tasks.evaluation import changed_items, compare
+
+    if after is None:
+        return None
+    items = changed_items(before, after)
+    first = items.drop_duplicates(["task", "item"]).query("changed")
+    names = ["task", "item", "text", "target", "answer_before", "answer_after"]
+    return compare(before, after), first[names].reset_index(drop=True)
+
+
+def shortened(table: pd.DataFrame) -> pd.DataFrame:
+    """The same table with the ends of long texts only."""
+    return table.map(
+        lambda cell: f"…{cell[-SHOWN:]}" if isinstance(cell, str) and len(cell) > SHOWN else cell
+    )
+
+
+def save(
+    p: SimpleNamespace,
+    found: TaskResults,
+    other: Measured | None,
+    after: TaskResults | None,
+    effect: tuple[pd.DataFrame, pd.DataFrame] | None,
+    swept: pd.DataFrame | None,
+    figures: Sequence[Figure | None],
+) -> Path:
+    """Write ``tasks.csv``, ``domains.csv``, ``mask.csv`` and ``changed.csv``, ``items.parquet`` with a column ``run``, ``run.json``
+    and the figures ``tasks.png``, ``domains.png`` and ``capacities.png``; what was not made is left out.
+
+    Returns:
+        The folder, absolute.
+
+    Raises:
+        moekit.results.NotWritten: the folder cannot be written to, or its disk is full; earlier files are as they were.
+    """
+    runs = {"checkpoint": found, "baseline": other and other.tasks, "masked": after}
+    items = [run.items.assign(run=name) for name, run in runs.items() if run is not None]
+    tables = {"tasks": task_table(found, other)}
+    if swept is not None:
+        both = [swept.assign(model="checkpoint")]
+        both += (
+            [other.domains.assign(model="baseline")]
+            if other is not None and other.domains is not None
+            else []
+        )
+        tables["domains"] = pd.concat(both, ignore_index=True)
+    if effect is not None:
+        tables |= {"mask": effect[0], "changed": effect[1]}
+    told = {name: run.meta for name, run in runs.items() if run is not None}
+    with results.together(p.output_dir) as folder:
+        for name, table in tables.items():
+            table.to_csv(folder / f"{name}.csv", index=False)
+        pd.concat(items, ignore_index=True).to_parquet(folder / "items.parquet", index=False)
+        (folder / "run.json").write_text(json.dumps({"parameters": vars(p), "runs": told}, indent=2) + "\n")
+        draw(folder, dict(zip(("tasks", "domains", "capacities"), figures, strict=True)))
+    return absolute(p.output_dir)

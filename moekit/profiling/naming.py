@@ -1,0 +1,147 @@
+"""Which part of the model a kernel belongs to: by the range that it was launched in, by its name, and by its order.
+
+A range says most of it. The experts' two products look alike and come in turns, and what follows them in a dispatch is the
+combine. A CUDA graph has no ranges: the same work ran once outside of it, and its kernels come in the same order.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from moekit.profiling.events import Kernel
+from moekit.worker.profiling import CALL
+
+# The parts, in the order of a pass; then what is no work.
+PARTS = (
+    "embedding",
+    "norm",
+    "attention",
+    "dense",
+    "gate",
+    "plan",
+    "dispatch",
+    "experts up",
+    "experts down",
+    "combine",
+    "output",
+    "log-probabilities",
+    "sampling",
+    "other",
+    "waiting",
+    "idle",
+    "host",
+)
+NO_WORK = ("waiting", "idle", "host")
+# The parts of kernels of moekit's own that do several parts' work within one range.
+BY_NAME = {
+    "_publish": "dispatch",
+    "_merge": "dispatch",
+    "_pull": "dispatch",
+    "_hand_out": "dispatch",
+    "_tiles": "plan",
+    "_by_expert": "plan",
+    "_experts_up": "experts up",
+    "_experts_down": "experts down",
+    "_up": "experts up",
+    "_down": "experts down",
+    "_collect": "combine",
+}
+# Kernels in which a rank waits for the others.
+EXCHANGES = ("exchange", "nccl", "_meet", "_hand_out", "_collect")
+GROUPED = "_grouped_linear"
+PRODUCT = re.compile(rf"{GROUPED}|gemm|gemv|cutlass|nvjet|aten::(linear|addmm|mm|bmm|_?grouped_mm)$")
+OUTSIDE = -1
+CALLED = (CALL,)
+
+
+class Name(NamedTuple):
+    """Where a kernel belongs: ``step`` of its call, ``layer`` (:data:`OUTSIDE` for none) and ``part``."""
+
+    step: int
+    layer: int
+    part: str
+
+
+def is_exchange(kernel: str) -> bool:
+    return kernel.startswith(EXCHANGES)
+
+
+def placed(ranges: Sequence[str], step: int = 0) -> Name:
+    """What the ranges around a launch say; the part is "" where none does, and the step is ``step``."""
+    layer, part = OUTSIDE, ""
+    for name in ranges:
+        kind, _, number = name.partition(" ")
+        if kind == "step" and number.isdigit():
+            step = int(number)
+        elif kind == "layer" and number.isdigit():
+            layer, part = int(number), ""
+        elif name in ("experts", *PARTS):
+            part = name
+    return Name(step, layer, part)
+
+
+def named(kernels: Sequence[Kernel]) -> list[Name]:
+    """Name kernels of ranges, in the order in which they ran."""
+    found: list[Name] = []
+    before: tuple[int, int] | None = None
+    step, products, begun = 0, 0, False
+    for kernel in kernels:
+        # What comes after a step, such as the copy of its results, belongs to it.
+        step, layer, part = placed(kernel.ranges, step if kernel.ranges[:1] == CALLED else 0)
+        if (step, layer) != before:
+            before, products, begun = (step, layer), 0, False
+        own = next((of for name, of in BY_NAME.items() if kernel.name.startswith(name)), None)
+        if part not in ("experts", "dispatch"):
+            part = part or own or "other"
+        elif own is not None:
+            begun = begun or own.startswith("experts")
+            part = own
+        elif part == "experts" or kernel.name.startswith(GROUPED):
+            begun = True
+            products += bool(PRODUCT.search(kernel.name))
+            part = "experts down" if products and products % 2 == 0 else "experts up"
+        elif begun:
+            part = "combine"
+        found.append(Name(step, layer, part))
+    return found
+
+
+def named_of_graphs(kernels: Sequence[Kernel], template: Sequence[Kernel]) -> list[Name]:
+    """Name all kernels of a rank: those of a CUDA graph by the same kernels, in the same order, of ``template``."""
+    found = named(kernels)
+    names = named(template)
+    launches: dict[int, list[int]] = defaultdict(list)
+    for place, kernel in enumerate(kernels):
+        if kernel.graph:
+            launches[kernel.launched].append(place)
+    # The launches of one graph are alike.
+    alike: dict[tuple[str, ...], list[tuple[int, str]]] = {}
+    for places in launches.values():
+        order = tuple(kernels[place].name for place in places)
+        if order not in alike:
+            alike[order] = _matched(order, [kernel.name for kernel in template], names)
+        known = alike[order]
+        for place, (layer, part) in zip(places, known, strict=True):
+            found[place] = Name(found[place].step, layer, part)
+    return found
+
+
+def _matched(of_graph: Sequence[str], of_template: list[str], names: list[Name]) -> list[tuple[int, str]]:
+    """The layer and the part of each kernel of a graph. What the template lacks goes where its name mostly goes there."""
+    mostly: dict[str, Counter[str]] = defaultdict(Counter)
+    for kernel, name in zip(of_template, names, strict=True):
+        mostly[kernel][name.part] += 1
+
+    def alone(kernel: str) -> tuple[int, str]:
+        return OUTSIDE, mostly[kernel].most_common(1)[0][0] if mostly[kernel] else "other"
+
+    found = [alone(kernel) for kernel in of_graph]
+    matcher = difflib.SequenceMatcher(None, of_graph, of_template, autojunk=False)
+    for ours, theirs, size in matcher.get_matching_blocks():
+        for i in range(size):
+            found[ours + i] = names[theirs + i].layer, names[theirs + i].part
+    return found

@@ -1,0 +1,144 @@
+"""A profile: where the time of a few steps goes, on all ranks."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moekit import results
+from moekit.profiling import table
+from moekit.profiling.perfetto import trace_of
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True, eq=False)
+class Profile:
+    """What :meth:`moekit.api.Model.profile` returns.
+
+    Attributes:
+        frame: a row for each kernel of each rank, and for each time without one, in order: ``rank``; ``step``; ``layer``, -1
+            outside of the layers; ``part`` (:data:`moekit.profiling.naming.PARTS`); ``kernel``, "" for none; ``start`` and
+            ``duration`` in seconds, on one clock; ``exclusive``, the seconds of ``duration`` in which no earlier kernel
+            ran, so that those of a rank sum up to its steps; ``bytes`` and ``flop`` that it had to move and to compute at
+            least: a part's (moekit/profiling/least.py), shared among its kernels by their time. A rank that waits in an
+            exchange for the slowest rank is ``waiting``; between kernels, a GPU is ``idle`` if the next one was launched
+            already, and waits for the ``host`` if not.
+        plain, profiled: [W, steps] seconds of the steps, measured by the clock of the process, without and with the profiler;
+            of "decode" there are more of the former.
+        rows: what the experts got: ``rank``, ``step``, ``layer``, ``rows``, and ``experts`` with a row.
+        meta: ``mode``, ``blocks``, ``tokens`` (a step and rank), ``world_size``, ``device``, ``dtype``, ``backend``,
+            ``capacity_token_fraction``, ``chip``, ``copy`` (bytes a second), ``matmul`` (operations a second), ``jitter``
+            (seconds by which the ranks' clocks may differ), ``versions``.
+        events: the profiler's own events of each rank; not saved.
+    """
+
+    frame: pd.DataFrame
+    plain: np.ndarray
+    profiled: np.ndarray
+    rows: pd.DataFrame
+    meta: dict[str, Any]
+    events: list[list[dict[str, Any]]] = field(default_factory=list, repr=False)
+
+    def __repr__(self) -> str:
+        m = self.meta
+        return (
+            f"<profile of {m['mode']}: {self.profiled.shape[1]} steps of {m['tokens']:,} tokens on each of {m['world_size']} x "
+            f"{m['chip']}, {1e3 * self.step:.2f} ms a step>"
+        )
+
+    @property
+    def step(self) -> float:
+        """The median seconds of a step without the profiler, on the slowest rank."""
+        return float(np.median(self.plain, axis=1).max())
+
+    @property
+    def slowdown(self) -> float:
+        """A step under the profiler as a multiple of one without."""
+        return float(np.median(self.profiled, axis=1).max() / self.step)
+
+    def shares(self) -> pd.DataFrame:
+        """The mean step by part, see :func:`moekit.profiling.table.by_part`."""
+        return table.by_part(self.frame, self.meta["copy"], self.meta["matmul"])
+
+    def experts(self) -> pd.DataFrame:
+        """The experts' time beside the rows they got.
+
+        Returns:
+            One row per (layer, rank), means over steps: ``layer``, ``rank``, ``rows``, ``experts`` (with a row),
+            ``seconds`` (of both products), ``waiting`` (seconds in which the rank waits for others in that layer),
+            ``busiest`` (rows of the busiest rank as a multiple of the mean).
+        """
+        frame = self.frame
+        steps = frame["step"].nunique()
+        at = ["layer", "rank"]
+        inside = frame[frame["part"].isin(["experts up", "experts down"])]
+        found = self.rows.groupby(at)[["rows", "experts"]].mean()
+        for name, rows in {"seconds": inside, "waiting": frame[frame["part"] == "waiting"]}.items():
+            found[name] = (rows.groupby(at)["exclusive"].sum() / steps).reindex(found.index)
+        found = found.fillna(0.0).reset_index()
+        each = found.groupby("layer")["rows"]
+        found["busiest"] = each.transform("max") / each.transform("mean").clip(lower=1e-30)
+        return found
+
+    def busiest(self) -> dict[int, float]:
+        """For each layer with experts, the share of a step in which the experts of its busiest rank compute."""
+        found = self.experts()
+        whole = self.frame["exclusive"].sum() / (self.frame["step"].nunique() * self.frame["rank"].nunique())
+        rows = found.loc[found.groupby("layer")["rows"].idxmax()]
+        return dict(zip(rows["layer"].tolist(), (rows["seconds"] / whole).tolist(), strict=True))
+
+    def save(self, path: str | Path) -> None:
+        """Write all but ``events`` to one file, for :meth:`load`.
+
+        Raises:
+            moekit.results.NotWritten: (a ValueError) the folder is missing or cannot be written to, or its disk is full.
+        """
+        held = {
+            "meta": self.meta,
+            "plain": self.plain.tolist(),
+            "profiled": self.profiled.tolist(),
+            "frame": self.frame.to_dict("list"),
+            "rows": self.rows.to_dict("list"),
+        }
+        with results.whole(path, make=True) as part:
+            part.write_bytes(gzip.compress(json.dumps(held).encode(), 6))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Profile:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ValueError: there is no such file, or it is no profile.
+        """
+        import pandas as pd
+
+        try:
+            held = json.loads(gzip.decompress(Path(path).expanduser().read_bytes()))
+            plain, profiled = (np.array(held[name], dtype=float) for name in ("plain", "profiled"))
+            return cls(pd.DataFrame(held["frame"]), plain, profiled, pd.DataFrame(held["rows"]), held["meta"])
+        except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is no profile that Profile.save wrote: {error}") from error
+
+    def save_trace(self, path: str | Path) -> None:
+        """Write the events of all ranks as one file for Perfetto's and Chrome's viewers: JSON, with gzip.
+
+        Each rank has the profiler's own lanes, and one that shows the parts.
+
+        Raises:
+            ValueError: this profile was read from a file, which holds no events.
+            moekit.results.NotWritten: (a ValueError) the folder is missing or cannot be written to, or its disk is full.
+        """
+        if not self.events:
+            raise ValueError(
+                "this profile was read from a file and has no events; write the trace where it was made"
+            )
+        held = json.dumps(trace_of(self.frame, self.events, self.meta)).encode()
+        with results.whole(path, make=True) as part:
+            part.write_bytes(gzip.compress(held, 6))

@@ -1,0 +1,235 @@
+"""``Model.profile``: a few steps of the real path under the profiler."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moekit.arguments import Choice, Whole, check
+from moekit.batches import text_batches
+from moekit.fairseq_data import Data, is_data
+from moekit.interrupts import import_whole
+from moekit.nn.config import ModelConfig
+from moekit.nn.dispatch import owned
+from moekit.profiling.events import Seen, events_of, seen
+from moekit.profiling.least import Cost, Pass, least, routed
+from moekit.profiling.profile import Profile
+from moekit.profiling.table import table
+from moekit.progress import bar as progress_bar
+from moekit.symbols import PAD
+from moekit.versions import versions
+from moekit.worker import profiling as worker
+from moekit.worker.decoding import Prompt
+from moekit.worker.measuring import Ceilings, ceilings, slowest
+from moekit.worker.profiling import Recorded, Work, steps_in_all
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from moekit.handle import Handle
+
+MODES = ("score", "prefill", "decode")
+# Kernels of exchanges in which the experts have written their results home already.
+HOMEWARD = ("_meet", "_collect")
+# Tokens of a prompt that is read before decode steps, if the model has twice as many positions.
+PROMPT = 128
+
+
+def profile(
+    self: Handle,
+    data_or_texts: str | Path | Iterable[str] | Iterable[int] | Iterable[Iterable[int]] = "demo",
+    mode: str = "score",
+    steps: int = 3,
+    blocks: int = 1,
+    capacity_token_fraction: float | str | None = None,
+    subset: str = "valid",
+    tokens_per_sample: int | None = None,
+    seed: int = 1,
+    progress: bool = True,
+) -> Profile:
+    """Run a few steps under torch's profiler on every rank, and tell where their time goes.
+
+    The steps are those of :meth:`evaluate` and :meth:`generate`, on the same kernels. They run once without the profiler,
+    too, and the profile tells how much slower they are with it.
+
+    Args:
+        data_or_texts: where the tokens come from: a folder of binarised data or "demo"; or a text, or texts, or their ids. They
+            are cut into blocks of one length, and repeated if there are too few.
+        mode: "score": a step scores ``blocks`` blocks on each rank. "prefill": a step reads as many prompts of a block's
+            length into a cache. "decode": a step writes one token of as many sequences, after prompts of 128 tokens.
+        steps: how many steps; those of "decode" take least time, and more of them are worth looking at.
+        blocks: blocks or sequences on each rank.
+        tokens_per_sample: tokens of a block; None: as many as the model has positions.
+
+    The other arguments are those of :meth:`evaluate`.
+
+    Returns:
+        The profile, see :class:`moekit.profiling.Profile`.
+
+    Raises:
+        ValueError: an argument makes no sense, or a file is missing.
+        moekit.ranks.RankError: a rank failed.
+    """
+    import_whole("pandas")
+    mode = check("mode", mode, Choice(MODES))
+    steps, blocks = check("steps", steps, Whole()), check("blocks", blocks, Whole())
+    length = check("tokens_per_sample", tokens_per_sample, Whole(optional=True)) or self.config.max_positions
+    if not 2 <= length <= self.config.max_positions:
+        raise ValueError(
+            f"tokens_per_sample={length}: expected 2 to the model's {self.config.max_positions} positions"
+        )
+    seed = check("seed", seed, Whole(0))
+    positions(self.config, mode, steps, length)
+    fraction = self.capacity(capacity_token_fraction)
+    ids, vocab = _tokens(self, data_or_texts, subset, self.world_size * blocks * length)
+    work = Work(mode, steps, fraction, vocab, seed, intervention=self.intervention)
+    work = _filled(self, work, ids, blocks, length)
+    with progress_bar("profiling", 2, " passes", show=progress, delay=1.0) as bar:
+        chip = slowest(self.ranks.call(ceilings, self.dtype))
+        bar.update(1)
+        found: list[Recorded] = self.ranks.call(worker.profile, work)
+        bar.update(1)
+    return _profile(self, work, blocks, chip, found)
+
+
+def _tokens(model: Handle, data_or_texts: Any, subset: str, wanted: int) -> tuple[np.ndarray, int]:
+    """``wanted`` tokens of the data or the texts, one after the other and repeated where they end; and the vocabulary."""
+    if is_data(data_or_texts):
+        batches = model.open_data(Data(data_or_texts, subset))
+        parts, found = [], 0
+        for batch in batches:
+            parts.append(batch.tokens[batch.tokens != PAD])
+            found += len(parts[-1])
+            if found >= wanted:
+                break
+        vocab = len(batches.dictionary)
+    else:
+        parts, vocab = [np.array(ids) for ids in model.ids("data_or_texts", data_or_texts)], model.vocab
+    ids = np.concatenate(parts) if parts else np.array([])
+    if not len(ids):
+        raise ValueError("data_or_texts has no tokens to profile with; expected at least one")
+    return np.resize(ids, wanted), vocab
+
+
+def positions(config: ModelConfig, mode: str, steps: int, length: int) -> None:
+    """Raise a ValueError if ``steps`` decode steps need more positions than the model has."""
+    last = _prompt(length) + steps_in_all(steps)
+    if mode == "decode" and last > config.max_positions:
+        raise ValueError(
+            f"steps={steps}: prompts of {_prompt(length)} tokens and the steps need {last} positions, and the model has "
+            f"{config.max_positions}; ask for fewer steps"
+        )
+
+
+def _prompt(length: int) -> int:
+    """Tokens of a prompt that decode steps follow, where blocks have ``length``."""
+    return min(PROMPT, length // 2)
+
+
+def _filled(model: Handle, work: Work, ids: np.ndarray, blocks: int, length: int) -> Work:
+    """``work`` with its batches or prompts."""
+    from dataclasses import replace
+
+    texts = ids.reshape(-1, length)[:, : length - 1].tolist()
+    if work.mode == "score":
+        return replace(work, batches=text_batches(texts, 1, model.config.max_positions + 1, model.first))
+    if work.mode == "decode":
+        texts = [text[: _prompt(length) - 1] for text in texts]
+    prompts = [Prompt(number, [model.first, *text]) for number, text in enumerate(texts)]
+    return replace(work, prompts=[prompts[rank :: model.world_size] for rank in range(model.world_size)])
+
+
+def _profile(model: Handle, work: Work, blocks: int, chip: Ceilings, found: Sequence[Recorded]) -> Profile:
+    on_device = model.device == "cuda"
+    events = [events_of(one) for one in found]
+    ranks: list[Seen] = [seen(own, on_device) for own in events]
+    held = holders(model)
+    counts = np.stack([one.counts for one in found])  # [W, steps or 1, L, E]
+    homeward = any(kernel.name.startswith(HOMEWARD) for kernel in ranks[0].kernels)
+    passes = [
+        [_pass(model, work, blocks, counts, held, r, step, homeward) for step in range(work.steps)]
+        for r in range(len(found))
+    ]
+    costs = [[least(model.config, one) for one in own] for own in passes]
+    by_step: list[dict[int, dict[tuple[int, str], Cost]]] = [dict(enumerate(own)) for own in costs]
+    tokens = {"score": _length(work), "prefill": _length(work), "decode": 1}[work.mode] * blocks
+    meta = {
+        "mode": work.mode,
+        "blocks": blocks,
+        "tokens": tokens,
+        "world_size": model.world_size,
+        "device": model.device,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "backend": model.parts[0]["backend"] if model.parts else None,
+        "capacity_token_fraction": work.fraction,
+        "seed": work.seed,
+        "chip": chip.device.split(" x ", 1)[-1],
+        "copy": chip.copy,
+        "matmul": chip.matmul,
+        "jitter": max(one.jitter for one in found) / 1e9,
+        "versions": versions(),
+    }
+    plain, profiled = (np.array([getattr(one, name) for one in found]) for name in ("plain", "profiled"))
+    return Profile(table(ranks, on_device, by_step), plain, profiled, _rows(model, passes), meta, events)
+
+
+def holders(model: Handle) -> list[np.ndarray]:
+    """For each MoE layer [E], the rank that holds each expert."""
+    config, ranks = model.config, model.world_size
+    sizes = [len(owned(config.experts, ranks, rank)) for rank in range(ranks)]
+    rank_of_slot = np.repeat(np.arange(ranks), sizes)
+    every = range(config.experts)
+    return [rank_of_slot[list(model.plan.slots.get(layer, every))] for layer in config.moe_layers]
+
+
+def _length(work: Work) -> int:
+    """Tokens of a block, or of a prompt."""
+    return work.batches[0].tokens.shape[1] if work.batches else len(work.prompts[0][0].ids)
+
+
+def _pass(
+    model: Handle,
+    work: Work,
+    blocks: int,
+    counts: np.ndarray,
+    held: list[np.ndarray],
+    rank: int,
+    step: int,
+    homeward: bool,
+) -> Pass:
+    length = _length(work)
+    read = length if work.mode != "decode" else 1
+    # Before a decode step of the profile, a sequence has its prompt, and all steps but the last ones.
+    before = 0 if work.mode != "decode" else length + steps_in_all(work.steps) - work.steps + step
+    received, sent, taken = routed(counts[:, min(step, counts.shape[1] - 1)], held, rank)
+    tokens = blocks * read
+    return Pass(
+        tokens=tokens,
+        keys=blocks * (read * before + read * (read + 1) / 2),
+        cached=blocks * before,
+        outputs=tokens if work.mode == "score" else blocks,
+        scored=work.mode == "score",
+        vocab=work.vocab,
+        itemsize=model.dtype.itemsize,
+        received=received,
+        sent=sent,
+        taken=taken,
+        homeward=homeward,
+        matrices=None if model.experts is None else 1,
+    )
+
+
+def _rows(model: Handle, passes: Sequence[Sequence[Pass]]) -> pd.DataFrame:
+    """The rows that each rank's experts get, by step and layer."""
+    import pandas as pd
+
+    records = [
+        (rank, step, layer, int(one.received[place].sum()), int((one.received[place] > 0).sum()))
+        for rank, own in enumerate(passes)
+        for step, one in enumerate(own)
+        for place, layer in enumerate(model.config.moe_layers)
+    ]
+    return pd.DataFrame(records, columns=["rank", "step", "layer", "rows", "experts"])

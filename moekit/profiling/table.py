@@ -1,0 +1,155 @@
+"""The table of a profile: what each rank did at each moment of its calls, and what that had to cost at least."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from moekit.profiling.events import Row, Seen, rows_of
+from moekit.profiling.least import Cost
+from moekit.profiling.naming import NO_WORK, OUTSIDE, PARTS, Name, is_exchange, named_of_graphs
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+COLUMNS = (
+    "rank",
+    "step",
+    "layer",
+    "part",
+    "kernel",
+    "start",
+    "duration",
+    "exclusive",
+    "bytes",
+    "flop",
+)
+Named = tuple[Row, Name]
+
+
+def table(
+    ranks: Sequence[Seen], on_device: bool, costs: Sequence[Mapping[int, Mapping[tuple[int, str], Cost]]]
+) -> pd.DataFrame:
+    """One row for each kernel and each time without one, of all ranks.
+
+    Args:
+        ranks: what each rank did, on one clock.
+        costs: for each rank, by step, the least cost of each (layer, part).
+
+    Returns:
+        Columns :data:`COLUMNS`; times in seconds, ``start`` from the first call's.
+    """
+    import pandas as pd
+
+    found = [_of_rank(one, on_device) for one in ranks]
+    _wait_apart(found)
+    zero = min(start for one in ranks for start, _ in one.calls)
+    records = []
+    for rank, rows in enumerate(found):
+        shares = _shares(rows)
+        for row, name in rows:
+            cost = costs[rank].get(name.step, {}).get((name.layer, name.part), Cost())
+            whole = shares[name]
+            share = row.exclusive / whole if whole else 0.0
+            records.append(
+                (
+                    rank,
+                    name.step,
+                    name.layer,
+                    name.part,
+                    row.kernel.name,
+                    (row.start - zero) / 1e9,
+                    row.duration / 1e9,
+                    row.exclusive / 1e9,
+                    cost.bytes * share,
+                    cost.flop * share,
+                )
+            )
+    frame = pd.DataFrame(records, columns=COLUMNS)
+    return frame.sort_values(["rank", "start"], kind="stable", ignore_index=True)
+
+
+def _of_rank(one: Seen, on_device: bool) -> list[Named]:
+    """The rows of a rank, with their names; each call counts on from the steps of those before it."""
+    found: list[Named] = []
+    names = named_of_graphs(one.kernels, one.template)
+    first = 0
+    for call, (start, end) in enumerate(one.calls):
+        inside = [i for i, k in enumerate(one.kernels) if start <= k.launched < end]
+        rows = rows_of(call, start, end, [one.kernels[i] for i in inside], on_device)
+        steps = max((names[i].step for i in inside), default=0) + 1
+        known = [names[i] for i in inside] + [Name(steps - 1, OUTSIDE, "")]
+        kernels = 0
+        for row in rows:
+            # A time without a kernel goes with the kernel that follows it.
+            name = known[kernels]
+            kernels += not row.waits
+            name = name._replace(step=first + name.step, part=row.waits or name.part)
+            found.append((row, name))
+        first += steps
+    return found
+
+
+def _wait_apart(ranks: list[list[Named]]) -> None:
+    """Split each exchange at the moment when the last rank comes to it: until then, a rank is "waiting"."""
+    places = [[i for i, (row, _) in enumerate(rows) if is_exchange(row.kernel.name)] for rows in ranks]
+    if len(ranks) == 1 or len({len(own) for own in places}) != 1:
+        return
+    latest = [max(ranks[r][i][0].start for r, i in enumerate(at)) for at in zip(*places, strict=True)]
+    for rank, own in enumerate(places):
+        split = dict(zip(own, latest, strict=True))
+        found: list[Named] = []
+        for place, (row, name) in enumerate(ranks[rank]):
+            begun = row.start + row.duration - row.exclusive
+            waited = min(row.exclusive, max(0, split.get(place, 0) - begun))
+            if waited:
+                found.append(
+                    (
+                        replace(row, start=begun, duration=waited, exclusive=waited),
+                        name._replace(part="waiting"),
+                    )
+                )
+            if not waited or row.exclusive > waited:
+                rest = replace(
+                    row,
+                    start=row.start + waited,
+                    duration=row.duration - waited,
+                    exclusive=row.exclusive - waited,
+                )
+                found.append((rest, name))
+        ranks[rank][:] = found
+
+
+def _shares(rows: Sequence[Named]) -> dict[Name, int]:
+    """The exclusive time of all rows of a name: they share its least cost by their times."""
+    found: dict[Name, int] = defaultdict(int)
+    for row, name in rows:
+        found[name] += row.exclusive
+    return found
+
+
+def by_part(frame: pd.DataFrame, copy: float, matmul: float) -> pd.DataFrame:
+    """The mean step of a rank by part, beside the limit of the chip.
+
+    Args:
+        copy: bytes per second of a copy.
+        matmul: operations per second of a large product.
+
+    Returns:
+        ``part``, ``seconds`` (of a step and rank), ``share`` (of the step), ``bytes`` and ``flop`` (at least), ``least``
+        (seconds in which the chip could do that), ``of_limit`` (``least / seconds``; NaN for what is no work).
+    """
+    steps, ranks = frame["step"].nunique(), frame["rank"].nunique()
+    cells = frame.groupby(["rank", "step", "layer", "part"])[["exclusive", "bytes", "flop"]].sum()
+    cells["least"] = np.maximum(cells["bytes"] / copy, cells["flop"] / matmul)
+    found = cells.groupby("part").sum() / (steps * ranks)
+    found = found.reindex([part for part in PARTS if part in found.index]).reset_index()
+    found = found.rename(columns={"exclusive": "seconds"})
+    found.insert(2, "share", found["seconds"] / found["seconds"].sum())
+    worked = ~found["part"].isin(NO_WORK) & (found["seconds"] > 0) & (found["least"] > 0)
+    found["of_limit"] = (found["least"] / found["seconds"]).where(worked)
+    return found

@@ -1,0 +1,242 @@
+"""Ranks that a launcher has started, such as torchrun or srun: each process finds its rank in its environment.
+
+The process of rank 0 is the driver. The others connect to it, run what it asks for, and end with it; rank 0 itself is a child
+of the driver, so that the driver can watch it like the others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import pickle
+import secrets
+import socket
+import subprocess
+import tempfile
+import time
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+
+from moekit.interrupts import hold_interrupts
+from moekit.processes import channel
+from moekit.ranks import links
+from moekit.ranks.base import Rank, headline
+from moekit.ranks.launch import launch
+from moekit.ranks.piped import START_LIMIT, Member, PipedRanks
+from moekit.ranks.server import join_at, keep_store, serve
+from moekit.ranks.spawned import Child, end_processes
+from moekit.ranks.watch import silence_limit
+
+# Seconds for all processes of the launcher to come, and for a rank to reach rank 0's store.
+COME_LIMIT, STORE_LIMIT = 300.0, 30.0
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a launcher told this process: its rank, of how many, and its number on its machine."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    master: str
+
+    @classmethod
+    def of(cls, environment: Mapping[str, str] = os.environ) -> Launch | None:
+        """From ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK`` and ``MASTER_ADDR``; None without a launcher, or with one rank.
+
+        Raises:
+            ValueError: one of them is missing or is no number.
+        """
+        if "RANK" not in environment or "WORLD_SIZE" not in environment:
+            return None
+        found = []
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            said = environment.get(name, "0" if name == "LOCAL_RANK" else "")
+            if not said.isdecimal():
+                raise ValueError(f"{name}={said!r} in the environment: expected the launcher's whole number")
+            found.append(int(said))
+        if found[1] <= 1:
+            return None
+        if found[0] >= found[1]:
+            raise ValueError(f"RANK={found[0]} in the environment: expected less than WORLD_SIZE={found[1]}")
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            if not environment.get(name):
+                raise ValueError(
+                    f"{name} is missing in the environment, where the launcher says how ranks meet"
+                )
+        return cls(*found, environment["MASTER_ADDR"])
+
+    def device(self, kind: str) -> torch.device:
+        """This rank's device: "cpu", or the GPU with its number on the machine if there are GPUs."""
+        if kind == "cpu" or not torch.cuda.is_available():
+            return torch.device("cpu")
+        if self.local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"LOCAL_RANK={self.local_rank} needs as many GPUs, and torch sees {torch.cuda.device_count()}: start fewer "
+                "ranks a machine, or use the CPU"
+            )
+        return torch.device("cuda", self.local_rank)
+
+    def store(self) -> dist.Store:
+        """The launcher's store, in which ranks leave word for one another."""
+        limit = timedelta(seconds=COME_LIMIT)
+        store, _, _ = next(dist.rendezvous("env://", self.rank, self.world_size, timeout=limit))
+        return dist.PrefixStore("moekit", store)
+
+
+def attend(launch: Launch, device: torch.device) -> NoReturn:
+    """Be a rank other than 0: run what the driver asks for, and end this process with it.
+
+    The exit status is 0 if the driver closed its ranks, and 1 if it went without a word.
+    """
+    store = launch.store()
+    store.set(f"rank {launch.rank}", pickle.dumps((socket.gethostname(), str(device))))
+    address, secret, machines = pickle.loads(store.get("driver"))
+    pipe = socket.create_connection(address, timeout=COME_LIMIT)
+    links.greet(pipe, secret, launch.rank)
+    pipe.settimeout(None)
+    links.keep_alive(pipe, silence_limit(None))
+    _use_interface(pipe.getsockname()[0])
+    os.dup2(pipe.fileno(), 0)
+    pipe.close()
+    # The launcher's store is closed with its last reference.
+    with tempfile.TemporaryDirectory(prefix="moekit-ranks-") as folder:
+        serve(
+            launch.rank,
+            launch.world_size,
+            str(device),
+            parent=os.getppid(),
+            folder=folder,
+            machines=machines,
+            launched=True,
+        )
+    raise AssertionError("serve returned")
+
+
+def _use_interface(address: str) -> None:
+    """Have the process group talk over the interface with this address, unless the environment names one."""
+    name = next((name for name, own in links.interfaces().items() if own == address), None)
+    if name is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")
+
+
+class Launched(Member):
+    """The process of a rank that the launcher started."""
+
+    def __init__(self, node: str):
+        self.node = node
+
+    def state(self):
+        return None
+
+    def any_ready(self):
+        return False
+
+    def poll(self):
+        return None
+
+    def wait(self, timeout):
+        raise subprocess.TimeoutExpired("a rank of the launcher", timeout)
+
+    def lost(self, error):
+        if isinstance(error, OSError) and error.errno == errno.ETIMEDOUT:
+            return "is lost: its machine does not answer over the network"
+        return "closed its connection: see what the launcher says of it"
+
+    def log_tail(self):
+        return ""
+
+
+class JoinedRanks(PipedRanks):
+    """The ranks of a launcher, this process being the one of rank 0.
+
+    Raises:
+        ValueError: ``MASTER_ADDR`` is not this machine's, or the ranks of a machine are not next to each other.
+        TimeoutError: a process of the launcher does not come.
+    """
+
+    def __init__(
+        self, launched: Launch, device: torch.device, timeout: float = 1800.0, silence: float | None = None
+    ):
+        super().__init__([device] * launched.world_size, timeout, silence_limit(silence))
+        self._folder = Path(tempfile.mkdtemp(prefix="moekit-ranks-"))
+        self._children: list[Child] = []
+        self._end = weakref.finalize(self, _end_all, self._owner, self._children, self._pipes, self._folder)
+        try:
+            self._start(launched)
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, launched: Launch) -> None:
+        # Rank 0 is a child with the environment of this process.
+        store, others = launched.store(), range(1, launched.world_size)
+        try:
+            host = socket.gethostbyname(launched.master)
+            listener = links.listen(host)
+        except OSError as error:
+            raise ValueError(
+                f"MASTER_ADDR={launched.master}: rank 0 cannot listen there ({error.strerror}); expected an address of the "
+                "machine of rank 0"
+            ) from error
+        with listener:
+            found = {0: (socket.gethostname(), str(self.devices[0]))}
+            for rank in others:
+                found[rank] = pickle.loads(self._word(store, f"rank {rank}"))
+            hosts = [found[rank][0] for rank in range(launched.world_size)]
+            machines = tuple(list(dict.fromkeys(hosts)).index(name) for name in hosts)
+            if list(machines) != sorted(machines):
+                raise ValueError(
+                    f"ranks of one machine are not next to each other ({hosts}): start them by blocks, such as with srun "
+                    "--distribution=block"
+                )
+            self.devices = [torch.device(found[rank][1]) for rank in range(launched.world_size)]
+            self.nodes = hosts if machines[-1] else self.nodes
+            secret = secrets.token_bytes(32)
+            store.set("driver", pickle.dumps((listener.getsockname()[:2], secret, machines)))
+            _use_interface(host)
+            me = Rank(0, launched.world_size, self.devices[0], machines=machines)
+            with hold_interrupts():
+                ours, theirs = socket.socketpair()
+                self._pipes.append(ours)
+                path = self._folder / "rank-0.log"
+                with theirs, open(path, "wb") as log:
+                    process = launch(me, self._folder, theirs, log.fileno(), None, local=False)
+                    self._children.append(Child(process, path, self.nodes[0]))
+            self._members = [*self._children, *(Launched(self.nodes[rank]) for rank in others)]
+            came = links.accept_all(listener, secret, list(others), COME_LIMIT)
+            for rank in others:
+                links.keep_alive(came[rank], self._silence)
+                self._pipes.append(came[rank])
+        self._incoming = [channel.Incoming(pipe) for pipe in self._pipes]
+        port = self.call(keep_store, host, timeout=START_LIMIT)[0]
+        self.call(join_at, host, port, STORE_LIMIT, self._timeout, timeout=START_LIMIT)
+        self._joined = True
+
+    def _word(self, store: dist.Store, name: str) -> bytes:
+        try:
+            return store.get(name)
+        except RuntimeError as error:
+            raise TimeoutError(f"{name} of the launcher has not come ({headline(error)[:200]})") from error
+
+
+def _end_all(owner: int, children: list[Child], pipes: list[socket.socket], folder: Path) -> None:
+    """Tell the ranks that this is the end, so that their processes end well, and end rank 0."""
+    if os.getpid() != owner:
+        return
+    for pipe in pipes[1:]:
+        with contextlib.suppress(OSError):
+            pipe.settimeout(1)
+            channel.send(pipe, b"")
+    # The launcher may end what is left as soon as one process has gone.
+    time.sleep(0.1)
+    end_processes(owner, children, pipes, folder)

@@ -1,0 +1,277 @@
+"""Ranks at the ends of pipes: how a call goes to them and comes back, and whom an error names."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import select
+import signal
+import socket
+import subprocess
+import threading
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import cloudpickle
+import torch
+
+from moekit.interrupts import hold_interrupts
+from moekit.processes import channel
+from moekit.ranks import watch as watching
+from moekit.ranks.base import Each, RankError, Ranks, forked, gone, headline, own
+from moekit.ranks.watch import Watch
+
+# Seconds for the interpreters to start, import torch and join the process group.
+START_LIMIT = 180.0
+
+# Seconds between two looks at the processes. A rank's death may be seen this much later than the errors it causes.
+LOOK = 0.2
+
+# Seconds by which the cause of an error may come later than its echo from another rank.
+ECHO = 2.0
+
+# What a rank raises when it waits in vain for another one: gloo's and NCCL's words.
+ECHOES = ("Timed out waiting", "Connection closed by peer", "Connection reset", "Broken pipe", "NCCL")
+
+
+class Member(watching.Member):
+    """The process of a rank, with what a pool needs of it."""
+
+    @abstractmethod
+    def poll(self) -> int | None:
+        """Its exit code, negative for a signal; None while it runs."""
+
+    @abstractmethod
+    def wait(self, timeout: float) -> int:
+        """The exit code once it has ended, or subprocess.TimeoutExpired."""
+
+    @abstractmethod
+    def lost(self, error: BaseException | None) -> str:
+        """What to say of a pipe that broke with ``error`` while nobody tells of the process's end."""
+
+    @abstractmethod
+    def log_tail(self) -> str:
+        """The end of what it has written, headed by a line that says so; "" where there is nothing."""
+
+
+class PipedRanks(Ranks):
+    """Ranks that are processes, with a pipe to each. Whatever ends a call early ends them all.
+
+    A process group that lost a member is of no further use, and nothing else frees peers from a collective. A subclass
+    starts the processes: it fills ``_members``, ``_pipes`` and ``_incoming``, sets ``_end`` to a ``weakref.finalize`` that
+    ends them, and ``_joined`` once they have a process group.
+    """
+
+    def __init__(self, devices: list[torch.device], timeout: float, silence: float):
+        super().__init__(devices)
+        self._timeout, self._silence, self._owner = timeout, silence, os.getpid()
+        self._why_gone = "closed"
+        self._lock, self._caller, self._joined = threading.Lock(), None, False
+        self._members: list[Member] = []
+        self._pipes: list[socket.socket] = []
+        self._incoming: list[channel.Incoming] = []
+
+    def call(self, fn, *args, timeout=None, on_report=None, **kwargs):
+        if os.getpid() != self._owner:
+            raise forked(self._owner)
+        if not self._end.alive:
+            raise gone(self._why_gone)
+        operation = getattr(fn, "__name__", type(fn).__name__)
+        jobs = self._jobs(fn, args, kwargs)
+        me = object()
+        try:
+            with self._lock:
+                if self._caller is not None:
+                    raise RuntimeError("the ranks are busy with another call: wait for it to end")
+                self._caller = me
+            self._await_joined()
+            return self._run(operation, self._outgoing(jobs), timeout, on_report)
+        except BaseException as error:
+            if self._caller is me:
+                self._give_up(operation, error)
+            raise
+        finally:
+            if self._caller is me:
+                self._caller = None
+
+    def _jobs(self, fn: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> list[bytes]:
+        """What is sent to each rank; made once where all get the same."""
+        if not any(isinstance(arg, Each) for arg in args):
+            return [cloudpickle.dumps((fn, args, kwargs))] * self.world_size
+        return [
+            cloudpickle.dumps((fn, tuple(own(arg, rank) for arg in args), kwargs))
+            for rank in range(self.world_size)
+        ]
+
+    def _outgoing(self, jobs: list[bytes]) -> dict[int, channel.Outgoing]:
+        return {rank: channel.Outgoing(pipe, jobs[rank]) for rank, pipe in enumerate(self._pipes)}
+
+    def _await_joined(self) -> None:
+        """Wait until the ranks have come up, where they did not before."""
+
+    def _give_up(self, operation: str, error: BaseException) -> None:
+        """End the ranks after an error in a call; the error is another one where that tells more."""
+        if isinstance(error, KeyboardInterrupt):
+            self._why_gone = "interrupted"
+            self.close()
+            why = "interrupted, and the ranks stopped (no collective can be left): load the model again"
+            raise KeyboardInterrupt(why) from None
+        if not self._end.alive:
+            raise gone(f"closed while they ran '{operation}'") from None
+        self._why_gone = f"stopped after {headline(error)}"
+        self.close()
+
+    def _run(
+        self,
+        operation: str,
+        unsent: dict[int, channel.Outgoing],
+        timeout: float | None,
+        on_report: Callable[[int, Any], None] | None,
+    ) -> list[Any]:
+        watch = Watch(operation, self._members, self._silence, self._joined)
+        results: dict[int, Any] = {}
+        while watch.at_work:
+            left = self._left(watch, timeout)
+            for rank, kind, content in self._messages(unsent, watch, min(left, LOOK)):
+                if kind == "result":
+                    results[rank] = content
+                    watch.finish(rank)
+                elif kind == "error":
+                    raise self._blame(rank, watch, *content)
+                elif kind == "report":
+                    watch.report(rank)
+                    if on_report is not None:
+                        on_report(rank, content)
+            if time.monotonic() - watch.looked < LOOK:
+                continue
+            if dead := self._dead():
+                raise self._death(dead[0], watch)
+            if error := self._fault(watch) or watch.look():
+                raise error
+        return [results[rank] for rank in range(self.world_size)]
+
+    def _left(self, watch: Watch, timeout: float | None) -> float:
+        """Seconds that are left to a call: of its own limit, or of the pool's since the last progress."""
+        limit = self._timeout if timeout is None else timeout
+        left = limit - (watch.unmoved if timeout is None else time.monotonic() - watch.began)
+        if left <= 0:
+            late = sorted(watch.at_work)
+            what = "answer" if timeout is not None else "progress"
+            raise TimeoutError(
+                f"no {what} from ranks {late} in {limit:g} s{watch.late()}{self._members[late[0]].log_tail()}"
+            )
+        return left
+
+    def _messages(
+        self, unsent: dict[int, channel.Outgoing], watch: Watch, seconds: float
+    ) -> Iterator[tuple[int, str, Any]]:
+        """Send and receive for at most this many seconds; yields (rank, kind, content) of each message but beats."""
+        poll = select.poll()
+        ranks = {}
+        for rank, pipe in enumerate(self._pipes):
+            ranks[pipe.fileno()] = rank
+            poll.register(pipe, select.POLLIN | (select.POLLOUT if rank in unsent else 0))
+        for descriptor, event in poll.poll(math.ceil(seconds * 1000)):
+            rank = ranks[descriptor]
+            if event & select.POLLOUT and rank in unsent:
+                watch.move(rank)
+                with contextlib.suppress(ConnectionError):
+                    # A rank that is dead already is found below.
+                    if not unsent[rank].write():
+                        continue
+                del unsent[rank]
+            if not event & ~select.POLLOUT:
+                continue
+            try:
+                message = self._incoming[rank].read()
+            except (EOFError, OSError) as error:
+                raise self._death(rank, watch, error) from None
+            watch.hear(rank)
+            if message is None:
+                if self._incoming[rank].large:
+                    watch.move(rank)
+                continue
+            kind, content = cloudpickle.loads(message)
+            if kind == "beat":
+                watch.beat(rank, *content)
+            else:
+                yield rank, kind, content
+
+    def _dead(self) -> list[int]:
+        """The ranks whose process has ended, everything that they sent having been read."""
+        ended = [rank for rank, member in enumerate(self._members) if member.poll() is not None]
+        return [rank for rank in ended if not channel.readable(self._pipes[rank])]
+
+    def _blame(self, rank: int, watch: Watch, text: str, error: BaseException | None) -> RankError:
+        """What a rank raised, unless it is an echo: peers of a rank that died or stopped raise too, and often first."""
+        time.sleep(LOOK)
+        for other, member in enumerate(self._members):
+            if member.poll() is not None:
+                return self._death(other, watch)
+        if any(words in text for words in ECHOES) and (cause := self._behind(rank, watch, headline_of(text))):
+            return cause
+        failure = watch.error(rank, f"raised {text}{self._members[rank].log_tail()}")
+        failure.__cause__ = error
+        return failure
+
+    def _behind(self, rank: int, watch: Watch, said: str) -> RankError | None:
+        """Which rank made ``rank`` wait in vain in a collective; None if none can be told."""
+        if stopped := [other for other in watch.stopped() if other != rank]:
+            return watch.error(
+                stopped[0],
+                f"does not answer while it runs '{watch.operation}'{watch.state(stopped[0])}, and rank {rank} gave up "
+                f"waiting for it ({said}){watch.stack(stopped[0])}",
+            )
+        end = time.monotonic() + ECHO
+        watch.at_work.discard(rank)
+        while watch.at_work and time.monotonic() < end:
+            for other, kind, content in self._messages({}, watch, LOOK):
+                if kind == "error" and not any(words in content[0] for words in ECHOES):
+                    failure = watch.error(other, f"raised {content[0]}{self._members[other].log_tail()}")
+                    failure.__cause__ = content[1]
+                    return failure
+                if kind in ("error", "result"):
+                    watch.at_work.discard(other)
+        late = sorted(watch.at_work, key=lambda other: (watch.signs[other].waits_for_peers(), other))
+        if not late:
+            return None
+        return watch.error(
+            late[0],
+            f"did not come to a collective in which rank {rank} waited for it ({said}); it runs '{watch.operation}'"
+            f"{watch.state(late[0])}{watch.stack(late[0])}{self._members[late[0]].log_tail()}",
+        )
+
+    def _death(self, rank: int, watch: Watch, lost: BaseException | None = None) -> RankError:
+        member = self._members[rank]
+        try:
+            code = member.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            return watch.error(rank, f"{member.lost(lost)}{member.log_tail()}")
+        cause = f"ended with exit code {code}" if code >= 0 else f"was ended by {signal.Signals(-code).name}"
+        if code == -signal.SIGABRT and (behind := self._behind(rank, watch, cause)):
+            # NCCL ends a process this way when it gives up.
+            return behind
+        if code == -signal.SIGKILL:
+            cause += " (often the out-of-memory killer: compare the memory a rank needs with what is free)"
+        return watch.error(rank, f"{cause} while it ran '{watch.operation}'{member.log_tail()}")
+
+    def _fault(self, watch: Watch) -> Exception | None:
+        """What else ends a call, such as a lost machine."""
+        return None
+
+    def close(self) -> None:
+        with hold_interrupts():
+            self._end()
+
+
+def headline_of(text: str) -> str:
+    return text.split("\n")[0][:200]
+
+
+def read_tail(text: bytes) -> str:
+    """What :meth:`Member.log_tail` says of the end of a log."""
+    tail = text.decode(errors="replace").strip()
+    return f"\n\nThe end of its log:\n{tail}" if tail else ""

@@ -1,0 +1,64 @@
+"""What the system tells of a process and of the cores. Python's own library suffices, so that any machine can ask."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+STATES = {
+    "T": "is stopped",
+    "t": "is stopped by a debugger",
+    "D": "waits for a device or a file system",
+    "Z": "has ended",
+    "R": "runs",
+    "S": "sleeps",
+}
+
+
+@dataclass(frozen=True)
+class Process:
+    """The state of a process (a letter of ``ps``) and the seconds of processor time that it has used."""
+
+    state: str
+    seconds: float
+
+    @classmethod
+    def of(cls, pid: int | str) -> Process | None:
+        """Of a process, or of its thread ``pid/task/tid``; None where the system does not tell."""
+        try:
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            return cls(fields[0], (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"))
+        except (OSError, IndexError, ValueError):
+            return None
+
+    @property
+    def stopped(self) -> bool:
+        return self.state in "Tt"
+
+    @property
+    def ready(self) -> bool:
+        """Whether its main thread runs, or could if others had not the processor."""
+        return self.state == "R"
+
+    def __str__(self) -> str:
+        return f"its process {STATES.get(self.state, 'is in an unknown state')}: state {self.state}"
+
+
+def any_ready(pid: int) -> bool:
+    """Whether a thread of a process runs or could."""
+    threads = []
+    with contextlib.suppress(OSError):
+        threads = list(Path(f"/proc/{pid}/task").iterdir())
+    return any((found := Process.of(f"{pid}/task/{thread.name}")) and found.ready for thread in threads)
+
+
+def usable_cores() -> int:
+    """The cores that this process may use: its affinity, within the limit of its container (cgroup v2)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):
+        # Without the file, or with "max" in it, there is no limit.
+        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
+        cores = min(cores, max(1, quota // period))
+    return cores

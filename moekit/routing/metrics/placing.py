@@ -1,0 +1,127 @@
+"""How evenly the ranks would be loaded if the experts were placed otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from moekit.arguments import Whole, check
+from moekit.routing import placement as placing
+from moekit.routing.metrics.registry import measured
+from moekit.routing.metrics.tables import block_counts, chosen_experts, table_of_rows
+from moekit.routing.statistics import SEED, drawn, interval, random_counts, units
+from moekit.routing.trace import Trace
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# Shuffled placements whose mean counts.
+SHUFFLED = 200
+
+
+@measured
+def placement(
+    trace: Trace,
+    ranks: int,
+    *,
+    redundant: int | None = None,
+    share: Mapping[int, float] | None = None,
+    dispatched: bool = True,
+) -> pd.DataFrame:
+    """How much busier the busiest rank is than the mean, for four ways to place a layer's experts on ranks.
+
+    ``value`` = max over ranks of rows / mean over ranks of rows, of the samples with odd numbers (in order; of one sample, its
+    second half). ``placement``:
+
+    - "contiguous": rank after rank in the order of the experts, as moekit loads them;
+    - "shuffled": the mean of random placements;
+    - "fitted": the heaviest experts of the other half first, each to the rank with the least
+      (:func:`moekit.routing.placement.packed`);
+    - "replicated": the same, with copies of the heaviest experts (:func:`moekit.routing.placement.replicated`).
+
+    Interval: bootstrap over units. ``chance``: the value of contiguous placement under uniform random routing of as many
+    tokens. All judged tokens count together; a step of fewer tokens is less even.
+
+    Args:
+        ranks: W, up to the number of experts.
+        redundant: slots for copies in "replicated", a layer; None: one a rank.
+        share: for each layer, the share of a step in which the busiest rank's experts compute
+            (:meth:`moekit.profiling.Profile.busiest`). Then ``saved`` is what the placement would save of the step, where the
+            time follows the rows: ``share * (1 - value / value of contiguous)``; else it is NaN.
+
+    Returns:
+        One row per (layer, placement): ``layer``, ``placement``, ``value``, ``low``, ``high``, ``chance``, ``saved``.
+
+    Raises:
+        ValueError: there are more ranks than experts.
+    """
+    ranks = _ranks(trace, ranks)
+    redundant = ranks if redundant is None else check("redundant", redundant, Whole(0))
+    experts, found = trace.num_experts, units(trace)
+    fit, judge = _halves(trace)
+    rng = np.random.default_rng(SEED)
+    none = placing.contiguous(experts, ranks)
+    every = np.arange(experts)
+    shuffles = [rng.permutation(none) for _ in range(SHUFFLED)]
+    chance = placing.imbalance(
+        placing.loads(random_counts(int(judge.sum()), trace.top_k, experts), every, none, ranks)
+    ).mean()
+    rows = []
+    for layer_index, layer in enumerate(trace.layers):
+        chosen = chosen_experts(trace, layer_index, None, dispatched)
+        known = np.bincount(chosen[fit].ravel(), minlength=experts + 1)[:experts]
+        cells = block_counts(found.unit[judge], chosen[judge], experts, found.number)
+        copies = placing.replicated(known, redundant)
+        each = known[copies] / np.bincount(copies)[copies]
+        ways = {
+            "contiguous": [(every, none)],
+            "shuffled": [(every, shuffle) for shuffle in shuffles],
+            "fitted": [(every, placing.packed(known, ranks))],
+            "replicated": [(copies, placing.packed(each, ranks))],
+        }
+        own = float("nan")
+        for name, placements in ways.items():
+
+            def value(counts: np.ndarray, placements=placements) -> np.ndarray:
+                of_ranks = (placing.loads(counts, of, rank, ranks) for of, rank in placements)
+                return np.mean([placing.imbalance(one) for one in of_ranks], axis=0)
+
+            here = float(value(cells.sum(axis=0)))
+            # No rank is busier than the busiest, so no value is below 1.
+            low, high = np.maximum(interval(value(drawn(found, cells)), here, found.number), 1)
+            own = here if name == "contiguous" else own
+            saved = float("nan") if share is None else share[layer] * (1 - here / own)
+            rows.append((layer, name, here, low, high, chance, saved))
+    return table_of_rows(rows, "layer placement value low high chance saved")
+
+
+@measured
+def fitted_placement(trace: Trace, ranks: int, *, dispatched: bool = True) -> dict[int, list[int]]:
+    """The rank of each expert, by layer, as :func:`moekit.load` takes it: "fitted" of :func:`placement`, on all tokens.
+
+    Raises:
+        ValueError: there are more ranks than experts.
+    """
+    ranks, experts = _ranks(trace, ranks), trace.num_experts
+    found = {}
+    for layer_index, layer in enumerate(trace.layers):
+        chosen = chosen_experts(trace, layer_index, None, dispatched)
+        count = np.bincount(chosen.ravel(), minlength=experts + 1)[:experts]
+        found[layer] = placing.packed(count, ranks).tolist()
+    return found
+
+
+def _ranks(trace: Trace, ranks: int) -> int:
+    ranks = check("ranks", ranks, Whole())
+    if ranks > trace.num_experts:
+        raise ValueError(f"ranks={ranks}: expected at most {trace.num_experts}, the experts of a layer")
+    return ranks
+
+
+def _halves(trace: Trace) -> tuple[np.ndarray, np.ndarray]:
+    """[T] bool each: the tokens to fit to, and those to judge on."""
+    numbers, number = np.unique(trace.sample, return_inverse=True)
+    odd = number % 2 == 1 if len(numbers) > 1 else np.arange(len(trace)) >= len(trace) // 2
+    return ~odd, odd

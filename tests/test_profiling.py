@@ -1,0 +1,635 @@
+"""Profiles: the parts of a step by hand, on made-up events of GPUs, and what must hold of real ones."""
+
+import contextlib
+import gzip
+import json
+import os
+import re
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from test_project import ROOT
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import moekit
+from moekit.bench import shapes
+from moekit.nn import parts
+from moekit.nn.config import ModelConfig
+from moekit.nn.cost import flop_per_token
+from moekit.nn.passes import Pass as ModelPass
+from moekit.nn.transformer import Transformer
+from moekit.profiling import PARTS, Profile, events, naming, run
+from moekit.profiling.events import Kernel, Ranges, Seen, rows_of
+from moekit.profiling.least import Cost, Pass, least, routed
+from moekit.profiling.naming import Name, named, named_of_graphs
+from moekit.profiling.table import by_part, table
+from moekit.worker import profiling as worker
+
+LAYER = ("call", "step 0", "layer 1")
+
+
+def kernels(*told: tuple, ranges=LAYER) -> list[Kernel]:
+    """(name, innermost range) or (name, innermost range, duration), one after the other from 0, launched at once."""
+    found, now = [], 0
+    for name, inside, *duration in told:
+        own = ranges + ((inside,) if isinstance(inside, str) else inside)
+        end = now + (duration[0] if duration else 10)
+        found.append(Kernel(name, now, end, own, 0))
+        now = end
+    return found
+
+
+def parts_of(*told: tuple) -> list[str]:
+    return [name.part for name in named(kernels(*told))]
+
+
+# ----------------------------------------------------------------------------------------------- names of kernels
+
+
+def test_a_layer_on_one_gpu_by_hand():
+    assert parts_of(
+        ("_add_norm", "norm"),
+        ("nvjet_hsh_128", "attention"),
+        ("flash_fwd_kernel", "attention"),
+        ("nvjet_hsh_64", "gate"),
+        ("_choose", "gate"),
+        ("radix_sort", "plan"),
+        ("fill", ("dispatch", "experts")),
+        ("_tiles", ("dispatch", "experts")),
+        ("_grouped_linear", ("dispatch", "experts")),
+        ("_grouped_linear", ("dispatch", "experts")),
+    ) == [
+        "norm",
+        "attention",
+        "attention",
+        "gate",
+        "gate",
+        "plan",
+        "experts up",
+        "plan",
+        "experts up",
+        "experts down",
+    ]
+
+
+def test_a_layer_through_the_peers_memory_by_hand():
+    names = [
+        "_publish",
+        "_meet",
+        "memset",
+        "_merge",
+        "_pull",
+        "_tiles",
+        "_grouped_linear",
+        "_grouped_linear",
+        "_meet",
+    ]
+    assert parts_of(*((name, "dispatch") for name in names)) == [
+        *["dispatch"] * 5,
+        "plan",
+        "experts up",
+        "experts down",
+        "combine",
+    ]
+    short = ["_hand_out", "_up", "_down", "_collect"]
+    assert parts_of(*((name, "dispatch") for name in short)) == [
+        "dispatch",
+        "experts up",
+        "experts down",
+        "combine",
+    ]
+
+
+def test_a_layer_through_collectives_by_hand():
+    inside = ("dispatch", "experts")
+    loop = [
+        "aten::index",
+        "aten::linear",
+        "aten::gelu",
+        "aten::linear",
+        "aten::linear",
+        "aten::gelu",
+        "aten::linear",
+        "aten::cat",
+    ]
+    found = parts_of(
+        ("exchange", "dispatch"), ("exchange", "dispatch"), *((name, inside) for name in loop), ("exchange", "dispatch"),
+        ("aten::index_copy", "dispatch"),
+    )  # fmt: skip
+    up, down = "experts up", "experts down"
+    assert found == ["dispatch", "dispatch", up, up, up, down, up, up, down, down, "combine", "combine"]
+    # A rank that gets no row makes no product.
+    assert parts_of(("exchange", "dispatch"), ("aten::index", inside), ("exchange", "dispatch")) == [
+        "dispatch",
+        up,
+        "combine",
+    ]
+
+
+def test_each_layer_and_step_begins_anew():
+    one = kernels(("_grouped_linear", "experts"))
+    two = [replace(k, ranges=("call", "step 0", "layer 3", "experts")) for k in one]
+    three = [replace(k, ranges=("call", "step 1", "layer 3", "experts")) for k in one]
+    assert named([*one, *two, *three]) == [
+        Name(0, 1, "experts up"),
+        Name(0, 3, "experts up"),
+        Name(1, 3, "experts up"),
+    ]
+    # A copy of the results, after a step, is still the step's.
+    copies = kernels(("gemm", "output"), ranges=("call", "step 2")) + kernels(
+        ("memcpy", ()), ranges=("call",)
+    )
+    assert named(copies) == [Name(2, -1, "output"), Name(2, -1, "other")]
+
+
+def test_the_kernels_that_are_known_by_name_are_there():
+    """A kernel that gets another name would be told as another part."""
+    # They are not imported: how Triton runs is decided then, for all tests.
+    sources = [path.read_text() for path in (ROOT / "moekit/nn/kernels").glob("*.py")]
+    there = {name for text in sources for name in re.findall(r"@triton\.jit.*\ndef (\w+)", text)}
+    assert {*naming.BY_NAME, naming.GROUPED, *run.HOMEWARD, *naming.EXCHANGES[2:]} <= there
+
+
+def test_kernels_of_a_graph_are_named_by_their_order():
+    template = kernels(("a", "attention"), ("gemm", "dense"), ranges=("layer 0",))
+    template += kernels(("a", "attention"), ("b", "gate"), ranges=("layer 1",))
+    template += kernels(("gemm", "output"), ranges=())
+    # The graph lacks b, and has c, which nothing names, and one more a.
+    order = ["a", "gemm", "a", "c", "gemm", "a"]
+    replayed = [Kernel(name, 10 * i, 10 * i + 5, ("call", "step 3"), 7, True) for i, name in enumerate(order)]
+    before = Kernel("copy", -5, -1, ("call", "step 3", "sampling"), 6)
+    assert named_of_graphs([before, *replayed], template) == [
+        Name(3, -1, "sampling"),
+        Name(3, 0, "attention"),
+        Name(3, 0, "dense"),
+        Name(3, 1, "attention"),
+        Name(3, -1, "other"),
+        Name(3, -1, "output"),
+        Name(3, -1, "attention"),
+    ]
+
+
+# ------------------------------------------------------------------------------------------------ times by hand
+
+
+def test_ranges_around_a_moment():
+    found = Ranges([(0, 100, "call"), (10, 40, "layer 0"), (10, 20, "norm"), (50, 60, "output")])
+    around = {
+        5: ("call",),
+        10: ("call", "layer 0", "norm"),
+        25: ("call", "layer 0"),
+        45: ("call",),
+        55: ("call", "output"),
+    }
+    assert {moment: found.around(moment) for moment in around} == around
+    assert found.around(-1) == found.around(100) == ()
+
+
+def test_every_moment_of_a_call_belongs_to_one_row():
+    # b starts before a ends; c was launched before b ended; d after c ended.
+    some = [
+        Kernel("a", 10, 30, (), 2),
+        Kernel("b", 25, 40, (), 3),
+        Kernel("c", 50, 60, (), 35),
+        Kernel("d", 80, 90, (), 70),
+    ]
+    rows = rows_of(0, 0, 100, some, on_device=True)
+    assert [(row.kernel.name or row.waits, row.start, row.exclusive) for row in rows] == [
+        ("host", 0, 10),
+        ("a", 10, 20),
+        ("b", 25, 10),
+        ("idle", 40, 10),
+        ("c", 50, 10),
+        ("host", 60, 20),
+        ("d", 80, 10),
+        ("host", 90, 10),
+    ]
+    assert sum(row.exclusive for row in rows) == 100
+
+
+def rank_of(*starts: int) -> Seen:
+    """A rank with kernels of 10 that start as told, two exchanges among them: the second and the fourth."""
+    names = [
+        ("gemm", "attention"),
+        ("_meet", "dispatch"),
+        ("_grouped_linear", "dispatch"),
+        ("_meet", "dispatch"),
+    ]
+    own = [
+        Kernel(name, at, at + 10, (*LAYER, inside), 0)
+        for (name, inside), at in zip(names, starts, strict=True)
+    ]
+    return Seen([(0, 60)], own, [])
+
+
+def test_an_exchange_begins_when_the_last_rank_comes():
+    # Rank 0 comes to the first exchange 6 earlier, and rank 1 to the second one by more than it takes.
+    frame = table([rank_of(0, 10, 20, 50), rank_of(6, 16, 26, 36)], True, [{}, {}])
+    meets = frame[frame["kernel"] == "_meet"]
+    told = [(r.rank, r.part, round(1e9 * r.start), round(1e9 * r.exclusive)) for r in meets.itertuples()]
+    assert told == [
+        (0, "waiting", 10, 6), (0, "dispatch", 16, 4), (0, "combine", 50, 10),
+        (1, "dispatch", 16, 10), (1, "waiting", 36, 10),
+    ]  # fmt: skip
+    assert (1e9 * frame.groupby("rank")["exclusive"].sum()).round().tolist() == [60, 60]
+
+
+def test_kernels_share_the_cost_of_their_part():
+    one = Seen([(0, 40)], kernels(("x", "attention", 10), ("y", "attention", 30)), [])
+    frame = table([one], True, [{0: {(1, "attention"): Cost(400.0, 8000.0)}}])
+    assert frame["bytes"].tolist() == [100, 300] and frame["flop"].tolist() == [2000, 6000]
+    [row] = by_part(frame, copy=100e9, matmul=400e9).itertuples()
+    assert row.least == pytest.approx(20e-9) and row.of_limit == pytest.approx(0.5) and row.share == 1
+
+
+def test_events_of_a_gpu():
+    def x(cat, name, ts, dur, tid=1, **args):
+        return {"ph": "X", "cat": cat, "name": name, "ts": ts, "dur": dur, "pid": 5, "tid": tid, "args": args}
+
+    found = [
+        x("user_annotation", "moekit: template", 0, 2),
+        x("user_annotation", "moekit: layer 4", 0, 1.5),
+        x("user_annotation", "moekit: attention", 0, 1),
+        x("cuda_runtime", "cudaLaunchKernel", 0.5, 0.2, correlation=1),
+        x("kernel", "flash", 3, 2, tid=7, correlation=1),
+        x("user_annotation", "moekit: call", 10, 20),
+        x("user_annotation", "moekit: step 0", 10, 20),
+        x("cuda_runtime", "cudaGraphLaunch", 11, 1, correlation=2),
+        x("kernel", "flash", 14, 4, tid=7, correlation=2),
+        x("gpu_memcpy", "Memcpy DtoH", 20, 1, tid=7, correlation=3),
+        x("cuda_runtime", "cudaMemcpyAsync", 19, 3, correlation=3),
+        x("user_annotation", "not ours", 12, 1),
+    ]
+    recorded = worker.Recorded(
+        events.zlib.compress(json.dumps(found).encode()), 1_000_000, 500, 0, [], [], np.zeros((1, 0, 0))
+    )
+    seen = events.seen(events.events_of(recorded), True)
+    assert seen.calls == [(1_010_500, 1_030_500)]
+    assert [(k.name, k.start, k.graph) for k in seen.kernels] == [
+        ("flash", 1_014_500, True), ("Memcpy DtoH", 1_020_500, False)
+    ]  # fmt: skip
+    assert named_of_graphs(seen.kernels, seen.template) == [Name(0, 4, "attention"), Name(0, -1, "other")]
+
+
+def test_the_clock_is_read_where_it_took_least_time():
+    marks = [
+        {"name": "moekit: clock", "cat": "user_annotation", "ts": 100.0, "dur": 50.0},
+        {"name": "moekit: clock", "cat": "user_annotation", "ts": 200.0, "dur": 2.0},
+    ]
+    # The second reading, 1_201_300, was taken at 1_000_000 + 201_000 by the profiler's clock.
+    assert worker.clock_of(marks, 1_000_000, [9, 1_201_300]) == 300
+
+
+# ------------------------------------------------------------------------------------------------ the least cost
+
+
+TINY = replace(shapes.SHAPES["tiny"], vocab_rows=300)
+
+
+def scored(blocks=2, length=8, experts=16) -> Pass:
+    tokens = blocks * length
+    received = np.zeros((2, experts))
+    received[:, :4] = tokens * 2 / 4
+    return Pass(
+        tokens,
+        blocks * length * (length + 1) / 2,
+        0,
+        tokens,
+        True,
+        300,
+        4,
+        received,
+        np.zeros(2),
+        np.zeros(2),
+    )
+
+
+def test_operations_add_up_to_those_of_a_token():
+    costs = least(TINY, scored())
+    assert sum(cost.flop for cost in costs.values()) == pytest.approx(16 * flop_per_token(TINY, 8))
+
+
+def test_weights_are_read_once_by_hand():
+    many, one = (sum(c.bytes for c in least(TINY, scored(blocks)).values()) for blocks in (2, 1))
+    # What does not grow with the tokens: the layers, the output matrix, and four experts in each of two layers.
+    fixed = 2 * one - many
+    d, f = TINY.dim, TINY.ffn_dim
+    weights = (
+        4 * (4 * d * d + 4 * d)
+        + 2 * (2 * d * f + f + d)
+        + 2 * d * 16
+        + 2 * 4 * shapes.expert_parameters(TINY)
+        + 300 * d
+    )
+    assert fixed == pytest.approx(4 * weights + 2 * 16 * 8)
+    down = least(TINY, scored())[1, "experts down"]
+    assert down == Cost(4 * (4 * (d * f + d) + 32 * (f + d)), 2 * 32 * d * f)
+
+
+def test_results_that_the_experts_write_home_by_hand():
+    one = replace(scored(), sent=np.array([3.0, 0.0]), taken=np.array([5.0, 1.0]))
+    row = 4 * TINY.dim
+    apart, home = (least(TINY, replace(one, homeward=homeward)) for homeward in (False, True))
+    assert apart[1, "combine"].bytes == apart[1, "dispatch"].bytes == home[1, "dispatch"].bytes == 8 * row
+    assert home[1, "combine"].bytes == 0
+    assert home[1, "experts down"].bytes - apart[1, "experts down"].bytes == 3 * row
+
+
+def test_rows_between_ranks_by_hand():
+    # Rank 0's tokens chose experts 0 and 2, rank 1's expert 2 and 3; rank 1 holds 2 and 3.
+    counts = np.array([[[3, 0, 1, 0]], [[0, 0, 2, 5]]])
+    holders = [np.array([0, 0, 1, 1])]
+    received, sent, taken = routed(counts, holders, 1)
+    assert received.tolist() == [[3, 5]] and sent.tolist() == [0] and taken.tolist() == [1]
+    received, sent, taken = routed(counts, holders, 0)
+    assert received.tolist() == [[3, 0]] and sent.tolist() == [1] and taken.tolist() == [0]
+
+
+# ---------------------------------------------------------------------------------------------------- ranges
+
+
+def test_no_range_is_made_while_nobody_looks(monkeypatch):
+    def never(name):
+        raise AssertionError(name)
+
+    monkeypatch.setattr(torch.profiler, "record_function", never)
+    assert parts.part("gate") is parts.NOTHING
+    model = Transformer(replace(TINY, max_positions=16)).requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.normal_(0, 0.1)
+    tokens = torch.arange(4, 12)[None]
+    quiet = model(tokens, ModelPass())
+    with pytest.raises(AssertionError), parts.shown():
+        model(tokens, ModelPass())
+    monkeypatch.undo()
+    with parts.shown():
+        assert torch.equal(model(tokens, ModelPass()), quiet)
+    assert not parts._shown[0]
+
+
+def test_the_parts_of_a_tiny_model_by_hand():
+    """Every operation of a pass through two layers, one of them with experts, on one rank."""
+    model = Transformer(replace(TINY, layers=2, max_positions=16, vocab_rows=20)).requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.normal_(0, 0.1)
+    tokens = torch.arange(4, 12)[None]
+    model(tokens, ModelPass())
+    with (
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen,
+        parts.shown(),
+        parts.part("call"),
+    ):
+        with parts.part("step 0"):
+            model.logits(model(tokens, ModelPass()))
+    found = [
+        {"ph": "X", "cat": "user_annotation" if e.is_user_annotation() else "cpu_op", "name": e.name(), "tid": e.start_thread_id(),
+         "start": e.start_ns(), "end": e.start_ns() + e.duration_ns()}
+        for e in seen.profiler.kineto_results.events()
+    ]  # fmt: skip
+    one = events.seen(found, False)
+    products: dict = {}
+    for kernel, name in zip(one.kernels, named(one.kernels), strict=True):
+        if kernel.name in (
+            "aten::linear",
+            "aten::layer_norm",
+            "aten::scaled_dot_product_attention",
+            "aten::embedding",
+            "aten::softmax",
+        ):
+            products.setdefault((name.layer, name.part), []).append(kernel.name.removeprefix("aten::"))
+    experts = {part: products.pop((1, f"experts {part}")) for part in ("up", "down")}
+    assert products == {
+        (-1, "embedding"): ["embedding"],
+        (0, "norm"): ["layer_norm"] * 2,
+        (0, "attention"): ["linear", "scaled_dot_product_attention", "linear"],
+        (0, "dense"): ["linear"] * 2,
+        (1, "norm"): ["layer_norm"] * 2,
+        (1, "attention"): ["linear", "scaled_dot_product_attention", "linear"],
+        (1, "gate"): ["linear", "softmax"],
+        (-1, "norm"): ["layer_norm"],
+        (-1, "output"): ["linear"],
+    }
+    routing = []
+    model(tokens, ModelPass(record=lambda layer, found: routing.append(found.experts.unique().numel())))
+    assert experts == {"up": ["linear"] * routing[0], "down": ["linear"] * routing[0]}
+
+
+# ------------------------------------------------------------------------------------------------ real profiles
+
+
+@pytest.fixture(scope="module")
+def model():
+    with moekit.load("demo", 2, "cpu", progress=False) as found:
+        yield found
+
+
+@pytest.fixture(scope="module", params=["score", "prefill", "decode"])
+def profile(request, model) -> Profile:
+    return model.profile("demo", request.param, steps=3, blocks=2, tokens_per_sample=64, progress=False)
+
+
+def test_shares_add_up_to_the_steps(profile):
+    frame = profile.frame
+    assert profile.profiled.shape == (2, 3) and profile.plain.shape[1] % 3 == 0
+    sums = frame.groupby("rank")["exclusive"].sum()
+    assert sums.to_numpy() == pytest.approx(profile.profiled.sum(axis=1), rel=0.03)
+    assert profile.shares()["share"].sum() == pytest.approx(1)
+    assert sorted(frame["step"].unique()) == [0, 1, 2] and set(frame["part"]) <= set(PARTS)
+    assert (frame["exclusive"] >= 0).all() and (frame["exclusive"] <= frame["duration"] + 1e-12).all()
+
+
+def test_every_layer_has_its_parts(profile):
+    frame = profile.frame[~profile.frame["part"].isin(naming.NO_WORK)]
+    last = {"score": {"log-probabilities"}, "prefill": {"sampling"}, "decode": {"sampling"}}[
+        profile.meta["mode"]
+    ]
+    experts = {"norm", "attention", "gate", "plan", "dispatch", "experts up", "experts down", "combine"}
+    for _, rows in frame.groupby(["rank", "step"]):
+        found = rows.groupby("layer")["part"].agg(set)
+        for layer in range(6):
+            wanted = experts if layer % 2 else {"norm", "attention", "dense"}
+            # Of few tokens, none may go to a rank's experts.
+            assert wanted - found[layer] <= ({"experts down"} if profile.meta["mode"] == "decode" else set())
+        assert {"embedding", "norm", "output"} | last <= found[-1]
+    assert profile.shares().set_index("part")["share"].get("other", 0) < 0.05
+
+
+def test_an_exchange_ends_after_every_rank_has_come(profile):
+    """What aligned clocks must show: nobody has the rows of a rank that has not come yet."""
+    found = [
+        sorted((e["start"], e["end"]) for e in own if e["name"] == "moekit: exchange")
+        for own in profile.events
+    ]
+    exchanges = np.array(found)  # [W, exchanges, 2]
+    assert exchanges.shape[1] >= 3 * 3 * (2 if profile.meta["mode"] == "decode" else 3)
+    latest, first_end = exchanges[..., 0].max(axis=0), exchanges[..., 1].min(axis=0)
+    assert (first_end - latest > -20_000).all(), "by more than 20 us"
+    # What waits for the last rank is told as waiting, and nothing else is.
+    waited = (latest - exchanges[..., 0]).sum(axis=1) / 1e9
+    waiting = profile.frame[profile.frame["part"] == "waiting"].groupby("rank")["exclusive"].sum()
+    assert waiting.reindex([0, 1], fill_value=0).to_numpy() == pytest.approx(waited, rel=0.02, abs=1e-4)
+
+
+def test_rows_of_the_experts_are_those_of_the_trace(model):
+    found = model.profile("demo", "score", steps=1, blocks=2, tokens_per_sample=64, progress=False)
+    ids, _ = run._tokens(model, "demo", "valid", 2 * 2 * 64)
+    trace = model.trace(ids.reshape(-1, 64)[:, :63].tolist(), progress=False)
+    counts = np.stack([np.bincount(trace.experts[:, i].ravel(), minlength=16) for i in range(3)])
+    rows = found.rows.pivot(index="layer", columns="rank", values="rows")
+    assert rows.to_numpy().tolist() == [[int(c[:8].sum()), int(c[8:].sum())] for c in counts]
+    experts = found.experts()
+    assert experts["rows"].sum() == counts.sum() and (experts["seconds"] > 0).all()
+    assert (experts.groupby("layer")["busiest"].first() >= 1).all()
+    busiest = found.busiest()
+    assert set(busiest) == {1, 3, 5} and 0 < sum(busiest.values()) < 1
+
+
+class Counting(TorchDispatchMode):
+    """Counts the operations that run, by name: a witness that is no profiler."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace != "profiler":
+            self.seen[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def counted(rank, work: worker.Work, look: bool) -> Counter:
+    doing = worker.DOING[work.mode](rank, work)
+    quiet, rank.send_report = rank.send_report, None
+    try:
+        with torch.inference_mode():
+            doing.warm_up()
+            with Counting() as counting:
+                if look:
+                    worker.looked_at(rank, doing)
+                else:
+                    # Before the calls that a profiler looks at, the ranks meet.
+                    torch.distributed.barrier()
+                    for _ in range(doing.calls):
+                        doing.timed()
+    finally:
+        doing.end()
+        rank.send_report = quiet
+    return counting.seen
+
+
+@pytest.mark.parametrize("mode", ["score", "prefill", "decode"])
+def test_the_same_operations_run_under_the_profiler(model, mode):
+    ids, vocab = run._tokens(model, "demo", "valid", 2 * 64)
+    work = run._filled(model, worker.Work(mode, 2, 0.2, vocab, 1), ids, 1, 64)
+    without, under = (model.ranks.call(counted, work, look) for look in (False, True))
+    for one, other in zip(without, under, strict=True):
+        assert one - other == other - one == Counter() and one.total() > 100
+
+
+def test_the_file_for_perfetto_is_in_its_format(profile, tmp_path):
+    path = tmp_path / "trace.json.gz"
+    profile.save_trace(path)
+    held = json.loads(gzip.decompress(path.read_bytes()))
+    found = held["traceEvents"]
+    names = {e["pid"]: e["args"]["name"] for e in found if e["ph"] == "M" and e["name"] == "process_name"}
+    assert sorted(names.values()) == [f"rank {r}: {what}" for r in (0, 1) for what in ("host", "parts")]
+    slices: dict = {}
+    for event in found:
+        assert isinstance(event["name"], str) and isinstance(event["pid"], int) and event["ph"] in "XMsf"
+        if event["ph"] == "X":
+            assert event["dur"] >= 0 and isinstance(event["ts"], float | int)
+            slices.setdefault((event["pid"], event["tid"]), []).append(
+                (event["ts"], event["ts"] + event["dur"])
+            )
+    assert {pid for pid, _ in slices} == set(names)
+    # Perfetto drops a slice that overlaps another one of its lane without being in it.
+    for own in slices.values():
+        open_: list[float] = []
+        for start, end in sorted(own, key=lambda one: (one[0], -one[1])):
+            while open_ and open_[-1] <= start + 2e-3:
+                open_.pop()
+            assert not open_ or end <= open_[-1] + 2e-3
+            open_.append(end)
+    lanes = [e for e in found if e.get("cat") == "part"]
+    assert sum(e["dur"] for e in lanes) == pytest.approx(1e6 * profile.frame["exclusive"].sum(), rel=1e-3)
+
+
+def test_a_profile_is_read_as_it_was_written(profile, tmp_path):
+    profile.save(tmp_path / "p.json.gz")
+    again = Profile.load(tmp_path / "p.json.gz")
+    pd.testing.assert_frame_equal(again.frame, profile.frame)
+    pd.testing.assert_frame_equal(again.shares(), profile.shares())
+    assert (
+        again.meta == profile.meta and repr(again) == repr(profile) and (again.plain == profile.plain).all()
+    )
+    with pytest.raises(ValueError, match="read from a file and has no events"):
+        again.save_trace(tmp_path / "t.json.gz")
+    (tmp_path / "bad").write_bytes(gzip.compress(b'{"meta": {}}'))
+    with pytest.raises(ValueError, match="no profile that Profile.save wrote"):
+        Profile.load(tmp_path / "bad")
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"mode": "train"}, "mode='train': expected one of score, prefill, decode"),
+        ({"steps": 0}, "steps=0"),
+        ({"blocks": 1.5}, "blocks=1.5"),
+        ({"tokens_per_sample": 1}, "tokens_per_sample=1: expected 2 to the model's 256"),
+        ({"mode": "decode", "steps": 200}, "the steps need 936 positions, and the model has 256"),
+        ({"data_or_texts": [[]]}, "no tokens to profile with"),
+    ],
+)
+def test_what_cannot_be_profiled(model, asked, said):
+    with pytest.raises(ValueError, match=said):
+        model.profile(**{"progress": False} | asked)
+    assert model.score("It still runs.") is not None
+
+
+def test_a_step_that_fails_leaves_no_profiler_running(monkeypatch):
+    with moekit.load("demo", 1, "cpu", progress=False) as alone:
+        work = {"steps": 1, "tokens_per_sample": 32, "progress": False}
+        timed = worker.Score.timed
+
+        def fails_under_the_profiler(self):
+            if parts._shown[0]:
+                raise MemoryError("no room")
+            return timed(self)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(worker.Score, "timed", fails_under_the_profiler)
+            with pytest.raises(moekit.RankError, match="no room"):
+                alone.profile("demo", **work)
+        assert not parts._shown[0]
+        found = alone.profile("demo", **work)
+        assert "waiting" not in set(found.frame["part"]) and found.meta["world_size"] == 1
+
+
+def test_a_dense_model_has_no_experts():
+    config = ModelConfig(2, 16, 32, 2, 50, 16, 16, 32)
+    costs = least(
+        config, replace(scored(1, 4), received=np.zeros((0, 0)), sent=np.zeros(0), taken=np.zeros(0))
+    )
+    assert {part for _, part in costs} == {
+        "embedding",
+        "norm",
+        "attention",
+        "dense",
+        "output",
+        "log-probabilities",
+    }
+
+
+def test_remarks_of_the_profiler_are_no_output(capfd):
+    with worker.without_remarks():
+        profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+        profiler.start()
+        profiler.stop()
+    with contextlib.suppress(ZeroDivisionError), worker.without_remarks():
+        os.write(2, b"a remark of others\n")
+        raise ZeroDivisionError
+    assert capfd.readouterr().err == "a remark of others\n"

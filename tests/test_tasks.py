@@ -1,0 +1,599 @@
+"""Tasks through lm-evaluation-harness: scores against those of ``model.score`` and of fairseq, and templates by hand."""
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import get_model
+from lm_eval.tasks import TaskManager
+from test_project import ROOT
+
+import moekit
+from moekit.checkpoint import export
+from moekit.likelihood import Text, plan_steps, score_texts
+from moekit.nn.transformer import Transformer
+from moekit.symbols import EOS, PAD
+from moekit.tasks import FILES, HarnessModel, Scored, compare, evaluate_tasks, evaluation, fair, known_tasks
+from moekit.tasks.evaluation import changed_items, load_tasks
+
+# Contexts of different lengths with one, two and four continuations; a space at an end, a line end, none at all.
+PAIRS = [
+    ("It is a truth universally acknowledged, that a single man", end)
+    for end in (" in possession of a good fortune", " must", " must be in want of a wife.", " xyzzy")
+] + [
+    ("def main(", "):"),
+    ("def main(", "argv=None):\n    return"),
+    ("Die Datei wird ", "gespeichert."),
+    ("The man broke his toe. What was the CAUSE of this?\n", "He dropped a hammer on his foot."),
+    ("", "Once upon a time"),
+    ("def main(", "):"),
+]
+
+
+@pytest.fixture(scope="module", params=[1, 2, 4])
+def model(request):
+    with moekit.load("demo", request.param, "cpu", progress=False) as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="module")
+def one():
+    with moekit.load("demo", 1, "cpu", progress=False) as loaded:
+        yield loaded
+
+
+def requests(arguments, kind="loglikelihood"):
+    return [Instance(kind, {}, one, number) for number, one in enumerate(arguments)]
+
+
+def by_hand(model, context, continuation, **options) -> list[float]:
+    """The log-probabilities of the continuation's tokens in the whole text, which is scored by itself."""
+    whole, before = model.codec.encode(context + continuation), model.codec.encode(context.rstrip(" "))
+    first = next((n for n, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(before))
+    return model.score([whole], **options)["logprob"].to_numpy()[first:].tolist()
+
+
+@pytest.mark.parametrize("fraction", [None, 0.1, "training"])
+def test_loglikelihood_is_that_of_score(model, fraction):
+    harness = HarnessModel(model, capacity_token_fraction=fraction, progress=False)
+    found = harness.loglikelihood(requests(PAIRS))
+    for (context, continuation), scored in zip(PAIRS, found, strict=True):
+        expected = by_hand(model, context, continuation, capacity_token_fraction=fraction)
+        assert scored.logprobs == pytest.approx(expected, abs=1e-4)
+        assert scored[0] == pytest.approx(math.fsum(expected), abs=1e-4)
+        assert len(scored.ids) == len(expected)
+    assert found[4] == found[9], "the same request has the same result"
+
+
+def test_a_dense_model(one, tmp_path):
+    """Without experts a capacity changes nothing, and questions share their beginning with one, too."""
+    plain = Transformer(replace(one.config, moe_freq=0, layers=2))
+    torch.manual_seed(0)
+    for weight in plain.parameters():
+        torch.nn.init.normal_(weight, std=0.1)
+    export.save(plain, tmp_path, files=1)
+    with moekit.load(tmp_path, 2, "cpu", bpe="demo", progress=False) as dense:
+        free, tight = (
+            HarnessModel(dense, capacity_token_fraction=fraction, progress=False).loglikelihood(
+                requests(PAIRS)
+            )
+            for fraction in (None, 0.1)
+        )
+        assert free == tight
+        for pair, scored in zip(PAIRS, free, strict=True):
+            assert scored.logprobs == pytest.approx(by_hand(dense, *pair), abs=1e-4)
+        table = dense.evaluate(
+            domains="demo", capacity_token_fraction=[None, 0.5], max_batches=2, progress=False
+        )
+        assert (table["dropped"] == 0).all() and table.query("domain == '(all)'")[
+            "bits_per_token"
+        ].nunique() == 1
+
+
+def test_greedy_is_what_generation_writes(one):
+    pairs = [("It is a truth universally", continuation) for continuation in (" acknowledged", " a", " the")]
+    prompt = one.codec.encode(pairs[0][0])
+    written = one.generate([prompt], max_new_tokens=6, progress=False)[0]
+    pairs.append((pairs[0][0], one.codec.decode(written.ids[:3])))
+    found = HarnessModel(one, progress=False).loglikelihood(requests(pairs))
+    for scored in found:
+        assert scored[1] == (written.ids[: len(scored.ids)] == scored.ids)
+    assert found[-1][1] and not all(scored[1] for scored in found)
+
+
+def test_changes_of_the_routing_hold(model):
+    harness = HarnessModel(model, progress=False)
+    plain = harness.loglikelihood(requests(PAIRS))
+    with model.route(mask={1: [0, 3], 5: [8]}, drop_second=True):
+        found = harness.loglikelihood(requests(PAIRS))
+        for pair, scored in zip(PAIRS, found, strict=True):
+            assert scored.logprobs == pytest.approx(by_hand(model, *pair), abs=1e-4)
+    assert abs(found[0][0] - plain[0][0]) > 0.01
+    with model.route(force=moekit.Force((3, 4), sample=1, positions=range(2, 8))):
+        found = harness.loglikelihood(requests(PAIRS))
+        texts = [model.codec.encode(context + end) for context, end in PAIRS[:2]]
+        table = model.score(texts)
+    forced = table[table["sample"] == 1]["logprob"].to_numpy()[-len(found[1].ids) :]
+    assert found[1].logprobs == pytest.approx(forced, abs=1e-4)
+    assert found[2].logprobs == pytest.approx(plain[2].logprobs, abs=1e-4), "only the text that is named"
+    own = HarnessModel(model, mask={"5": [*range(14)]}, progress=False)
+    try:
+        assert own.loglikelihood(requests(PAIRS[:1]))[0][0] != pytest.approx(plain[0][0], abs=1e-4)
+        assert model.intervention.mask == {5: tuple(range(14))}
+    finally:
+        own.changed.__exit__(None, None, None)
+
+
+def test_line_ends(one):
+    harness = HarnessModel(one, progress=False)
+    kept = HarnessModel(one, blank_lines=True, progress=False)
+    [once], [twice] = (h.loglikelihood(requests([("One.\n\nTwo.\n", "\nThree.")])) for h in (harness, kept))
+    ids = one.codec.encode("One.\nTwo.")
+    assert once.ids == one.codec.encode("Three.") and EOS not in once.ids
+    assert once.logprobs == pytest.approx(by_hand(one, "One.\nTwo.\n", "Three."), abs=1e-4)
+    assert twice.ids == [EOS, *once.ids] and len(ids) == len(one.codec.encode("One.\n\nTwo.")) - 1
+
+
+def test_a_long_context_loses_its_beginning(one):
+    harness = HarnessModel(one, progress=False)
+    context, end = "word " * 400 + "the", " end of it"
+    [scored] = harness.loglikelihood(requests([(context, end)]))
+    # The last id is not read, so with the symbol that begins a text as many fit as there are positions.
+    ids = one.codec.encode(context + end)[-one.config.max_positions :]
+    text = Text((EOS, *ids), 1 + len(ids) - len(scored.ids))
+    [expected] = score_texts(one, [text], fraction=None, seed=1, progress=False)
+    assert scored.logprobs.tolist() == expected.logprobs.tolist()
+    with pytest.raises(ValueError, match=r"the continuation ' word word.*expected 1 to 255"):
+        harness.loglikelihood(requests([("a", " word" * 400)]))
+    with pytest.raises(ValueError, match="the continuation '' has 0 tokens"):
+        harness.loglikelihood(requests([("a", "")]))
+
+
+def test_rolling_reads_everything_once(model):
+    harness = HarnessModel(model, progress=False)
+    short, long = "It was a very fine morning.\n\nShe sat down.", "He went on and on about it. " * 80
+    found = harness.loglikelihood_rolling(requests([(short,), (long,), ("",)], "loglikelihood_rolling"))
+    assert found[0] == pytest.approx(model.score([short])["logprob"].sum(), abs=1e-3)
+    ids, most = [EOS, *model.codec.encode(long)], model.config.max_positions
+    assert len(ids) > 2 * most
+    total = 0.0
+    for start in range(0, len(ids) - 1, most):
+        # The last part has as much context as fits.
+        end = min(start + most, len(ids) - 1)
+        first = end - most
+        table = score_texts(
+            model,
+            [Text(tuple(ids[first : end + 1]), start - first + 1)],
+            fraction=None,
+            seed=1,
+            progress=False,
+        )
+        total += float(table[0].logprobs.sum())
+    assert found[1] == pytest.approx(total, abs=1e-3)
+    first = model.score([ids[1:most]])["logprob"].sum()
+    assert first > found[1] and found[2] == 0
+
+
+def test_generate_until(model):
+    harness = HarnessModel(model, progress=False)
+    contexts = ["It is a truth universally acknowledged, that a", "def __init__(self", "Die Datei"]
+    settings = {"until": ["\n"], "max_gen_toks": 12, "do_sample": False}
+    found = harness.generate_until(requests([(context, settings) for context in contexts], "generate_until"))
+    expected = model.generate(contexts, max_new_tokens=12, stop=["\n"], progress=False)
+    assert found == [one.text for one in expected]
+    [drawn] = harness.generate_until(
+        requests([(contexts[0], {"until": [], "max_gen_toks": 8, "do_sample": True, "temperature": 0.9})])
+    )
+    assert drawn == model.generate(contexts[:1], max_new_tokens=8, temperature=0.9, progress=False)[0].text
+    [long] = harness.generate_until(requests([("word " * 400, {"until": ["\n"]})]))
+    assert isinstance(long, str)
+
+
+def plans(texts, world_size, slots, **how):
+    return list(plan_steps(texts, world_size, slots, **{"alone": False, "shares": True} | how))
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("how", [{}, {"shares": False}, {"alone": True, "shares": False}])
+def test_the_plan_has_every_text_once(world_size, how):
+    rng = np.random.default_rng(0)
+    texts = []
+    for _ in range(30):
+        context = (EOS, *rng.integers(4, 90, rng.integers(0, 40)).tolist())
+        for _ in range(rng.integers(1, 5)):
+            end = rng.integers(4, 90, rng.integers(1, 12)).tolist()
+            texts.append(Text((*context, *end), len(context)))
+    seen, shared = [], 0
+    for step in plans(texts, world_size, 300, **how):
+        assert len(step) == world_size and step[0] is not None
+        parts = [part for part in step if part is not None]
+        assert len({part.beginnings is None for part in parts}) == 1
+        for part in parts:
+            for row, number in enumerate(part.samples.tolist()):
+                text = texts[number]
+                read = part.tokens[row][part.tokens[row] != PAD].tolist()
+                if part.beginnings is not None:
+                    parent = part.parents[row]
+                    beginning = part.beginnings[parent][: part.lengths[parent]].tolist()
+                    shared += len(beginning)
+                    read = beginning + read
+                assert read == list(text.ids if how.get("alone") else text.ids[:-1])
+                wanted = part.targets[row][part.targets[row] != PAD].tolist()
+                assert wanted == list(text.ids[text.start :])
+                seen.append(number)
+            assert not how.get("alone") or (part.tokens != PAD).all()
+    assert sorted(seen) == list(range(len(texts)))
+    assert (shared > 0) == how.get("shares", True)
+
+
+def test_a_shared_beginning_is_read_once():
+    context = tuple(range(4, 54))
+    texts = [Text((*context, 60 + n, 70), len(context)) for n in range(4)]
+    [[part]] = plans(texts, 1, 8192)
+    assert part.beginnings.shape == (1, 49) and part.tokens.shape == (4, 2)
+    [[part]] = plans(texts[:1], 1, 8192)
+    assert part.beginnings is None
+
+
+@pytest.fixture(scope="module")
+def hub():
+    """The released fairseq's hub interface, with the plug-in."""
+    from fairseq.models.transformer_lm import TransformerLanguageModel
+
+    folder = ROOT / "moekit" / "demo"
+    return TransformerLanguageModel.from_pretrained(
+        str(folder / "model"),
+        data_name_or_path="../gpt2_bpe",
+        user_dir=str(ROOT / "moekit" / "plugin"),
+        bpe="gpt2",
+        gpt2_encoder_json=str(folder / "gpt2_bpe" / "encoder.json"),
+        gpt2_vocab_bpe=str(folder / "gpt2_bpe" / "vocab.bpe"),
+        moe_eval_capacity_token_fraction=None,
+    )
+
+
+def test_scores_are_those_of_fairseqs_scorer(one, hub):
+    found = HarnessModel(one, progress=False).loglikelihood(requests(PAIRS))
+    for (context, continuation), scored in zip(PAIRS, found, strict=True):
+        told = hub.score(context + continuation, replace_newline_with_eos=True)
+        count = len(scored.ids)
+        assert told["tokens"].tolist()[-count:] == scored.ids
+        assert scored.logprobs == pytest.approx(told["positional_scores"][-count:].numpy(), abs=1e-4)
+
+
+def test_copa_of_the_release_by_task_file_and_by_hub(model, hub):
+    """The three questions as the page of the released models asks them: a task file, and what it prints line by line."""
+    found = evaluate_tasks(model, "copa_release", progress=False)
+    items = found.items.query("metric == 'acc'")
+    rows = [json.loads(line) for line in (FILES / "copa_release.jsonl").read_text().splitlines()]
+    asked = {"cause": "What was the CAUSE of this?", "effect": "What happened as a RESULT?"}
+    for row, item in zip(rows, items.itertuples(), strict=True):
+        prompt = f"{row['premise']} {asked[row['question']]}"
+        ends = [row["choice1"], row["choice2"]]
+        sums = [
+            hub.score(f"{prompt}\n{end}", replace_newline_with_eos=True)["positional_scores"].sum()
+            for end in ends
+        ]
+        assert item.answer == ends[0 if sums[0] > sums[1] else 1]
+        assert item.scores[0] - item.scores[1] == pytest.approx(float(sums[0] - sums[1]), abs=1e-3)
+        assert item.value == float(item.answer == ends[row["label"]]) and item.text == f"{prompt}\n"
+
+
+# ------------------------------------------------------------------------------------------------- FAIR's templates
+
+CHOICES = {"text": ["Light", "A stone."], "label": ["A", "B"]}
+TEMPLATES = {
+    "hellaswag": (
+        {
+            "activity_label": "Cooking ",
+            "ctx_a": "A man  stirs.",
+            "ctx_b": "he",
+            "endings": ["eats.", "flies."],
+            "label": "1",
+        },
+        ("Cooking: A man stirs. He ", ["eats.", "flies."], [1], []),
+    ),
+    "piqa": (
+        {"goal": " Open a jar", "sol1": "Turn the lid.", "sol2": "Sing.", "label": 0},
+        ("Open a jar ", ["Turn the lid.", "Sing."], [0], []),
+    ),
+    "record": (
+        {
+            "passage": "Ann met Bob.\n@highlight\nBob left",
+            "query": "After that @placeholder was alone.",
+            "entities": ["Ann", "Bob", "Ann"],
+            "answers": ["Ann"],
+        },
+        ("Ann met Bob.\n\nBob left After that ", ["Ann was alone.", "Bob was alone."], [0], []),
+    ),
+    "winogrande": (
+        {
+            "sentence": "The cup fits the box as _ is small.",
+            "option1": "the cup",
+            "option2": "the box",
+            "answer": "1",
+        },
+        ("The cup fits the box as ", ["the cup is small.", "the box is small."], [0], []),
+    ),
+    "storycloze": (
+        {f"InputSentence{n}": f"S{n}." for n in range(1, 5)}
+        | {"RandomFifthSentenceQuiz1": "Yes.", "RandomFifthSentenceQuiz2": "No.", "AnswerRightEnding": "2"},
+        ("S1. S2. S3. S4. ", ["Yes.", "No."], [1], []),
+    ),
+    "openbookqa": (
+        {"question_stem": "A plant needs", "choices": CHOICES, "answerKey": "A"},
+        ("A plant needs ", ["light.", "a stone."], [0], ["It is light.", "It is a stone."]),
+    ),
+    "arc": (
+        {"question": "What helps a plant?", "choices": CHOICES, "answerKey": "B"},
+        ("What helps a plant? ", ["It is light.", "It is a stone."], [1], ["It is light.", "It is a stone."]),
+    ),
+    "copa": (
+        {
+            "premise": "It rained. ",
+            "question": "effect",
+            "choice1": "I got wet.",
+            "choice2": "I sang.",
+            "label": 0,
+        },
+        ("It rained. What happened as a RESULT?\n", ["I got wet.", "I sang."], [0], []),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_templates_by_hand(name):
+    doc, (text, choices, golds, calibration) = TEMPLATES[name]
+    [made] = getattr(fair, name)([doc])
+    assert made == {
+        "text": text,
+        "choices": choices,
+        "gold": golds[0],
+        "golds": golds,
+        "calibration": calibration,
+    }
+
+
+def test_both_forms_of_storycloze():
+    doc = {f"input_sentence_{n}": f"S{n}." for n in range(1, 5)}
+    doc |= {"sentence_quiz1": "Yes.", "sentence_quiz2": "No.", "answer_right_ending": 2}
+    assert fair.storycloze([doc])[0] == fair.storycloze([TEMPLATES["storycloze"][0]])[0]
+
+
+def scored(ids, logprobs):
+    made = Scored((sum(logprobs), False))
+    made.ids, made.logprobs = ids, np.array(logprobs, np.float32)
+    return made
+
+
+def test_means_leave_out_what_all_choices_share():
+    three = [
+        scored([7, 8, 1], [-9, -1, -2]),
+        scored([7, 8, 2, 3], [-9, -1, -3, -5]),
+        scored([7, 8, 4], [-9, -1, 0]),
+    ]
+    assert fair.means(three).tolist() == [-2, -4, 0]
+    begins = [scored([7], [-1]), scored([7, 8], [-1, -3])]
+    assert fair.means(begins).tolist() == [-1, -2], "a choice keeps its last token"
+
+
+def test_a_calibrated_task_by_hand(model):
+    """Mean log-probabilities of the tokens that differ, minus those without the question."""
+    rows = [TEMPLATES["openbookqa"][0], TEMPLATES["openbookqa"][0] | {"question_stem": "What does it need?"}]
+    found = evaluate_tasks(model, ["fair_openbookqa"], data={"fair_openbookqa": rows}, progress=False)
+    scores = found.items.query("metric == 'acc'")["scores"]
+    for row, told in zip(rows, scores, strict=True):
+        stem = row["question_stem"]
+        ends = ["light.", "a stone."]
+        asked = [f" It is {end}" if stem.endswith("?") else f" {end}" for end in ends]
+        differ = [len(model.codec.encode(f" {end}")) for end in ends]
+        expected = [
+            np.mean(by_hand(model, stem, end)[-count:])
+            - np.mean(by_hand(model, "", f"It is {alone}")[-count:])
+            for end, alone, count in zip(asked, ends, differ, strict=True)
+        ]
+        assert told == pytest.approx(expected, abs=1e-4)
+
+
+def test_fewshot_examples_are_lines(one):
+    found = evaluate_tasks(one, "copa_release", num_fewshot=2, limit=1, progress=False)
+    text = found.items["text"][0]
+    assert text.count("\n") == 5 and text.endswith("What was the CAUSE of this?\n")
+    assert "The liquid in the bottle poured out.\n" in text and found.tasks["shots"].tolist() == [2, 2]
+    drawn = {
+        evaluate_tasks(one, "demo_endings", num_fewshot=2, limit=1, shots_seed=seed, progress=False).items[
+            "text"
+        ][0]
+        for seed in range(3)
+    }
+    assert len(drawn) > 1
+
+
+# ------------------------------------------------------------------------------------------------ results and errors
+
+
+@pytest.fixture(scope="module")
+def runs(one):
+    before = evaluate_tasks(one, ["demo_endings", "copa_release"], progress=False)
+    with one.route(mask={1: range(8), 3: range(8), 5: range(8)}):
+        after = evaluate_tasks(one, ["demo_endings", "copa_release"], progress=False)
+    return before, after
+
+
+def test_results_do_not_depend_on_the_ranks(model, runs):
+    found = evaluate_tasks(model, ["demo_endings", "copa_release"], progress=False)
+    before = runs[0]
+    pd.testing.assert_frame_equal(found.tasks, before.tasks, atol=1e-4)
+    told, expected = (np.concatenate(run.items["scores"].to_numpy()) for run in (found, before))
+    assert told == pytest.approx(expected, abs=1e-4)
+    assert found.items["answer"].tolist() == before.items["answer"].tolist()
+    assert found.tokens == before.tokens and found.meta["world_size"] == model.world_size
+
+
+def test_the_demo_knows_its_kinds_of_text(runs):
+    table = runs[0].tasks.set_index(["task", "metric"])
+    value, stderr, items, _ = table.loc["demo_endings", "acc"]
+    assert value > 0.85 and items == 38
+    assert stderr == pytest.approx(math.sqrt(value * (1 - value) / (items - 1)))
+    items = runs[0].items.query("task == 'demo_endings'")
+    right = items.query("metric == 'margin'")["value"].to_numpy() > 0
+    assert right.tolist() == (items.query("metric == 'acc'")["value"] == 1).tolist()
+
+
+def test_what_a_mask_changes(runs):
+    before, after = runs
+    assert after.meta["intervention"]["mask"] and before.meta["intervention"] is None
+    table = compare(before, after).set_index(["task", "metric"])
+    row = table.loc["demo_endings", "margin"]
+    means = [run.items.query("task == 'demo_endings' and metric == 'margin'")["value"].mean() for run in runs]
+    assert (row["before"], row["after"]) == pytest.approx(means)
+    assert (
+        row["change"] == pytest.approx(means[1] - means[0]) and row["low"] < row["change"] < row["high"] < 0
+    )
+    assert row["p"] < 0.01
+    items = changed_items(before, after).query("task == 'demo_endings' and metric == 'acc'")
+    assert (
+        row["changed"]
+        == items["changed"].mean()
+        == (items["answer_before"] != items["answer_after"]).mean()
+        > 0
+    )
+    same = compare(before, before)
+    assert (same["change"] == 0).all() and (same["changed"] == 0).all() and same["low"].isna().all()
+    small = SimpleNamespace(items=before.items[before.items["task"] == "none"])
+    with pytest.raises(ValueError, match="the two runs share no item"):
+        compare(before, small)
+
+
+def test_the_harness_finds_the_model():
+    assert get_model("moekit") is HarnessModel
+
+
+@pytest.mark.slow
+def test_the_command_line(tmp_path):
+    """``lm_eval`` itself finds the model where a task is one of the files."""
+    options = ["--model", "moekit", "--model_args", "checkpoint=demo,world_size=2", "--device", "cpu"]
+    ran = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "lm_eval",
+            *options,
+            "--tasks",
+            str(FILES / "copa_release.yaml"),
+            "--output_path",
+            "out",
+        ],
+        **{"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 200},
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert "copa_release" in ran.stdout
+    [path] = Path(tmp_path, "out").rglob("results*.json")
+    assert json.loads(path.read_text())["results"]["copa_release"]["acc,none"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("given", "added"),
+    [
+        (["--model", "moekit", "--tasks", "fair_piqa"], ["--include_path", str(FILES)]),
+        (["run", "--tasks", "x", "--include_path", "own"], []),
+        (["ls", "tasks"], []),
+    ],
+)
+def test_moekits_command_knows_its_tasks(monkeypatch, given, added):
+    from moekit.tasks import __main__ as command
+
+    seen = []
+    monkeypatch.setattr(sys, "argv", ["x", *given])
+    monkeypatch.setattr(command, "cli_evaluate", lambda: seen.extend(sys.argv[1:]))
+    command.main()
+    assert seen == given + added
+
+
+def test_every_file_is_a_task():
+    assert set(known_tasks()) >= {f"fair_{name}" for name in ("hellaswag", "piqa", "record", "winogrande")}
+    rows = {
+        f"fair_{'arc_challenge' if name == 'arc' else name}": [doc] for name, (doc, _) in TEMPLATES.items()
+    }
+    loaded = load_tasks(["fair_zero_shot", "fair_arc_challenge", "fair_copa"], rows)
+    assert set(loaded) == set(rows)
+    assert all(
+        task.config.metadata["score"] == ("sum" if "copa" in name else "mean")
+        for name, task in loaded.items()
+    )
+
+
+def test_data_is_given_as_files(tmp_path, one):
+    doc = TEMPLATES["piqa"][0]
+    files = {
+        "rows.jsonl": json.dumps(doc) + "\n\n" + json.dumps(doc) + "\n",
+        "rows.json": json.dumps([doc, doc]),
+        "rows.csv": 'goal,sol1,sol2,label\nOpen a jar,"Turn the lid.",Sing.,0\nOpen a jar,"Turn the lid.",Sing.,0\n',
+    }
+    found = []
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+        run = evaluate_tasks(one, "fair_piqa", data={"fair_piqa": tmp_path / name}, progress=False)
+        found.append(run.items[["item", "metric", "value", "answer"]])
+    assert len(found[0]) == 4
+    for other in found[1:]:
+        pd.testing.assert_frame_equal(other, found[0], atol=1e-5)
+    split = {"validation": tmp_path / "rows.jsonl", "train": [doc | {"goal": "Close a jar"}]}
+    run = evaluate_tasks(one, "fair_piqa", data={"fair_piqa": split}, num_fewshot=1, progress=False)
+    assert run.items["text"][0] == "Close a jar Turn the lid.\nOpen a jar "
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"tasks": []}, r"tasks=\[\]: expected at least one"),
+        ({"tasks": "fair_nothing"}, "there is no such task; moekit's own are .*fair_copa"),
+        ({"tasks": "/nowhere/x.yaml"}, "there is no task file /nowhere/x.yaml"),
+        (
+            {"tasks": "copa_release", "data": {"fair_piqa": []}},
+            "data is given for 'fair_piqa', which is none",
+        ),
+        ({"tasks": "fair_piqa", "data": {"fair_piqa": "/nowhere.jsonl"}}, "there is no file /nowhere.jsonl"),
+        ({"tasks": "fair_piqa", "data": {"fair_piqa": __file__}}, "test_tasks.py cannot be read"),
+        (
+            {"tasks": "fair_piqa", "data": {"fair_piqa": {"train": [{}]}}},
+            "has the splits train, without validation",
+        ),
+        ({"tasks": "copa_release", "limit": 0}, "limit=0: expected a whole number"),
+        ({"tasks": "copa_release", "capacity_token_fraction": 0}, "capacity_token_fraction=0: expected"),
+    ],
+)
+def test_what_makes_no_sense_is_one_sentence(one, asked, said, monkeypatch):
+    # The harness's thousands of files take seconds.
+    monkeypatch.setattr(
+        evaluation, "TaskManager", lambda include_path, **_: TaskManager(None, include_path, False)
+    )
+    with pytest.raises(ValueError, match=said) as caught:
+        evaluate_tasks(one, **asked, progress=False)
+    assert "\n" not in str(caught.value)
+
+
+def test_without_a_network_a_data_set_is_named(one, monkeypatch):
+    def unreachable(*_, **__):
+        raise ConnectionError("Couldn't reach it\non the hub")
+
+    monkeypatch.setattr("datasets.load_dataset", unreachable)
+    with pytest.raises(
+        ValueError, match=r"the data set of fair_piqa cannot be had .*reach it\); give it as a file"
+    ):
+        evaluate_tasks(one, "fair_piqa", progress=False)
+
+
+def test_other_models_lack_the_tokens():
+    task = load_tasks(["copa_release", "demo_endings"], {})["demo_endings"]
+    with pytest.raises(ValueError, match="which only the model 'moekit' gives"):
+        task.process_results(task.eval_docs[0], [(-1.0, False), (-2.0, False)])
