@@ -217,7 +217,7 @@ def test_the_type_of_the_experts_is_shown(model, reference):
     assert set(report.parts(model)["experts' type"]) == {"int8"}
     assert "float32, experts in int8" in report.model(model).loc["ranks"].item()
     where = reference / "checkpoint", model.world_size, "cpu", "auto"
-    shares = report.shares(*where, "int8")
+    shares = report.shares(*where, experts="int8")
     assert set(shares["experts' type"]) == {"int8"} and set(report.shares(*where)["experts' type"]) == {
         "float32"
     }
@@ -271,6 +271,21 @@ def test_the_experts_of_the_files_are_those_of_a_plain_model(reference):
         before = plain.trace(reference / "data-bin", **how)
     np.testing.assert_allclose(found["logprob_before"], before.logprob, atol=1e-6)
     np.testing.assert_allclose(found["logprob_after"], after.logprob, atol=1e-6)
+
+
+def test_experts_that_are_placed_otherwise_are_the_same(reference):
+    """Quantised, read from the files for the comparison, and placed on two ranks in another order."""
+    found = {}
+    count = moekit.checkpoint.survey(moekit.checkpoint.find(reference / "checkpoint")).config.experts
+    for placement in (None, {1: [rank for _ in range(count // 2) for rank in (1, 0)]}):
+        with moekit.load(
+            reference / "checkpoint", 2, "cpu", experts="int8", placement=placement, **QUIET
+        ) as model:
+            how = {"tokens_per_sample": 32}
+            told = report.quantisation(model, reference / "data-bin", max_tokens=300, **how)
+            found[placement is None] = told.layers, told.compared.tokens
+    for one, other in zip(*found.values(), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
 
 
 def test_a_comparison_that_cannot_be_made_costs_nothing(reference, tmp_path):
