@@ -5,7 +5,6 @@
         --model-overrides "{'world_size': 4, 'moe_eval_capacity_token_fraction': 0.05}"
 
 Under a launcher that sets ``RANK``, ``WORLD_SIZE`` and ``MASTER_ADDR``, such as torchrun, its processes are the ranks.
-
 The parser is the released fairseq's, with what the branch adds. Unlike the branch, it logs the words of all ranks, and
 the capacity is the checkpoint's own only if ``--model-overrides`` gives none; None there drops nothing.
 """
@@ -27,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 import moekit
 from moekit import checkpoint
@@ -38,7 +36,7 @@ from moekit.checkpoint.options import from_fairseq, options_of
 from moekit.handle import check_size, find_dictionary
 from moekit.nn.changes import CHANGEABLE
 from moekit.ranks import Ranks
-from moekit.ranks.joined import JoinedRanks, Launch, attend
+from moekit.ranks.joined import Launch
 from moekit.scoring import score_batches
 
 # The logger has fairseq's name, since scripts look for it.
@@ -67,19 +65,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     # fairseq logs remarks when it is imported.
     logging.getLogger("fairseq").setLevel(logging.WARNING)
     try:
-        launched = Launch.of()
-        args = parse(argv)
-        if launched is not None and _contradicts(args.distributed_world_size, launched):
-            raise ValueError(
-                f"--distributed-world-size {args.distributed_world_size}, and the launcher started {launched.world_size} "
-                "processes: leave the option out"
-            )
+        launched, args = Launch.of(), parse(argv)
         if launched is None:
             run(args)
-        elif launched.rank > 0:
-            attend(launched, launched.device(_device(args)))
         else:
-            with JoinedRanks(launched, launched.device(_device(args))) as pool:
+            launched.check("--distributed-world-size", args.distributed_world_size)
+            with launched.ranks(_device(args)) as pool:
                 run(args, pool)
     except (Exception, KeyboardInterrupt) as error:
         logger.debug("the error in full", exc_info=True)
@@ -89,11 +80,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"python -m moekit.eval_lm: error: {said}", file=sys.stderr)
         return 1
     return 0
-
-
-def _contradicts(world_size: int, launched: Launch) -> bool:
-    """Whether ``--distributed-world-size`` was given, and not as the launcher has it. fairseq's default counts the GPUs."""
-    return world_size not in (launched.world_size, max(1, torch.cuda.device_count()))
 
 
 def _device(args: Namespace) -> str:

@@ -26,7 +26,7 @@ import moekit
 import moekit.plugin
 from moekit import checkpoint
 from moekit.checkpoint import options as config
-from moekit.checkpoint.export import history
+from moekit.checkpoint.branch import history
 
 PLUGIN = Path(moekit.__file__).parent / "plugin"
 SENTENCE = "5 6 7 8 9"

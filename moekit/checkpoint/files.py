@@ -61,9 +61,9 @@ def find(checkpoint: str | Path) -> Files:
 
     Args:
         checkpoint: its folder; ``model-shared.pt``; any ``model-rank-N.pt``; ``model.pt``, which need not exist (if it
-            does and holds the shared part, it stands in for ``model-shared.pt``); ``"demo"`` or
-            ``"demo-dense"``; all of these with ``.safetensors`` in place of ``.pt``; a folder with a ``config.json`` of Hugging
-            Face's libraries, or a file in it. Stems other than ``model`` work alike.
+            does and holds the shared part, it stands in for ``model-shared.pt``); ``"demo"`` or ``"demo-dense"``; all of
+            these with ``.safetensors`` in place of ``.pt``; a folder with a ``config.json`` of Hugging Face's libraries, or
+            a file in it. Stems other than ``model`` work alike.
 
     Raises:
         ValueError: nothing there, several checkpoints in one folder, a gap in the ranks, or no shared part.

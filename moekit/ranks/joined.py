@@ -74,6 +74,13 @@ class Launch:
                 )
         return cls(*found, environment["MASTER_ADDR"])
 
+    def check(self, option: str, world_size: int) -> None:
+        """That an ``option`` of the command line agrees. fairseq's default of it is the number of GPUs."""
+        if world_size not in (self.world_size, max(1, torch.cuda.device_count())):
+            raise ValueError(
+                f"{option} {world_size}, and the launcher started {self.world_size} processes: leave the option out"
+            )
+
     def device(self, kind: str) -> torch.device:
         """This rank's device: "cpu", or the GPU with its number on the machine if there are GPUs."""
         if kind == "cpu" or not torch.cuda.is_available():
@@ -84,6 +91,13 @@ class Launch:
                 "ranks a machine, or use the CPU"
             )
         return torch.device("cuda", self.local_rank)
+
+    def ranks(self, kind: str) -> JoinedRanks:
+        """The pool of all ranks, in the process of rank 0; any other process is a rank from here on, and ends as one."""
+        device = self.device(kind)
+        if self.rank > 0:
+            attend(self, device)
+        return JoinedRanks(self, device)
 
     def store(self) -> dist.Store:
         """The launcher's store, in which ranks leave word for one another."""
