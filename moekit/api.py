@@ -17,7 +17,7 @@ from moekit.batches import Batch, text_batches, up_to
 from moekit.domains import evaluate_domains
 from moekit.fairseq_data import Batches, Data, is_data
 from moekit.generation.run import generate, stream
-from moekit.handle import Handle, describe_run, find_codec, find_dictionary, weights_dtype
+from moekit.handle import Handle, describe_run, experts_dtype, find_codec, find_dictionary, weights_dtype
 from moekit.interrupts import import_whole
 from moekit.nn.changes import changed
 from moekit.nn.operations import choose_backend
@@ -246,6 +246,7 @@ def load(
     ranks: Ranks | str | None = None,
     verify: bool = True,
     placement: Mapping[int, Sequence[int]] | None = None,
+    experts: str | None = None,
     resident: int | None = None,
     gpu_memory: str | float | None = None,
     policy: str | tracing.Trace | Path = "lru",
@@ -270,15 +271,16 @@ def load(
         backend: what computes: "triton", "loop" (slow, and plain to see that it is right), "grouped_mm" (the same with
             torch's grouped product for the experts), or "auto": the fastest there is.
         progress: show a bar.
-        ranks: "local" for ranks on this machine and "ray" for ranks on the Ray cluster that it belongs to, which end when the
-            model is closed; None: "local". Or a pool that :func:`moekit.ranks.start` or :class:`moekit.ranks.RayRanks` made:
-            world size and device are the pool's. It holds one model at a time: closing the model empties the ranks, and
-            they can load another one.
+        ranks: "local" (as None) or "ray", for ranks on this machine or on the Ray cluster that it belongs to, which end when
+            the model is closed. Or a pool that :func:`moekit.ranks.start` or :class:`moekit.ranks.RayRanks` made: world size
+            and device are the pool's, and closing the model empties the ranks for another one.
         verify: compare the checksum of each tensor that is read with the file's, and warn of weights that are not finite.
             The result is remembered until a file changes, so that only the first load takes the time.
         placement: for each layer with experts, the rank of each expert, such as
             :func:`moekit.metrics.fitted_placement` finds; as many on each rank as without it. It changes who computes, and
             no result. None: rank after rank in the order of the experts.
+        experts: "int8" or "fp8" (e4m3): the experts' matrices have numbers of one byte and a float32 scale for each row,
+            made while they are read; all other weights keep ``dtype``. None: the experts have ``dtype``, too.
         resident: experts of each layer on the device of their rank; the others wait in host memory (pinned, for GPUs) and
             are fetched when a token needs them. No result depends on it. None: all.
         gpu_memory: what a rank may take of its GPU, such as "14GiB" or a number of bytes; ``resident`` follows from it
@@ -328,19 +330,20 @@ def load(
         world_size = len(devices)
         plan = replace(plan, slots=ckpt.slots_of(placement, plan.config, world_size))
         kind = weights_dtype(dtype, devices[0], plan)
-        backend = choose_backend(backend, devices[0], kind)
-        run = Run.of(plan.config, devices, kind, backend, None if known is None else len(known))
+        own = experts_dtype(experts, files, plan.config)
+        backend = choose_backend(backend, devices[0], kind, own)
+        types = None if known is None else len(known)
+        run = Run.of(plan.config, devices, kind, backend, types, one_byte=own is not None)
         run = fitting(run, free or unknown(world_size), resident, gpu_memory)
         staying = residence(run, policy, prefetch)
         if pool is None:
             pool = start(world_size, devices[0].type) if ranks is None else LentRanks(ranks)
         _check_seen(pool, files)
-        model = Model(plan, files, pool, kind, known, codec)
+        model = Model(plan, files, pool, kind, known, codec, experts)
         total = sum(source.bytes * (world_size if source.common else 1) for source in plan.sources)
         with progress_bar("loading", total, "B", show=progress) as bar:
-            model.parts = pool.call(
-                loading.load, plan, kind, backend, verify, staying, on_report=lambda rank, n: bar.update(n)
-            )
+            how = plan, kind, backend, verify, own, staying
+            model.parts = pool.call(loading.load, *how, on_report=lambda rank, n: bar.update(n))
             plan.opened.clear()
             ckpt.warn_nonfinite(found for part in model.parts for found in part["nonfinite"])
             # The bytes of the files that are no tensors.

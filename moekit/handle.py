@@ -24,6 +24,7 @@ from moekit.data.dictionary import Dictionary
 from moekit.fairseq_data import Batches, Data, open_data
 from moekit.nn import intervene
 from moekit.nn.config import ModelConfig
+from moekit.nn.quantise import KINDS
 from moekit.symbols import BOS, EOS, PAD
 from moekit.versions import versions
 
@@ -37,6 +38,7 @@ class Handle:
         config: the model's :class:`~moekit.nn.config.ModelConfig`.
         files: where it came from.
         world_size, device, dtype: how it runs.
+        experts: the type of the experts' matrices, "int8" or "fp8"; None: ``dtype``.
         parts: one dict per rank: ``files``, ``experts``, ``parameters``, ``bytes``, ``seconds`` of its load.
         load_seconds: from the call to ready.
         intervention: what :meth:`route` changes at the moment, or None.
@@ -50,9 +52,10 @@ class Handle:
         dtype: torch.dtype,
         dictionary: Dictionary | None = None,
         codec: Codec | None = None,
+        experts: str | None = None,
     ):
         self.config: ModelConfig = plan.config
-        self.plan, self.files, self.ranks, self.dtype = plan, files, pool, dtype
+        self.plan, self.files, self.ranks, self.dtype, self.experts = plan, files, pool, dtype, experts
         self._dictionary = dictionary
         if codec is not None:
             self.codec = codec
@@ -86,7 +89,8 @@ class Handle:
 
     def __repr__(self) -> str:
         c = self.config
-        experts = f"{len(c.moe_layers)} with {c.experts} experts" if c.moe_layers else "all dense"
+        kind = "" if self.experts is None else f" in {self.experts}"
+        experts = f"{len(c.moe_layers)} with {c.experts} experts{kind}" if c.moe_layers else "all dense"
         return (
             f"<moekit model {self.files.shared.parent}: {c.layers} layers, {experts}, "
             f"{str(self.dtype).removeprefix('torch.')} on {self.world_size} x {self.device}>"
@@ -206,6 +210,22 @@ def weights_dtype(dtype: str, device: torch.device, plan: ckpt.Plan) -> torch.dt
     return DTYPES[dtype]
 
 
+def experts_dtype(experts: str | None, files: ckpt.Files, config: ModelConfig) -> torch.dtype | None:
+    """What :func:`load`'s ``experts`` means: the type of the experts' matrices, None for that of the other weights.
+
+    Raises:
+        ValueError: the model has no experts, or there is no such type.
+    """
+    experts = check("experts", experts, Choice(tuple(KINDS), optional=True))
+    if experts is None:
+        return None
+    if not config.moe_layers:
+        raise ValueError(
+            f"experts={experts!r}: the model in {files.shared.parent} is dense, it has no experts: leave it out"
+        )
+    return KINDS[experts]
+
+
 def find_dictionary(files: ckpt.Files, dictionary: str | Path | None) -> Dictionary | None:
     """The dictionary that ``load`` was given or finds beside the checkpoint; None if there is none.
 
@@ -280,7 +300,7 @@ def describe_run(
         ``checkpoint`` (``path``, ``files`` with name and size, ``fingerprint``, see :func:`fingerprint`),
         ``capacity_token_fraction``, ``groups`` (routing
         groups as [samples, tokens a sample, how many], padding included), ``seed``, ``intervention``, ``dtype``,
-        ``device``, ``world_size``, ``backend``, ``versions``, ``created`` (UTC).
+        ``experts`` ("int8", "fp8" or None: ``dtype``), ``device``, ``world_size``, ``backend``, ``versions``, ``created`` (UTC).
     """
     from datetime import UTC, datetime
 
@@ -297,6 +317,7 @@ def describe_run(
         "groups": [[*shape, count] for shape, count in sorted(shapes.items())],
         "seed": seed,
         "dtype": str(model.dtype).removeprefix("torch."),
+        "experts": model.experts,
         "device": model.device,
         "world_size": model.world_size,
         "backend": model.parts[0]["backend"],

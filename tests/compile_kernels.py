@@ -1,7 +1,9 @@
-"""Compile every kernel for a Hopper GPU, which needs none: ``python compile_kernels.py`` prints a line a kernel.
+"""Compile every kernel for GPUs, which needs none: ``python compile_kernels.py 90`` prints a line a kernel for Hopper.
 
 A process of its own, since Triton's interpreter replaces its compiler for a whole process.
 """
+
+import sys
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -19,69 +21,119 @@ from moekit.nn.kernels import (
     vectors,
 )
 
-HOPPER = GPUTarget("cuda", 90, 32)
-SHARED = 227 * 1024  # bytes that a program may have there
+# The compute capability -> the bytes of shared memory that a program may have there.
+SHARED = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+SHARED = {capability: kib * 1024 for capability, kib in SHARED.items()}
 
 
-def compile_for_hopper(
-    kernel, types: dict[str, str], constants: dict, warps: int = 4, stages: int = 3
-) -> None:
-    types = types | dict.fromkeys(constants, "constexpr")
-    where = {name: (kernel.arg_names.index(name),) for name in types}
-    source = ASTSource(
-        fn=kernel,
-        signature={name: types[name] for name in kernel.arg_names},
-        constexprs={where[name]: value for name, value in constants.items()},
-        attrs={
-            where[name]: [["tt.divisibility", 16]] for name, kind in types.items() if kind.startswith("*")
-        },
-    )
-    built = triton.compile(source, target=HOPPER, options={"num_warps": warps, "num_stages": stages})
-    assert built.metadata.shared <= SHARED, f"{kernel} takes {built.metadata.shared} bytes of shared memory"
-    units = (
-        "wgmma" if "wgmma.mma_async" in built.asm["ptx"] else "mma" if "mma.sync" in built.asm["ptx"] else "-"
-    )
-    print(kernel.__name__, constants, built.metadata.shared, units, flush=True)
+class Target:
+    """A GPU to compile for."""
+
+    def __init__(self, capability: int):
+        self.capability, self.shared = capability, SHARED[capability]
+        # Programmatic dependent launch.
+        self.overlap = {"OVERLAP": capability >= 90}
+
+    def compile(
+        self, kernel, types: dict[str, str], constants: dict, warps: int = 4, stages: int = 3
+    ) -> None:
+        types = types | dict.fromkeys(constants, "constexpr")
+        where = {name: (kernel.arg_names.index(name),) for name in types}
+        source = ASTSource(
+            fn=kernel,
+            signature={name: types[name] for name in kernel.arg_names},
+            constexprs={where[name]: value for name, value in constants.items()},
+            attrs={
+                where[name]: [["tt.divisibility", 16]] for name, kind in types.items() if kind.startswith("*")
+            },
+        )
+        target = GPUTarget("cuda", self.capability, 32)
+        built = triton.compile(source, target=target, options={"num_warps": warps, "num_stages": stages})
+        assert built.metadata.shared <= self.shared, f"{kernel} takes {built.metadata.shared} bytes"
+        ptx = built.asm["ptx"]
+        units = [name for name in ("wgmma.mma_async", "tcgen05.mma", "mma.sync") if name in ptx]
+        print(self.capability, kernel.__name__, constants, built.metadata.shared, *units or "-", flush=True)
+
+    def grouped(self, kind: str, cut: grouped.Cut, one_byte: int = 0, over_peers: bool = False) -> None:
+        for first, blocks in ((True, cut.up), (False, cut.down)):
+            n, k = (3072, 768) if first else (768, 3072)
+            types = dict.fromkeys(("x", "w", "b", "out", "weights"), f"*{kind}") | {
+                "order": "*i32" if over_peers else "*i64",
+                "table": "*i32",
+                "reach": "*i64",
+            }
+            types |= dict.fromkeys(("tiles", "experts", "slots"), "i32") | {"scale": "*fp32"}
+            types |= {"w": "*i8"} if one_byte else {}
+            constants = {
+                "CHOICES": 2,
+                "N": n,
+                "K": k,
+                "FIRST": first,
+                "WEIGHTED": not first,
+                "EXACT": kind == "fp32",
+                "SORTED": over_peers,
+                "HOME": over_peers and not first,
+                "SWAPPED": blocks.swapped,
+            }
+            constants |= {"ACTIVATION": 2 if first else 0} | weights_of(one_byte) | self.overlap
+            constants |= {"ROWS": blocks.rows, "COLUMNS": blocks.columns, "INNER": blocks.inner}
+            constants |= {"weights": None} if first else {}
+            constants |= {} if constants["HOME"] else {"reach": None}
+            self.compile(grouped._grouped_linear, types, constants, blocks.warps, blocks.stages)
+
+    def few_rows(self, one_byte: int = 0) -> None:
+        """The experts of a few sequences, and what they take over peers."""
+        w = "*i8" if one_byte else "*fp16"
+        types = dict.fromkeys(("x", "b", "out"), "*fp16") | {"w": w, "scale": "*fp32", "chosen": "*i64"}
+        constants = {"CHOICES": 2, "N": 3072, "K": 768, "ACTIVATION": 2, "EXACT": False}
+        constants |= {"COLUMNS": 4, "INNER": 1024} | weights_of(one_byte) | self.overlap
+        self.compile(vectors._experts_up, types, constants, vectors.WARPS)
+        types |= {"weights": "*fp32", "onto": "*fp16"}
+        constants = {"CHOICES": 2, "N": 768, "K": 3072, "COLUMNS": 2, "INNER": 1024}
+        constants |= weights_of(one_byte) | self.overlap
+        self.compile(vectors._experts_down, types, constants, vectors.WARPS)
+
+    def few_rows_over_peers(self, one_byte: int = 0) -> None:
+        w = "*i8" if one_byte else "*fp16"
+        types = {"x": "*fp16", "w": w, "b": "*fp16", "scale": "*fp32", "chosen": "*i32"}
+        own = {"out": "*fp16", "first": "i32", "held": "i32"}
+        constants = {"K": 2, "N": 3072, "D": 768, "ACTIVATION": 2, "EXACT": False, "COLUMNS": 4}
+        constants |= {"INNER": 1024} | weights_of(one_byte) | self.overlap
+        self.compile(short_peers._up, types | own, constants, vectors.WARPS)
+        own = {"weights": "*fp32", "reach": "*i64", "home": "*fp16", "first": "i32", "held": "i32"}
+        constants = {"SLOTS": 2, "N": 768, "D": 3072, "COLUMNS": 4, "INNER": 1024}
+        constants |= weights_of(one_byte) | self.overlap
+        self.compile(short_peers._down, types | own, constants, vectors.WARPS)
 
 
-def compile_grouped(kind: str, cut: grouped.Cut, over_peers: bool = False) -> None:
-    for first, blocks in ((True, cut.up), (False, cut.down)):
-        n, k = (3072, 768) if first else (768, 3072)
-        types = dict.fromkeys(("x", "w", "b", "out", "weights"), f"*{kind}") | {
-            "order": "*i32" if over_peers else "*i64",
-            "table": "*i32",
-            "reach": "*i64",
-        }
-        types |= dict.fromkeys(("tiles", "experts", "slots"), "i32")
-        constants = {
-            "CHOICES": 2,
-            "N": n,
-            "K": k,
-            "FIRST": first,
-            "WEIGHTED": not first,
-            "EXACT": kind == "fp32",
-            "SORTED": over_peers,
-            "HOME": over_peers and not first,
-        }
-        constants |= {"ACTIVATION": 2 if first else 0}
-        constants |= {"ROWS": blocks.rows, "COLUMNS": blocks.columns, "INNER": blocks.inner}
-        constants |= {"weights": None} if first else {}
-        constants |= {} if constants["HOME"] else {"reach": None}
-        compile_for_hopper(grouped._grouped_linear, types, constants, blocks.warps, blocks.stages)
+def weights_of(one_byte: int) -> dict:
+    return {"ONE_BYTE": one_byte, "PTX": one_byte > 0} | ({} if one_byte else {"scale": None})
 
 
-if __name__ == "__main__":
-    for cut in grouped.CUTS:
-        compile_grouped("fp16", cut)
-    compile_grouped("fp16", grouped.CUTS[-1], over_peers=True)
-    compile_grouped("bf16", grouped.CUTS[-1])
-    compile_grouped("fp32", grouped.PLAIN)
+def compile_all(target: Target) -> None:
+    """All kernels; of those of the experts some variants for Hopper only, since compiling takes its time."""
+    most = target.capability == 90
+    for cut in grouped.fitting(2, target.shared):
+        target.grouped("fp16", cut)
+    for cut in grouped.fitting(1, target.shared):
+        target.grouped("fp16", cut, 1)
+    target.grouped("fp16", grouped.fitting(1, target.shared)[0], 2)
+    if most:
+        target.grouped("fp16", grouped.CUTS[-1], over_peers=True)
+        target.grouped("fp16", grouped.ONE_BYTE_CUTS[-1], 1, over_peers=True)
+        target.grouped("bf16", grouped.CUTS[-1])
+        target.grouped("bf16", grouped.ONE_BYTE_CUTS[0], 1)
+        target.grouped("fp32", grouped.PLAIN)
+    for one_byte in (0, 1, 2) if most else (0, 1):
+        target.few_rows(one_byte)
+        target.few_rows_over_peers(one_byte)
     for probs in ("fp32", "fp16"):
         types = {"logits": "*fp16", "chosen": "*i64", "eps": "fp32"}
         types |= dict.fromkeys(("probs", "gate_probs", "weights"), f"*{probs}")
-        compile_for_hopper(gate._choose, types, {"E": 512, "K": 2, "BLOCK": 512, "OVERLAP": True}, 1)
-    types = {"logits": "*bf16", "targets": "*i64", "found": "*fp32"}
-    compile_for_hopper(
+        target.compile(gate._choose, types, {"E": 512, "K": 2, "BLOCK": 512} | target.overlap, 1)
+    kind = "*bf16" if target.capability >= 80 else "*fp16"
+    types = {"logits": kind, "targets": "*i64", "found": "*fp32"}
+    target.compile(
         logprobs._target_log_probs, types, {"VOCAB": 50_264, "STRIDE": 50_264, "LANES": 512, "WIDTH": 8}, 8
     )
     types = {
@@ -92,39 +144,33 @@ if __name__ == "__main__":
         "choices": "i32",
         "experts": "i32",
     }
-    compile_for_hopper(tiles._by_expert, types, {"CHOICES": 128}, 1)
+    target.compile(tiles._by_expert, types, {"CHOICES": 128} | target.overlap, 1)
     types = {"counts": "*i64", "table": "*i32", "experts": "i32", "width": "i32"}
-    compile_for_hopper(tiles._tiles, types, {"ROWS": 16, "EXPERTS": 512})
+    target.compile(tiles._tiles, types, {"ROWS": 16, "EXPERTS": 512} | target.overlap)
     types = dict.fromkeys(("qkv", "kv", "out"), "*fp16") | {
         "lengths": "*i64",
         "slots": "i32",
         "scale": "fp32",
     }
     for slots, warps in (attention.ALONE, attention.IN_COMPANY):
-        constants = {"H": 12, "C": 64, "BLOCK": 64, "SLOTS": slots, "OVERLAP": True}
-        compile_for_hopper(attention._attend_one, types, constants, warps)
+        constants = {"H": 12, "C": 64, "BLOCK": 64, "SLOTS": slots} | target.overlap
+        target.compile(attention._attend_one, types, constants, warps)
     types = dict.fromkeys(("x", "pending", "weight", "bias", "total", "normed"), "*fp16")
     types |= {"rows": "i32", "eps": "fp32"}
-    compile_for_hopper(norm._add_norm, types, {"PARTS": 2, "D": 768, "ROWS": norm.ROWS, "BLOCK": 1024})
+    constants = {"PARTS": 2, "D": 768, "ROWS": norm.ROWS, "BLOCK": 1024} | target.overlap
+    target.compile(norm._add_norm, types, constants)
     types = {"logits": "*fp16", "parts": "*fp32", "rows": "i32"}
     constants = {"VOCAB": 50_264, "STRIDE": 50_264, "PAD": 1, "PART": 1571, "BLOCK": 2048, "PARTS": 32}
-    compile_for_hopper(logprobs._best_of_part, types, constants)
+    target.compile(logprobs._best_of_part, types, constants)
     types = {"parts": "*fp32", "found": "*i64", "logprobs": "*fp32", "rows": "i32"}
-    compile_for_hopper(logprobs._best_of_row, types, {"PARTS": 32}, 1)
+    target.compile(logprobs._best_of_row, types, {"PARTS": 32}, 1)
     for rows, k, n, columns in ((1, 768, 2304, 4), (4, 768, 512, 1), (1, 3072, 768, 4)):
         types = dict.fromkeys(("x", "w", "b", "gain", "shift", "normed", "onto", "out"), "*fp16")
         types |= {"rows": "i32", "eps": "fp32"}
         constants = {"N": n, "K": k, "ACTIVATION": 2, "EXACT": False, "ROWS": rows, "COLUMNS": columns}
-        constants |= {"INNER": 1024, "OVERLAP": True}
+        constants |= {"INNER": 1024} | target.overlap
         constants |= {"onto": None} if k == 768 else {"gain": None, "shift": None}
-        compile_for_hopper(vectors._linear, types, constants, vectors.WARPS)
-    types = dict.fromkeys(("x", "w", "b", "out"), "*fp16") | {"chosen": "*i64"}
-    constants = {"CHOICES": 2, "N": 3072, "K": 768, "ACTIVATION": 2, "EXACT": False}
-    constants |= {"COLUMNS": 4, "INNER": 1024, "OVERLAP": True}
-    compile_for_hopper(vectors._experts_up, types, constants, vectors.WARPS)
-    types |= {"weights": "*fp32", "onto": "*fp16"}
-    constants = {"CHOICES": 2, "N": 768, "K": 3072, "COLUMNS": 2, "INNER": 1024, "OVERLAP": True}
-    compile_for_hopper(vectors._experts_down, types, constants, vectors.WARPS)
+        target.compile(vectors._linear, types, constants, vectors.WARPS)
     waits = {
         "flags": "*i32",
         "reach": "*i64",
@@ -134,7 +180,7 @@ if __name__ == "__main__":
         "limit": "i64",
     }
     ways = {"W": 8, "RANKS": 8, "TIMED": True}
-    compile_for_hopper(peers._meet, waits, ways, 1)
+    target.compile(peers._meet, waits, ways, 1)
     types = {"x": "*fp16", "order": "*i64", "counts": "*i64", "weights": "*fp16", "rows": "i32"}
     types |= {
         "x_out": "*fp16",
@@ -144,7 +190,7 @@ if __name__ == "__main__":
         "home": "*fp16",
     }
     constants = {"E": 512, "K": 2, "D": 768, "BLOCK": 1024, "EXPERTS": 512}
-    compile_for_hopper(peers._publish, types, constants)
+    target.compile(peers._publish, types, constants)
     types = {
         "order": "*i32",
         "starts": "*i32",
@@ -154,23 +200,20 @@ if __name__ == "__main__":
         "total": "*i32",
     }
     types |= dict.fromkeys(("first", "held", "slots"), "i32")
-    compile_for_hopper(peers._merge, types, {"W": 8, "EXPERTS": 64, "SEGMENT": peers.SEGMENT})
+    target.compile(peers._merge, types, {"W": 8, "EXPERTS": 64, "SEGMENT": peers.SEGMENT})
     types = {"x": "*fp16", "weights": "*fp32", "reach": "*i64", "order": "*i32", "total": "*i32"}
     types |= {"rows_out": "*fp16", "weights_out": "*fp32", "slots": "i32"}
-    compile_for_hopper(peers._pull, types, {"K": 2, "D": 768, "ROWS": peers.PULLED, "BLOCK": 1024})
+    target.compile(peers._pull, types, {"K": 2, "D": 768, "ROWS": peers.PULLED, "BLOCK": 1024})
     types = waits | {"logits": "*fp16", "x": "*fp16", "chosen": "*i32", "weights": "*fp32", "x_out": "*fp16"}
     types |= {"rows": "i32", "eps": "fp32"}
     constants = ways | {"E": 512, "K": 2, "D": 768, "MOST": 2, "ROWS": 2, "EXPERTS": 512, "BLOCK": 1024}
-    constants |= {"HALF": True, "BRAIN": False, "OVERLAP": True}
-    compile_for_hopper(short_peers._hand_out, types, constants, vectors.WARPS)
-    types = {"x": "*fp16", "w": "*fp16", "b": "*fp16", "chosen": "*i32", "reach": "*i64", "out": "*fp16"}
-    types |= {"first": "i32", "held": "i32"}
-    constants = {"K": 2, "SLOTS": 2, "N": 3072, "D": 768, "ACTIVATION": 2, "EXACT": False, "COLUMNS": 4}
-    compile_for_hopper(short_peers._up, types, constants | {"INNER": 1024, "OVERLAP": True}, vectors.WARPS)
-    types = {"x": "*fp16", "w": "*fp16", "b": "*fp16", "chosen": "*i32", "weights": "*fp32", "reach": "*i64"}
-    types |= {"home": "*fp16", "first": "i32", "held": "i32"}
-    constants = {"SLOTS": 2, "N": 768, "D": 3072, "COLUMNS": 4, "INNER": 1024, "OVERLAP": True}
-    compile_for_hopper(short_peers._down, types, constants, vectors.WARPS)
+    constants |= {"HALF": True, "BRAIN": False} | target.overlap
+    target.compile(short_peers._hand_out, types, constants, vectors.WARPS)
     types = waits | {"home": "*fp16", "onto": "*fp16", "out": "*fp16", "rows": "i32"}
-    constants = ways | {"K": 2, "D": 768, "ROWS": 2, "BLOCK": 1024, "OVERLAP": True}
-    compile_for_hopper(short_peers._collect, types, constants, vectors.WARPS)
+    constants = ways | {"K": 2, "D": 768, "ROWS": 2, "BLOCK": 1024} | target.overlap
+    target.compile(short_peers._collect, types, constants, vectors.WARPS)
+
+
+if __name__ == "__main__":
+    for capability in sys.argv[1:] or SHARED:
+        compile_all(Target(int(capability)))

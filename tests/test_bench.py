@@ -17,6 +17,7 @@ from moekit.bench import setting as settings
 from moekit.bench.figures import Figure
 from moekit.bench.measure import Ceilings
 from moekit.bench.setting import Setting
+from moekit.nn import transformer
 from moekit.nn.cost import flop_per_token
 from moekit.nn.passes import Pass
 from moekit.ranks import Rank
@@ -58,6 +59,24 @@ def test_costs_of_a_model_that_can_be_counted_by_hand():
     # Both layers are dense, one of them 10 wide; bridges of 5 and 8 columns, and the output matrix has 8 of them.
     dense = replace(config, alternate_ffn_dim=10, input_dim=5, output_dim=8, share_output=False)
     assert flop_per_token(dense, 3) == 2 * (2 * (64 + 16) + 48 + 80 + 20 + 32 + 80)
+
+
+def test_an_expert_of_one_byte_has_a_scale_a_row():
+    config = replace(TINY, dim=4, ffn_dim=6, moe_freq=2, layers=2, experts=3)
+    small = replace(setting(dtype="float16"), experts="int8")
+    assert small.expert_bytes() == 2 * 64 * 128 + (64 + 128) * (2 + 4)
+    plain = setting(dtype="float16")
+    saved = 2 * 16 * (plain.expert_bytes() - small.expert_bytes())
+    assert plain.rank_bytes() - small.rank_bytes() == saved
+    kinds = torch.float16, torch.int8
+    assert small.rank_bytes() == transformer.weight_bytes(TINY, None, *kinds)
+    assert transformer.weight_bytes(config, None, *kinds) < transformer.weight_bytes(config, None, kinds[0])
+    assert replace(setting("15b", dtype="float16"), experts="fp8").rank_bytes() / 2**30 == pytest.approx(
+        13.7, abs=0.1
+    )
+    assert replace(setting("52b", dtype="float16"), experts="int8").rank_bytes() / 2**30 < 50
+    chip = Ceilings(copy=4.29e12, matmul=727e12, fetch=50e9, device=H200)
+    assert replace(setting("15b", dtype="float16"), experts="int8").goal("decode 64", chip) == 60e3
 
 
 def test_limits_are_those_of_the_issue_at_its_ceilings():
@@ -223,6 +242,29 @@ def test_load_writes_its_files_unless_they_are_there(tmp_path):
     written = {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
     run(tmp_path, *arguments)
     assert {p.name: p.stat().st_mtime_ns for p in folder.iterdir()} == written
+
+
+@pytest.mark.parametrize("experts", ["int8", "fp8"])
+def test_experts_of_one_byte(tmp_path, experts):
+    how = ["--shape", "tiny", "--device", "cpu", "--repeats", "1", "--experts", experts]
+    rows = run(tmp_path, "score", *how, "--blocks", "1")["score"]
+    assert rows[3]["figure"] > 0 and "16 of 16 experts" in rows[3]["note"]
+    assert run(tmp_path, "decode", *how, "--batches", "1")["decode"][3]["figure"] > 0
+    (layer,) = run(tmp_path, "moe-layer", *how, "--tokens", "64")["moe-layer"][3:]
+    assert layer["work"] == "layer, 64 tokens: moekit's (loop)" and "error 0e+00" in layer["note"]
+    rows = run(tmp_path, "load", *how)["load"]
+    assert rows[3]["work"] == "load" and rows[3]["figure"] > 0
+
+
+def test_what_is_loaded_in_one_byte_is_checked_too(tmp_path):
+    kind = torch.int8
+    sums = shapes.write(TINY, tmp_path, 4, CPU, torch.float32, kind)
+    with moekit.load(tmp_path, device="cpu", experts="int8", progress=False) as model:
+        load.check(model, sums)
+        experts = model.ranks.call(lambda rank: rank.state["model"])[0].layers[1].moe.experts
+        experts.w1.data[[2, 3]] = experts.w1.data[[3, 2]]
+        with pytest.raises(ValueError, match=r"layers\.1\.moe\.experts\.w1, expert 2: its numbers add up to"):
+            load.check(model, sums)
 
 
 def test_what_does_not_fit_is_said(tmp_path, monkeypatch):

@@ -170,10 +170,11 @@ def test_evaluate_tasks_beside_a_baseline(elsewhere):
 
 
 def test_load_shards_at_three_ranks(elsewhere):
-    execute("load_shards", elsewhere, world_size=3, resident=2, output_dir="results")
+    execute("load_shards", elsewhere, world_size=3, experts="int8", resident=2, output_dir="results")
     memory = pd.read_csv(elsewhere / "results" / "memory.csv")
     assert memory["on the device"].tolist() == [2, 2, 2] and (memory["slots"] > 0).all()
     shares = pd.read_csv(elsewhere / "results" / "shares.csv")
+    assert set(shares["experts' type"]) == {"int8"}
     assert shares["experts a layer"].tolist() == ["0 to 4", "5 to 9", "10 to 15"]
     assert (elsewhere / "results" / "filled.png").stat().st_size > 1000
 
@@ -232,9 +233,9 @@ def test_moekits_errors_after_the_first_cell_take_one_line(elsewhere):
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [
-        ("run_inference", {"max_batches": 2, "max_new_tokens": 3}),
+        ("run_inference", {"max_batches": 2, "max_new_tokens": 3, "experts": "int8"}),
         ("load_shards", {}),
-        ("inspect_routing", {"max_tokens": 1500}),
+        ("inspect_routing", {"max_tokens": 1500, "experts": "fp8"}),
         ("profile_inference", {"batch_blocks": [1], "steps": 1}),
         ("prepare_data", {}),
         (

@@ -13,9 +13,11 @@ from moekit.nn.cache import Cache
 from moekit.nn.config import ModelConfig
 from moekit.nn.dispatch import owned
 from moekit.nn.passes import Pass
+from moekit.nn.quantise import KINDS
 from moekit.nn.transformer import Transformer
 
 E, D, F, K = 10, 24, 40, 2
+ONE_BYTE = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -35,16 +37,16 @@ def pool(request, interpreted):
         yield found
 
 
-def experts(held: range):
-    """The experts ``held`` of E that every rank draws alike."""
-    from moekit.nn.experts import Experts
+def experts(held: range, kind: torch.dtype | None = None):
+    """The experts ``held`` of E that every rank draws alike, with numbers of ``kind``."""
+    from moekit.nn.experts import Experts, QuantisedExperts
 
     generator = torch.Generator().manual_seed(1)
     found = Experts(len(held), D, F, "gelu").requires_grad_(False)
     for own in found.tensors.values():
         drawn = torch.randn(E, *own.shape[1:], generator=generator) * 0.1
         own.copy_(drawn[held.start : held.stop])
-    return found
+    return found if kind is None else QuantisedExperts.of(found, kind)
 
 
 def assigned(rows: int, dropped: float, seed: int):
@@ -61,19 +63,21 @@ def assigned(rows: int, dropped: float, seed: int):
     return x, Assignment(order, counts, K, weights.flatten())
 
 
-def dispatched(rank: ranks.Rank, most: int, times: int) -> tuple[float, bool]:
+def dispatched(
+    rank: ranks.Rank, most: int, times: int, kind: torch.dtype | None = None
+) -> tuple[float, bool]:
     """The largest difference between all experts here and those of all ranks, over several exchanges, and a full end."""
     from moekit.nn.kernels.peer_dispatch import PeerDispatch
 
     dispatch = PeerDispatch(E, K, D, torch.float32, rank.device)
-    mine = experts(owned(E, rank.world_size, rank.rank))
+    mine = experts(owned(E, rank.world_size, rank.rank), kind)
     worst = 0.0
     for time in range(times):
         # Not as many rows on each rank; the last rank has none at first.
         rows = max(0, most - 2 * rank.rank) if time else most * (rank.rank < rank.world_size - 1)
         x, assignment = assigned(rows, 0.3, 7 * time + rank.rank)
         found = dispatch(mine, x, assignment, most)
-        wanted = experts(range(E))(x, assignment)
+        wanted = experts(range(E), kind)(x, assignment)
         assert found.shape == wanted.shape == (rows * K, D)
         worst = max(worst, (found - wanted).abs().max().item() if rows else 0.0)
     dispatch.check()
@@ -83,6 +87,12 @@ def dispatched(rank: ranks.Rank, most: int, times: int) -> tuple[float, bool]:
 @pytest.mark.parametrize("most", [1, 5, 16])
 def test_rows_go_to_their_experts_and_come_home(pool, most):
     for worst, one_box in pool.call(dispatched, most, 3, timeout=120):
+        assert worst < 1e-6 and one_box
+
+
+@ONE_BYTE
+def test_rows_go_to_experts_of_one_byte(pool, kind):
+    for worst, one_box in pool.call(dispatched, 5, 2, kind, timeout=240):
         assert worst < 1e-6 and one_box
 
 
@@ -111,8 +121,9 @@ def whole() -> Transformer:
     return model.requires_grad_(False)
 
 
-def stepped(rank: ranks.Rank, sequences: list[int]) -> float:
+def stepped(rank: ranks.Rank, sequences: list[int], kind: torch.dtype | None = None) -> float:
     """The largest difference of a few decode steps in the fused kernels over ranks from the plain model alone."""
+    from moekit.nn.experts import QuantisedExperts
     from moekit.nn.kernels import short_step
     from moekit.nn.kernels.peer_dispatch import PeerDispatch
 
@@ -122,6 +133,9 @@ def stepped(rank: ranks.Rank, sequences: list[int]) -> float:
     for name, parameter in model.named_parameters():
         own = given[name][held.start : held.stop] if ".experts." in name else given[name]
         parameter.data.copy_(own)
+    for layer in (*model.layers, *plain.layers) if kind is not None else ():
+        if layer.moe is not None:
+            layer.moe.experts = QuantisedExperts.of(layer.moe.experts, kind)
     model.requires_grad_(False).use("triton")
     count, most = sequences[rank.rank], max(sequences)
     assert short_step.fits(model, most)
@@ -150,6 +164,11 @@ def stepped(rank: ranks.Rank, sequences: list[int]) -> float:
 @pytest.mark.parametrize("sequences", [[1, 1, 1], [1, 0, 0], [2, 4, 1]])
 def test_a_step_of_few_sequences_over_ranks(pool, sequences):
     for worst in pool.call(stepped, sequences[: pool.world_size], timeout=240):
+        assert worst < 1e-5
+
+
+def test_a_step_of_few_sequences_over_ranks_with_experts_of_one_byte(pool):
+    for worst in pool.call(stepped, [1, 0, 1][: pool.world_size], torch.int8, timeout=240):
         assert worst < 1e-5
 
 

@@ -14,6 +14,7 @@ from moekit.paths import DEMO_BPE
 GOOD = {
     "checkpoint": "demo",
     "bpe": None,
+    "experts": None,
     "data": "demo",
     "subset": "valid",
     "world_size": 2,

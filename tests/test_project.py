@@ -79,7 +79,7 @@ def test_the_core_has_ranges_and_the_package_imports_what_it_declares():
         "torchaudio": "ve-fairseq",
     }
     # Of the bench and the kernels, which say what to do where it is missing, and a faster checksum.
-    optional = {"triton", "isal"}
+    optional = {"triton", "isal", "pynvml"}
     graph = grimp.build_graph("moekit", include_external_packages=True, cache_dir=None)
     outside = {
         name

@@ -314,7 +314,7 @@ UNREADABLE = """
     from moekit.routing.domains import domains_of
 
     at = Path(sys.argv[1])
-    p = {"bpe": None, "world_size": 1, "device": "cpu", "output_dir": str(at / "out")}
+    p = {"bpe": None, "experts": None, "world_size": 1, "device": "cpu", "output_dir": str(at / "out")}
     prepared = {"checkpoint": "none", "workers": 1, "keep_empty": True, "mirrors": [], "bpe": "auto"}
     prepared |= {"delete_archive": False, "data_dir": str(at / "out")}
     checked = p | {"checkpoint": str(at / "checkpoint")}

@@ -22,7 +22,8 @@ import moekit
 from moekit import checkpoint
 from moekit.checkpoint.export import save
 from moekit.nn.passes import Pass
-from moekit.nn.transformer import Transformer
+from moekit.nn.quantise import KINDS
+from moekit.nn.transformer import Transformer, empty
 
 DATA = Path(__file__).parent / "data" / "branch_shards" / "shards.tar.xz"
 
@@ -287,6 +288,23 @@ def test_a_dense_model_whose_first_shard_holds_all(tmp_path, written):
         folder / "checkpoint_last-shard1.pt",
     )
     same(weights(folder), weights(tmp_path / "plain" / "model.pt"))
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_matrices_that_are_cut_are_quantised_whole(written, kind):
+    """The parts of a matrix end within rows; its scales are those of the matrix in one file."""
+    found = []
+    for how in ("plain", "flat"):
+        plan = checkpoint.survey(checkpoint.find(written / "4ranks_2experts" / how))
+        for held in (range(plan.config.experts), range(1, plan.config.experts)):
+            model = empty(plan.config, torch.device("cpu"), held=len(held), kind=kind)
+            checkpoint.fill(model, plan, held, threads=2)
+            found.append(model.state_dict())
+    assert any(weights.cut for weights in map(plan.open, plan.sources))
+    for one, other in zip(found[:2], found[2:], strict=True):
+        assert one.keys() == other.keys() and any(name.endswith("w1_scale") for name in one)
+        for name, tensor in one.items():
+            assert tensor.view(torch.uint8).equal(other[name].view(torch.uint8)), name
 
 
 def test_the_table_of_files_tells_shards(written):

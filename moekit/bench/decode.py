@@ -64,9 +64,9 @@ def limit(
     config = setting.config
     each = shapes.expert_parameters(config)
     dense = shapes.parameters(config) - len(config.moe_layers) * config.experts * each
-    read = dense + sum(experts) / setting.world_size * each
+    read = dense * setting.itemsize + sum(experts) / setting.world_size * setting.expert_bytes()
     flop = batch * flop_per_token(config, 1)
-    return max(ceilings.seconds(read * setting.itemsize, flop), fetched / ceilings.fetch)
+    return max(ceilings.seconds(read, flop), fetched / ceilings.fetch)
 
 
 def measured(model: Model, setting: Setting, ceilings: Ceilings, batch: int) -> list[Figure]:

@@ -78,6 +78,11 @@ GOALS: dict[tuple[str, int, str], float] = {
     ("15b", 1, "decode 64"): 60e3,
     ("15b", 1, "load"): 6.0,
     ("15b", 1, "load memory"): 4.0,
+    ("15b", 1, "score 1 int8"): 380e3,
+    ("15b", 1, "score 32 int8"): 1.0e6,
+    ("15b", 1, "score memory int8"): 16.5,
+    ("15b", 1, "decode 1 int8"): 0.25,
+    ("15b", 1, "decode 64 int8"): 60e3,
     ("15b", 2, "all-to-all"): 20.0,
     ("15b", 2, "against one"): 1.7,
 }

@@ -48,7 +48,8 @@ def run(setting: Setting, args: argparse.Namespace) -> list[Figure]:
         sums = None
         if not there:
             files = shapes.FILES[setting.shape]
-            sums = shapes.write(setting.config, folder, files, torch.device(setting.device), setting.kind)
+            device, kind = torch.device(setting.device), setting.experts_kind
+            sums = shapes.write(setting.config, folder, files, device, setting.kind, kind)
         return measured(setting, folder, sums)
 
 
@@ -73,6 +74,7 @@ def measured(setting: Setting, folder: Path, sums: shapes.Sums | None) -> list[F
                 setting.dtype,
                 backend=setting.backend,
                 progress=False,
+                experts=setting.experts,
             ) as model:
                 if sums is not None:
                     check(model, sums)

@@ -20,7 +20,7 @@ from moekit.bench.score import FRACTION, numbers
 from moekit.bench.setting import Setting, ceiling_figures
 from moekit.nn.config import DENSE
 from moekit.nn.dispatch import Local
-from moekit.nn.experts import Experts
+from moekit.nn.experts import Experts, QuantisedExperts
 from moekit.nn.ffn import activation_fn
 from moekit.nn.gate import Routing
 from moekit.nn.gates import top_k_of
@@ -75,6 +75,8 @@ def run(setting: Setting, args: argparse.Namespace) -> list[Figure]:
     generator = torch.Generator(device).manual_seed(1)
     for name, parameter in moe.named_parameters():
         shapes.draw(name, parameter, config, generator)
+    if setting.experts_kind is not None:
+        moe.experts = QuantisedExperts.of(moe.experts, setting.experts_kind)
 
     block = config.max_positions
     rows = ceiling_figures(ceilings, setting.dtype)
@@ -125,10 +127,10 @@ def compared(moe: MoE, x: Tensor, setting: Setting, ceilings: Ceilings, against:
 def limit(setting: Setting, ceilings: Ceilings, routing: Routing, x: Tensor) -> float:
     """The limit in seconds; :func:`run` explains it."""
     config = setting.config
-    each, gate = shapes.expert_parameters(config), config.dim * config.experts
+    gate = config.dim * config.experts
     kept = int(routing.kept.sum())
     reached = len(routing.experts[routing.kept].unique())
-    read = (reached * each + gate + 2 * x.numel()) * setting.itemsize
+    read = reached * setting.expert_bytes() + (gate + 2 * x.numel()) * setting.itemsize
     tokens = x.shape[0] * x.shape[1]
     return ceilings.seconds(read, 2 * (kept * 2 * config.dim * config.ffn_dim + tokens * gate))
 
@@ -163,7 +165,8 @@ Make = Callable[[MoE], Layer]
 def ways(setting: Setting, against: list[str], tokens: int) -> dict[str, Make]:
     """The implementations of the layer, moekit's first. Each may raise :class:`Missing`."""
     found: dict[str, Make] = {f"moekit's ({setting.backend})": ours(setting.backend)}
-    for name in against:
+    # Only the loop has a product with weights of one byte.
+    for name in against if setting.experts is None else {"loop"} & set(against):
         if name == "transformers":
             for implementation in ("grouped_mm", "batched_mm"):
                 found[f"transformers' {implementation}"] = theirs(implementation, setting, tokens)

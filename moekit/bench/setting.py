@@ -18,6 +18,7 @@ from moekit.bench.measure import Ceilings
 from moekit.handle import DTYPES
 from moekit.nn.config import ModelConfig
 from moekit.nn.operations import BACKENDS, choose_backend
+from moekit.nn.quantise import KINDS
 from moekit.nn.resident import Residence
 from moekit.planning.fitting import fitting
 from moekit.planning.runs import Run, room
@@ -26,7 +27,7 @@ from moekit.ranks.machine import gpus, host_memory
 
 @dataclass(frozen=True)
 class Setting:
-    """The setting of a bench; ``dtype`` and ``backend`` are names; ``device`` is "cpu" or "cuda"."""
+    """The setting of a bench; ``dtype``, ``backend`` and ``experts`` are names; ``device`` is "cpu" or "cuda"."""
 
     shape: str
     device: str
@@ -34,6 +35,8 @@ class Setting:
     backend: str
     world_size: int
     repeats: int
+    # The type of the experts' matrices; None: ``dtype``.
+    experts: str | None = None
     # Experts a layer on the device of their rank, and how skewed the gates are; see shapes.py.
     resident: int | None = None
     zipf: float = 0.0
@@ -51,11 +54,22 @@ class Setting:
     def itemsize(self) -> int:
         return self.kind.itemsize
 
+    @property
+    def experts_kind(self) -> torch.dtype | None:
+        return None if self.experts is None else KINDS[self.experts]
+
+    def expert_bytes(self) -> int:
+        """The bytes of the weights of an expert, with the scales of its rows."""
+        if self.experts is None:
+            return shapes.expert_parameters(self.config) * self.itemsize
+        rows = self.config.ffn_dim + self.config.dim
+        return 2 * self.config.dim * self.config.ffn_dim + rows * (self.itemsize + torch.float32.itemsize)
+
     def rank_bytes(self) -> float:
         """The bytes of the weights of a rank, with equal numbers of experts on all ranks."""
-        total = shapes.parameters(self.config)
-        experts = len(self.config.moe_layers) * self.config.experts * shapes.expert_parameters(self.config)
-        return (total - experts + experts / self.world_size) * self.itemsize
+        experts = len(self.config.moe_layers) * self.config.experts
+        others = shapes.parameters(self.config) - experts * shapes.expert_parameters(self.config)
+        return others * self.itemsize + experts / self.world_size * self.expert_bytes()
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Setting:
@@ -67,13 +81,15 @@ class Setting:
         device = ranks.choose_devices(args.world_size, args.device)[0]
         on_gpu = device.type == "cuda"
         dtype = args.dtype or ("float16" if on_gpu else "float32")
+        kind = None if args.experts is None else KINDS[args.experts]
         setting = cls(
             args.shape or ("15b" if on_gpu else "tiny"),
             device.type,
             dtype,
-            choose_backend(args.backend, device, DTYPES[dtype]),
+            choose_backend(args.backend, device, DTYPES[dtype], kind),
             args.world_size,
             args.repeats or (10 if on_gpu else 3),
+            args.experts,
             zipf=getattr(args, "zipf", 0.0),
             prefetch=not getattr(args, "no_prefetch", False),
         )
@@ -90,7 +106,8 @@ class Setting:
             torch.device(self.device, rank) if self.device == "cuda" else torch.device("cpu")
             for rank in range(self.world_size)
         ]
-        found = Run.of(self.config, devices, self.kind, self.backend, None)
+        one_byte = self.experts is not None
+        found = Run.of(self.config, devices, self.kind, self.backend, None, one_byte=one_byte)
         return replace(found, resident=self.resident)
 
     def too_large(self) -> str:
@@ -112,13 +129,15 @@ class Setting:
         with ranks.start(self.world_size, self.device) as pool:
             ceilings = measure.slowest(pool.call(measure.ceilings, self.kind))
             staying = None if self.resident is None else Residence(self.resident, "lru", self.prefetch)
-            how = {"residence": staying, "zipf": self.zipf}
+            how = {"kind": self.experts_kind, "residence": staying, "zipf": self.zipf}
             pool.call(shapes.build, self.config, self.kind, self.backend, **how)
             plan = checkpoint.Plan(self.config, self.kind, ())
-            yield Model(plan, checkpoint.Files(Path("random weights"), ()), pool, self.kind), ceilings
+            files = checkpoint.Files(Path("random weights"), ())
+            yield Model(plan, files, pool, self.kind, experts=self.experts), ceilings
         measure.give_back(self.device)
 
     def goal(self, what: str, ceilings: Ceilings) -> float | None:
+        what = what if self.experts is None else f"{what} {self.experts}"
         return goal(self.shape, self.world_size, what, ceilings.device, self.dtype)
 
 
@@ -130,6 +149,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     parser.add_argument("--dtype", choices=DTYPES, help="default: float16 on a GPU, float32 without")
+    parser.add_argument(
+        "--experts", choices=KINDS, help="the experts' matrices in one byte; default: in dtype"
+    )
     parser.add_argument("--backend", choices=("auto", *BACKENDS), default="auto")
     parser.add_argument("--world-size", type=int, default=1)
     parser.add_argument(

@@ -18,6 +18,7 @@ from moekit.checkpoint import export
 from moekit.nn import resident, transformer
 from moekit.nn.config import ModelConfig
 from moekit.nn.dispatch import owned
+from moekit.nn.quantise import quantise
 from moekit.nn.resident import Residence
 from moekit.nn.transformer import Transformer
 from moekit.ranks import Rank
@@ -113,21 +114,31 @@ def build(
     config: ModelConfig,
     dtype: torch.dtype,
     backend: str,
+    kind: torch.dtype | None = None,
     residence: Residence | None = None,
     zipf: float = 0.0,
 ) -> None:
     """Put a model with random weights into ``rank.state["model"]``: this rank's experts, and the shared parameters.
 
     Args:
+        kind: of the experts' matrices; None for ``dtype``.
         residence: where the experts are; the numbers do not depend on it.
         zipf: of :func:`skew`.
     """
-    model = loading.empty(rank, config, dtype, backend, residence is not None)
+    model = loading.empty(rank, config, dtype, backend, kind, residence is not None)
     shared, own = (torch.Generator(rank.device).manual_seed(seed) for seed in (1, 2 + rank.rank))
     for name, parameter in model.named_parameters():
-        drawn = torch.empty_like(parameter, device=rank.device)
-        draw(name, drawn, config, own if ".experts." in name else shared)
-        parameter.data = drawn if parameter.device == rank.device else parameter.data.copy_(drawn)
+        if kind is None or ".experts." not in name:
+            drawn = torch.empty_like(parameter, device=rank.device)
+            draw(name, drawn, config, own if ".experts." in name else shared)
+            parameter.data = drawn if parameter.device == rank.device else parameter.data.copy_(drawn)
+            continue
+        path, _, field = name.rpartition(".")
+        experts = model.get_submodule(path)
+        drawn = torch.empty((1, *parameter.shape[1:]), dtype=dtype, device=rank.device)
+        for number in range(experts.held):
+            draw(name, drawn, config, own)
+            experts.fill(field, number, drawn[0])
     if zipf:
         skew(model, zipf)
     if residence is not None:
@@ -161,11 +172,18 @@ Sums = dict[str, list[float]]
 
 
 @torch.no_grad()
-def write(config: ModelConfig, folder: Path, files: int, device: torch.device, read_as: torch.dtype) -> Sums:
+def write(
+    config: ModelConfig,
+    folder: Path,
+    files: int,
+    device: torch.device,
+    read_as: torch.dtype,
+    kind: torch.dtype | None = None,
+) -> Sums:
     """Write a float16 checkpoint with random weights in the released layout, one file in memory at a time.
 
     Returns:
-        The sums of the experts' numbers after conversion to the dtype ``read_as``.
+        The sums of the experts' numbers after conversion to the dtype ``read_as``, or for matrices to ``kind``.
     """
     generator = torch.Generator(device).manual_seed(1)
     with torch.device("meta"):
@@ -181,7 +199,13 @@ def write(config: ModelConfig, folder: Path, files: int, device: torch.device, r
         found = {}
         for name in sums:
             stack = drawn(name, (len(held), *parameters[name].shape[1:]))
-            sums[name] += expert_sums(stack.to(read_as))
+            if kind is None or stack.dim() == 2:
+                sums[name] += expert_sums(stack.to(read_as))
+            else:
+                for matrix in stack:
+                    numbers = torch.empty_like(matrix, dtype=kind)
+                    quantise(matrix, numbers, torch.empty(len(matrix), device=device))
+                    sums[name] += expert_sums(numbers[None])
             found[name] = stack.cpu()
         return found
 
@@ -193,9 +217,10 @@ def write(config: ModelConfig, folder: Path, files: int, device: torch.device, r
 def expert_sums(stack: Tensor) -> list[float]:
     """[E, ...] -> the sum of each expert's numbers, which does not depend on the order of the additions.
 
-    The sum is exact in float64: every float16 is a multiple of 2**-24, also after conversion to bfloat16 or float32.
+    The sum is exact in float64: every float16 is a multiple of 2**-24, also after conversion to bfloat16 or float32, and
+    so is every number of one byte.
     """
-    return [expert.sum(dtype=torch.float64).item() for expert in stack]
+    return [(e.float() if e.itemsize == 1 else e).sum(dtype=torch.float64).item() for e in stack]
 
 
 # ------------------------------------------------------------------------------------------------- parameters

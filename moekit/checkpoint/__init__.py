@@ -8,16 +8,17 @@ A checkpoint is untrusted: pickles.py reads what a file says without calling any
 that nothing in it runs and nothing is read that is not kept. From below to above: pickles (the machine), contents (what
 may stand in one), archive (where a file's parts lie), reading (one file), keys (fairseq's names), options (the config),
 shards (tensors cut over several files), files (which there are), belonging (whether files belong together), inspection
-(checksums), config (the options against what the files hold), copying, placement (which rank an expert goes to), plan (which
-rank reads what). safetensors is the other format of a file. What ``python -m moekit.checkpoint`` does is in verifying and
-reshaping; writing makes the folders.
+(checksums), config (the options against what the files hold), copying, joining (parts of what is quantised), placement (which
+rank an expert goes to), plan (which rank reads what), describing (tables). safetensors is the other format of a file. What
+``python -m moekit.checkpoint`` does is in verifying and reshaping; writing makes the folders.
 """
 
+from moekit.checkpoint.describing import describe
 from moekit.checkpoint.files import Files, find
 from moekit.checkpoint.inspection import NonFinite, warn_nonfinite
 from moekit.checkpoint.keys import KEYS, Place, places
 from moekit.checkpoint.placement import slots_of
-from moekit.checkpoint.plan import Plan, describe, fill, inspect, survey
+from moekit.checkpoint.plan import Plan, fill, inspect, survey
 from moekit.checkpoint.reading import Source, Weights, content, read, stamp
 from moekit.checkpoint.shards import tensors
 

@@ -24,6 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moekit.nn.quantise import quantise
+
 # The most threads; more do not increase the transfer rate.
 THREADS = 5
 # Buffers of each thread, and the bytes of each buffer.
@@ -36,7 +38,8 @@ ALIGNMENT = 256
 class Piece:
     """A copy of ``source``, on the CPU, to ``target``, which is contiguous and has the same shape; dtypes may differ.
 
-    The thread that copies the piece first calls ``check``, which may raise an error.
+    The thread that copies the piece first calls ``check``, which may raise an error. With ``scale`` [R], the source [R, C]
+    is quantised to ``target`` and ``scale`` (:func:`moekit.nn.quantise.quantise`).
     """
 
     # The tensor's name in errors.
@@ -44,6 +47,7 @@ class Piece:
     source: Tensor
     target: Tensor
     check: Callable[[], None] | None = None
+    scale: Tensor | None = None
 
 
 def copy(
@@ -142,6 +146,7 @@ class Shared(Load):
         used: the count of numbers in the buffer, including gaps.
         sources: (index of the first number in the buffer, the bytes to copy there).
         parts: (index of the first number in the buffer, the target [n] of any dtype).
+        matrices: (index of the first number in the buffer, the target [r, C], the scale [r]), whole rows to quantise.
     """
 
     def __init__(self, name: str, dtype: torch.dtype):
@@ -149,6 +154,17 @@ class Shared(Load):
         self.dtype, self.used = dtype, 0
         self.sources: list[tuple[int, np.ndarray]] = []
         self.parts: list[tuple[int, Tensor]] = []
+        self.matrices: list[tuple[int, Tensor, Tensor]] = []
+
+    def take(self, piece: Piece, start: int, count: int) -> None:
+        """Note where the ``count`` numbers of ``piece`` from ``start`` on go, which come next in the buffer."""
+        if piece.scale is None:
+            target = piece.target.view(-1)
+            self.parts.append((self.used, target if count == len(target) else target[start : start + count]))
+        else:
+            columns = piece.target.shape[-1]
+            rows = slice(start // columns, (start + count) // columns)
+            self.matrices.append((self.used, piece.target[rows], piece.scale[rows]))
 
 
 class Straight:
@@ -172,7 +188,10 @@ class Straight:
     @staticmethod
     def carry(load: Tensors) -> None:
         for piece in load.pieces:
-            piece.target.copy_(piece.source)
+            if piece.scale is None:
+                piece.target.copy_(piece.source)
+            else:
+                quantise(piece.source, piece.target, piece.scale)
 
     @staticmethod
     def finish() -> None:
@@ -220,26 +239,33 @@ def check(piece: Piece) -> None:
 
 
 def packed(pieces: Iterable[Piece], size: int) -> Iterator[Shared]:
-    """Loads of up to ``size`` bytes; a load may hold several pieces, and a large piece takes several loads."""
+    """Loads of up to ``size`` bytes; a load may hold several pieces, and a large piece takes several loads.
+
+    Raises:
+        RuntimeError: a row that is to be quantised is larger than ``size``.
+    """
     load: Shared | None = None
     for piece in pieces:
         check(piece)
-        numbers, target = piece.source.contiguous().view(-1), piece.target.view(-1)
+        numbers = piece.source.contiguous().view(-1)
         source, each = numbers.view(torch.uint8).numpy(), numbers.itemsize
         room, step = size // each, ALIGNMENT // each
+        # A part of a matrix that is quantised consists of whole rows.
+        whole = 1 if piece.scale is None else piece.source.shape[-1]
+        if whole > room:
+            raise RuntimeError(f"{piece.name} cannot be quantised: a row of it has more than {size:,} bytes")
         start, total = 0, numbers.numel()
         unchecked = True
         while start < total:
-            if load is None or load.dtype != numbers.dtype or load.used == room:
+            if load is None or load.dtype != numbers.dtype or room - load.used < whole:
                 if load is not None:
                     yield load
                 load = Shared(piece.name, numbers.dtype)
-            count = min(total - start, room - load.used)
-            part = target if count == total else target[start : start + count]
+            count = min(total - start, (room - load.used) // whole * whole)
             if unchecked:
                 load.take_check(piece)
                 unchecked = False
-            load.parts.append((load.used, part))
+            load.take(piece, start, count)
             load.sources.append((load.used, source[start * each : (start + count) * each]))
             load.bytes += count * each
             load.used = min(room, -(-(load.used + count) // step) * step)
@@ -274,7 +300,7 @@ class Pinned:
         used = load.used * load.dtype.itemsize
         self.landed[:used].copy_(self.memory[:used], non_blocking=True)
         self.fetched.record()
-        torch._foreach_copy_([target for _, target in load.parts], dealt(self.landed, load))
+        arrived(self.landed, load)
 
     def wait(self) -> None:
         self.fetched.synchronize()
@@ -287,6 +313,15 @@ def staged(load: Shared, buffer: Buffer) -> None:
         # The copy of NumPy is a memcpy without Python's lock; a copy by torch would start further threads.
         np.copyto(buffer.room[start * each : start * each + len(source)], source)
     buffer.send(load)
+
+
+def arrived(memory: Tensor, load: Shared) -> None:
+    """Copy and quantise what is in a buffer's memory [bytes] uint8 to its targets."""
+    if load.parts:
+        torch._foreach_copy_([target for _, target in load.parts], dealt(memory, load))
+    numbers = memory[: load.used * load.dtype.itemsize].view(load.dtype)
+    for start, target, scale in load.matrices:
+        quantise(numbers[start : start + target.numel()].view(target.shape), target, scale)
 
 
 def dealt(memory: Tensor, load: Shared) -> list[Tensor]:

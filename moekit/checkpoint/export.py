@@ -17,6 +17,7 @@ from moekit.checkpoint.branch import fairseq_cfg, history
 from moekit.checkpoint.keys import fairseq_parts
 from moekit.nn.config import DENSE, ModelConfig
 from moekit.nn.dispatch import owned
+from moekit.nn.experts import QuantisedExperts
 from moekit.nn.transformer import Transformer
 
 
@@ -31,8 +32,12 @@ def save(
         options: entries of ``cfg["model"]`` that the model's config does not tell, such as ``dropout``.
 
     Raises:
-        ValueError: more files than experts.
+        ValueError: more files than experts, or experts with numbers of one byte.
     """
+    if any(isinstance(module, QuantisedExperts) for module in model.modules()):
+        raise ValueError(
+            f"the model for {folder} has quantised experts: write the one that they were made of, and load it with experts=..."
+        )
     parameters = {name: p.detach().to("cpu", dtype) for name, p in model.named_parameters()}
     write(
         model.config,

@@ -17,8 +17,9 @@ from moekit.checkpoint import options as cfg
 from moekit.checkpoint.belonging import check_belongs
 from moekit.checkpoint.config import config_of
 from moekit.checkpoint.contents import clip
-from moekit.checkpoint.files import Files, find
+from moekit.checkpoint.files import Files
 from moekit.checkpoint.inspection import Inspection, NonFinite, Wanted, warn_unchecked
+from moekit.checkpoint.joining import Joining
 from moekit.checkpoint.keys import NUMBER, SHARED_KEY, Place, key_of, name_of, places
 from moekit.checkpoint.placement import reached, slotted
 from moekit.checkpoint.reading import Source, Weights, read, stamp
@@ -232,6 +233,8 @@ def fill(
 ) -> Filled:
     """Read one rank's tensors from the mapped files into the model's parameters, as copying.py does.
 
+    Experts with scales (:class:`moekit.nn.experts.QuantisedExperts`) are quantised tensor by tensor.
+
     Args:
         model: a :class:`moekit.nn.transformer.Transformer` with room for the experts ``held``; any device, any dtype.
         progress: called with the bytes read since the last call.
@@ -242,7 +245,7 @@ def fill(
     Raises:
         ValueError: a tensor is damaged, or a file has changed since the survey.
     """
-    parameters = dict(model.named_parameters())
+    parameters, scales = dict(model.named_parameters()), dict(model.named_buffers())
     filled = Filling()
     inspections: list[Inspection] = []
 
@@ -265,6 +268,7 @@ def fill(
             yield (key, tensor, target), view
 
     def pieces() -> Iterator[copying.Piece]:
+        joining = Joining()
         for source in plan.needed(held):
             weights = plan.open(source)
             parts = list(wanted(source, weights))
@@ -277,8 +281,14 @@ def fill(
                 inspection = Inspection(source, weights, mine)
                 inspections.append(inspection)
                 checks = {part[0]: inspection.check(part) for part in mine}
-            for (key, tensor, _), view in parts:
-                yield copying.Piece(f"{source.path}: {key}", tensor, view, checks.get(key))
+            for (key, tensor, target), view in parts:
+                piece = copying.Piece(f"{source.path}: {key}", tensor, view, checks.get(key))
+                if (scale := scales.get(f"{target.name}_scale")) is None:
+                    yield piece
+                    continue
+                local = slotted(target, plan.slots).expert - held.start
+                whole, begin = parameters[target.name].data[local], weights.cut.get(key, (0,))[0]
+                yield from joining.joined(piece, begin, whole, scale[local])
 
     copying.copy(pieces(), next(iter(parameters.values())).device, threads, progress)
     numbers = {slotted(at, plan.slots): sum(len(some) for some, _ in by) for at, by in filled.items()}
@@ -319,34 +329,3 @@ def inspect(plan: Plan, threads: int = copying.THREADS) -> list[NonFinite]:
             inspection.remember()
             found += inspection.nonfinite
     return found
-
-
-def describe(checkpoint: str | Path) -> list[dict[str, Any]]:
-    """The contents of a checkpoint's folder, one row per file, for tables.
-
-    Returns:
-        Rows with ``file``, ``bytes``, ``kind`` ("shared" or "rank"), ``rank`` (None for the shared one), ``experts``
-        (a MoE layer), ``moe_layers``, ``dtype`` and ``tensors``.
-
-    Raises:
-        ValueError: as :func:`find` and :func:`read`.
-    """
-    files = find(checkpoint)
-    ranks = {path: rank for rank, path in enumerate(files.ranks)}
-    rows = []
-    for path in files.all:
-        found = tensors(read(path), path)
-        numbers = [n for key in found if len(n := NUMBER.findall(key)) == 2]
-        rows.append(
-            {
-                "file": path.name,
-                "bytes": path.stat().st_size,
-                "kind": "rank" if path in ranks else "shared",
-                "rank": ranks.get(path),
-                "experts": len({n[1] for n in numbers}),
-                "moe_layers": len({n[0] for n in numbers}),
-                "dtype": ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in found.values()})),
-                "tensors": len(found),
-            }
-        )
-    return rows

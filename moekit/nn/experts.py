@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from moekit.nn.operations import PLAIN
 from moekit.nn.parts import is_part
+from moekit.nn.quantise import dequantise, quantise
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,13 @@ class Experts(nn.Module):
 
     Kernels and files take the stacks from :attr:`tensors`; :meth:`expert` has one expert's weights, ready to compute
     with. Weights of another type are another class with these two.
+
+    Attributes:
+        scales: of the rows of ``w1`` and ``w2``, [E, F] and [E, D] float32, where the weights are multiples of them.
     """
 
     operations = PLAIN
+    scales: tuple[Tensor | None, Tensor | None] = (None, None)
 
     def __init__(self, experts: int, dim: int, ffn_dim: int, activation: str):
         super().__init__()
@@ -104,3 +109,54 @@ class Experts(nn.Module):
             [N K, D], zero for the choices that are no expert's.
         """
         return self.operations.experts_ffn(self, x, assignment)
+
+
+class QuantisedExperts(Experts):
+    """Experts whose matrices have numbers of one byte, and a scale for each row (:mod:`moekit.nn.quantise`).
+
+    The biases keep their type, which is that of the computation. These experts do not learn.
+
+    Args:
+        like: experts of this size and type on this device; the memory of the new ones is uninitialised.
+        kind: int8 or float8_e4m3fn.
+    """
+
+    def __init__(self, like: Experts, kind: torch.dtype):
+        nn.Module.__init__(self)
+        self.held, self.width, self.activation = like.held, like.width, like.activation
+        self.operations = like.operations
+        for name, stack in like.tensors.items():
+            own = torch.empty_like(stack, dtype=kind if stack.dim() == 3 else stack.dtype)
+            setattr(self, name, nn.Parameter(own, requires_grad=False))
+            if stack.dim() == 3:
+                scale = torch.empty(stack.shape[:2], dtype=torch.float32, device=stack.device)
+                self.register_buffer(f"{name}_scale", scale)
+
+    @classmethod
+    def of(cls, experts: Experts, kind: torch.dtype) -> QuantisedExperts:
+        """The same experts with numbers of one byte."""
+        found = cls(experts, kind)
+        for number in range(experts.held):
+            for name, weights in experts.expert(number)._asdict().items():
+                found.fill(name, number, weights)
+        return found
+
+    def fill(self, name: str, number: int, weights: Tensor) -> None:
+        """Write the tensor ``name`` of :class:`Expert` of expert ``number``."""
+        own = getattr(self, name).data[number]
+        if weights.dim() == 2:
+            quantise(weights, own, getattr(self, f"{name}_scale")[number])
+        else:
+            own.copy_(weights)
+
+    @property
+    def scales(self) -> tuple[Tensor, Tensor]:
+        return self.w1_scale, self.w2_scale
+
+    def expert(self, number: int) -> Expert:
+        w1, b1, w2, b2 = (stack[number] for stack in self.tensors.values())
+        scale1, scale2 = (scale[number] for scale in self.scales)
+        return Expert(dequantise(w1, scale1, b1.dtype), b1, dequantise(w2, scale2, b2.dtype), b2)
+
+    def unbind(self) -> list[Expert]:
+        return [self.expert(number) for number in range(self.held)]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from moekit.nn import gate
 from moekit.nn.ffn import grouped_mm, loop
+from moekit.nn.quantise import name_of
 from moekit.symbols import PAD
 
 if TYPE_CHECKING:
@@ -150,22 +151,52 @@ def use(module: nn.Module, backend: str) -> None:
             part.operations = table
 
 
-def choose_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+def choose_backend(
+    backend: str, device: torch.device, dtype: torch.dtype, kind: torch.dtype | None = None
+) -> str:
     """The back end for inference on ``device`` with weights of ``dtype``: ``backend``, or for "auto" the fastest.
 
+    Args:
+        kind: of the experts' matrices, int8 or float8_e4m3fn; None: ``dtype``.
+
     Raises:
-        ValueError: no back end has that name, or this one does not run there.
+        ValueError: no back end has that name, or this one does not run there or with such experts.
     """
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend={backend!r}; expected auto, {', '.join(BACKENDS)}")
-    runs = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    runs = _compiles(device) or os.environ.get("TRITON_INTERPRET") == "1"
     runs = runs and importlib.util.find_spec("triton") is not None
     if backend == "triton" and not runs:
-        raise ValueError(f"backend='triton' needs the package triton and a GPU, and this is a {device.type}")
+        raise ValueError(
+            f"backend='triton' needs the package triton and a GPU of compute capability 7.5 or more, and this is a {_name(device)}"
+        )
+    if backend == "grouped_mm" and kind is not None:
+        raise ValueError(
+            f"backend='grouped_mm' has no product with {name_of(kind)} experts: choose 'triton' or 'loop', or leave out "
+            "experts"
+        )
     if backend != "auto":
         return backend
     if device.type != "cuda":
         return "loop"
     if runs:
         return "triton"
-    return "grouped_mm" if dtype == torch.bfloat16 else "loop"
+    return "grouped_mm" if dtype == torch.bfloat16 and kind is None else "loop"
+
+
+# Turing is the oldest generation of GPUs that Triton compiles for.
+OLDEST = (7, 5)
+
+
+def _compiles(device: torch.device) -> bool:
+    """Whether Triton compiles for ``device``."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return device.type == "cuda"
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= OLDEST
+
+
+def _name(device: torch.device) -> str:
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return device.type
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{torch.cuda.get_device_name(device)} ({major}.{minor})"

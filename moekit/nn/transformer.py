@@ -10,6 +10,7 @@ K choices a token, G routing groups, S = N / G tokens of a group.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
@@ -23,7 +24,7 @@ from moekit.nn import gate
 from moekit.nn.cache import Cache
 from moekit.nn.config import ModelConfig
 from moekit.nn.dispatch import Dispatch, Local
-from moekit.nn.experts import Assignment, Experts
+from moekit.nn.experts import Assignment, Experts, QuantisedExperts
 from moekit.nn.ffn import activation_fn
 from moekit.nn.gates import gate_of
 from moekit.nn.operations import PLAIN, added, use
@@ -154,32 +155,49 @@ def empty(
     dtype: torch.dtype = torch.float32,
     held: int | None = None,
     dispatch: Dispatch | None = None,
+    kind: torch.dtype | None = None,
     at_home: bool = False,
 ) -> Transformer:
     """A :class:`Transformer` for inference on ``device`` whose weights are uninitialised memory, to be filled.
 
     Args:
+        kind: of the experts' matrices, int8 or float8_e4m3fn (:mod:`moekit.nn.quantise`); None: ``dtype``.
         at_home: the experts' weights are in host memory, for :mod:`moekit.nn.resident`.
     """
     with torch.device("meta"):
         model = Transformer(config, held, dispatch)
     if not at_home:
-        return allocated(model, device, dtype).eval()
-    model = allocated(model, torch.device("meta"), dtype).eval()
+        return allocated(model, device, dtype, kind).eval()
+    model = allocated(model, torch.device("meta"), dtype, kind).eval()
     for layer in config.moe_layers:
         model.layers[layer].moe.experts._apply(paged)
     return model._apply(lambda weight: torch.empty_like(weight, device=device) if weight.is_meta else weight)
 
 
-def allocated(module: Module, device: torch.device, dtype: torch.dtype) -> Module:
+def allocated(
+    module: Module, device: torch.device, dtype: torch.dtype, kind: torch.dtype | None = None
+) -> Module:
     """``module``, made on the meta device, with uninitialised memory for its weights, which do not learn."""
-    return module.to(dtype).to_empty(device=device).requires_grad_(False)
+    module = module.to(dtype)
+    if kind is not None:
+        for part in module.modules():
+            if isinstance(part, MoE):
+                part.experts = QuantisedExperts(part.experts, kind)
+    return module.to_empty(device=device).requires_grad_(False)
 
 
 def parameters(config: ModelConfig, held: int | None = None) -> int:
     """The number of parameters of a model with ``held`` experts a layer, all of them by default."""
     with torch.device("meta"):
         return sum(p.numel() for p in Transformer(config, held).parameters())
+
+
+def weight_bytes(
+    config: ModelConfig, held: int | None, dtype: torch.dtype, kind: torch.dtype | None = None
+) -> int:
+    """The bytes of the weights of :func:`empty`, with the scales of quantised experts."""
+    model = empty(config, torch.device("meta"), dtype, held, kind=kind)
+    return sum(tensor.nbytes for tensor in itertools.chain(model.parameters(), model.buffers()))
 
 
 def _bridge(inner: int, outer: int) -> nn.Linear | None:

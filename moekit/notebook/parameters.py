@@ -35,6 +35,7 @@ from moekit.arguments import (
 )
 from moekit.data.sources import CHECKPOINTS
 from moekit.generation.request import KINDS
+from moekit.nn.quantise import KINDS as QUANTISED
 from moekit.notebook import errors
 from moekit.planning.runs import Memory
 from moekit.profiling.run import MODES
@@ -114,6 +115,7 @@ MODEL: Table = {
     "dtype": Choice(("auto", "float32", "float16", "bfloat16")),
     "output_dir": Place(),
 }
+EXPERTS: Table = {"experts": Choice(tuple(QUANTISED), optional=True)}
 RANKS: Table = {"ranks": Choice(("local", "ray"))}
 FETCHED: Table = {"resident": Whole(optional=True), "gpu_memory": Memory(optional=True)}
 DATA: Table = {
@@ -148,9 +150,10 @@ PREPARE_DATA: Table = {
     "bpe": Choice(("auto", "gpt2", "demo")),
     "delete_archive": Flag(),
 }
-LOAD_SHARDS: Table = {**MODEL, **RANKS, **FETCHED}
+LOAD_SHARDS: Table = {**MODEL, **EXPERTS, **RANKS, **FETCHED}
 RUN_INFERENCE: Table = {
     **MODEL,
+    **EXPERTS,
     **RANKS,
     **FETCHED,
     **DATA,
@@ -161,6 +164,7 @@ RUN_INFERENCE: Table = {
 }
 INSPECT_ROUTING: Table = {
     **MODEL,
+    **EXPERTS,
     **RANKS,
     **FETCHED,
     **DATA,
@@ -172,6 +176,7 @@ INSPECT_ROUTING: Table = {
 }
 STUDY_ROUTING: Table = {
     **MODEL,
+    **EXPERTS,
     "data": Place(),
     "subset": Text(),
     "domains": Place(optional=True),

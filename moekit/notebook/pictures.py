@@ -129,7 +129,7 @@ def settings(traces: Mapping[str, Trace]) -> pd.DataFrame:
                 "mask": ", ".join(f"{layer}:{expert}" for layer, expert in changed) or "none",
                 "batch_size": meta.get("batch_size"),
                 "tokens_per_sample": meta.get("tokens_per_sample") or "each text",
-                "dtype": meta.get("dtype"),
+                "dtype": ", experts in ".join(filter(None, (meta.get("dtype"), meta.get("experts")))),
                 "seed": meta.get("seed"),
             }
         )

@@ -71,6 +71,7 @@ def load_shards(p: SimpleNamespace) -> ModelConfig:
         _said(ranks.choose_devices, p.world_size, p.device)
     files = _said(ckpt.find, p.checkpoint)
     config = _said(ckpt.survey, files).config
+    _said(handle.experts_dtype, getattr(p, "experts", None), files, config)
     _said(handle.find_dictionary, files, None)
     if hasattr(p, "resident"):
         _said(asked, config, p.resident, p.gpu_memory)

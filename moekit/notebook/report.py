@@ -18,8 +18,27 @@ from moekit import ranks, results
 from moekit.nn.dispatch import owned
 from moekit.nn.experts import TENSORS
 from moekit.nn.gates import gate_of
+from moekit.nn.quantise import name_of
+from moekit.nn.transformer import weight_bytes
+from moekit.notebook.quantisation import quantisation
 from moekit.ranks.machine import gpus, host_memory
 from moekit.versions import versions
+
+__all__ = [
+    "absolute",
+    "draw",
+    "files",
+    "filled",
+    "machine",
+    "model",
+    "parts",
+    "quantisation",
+    "result",
+    "save",
+    "save_figures",
+    "shares",
+    "versions",
+]
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,16 +72,22 @@ def files(checkpoint: str | Path) -> pd.DataFrame:
 
 
 def shares(
-    checkpoint: str | Path, world_size: int | None, device: str, dtype: str, where: str = "local"
+    checkpoint: str | Path,
+    world_size: int | None,
+    device: str,
+    dtype: str,
+    where: str = "local",
+    experts: str | None = None,
 ) -> pd.DataFrame:
     """What each rank will read, one row per rank: its files, its experts, and the memory that they take beside what is free.
 
     Of ranks on a cluster (``where`` is "ray"), nothing is known before they start but their number: the memory that is free
     is NaN, and with ``world_size`` None the table is that of one rank.
     """
-    from moekit.handle import weights_dtype
+    from moekit.handle import experts_dtype, weights_dtype
 
-    plan = ckpt.survey(ckpt.find(checkpoint))
+    files = ckpt.find(checkpoint)
+    plan = ckpt.survey(files)
     if where == "ray":
         devices = [torch.device("cpu" if device == "cpu" else "cuda")] * (world_size or 1)
         free = [math.nan] * len(devices)
@@ -71,7 +96,7 @@ def shares(
         host = host_memory("MemAvailable") / len(devices)
         free = [gpu.free for gpu in gpus()] if devices[0].type == "cuda" else [host] * len(devices)
     world_size = len(devices)
-    width = weights_dtype(dtype, devices[0], plan).itemsize
+    kinds = weights_dtype(dtype, devices[0], plan), experts_dtype(experts, files, plan.config)
     rows = []
     for rank, place in enumerate(devices):
         held = owned(plan.config.experts, world_size, rank)
@@ -83,7 +108,8 @@ def shares(
                 "files": ", ".join(source.path.name for source in needed),
                 "experts a layer": f"{held.start} to {held.stop - 1}" if len(held) else "none",
                 "million parameters": round(plan.parameters(len(held)) / 1e6, 2),
-                "GiB": round(plan.parameters(len(held)) * width / GIB, 3),
+                "experts' type": name_of(kinds[1]) or str(kinds[0]).removeprefix("torch."),
+                "GiB": round(weight_bytes(plan.config, len(held), *kinds) / GIB, 3),
                 "GiB free": round(free[rank] / GIB, 1),
             }
         )
@@ -105,10 +131,16 @@ def model(model: Model) -> pd.DataFrame:
         "positions": c.max_positions,
         "rows of the embedding": c.vocab_rows,
         "million parameters": round(model.plan.parameters(c.experts) / 1e6, 2),
-        "ranks": f"{model.world_size} on {model.device}, {str(model.dtype).removeprefix('torch.')}",
+        "ranks": f"{model.world_size} on {model.device}, {dtypes(model)}",
         "seconds to load": round(model.load_seconds, 2),
     }
     return pd.DataFrame({"": facts})
+
+
+def dtypes(model: Model) -> str:
+    """The type of the weights, and of the experts' where it is another."""
+    kind = str(model.dtype).removeprefix("torch.")
+    return kind if model.experts is None else f"{kind}, experts in {model.experts}"
 
 
 def parts(model: Model) -> pd.DataFrame:
@@ -120,6 +152,7 @@ def parts(model: Model) -> pd.DataFrame:
             "device": part["device"],
             "files read": len(part["files"]),
             "experts a layer": len(part["experts"]),
+            "experts' type": model.experts or str(model.dtype).removeprefix("torch."),
             "million parameters": round(part["parameters"] / 1e6, 2),
             "MiB": round(part["bytes"] / 2**20, 1),
             "MiB of experts on the host": round(part["host_bytes"] / 2**20, 1),
@@ -189,6 +222,7 @@ def save(
         "load_seconds": model.load_seconds,
         "world_size": model.world_size,
         "dtype": str(model.dtype).removeprefix("torch."),
+        "experts": model.experts,
         "device": model.device,
         "versions": versions(),
         "parameters": parameters,

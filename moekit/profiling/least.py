@@ -39,6 +39,7 @@ class Pass:
         scored: whether the logits become log-probabilities of targets, and not next tokens.
         vocab: V.
         itemsize: bytes of a weight.
+        matrices: bytes of a number of the experts' matrices; one byte has a float32 scale for each row.
         received: [L, e] rows that the e experts held here get, by MoE layer.
         sent: [L] rows of this rank's tokens that other ranks' experts get.
         taken: [L] rows of other ranks' tokens that experts held here get.
@@ -57,6 +58,7 @@ class Pass:
     sent: np.ndarray
     taken: np.ndarray
     homeward: bool = False
+    matrices: int | None = None
 
 
 def least(config: ModelConfig, one: Pass) -> dict[tuple[int, str], Cost]:
@@ -70,6 +72,9 @@ def least(config: ModelConfig, one: Pass) -> dict[tuple[int, str], Cost]:
             n * INDEX + n * config.input_dim * s + project * s + stream, 2 * n * project
         )
     }
+    own = s if one.matrices is None else one.matrices
+    # A bias for each row of a matrix, and its scale.
+    row = s + (FLOAT if own == 1 else 0)
     pending = 0.0
     moe = 0
     for layer in range(config.layers):
@@ -90,8 +95,10 @@ def least(config: ModelConfig, one: Pass) -> dict[tuple[int, str], Cost]:
         found[layer, "gate"] = Cost(d * config.experts * s + stream + made, 2 * n * d * config.experts)
         found[layer, "plan"] = Cost(made + choices * INDEX + config.experts * INDEX)
         found[layer, "dispatch"] = Cost(moved)
-        found[layer, "experts up"] = Cost(read * (d * f + f) * s + rows * (d + f) * s, 2 * rows * d * f)
-        down = read * (d * f + d) * s + rows * (f + d) * s + one.homeward * one.sent[moe] * d * s
+        found[layer, "experts up"] = Cost(
+            read * (d * f * own + f * row) + rows * (d + f) * s, 2 * rows * d * f
+        )
+        down = read * (d * f * own + d * row) + rows * (f + d) * s + one.homeward * one.sent[moe] * d * s
         found[layer, "experts down"] = Cost(down, 2 * rows * d * f)
         found[layer, "combine"] = Cost(0.0 if one.homeward else moved)
         pending = choices * d * s

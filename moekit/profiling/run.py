@@ -218,6 +218,7 @@ def _pass(
         sent=sent,
         taken=taken,
         homeward=homeward,
+        matrices=None if model.experts is None else 1,
     )
 
 

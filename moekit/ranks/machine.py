@@ -1,11 +1,12 @@
 """How much memory this machine's host and GPUs have, and how much of it is free.
 
-GPUs are asked for through ``nvidia-smi``: asking CUDA itself would put a context of some half a GiB on every GPU for as
+GPUs are asked for through NVIDIA's management library, or its command ``nvidia-smi``: asking CUDA itself would put a context of some half a GiB on every GPU for as
 long as this process lives, and the memory belongs to the ranks.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import math
 import os
@@ -32,7 +33,7 @@ def host_memory(what: str) -> int:
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU in torch's order; ``free`` and ``total`` are bytes, NaN where ``nvidia-smi`` does not tell."""
+    """A GPU in torch's order; ``free`` and ``total`` are bytes, NaN where they cannot be asked."""
 
     name: str
     free: float
@@ -42,11 +43,29 @@ class Gpu:
 def gpus() -> list[Gpu]:
     """The GPUs that torch sees."""
     seen = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    memory = _memory() if seen else {}
+    memory = (_told_by_library() or _told_by_command()) if seen else {}
     return [Gpu(gpu.name, *memory.get(str(gpu.uuid), (math.nan, math.nan))) for gpu in seen]
 
 
-def _memory() -> dict[str, tuple[float, float]]:
+def _told_by_library() -> dict[str, tuple[float, float]]:
+    """As :func:`_told_by_command`, in milliseconds; nothing without the package nvidia-ml-py."""
+    try:
+        import pynvml
+    except ImportError:
+        return {}
+    found = {}
+    with contextlib.suppress(pynvml.NVMLError):
+        pynvml.nvmlInit()
+        for index in range(pynvml.nvmlDeviceGetCount()):
+            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+            memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+            uuid = pynvml.nvmlDeviceGetUUID(handle)
+            name = uuid if isinstance(uuid, str) else uuid.decode()
+            found[name.removeprefix("GPU-")] = float(memory.free), float(memory.total)
+    return found
+
+
+def _told_by_command() -> dict[str, tuple[float, float]]:
     """UUID (without its prefix) -> free and total bytes; what cannot be asked or read is left out."""
     command = ["nvidia-smi", QUERY, "--format=csv,noheader,nounits"]
     try:

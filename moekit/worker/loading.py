@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import Counter
 from pathlib import Path
@@ -26,23 +27,25 @@ def load(
     dtype: torch.dtype,
     backend: str,
     verify: bool = True,
+    kind: torch.dtype | None = None,
     residence: Residence | None = None,
 ) -> dict:
     """Read this rank's part of the checkpoint into ``rank.state["model"]``, and report the bytes during reading.
 
     Args:
+        kind: of the experts' matrices, int8 or float8_e4m3fn; None: ``dtype``.
         verify: whether to compare checksums and count non-finite values; each rank checks a share of the shared file.
         residence: how many experts are on the device, and which; None: all.
 
     Returns:
-        ``node``, the machine's name; ``files`` and ``experts`` (a range) that were read; ``filled``, the number of copied tensors by (layer, expert),
-        where None is the key of tensors outside the experts; ``nonfinite``, the non-finite values; ``parameters`` and
-        their ``bytes`` on the device and in ``host_bytes`` of the experts that are fetched; ``resident``, experts a
-        layer in slots, None for all; ``seconds``.
+        ``node``, the machine's name; ``files`` and ``experts`` (a range) that were read; ``filled``, the number of copied
+        tensors by (layer, expert), where None is the key of tensors outside the experts; ``nonfinite``, the non-finite
+        values; ``parameters`` and the ``bytes`` of all weights on the device, and in ``host_bytes`` of the experts that are
+        fetched; ``resident``, experts a layer in slots, None for all; ``seconds``.
     """
     start = time.perf_counter()
     held = owned(plan.config.experts, rank.world_size, rank.rank)
-    model = empty(rank, plan.config, dtype, backend, residence is not None)
+    model = empty(rank, plan.config, dtype, backend, kind, residence is not None)
     share = (rank.rank, rank.world_size)
     filled = checkpoint.fill(model, plan, held, rank.report, rank.cores, verify, share)
     for layer, slots in plan.slots.items():
@@ -56,6 +59,7 @@ def load(
         if model.slots is None
         else sum(stack.nbytes for layer in model.slots.layers for stack in layer.home.stacks().values())
     )
+    size = sum(tensor.nbytes for tensor in itertools.chain(parameters, model.buffers()))
     return {
         "rank": rank.rank,
         "node": rank.node,
@@ -66,9 +70,7 @@ def load(
         "filled": Counter(place.where for place, times in filled.items() for _ in range(times)),
         "nonfinite": filled.nonfinite,
         "parameters": sum(p.numel() for p in parameters),
-        "bytes": sum(p.nbytes for p in parameters)
-        - homes
-        + (0 if model.slots is None else model.slots.nbytes),
+        "bytes": size - homes + (0 if model.slots is None else model.slots.nbytes),
         "host_bytes": homes,
         "resident": None if residence is None else residence.count,
         "seconds": time.perf_counter() - start,
@@ -76,18 +78,25 @@ def load(
 
 
 def empty(
-    rank: Rank, config: ModelConfig, dtype: torch.dtype, backend: str, at_home: bool = False
+    rank: Rank,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    backend: str,
+    kind: torch.dtype | None = None,
+    at_home: bool = False,
 ) -> Transformer:
     """This rank's part of a model on its device, with weights that are not set yet; a collective.
 
     Args:
+        kind: of the experts' matrices; None: ``dtype``.
         at_home: the experts' weights are in host memory, for :mod:`moekit.nn.resident`.
     """
     held = owned(config.experts, rank.world_size, rank.rank)
     dispatch = _dispatch(rank, config, dtype, backend, at_home)
     # The first tensor without memory imports a part of torch, and an interrupt must not break this import.
     with hold_interrupts():
-        return transformer.empty(config, rank.device, dtype, len(held), dispatch, at_home).use(backend)
+        model = transformer.empty(config, rank.device, dtype, len(held), dispatch, kind, at_home)
+        return model.use(backend)
 
 
 def _dispatch(

@@ -19,7 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moekit.nn.kernels import peers
+from moekit.nn.kernels import one_byte, peers
+from moekit.nn.kernels.one_byte import Layer, numbers, scaled
+from moekit.nn.kernels.overlap import overlapped, start, wait
 from moekit.nn.kernels.peers import Mailbox
 from moekit.nn.kernels.tiles import tiles
 
@@ -38,10 +40,11 @@ class Blocks:
     inner: int
     warps: int
     stages: int
+    swapped: bool = False
 
-    def shared(self) -> int:
-        """The most bytes of shared memory that a program takes, with two bytes per number."""
-        return self.stages * (self.rows + self.columns) * self.inner * 2
+    def shared(self, itemsize: int = 2) -> int:
+        """The most bytes of shared memory that a program takes, with ``itemsize`` bytes per weight."""
+        return self.stages * (2 * self.rows + itemsize * self.columns) * self.inner
 
 
 @dataclass(frozen=True)
@@ -61,28 +64,53 @@ class Cut:
 # takes the time, so tiles are small and many loads are under way. With many rows, multiplying takes the time, so tiles
 # are as large as the registers allow.
 ANY = float("inf")
+# For GPUs with less shared memory than Hopper has.
+FEW_ROWS, MANY_ROWS = Blocks(16, 128, 64, 4, 3), Blocks(64, 64, 64, 4, 3)
+# The first one that fits is taken.
 CUTS = (
     Cut(16, ANY, Blocks(16, 32, 128, 4, 4), Blocks(16, 16, 256, 2, 4)),
     Cut(ANY, 8, Blocks(16, 128, 128, 4, 3), Blocks(16, 128, 128, 4, 3)),
     Cut(ANY, 16, Blocks(32, 128, 128, 8, 3), Blocks(32, 128, 128, 8, 3)),
+    Cut(ANY, 16, FEW_ROWS, FEW_ROWS),
     Cut(ANY, 128, Blocks(64, 128, 64, 4, 3), Blocks(64, 128, 64, 4, 3)),
     Cut(ANY, ANY, Blocks(128, 128, 64, 8, 3), Blocks(128, 256, 64, 8, 4)),
+    Cut(ANY, ANY, Blocks(64, 128, 64, 4, 3), Blocks(64, 128, 64, 4, 3)),
+    Cut(ANY, ANY, MANY_ROWS, MANY_ROWS),
+)
+# Weights of one byte are half as many bytes under way, and they are converted between memory and multiplication.
+ONE_BYTE_CUTS = (
+    Cut(ANY, 4, Blocks(16, 64, 128, 4, 3), Blocks(16, 64, 256, 4, 3)),
+    Cut(ANY, 8, Blocks(16, 128, 128, 4, 3), Blocks(16, 64, 256, 4, 3)),
+    Cut(ANY, 8, FEW_ROWS, FEW_ROWS),
+    Cut(ANY, 64, Blocks(32, 128, 128, 4, 3), Blocks(32, 128, 128, 4, 3)),
+    Cut(ANY, ANY, Blocks(128, 128, 64, 8, 3), Blocks(128, 128, 64, 4, 4)),
+    Cut(ANY, ANY, MANY_ROWS, MANY_ROWS),
 )
 # float32 takes twice the memory, and it is only used for checks.
 PLAIN = Cut(ANY, ANY, Blocks(32, 64, 32, 4, 2), Blocks(32, 64, 32, 4, 2))
 
 
-def cut_for(choices: int, experts: int, dtype: torch.dtype, shared: float = ANY) -> Cut:
+def cut_for(choices: int, experts: int, dtype: torch.dtype, shared: float = ANY, itemsize: int = 2) -> Cut:
     """The blocks for ``choices`` choices of ``experts`` experts, from numbers that the host knows.
 
     ``shared`` is the shared memory of a multiprocessor in bytes. GPUs with less of it than Hopper take smaller tiles.
+    ``itemsize`` is that of the weights; ``dtype`` is that of the rows.
     """
     if dtype == torch.float32:
         return PLAIN
-    fitting = [cut for cut in CUTS if max(cut.up.shared(), cut.down.shared()) <= shared]
-    return next(
-        (cut for cut in fitting if choices <= cut.choices and choices <= cut.mean * experts), fitting[-1]
-    )
+    cuts = fitting(itemsize, shared)
+    return next(cut for cut in cuts if choices <= cut.choices and choices <= cut.mean * experts)
+
+
+def fitting(itemsize: int, shared: float) -> list[Cut]:
+    """The cuts for weights of ``itemsize`` bytes that a GPU with ``shared`` bytes of shared memory may take."""
+    found = []
+    for cut in ONE_BYTE_CUTS if itemsize == 1 else CUTS:
+        if max(cut.up.shared(itemsize), cut.down.shared(itemsize)) <= shared:
+            found.append(cut)
+            if cut.choices == cut.mean == ANY:
+                break
+    return found
 
 
 @functools.lru_cache
@@ -102,14 +130,15 @@ def grouped_ffn(experts: Experts, x: Tensor, assignment: Assignment, cut: Cut | 
     made = len(order)
     if made == 0 or experts.held == 0:
         return out
-    w1, b1, w2, b2 = experts.tensors.values()
-    cut = cut or cut_for(*(assignment.whole or (made, experts.held)), x.dtype, shared_memory(x.device))
+    size = assignment.whole or (made, experts.held)
+    cut = cut or cut_for(*size, x.dtype, shared_memory(x.device), experts.w1.itemsize)
     weights = None if weights is None else weights.contiguous()
     plan = order, tiles(assignment.counts, made, cut.up.rows)
     hidden = x.new_empty(made, experts.width)
+    up, down = one_byte.layers(experts)
     act = ACTIVATIONS[experts.activation]
-    _linear(x.contiguous(), w1, b1, hidden, plan, None, choices, cut.up, first=True, act=act)
-    _linear(hidden, w2, b2, out, plan, weights, choices, cut.down, first=False, act=0)
+    _linear(x.contiguous(), up, hidden, plan, None, choices, cut.up, first=True, act=act)
+    _linear(hidden, down, out, plan, weights, choices, cut.down, first=False, act=0)
     return out
 
 
@@ -124,22 +153,20 @@ def gathered_ffn(
         return
     rows, weights, order, counts = peers.gather(box, first, experts.held, rows_expected)
     made = len(order)
-    w1, b1, w2, b2 = experts.tensors.values()
     # About as many choices arrive here as one rank makes.
-    cut = cut or cut_for(made // box.world_size, experts.held, rows.dtype, shared_memory(rows.device))
+    shared = shared_memory(rows.device)
+    cut = cut or cut_for(made // box.world_size, experts.held, rows.dtype, shared, experts.w1.itemsize)
     plan = order, tiles(counts, made, cut.up.rows)
     hidden = rows.new_empty(made, experts.width)
+    up, down = one_byte.layers(experts)
     act = ACTIVATIONS[experts.activation]
-    _linear(rows, w1, b1, hidden, plan, None, 1, cut.up, first=True, act=act, sorted_rows=True)
-    _linear(
-        hidden, w2, b2, box.home, plan, weights, 1, cut.down, first=False, act=0, sorted_rows=True, box=box
-    )
+    _linear(rows, up, hidden, plan, None, 1, cut.up, first=True, act=act, sorted_rows=True)
+    _linear(hidden, down, box.home, plan, weights, 1, cut.down, first=False, act=0, sorted_rows=True, box=box)
 
 
 def _linear(
     x: Tensor,
-    w: Tensor,
-    b: Tensor,
+    layer: Layer,
     out: Tensor,
     plan: tuple[Tensor, Tensor],
     weights: Tensor | None,
@@ -151,6 +178,7 @@ def _linear(
     sorted_rows: bool = False,
     box: Mailbox | None = None,
 ) -> None:
+    w, b, scale, options = layer
     held, n, k = w.shape
     order, table = plan
     assert w.is_contiguous() and b.is_contiguous() and out.is_contiguous()
@@ -158,6 +186,7 @@ def _linear(
         x,
         w,
         b,
+        scale,
         out,
         order,
         table,
@@ -174,12 +203,15 @@ def _linear(
         FIRST=first,
         WEIGHTED=weights is not None,
         ACTIVATION=act,
-        EXACT=w.dtype == torch.float32,
+        EXACT=x.dtype == torch.float32,
         ROWS=blocks.rows,
         COLUMNS=blocks.columns,
         INNER=blocks.inner,
+        SWAPPED=blocks.swapped,
+        **options,
         num_warps=blocks.warps,
         num_stages=blocks.stages,
+        **overlapped(x.device),
     )
 
 
@@ -188,6 +220,7 @@ def _grouped_linear(
     x,  # [N rows, K] if FIRST, else [P, K] in the order of ``order``
     w,  # [E, N, K]
     b,  # [E, N]
+    scale,  # [E, N] if ONE_BYTE, else None
     out,  # [P, N] in the order of ``order`` if FIRST, else [N K, N] by choice
     order,  # [P]
     table,  # [3, T]: each tile's expert, first index into ``order``, and end
@@ -208,11 +241,17 @@ def _grouped_linear(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
+    SWAPPED: tl.constexpr,  # the weights are the left operand of the product, which may be in registers
+    ONE_BYTE: tl.constexpr,
+    PTX: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    start(OVERLAP)
     # Neighbouring programs read the same rows of a tile; programs of the next tile read the same matrix of an expert.
     across: tl.constexpr = (N + COLUMNS - 1) // COLUMNS
     tile = tl.program_id(0) // across
     column = (tl.program_id(0) % across) * COLUMNS + tl.arange(0, COLUMNS)
+    wait(OVERLAP)
     expert = tl.load(table + tile)
     if expert < experts:
         row = tl.load(table + tiles + tile) + tl.arange(0, ROWS)
@@ -222,19 +261,35 @@ def _grouped_linear(
 
         inner = tl.arange(0, INNER)
         a_at = x + source[:, None] * K + inner[None, :]
-        w_at = w + expert.to(tl.int64) * (N * K) + column[None, :] * K + inner[:, None]
         fits = column < N
-        total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+        matrix = w + expert.to(tl.int64) * (N * K)
+        if SWAPPED:
+            w_at = matrix + column[:, None] * K + inner[None, :]
+            there = fits[:, None]
+            total = tl.zeros((COLUMNS, ROWS), dtype=tl.float32)
+        else:
+            w_at = matrix + column[None, :] * K + inner[:, None]
+            there = fits[None, :]
+            total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
         for done in range(0, K, INNER):
             if K % INNER == 0:
                 a = tl.load(a_at + done, mask=live[:, None], other=0.0)
-                m = tl.load(w_at + done, mask=fits[None, :], other=0.0)
+                m = tl.load(w_at + done, mask=there, other=0)
             else:
                 rest = inner < K - done
                 a = tl.load(a_at + done, mask=live[:, None] & rest[None, :], other=0.0)
-                m = tl.load(w_at + done, mask=fits[None, :] & rest[:, None], other=0.0)
-            total = tl.dot(a, m, total, input_precision="ieee" if EXACT else "tf32")
-
+                m = tl.load(w_at + done, mask=there & (rest[None, :] if SWAPPED else rest[:, None]), other=0)
+            m = numbers(m, ONE_BYTE, PTX).to(a.dtype)
+            if SWAPPED:
+                total = tl.dot(m, tl.trans(a), total, input_precision="ieee" if EXACT else "tf32")
+            else:
+                total = tl.dot(a, m, total, input_precision="ieee" if EXACT else "tf32")
+        if SWAPPED:
+            total = tl.trans(total)
+        if ONE_BYTE:
+            total = scaled(
+                total, tl.load(scale + expert * N + column, mask=fits, other=0.0)[None, :], ONE_BYTE
+            )
         total += tl.load(b + expert * N + column, mask=fits, other=0.0).to(tl.float32)[None, :]
         total = activate(total, ACTIVATION, EXACT)
         if WEIGHTED:

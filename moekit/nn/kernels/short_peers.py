@@ -17,8 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from moekit.nn.experts import Experts
+from moekit.nn.kernels import one_byte
 from moekit.nn.kernels.gate import top
 from moekit.nn.kernels.grouped import ACTIVATIONS, activate
+from moekit.nn.kernels.one_byte import numbers, scaled
 from moekit.nn.kernels.overlap import overlapped, start, wait
 from moekit.nn.kernels.peers import Mailbox, wait_for_peers
 from moekit.nn.kernels.vectors import LONGEST, WARPS, columns_of
@@ -44,7 +46,7 @@ def experts_linear(
     """
     rows, dim = x.shape
     held, width = experts.held, experts.width
-    w1, b1, w2, b2 = experts.tensors.values()
+    up, down = one_byte.layers(experts)
     choices, device, exact = box.choices, x.device, x.dtype == torch.float32
     places = box.world_size * most * choices
     hidden = torch.empty(places, width, dtype=x.dtype, device=device)
@@ -62,15 +64,16 @@ def experts_linear(
         inner = min(triton.next_power_of_2(dim), LONGEST)
         columns = columns_of(width, inner, device, most * choices)
         _up[(triton.cdiv(width, columns), places)](
-            box.all_x, w1, b1, box.all_chosen, hidden, first, held,
+            box.all_x, up.weights, up.bias, up.scale, box.all_chosen, hidden, first, held,
             K=choices, N=width, D=dim, ACTIVATION=ACTIVATIONS[experts.activation], EXACT=exact,
-            COLUMNS=columns, INNER=inner, num_warps=WARPS, **overlapped(device),
+            COLUMNS=columns, INNER=inner, num_warps=WARPS, **up.options, **overlapped(device),
         )  # fmt: skip
         inner = min(triton.next_power_of_2(width), LONGEST)
         columns = columns_of(dim, inner, device, most * choices)
         _down[(triton.cdiv(dim, columns), places)](
-            hidden, w2, b2, box.all_chosen, box.all_weights, box.reach, box.home, first, held,
-            SLOTS=most * choices, N=dim, D=width, COLUMNS=columns, INNER=inner, num_warps=WARPS, **overlapped(device),
+            hidden, down.weights, down.bias, down.scale, box.all_chosen, box.all_weights, box.reach, box.home, first, held,
+            SLOTS=most * choices, N=dim, D=width, COLUMNS=columns, INNER=inner, num_warps=WARPS,
+            **down.options, **overlapped(device),
         )  # fmt: skip
     _collect[(1,)](
         box.home, onto, out, box.flags, box.reach, box.times, box.gave_up, rows, box.rank, box.limit,
@@ -119,9 +122,10 @@ def _hand_out(
 
 @triton.jit(do_not_specialize=["first", "held"])
 def _up(
-    x, w, b, chosen, out, first, held,
+    x, w, b, scale, chosen, out, first, held,
     K: tl.constexpr, N: tl.constexpr, D: tl.constexpr, ACTIVATION: tl.constexpr,
-    EXACT: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, OVERLAP: tl.constexpr,
+    EXACT: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, ONE_BYTE: tl.constexpr, PTX: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     start(OVERLAP)
     place = tl.program_id(1)
@@ -137,10 +141,13 @@ def _up(
         products = tl.zeros((COLUMNS, INNER), dtype=tl.float32)
         for done in tl.static_range(0, D, INNER):
             rest = inner < D - done
-            m = tl.load(w_at + done, mask=fits[:, None] & rest[None, :], other=0.0).to(tl.float32)
+            m = tl.load(w_at + done, mask=fits[:, None] & rest[None, :], other=0)
+            m = numbers(m, ONE_BYTE, PTX).to(tl.float32)
             a = tl.load(a_at + done, mask=rest, other=0.0, volatile=True).to(tl.float32)
             products += m * a[None, :]
         total = tl.sum(products, axis=1)
+        if ONE_BYTE:
+            total = scaled(total, tl.load(scale + expert * N + column, mask=fits, other=0.0), ONE_BYTE)
         total += tl.load(b + expert * N + column, mask=fits, other=0.0).to(tl.float32)
         total = activate(total, ACTIVATION, EXACT)
         tl.store(out + place * N + column, total.to(out.dtype.element_ty), mask=fits)
@@ -148,9 +155,9 @@ def _up(
 
 @triton.jit(do_not_specialize=["first", "held"])
 def _down(
-    x, w, b, chosen, weights, reach, home, first, held,
+    x, w, b, scale, chosen, weights, reach, home, first, held,
     SLOTS: tl.constexpr, N: tl.constexpr, D: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    ONE_BYTE: tl.constexpr, PTX: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     start(OVERLAP)
     kind: tl.constexpr = home.dtype.element_ty
@@ -167,10 +174,13 @@ def _down(
         products = tl.zeros((COLUMNS, INNER), dtype=tl.float32)
         for done in tl.static_range(0, D, INNER):
             rest = inner < D - done
-            m = tl.load(w_at + done, mask=fits[:, None] & rest[None, :], other=0.0).to(tl.float32)
+            m = tl.load(w_at + done, mask=fits[:, None] & rest[None, :], other=0)
+            m = numbers(m, ONE_BYTE, PTX).to(tl.float32)
             a = tl.load(x + place * D + inner + done, mask=rest, other=0.0).to(tl.float32)
             products += m * a[None, :]
         total = tl.sum(products, axis=1)
+        if ONE_BYTE:
+            total = scaled(total, tl.load(scale + expert * N + column, mask=fits, other=0.0), ONE_BYTE)
         total += tl.load(b + expert * N + column, mask=fits, other=0.0).to(tl.float32)
         total *= tl.load(weights + place, volatile=True).to(kind).to(tl.float32)
         at = far // (kind.primitive_bitwidth // 8) + own * N + column

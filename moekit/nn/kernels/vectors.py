@@ -17,7 +17,9 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from moekit.nn.experts import Experts
+from moekit.nn.kernels import one_byte
 from moekit.nn.kernels.grouped import ACTIVATIONS, activate
+from moekit.nn.kernels.one_byte import numbers, scaled
 from moekit.nn.kernels.overlap import overlapped, start, wait
 
 WARPS = 4
@@ -94,7 +96,7 @@ def experts_linear(experts: Experts, x: Tensor, chosen: Tensor, weights: Tensor,
     """
     rows, dim = x.shape
     choices = chosen.shape[1]
-    w1, b1, w2, b2 = experts.tensors.values()
+    up, down = one_byte.layers(experts)
     width = experts.width
     assert x.is_contiguous() and chosen.is_contiguous() and weights.is_contiguous() and onto.is_contiguous()
     hidden = torch.empty(rows * choices, width, dtype=x.dtype, device=x.device)
@@ -104,8 +106,9 @@ def experts_linear(experts: Experts, x: Tensor, chosen: Tensor, weights: Tensor,
     columns = columns_of(width, inner, x.device, rows * choices)
     _experts_up[(triton.cdiv(width, columns), rows * choices)](
         x,
-        w1,
-        b1,
+        up.weights,
+        up.bias,
+        up.scale,
         chosen,
         hidden,
         CHOICES=choices,
@@ -115,6 +118,7 @@ def experts_linear(experts: Experts, x: Tensor, chosen: Tensor, weights: Tensor,
         EXACT=exact,
         COLUMNS=columns,
         INNER=inner,
+        **up.options,
         num_warps=WARPS,
         **overlapped(x.device),
     )
@@ -122,8 +126,9 @@ def experts_linear(experts: Experts, x: Tensor, chosen: Tensor, weights: Tensor,
     columns = columns_of(dim, choices * inner, x.device, rows)
     _experts_down[(triton.cdiv(dim, columns), rows)](
         hidden,
-        w2,
-        b2,
+        down.weights,
+        down.bias,
+        down.scale,
         chosen,
         weights,
         onto,
@@ -133,6 +138,7 @@ def experts_linear(experts: Experts, x: Tensor, chosen: Tensor, weights: Tensor,
         K=width,
         COLUMNS=columns,
         INNER=inner,
+        **down.options,
         num_warps=WARPS,
         **overlapped(x.device),
     )
@@ -220,6 +226,7 @@ def _experts_up(
     x,  # [B, K]
     w,  # [E, N, K]
     b,  # [E, N]
+    scale,  # [E, N] if ONE_BYTE, else None
     chosen,  # [P]
     out,  # [P, N]
     CHOICES: tl.constexpr,
@@ -229,6 +236,8 @@ def _experts_up(
     EXACT: tl.constexpr,
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
+    ONE_BYTE: tl.constexpr,
+    PTX: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     start(OVERLAP)
@@ -243,10 +252,15 @@ def _experts_up(
     products = tl.zeros((COLUMNS, INNER), dtype=tl.float32)
     for done in tl.static_range(0, K, INNER):
         rest = inner < K - done
-        m = tl.load(w_at + done, mask=fits[:, None] & rest[None, :], other=0.0).to(tl.float32)
+        m = tl.load(w_at + done, mask=fits[:, None] & rest[None, :], other=0)
+        m = numbers(m, ONE_BYTE, PTX).to(tl.float32)
         a = tl.load(a_at + done, mask=rest, other=0.0).to(tl.float32)
         products += m * a[None, :]
-    total = tl.sum(products, axis=1) + tl.load(b + expert * N + column, mask=fits, other=0.0).to(tl.float32)
+    total = tl.sum(products, axis=1)
+    at = expert * N + column
+    if ONE_BYTE:
+        total = scaled(total, tl.load(scale + at, mask=fits, other=0.0), ONE_BYTE)
+    total += tl.load(b + at, mask=fits, other=0.0).to(tl.float32)
     total = activate(total, ACTIVATION, EXACT)
     tl.store(out + choice * N + column, total.to(out.dtype.element_ty), mask=fits)
 
@@ -256,6 +270,7 @@ def _experts_down(
     x,  # [P, K]
     w,  # [E, N, K]
     b,  # [E, N]
+    scale,  # [E, N] if ONE_BYTE, else None
     chosen,  # [P]
     weights,  # [P]
     onto,  # [B, N]
@@ -265,6 +280,8 @@ def _experts_down(
     K: tl.constexpr,
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
+    ONE_BYTE: tl.constexpr,
+    PTX: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     start(OVERLAP)
@@ -283,11 +300,14 @@ def _experts_down(
     for done in tl.static_range(0, K, INNER):
         rest = inner < K - done
         here = tl.expand_dims(fits, [0, 2]) & tl.expand_dims(rest, [0, 1])
-        m = tl.load(w_at + done, mask=here, other=0.0).to(tl.float32)
+        m = numbers(tl.load(w_at + done, mask=here, other=0), ONE_BYTE, PTX).to(tl.float32)
         a = tl.load(a_at + done, mask=rest[None, :], other=0.0).to(tl.float32)
         products += m * tl.expand_dims(a, 1)
     at = expert[:, None] * N + column[None, :]
-    total = tl.sum(products, axis=2) + tl.load(b + at, mask=fits[None, :], other=0.0).to(tl.float32)
+    total = tl.sum(products, axis=2)
+    if ONE_BYTE:
+        total = scaled(total, tl.load(scale + at, mask=fits[None, :], other=0.0), ONE_BYTE)
+    total += tl.load(b + at, mask=fits[None, :], other=0.0).to(tl.float32)
     total *= tl.load(weights + choice).to(kind).to(tl.float32)[:, None]
     total = tl.sum(total.to(kind).to(tl.float32), axis=0).to(kind).to(tl.float32)
     target = row * N + column

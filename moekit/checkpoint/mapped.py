@@ -1,0 +1,45 @@
+"""The experts' tensors where they lie: in the mapped files, for those who read one now and then."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from moekit.checkpoint.keys import places
+from moekit.checkpoint.placement import slotted
+from moekit.checkpoint.plan import Plan
+from moekit.nn.experts import Expert
+
+
+@dataclass
+class Mapped:
+    """A tensor in mapped files; a training with ``--use-sharded-state`` has cut it into parts."""
+
+    # The index of each part's first number, and the part.
+    parts: list[tuple[int, Tensor]] = field(default_factory=list)
+
+    def read(self, shape: torch.Size) -> Tensor:
+        """The tensor, on the CPU, in the type of the files; a copy only if it is cut."""
+        if len(self.parts) == 1:
+            return self.parts[0][1].reshape(-1)[: shape.numel()].view(shape)
+        parts = sorted(self.parts, key=lambda part: part[0])
+        return torch.cat([part for _, part in parts])[: shape.numel()].view(shape)
+
+
+def mapped(plan: Plan, held: range) -> dict[int, list[dict[str, Mapped]]]:
+    """By layer, for the expert in each of the slots ``held`` its tensors by the names of :class:`moekit.nn.experts.Expert`."""
+    found = {
+        layer: [{name: Mapped() for name in Expert._fields} for _ in held] for layer in plan.config.moe_layers
+    }
+    for source in plan.needed(held):
+        weights = plan.open(source)
+        for key, tensor, target in places(source, weights, plan.config):
+            slot = slotted(target, plan.slots)
+            if slot.where is not None and slot.expert in held:
+                layer, expert = slot.where
+                begin = weights.cut.get(key, (0,))[0]
+                name = target.name.rpartition(".")[-1]
+                found[layer][expert - held.start][name].parts.append((begin, tensor))
+    return found
