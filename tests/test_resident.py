@@ -387,6 +387,9 @@ def test_the_smallest_change():
     run = run_of(devices=(cuda,))
     need = sum(run.parts(0).values())
     assert advice(run, Room((need - 1e5, 1e12), 1e12)).endswith(": resident=15 would fit")
+    assert advice(run, Room((need - 1e5, need), 1e5)).endswith(': experts="int8" would fit')
+    run = replace(run, one_byte=True)
+    need = sum(run.parts(0).values())
     short = advice(run, Room((need - 1e5, need), 1e5))
     assert f"rank 0 needs {need / GIB:.3g} GiB on cuda:0" in short and short.endswith(
         ": world_size=2 would fit"
@@ -400,7 +403,7 @@ def test_a_model_that_does_not_fit_is_refused(monkeypatch):
         moekit.load("demo", 1, "cpu", gpu_memory="8MiB", progress=False)
     monkeypatch.setattr("moekit.planning.runs.host_memory", lambda what: 4.2e7)
     with pytest.raises(
-        ValueError, match=r'GiB of host memory, and 0.0391 GiB are free: dtype="bfloat16" would fit'
+        ValueError, match=r'GiB of host memory, and 0.0391 GiB are free: experts="int8" would fit'
     ):
         moekit.load("demo", 1, "cpu", progress=False)
     plan = moekit.plan("demo", 1, "cpu")
@@ -468,3 +471,33 @@ def test_the_hottest_of_experts_with_other_numbers():
     # Numbers 0 to 3 are the experts 1, 3, 0, 2: the hottest are expert 1 on the first rank, and 0 on the second.
     assert residence.of_layer(0, range(2), numbers).kept == {0}
     assert residence.of_layer(0, range(2, 4), numbers).kept == {0}
+
+
+# ------------------------------------------------------------------------------------------- one byte a weight
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_experts_of_one_byte_are_fetched_with_their_scales(kind):
+    with moekit.load("demo", 1, "cpu", experts=kind, **QUIET) as model:
+        wanted = outputs(model)
+        told = moekit.plan("demo", 1, "cpu", experts=kind).table.loc[0, "weights"] * GIB
+        assert told == pytest.approx(model.parts[0]["bytes"], abs=0.001 * GIB)
+    with moekit.load("demo", 1, "cpu", experts=kind, resident=2, policy="lfu", **QUIET) as model:
+        same(outputs(model), wanted)
+        sizes = Sizes(model.config, torch.float32, one_byte=True)
+        table = model.residency()
+        assert table["GiB"].tolist() == pytest.approx((table["copied"] * sizes.expert / GIB).tolist())
+        assert model.parts[0]["host_bytes"] == 3 * 16 * sizes.expert
+
+
+def test_what_one_byte_costs_where_experts_are_fetched():
+    with moekit.load("demo", 1, "cpu", experts="int8", **QUIET) as model:
+        wanted = quantisation_of(model)
+    with moekit.load("demo", 1, "cpu", experts="int8", resident=3, **QUIET) as model:
+        assert quantisation_of(model) == wanted
+
+
+def quantisation_of(model) -> str:
+    from moekit.notebook import report
+
+    return str(report.quantisation(model, texts(count=2)))

@@ -78,6 +78,8 @@ def changes(run: Run, free: Room) -> Iterator[tuple[str, Run]]:
     best = most_resident(run, free)
     if best is not None and best.resident is not None:
         yield f"resident={best.resident}", best
+    if not run.one_byte and run.config.moe_layers:
+        yield 'experts="int8"', replace(run, one_byte=True)
     if run.devices[0].type == "cuda":
         for ranks in range(len(run.devices) + 1, len(free.devices) + 1):
             yield (

@@ -12,6 +12,7 @@ from moekit.checkpoint.mapped import Mapped, mapped
 from moekit.nn.dispatch import owned
 from moekit.nn.experts import Assignment, Expert, Experts, QuantisedExperts
 from moekit.nn.ffn import loop
+from moekit.nn.resident import Resident
 from moekit.ranks import Rank
 
 # Key of the rank's state for the quantised experts and the dispatch of each layer, while others are in their place.
@@ -27,14 +28,16 @@ class Originals(Experts):
         difference, size: sums of squares of (quantised - original) and of original, [1] float64.
     """
 
-    def __init__(self, quantised: QuantisedExperts, weights: list[dict[str, Mapped]]):
+    def __init__(self, quantised: QuantisedExperts | Resident, weights: list[dict[str, Mapped]]):
         nn.Module.__init__(self)
         self.held, self.width, self.activation = quantised.held, quantised.width, quantised.activation
         self.quantised, self.weights = quantised, weights
-        self.difference, self.size = quantised.b1.new_zeros((2, 1), dtype=torch.float64)
+        # Of these, only shapes, type and device count here.
+        self.like = quantised.slots.experts if isinstance(quantised, Resident) else quantised
+        self.difference, self.size = self.like.b1.new_zeros((2, 1), dtype=torch.float64)
 
     def expert(self, number: int) -> Expert:
-        like, own = self.quantised.b1, self.quantised.tensors
+        like, own = self.like.b1, self.like.tensors
         weights = self.weights[number].items()
         return Expert(**{name: tensor.read(own[name].shape[1:]).to(like) for name, tensor in weights})
 
