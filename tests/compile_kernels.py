@@ -75,7 +75,7 @@ class Target:
                 "HOME": over_peers and not first,
                 "SWAPPED": blocks.swapped,
             }
-            constants |= {"ACTIVATION": 2 if first else 0} | weights_of(one_byte) | self.overlap
+            constants |= {"ACTIVATION": 2 if first else 0} | weights_of(one_byte)
             constants |= {"ROWS": blocks.rows, "COLUMNS": blocks.columns, "INNER": blocks.inner}
             constants |= {"weights": None} if first else {}
             constants |= {} if constants["HOME"] else {"reach": None}
@@ -95,12 +95,12 @@ class Target:
 
     def few_rows_over_peers(self, one_byte: int = 0) -> None:
         w = "*i8" if one_byte else "*fp16"
-        types = {"x": "*fp16", "w": w, "b": "*fp16", "scale": "*fp32", "chosen": "*i32"}
+        types = {"x": "*fp16", "w": w, "b": "*fp16", "scale": "*fp32", "chosen": "*i32", "reach": "*i64"}
         own = {"out": "*fp16", "first": "i32", "held": "i32"}
-        constants = {"K": 2, "N": 3072, "D": 768, "ACTIVATION": 2, "EXACT": False, "COLUMNS": 4}
+        constants = {"K": 2, "SLOTS": 2, "N": 3072, "D": 768, "ACTIVATION": 2, "EXACT": False, "COLUMNS": 4}
         constants |= {"INNER": 1024} | weights_of(one_byte) | self.overlap
         self.compile(short_peers._up, types | own, constants, vectors.WARPS)
-        own = {"weights": "*fp32", "reach": "*i64", "home": "*fp16", "first": "i32", "held": "i32"}
+        own = {"weights": "*fp32", "home": "*fp16", "first": "i32", "held": "i32"}
         constants = {"SLOTS": 2, "N": 768, "D": 3072, "COLUMNS": 4, "INNER": 1024}
         constants |= weights_of(one_byte) | self.overlap
         self.compile(short_peers._down, types | own, constants, vectors.WARPS)
@@ -144,9 +144,9 @@ def compile_all(target: Target) -> None:
         "choices": "i32",
         "experts": "i32",
     }
-    target.compile(tiles._by_expert, types, {"CHOICES": 128} | target.overlap, 1)
+    target.compile(tiles._by_expert, types, {"CHOICES": 128}, 1)
     types = {"counts": "*i64", "table": "*i32", "experts": "i32", "width": "i32"}
-    target.compile(tiles._tiles, types, {"ROWS": 16, "EXPERTS": 512} | target.overlap)
+    target.compile(tiles._tiles, types, {"ROWS": 16, "EXPERTS": 512})
     types = dict.fromkeys(("qkv", "kv", "out"), "*fp16") | {
         "lengths": "*i64",
         "slots": "i32",
@@ -157,8 +157,7 @@ def compile_all(target: Target) -> None:
         target.compile(attention._attend_one, types, constants, warps)
     types = dict.fromkeys(("x", "pending", "weight", "bias", "total", "normed"), "*fp16")
     types |= {"rows": "i32", "eps": "fp32"}
-    constants = {"PARTS": 2, "D": 768, "ROWS": norm.ROWS, "BLOCK": 1024} | target.overlap
-    target.compile(norm._add_norm, types, constants)
+    target.compile(norm._add_norm, types, {"PARTS": 2, "D": 768, "ROWS": norm.ROWS, "BLOCK": 1024})
     types = {"logits": "*fp16", "parts": "*fp32", "rows": "i32"}
     constants = {"VOCAB": 50_264, "STRIDE": 50_264, "PAD": 1, "PART": 1571, "BLOCK": 2048, "PARTS": 32}
     target.compile(logprobs._best_of_part, types, constants)

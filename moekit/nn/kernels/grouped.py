@@ -21,7 +21,6 @@ from torch import Tensor
 
 from moekit.nn.kernels import one_byte, peers
 from moekit.nn.kernels.one_byte import Layer, numbers, scaled
-from moekit.nn.kernels.overlap import overlapped, start, wait
 from moekit.nn.kernels.peers import Mailbox
 from moekit.nn.kernels.tiles import tiles
 
@@ -211,7 +210,6 @@ def _linear(
         **options,
         num_warps=blocks.warps,
         num_stages=blocks.stages,
-        **overlapped(x.device),
     )
 
 
@@ -244,14 +242,11 @@ def _grouped_linear(
     SWAPPED: tl.constexpr,  # the weights are the left operand of the product, which may be in registers
     ONE_BYTE: tl.constexpr,
     PTX: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
-    start(OVERLAP)
     # Neighbouring programs read the same rows of a tile; programs of the next tile read the same matrix of an expert.
     across: tl.constexpr = (N + COLUMNS - 1) // COLUMNS
     tile = tl.program_id(0) // across
     column = (tl.program_id(0) % across) * COLUMNS + tl.arange(0, COLUMNS)
-    wait(OVERLAP)
     expert = tl.load(table + tile)
     if expert < experts:
         row = tl.load(table + tiles + tile) + tl.arange(0, ROWS)

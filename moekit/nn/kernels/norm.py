@@ -10,8 +10,6 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from moekit.nn.kernels.overlap import overlapped, start, wait
-
 # Tokens per program.
 ROWS = 4
 
@@ -37,7 +35,6 @@ def add_norm(x: Tensor, pending: Tensor | None, norm: nn.LayerNorm) -> tuple[Ten
             ROWS=ROWS,
             BLOCK=triton.next_power_of_2(dim),
             num_warps=4,
-            **overlapped(x.device),
         )
     return total, normed
 
@@ -56,19 +53,13 @@ def _add_norm(
     D: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
-    start(OVERLAP)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     real = column < D
     here = (row < rows)[:, None] & real[None, :]
     at = row[:, None] * D + column[None, :]
     kind: tl.constexpr = x.dtype.element_ty
-    # No kernel writes these.
-    w = tl.load(weight + column, mask=real, other=0.0).to(tl.float32)
-    b = tl.load(bias + column, mask=real, other=0.0).to(tl.float32)
-    wait(OVERLAP)
     mine = tl.load(x + at, mask=here, other=0.0).to(tl.float32)
     if PARTS > 0:
         part = row[:, None] * (PARTS * D) + column[None, :]
@@ -81,5 +72,7 @@ def _add_norm(
     mean = tl.sum(mine, axis=1) / D
     off = tl.where(real[None, :], mine - mean[:, None], 0.0)
     scale = tl.rsqrt(tl.sum(off * off, axis=1) / D + eps)
+    w = tl.load(weight + column, mask=real, other=0.0).to(tl.float32)
+    b = tl.load(bias + column, mask=real, other=0.0).to(tl.float32)
     found = off * scale[:, None] * w[None, :] + b[None, :]
     tl.store(normed + at, found.to(kind), mask=here)

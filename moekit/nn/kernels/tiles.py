@@ -11,7 +11,6 @@ import triton.language as tl
 from torch import Tensor
 
 from moekit.nn import gate
-from moekit.nn.kernels.overlap import overlapped, start, wait
 
 # Up to this number, one kernel compares all choices with one another instead of sorting them.
 FEW = 128
@@ -33,16 +32,13 @@ def by_expert(routing: gate.Routing, experts: int) -> tuple[Tensor, Tensor]:
         experts,
         CHOICES=max(16, triton.next_power_of_2(choices)),
         num_warps=1,
-        **overlapped(order.device),
     )
     return order, counts
 
 
 @triton.jit(do_not_specialize=["choices", "experts"])
-def _by_expert(chosen, kept, order, counts, choices, experts, CHOICES: tl.constexpr, OVERLAP: tl.constexpr):
+def _by_expert(chosen, kept, order, counts, choices, experts, CHOICES: tl.constexpr):
     """Find the position of one choice in the order, and the number of choices of one expert, per program."""
-    start(OVERLAP)
-    wait(OVERLAP)
     me = tl.program_id(0)
     i = tl.arange(0, CHOICES)
     there = i < choices
@@ -82,16 +78,13 @@ def tiles(counts: Tensor, choices: int, rows: int) -> Tensor:
         ROWS=rows,
         EXPERTS=triton.next_power_of_2(experts),
         num_warps=4,
-        **overlapped(table.device),
     )
     return table
 
 
 @triton.jit(do_not_specialize=["experts", "width"])
-def _tiles(counts, table, experts, width, ROWS: tl.constexpr, EXPERTS: tl.constexpr, OVERLAP: tl.constexpr):
+def _tiles(counts, table, experts, width, ROWS: tl.constexpr, EXPERTS: tl.constexpr):
     """Write the tiles of one expert per program; the last program writes the tiles that are not needed."""
-    start(OVERLAP)
-    wait(OVERLAP)
     mine = tl.program_id(0)
     expert = tl.arange(0, EXPERTS)
     count = tl.load(counts + expert, mask=expert < experts, other=0).to(tl.int32)
@@ -101,8 +94,8 @@ def _tiles(counts, table, experts, width, ROWS: tl.constexpr, EXPERTS: tl.conste
     own = tl.sum(tl.where(expert == mine, count, 0), axis=0)
     end = position + own
     last = tl.where(mine == experts, width, tile + (own + ROWS - 1) // ROWS)
-    for begin in range(tile, last, 64):
-        at = begin + tl.arange(0, 64)
+    for start in range(tile, last, 64):
+        at = start + tl.arange(0, 64)
         here = at < last
         first = position + (at - tile) * ROWS
         tl.store(table + at, tl.zeros_like(at) + mine, mask=here)
