@@ -230,6 +230,21 @@ def test_the_type_of_the_experts_is_shown(model, reference):
 # ------------------------------------------------------------------------------------------------- what it costs
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_experts_that_are_not_finite_are_named(kind):
+    """Their numbers of one byte cannot be asked for it, and their scales can."""
+    with moekit.load("demo", 1, "cpu", experts=kind, **QUIET) as model:
+        model.ranks.call(damage, model.config.moe_layers[1])
+        with pytest.warns(
+            RuntimeWarning, match="the weights of the experts of layer 3 are not finite already"
+        ):
+            model.score([range(4, 40)])
+
+
+def damage(rank, layer):
+    rank.state["model"].layers[layer].moe.experts.w1_scale.fill_(math.nan)
+
+
 def test_what_one_byte_costs_the_demo():
     """All of the demo's text: the perplexity within 0.02 %, the errors of a layer, and the model as before."""
     with moekit.load("demo", 1, "cpu", experts="int8", **QUIET) as model:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -123,7 +124,9 @@ def first_not_finite(
         def hook(module: torch.nn.Module, _: Any, output: Any) -> None:
             tensors = output if isinstance(output, tuple) else (output,)
             if not all(bool(t.isfinite().all()) for t in tensors if t is not None):
-                weights = any(not bool(p.isfinite().all()) for p in module.parameters())
+                # A row of numbers of one byte that is not finite has such a scale.
+                held = itertools.chain(module.parameters(), module.buffers())
+                weights = any(not bool(t.isfinite().all()) for t in held if t.element_size() > 1)
                 names.append(f"weights of the {name}" if weights else name)
 
         return hook
