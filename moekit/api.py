@@ -27,7 +27,7 @@ from moekit.planning.residence import residence, residency
 from moekit.planning.runs import Run, room, unknown
 from moekit.profiling import profile
 from moekit.progress import bar as progress_bar
-from moekit.ranks import LentRanks, RankError, Ranks, RayRanks, choose_devices, prepare, ready, start
+from moekit.ranks import WHERE, LentRanks, RankError, Ranks, RayRanks, choose_devices, prepare, ready, start
 from moekit.routing import trace as tracing
 from moekit.scoring import Evaluation, score_batches, summarize, warm_up
 from moekit.worker import loading
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
 
 SEED = Whole(0)
-RANKS = Choice(("local", "ray"))
 
 
 class Model(Handle):
@@ -302,7 +301,7 @@ def load(
         check("verify", verify, Flag()),
     )
     if isinstance(ranks, str):
-        ranks = None if check("ranks", ranks, RANKS) == "local" else "ray"
+        ranks = None if check("ranks", ranks, Choice(WHERE)) == "local" else "ray"
     devices = None
     if ranks is None:
         devices = choose_devices(world_size, device)
@@ -313,7 +312,7 @@ def load(
     files = ckpt.find(checkpoint)
     known = find_dictionary(files, dictionary)
     # Before the ranks come up, which take some of it.
-    far = devices is None or isinstance(ranks, RayRanks)
+    far = devices is None or (ranks is not None and any(ranks.nodes))
     free = None if far else room(devices, lent=ranks is not None)
     pool = None
     if ranks is None and len(devices) > 1 and ready():

@@ -31,6 +31,8 @@ from moekit.nn.slots import CHUNK
 from moekit.nn.transformer import empty
 from moekit.planning.fitting import advice, chosen, fitting, most_resident
 from moekit.planning.runs import GIB, Room, Run, unknown
+from moekit.planning.table import described
+from moekit.ranks import ThisProcess
 from moekit.routing import expert_caches
 
 os.environ.pop(INTERPRET, None)
@@ -420,6 +422,41 @@ def test_ranks_of_which_nothing_is_known():
     assert 0 < fitting(run, nothing, None, 0.94 * GIB).resident < 8
     with pytest.raises(ValueError, match="nothing tells what is free"):
         fitting(run, nothing, None, "auto")
+
+
+def test_a_plan_for_ranks_of_a_cluster():
+    plan = moekit.plan("demo", 16, "cuda", ranks="ray", resident=1)
+    assert plan.fits and len(plan.table) == 16 and plan.table[["free", "host free"]].isna().all(axis=None)
+    with pytest.raises(ValueError, match="ranks='cloud': expected one of local, ray or None"):
+        moekit.plan("demo", ranks="cloud")
+
+
+def test_ranks_on_other_machines_have_memory_of_their_own(monkeypatch):
+    """Such as those of a launcher; what this machine has says nothing of them."""
+    monkeypatch.setattr("moekit.planning.runs.host_memory", lambda what: 1e6)
+    with ThisProcess([CPU]) as pool:
+        with pytest.raises(ValueError, match="the model does not fit"):
+            moekit.load("demo", ranks=pool, **QUIET)
+        pool.nodes = ["elsewhere"]
+        moekit.load("demo", ranks=pool, **QUIET).close()
+
+
+def test_a_gpu_may_have_more_memory_than_the_host():
+    free = Room((80 * GIB,), 64 * GIB)
+    assert described(run_of(devices=(torch.device("cuda", 0),)), free, free).table.loc[0, "free"] == 80
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({"checkpoint": "demo-dense"}, "experts='int8': .* is dense"),
+        ({"checkpoint": "demo", "backend": "grouped_mm"}, "has no product with int8 experts"),
+    ],
+)
+def test_a_plan_refuses_what_a_load_refuses(how, said):
+    for asked in (moekit.plan, moekit.load):
+        with pytest.raises(ValueError, match=said):
+            asked(**how, device="cpu", experts="int8")
 
 
 def test_gpu_memory_chooses():

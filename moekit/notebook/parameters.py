@@ -39,6 +39,7 @@ from moekit.nn.quantise import KINDS as QUANTISED
 from moekit.notebook import errors
 from moekit.planning.runs import Memory
 from moekit.profiling.run import MODES
+from moekit.ranks import WHERE
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ MODEL: Table = {
     "output_dir": Place(),
 }
 EXPERTS: Table = {"experts": Choice(tuple(QUANTISED), optional=True)}
-RANKS: Table = {"ranks": Choice(("local", "ray"))}
+RANKS: Table = {"ranks": Choice(WHERE)}
 FETCHED: Table = {"resident": Whole(optional=True), "gpu_memory": Memory(optional=True)}
 DATA: Table = {
     "data": Place(),

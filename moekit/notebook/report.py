@@ -88,11 +88,10 @@ def shares(
 
     files = ckpt.find(checkpoint)
     plan = ckpt.survey(files)
+    devices = ranks.devices_to_come(world_size, device, where)
     if where == "ray":
-        devices = [torch.device("cpu" if device == "cpu" else "cuda")] * (world_size or 1)
         free = [math.nan] * len(devices)
     else:
-        devices = ranks.choose_devices(world_size, device)
         host = host_memory("MemAvailable") / len(devices)
         free = [gpu.free for gpu in gpus()] if devices[0].type == "cuda" else [host] * len(devices)
     world_size = len(devices)

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 from moekit import checkpoint as ckpt
 from moekit.arguments import Choice, Whole, check
-from moekit.handle import find_dictionary, weights_dtype
+from moekit.handle import experts_dtype, find_dictionary, weights_dtype
 from moekit.nn.operations import choose_backend
 from moekit.planning.fitting import advice, chosen
-from moekit.planning.runs import GIB, Room, Run, room
-from moekit.ranks import choose_devices
+from moekit.planning.runs import GIB, Room, Run, room, unknown
+from moekit.ranks import WHERE, devices_to_come
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,8 +25,9 @@ class MemoryPlan:
     Attributes:
         table: one row per rank, in GiB: ``device``, ``experts a layer``, ``on the device`` (of those); ``weights``, ``slots``
             (for experts that are fetched), ``workspace`` (of a pass), ``keys and values``, ``CUDA`` (its context),
-            their ``total``, and ``free`` (or ``gpu_memory``, if that is less); ``host`` (experts at home in host memory; on
-            the CPU everything) and ``host free``, for all ranks of this machine together. NaN: the machine does not tell.
+            their ``total``, and ``free`` (or ``gpu_memory``, if that is less; on the CPU what the host has); ``host`` (experts
+            at home in host memory; on the CPU everything) and ``host free``, for all ranks of this machine together. NaN: the
+            machine does not tell, or is one of a cluster.
         fits: whether everything does.
         resident: experts a layer on the device of their rank; None: all.
         advice: one sentence: what fits, or the numbers and the smallest change that would fit.
@@ -60,6 +61,7 @@ def plan(
     length: int | None = None,
     backend: str = "auto",
     dictionary: str | Path | None = None,
+    ranks: str | None = None,
 ) -> MemoryPlan:
     """The memory that ``moekit.load`` and a run with its model would take, beside what is free; reads headers only.
 
@@ -69,6 +71,7 @@ def plan(
         tokens: of a pass, per rank; None: as many as ``evaluate`` makes of them (65,536 on a GPU, 4,096 on the CPU).
         sequences: that a rank decodes at once.
         length: tokens that each of them will have, the prompt's included; None: as many as the model has positions.
+        ranks: "local" (as None), or "ray": then what is free is unknown, and everything fits.
 
     Raises:
         ValueError: the checkpoint is not what it should be, or an argument makes no sense.
@@ -76,21 +79,22 @@ def plan(
     files = ckpt.find(checkpoint)
     known = find_dictionary(files, dictionary)
     found = ckpt.survey(files, None if known is None else len(known))
-    devices = choose_devices(check("world_size", world_size, Whole(optional=True)), device)
+    where = check("ranks", ranks, Choice(WHERE, optional=True)) or "local"
+    devices = devices_to_come(check("world_size", world_size, Whole(optional=True)), device, where)
     kind = weights_dtype(dtype, devices[0], found)
-    experts = check("experts", experts, Choice(("int8", "fp8"), optional=True))
+    own = experts_dtype(experts, files, found.config)
     run = Run.of(
         found.config,
         devices,
         kind,
-        choose_backend(backend, devices[0], kind),
+        choose_backend(backend, devices[0], kind, own),
         None if known is None else len(known),
-        experts is not None,
+        own is not None,
         check("tokens", tokens, Whole(optional=True)),
         check("sequences", sequences, Whole(0)),
         check("length", length, Whole(optional=True)),
     )
-    free = room(devices)
+    free = room(devices) if where == "local" else unknown(len(devices))
     run, within = chosen(run, free, resident, gpu_memory)
     return described(run, free, within)
 
@@ -104,11 +108,13 @@ def described(run: Run, free: Room, within: Room) -> MemoryPlan:
         parts = run.parts(rank)
         held = run.held[rank]
         total = sum(parts.values())
+        # On the CPU, the device's memory is the host's.
+        there = min(within.devices[rank], free.host) if device.type == "cpu" else within.devices[rank]
         rows.append(
             {"rank": rank, "device": str(device), "experts a layer": held}
             | {"on the device": min(held, run.resident) if run.fetched else held}
             | {name: size / GIB for name, size in parts.items()}
-            | {"total": total / GIB, "free": min(within.devices[rank], free.host) / GIB}
+            | {"total": total / GIB, "free": there / GIB}
             | {"host": free.host_needed(run) / GIB, "host free": free.host / GIB}
         )
     fits = within.takes(run)

@@ -9,7 +9,7 @@ Another kind of pool is another subclass of :class:`Ranks`: functions that run o
 """
 
 from moekit.ranks.base import Each, Rank, RankError, Ranks
-from moekit.ranks.devices import choose_devices
+from moekit.ranks.devices import WHERE, choose_devices, devices_to_come
 from moekit.ranks.launch import prepare, ready
 from moekit.ranks.lent import LentRanks
 from moekit.ranks.pools import start
@@ -19,6 +19,7 @@ from moekit.ranks.system import usable_cores
 from moekit.ranks.this_process import ThisProcess
 
 __all__ = [
+    "WHERE",
     "Each",
     "LentRanks",
     "Rank",
@@ -28,6 +29,7 @@ __all__ = [
     "SpawnedRanks",
     "ThisProcess",
     "choose_devices",
+    "devices_to_come",
     "prepare",
     "ready",
     "start",

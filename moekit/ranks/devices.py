@@ -2,6 +2,9 @@
 
 import torch
 
+# Where ranks run that load starts: on this machine, or on the Ray cluster that it belongs to.
+WHERE = ("local", "ray")
+
 
 def choose_devices(world_size: int | None, device: str) -> list[torch.device]:
     """One device a rank, or a ValueError that says what to ask for instead; None: a rank for every GPU, one without."""
@@ -18,3 +21,15 @@ def choose_devices(world_size: int | None, device: str) -> list[torch.device]:
         instead = f'world_size={count} or device="cpu"' if count else 'device="cpu"'
         raise ValueError(f"world_size {world_size} needs as many GPUs, and torch sees {count}: use {instead}")
     return [torch.device("cuda", rank) for rank in range(world_size)]
+
+
+def devices_to_come(world_size: int | None, device: str, where: str) -> list[torch.device]:
+    """The devices of ranks that are not started yet, by :func:`choose_devices`.
+
+    Args:
+        where: "local" or "ray". Of a cluster nothing is known before it answers: its devices have no number, "auto" counts as
+            "cuda", and None as one rank.
+    """
+    if where != "ray":
+        return choose_devices(world_size, device)
+    return [torch.device("cpu" if device == "cpu" else "cuda")] * (world_size or 1)
