@@ -46,8 +46,8 @@ def evaluate_domains(
         max_batches: of each folder.
 
     Returns:
-        For each capacity, as they were given, one row per domain and :data:`WHOLE`, the tokens of all: ``capacity`` (None, a
-        number or "training"), ``domain``, ``tokens``, ``bits_per_token`` with ``low`` and ``high`` (95 % bootstrap interval
+        For each capacity, in the order given, one row per domain and :data:`WHOLE`, the tokens of all: ``capacity`` (the one
+        that holds: None, a number or "training"; of a dense model there is None alone), ``domain``, ``tokens``, ``bits_per_token`` with ``low`` and ``high`` (95 % bootstrap interval
         over samples; NaN for fewer than 8), ``perplexity``, ``bytes`` (of the text, a line end counts as one; None without a
         codec), ``bits_per_byte``, ``dropped`` (share of choices that were not dispatched), ``batches``, and ``run``, how many
         of the batches ran at this capacity: the others have their result from a larger one, at which no expert was fuller
@@ -64,7 +64,7 @@ def evaluate_domains(
     given = list(fractions) if several else [fractions]
     if not given:
         raise ValueError("capacity_token_fraction=[]: expected at least one")
-    held = [model.capacity(fraction) for fraction in given]
+    held = list(dict.fromkeys(model.capacity(fraction) for fraction in given))
     if not isinstance(domains, Mapping):
         texts = [_labelled(model, replace(how, data=domains), max_batches)]
     elif domains:
