@@ -94,9 +94,20 @@ def test_a_dense_model(one, tmp_path):
         table = dense.evaluate(
             domains="demo", capacity_token_fraction=[None, 0.5], max_batches=2, progress=False
         )
-        assert (table["dropped"] == 0).all() and table.query("domain == '(all)'")[
-            "bits_per_token"
-        ].nunique() == 1
+        assert (table["dropped"] == 0).all() and table["capacity"].isna().all()
+        assert table["domain"].is_unique, "there is no capacity, and so no second row"
+
+
+def test_experts_of_one_byte_that_are_fetched():
+    how = {"device": "cpu", "experts": "int8", "progress": False}
+    loaded = HarnessModel(checkpoint="demo", world_size=1, resident=2, **how).model
+    assert loaded.experts == "int8" and loaded.parts[0]["resident"] == 2
+    with loaded, moekit.load("demo", 1, **how) as all_there:
+        fetched, there = (
+            evaluate_tasks(model, "copa_release", progress=False) for model in (loaded, all_there)
+        )
+    pd.testing.assert_frame_equal(fetched.items, there.items)
+    assert fetched.meta["experts"] == "int8"
 
 
 def test_greedy_is_what_generation_writes(one):

@@ -50,8 +50,8 @@ class TaskResults:
             (nats, of a token where the score is a mean). A change shows in it before an answer changes.
         tokens: read, counted as if nothing were shared.
         seconds: the time of reading.
-        meta: ``capacity_token_fraction``, ``intervention``, ``limit``, ``world_size``, ``device``, ``dtype``,
-            ``checkpoint``, ``versions``.
+        meta: ``capacity_token_fraction``, ``intervention``, ``limit``, ``world_size``, ``device``, ``dtype``, ``experts``
+            (their type: "int8", "fp8" or None), ``checkpoint``, ``versions``.
     """
 
     tasks: pd.DataFrame
@@ -121,6 +121,7 @@ def evaluate_tasks(
         "world_size": model.world_size,
         "device": model.device,
         "dtype": str(model.dtype).removeprefix("torch."),
+        "experts": model.experts,
         "checkpoint": str(model.files.shared.parent),
         "versions": versions() | {"lm-eval": lm_eval.__version__},
     }

@@ -57,8 +57,8 @@ class HarnessModel(LM):
     number among the different texts of a call.
 
     Args:
-        model: a loaded model; None loads ``checkpoint`` with ``world_size``, ``device``, ``dtype``, ``bpe`` and ``backend``,
-            the arguments of :func:`moekit.load`.
+        model: a loaded model; None loads ``checkpoint`` with ``world_size``, ``device``, ``dtype``, ``bpe``, ``backend``,
+            ``ranks``, ``experts``, ``resident`` and ``gpu_memory``, the arguments of :func:`moekit.load`.
         capacity_token_fraction, seed: as for :meth:`moekit.api.Model.score`, where each text is a routing group.
         mask, drop_second: a change of the routing for the whole run, as in :meth:`moekit.api.Model.route`.
         blank_lines: keep empty lines. They end a document, so by default several line ends count as one, as in FAIR's
@@ -81,6 +81,10 @@ class HarnessModel(LM):
         dtype: str = "auto",
         bpe: str | None = None,
         backend: str = "auto",
+        ranks: str | None = None,
+        experts: str | None = None,
+        resident: int | None = None,
+        gpu_memory: str | float | None = None,
         capacity_token_fraction: float | str | None = None,
         seed: int = 1,
         mask: Mapping[int, Sequence[int]] | Sequence[tuple[int, int]] = (),
@@ -98,8 +102,9 @@ class HarnessModel(LM):
         self.progress = check("progress", progress, Flag())
         if model is None:
             device = "auto" if device == HARNESS_DEVICE else device
-            options = {"device": device, "dtype": dtype, "bpe": bpe, "backend": backend, "progress": progress}
-            model = load(checkpoint, world_size, **options)
+            how = {"bpe": bpe, "backend": backend, "ranks": ranks, "experts": experts, "resident": resident}
+            how |= {"gpu_memory": gpu_memory, "progress": progress}
+            model = load(checkpoint, world_size, device, dtype, **how)
         self.model = model
         self.capacity_token_fraction = capacity_token_fraction
         model.capacity(capacity_token_fraction)
