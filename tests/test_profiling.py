@@ -607,6 +607,7 @@ def test_a_step_that_fails_leaves_no_profiler_running(monkeypatch):
         assert not parts._shown[0]
         found = alone.profile("demo", **work)
         assert "waiting" not in set(found.frame["part"]) and found.meta["world_size"] == 1
+        assert found.meta["experts"] is None and found.meta["resident"] is None
 
 
 def test_a_dense_model_has_no_experts():

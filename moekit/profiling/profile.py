@@ -33,7 +33,8 @@ class Profile:
         plain, profiled: [W, steps] seconds of the steps, measured by the clock of the process, without and with the profiler;
             of "decode" there are more of the former.
         rows: what the experts got: ``rank``, ``step``, ``layer``, ``rows``, and ``experts`` with a row.
-        meta: ``mode``, ``blocks``, ``tokens`` (a step and rank), ``world_size``, ``device``, ``dtype``, ``backend``,
+        meta: ``mode``, ``blocks``, ``tokens`` (a step and rank), ``world_size``, ``device``, ``dtype``, ``experts``
+            (their type: "int8", "fp8" or None), ``resident`` (how many a layer are in slots; None: all), ``backend``,
             ``capacity_token_fraction``, ``chip``, ``copy`` (bytes a second), ``matmul`` (operations a second), ``jitter``
             (seconds by which the ranks' clocks may differ), ``versions``.
         events: the profiler's own events of each rank; not saved.

@@ -163,6 +163,8 @@ def _profile(model: Handle, work: Work, blocks: int, chip: Ceilings, found: Sequ
         "world_size": model.world_size,
         "device": model.device,
         "dtype": str(model.dtype).removeprefix("torch."),
+        "experts": model.experts,
+        "resident": model.parts[0]["resident"] if model.parts else None,
         "backend": model.parts[0]["backend"] if model.parts else None,
         "capacity_token_fraction": work.fraction,
         "seed": work.seed,
