@@ -173,6 +173,29 @@ def test_kernels_of_a_graph_are_named_by_their_order():
     ]
 
 
+def test_graphs_of_a_step_in_parts_are_named_in_turns():
+    """Where experts are fetched, a step is several graphs, and those of layers that are alike have the same kernels."""
+    template = kernels(("a", "attention"), ("g", "gate"), ranges=("layer 0",))
+    for layer in (1, 2):
+        template += kernels(("e", "experts down"), ranges=(f"layer {layer - 1}",))
+        template += kernels(("a", "attention"), ("g", "gate"), ranges=(f"layer {layer}",))
+    template += kernels(("e", "experts down"), ranges=("layer 2",)) + kernels(("gemm", "output"), ranges=())
+    replayed = []
+    for step in (0, 1):
+        for number, order in enumerate(("ag", "eag", "eag", ["e", "gemm"])):
+            launched = 100 * step + 10 * number
+            ranges = ("call", f"step {step}")
+            replayed += [
+                Kernel(name, launched + i, launched + i + 1, ranges, launched, True)
+                for i, name in enumerate(order)
+            ]
+    wanted = [(0, "attention"), (0, "gate"), (0, "experts down"), (1, "attention"), (1, "gate")]
+    wanted += [(1, "experts down"), (2, "attention"), (2, "gate"), (2, "experts down"), (-1, "output")]
+    found = named_of_graphs(replayed, template)
+    assert [(name.layer, name.part) for name in found] == 2 * wanted
+    assert [name.step for name in found] == [0] * 10 + [1] * 10
+
+
 # ------------------------------------------------------------------------------------------------ times by hand
 
 

@@ -118,16 +118,35 @@ def named_of_graphs(kernels: Sequence[Kernel], template: Sequence[Kernel]) -> li
     for place, kernel in enumerate(kernels):
         if kernel.graph:
             launches[kernel.launched].append(place)
-    # The launches of one graph are alike.
-    alike: dict[tuple[str, ...], list[tuple[int, str]]] = {}
+    of_template = [kernel.name for kernel in template]
+    # The launches of one graph are alike. A step in parts is several graphs, and those of alike layers are alike, too: each
+    # stands behind the one before it.
+    known: dict[tuple[tuple[str, ...], int], tuple[list[tuple[int, str]], int]] = {}
+    behind = 0
     for places in launches.values():
         order = tuple(kernels[place].name for place in places)
-        if order not in alike:
-            alike[order] = _matched(order, [kernel.name for kernel in template], names)
-        known = alike[order]
-        for place, (layer, part) in zip(places, known, strict=True):
+        if (order, behind) not in known:
+            known[order, behind] = _next(order, of_template, names, behind)
+        own, behind = known[order, behind]
+        for place, (layer, part) in zip(places, own, strict=True):
             found[place] = Name(found[place].step, layer, part)
     return found
+
+
+def _next(
+    of_graph: tuple[str, ...], of_template: list[str], names: list[Name], behind: int
+) -> tuple[list[tuple[int, str]], int]:
+    """The layers and the parts of a graph's kernels where just these run in the template, and the place behind them.
+
+    Args:
+        behind: where to look first; then the template is looked through from its start.
+    """
+    size = len(of_graph)
+    last = len(of_template) - size
+    for at in (*range(behind, last + 1), *range(min(behind, last + 1))):
+        if tuple(of_template[at : at + size]) == of_graph:
+            return [(name.layer, name.part) for name in names[at : at + size]], at + size
+    return _matched(of_graph, of_template, names), behind
 
 
 def _matched(of_graph: Sequence[str], of_template: list[str], names: list[Name]) -> list[tuple[int, str]]:
