@@ -648,6 +648,16 @@ def test_a_dense_model_has_no_experts():
     }
 
 
+@pytest.mark.parametrize("mode", ["score", "decode"])
+def test_experts_that_are_fetched_are_experts(mode):
+    with moekit.load("demo", 1, "cpu", resident=2, progress=False) as loaded:
+        found = loaded.profile("demo", mode, steps=2, progress=False)
+    frame = found.frame
+    layers = [set(frame[frame["part"] == name]["layer"]) for name in ("experts up", "experts down")]
+    assert layers == [set(loaded.config.moe_layers)] * 2
+    assert found.meta["resident"] == 2
+
+
 def test_remarks_of_the_profiler_are_no_output(capfd):
     with worker.without_remarks():
         profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])

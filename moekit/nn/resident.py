@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from moekit.nn.experts import Assignment, Experts
 from moekit.nn.operations import PLAIN
+from moekit.nn.parts import part
 from moekit.nn.pinning import pin
 from moekit.nn.policies import POLICIES, Hottest, Policy
 from moekit.nn.slots import CHUNK, Slots, transit
@@ -104,14 +105,16 @@ class Resident(nn.Module):
             parts = [order[ends[e - 1] if e else 0 : ends[e]] for e in places]
             mine = torch.cat(parts)
             counts = np.zeros(self.slots.count, dtype=np.int64)
-            counts[list(places.values())] = [len(part) for part in parts]
-            part = Assignment(
+            counts[list(places.values())] = [len(rows) for rows in parts]
+            own = Assignment(
                 torch.arange(len(mine), device=x.device),
                 to_device(torch.from_numpy(counts), x.device),
                 weights=None if weights is None else weights[mine],
                 whole=whole,
             )
-            done = self.operations.experts_ffn(self.slots.experts, x[mine // choices], part)
+            rows = x[mine // choices]
+            with part("experts"):
+                done = self.operations.experts_ffn(self.slots.experts, rows, own)
             out.index_copy_(0, mine, done)
         return out
 
@@ -143,7 +146,7 @@ class Resident(nn.Module):
         slots, many = self.slots, len(requests) > MANY
         if many:
             needed = dict(
-                zip(*(part.tolist() for part in np.unique(requests, return_counts=True)), strict=True)
+                zip(*(found.tolist() for found in np.unique(requests, return_counts=True)), strict=True)
             )
             hits, kept = 0, self.policy.after(requests)
         else:
@@ -200,16 +203,16 @@ class Resident(nn.Module):
         self, places: dict[int, int], needed: dict[int, int], kept: Container[int]
     ) -> Iterator[dict[int, int]]:
         """Rounds with the experts in ``places``; afterwards those that are not kept give their slots back."""
-        part: dict[int, int] = {}
+        some: dict[int, int] = {}
         room = ROUND
         for expert, slot in sorted(places.items(), key=lambda place: place[1]):
-            if part and needed[expert] > room:
-                yield part
-                part, room = {}, ROUND
-            part[expert] = slot
+            if some and needed[expert] > room:
+                yield some
+                some, room = {}, ROUND
+            some[expert] = slot
             room -= needed[expert]
-        if part:
-            yield part
+        if some:
+            yield some
         leave = []
         for expert, slot in places.items():
             if expert in kept:
