@@ -24,6 +24,8 @@ from moekit.nn.transformer import Transformer
 from moekit.symbols import EOS, PAD
 from moekit.tasks import FILES, HarnessModel, Scored, compare, evaluate_tasks, evaluation, fair, known_tasks
 from moekit.tasks.evaluation import changed_items, load_tasks
+from moekit.worker.decoding import SPARE
+from moekit.worker.scoring import GRAPH
 
 # Contexts of different lengths with one, two and four continuations; a space at an end, a line end, none at all.
 PAIRS = [
@@ -108,6 +110,12 @@ def test_experts_of_one_byte_that_are_fetched():
         )
     pd.testing.assert_frame_equal(fetched.items, there.items)
     assert fetched.meta["experts"] == "int8"
+
+
+def test_graphs_of_other_calls_give_their_memory_back(one):
+    one.ranks.call(lambda rank: rank.state.update({GRAPH: object(), SPARE: object()}))
+    HarnessModel(one, progress=False).loglikelihood(requests(PAIRS[:1]))
+    assert one.ranks.call(lambda rank: {GRAPH, SPARE} & set(rank.state)) == [set()]
 
 
 def test_greedy_is_what_generation_writes(one):

@@ -21,6 +21,8 @@ from moekit.nn.passes import Pass
 from moekit.nn.transformer import Transformer
 from moekit.ranks import Rank
 from moekit.symbols import PAD
+from moekit.worker.decoding import SPARE
+from moekit.worker.scoring import GRAPH
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,9 @@ def score_branches(
         whether the target is the most probable token.
     """
     model: Transformer = rank.state["model"]
+    # These large passes may need the memory of a graph.
+    for key in (GRAPH, SPARE):
+        rank.state.pop(key, None)
     alone = interacts(model.config, fraction)
     expects = model.dispatch.by_expectation
     found = []
