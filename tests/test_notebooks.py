@@ -140,8 +140,9 @@ def test_where_the_time_goes_on_four_ranks(elsewhere):
 
 
 def test_evaluate_tasks_beside_a_baseline(elsewhere):
-    """Sparse beside dense; all that is shown is kept, too."""
+    """Sparse beside dense, which has no experts to quantise or to fetch; all that is shown is kept, too."""
     asked = {"max_batches": 10, "capacity_token_fractions": [0.25, 1.0], "mask": {5: [*range(14)]}}
+    asked |= {"experts": "int8", "resident": 3}
     execute("evaluate_tasks", elsewhere, baseline="demo-dense", world_size=2, output_dir="results", **asked)
     results = elsewhere / "results"
     tasks = pd.read_csv(results / "tasks.csv").set_index(["task", "metric"])
@@ -161,6 +162,11 @@ def test_evaluate_tasks_beside_a_baseline(elsewhere):
     assert set(items["run"]) == {"checkpoint", "baseline", "masked"}
     run = json.loads((results / "run.json").read_text())
     assert run["parameters"]["world_size"] == 2 and run["runs"]["masked"]["intervention"]["mask"]
+    assert {name: one["experts"] for name, one in run["runs"].items()} == {
+        "checkpoint": "int8",
+        "baseline": None,
+        "masked": "int8",
+    }
     assert {"tasks.png", "domains.png", "capacities.png", "changed.csv"} <= {
         p.name for p in results.iterdir()
     }

@@ -194,6 +194,9 @@ STUDY_ROUTING: Table = {
 }
 EVALUATE_TASKS: Table = {
     **MODEL,
+    **EXPERTS,
+    **RANKS,
+    **FETCHED,
     "baseline": Place(optional=True),
     "tasks": Texts(),
     "task_data": Places(optional=True),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from moekit import api, results
+from moekit import checkpoint as ckpt
 from moekit.domains import WHOLE
 from moekit.notebook.report import absolute, draw
 
@@ -33,8 +34,11 @@ class Measured:
 
 
 def load(p: SimpleNamespace, checkpoint: str) -> api.Model:
-    """``checkpoint`` as the notebook's parameters say."""
-    return api.load(checkpoint, p.world_size, p.device, p.dtype, bpe=p.bpe)
+    """``checkpoint`` as the notebook's parameters say; what they say of experts is left out where it has none."""
+    how = {"bpe": p.bpe, "ranks": p.ranks, "gpu_memory": p.gpu_memory}
+    if ckpt.survey(ckpt.find(checkpoint)).config.moe_layers:
+        how |= {"experts": p.experts, "resident": p.resident}
+    return api.load(checkpoint, p.world_size, p.device, p.dtype, **how)
 
 
 def tasks(p: SimpleNamespace, model: api.Model) -> TaskResults:
