@@ -86,7 +86,7 @@ def test_the_study_has_60_lines():
 
 
 def test_the_study_finds_what_is_known_of_the_demo(elsewhere):
-    execute("study_routing", elsewhere, device="cpu", output_dir="results")
+    execute("study_routing", elsewhere, device="cpu", resident=4, output_dir="results")
     results = elsewhere / "results"
     survive = pd.read_csv(results / "survive.csv").set_index("layer")["survive"]
     assert survive.loc[[1, 3]].tolist() == [7, 15] and 12 <= survive[5] <= 16

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from moekit import api
+from moekit import checkpoint as ckpt
 from moekit.api import Model
 
 if TYPE_CHECKING:
@@ -16,6 +19,15 @@ def close_earlier(variables: Mapping[str, Any]) -> None:
     for value in variables.values():
         if isinstance(value, Model):
             value.close()
+
+
+def load(p: SimpleNamespace, checkpoint: str | None = None, progress: bool = True) -> Model:
+    """``checkpoint``, or the parameters' own, loaded as they say; what they say of experts is left out where it has none."""
+    checkpoint = p.checkpoint if checkpoint is None else checkpoint
+    how = {name: getattr(p, name) for name in ("world_size", "device", "dtype", "bpe", "ranks", "gpu_memory")}
+    if ckpt.survey(ckpt.find(checkpoint)).config.moe_layers:
+        how |= {"experts": p.experts, "resident": p.resident}
+    return api.load(checkpoint, progress=progress, **how)
 
 
 def codec_of(model: Model) -> Codec | None:

@@ -178,6 +178,8 @@ INSPECT_ROUTING: Table = {
 STUDY_ROUTING: Table = {
     **MODEL,
     **EXPERTS,
+    **RANKS,
+    **FETCHED,
     "data": Place(),
     "subset": Text(),
     "domains": Place(optional=True),

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from moekit import api, results
-from moekit import checkpoint as ckpt
 from moekit.domains import WHOLE
+from moekit.notebook import models
 from moekit.notebook.report import absolute, draw
 
 if TYPE_CHECKING:
@@ -31,14 +31,6 @@ class Measured:
 
     tasks: TaskResults
     domains: pd.DataFrame | None
-
-
-def load(p: SimpleNamespace, checkpoint: str) -> api.Model:
-    """``checkpoint`` as the notebook's parameters say; what they say of experts is left out where it has none."""
-    how = {"bpe": p.bpe, "ranks": p.ranks, "gpu_memory": p.gpu_memory}
-    if ckpt.survey(ckpt.find(checkpoint)).config.moe_layers:
-        how |= {"experts": p.experts, "resident": p.resident}
-    return api.load(checkpoint, p.world_size, p.device, p.dtype, **how)
 
 
 def tasks(p: SimpleNamespace, model: api.Model) -> TaskResults:
@@ -62,7 +54,7 @@ def baseline(p: SimpleNamespace) -> Measured | None:
     """The baseline on the same tasks and domains, without a capacity; None where none is given."""
     if p.baseline is None:
         return None
-    with load(p, p.baseline) as model:
+    with models.load(p, p.baseline) as model:
         return Measured(tasks(p, model), domains(p, model, []))
 
 
