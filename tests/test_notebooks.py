@@ -243,6 +243,7 @@ def test_moekits_errors_after_the_first_cell_take_one_line(elsewhere):
         ("load_shards", {}),
         ("inspect_routing", {"max_tokens": 1500, "experts": "fp8"}),
         ("profile_inference", {"batch_blocks": [1], "steps": 1}),
+        ("profile_inference", {"checkpoint": "demo-dense", "batch_blocks": [1], "steps": 1}),
         ("prepare_data", {}),
         (
             "evaluate_tasks",

@@ -648,6 +648,13 @@ def test_a_dense_model_has_no_experts():
     }
 
 
+def test_a_dense_model_is_profiled():
+    with moekit.load("demo-dense", 2, "cpu", progress=False) as loaded:
+        for mode in run.MODES:
+            found = loaded.profile("demo", mode, steps=1, progress=False)
+            assert {"attention", "dense", "output"} < set(found.frame["part"]) and found.experts().empty
+
+
 @pytest.mark.parametrize("mode", ["score", "decode"])
 def test_experts_that_are_fetched_are_experts(mode):
     with moekit.load("demo", 1, "cpu", resident=2, progress=False) as loaded:
