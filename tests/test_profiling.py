@@ -624,6 +624,13 @@ def test_a_dense_model_has_no_experts():
     }
 
 
+@pytest.mark.parametrize("mode", ["score", "prefill", "decode"])
+def test_a_dense_model_is_profiled(mode):
+    with moekit.load("demo-dense", 1, "cpu", progress=False) as dense:
+        found = dense.profile("demo", mode, 1, tokens_per_sample=16, progress=False)
+    assert {"attention", "dense"} <= set(found.frame["part"]) and found.rows.empty
+
+
 def test_remarks_of_the_profiler_are_no_output(capfd):
     with worker.without_remarks():
         profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])

@@ -132,4 +132,4 @@ def routed(
         received.append(counts[:, layer, here].sum(axis=0))
         sent[layer] = counts[rank, layer, ~here].sum()
         taken[layer] = received[-1].sum() - counts[rank, layer, here].sum()
-    return np.array(received).reshape(layers, -1), sent, taken
+    return np.array(received).reshape(layers, -1 if layers else 0), sent, taken
