@@ -124,6 +124,30 @@ def test_what_profile_inference_would_trip_over(changes, said):
         preflight.profile_inference(SimpleNamespace(**whole | changes))
 
 
+STUDY = {
+    "domains": None,
+    "capacity_token_fractions": [0.5],
+    "mask": None,
+    "prompt_tokens": 32,
+    "max_new_tokens": 225,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"max_new_tokens": 226}, "max_new_tokens=226: expected at most 225, as the model has 256 positions"),
+        ({"prompt_tokens": 257}, "prompt_tokens=257: expected at most a block's 256 tokens"),
+        ({"tokens_per_sample": 31}, "prompt_tokens=32: expected at most a block's 31 tokens"),
+        ({"mask": {4: [1]}}, "layer 4 is not a mixture-of-experts layer"),
+    ],
+)
+def test_what_study_routing_would_trip_over(changes, said):
+    assert preflight.study_routing(given(**STUDY)).experts == 16
+    with pytest.raises(ParameterError, match=said):
+        preflight.study_routing(given(**STUDY | changes))
+
+
 def test_a_trace_of_another_model_is_said(tmp_path):
     trace, _ = synthetic(tokens=64, layers=(1, 3), experts=8)
     trace.save(tmp_path / "t.parquet")
