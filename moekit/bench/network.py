@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from moekit.arguments import Number, check
 from moekit.bench import shapes
 from moekit.bench.routing import synthetic
 from moekit.bench.setting import at_least_one
@@ -113,7 +114,13 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     Returns:
         One row per figure: ``what``, ``formula``, ``trace`` and ``unit``.
     """
+    for name in ("gbit", "rate"):
+        check(f"--{name}", getattr(args, name), Number(above=0))
     cluster, config = Cluster(args.ranks, args.per_machine), shapes.SHAPES[args.shape]
+    if not config.moe_layers:
+        raise ValueError(
+            f"--shape {args.shape} has no experts, so no row goes to another rank: name one that has"
+        )
     if cluster.machines < 2:
         raise ValueError(
             f"{args.ranks} ranks with {args.per_machine} a machine share one machine: nothing crosses; give --ranks more"
