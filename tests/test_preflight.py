@@ -161,6 +161,9 @@ def test_a_dense_model_has_no_routing(monkeypatch):
     monkeypatch.setattr(preflight, "load_shards", lambda p: dense)
     with pytest.raises(ParameterError, match="checkpoint='demo': the model is dense"):
         preflight.inspect_routing(given(**INSPECT))
+    tasks = {"baseline": None, "tasks": ["demo_endings"], "task_data": None, "domains": None, "bpe": "demo"}
+    with pytest.raises(ParameterError, match=r"mask=\{5: \[8\]\}: .* is dense, .*; set mask to None"):
+        preflight.evaluate_tasks(given(**tasks, capacity_token_fractions=[], mask={5: [8]}))
 
 
 def test_a_dictionary_of_another_size_is_said(reference, tmp_path):

@@ -174,6 +174,8 @@ def _changes(p: SimpleNamespace, config: ModelConfig) -> None:
         raise ParameterError(
             f"capacity_token_fractions={p.capacity_token_fractions}: expected shares of a batch's tokens, above 0 up to 1"
         )
+    if p.mask and not config.moe_layers:
+        raise ParameterError(f"mask={p.mask}: {DENSE} to take away; set mask to None")
     if p.mask:
         _said(lambda: intervene.plan(config, mask=p.mask))
 
