@@ -338,6 +338,7 @@ def test_a_wrong_layer_ends_the_bench(monkeypatch):
         (["data", "--text", "/nowhere"], "No such file or directory: '/nowhere'"),
         (["data", "--megabytes", "-1"], "--megabytes -1.0: expected more than 0"),
         (["network", "--ranks", "16", "--gbit", "nan"], "--gbit=nan: expected a number above 0"),
+        (["network", "--ranks", "80000000"], "--ranks=80000000: expected at most 4096"),
         (["network", "--ranks", "16", "--shape", "dense-tiny"], "--shape dense-tiny has no experts"),
         (["network", "--ranks", "16", "--rate", "0"], "--rate=0.0: expected a number above 0"),
         (["score", "--json", "/nowhere/figures.json"], "No such file or directory: '/nowhere/figures.json'"),
