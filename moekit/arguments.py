@@ -221,6 +221,8 @@ class Capacity:
 
     optional: bool = True
     zero: bool = False
+    # An expert's places in a batch are an int64 on the ranks.
+    most = 1e9
     expected = "a number above 0, 'training'"
 
     def convert(self, value: Any) -> float:
@@ -229,6 +231,8 @@ class Capacity:
             raise _Why(
                 "expected a number above 0, 'training' for the training's rule, or None to drop nothing"
             )
+        if fraction > self.most:
+            raise _Why(f"expected a number up to {self.most:g}, or None to drop nothing")
         return fraction or -1.0
 
 

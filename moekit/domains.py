@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from moekit import arguments
 from moekit.arguments import Whole, check, shown
 from moekit.batches import Batch
 from moekit.fairseq_data import Data
@@ -60,8 +61,12 @@ def evaluate_domains(
     import pandas as pd
 
     seed = check("seed", seed, Whole(0))
-    several = isinstance(fractions, Iterable) and not isinstance(fractions, str)
-    given = list(fractions) if several else [fractions]
+    named = isinstance(domains, Mapping)
+    for name, folder in domains.items() if named else [(None, domains)]:
+        check(f"domains[{shown(name)}]" if named else "domains", folder, arguments.Path())
+    # An array or tensor without dimensions is a number, and bytes are none.
+    one = isinstance(fractions, str | bytes) or getattr(fractions, "ndim", 1) == 0
+    given = list(fractions) if isinstance(fractions, Iterable) and not one else [fractions]
     if not given:
         raise ValueError("capacity_token_fraction=[]: expected at least one")
     held = list(dict.fromkeys(model.capacity(fraction) for fraction in given))

@@ -337,6 +337,10 @@ def test_a_wrong_layer_ends_the_bench(monkeypatch):
         (["data", "--bpe", "/nowhere"], "--bpe /nowhere: there is no /nowhere/encoder.json"),
         (["data", "--text", "/nowhere"], "No such file or directory: '/nowhere'"),
         (["data", "--megabytes", "-1"], "--megabytes -1.0: expected more than 0"),
+        (["network", "--ranks", "16", "--gbit", "nan"], "--gbit=nan: expected a number above 0"),
+        (["network", "--ranks", "80000000"], "--ranks=80000000: expected at most 4096"),
+        (["network", "--ranks", "16", "--shape", "dense-tiny"], "--shape dense-tiny has no experts"),
+        (["network", "--ranks", "16", "--rate", "0"], "--rate=0.0: expected a number above 0"),
         (["score", "--json", "/nowhere/figures.json"], "No such file or directory: '/nowhere/figures.json'"),
     ],
 )
@@ -345,6 +349,14 @@ def test_mistakes_are_one_sentence(arguments, said, capsys):
         bench.main(arguments)
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
+
+
+def test_a_bench_that_fails_leaves_no_file(tmp_path):
+    (tmp_path / "old.json").write_text("{}")
+    for name in ("new.json", "old.json"):
+        with pytest.raises(SystemExit, match="2"):
+            bench.main(["network", "--ranks", "7", "--json", str(tmp_path / name)])
+    assert [path.name for path in tmp_path.iterdir()] == ["old.json"]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 import moekit
 from moekit.data import Codec, binarise
@@ -176,6 +177,18 @@ def test_a_folder_for_each_domain(model, folders):
     )
 
 
+def test_a_capacity_is_a_number_of_any_kind(model):
+    for number in (0.5, np.array(0.5), torch.tensor(0.5)):
+        table = model.evaluate(
+            domains="demo",
+            capacity_token_fraction=number,
+            max_batches=1,
+            tokens_per_sample=16,
+            progress=False,
+        )
+        assert set(table["capacity"]) == {0.5}
+
+
 def test_what_makes_no_sense_is_one_sentence(model, folders):
     for asked, said in (
         ({}, "expected one of the two"),
@@ -183,6 +196,10 @@ def test_what_makes_no_sense_is_one_sentence(model, folders):
         ({"domains": {}}, "expected at least one folder by its name"),
         ({"domains": {WHOLE: "demo"}}, r"domains has the name '\(all\)'"),
         ({"domains": {"x": "/nowhere"}}, "/nowhere"),
+        ({"domains": {"x": None}}, r"domains\['x'\]=None: expected the path"),
+        ({"domains": ["demo"]}, r"domains=\['demo'\]: expected the path"),
+        ({"domains": "demo", "capacity_token_fraction": b"0.5"}, "capacity_token_fraction=b'0.5': expected"),
+        ({"domains": "demo", "capacity_token_fraction": 1e30}, "expected a number up to 1e\\+09, or None"),
         ({"domains": folders[0]["german"]}, "valid.domains.txt with a domain for each line"),
         ({"domains": "demo", "sample_break_mode": "eos"}, "a folder for each domain"),
         ({"domains": "demo", "trace": True}, "a table of domains has none"),

@@ -100,6 +100,11 @@ def test_what_cannot_be_placed(trace):
         metrics.placement(trace, 7)
     with pytest.raises(ValueError, match="ranks"):
         metrics.placement(trace, 0)
+    for share in ({}, {1: 0.5}, 0.5, [0.5, 0.5]):
+        with pytest.raises(ValueError, match=r"share=.*: expected a number for each of the layers \[1, 3\]"):
+            metrics.placement(trace, 2, share=share)
+    with pytest.raises(ValueError, match=r"share\[3\]='x': expected a number"):
+        metrics.placement(trace, 2, share={1: 0.5, 3: "x"})
 
 
 # ----------------------------------------------------------------------------------------------- load(placement=...)

@@ -124,6 +124,30 @@ def test_what_profile_inference_would_trip_over(changes, said):
         preflight.profile_inference(SimpleNamespace(**whole | changes))
 
 
+STUDY = {
+    "domains": None,
+    "capacity_token_fractions": [0.5],
+    "mask": None,
+    "prompt_tokens": 32,
+    "max_new_tokens": 225,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"max_new_tokens": 226}, "max_new_tokens=226: expected at most 225, as the model has 256 positions"),
+        ({"prompt_tokens": 257}, "prompt_tokens=257: expected at most a block's 256 tokens"),
+        ({"tokens_per_sample": 31}, "prompt_tokens=32: expected at most a block's 31 tokens"),
+        ({"mask": {4: [1]}}, "layer 4 is not a mixture-of-experts layer"),
+    ],
+)
+def test_what_study_routing_would_trip_over(changes, said):
+    assert preflight.study_routing(given(**STUDY)).experts == 16
+    with pytest.raises(ParameterError, match=said):
+        preflight.study_routing(given(**STUDY | changes))
+
+
 def test_a_trace_of_another_model_is_said(tmp_path):
     trace, _ = synthetic(tokens=64, layers=(1, 3), experts=8)
     trace.save(tmp_path / "t.parquet")
@@ -137,6 +161,9 @@ def test_a_dense_model_has_no_routing(monkeypatch):
     monkeypatch.setattr(preflight, "load_shards", lambda p: dense)
     with pytest.raises(ParameterError, match="checkpoint='demo': the model is dense"):
         preflight.inspect_routing(given(**INSPECT))
+    tasks = {"baseline": None, "tasks": ["demo_endings"], "task_data": None, "domains": None, "bpe": "demo"}
+    with pytest.raises(ParameterError, match=r"mask=\{5: \[8\]\}: .* is dense, .*; set mask to None"):
+        preflight.evaluate_tasks(given(**tasks, capacity_token_fractions=[], mask={5: [8]}))
 
 
 def test_a_dictionary_of_another_size_is_said(reference, tmp_path):

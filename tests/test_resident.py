@@ -478,6 +478,7 @@ def test_gpu_memory_chooses():
         ({"gpu_memory": "3 apples"}, r"gpu_memory='3 apples': expected a text such as '14GiB'"),
         ({"gpu_memory": 12}, r"gpu_memory=12: expected"),
         ({"policy": "mru"}, r"policy='mru': expected lru, lfu, a trace"),
+        ({"policy": None}, r"policy=None: expected lru, lfu, a trace"),
         ({"policy": "there/is/no.parquet"}, r"there/is/no.parquet"),
         ({"prefetch": "maybe"}, r"prefetch='maybe': expected True or False"),
     ],

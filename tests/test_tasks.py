@@ -24,6 +24,7 @@ from moekit.nn.transformer import Transformer
 from moekit.symbols import EOS, PAD
 from moekit.tasks import FILES, HarnessModel, Scored, compare, evaluate_tasks, evaluation, fair, known_tasks
 from moekit.tasks.evaluation import changed_items, load_tasks
+from moekit.tasks.rows import dataset
 from moekit.worker.decoding import SPARE
 from moekit.worker.scoring import GRAPH
 
@@ -587,6 +588,31 @@ def test_data_is_given_as_files(tmp_path, one):
             {"tasks": "fair_piqa", "data": {"fair_piqa": {"train": [{}]}}},
             "has the splits train, without validation",
         ),
+        *[
+            (
+                {"tasks": "fair_piqa", "data": {"fair_piqa": [TEMPLATES["piqa"][0] | wrong]}},
+                f"item 0 .*{said}",
+            )
+            for wrong, said in (
+                ({"label": 2}, "the right choice is none of the choices"),
+                # As in a data set that keeps its answers to itself.
+                ({"label": -1}, "the right choice is none of the choices"),
+                ({"label": "x"}, "'x'"),
+                ({"label": 0.5}, "piqa"),
+                ({"sol1": ""}, "a choice is missing, empty, or no text"),
+                ({"sol2": 3}, "a choice is missing, empty, or no text"),
+                ({"goal": None}, "NoneType"),
+            )
+        ],
+        ({"tasks": "fair_piqa", "data": {"fair_piqa": [{"goal": "x"}]}}, "item 0 .*there is no field 'sol1'"),
+        ({"tasks": "fair_piqa", "data": {"fair_piqa": [{}]}}, "holds no items"),
+        ({"tasks": "fair_piqa", "data": {"fair_piqa": 3}}, "holds no items"),
+        ({"tasks": "fair_piqa", "data": 0}, "data=0: expected a data set for each task"),
+        (
+            {"tasks": "copa_release", "num_fewshot": 10**6},
+            "num_fewshot=1000000: copa_release has .* examples",
+        ),
+        ({"tasks": "copa_release", "include": "/nowhere"}, "there is no folder /nowhere"),
         ({"tasks": "copa_release", "limit": 0}, "limit=0: expected a whole number"),
         ({"tasks": "copa_release", "capacity_token_fraction": 0}, "capacity_token_fraction=0: expected"),
     ],
@@ -599,6 +625,35 @@ def test_what_makes_no_sense_is_one_sentence(one, asked, said, monkeypatch):
     with pytest.raises(ValueError, match=said) as caught:
         evaluate_tasks(one, **asked, progress=False)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{{{: x", "cannot be read .while parsing"),
+        ("- a", "cannot be read .Expected YAML dict"),
+        ("task: x\ninclude: none.yaml", "cannot be read .*none.yaml"),
+        ("task: x\nprocess_docs: !function no_such.thing", "cannot be read .*no_such"),
+        ("task: x", "x.yaml names no dataset_path"),
+    ],
+)
+def test_a_task_file_that_makes_no_sense_is_named(tmp_path, text, said):
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(ValueError, match=f"x.yaml .*{said}" if "names" not in said else said):
+        load_tasks([str(tmp_path / "x.yaml")], {})
+
+
+def test_files_of_other_tools(tmp_path):
+    # With a byte order mark, a separator of lines within a string, and answers that pandas takes for missing ones.
+    (tmp_path / "a.jsonl").write_text('\ufeff{"goal": "one\u2028two"}\n', "utf-8")
+    assert dataset("x", tmp_path / "a.jsonl")[:] == {"goal": ["one\u2028two"]}
+    (tmp_path / "a.csv").write_text("goal,sol1,label\nNA,None,0\nx,,1\n")
+    assert dataset("x", tmp_path / "a.csv")[:] == {"goal": ["NA", "x"], "sol1": ["None", ""], "label": [0, 1]}
+
+
+def test_a_model_is_loaded():
+    with pytest.raises(ValueError, match="model='demo': expected the model that moekit.load returns"):
+        evaluate_tasks("demo", "copa_release")
 
 
 def test_without_a_network_a_data_set_is_named(one, monkeypatch):

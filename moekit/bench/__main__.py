@@ -81,12 +81,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser, benches = parsers()
     args = parser.parse_args(arguments)
+    new = args.json is not None and not args.json.exists()
     try:
         if args.json is not None:
             # If the file is not writable, the error comes before hours of measuring, and not after.
             args.json.open("a").close()
         tables = tables_of(args, arguments[1:], parser, benches)
     except (ValueError, OSError) as error:
+        if new:
+            args.json.unlink(missing_ok=True)
         parser.exit(2, f"{parser.prog}: {error}\n")
     if args.json is not None:
         args.json.write_text(json.dumps({**about(arguments), "benches": tables}, indent=2) + "\n")

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from moekit.arguments import Number, Whole, check
 from moekit.bench import shapes
 from moekit.bench.routing import synthetic
 from moekit.bench.setting import at_least_one
@@ -18,6 +19,9 @@ from moekit.routing.trace import Trace
 
 # Bytes of the number of an expert that goes along with each choice.
 NUMBER = 4
+
+# More ranks than this are a slip of the pen, for which the tables of who sends what have no room.
+MOST = 2**12
 
 # Tokens of the routing that is made up where no trace is given.
 TOKENS = 100_000
@@ -113,7 +117,14 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     Returns:
         One row per figure: ``what``, ``formula``, ``trace`` and ``unit``.
     """
+    check("--ranks", args.ranks, Whole(most=MOST))
+    for name in ("gbit", "rate"):
+        check(f"--{name}", getattr(args, name), Number(above=0))
     cluster, config = Cluster(args.ranks, args.per_machine), shapes.SHAPES[args.shape]
+    if not config.moe_layers:
+        raise ValueError(
+            f"--shape {args.shape} has no experts, so no row goes to another rank: name one that has"
+        )
     if cluster.machines < 2:
         raise ValueError(
             f"{args.ranks} ranks with {args.per_machine} a machine share one machine: nothing crosses; give --ranks more"

@@ -133,6 +133,15 @@ def study_routing(p: SimpleNamespace) -> ModelConfig:
     _data(p, config)
     _said(lines_of, p.data, p.subset, p.domains)
     _changes(p, config)
+    block = p.tokens_per_sample or config.max_positions
+    if p.prompt_tokens > block:
+        raise ParameterError(f"prompt_tokens={p.prompt_tokens}: expected at most a block's {block} tokens")
+    # The last token that is written takes no position.
+    if p.max_new_tokens > (room := config.max_positions - p.prompt_tokens + 1):
+        raise ParameterError(
+            f"max_new_tokens={p.max_new_tokens}: expected at most {room}, as the model has {config.max_positions} positions and "
+            f"prompts take {p.prompt_tokens}"
+        )
     return config
 
 
@@ -165,6 +174,8 @@ def _changes(p: SimpleNamespace, config: ModelConfig) -> None:
         raise ParameterError(
             f"capacity_token_fractions={p.capacity_token_fractions}: expected shares of a batch's tokens, above 0 up to 1"
         )
+    if p.mask and not config.moe_layers:
+        raise ParameterError(f"mask={p.mask}: {DENSE} to take away; set mask to None")
     if p.mask:
         _said(lambda: intervene.plan(config, mask=p.mask))
 

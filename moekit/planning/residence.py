@@ -26,7 +26,8 @@ def residence(run: Run, policy: str | Trace | Path, prefetch: bool) -> Residence
         ValueError: the policy is none, or a trace of another model.
     """
     prefetch = check("prefetch", prefetch, Flag())
-    if isinstance(policy, str) and policy not in POLICIES and not policy.endswith(".parquet"):
+    word = isinstance(policy, str) and policy not in POLICIES and not policy.endswith(".parquet")
+    if word or not isinstance(policy, str | Trace | Path):
         raise ValueError(
             f"policy={shown(policy)}: expected {', '.join(POLICIES)}, a trace or the path of one's .parquet file"
         )

@@ -2,8 +2,12 @@
 
 import torch
 
+from moekit.arguments import shown
+
 # Where ranks run that load starts: on this machine, or on the Ray cluster that it belongs to.
 WHERE = ("local", "ray")
+# More ranks than this are a slip of the pen, and their processes a burden to the machine.
+MOST = 4096
 
 
 def choose_devices(world_size: int | None, device: str) -> list[torch.device]:
@@ -12,6 +16,8 @@ def choose_devices(world_size: int | None, device: str) -> list[torch.device]:
         world_size = 1 if device == "cpu" else max(1, torch.cuda.device_count())
     if not isinstance(world_size, int) or isinstance(world_size, bool) or world_size < 1:
         raise ValueError(f"world_size is {world_size!r}: expected a whole number of at least 1")
+    if world_size > MOST:
+        raise ValueError(f"world_size is {shown(world_size)}: expected at most {MOST}")
     if device not in ("auto", "cuda", "cpu"):
         raise ValueError(f'device is {device!r}: expected "auto", "cuda" or "cpu"')
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):

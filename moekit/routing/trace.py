@@ -149,6 +149,8 @@ class Trace:
                 raise ValueError(f"a trace has a column {name} of its own: give the labels another name")
             found.pop(name, None)
             if given is not None:
+                if not isinstance(given, Iterable):
+                    raise ValueError(f"{name}={shown(given)}: expected a label for each token")
                 found[name] = self.labels_of(given if isinstance(given, str) else array_of(given)).astype(str)
         return replace(self, labels=found)
 

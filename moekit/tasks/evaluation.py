@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from moekit.arguments import Texts, Whole, check, shown
 from moekit.routing.statistics import holm, paired
 from moekit.tasks.fair import ChoiceTask
 from moekit.tasks.harness import HarnessModel
+from moekit.tasks.rows import Rows, dataset
 from moekit.versions import versions
 
 # The task files of the package.
@@ -32,8 +32,6 @@ FILES = Path(__file__).parent / "files"
 # The harness's own default for the draw of few-shot examples.
 SHOTS_SEED = 1234
 MARGIN = "margin"
-
-Rows = str | Path | Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -101,8 +99,13 @@ def evaluate_tasks(
     shots = check("num_fewshot", num_fewshot, Whole(0, optional=True))
     shots_seed = check("shots_seed", shots_seed, Whole(0))
     options = {"capacity_token_fraction": capacity_token_fraction, "seed": seed, "blank_lines": blank_lines}
+    if not isinstance(model, Model):
+        raise ValueError(f"model={shown(model)}: expected the model that moekit.load returns")
+    data = {} if data is None else data
+    if not isinstance(data, Mapping):
+        raise ValueError(f"data={shown(data)}: expected a data set for each task, {{'TASK': 'FILE.jsonl'}}")
     harness = HarnessModel(model, **options, progress=progress)
-    loaded = load_tasks(names, data or {}, include)
+    loaded = load_tasks(names, data, include)
     with _quiet():
         for task in loaded.values():
             if shots is not None:
@@ -110,6 +113,7 @@ def evaluate_tasks(
             elif task.config.num_fewshot is None:
                 task.set_config("num_fewshot", 0)
             task.set_fewshot_seed(shots_seed)
+            _enough(task)
         began = time.perf_counter()
         found = lm_eval.evaluate(harness, {"tasks": loaded}, limit=limit)
         seconds = time.perf_counter() - began
@@ -201,7 +205,13 @@ def load_tasks(
 def _loaded(
     names: Sequence[str], data: Mapping[str, Rows | Mapping[str, Rows]], include: str | Path | None
 ) -> dict[str, Task]:
-    folders = [FILES, *([] if include is None else [check("include", include, arguments.Path())])]
+    folders = [FILES]
+    if include is not None:
+        folders.append(check("include", include, arguments.Path()))
+        if not folders[-1].is_dir():
+            raise ValueError(
+                f"there is no folder {folders[-1]}; expected include to name one with task files"
+            )
     # The harness's own files are thousands: they are looked through only where they are asked for.
     manager = TaskManager(include_path=folders, include_defaults=False)
     if not all(name in manager.task_index or name.endswith(".yaml") for name in names):
@@ -213,7 +223,7 @@ def _loaded(
             path = check("tasks", name, arguments.Path())
             if not path.is_file():
                 raise ValueError(f"there is no task file {path}; expected the path of one, or a task's name")
-            wanted[load_yaml(path, resolve_func=False).get("task", name)] = path
+            wanted[_read(path, resolve_func=False).get("task", name)] = path
         elif name not in manager.task_index:
             raise ValueError(
                 f"tasks={shown(name)}: there is no such task; moekit's own are {', '.join(known_tasks())}, and "
@@ -234,13 +244,27 @@ def _loaded(
             )
     loaded = {}
     for name, path in wanted.items():
-        config = load_yaml(path)
+        config = _read(path)
         if name in data:
             config |= _given(name, data[name], config)
+        elif not config.get("dataset_path") and not config.get("custom_dataset"):
+            raise ValueError(
+                f"{path} names no dataset_path; write one into it, or give the data set with data={{{name!r}: 'FILE.jsonl'}}"
+            )
         loaded |= _load(manager, name, config)
     for name in others:
         loaded |= _load(manager, name, name)
     return loaded
+
+
+def _read(path: Path, **how: Any) -> dict[str, Any]:
+    """A task file, checked as far as that it can be read."""
+    try:
+        return load_yaml(path, **how)
+    except Exception as error:
+        # A task file names Python code, which may raise anything.
+        said = " ".join(str(error).split())
+        raise ValueError(f"the task file {path} cannot be read ({said[:200]})") from None
 
 
 def _load(manager: TaskManager, name: str, spec: Any) -> dict[str, Task]:
@@ -260,9 +284,9 @@ def _given(name: str, rows: Rows | Mapping[str, Rows], config: Mapping[str, Any]
     if isinstance(rows, Mapping):
         if missing := [split for split in splits[:1] if split not in rows]:
             raise ValueError(f"data of {name} has the splits {', '.join(rows)}, without {missing[0]}")
-        made = {split: _dataset(name, some) for split, some in rows.items()}
+        made = {split: dataset(name, some) for split, some in rows.items()}
     else:
-        made = dict.fromkeys(splits, _dataset(name, rows))
+        made = dict.fromkeys(splits, dataset(name, rows))
     return {
         "custom_dataset": lambda **_: made,
         "dataset_path": None,
@@ -271,33 +295,18 @@ def _given(name: str, rows: Rows | Mapping[str, Rows], config: Mapping[str, Any]
     }
 
 
-def _dataset(name: str, rows: Rows) -> datasets.Dataset:
-    if not isinstance(rows, str | Path):
-        return datasets.Dataset.from_list([dict(row) for row in rows])
-    path = check("data", rows, arguments.Path())
-    if not path.is_file():
+def _enough(task: Task) -> None:
+    """That there are as many examples as the harness draws."""
+    shots = task.config.num_fewshot
+    if not shots:
+        return
+    # One more is drawn where the item itself may be among them.
+    drawn = shots + (task.fewshot_cfg.split == task.config.test_split)
+    if drawn > (there := len(list(task.fewshot_docs()))):
         raise ValueError(
-            f"data of {name}: there is no file {path}; expected a .json, .jsonl, .csv or .tsv file"
+            f"num_fewshot={shots}: {task.config.task} has {there} examples, and {drawn} are drawn; ask for fewer, or give "
+            "more with data={'TASK': {'SPLIT': 'FILE.jsonl'}}"
         )
-    try:
-        if path.suffix in (".csv", ".tsv"):
-            table = pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",")
-            found = table.to_dict(orient="records")
-        else:
-            text = path.read_text("utf-8")
-            whole = text.lstrip().startswith("[")
-            found = (
-                json.loads(text)
-                if whole
-                else [json.loads(line) for line in text.splitlines() if line.strip()]
-            )
-    except (ValueError, OSError) as error:
-        raise ValueError(f"data of {name}: {path} cannot be read ({str(error)[:200]})") from None
-    if not found or not all(isinstance(row, dict) for row in found):
-        raise ValueError(
-            f"data of {name}: {path} holds no items; expected an object a line, or a list of objects"
-        )
-    return datasets.Dataset.from_list(found)
 
 
 def _item_table(found: Mapping[str, Any], tasks: Mapping[str, Task]) -> pd.DataFrame:

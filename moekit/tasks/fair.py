@@ -23,6 +23,8 @@ import numpy as np
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
 
+from moekit.arguments import MOST, Whole, shown
+
 Doc = Mapping[str, Any]
 
 
@@ -93,11 +95,32 @@ def item(
     }
 
 
+def whole(value: Any) -> int:
+    """A choice's number; a file may spell it as text."""
+    return Whole(-MOST).convert(int(value) if isinstance(value, str) else value)
+
+
 def each(convert: Callable[[Doc], dict[str, Any]]) -> Callable[[Iterable[Doc]], datasets.Dataset]:
     """``process_docs`` of a task file: every item of a data set in the form above."""
 
+    def one(number: int, doc: Doc) -> dict[str, Any]:
+        try:
+            made = convert(doc)
+            choices = made["choices"] + made["calibration"]
+            if not choices or not all(isinstance(text, str) and text for text in choices):
+                raise ValueError("a choice is missing, empty, or no text")
+            if not all(0 <= gold < len(made["choices"]) for gold in made["golds"]):
+                raise ValueError("the right choice is none of the choices")
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            said = f"there is no field {error}" if isinstance(error, KeyError) else error
+            raise ValueError(
+                f"item {number} is no item of {convert.__name__}: {said}; expected the fields of its data set, found "
+                f"{shown(dict(doc))}"
+            ) from None
+        return made
+
     def process(docs: Iterable[Doc]) -> datasets.Dataset:
-        return datasets.Dataset.from_list([convert(doc) for doc in docs])
+        return datasets.Dataset.from_list([one(*numbered) for numbered in enumerate(docs)])
 
     process.__doc__ = convert.__doc__
     return process
@@ -122,13 +145,13 @@ def hellaswag(doc: Doc) -> dict[str, Any]:
     words = (
         f"{doc['activity_label'].strip()}: {doc['ctx_a'].strip()} {second[:1].upper()}{second[1:]}".split()
     )
-    return item(" ".join(words) + " ", doc["endings"], [int(doc["label"])])
+    return item(" ".join(words) + " ", doc["endings"], [whole(doc["label"])])
 
 
 @each
 def piqa(doc: Doc) -> dict[str, Any]:
     """``goal`` and each solution."""
-    return item(doc["goal"].strip() + " ", [doc["sol1"], doc["sol2"]], [int(doc["label"])])
+    return item(doc["goal"].strip() + " ", [doc["sol1"], doc["sol2"]], [whole(doc["label"])])
 
 
 @each
@@ -145,7 +168,7 @@ def record(doc: Doc) -> dict[str, Any]:
 def winogrande(doc: Doc) -> dict[str, Any]:
     """The sentence with each option in place of ``_``."""
     before, _, after = doc["sentence"].partition("_")
-    return item(before, [doc["option1"] + after, doc["option2"] + after], [int(doc["answer"]) - 1])
+    return item(before, [doc["option1"] + after, doc["option2"] + after], [whole(doc["answer"]) - 1])
 
 
 @each
@@ -157,7 +180,7 @@ def storycloze(doc: Doc) -> dict[str, Any]:
     else:
         sentences = [doc[f"input_sentence_{n}"] for n in range(1, 5)]
         endings, answer = [doc[f"sentence_quiz{n}"] for n in (1, 2)], doc["answer_right_ending"]
-    return item(" ".join(sentences) + " ", endings, [int(answer) - 1])
+    return item(" ".join(sentences) + " ", endings, [whole(answer) - 1])
 
 
 @each
@@ -189,4 +212,4 @@ ASKED = {"cause": "What was the CAUSE of this?", "effect": "What happened as a R
 def copa(doc: Doc) -> dict[str, Any]:
     """The premise, its question, and each alternative on a line of its own."""
     text = f"{doc['premise'].strip()} {ASKED[doc['question']]}\n"
-    return item(text, [doc["choice1"], doc["choice2"]], [int(doc["label"])])
+    return item(text, [doc["choice1"], doc["choice2"]], [whole(doc["label"])])

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moekit.arguments import Whole, check
+from moekit.arguments import Number, Whole, check, shown
 from moekit.routing import placement as placing
 from moekit.routing.metrics.registry import measured
 from moekit.routing.metrics.tables import block_counts, chosen_experts, table_of_rows
@@ -55,10 +55,11 @@ def placement(
         One row per (layer, placement): ``layer``, ``placement``, ``value``, ``low``, ``high``, ``chance``, ``saved``.
 
     Raises:
-        ValueError: there are more ranks than experts.
+        ValueError: there are more ranks than experts, or a layer has no share.
     """
     ranks = _ranks(trace, ranks)
     redundant = ranks if redundant is None else check("redundant", redundant, Whole(0))
+    shares = dict.fromkeys(trace.layers, float("nan")) if share is None else _shares(trace, share)
     experts, found = trace.num_experts, units(trace)
     fit, judge = _halves(trace)
     rng = np.random.default_rng(SEED)
@@ -92,8 +93,7 @@ def placement(
             # No rank is busier than the busiest, so no value is below 1.
             low, high = np.maximum(interval(value(drawn(found, cells)), here, found.number), 1)
             own = here if name == "contiguous" else own
-            saved = float("nan") if share is None else share[layer] * (1 - here / own)
-            rows.append((layer, name, here, low, high, chance, saved))
+            rows.append((layer, name, here, low, high, chance, shares[layer] * (1 - here / own)))
     return table_of_rows(rows, "layer placement value low high chance saved")
 
 
@@ -118,6 +118,14 @@ def _ranks(trace: Trace, ranks: int) -> int:
     if ranks > trace.num_experts:
         raise ValueError(f"ranks={ranks}: expected at most {trace.num_experts}, the experts of a layer")
     return ranks
+
+
+def _shares(trace: Trace, share: Mapping[int, float]) -> dict[int, float]:
+    if not isinstance(share, Mapping) or not set(trace.layers) <= set(share):
+        raise ValueError(
+            f"share={shown(share)}: expected a number for each of the layers {list(trace.layers)}, as Profile.busiest has them"
+        )
+    return {layer: check(f"share[{layer}]", share[layer], Number(0)) for layer in trace.layers}
 
 
 def _halves(trace: Trace) -> tuple[np.ndarray, np.ndarray]:

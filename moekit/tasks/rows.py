@@ -1,0 +1,59 @@
+"""The items of a task: rows, or a file of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pandas as pd
+
+from moekit import arguments
+from moekit.arguments import check, shown
+
+Rows = str | Path | Sequence[Mapping[str, Any]]
+
+
+def dataset(name: str, rows: Rows) -> datasets.Dataset:
+    """The data set of the task ``name``.
+
+    Raises:
+        ValueError: it cannot be read, or holds no items.
+    """
+    if isinstance(rows, str | Path):
+        path = check(f"data[{name!r}]", rows, arguments.Path())
+        found, whose = _of_file(name, path), str(path)
+    else:
+        found, whose = list(rows) if isinstance(rows, Iterable) else [rows], shown(rows)
+    if not found or not all(isinstance(row, Mapping) and row for row in found):
+        raise ValueError(
+            f"data of {name}: {whose} holds no items; expected an object a line, or a list of objects"
+        )
+    try:
+        return datasets.Dataset.from_list([dict(row) for row in found])
+    except (ValueError, TypeError) as error:
+        said = " ".join(str(error).split())
+        raise ValueError(
+            f"data of {name}: {whose} has items with fields of unlike types ({said[:200]})"
+        ) from None
+
+
+def _of_file(name: str, path: Path) -> list:
+    if not path.is_file():
+        raise ValueError(
+            f"data of {name}: there is no file {path}; expected a .json, .jsonl, .csv or .tsv file"
+        )
+    try:
+        if path.suffix in (".csv", ".tsv"):
+            # An answer can be "None" or "NA", or nothing.
+            table = pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",", keep_default_na=False)
+            return table.to_dict(orient="records")
+        text = path.read_text("utf-8-sig")
+        if text.lstrip().startswith("["):
+            return json.loads(text)
+        # JSON's strings may have characters in them at which splitlines would split, too.
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
+    except (ValueError, OSError) as error:
+        raise ValueError(f"data of {name}: {path} cannot be read ({str(error)[:200]})") from None
