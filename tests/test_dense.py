@@ -13,6 +13,7 @@ from branch_cases import BASE
 
 import moekit
 from moekit import checkpoint, exchange, metrics
+from moekit.bench import shapes
 from moekit.checkpoint import export
 from moekit.checkpoint.__main__ import main
 from moekit.invariance import batch_invariance
@@ -299,3 +300,14 @@ def test_the_playground(folder, tmp_path):
         playground.generate()
         playground.thread.join(60)
         assert [len(run.tokens) for run in playground.runs] == [3] and not playground.runs[0].said
+
+
+@pytest.mark.parametrize(
+    "freq, layers, alternate", [(0, 4, 0), (1, 4, 0), (2, 4, 0), (5, 4, 0), (4, 4, 0), (2, 4, 8)]
+)
+def test_a_config_tells_whether_it_is_dense(freq, layers, alternate):
+    config = replace(
+        shapes.SHAPES["tiny"], layers=layers, moe_freq=freq, experts=2, alternate_ffn_dim=alternate
+    )
+    assert config.dense == (not config.moe_layers)
+    assert replace(config, layers=10**12).dense == (freq == 0 or alternate > 0)

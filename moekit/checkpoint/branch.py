@@ -15,7 +15,7 @@ TEMPLATE = Path(__file__).with_name("branch_cfg.json")
 
 def history(config: ModelConfig) -> list[dict[str, Any]]:
     """The ``optimizer_history`` of a training that has not begun."""
-    criterion = "MoECriterion" if config.moe_layers else "CrossEntropyCriterion"
+    criterion = "CrossEntropyCriterion" if config.dense else "MoECriterion"
     told = {"criterion_name": criterion, "optimizer_name": "FP16Optimizer"}
     return [told | {"lr_scheduler_state": {}, "num_updates": 0}]
 
@@ -55,7 +55,7 @@ def fairseq_cfg(config: ModelConfig, files: int, **options: Any) -> dict[str, An
     unknown = sorted(set(options) - set(cfg["model"]))
     assert not unknown, f"no such option of the branch: {unknown}"
     cfg["model"] |= options
-    if not config.moe_layers:
+    if config.dense:
         cfg["criterion"] = {"_name": "cross_entropy", "sentence_avg": False}
     cfg["task"] |= {
         "tokens_per_sample": config.max_positions,

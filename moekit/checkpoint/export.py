@@ -70,7 +70,7 @@ def write(
         shared: by our names, what is no expert's, in ``dtype`` on the CPU.
         experts: called once for each file: our names of the experts' stacked weights, and those of the experts held.
     """
-    dense = not config.moe_layers
+    dense = config.dense
     if dense and files != 1:
         raise ValueError(f"files={files}: {DENSE} to spread over files; expected 1")
     if not dense and not 1 <= files <= config.experts:

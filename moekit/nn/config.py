@@ -71,6 +71,11 @@ class ModelConfig:
         """The layers (from 0) that hold experts; a model without any is dense."""
         return [i for i in range(self.layers) if self.is_moe(i)]
 
+    @property
+    def dense(self) -> bool:
+        """Whether no layer holds experts; it counts no layers, whose number may come from a file that lies."""
+        return not 0 < self.moe_freq <= self.layers or self.alternate_ffn_dim != 0
+
 
 # What an error says of a dense model before it says what to do.
 DENSE = "the model is dense, it has no layer with experts"

@@ -199,7 +199,7 @@ def told_of(config: ModelConfig, dtype: str, dictionary: int | None) -> dict[str
         "eos_token_id": EOS,
         "pad_token_id": PAD,
         "dictionary_size": dictionary,
-        "num_experts_per_tok": top_k_of(config) if config.moe_layers else 0,
+        "num_experts_per_tok": 0 if config.dense else top_k_of(config),
         **values,
     }
 
