@@ -116,4 +116,5 @@ def test_generation(world_size):
             assert len(prompts) == 1 or (len({len(one.ids) for one in wanted}) > 1) == bool(stop)
             for one, other in zip(wanted, found, strict=True):
                 assert one.ids == other.ids
-                np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
+                # One or two threads add up in another order: numbers of 10 are off by a unit or two in their last place.
+                np.testing.assert_allclose(one.logprobs, other.logprobs, rtol=1e-6, atol=1e-5)

@@ -68,7 +68,9 @@ class Unavailable(Exception):
 
 
 def in_notebook() -> bool:
-    return "ipykernel" in sys.modules
+    """Whether this process is a kernel of Jupyter's, and not one that has only imported its package."""
+    app = sys.modules.get("ipykernel.kernelapp")
+    return app is not None and app.IPKernelApp.initialized()
 
 
 def available() -> bool:
