@@ -95,12 +95,12 @@ class Target:
 
     def few_rows_over_peers(self, one_byte: int = 0) -> None:
         w = "*i8" if one_byte else "*fp16"
-        types = {"x": "*fp16", "w": w, "b": "*fp16", "scale": "*fp32", "chosen": "*i32", "reach": "*i64"}
+        types = {"x": "*fp16", "w": w, "b": "*fp16", "scale": "*fp32", "chosen": "*i32"}
         own = {"out": "*fp16", "first": "i32", "held": "i32"}
-        constants = {"K": 2, "SLOTS": 2, "N": 3072, "D": 768, "ACTIVATION": 2, "EXACT": False, "COLUMNS": 4}
+        constants = {"K": 2, "N": 3072, "D": 768, "ACTIVATION": 2, "EXACT": False, "COLUMNS": 4}
         constants |= {"INNER": 1024} | weights_of(one_byte) | self.overlap
         self.compile(short_peers._up, types | own, constants, vectors.WARPS)
-        own = {"weights": "*fp32", "home": "*fp16", "first": "i32", "held": "i32"}
+        own = {"weights": "*fp32", "reach": "*i64", "home": "*fp16", "first": "i32", "held": "i32"}
         constants = {"SLOTS": 2, "N": 768, "D": 3072, "COLUMNS": 4, "INNER": 1024}
         constants |= weights_of(one_byte) | self.overlap
         self.compile(short_peers._down, types | own, constants, vectors.WARPS)

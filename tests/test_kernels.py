@@ -632,7 +632,10 @@ def test_a_dense_model_is_captured_whatever_gate_its_config_names(dense):
     """Of a training without experts the config may still say that the second expert is drawn."""
     config = replace(BASE, second_expert="sampling", **({"moe_freq": 0, "experts": 0} if dense else {}))
     seen = SimpleNamespace(
-        config=config, backend="triton", embed=SimpleNamespace(weight=SimpleNamespace(is_cuda=True))
+        config=config,
+        backend="triton",
+        slots=None,
+        embed=SimpleNamespace(weight=SimpleNamespace(is_cuda=True)),
     )
     assert graph.fits(seen, Pass()) == dense
 
