@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -70,7 +71,8 @@ class Described:
 
 def layout_of(folder: Path) -> str | None:
     """The layout that a folder's ``config.json`` names; None where there is none, or one of another model."""
-    if not (folder / FILE).is_file():
+    # A folder that may not be read has none; what reads its other files says so.
+    if not os.path.isfile(folder / FILE):
         return None
     told = _read(folder / FILE).get("architectures")
     known = [ARCHITECTURES[one] for one in told if one in ARCHITECTURES] if isinstance(told, list) else []

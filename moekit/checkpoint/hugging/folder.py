@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from moekit.checkpoint.contents import short
@@ -27,8 +28,8 @@ def find(path: Path) -> list[Path] | None:
     Raises:
         ValueError: the folder lacks a file.
     """
-    folder = path if path.is_dir() else path.parent
-    if not folder.is_dir() or layout_of(folder) is None:
+    folder = path if os.path.isdir(path) else path.parent
+    if not os.path.isdir(folder) or layout_of(folder) is None:
         return None
     indices = [folder / f"{name}.index.json" for name in ONE if (folder / f"{name}.index.json").is_file()]
     whole = [folder / name for name in ONE if (folder / name).is_file()]
