@@ -29,7 +29,7 @@ from moekit.notebook.explorer import page
 from moekit.routing.trace import Trace
 from moekit.scoring import Evaluation
 
-MODEL = SimpleNamespace(load_seconds=1.0, world_size=1, dtype="torch.float32", device="cpu")
+MODEL = SimpleNamespace(load_seconds=1.0, world_size=1, dtype="torch.float32", experts=None, device="cpu")
 FILES = {"results.json", "tokens.parquet", "picture.png", "trace.parquet", "table.csv", "explorer.html"}
 
 
