@@ -25,6 +25,7 @@ from fairseq.models.transformer_lm import TransformerLanguageModel
 import moekit
 import moekit.plugin
 from moekit import checkpoint
+from moekit.bench.shapes import SHAPES
 from moekit.checkpoint import options as config
 from moekit.checkpoint.branch import history
 
@@ -340,7 +341,7 @@ def characters(trap, key: str = "decoder.embed_tokens.char_embeddings.weight") -
         "args": None,
         "cfg": cfg,
         "model": model,
-        "optimizer_history": history("CrossEntropyCriterion"),
+        "optimizer_history": history(SHAPES["dense-tiny"]),
         "extra_state": extra,
     }
 
