@@ -34,7 +34,7 @@ def fast_tokenizer(codec: Codec, begin: str = "</s>") -> Tokenizer:
     merges = [
         pair
         for pair in read_merges(codec.vocab_bpe)
-        if pair[0] + pair[1] in known and set(pair) <= set(known)
+        if pair[0] + pair[1] in known and known.keys() >= set(pair)
     ]
     tokenizer = Tokenizer(BPE(vocab=known, merges=merges, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Replace(end, "</s>") for end in NEWLINES])
