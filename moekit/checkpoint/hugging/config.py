@@ -71,12 +71,8 @@ class Described:
 
 def layout_of(folder: Path) -> str | None:
     """The layout that a folder's ``config.json`` names; None where there is none, or one of another model."""
-    # A folder that may not be read has none; what reads its other files says so.
-    if not os.path.isfile(folder / FILE):
-        return None
-    told = _read(folder / FILE).get("architectures")
-    known = [ARCHITECTURES[one] for one in told if one in ARCHITECTURES] if isinstance(told, list) else []
-    return known[0] if known else None
+    found = _told(folder)
+    return None if found is None else found[0]
 
 
 def described(folder: Path) -> Described | None:
@@ -85,27 +81,46 @@ def described(folder: Path) -> Described | None:
     Raises:
         ValueError: it is no JSON, lacks an entry, or has a value that makes no sense.
     """
-    layout = layout_of(folder)
-    if layout is None:
+    found = _told(folder)
+    if found is None:
         return None
-    path = folder / FILE
-    told = _read(path)
+    (layout, told), path = found, folder / FILE
     return Described(layout, _ours(told, path) if layout == MOEKIT else _light(told, path), path)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _told(folder: Path) -> tuple[str, dict[str, Any]] | None:
+    """The layout and the entries of a folder's ``config.json``; None as for :func:`layout_of`."""
+    path = folder / FILE
+    # A folder that may not be read has none; what reads its other files says so.
+    if not os.path.isfile(path):
+        return None
+    told = json_of(path, MOST, "a config")
+    if not isinstance(told, dict):
+        raise ValueError(f"{path} holds {short(told)}; expected an object with the model's config")
+    names = told.get("architectures")
+    known = [ARCHITECTURES[one] for one in names if one in ARCHITECTURES] if isinstance(names, list) else []
+    return (known[0], told) if known else None
+
+
+def json_of(path: Path, most: int, what: str) -> Any:
+    """What a JSON file holds.
+
+    Args:
+        most: bytes that it may have.
+        what: it is, for errors.
+
+    Raises:
+        ValueError: it is larger, cannot be read, or is no JSON.
+    """
     try:
         size = path.stat().st_size
-        if size > MOST:
-            raise ValueError(f"{path} has {size:,} bytes; a config has {MOST:,} at most")
-        told = json.loads(path.read_text("utf-8"))
+        if size > most:
+            raise ValueError(f"{path} has {size:,} bytes; {what} has {most:,} at most")
+        return json.loads(path.read_text("utf-8"))
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON: fetch it again") from error
-    if not isinstance(told, dict):
-        raise ValueError(f"{path} holds {short(told)}; expected an object with the model's config")
-    return told
 
 
 KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {

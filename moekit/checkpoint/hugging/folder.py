@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
 from moekit.checkpoint.contents import short
-from moekit.checkpoint.hugging.config import FILE, layout_of
+from moekit.checkpoint.hugging.config import FILE, json_of, layout_of
 from moekit.checkpoint.hugging.names import PREFIX
 from moekit.checkpoint.keys import SHARED_KEY
 
@@ -51,14 +50,7 @@ def find(path: Path) -> list[Path] | None:
 
 
 def _indexed(index: Path) -> list[Path]:
-    try:
-        if index.stat().st_size > MOST:
-            raise ValueError(f"{index} has more than {MOST:,} bytes: it is no index")
-        told = json.loads(index.read_text("utf-8"))
-    except OSError as error:
-        raise ValueError(f"{index} cannot be read ({error.strerror}): check its permissions") from error
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{index} is no JSON: fetch it again") from error
+    told = json_of(index, MOST, "an index")
     files = told.get("weight_map") if isinstance(told, dict) else None
     if not isinstance(files, dict) or not files:
         raise ValueError(f"{index} has no weight_map, which tells the file of each tensor: fetch it again")
