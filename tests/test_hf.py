@@ -482,6 +482,9 @@ def tiny(reference, tmp_path):
     [
         (b"[1, 2", "config.json is no JSON"),
         (b"\xff\xfe", "config.json is no JSON"),
+        (b'{"a": ' + b"1" * 5000 + b"}", "config.json is no JSON"),
+        (b" " * 10_000_001, "config.json has 10,000,001 bytes; a config has 10,000,000 at most"),
+        ({"architectures": [["FairseqMoeForCausalLM"]]}, "no config.json beside it names a model"),
         ({"hidden_size": "wide"}, "hidden_size='wide'; expected a whole number"),
         ({"hidden_size": None}, "config.json lacks hidden_size"),
         ({"pre_norm": 1}, "pre_norm=1; expected true or false"),

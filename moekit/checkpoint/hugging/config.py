@@ -98,7 +98,8 @@ def _told(folder: Path) -> tuple[str, dict[str, Any]] | None:
     if not isinstance(told, dict):
         raise ValueError(f"{path} holds {short(told)}; expected an object with the model's config")
     names = told.get("architectures")
-    known = [ARCHITECTURES[one] for one in names if one in ARCHITECTURES] if isinstance(names, list) else []
+    words = [one for one in names if type(one) is str] if isinstance(names, list) else []
+    known = [ARCHITECTURES[one] for one in words if one in ARCHITECTURES]
     return (known[0], told) if known else None
 
 
@@ -114,13 +115,15 @@ def json_of(path: Path, most: int, what: str) -> Any:
     """
     try:
         size = path.stat().st_size
-        if size > most:
-            raise ValueError(f"{path} has {size:,} bytes; {what} has {most:,} at most")
-        return json.loads(path.read_text("utf-8"))
+        found = json.loads(path.read_text("utf-8")) if size <= most else None
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
+        # Python refuses a number of more than 4300 digits, too.
         raise ValueError(f"{path} is no JSON: fetch it again") from error
+    if size > most:
+        raise ValueError(f"{path} has {size:,} bytes; {what} has {most:,} at most")
+    return found
 
 
 KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
