@@ -16,7 +16,7 @@ import collections
 import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moekit.checkpoint.threads import pool
 from moekit.nn.quantise import quantise
 
 # The most threads; more do not increase the transfer rate.
@@ -82,14 +83,13 @@ def copy(
         if progress is not None:
             progress(copied)
 
-    threads_of_torch = torch.get_num_threads()
     try:
-        with ThreadPoolExecutor(threads, "copying", torch.set_num_threads, (1,)) as pool:
+        with pool("copying", threads) as executor:
             try:
                 for own, load in loads():
                     if len(waiting) == 2 * threads:
                         finish_one()
-                    waiting.append(pool.submit(_carry, own, load))
+                    waiting.append(executor.submit(_carry, own, load))
                 while waiting:
                     finish_one()
             finally:
@@ -98,8 +98,6 @@ def copy(
                     future.cancel()
     finally:
         carrier.finish()
-        # New threads of torch take the number that was set last in any thread.
-        torch.set_num_threads(threads_of_torch)
 
 
 def _carry(carrier: Straight | OntoGpu, load: Load) -> int:
