@@ -8,7 +8,7 @@ A checkpoint is untrusted: pickles.py reads what a file says without calling any
 that nothing in it runs and nothing is read that is not kept. From below to above: pickles (the machine), contents (what
 may stand in one), archive (where a file's parts lie), reading (one file), keys (fairseq's names), options (the config),
 shards (tensors cut over several files), files (which there are), belonging (whether files belong together), inspection
-(checksums), config (the options against what the files hold), copying, joining (parts of what is quantised), placement (which
+(checksums), config (the options against what the files hold), copying, joining (parts of a tensor), placement (which
 rank an expert goes to), plan (which rank reads what), describing (tables). safetensors is the other format of a file. What
 ``python -m moekit.checkpoint`` does is in verifying and reshaping; writing makes the folders.
 """

@@ -1,15 +1,22 @@
-"""Matrices that are quantised: a row's scale depends on all of the row, and a file may hold a part of a matrix only."""
+"""Tensors that are cut over several files, joined again; what is quantised has to be, as a row's scale depends on all of it."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from moekit.checkpoint.copying import Piece
+
+
+def joined(parts: Sequence[tuple[int, Tensor]], shape: Sequence[int]) -> Tensor:
+    """A tensor of which each part begins at an index: the part itself, where it is all."""
+    if len(parts) == 1:
+        return parts[0][1].view(shape)
+    return torch.cat([part for _, part in sorted(parts, key=lambda part: part[0])]).view(shape)
 
 
 class Joining:
@@ -35,12 +42,11 @@ class Joining:
         if sum(part.source.numel() for _, part in parts) < whole.numel():
             return
         del self.parts[whole.data_ptr()]
-        parts.sort(key=lambda part: part[0])
         checks = [part.check for _, part in parts if part.check is not None]
 
         def check() -> None:
             for one in checks:
                 one()
 
-        source = torch.cat([part.source for _, part in parts]).view(whole.shape)
+        source = joined([(at, part.source) for at, part in parts], whole.shape)
         yield Piece(piece.name, source, whole, check, scale)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from moekit.checkpoint.joining import joined
 from moekit.checkpoint.keys import places
 from moekit.checkpoint.placement import slotted
 from moekit.checkpoint.plan import Plan
@@ -22,10 +23,7 @@ class Mapped:
 
     def read(self, shape: torch.Size) -> Tensor:
         """The tensor, on the CPU, in the type of the files; a copy only if it is cut."""
-        if len(self.parts) == 1:
-            return self.parts[0][1].reshape(-1)[: shape.numel()].view(shape)
-        parts = sorted(self.parts, key=lambda part: part[0])
-        return torch.cat([part for _, part in parts])[: shape.numel()].view(shape)
+        return joined(self.parts, shape)
 
 
 def mapped(plan: Plan, held: range) -> dict[int, list[dict[str, Mapped]]]:

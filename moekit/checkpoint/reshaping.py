@@ -17,6 +17,7 @@ from torch import Tensor
 from moekit.checkpoint.files import NAME, Files, find
 from moekit.checkpoint.hugging import writing
 from moekit.checkpoint.hugging.names import packed
+from moekit.checkpoint.joining import joined
 from moekit.checkpoint.keys import NUMBER, OUTPUT_KEYS, SHARED_KEY, places
 from moekit.checkpoint.plan import survey
 from moekit.checkpoint.reading import SETTINGS, Source, read, stamp
@@ -86,7 +87,7 @@ class Content:
         Args:
             twice: with the matrix that is embedding and output under both of its names, as fairseq writes it.
         """
-        found = {name: _joined(parts, self.shapes[None][name]) for name, parts in self.common.items()}
+        found = {name: joined(parts, self.shapes[None][name]) for name, parts in self.common.items()}
         if self.tied and OUTPUT in found and _equal(found[OUTPUT], found[SHARED_KEY]):
             found[OUTPUT] = found[SHARED_KEY]
             if not twice:
@@ -96,7 +97,7 @@ class Content:
     def expert(self, layer: int, expert: int) -> dict[str, Tensor]:
         where = (layer, expert)
         return {
-            name: _joined(parts, self.shapes[where][name]) for name, parts in self.by_expert[where].items()
+            name: joined(parts, self.shapes[where][name]) for name, parts in self.by_expert[where].items()
         }
 
     def rank(self, experts: Mapping[int, Sequence[int]]) -> dict[str, Tensor]:
@@ -107,12 +108,6 @@ class Content:
             for local, expert in enumerate(chosen)
             for name, tensor in self.expert(layer, expert).items()
         }
-
-
-def _joined(parts: list[tuple[int, Tensor]], shape: tuple[int, ...]) -> Tensor:
-    if len(parts) == 1:
-        return parts[0][1]
-    return torch.cat([part for _, part in sorted(parts, key=lambda one: one[0])]).view(shape)
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
