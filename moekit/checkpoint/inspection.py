@@ -93,13 +93,10 @@ class Inspection:
         key, part, place = wanted
         if record is not None:
             check_sum(self.weights, key)
-        # Half precision may overflow in the sum, but a sum that is finite has finite terms only.
-        numbers = part.float() if part.itemsize == 1 else part
-        if not numbers.sum().isfinite():
-            nan, infinite = int(numbers.isnan().sum()), int(numbers.isinf().sum())
-            if nan or infinite:
-                layer, expert = place.where or (None, None)
-                self.nonfinite.append(NonFinite(self.source.path.name, key, layer, expert, nan, infinite))
+        nan, infinite = not_finite(part)
+        if nan or infinite:
+            layer, expert = place.where or (None, None)
+            self.nonfinite.append(NonFinite(self.source.path.name, key, layer, expert, nan, infinite))
 
     def remember(self) -> None:
         """Keep the result for the next time, once all checks were made."""
@@ -107,6 +104,15 @@ class Inspection:
             return
         if time.time() - max(self.source.stamp[-2:]) / 1e9 > SETTLED:
             _keep(self.name, self.nonfinite)
+
+
+def not_finite(tensor: Tensor) -> tuple[int, int]:
+    """How many numbers are NaN, and how many infinite."""
+    numbers = tensor.float() if tensor.itemsize == 1 else tensor
+    # Half precision may overflow in the sum, but a sum that is finite has finite terms only.
+    if not numbers.is_floating_point() or numbers.sum().isfinite():
+        return 0, 0
+    return int(numbers.isnan().sum()), int(numbers.isinf().sum())
 
 
 def check_sum(weights: Weights, key: str) -> None:

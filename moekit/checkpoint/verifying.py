@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moekit.checkpoint.files import find
-from moekit.checkpoint.inspection import crc32
+from moekit.checkpoint.inspection import crc32, not_finite
 from moekit.checkpoint.plan import survey
 from moekit.checkpoint.reading import read
 from moekit.checkpoint.threads import pool
@@ -62,11 +62,9 @@ def _of_file(path: Path) -> dict[str, Any]:
                 checked[record.name] = crc32(content) == record.checksum
         if not checked[record.name]:
             row["damaged"].append(key)
-        numbers = tensor.float() if tensor.itemsize == 1 else tensor
-        if numbers.is_floating_point() and not numbers.sum().isfinite():
-            nan, infinite = int(numbers.isnan().sum()), int(numbers.isinf().sum())
-            if nan or infinite:
-                row["nonfinite"].append(key)
-            row["nan"] += nan
-            row["infinite"] += infinite
+        nan, infinite = not_finite(tensor)
+        if nan or infinite:
+            row["nonfinite"].append(key)
+        row["nan"] += nan
+        row["infinite"] += infinite
     return row
