@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ def history(config: ModelConfig) -> list[dict[str, Any]]:
 
 def fairseq_cfg(config: ModelConfig, files: int, **options: Any) -> dict[str, Any]:
     """The ``cfg`` that the branch would have saved for this model, trained on ``files`` ranks."""
-    cfg = copy.deepcopy(json.loads(TEMPLATE.read_text()))
+    cfg = json.loads(TEMPLATE.read_text())
     cfg["model"] |= {
         "activation_fn": config.activation,
         "decoder_embed_dim": config.dim,
