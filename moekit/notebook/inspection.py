@@ -248,8 +248,6 @@ def save(
     with results.together(output_dir) as folder:
         report.draw(folder, figures)
         trace.save(folder / "trace.parquet")
-        for name, table in tables.items():
-            if table is not None:
-                table.to_csv(folder / f"{name}.csv", index=False)
+        report.tabulate(folder, tables)
         explorer.save_html(folder / "explorer.html")
     return report.absolute(output_dir)

@@ -86,7 +86,5 @@ def save(
             one.save(folder / f"profile_{blocks}.json.gz")
         view.profile.save_trace(folder / "trace.json.gz")
         view.save_html(folder / "timeline.html")
-        for name, table in tables.items():
-            if table is not None:
-                table.to_csv(folder / f"{name}.csv", index=False)
+        report.tabulate(folder, tables)
     return report.absolute(output_dir)

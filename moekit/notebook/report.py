@@ -20,6 +20,7 @@ from moekit.nn.experts import TENSORS
 from moekit.nn.gates import gate_of
 from moekit.nn.quantise import name_of
 from moekit.nn.transformer import weight_bytes
+from moekit.notebook.pictures import DPI
 from moekit.notebook.quantisation import quantisation
 from moekit.ranks.machine import gpus, host_memory
 from moekit.versions import versions
@@ -37,6 +38,7 @@ __all__ = [
     "save",
     "save_figures",
     "shares",
+    "tabulate",
     "versions",
 ]
 
@@ -250,7 +252,14 @@ def draw(folder: Path, figures: Mapping[str, Figure | None]) -> None:
     """Write ``{name}.png`` of each figure into ``folder``; None stands for a figure that was not made."""
     for name, figure in figures.items():
         if figure is not None:
-            figure.savefig(folder / f"{name}.png", dpi=160, bbox_inches="tight")
+            figure.savefig(folder / f"{name}.png", dpi=DPI, bbox_inches="tight")
+
+
+def tabulate(folder: Path, tables: Mapping[str, pd.DataFrame | None]) -> None:
+    """Write ``{name}.csv`` of each table into ``folder``, without its index; None stands for a table that was not made."""
+    for name, table in tables.items():
+        if table is not None:
+            table.to_csv(folder / f"{name}.csv", index=False)
 
 
 def absolute(folder: str | Path) -> Path:

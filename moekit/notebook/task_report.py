@@ -14,7 +14,7 @@ import pandas as pd
 from moekit import api, results
 from moekit.domains import WHOLE
 from moekit.notebook import models
-from moekit.notebook.report import absolute, draw
+from moekit.notebook.report import absolute, draw, tabulate
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -145,18 +145,14 @@ def save(
     tables = {"tasks": task_table(found, other)}
     if swept is not None:
         both = [swept.assign(model="checkpoint")]
-        both += (
-            [other.domains.assign(model="baseline")]
-            if other is not None and other.domains is not None
-            else []
-        )
+        if other is not None and other.domains is not None:
+            both.append(other.domains.assign(model="baseline"))
         tables["domains"] = pd.concat(both, ignore_index=True)
     if effect is not None:
         tables |= {"mask": effect[0], "changed": effect[1]}
     told = {name: run.meta for name, run in runs.items() if run is not None}
     with results.together(p.output_dir) as folder:
-        for name, table in tables.items():
-            table.to_csv(folder / f"{name}.csv", index=False)
+        tabulate(folder, tables)
         pd.concat(items, ignore_index=True).to_parquet(folder / "items.parquet", index=False)
         (folder / "run.json").write_text(json.dumps({"parameters": vars(p), "runs": told}, indent=2) + "\n")
         draw(folder, dict(zip(("tasks", "domains", "capacities"), figures, strict=True)))
