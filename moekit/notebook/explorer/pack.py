@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moekit.notebook.pieces import pieces
+from moekit.notebook.standalone import listed
 from moekit.routing.trace import need_layers
 from moekit.symbols import PAD
 
@@ -85,6 +86,7 @@ def pack(
         "weight": share(trace.weights),
         "entropy": share(trace.entropy / np.log(max(2, trace.num_experts))),
     }
+    names, flat = listed(arrays)
     header = {
         "T": tokens,
         "K": trace.top_k,
@@ -97,9 +99,8 @@ def pack(
         "domains": [str(label) for label in labels],
         "mask": mask,
         "cut": cut,
-        "arrays": [(name, str(array.dtype)) for name, array in arrays.items()],
+        "arrays": names,
     }
-    flat = [np.ascontiguousarray(array, array.dtype.newbyteorder("<")).ravel() for array in arrays.values()]
     return header, flat
 
 

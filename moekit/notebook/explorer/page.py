@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moekit import results
 from moekit.arguments import Whole, check
+from moekit.notebook import standalone
 from moekit.notebook.explorer.pack import choose_samples, pack
-from moekit.notebook.standalone import standalone
 
 if TYPE_CHECKING:
     from moekit.data import Codec
@@ -41,11 +40,7 @@ def save_html(
         ValueError: an argument makes no sense.
         moekit.results.NotWritten: (a ValueError) the folder cannot be written to, or its disk is full.
     """
-    path = Path(path).expanduser()
-    text = page(trace, codec, domains, max_tokens)
-    with results.whole(path, make=True) as part:
-        part.write_text(text, "utf-8")
-    return path
+    return standalone.save(path, page(trace, codec, domains, max_tokens))
 
 
 def page(
@@ -65,5 +60,4 @@ def page(
         trace = trace.select(mask=here)
         domains = None if domains is None else domains[here]
     header, arrays = pack(trace, codec, domains, mask=NO_KERNEL, cut=cut)
-    style, script = ((HERE / f"explorer.{kind}").read_text("utf-8") for kind in ("css", "js"))
-    return standalone("moekit: routing", style, script, header, arrays)
+    return standalone.page("moekit: routing", HERE / "explorer.js", header, arrays)

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moekit import results
-from moekit.notebook.standalone import standalone
+from moekit.notebook import standalone
 from moekit.notebook.style import PART_COLOURS
 from moekit.profiling import PARTS
 
@@ -45,21 +44,21 @@ def pack(profile: Profile) -> tuple[dict, list[np.ndarray]]:
         "start": frame["begun"].to_numpy(np.float64),
         "duration": frame["exclusive"].to_numpy(np.float32),
     }
+    names, flat = standalone.listed(arrays)
     header = {
         "ranks": int(frame["rank"].max()) + 1,
         "parts": parts,
         "colours": [PART_COLOURS[part] for part in parts],
         "kernels": kernels.tolist(),
         "steps": ends.to_numpy().tolist(),
-        "arrays": [(name, str(array.dtype)) for name, array in arrays.items()],
+        "arrays": names,
     }
-    return header, [np.ascontiguousarray(a, a.dtype.newbyteorder("<")) for a in arrays.values()]
+    return header, flat
 
 
 def page(profile: Profile) -> str:
     """The text of the page that :func:`save_html` writes."""
-    style, script = ((HERE / f"timeline.{kind}").read_text("utf-8") for kind in ("css", "js"))
-    return standalone("moekit: where the time goes", style, script, *pack(profile))
+    return standalone.page("moekit: where the time goes", HERE / "timeline.js", *pack(profile))
 
 
 def save_html(profile: Profile, path: str | Path) -> Path:
@@ -68,8 +67,4 @@ def save_html(profile: Profile, path: str | Path) -> Path:
     Raises:
         moekit.results.NotWritten: (a ValueError) the folder cannot be written to, or its disk is full.
     """
-    path = Path(path).expanduser()
-    text = page(profile)
-    with results.whole(path, make=True) as part:
-        part.write_text(text, "utf-8")
-    return path
+    return standalone.save(path, page(profile))
