@@ -16,7 +16,7 @@ from moekit.arguments import Whole, check, shown
 from moekit.batches import Batch
 from moekit.fairseq_data import Data
 from moekit.handle import Handle
-from moekit.nn.gates import gate_of
+from moekit.nn.gates import gate_of, top_k_of
 from moekit.routing.domains import lines_of
 from moekit.routing.statistics import mean_of, units_of
 from moekit.scoring import score_batches, summarize
@@ -48,11 +48,11 @@ def evaluate_domains(
 
     Returns:
         For each capacity, in the order given, one row per domain and :data:`WHOLE`, the tokens of all: ``capacity`` (the one
-        that holds: None, a number or "training"; of a dense model there is None alone), ``domain``, ``tokens``, ``bits_per_token`` with ``low`` and ``high`` (95 % bootstrap interval
-        over samples; NaN for fewer than 8), ``perplexity``, ``bytes`` (of the text, a line end counts as one; None without a
-        codec), ``bits_per_byte``, ``dropped`` (share of choices that were not dispatched), ``batches``, and ``run``, how many
-        of the batches ran at this capacity: the others have their result from a larger one, at which no expert was fuller
-        than this one allows.
+        that holds: None, a number or "training"; of a dense model there is None alone), ``domain``, ``tokens``,
+        ``bits_per_token`` with ``low`` and ``high`` (95 % bootstrap interval over samples; NaN for fewer than 8),
+        ``perplexity``, ``bytes`` (of the text, a line end counts as one; None without a codec), ``bits_per_byte``,
+        ``dropped`` (share of choices that were not dispatched), ``batches``, and ``run``, how many of the batches ran at this
+        capacity: the others have their result from a larger one, at which no expert was fuller than this one allows.
 
     Raises:
         ValueError: an argument makes no sense, or a file is missing.
@@ -80,21 +80,17 @@ def evaluate_domains(
         raise ValueError("domains={}: expected at least one folder by its name")
     sizes = model.codec.sizes() if model.reads_text else None
     found = [_swept(model, text, held, seed, progress) for text in texts]
+    labels = np.concatenate([text.labels for text in texts])
+    names = list(dict.fromkeys(name for text in texts for name in text.names))
     rows = []
     for number, fraction in enumerate(held):
         parts = [sweep[number] for sweep in found]
-        labels = np.concatenate([text.labels for text in texts])
         table = pd.concat([part.tokens for part in parts], keys=range(len(parts)), names=["text"])
         table = table.reset_index("text")
-        names = list(dict.fromkeys(name for text in texts for name in text.names))
         told = None if fraction is None else "training" if fraction <= 0 else fraction
         for name in [*names, WHOLE]:
             here = np.full(len(table), True) if name == WHOLE else labels == name
-            own = [
-                n
-                for n, text in enumerate(texts)
-                if name == WHOLE or not isinstance(domains, Mapping) or name in text.names
-            ]
+            own = [n for n, text in enumerate(texts) if name == WHOLE or name in text.names]
             row = {"capacity": told, "domain": name, **_measured(model, table[here], sizes)}
             row["batches"] = sum(len(texts[n].batches) for n in own)
             row["run"] = sum(parts[n].run for n in own)
@@ -207,11 +203,7 @@ def _measured(model: Handle, tokens: pd.DataFrame, sizes: np.ndarray | None) -> 
     sample = tokens["text"].to_numpy(np.int64) << 32 | tokens["sample"].to_numpy(np.int64)
     drawn = units_of(np.unique(sample, return_inverse=True)[1])
     value, low, high = mean_of(bits, drawn.unit, drawn)
-    choices = (
-        len(tokens)
-        * len(model.config.moe_layers)
-        * (gate_of(model.config).top_k if model.config.moe_layers else 1)
-    )
+    choices = len(tokens) * len(model.config.moe_layers) * top_k_of(model.config)
     size = None if sizes is None else int(sizes[tokens["target"].to_numpy()].sum())
     return {
         "tokens": len(tokens),
