@@ -37,3 +37,20 @@ def browser(tmp_path_factory):
         yield context
         context.close()
     assert not errors
+
+
+@pytest.fixture
+def offline(browser):
+    """Opens a page of a file with the network off; ``asked`` of the page are the addresses that it asks for."""
+
+    def opened(path, first: str):
+        """``first`` selects what is there once the page is drawn."""
+        browser.set_offline(True)
+        page = browser.new_page()
+        page.asked = []
+        page.on("request", lambda request: page.asked.append(request.url))
+        page.goto(path.as_uri())
+        page.locator(first).first.wait_for()
+        return page
+
+    return opened

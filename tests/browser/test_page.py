@@ -43,16 +43,9 @@ def ask(browser, made):
 
 
 @pytest.fixture
-def page(browser, made, tmp_path):
+def page(offline, made, tmp_path):
     trace, domains = made
-    path = save_html(trace, tmp_path / "explorer.html", domains=domains)
-    browser.set_offline(True)
-    page = browser.new_page()
-    page.asked = []
-    page.on("request", lambda request: page.asked.append(request.url))
-    page.goto(path.as_uri())
-    page.locator(".mk-word").first.wait_for()
-    return page
+    return offline(save_html(trace, tmp_path / "explorer.html", domains=domains), ".mk-word")
 
 
 def view(page, kind):
@@ -190,15 +183,12 @@ def test_nothing_is_fetched(page):
     assert all(url.startswith(("file:", "blob:", "data:")) for url in page.asked)
 
 
-def test_a_hostile_token_is_only_text(browser, made, tmp_path):
+def test_a_hostile_token_is_only_text(offline, made, tmp_path):
     class Hostile:
         def pieces(self, ids):
             return ["</script><img src=x onerror='document.title=1'>"] * len(ids)
 
     trace, _ = made
-    path = save_html(trace, tmp_path / "explorer.html", Hostile())
-    page = browser.new_page()
-    page.goto(path.as_uri())
-    page.locator(".mk-word").first.wait_for()
+    page = offline(save_html(trace, tmp_path / "explorer.html", Hostile()), ".mk-word")
     assert page.locator(".mk-word").first.inner_text().startswith("</script><img")
     assert page.locator("img").count() == 0 and page.title() == "moekit: routing"

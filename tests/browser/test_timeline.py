@@ -11,14 +11,9 @@ YELLOW, GREY = [0xEE, 0xDD, 0x88], [0x8C, 0x8C, 0x8C]
 
 
 @pytest.fixture
-def page(browser, tmp_path):
+def page(offline, tmp_path):
     path = timeline.save_html(made_up(), tmp_path / "timeline.html")
-    browser.set_offline(True)
-    page = browser.new_page()
-    page.asked = []
-    page.on("request", lambda request: page.asked.append(request.url))
-    page.goto(path.as_uri())
-    page.locator(".mkt-key").first.wait_for()
+    page = offline(path, ".mkt-key")
     yield page
     assert page.asked == [path.as_uri()]
 
