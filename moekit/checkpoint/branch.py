@@ -12,6 +12,15 @@ from moekit.nn.config import ModelConfig
 TEMPLATE = Path(__file__).with_name("branch_cfg.json")
 
 
+def settings(config: ModelConfig, files: int, **options: Any) -> dict[str, Any]:
+    """What a file holds besides the weights; the arguments are those of :func:`fairseq_cfg`."""
+    return {
+        "cfg": fairseq_cfg(config, files, **options),
+        "optimizer_history": history(config),
+        "extra_state": {"epoch": 1},
+    }
+
+
 def history(config: ModelConfig) -> list[dict[str, Any]]:
     """The ``optimizer_history`` of a training that has not begun."""
     criterion = "CrossEntropyCriterion" if config.dense else "MoECriterion"

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from moekit.checkpoint.branch import fairseq_cfg, history
+from moekit.checkpoint import branch
 from moekit.checkpoint.keys import fairseq_parts
 from moekit.nn.config import DENSE, ModelConfig
 from moekit.nn.dispatch import owned
@@ -76,12 +76,7 @@ def write(
     if not dense and not 1 <= files <= config.experts:
         raise ValueError(f"files={files}: expected 1 to {config.experts}, the number of experts")
     folder.mkdir(parents=True, exist_ok=True)
-    top = {
-        "args": None,
-        "cfg": fairseq_cfg(config, files, **options),
-        "optimizer_history": history(config),
-        "extra_state": {"epoch": 1},
-    }
+    top = {"args": None} | branch.settings(config, files, **options)
     name = "model.pt" if dense else "model-shared.pt"
     _write(top | {"model": shared_part(shared, config, dtype)}, folder / name)
     for rank in range(0 if dense else files):

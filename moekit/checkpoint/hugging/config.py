@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from moekit.checkpoint.branch import fairseq_cfg, history
+from moekit.checkpoint import branch
 from moekit.checkpoint.contents import clip, short
 from moekit.checkpoint.options import from_fairseq, options_of
 from moekit.nn.config import ACTIVATIONS, ModelConfig
@@ -62,11 +62,7 @@ class Described:
 
     def settings(self) -> dict[str, Any]:
         """What a file of fairseq's would hold besides the weights."""
-        return {
-            "cfg": fairseq_cfg(self.config, 1),
-            "optimizer_history": history(self.config),
-            "extra_state": {"epoch": 1},
-        }
+        return branch.settings(self.config, 1)
 
 
 def layout_of(folder: Path) -> str | None:
