@@ -217,7 +217,7 @@ def test_moekits_errors_after_the_first_cell_take_one_line(elsewhere):
     cells = [
         "import moekit\nfrom moekit.notebook import parameters\np = parameters.check(globals(), {})",
         'moekit.load("/nowhere")',
-        "def broken(rank):\n    raise KeyError(3)",
+        "def broken(rank):\n    if rank.rank == 0:\n        raise KeyError(3)",
         'model = moekit.load("demo", 2, "cpu", progress=False)\nmodel.ranks.call(broken)',
         'int("x")',
         "%tb",
