@@ -25,7 +25,7 @@ from moekit.bench.figures import GIB, Figure, spread
 from moekit.bench.score import FRACTION, numbers, random_batch
 from moekit.bench.setting import Setting
 from moekit.nn import gate, graphs
-from moekit.nn.experts import Assignment, Experts
+from moekit.nn.experts import Assignment, Experts, expert_of
 from moekit.nn.ffn import activation_fn
 from moekit.nn.gates import gate_of
 from moekit.ranks import Rank
@@ -173,11 +173,7 @@ class Padded:
         self, experts: Experts, x: Tensor, assignment: Assignment, rows_expected: int | None = None
     ) -> Tensor:
         choices = assignment.choices
-        order, counts = assignment.order, assignment.counts
-        numbers = torch.arange(self.experts, device=x.device)
-        chosen = torch.full((len(order),), self.experts, device=x.device)
-        chosen[order[: int(counts.sum())]] = numbers.repeat_interleave(counts)
-        chosen = chosen.view(-1, self.tokens, choices)
+        chosen = expert_of(assignment).view(-1, self.tokens, choices)
         places = gate.buffer_positions(chosen, None)
         weights = assignment.weights.view_as(chosen)
         done = [

@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from moekit.nn.experts import Assignment, Experts
+from moekit.nn.experts import Assignment, Experts, expert_of
 from moekit.nn.gate import sort_by_expert
 from moekit.nn.parts import is_part, part
 
@@ -263,14 +263,6 @@ class Hierarchical:
             dist.all_to_all_single(home, made, group=self.column)
         home = home.view(self.machines, rows, -1).sum(0)[: len(x)]
         return F.pad(home[:, None], (0, 0, 0, choices - 1)).flatten(0, 1)
-
-
-def expert_of(assignment: Assignment) -> Tensor:
-    """[N K] int64, the expert of each choice; E for those that are no expert's."""
-    order, counts = assignment.order, assignment.counts
-    places = torch.arange(len(order), device=order.device)
-    expert = torch.searchsorted(counts.cumsum(0), places, right=True)
-    return torch.empty_like(order).scatter(0, order, expert)
 
 
 @is_part("exchange")
