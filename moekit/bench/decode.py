@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from moekit.api import Model
-from moekit.bench import measure, shapes
+from moekit.bench import measure
 from moekit.bench.fetched import counts_of, told
 from moekit.bench.figures import Figure, spread
 from moekit.bench.measure import Ceilings
@@ -62,11 +62,8 @@ def limit(
     the steps. With several ranks, each rank reads its share of the experts. Keys and values are not counted. The device
     fetches ``fetched`` bytes of experts from the host.
     """
-    config = setting.config
-    each = shapes.expert_parameters(config)
-    dense = shapes.parameters(config) - len(config.moe_layers) * config.experts * each
-    read = dense * setting.itemsize + sum(experts) / setting.world_size * setting.expert_bytes()
-    flop = batch * flop_per_token(config, 1)
+    read = setting.sizes.shared + sum(experts) / setting.world_size * setting.sizes.expert
+    flop = batch * flop_per_token(setting.config, 1)
     return max(ceilings.seconds(read, flop), fetched / ceilings.fetch)
 
 
