@@ -15,10 +15,9 @@ from moekit.api import Model
 from moekit.bench import measure, shapes
 from moekit.bench.figures import GIB, Figure, goal
 from moekit.bench.measure import Ceilings
-from moekit.handle import DTYPES
 from moekit.nn.config import ModelConfig
 from moekit.nn.memory import Sizes
-from moekit.nn.operations import BACKENDS, choose_backend
+from moekit.nn.operations import BACKENDS, DTYPES, choose_backend
 from moekit.nn.quantise import KINDS
 from moekit.nn.resident import Residence
 from moekit.planning.fitting import fitting
