@@ -24,11 +24,10 @@ from moekit.data.dictionary import Dictionary
 from moekit.fairseq_data import Batches, Data, open_data
 from moekit.nn import intervene
 from moekit.nn.config import ModelConfig
+from moekit.nn.operations import DTYPES
 from moekit.nn.quantise import KINDS
 from moekit.symbols import BOS, EOS, PAD
 from moekit.versions import versions
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class Handle:

@@ -19,10 +19,9 @@ from torch import Tensor
 from moekit import checkpoint as ckpt
 from moekit.arguments import Choice, check
 from moekit.nn.noise import from_torch
+from moekit.nn.operations import DTYPES
 from moekit.nn.passes import Pass
 from moekit.nn.transformer import Transformer
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # The names of the submodules, N a layer from 0, and what comes out of each. Shape letters: B samples, T tokens, D model dim,
 # V rows of the embedding matrix, E experts, K choices a token.
@@ -76,7 +75,7 @@ def module(
 
     Args:
         checkpoint: as for :func:`moekit.load`.
-        dtype: "float32", "bfloat16" or "float16"; training wants the first.
+        dtype: "float32", "float16" or "bfloat16"; training wants the first.
 
     Returns:
         The model in training mode, which changes nothing (it has no dropout); every parameter learns.

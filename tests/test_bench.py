@@ -19,6 +19,7 @@ from moekit.bench.measure import Ceilings
 from moekit.bench.setting import Setting
 from moekit.nn import transformer
 from moekit.nn.cost import flop_per_token
+from moekit.nn.memory import Sizes
 from moekit.nn.passes import Pass
 from moekit.ranks import Rank
 
@@ -52,7 +53,7 @@ def test_the_released_shapes_weigh_what_the_released_files_do():
 
 def test_costs_of_a_model_that_can_be_counted_by_hand():
     config = replace(TINY, layers=2, dim=4, ffn_dim=6, experts=3, vocab_rows=10, input_dim=4, output_dim=4)
-    assert shapes.expert_parameters(config) == 4 * 6 + 6 + 6 * 4 + 4
+    assert Sizes(config, torch.float32).expert == 4 * (4 * 6 + 6 + 6 * 4 + 4)
     # Projections 4 * 16 a layer and (1 + 3) / 2 * 2 * 4 for attention, 48 dense, 2 experts of 48, gate 12, output 40.
     assert flop_per_token(config, 3) == 2 * (2 * (64 + 16) + 48 + 96 + 12 + 40)
     assert flop_per_token(replace(config, gate="top1"), 3) == 2 * (2 * (64 + 16) + 48 + 48 + 12 + 40)
@@ -64,9 +65,9 @@ def test_costs_of_a_model_that_can_be_counted_by_hand():
 def test_an_expert_of_one_byte_has_a_scale_a_row():
     config = replace(TINY, dim=4, ffn_dim=6, moe_freq=2, layers=2, experts=3)
     small = replace(setting(dtype="float16"), experts="int8")
-    assert small.expert_bytes() == 2 * 64 * 128 + (64 + 128) * (2 + 4)
+    assert small.sizes.expert == 2 * 64 * 128 + (64 + 128) * (2 + 4)
     plain = setting(dtype="float16")
-    saved = 2 * 16 * (plain.expert_bytes() - small.expert_bytes())
+    saved = 2 * 16 * (plain.sizes.expert - small.sizes.expert)
     assert plain.rank_bytes() - small.rank_bytes() == saved
     kinds = torch.float16, torch.int8
     assert small.rank_bytes() == transformer.weight_bytes(TINY, None, *kinds)

@@ -345,7 +345,7 @@ def test_weights_are_read_once_by_hand():
         4 * (4 * d * d + 4 * d)
         + 2 * (2 * d * f + f + d)
         + 2 * d * 16
-        + 2 * 4 * shapes.expert_parameters(TINY)
+        + 2 * 4 * (d * f + f + f * d + d)
         + 300 * d
     )
     assert fixed == pytest.approx(4 * weights + 2 * 16 * 8)

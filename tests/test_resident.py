@@ -355,7 +355,7 @@ def run_of(config=TINY, devices=(CPU,), **changes) -> Run:
 
 def test_sizes_by_hand():
     sizes = Sizes(TINY, torch.float16)
-    assert sizes.expert == 2 * shapes.expert_parameters(TINY)
+    assert sizes.expert == 2 * (64 * 128 + 128 + 128 * 64 + 64)
     one = Sizes(TINY, torch.float16, one_byte=True)
     assert one.expert == 2 * 64 * 128 + 2 * (64 + 128) + 4 * (64 + 128)
     total = shapes.parameters(TINY) * 2

@@ -11,14 +11,15 @@ import numpy as np
 import torch
 
 from moekit.api import Model
-from moekit.bench import measure, shapes
-from moekit.bench.fetched import Fetched
+from moekit.bench import measure
+from moekit.bench.fetched import counts_of, told
 from moekit.bench.figures import Figure, spread
 from moekit.bench.measure import Ceilings
 from moekit.bench.score import numbers
 from moekit.bench.setting import Setting, add_fetching, ceiling_figures
 from moekit.nn.cost import flop_per_token
 from moekit.nn.gate import Routing
+from moekit.nn.resident import Counts
 from moekit.ranks import Rank
 from moekit.worker import decoding as decode
 from moekit.worker.decoding import Prompt
@@ -61,11 +62,8 @@ def limit(
     the steps. With several ranks, each rank reads its share of the experts. Keys and values are not counted. The device
     fetches ``fetched`` bytes of experts from the host.
     """
-    config = setting.config
-    each = shapes.expert_parameters(config)
-    dense = shapes.parameters(config) - len(config.moe_layers) * config.experts * each
-    read = dense * setting.itemsize + sum(experts) / setting.world_size * setting.expert_bytes()
-    flop = batch * flop_per_token(config, 1)
+    read = setting.sizes.shared + sum(experts) / setting.world_size * setting.sizes.expert
+    flop = batch * flop_per_token(setting.config, 1)
     return max(ceilings.seconds(read, flop), fetched / ceilings.fetch)
 
 
@@ -80,7 +78,7 @@ def measured(model: Model, setting: Setting, ceilings: Ceilings, batch: int) -> 
     host = max(f.peak.host_gib or 0 for f in found) or None
     note = f"{spread(found[0].seconds)}; {reached(found[0].experts, setting)}"
     if setting.resident is not None:
-        note += f"; {found[0].fetched.told(found[0].steps)}"
+        note += f"; {told(found[0].fetched, found[0].steps)}"
     row = {"gpu_gib": gpu, "host_gib": host, "note": note}
     goal = setting.goal(f"decode {batch}", ceilings)
     name = f"decode, batch {batch}" + (f" on each of {ranks} ranks" if ranks > 1 else "")
@@ -125,7 +123,7 @@ class Decoded:
     seconds: list[float]
     peak: measure.Peak
     experts: list[float]
-    fetched: Fetched
+    fetched: Counts
     steps: int
 
 
@@ -138,7 +136,7 @@ def time_decoding(rank: Rank, batch: int, new: int, repeats: int) -> Decoded:
     model = rank.state["model"]
     vocab = model.config.vocab_rows
     rows = [list(range(batch))] * rank.world_size
-    fetched = Fetched()
+    fetched = Counts()
 
     def decoded(settings: Settings, turn: int = 0) -> float:
         nonlocal fetched
@@ -149,7 +147,7 @@ def time_decoding(rank: Rank, batch: int, new: int, repeats: int) -> Decoded:
         ]
         chosen = decode.begin(rank, KEY, prompts, settings, PROMPT + WARM_UP + new + 1)
         for steps in (WARM_UP, new):
-            before = Fetched.of(model)
+            before = counts_of(model)
             measure.synchronise(rank.device)
             start = time.perf_counter()
             # A rank reads only the tokens of its sequences.
@@ -158,12 +156,12 @@ def time_decoding(rank: Rank, batch: int, new: int, repeats: int) -> Decoded:
             # The tokens are on the host, so the work of the device is complete.
             seconds = time.perf_counter() - start
         decode.end(rank, KEY)
-        fetched += Fetched.of(model) - before
+        fetched += counts_of(model) - before
         return seconds
 
     with measure.memory(rank.device) as peak:
         decoded(Settings(vocab))
-        fetched = Fetched()
+        fetched = Counts()
         seconds = [decoded(Settings(vocab), turn) for turn in range(1, 1 + repeats)]
     counted = fetched
 

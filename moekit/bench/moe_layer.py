@@ -130,7 +130,7 @@ def limit(setting: Setting, ceilings: Ceilings, routing: Routing, x: Tensor) -> 
     gate = config.dim * config.experts
     kept = int(routing.kept.sum())
     reached = len(routing.experts[routing.kept].unique())
-    read = reached * setting.expert_bytes() + (gate + 2 * x.numel()) * setting.itemsize
+    read = reached * setting.sizes.expert + (gate + 2 * x.numel()) * setting.itemsize
     tokens = x.shape[0] * x.shape[1]
     return ceilings.seconds(read, 2 * (kept * 2 * config.dim * config.ffn_dim + tokens * gate))
 

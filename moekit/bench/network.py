@@ -14,7 +14,7 @@ from moekit.arguments import Number, Whole, check
 from moekit.bench import shapes
 from moekit.bench.routing import synthetic
 from moekit.bench.setting import at_least_one
-from moekit.nn.dispatch import owned
+from moekit.routing.placement import contiguous
 from moekit.routing.trace import Trace
 
 # Bytes of the number of an expert that goes along with each choice.
@@ -69,8 +69,7 @@ class Cluster:
 
     def machine_of_expert(self, experts: int) -> np.ndarray:
         """[E] the machine that holds each expert, as :func:`moekit.nn.dispatch.owned` deals them."""
-        held = [len(owned(experts, self.ranks, rank)) for rank in range(self.ranks)]
-        return np.repeat(np.arange(self.ranks) // self.per_machine, held)
+        return contiguous(experts, self.ranks) // self.per_machine
 
 
 def expected(cluster: Cluster, experts: int, top_k: int) -> tuple[float, float]:

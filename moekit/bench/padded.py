@@ -25,7 +25,8 @@ from moekit.bench.figures import GIB, Figure, spread
 from moekit.bench.score import FRACTION, numbers, random_batch
 from moekit.bench.setting import Setting
 from moekit.nn import gate, graphs
-from moekit.nn.experts import Assignment, Experts
+from moekit.nn.dispatch import Dispatch
+from moekit.nn.experts import Assignment, Experts, expert_of
 from moekit.nn.ffn import activation_fn
 from moekit.nn.gates import gate_of
 from moekit.ranks import Rank
@@ -154,30 +155,21 @@ def measured(
     return Measured(seconds, (peak.gpu_gib or 0.0) - before, logprobs)
 
 
-class Padded:
+class Padded(Dispatch):
     """The branch's dispatch: every expert gets ``capacity`` places of each routing group, filled or not.
 
     Shape letters: S tokens of a group, E experts, C capacity, D model dim, W ranks, e experts held here.
     """
 
-    by_expectation = False
-
     def __init__(self, tokens: int, capacity: int, experts: int):
         self.tokens, self.capacity, self.experts = tokens, capacity, experts
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
-
-    def check(self) -> None:
-        """A collective that fails raises by itself."""
 
     def __call__(
         self, experts: Experts, x: Tensor, assignment: Assignment, rows_expected: int | None = None
     ) -> Tensor:
         choices = assignment.choices
-        order, counts = assignment.order, assignment.counts
-        numbers = torch.arange(self.experts, device=x.device)
-        chosen = torch.full((len(order),), self.experts, device=x.device)
-        chosen[order[: int(counts.sum())]] = numbers.repeat_interleave(counts)
-        chosen = chosen.view(-1, self.tokens, choices)
+        chosen = expert_of(assignment).view(-1, self.tokens, choices)
         places = gate.buffer_positions(chosen, None)
         weights = assignment.weights.view_as(chosen)
         done = [

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 
 import numpy as np
+import torch
 
 from moekit.api import Model
 from moekit.batches import Batch
+from moekit.bench import measure
 from moekit.bench.figures import Figure, spread
 from moekit.bench.setting import Setting, at_least_one
 from moekit.likelihood import Text, score_texts
@@ -87,11 +88,6 @@ def _measured(
     name: str, tokens: int, repeats: int, work: Callable[[], object], goal: float | None = None
 ) -> tuple[float, Figure]:
     """The rate, counted as if nothing were shared, and its row; the first run does not count."""
-    work()
-    seconds = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - began)
+    seconds = measure.seconds(work, torch.device("cpu"), repeats=repeats, warm_up=1)
     rate = tokens / statistics.median(seconds)
     return rate, Figure(name, rate, "tokens/s", goal=goal, note=f"{tokens} tokens; {spread(seconds)}")

@@ -18,7 +18,7 @@ from torch import Tensor
 from moekit.api import Model
 from moekit.batches import Batch, shares
 from moekit.bench import measure
-from moekit.bench.fetched import Fetched
+from moekit.bench.fetched import counts_of, told
 from moekit.bench.figures import GIB, Figure, spread
 from moekit.bench.measure import Ceilings
 from moekit.bench.setting import Setting, add_fetching, at_least_one, ceiling_figures
@@ -26,6 +26,7 @@ from moekit.nn import graphs
 from moekit.nn.cost import flop_per_token
 from moekit.nn.gate import Routing
 from moekit.nn.passes import Pass
+from moekit.nn.resident import Counts
 from moekit.nn.transformer import Transformer
 from moekit.ranks import Rank
 from moekit.scoring import TOKENS_A_PASS, score_batches
@@ -102,7 +103,7 @@ def measured(model: Model, setting: Setting, ceilings: Ceilings, blocks: int) ->
             gpu_gib=gpu,
             host_gib=host,
             note=f"{seconds * 1e3:.1f} ms a call ({spread(calls)}); {found[0].routing}"
-            + (f"; {found[0].fetched.told(len(calls))}" if setting.resident is not None else ""),
+            + (f"; {told(found[0].fetched, len(calls))}" if setting.resident is not None else ""),
         )
     ]
     if gpu is not None and blocks * length == TOKENS_A_PASS["cuda"]:
@@ -166,7 +167,7 @@ class Scored:
     peak: measure.Peak
     exchange: float
     routing: str
-    fetched: Fetched
+    fetched: Counts
 
 
 def score(rank: Rank, blocks: int, repeats: int) -> Scored:
@@ -186,9 +187,9 @@ def score(rank: Rank, blocks: int, repeats: int) -> Scored:
             warm_up = graphs.AFTER + 1 if rank.device.type == "cuda" else 2
             for _ in range(warm_up):
                 work()
-            before = Fetched.of(model)
+            before = counts_of(model)
             seconds = measure.seconds(work, rank.device, repeats=repeats, warm_up=0)
-            fetched = Fetched.of(model) - before
+            fetched = counts_of(model) - before
         assert all(np.isfinite(found).all() for _, found in work()), "a log-probability is no finite number"
         exchange = exchanged(rank, work) if rank.world_size > 1 and model.config.moe_layers else 0.0
     finally:

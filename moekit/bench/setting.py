@@ -15,9 +15,9 @@ from moekit.api import Model
 from moekit.bench import measure, shapes
 from moekit.bench.figures import GIB, Figure, goal
 from moekit.bench.measure import Ceilings
-from moekit.handle import DTYPES
 from moekit.nn.config import ModelConfig
-from moekit.nn.operations import BACKENDS, choose_backend
+from moekit.nn.memory import Sizes
+from moekit.nn.operations import BACKENDS, DTYPES, choose_backend
 from moekit.nn.quantise import KINDS
 from moekit.nn.resident import Residence
 from moekit.planning.fitting import fitting
@@ -58,18 +58,14 @@ class Setting:
     def experts_kind(self) -> torch.dtype | None:
         return None if self.experts is None else KINDS[self.experts]
 
-    def expert_bytes(self) -> int:
-        """The bytes of the weights of an expert, with the scales of its rows."""
-        if self.experts is None:
-            return shapes.expert_parameters(self.config) * self.itemsize
-        rows = self.config.ffn_dim + self.config.dim
-        return 2 * self.config.dim * self.config.ffn_dim + rows * (self.itemsize + torch.float32.itemsize)
+    @property
+    def sizes(self) -> Sizes:
+        return self.run().sizes
 
     def rank_bytes(self) -> float:
         """The bytes of the weights of a rank, with equal numbers of experts on all ranks."""
-        experts = len(self.config.moe_layers) * self.config.experts
-        others = shapes.parameters(self.config) - experts * shapes.expert_parameters(self.config)
-        return others * self.itemsize + experts / self.world_size * self.expert_bytes()
+        sizes = self.sizes
+        return sizes.shared + sizes.layers * self.config.experts / self.world_size * sizes.expert
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Setting:

@@ -229,8 +229,3 @@ def expert_sums(stack: Tensor) -> list[float]:
 def parameters(config: ModelConfig) -> int:
     """The parameters of the model; a pass whose tokens reach every expert reads each of them once."""
     return transformer.parameters(config)
-
-
-def expert_parameters(config: ModelConfig) -> int:
-    """The parameters of one expert: two matrices and two biases."""
-    return 2 * config.dim * config.ffn_dim + config.ffn_dim + config.dim

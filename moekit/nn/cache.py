@@ -18,6 +18,11 @@ from moekit.nn.config import ModelConfig
 SLOTS = 64
 
 
+def slots_for(tokens: int) -> int:
+    """The slots of a cache in which a sequence of ``tokens`` tokens has room."""
+    return -(-tokens // SLOTS) * SLOTS
+
+
 class Cache:
     """Keys and values [L, 2, B, H, M, C] of ``lengths`` [B] tokens per sequence; the model takes it as ``Pass.cache``.
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from moekit.nn.experts import Assignment, Experts
+from moekit.nn.experts import Assignment, Experts, expert_of
 from moekit.nn.gate import sort_by_expert
 from moekit.nn.parts import is_part, part
 
@@ -34,11 +34,13 @@ def owned(experts: int, world_size: int, rank: int) -> range:
 class Dispatch(Protocol):
     """``by_expectation``: whether it does best with ``rows_expected``, however many they are."""
 
-    by_expectation: bool
+    by_expectation: bool = False
 
     def check(self) -> None:
-        """Raise if an exchange since the last check went wrong without a word; may ask the device."""
-        ...
+        """Raise if an exchange since the last check went wrong without a word; may ask the device.
+
+        A collective of torch that fails raises by itself.
+        """
 
     def __call__(
         self, experts: Experts, x: Tensor, assignment: Assignment, rows_expected: int | None = None
@@ -58,13 +60,8 @@ class Dispatch(Protocol):
         ...
 
 
-class Local:
+class Local(Dispatch):
     """Every expert is here: nothing moves."""
-
-    by_expectation = False
-
-    def check(self) -> None:
-        """Nothing moves, so nothing can go wrong."""
 
     def __call__(
         self, experts: Experts, x: Tensor, assignment: Assignment, rows_expected: int | None = None
@@ -72,7 +69,7 @@ class Local:
         return experts(x, assignment)
 
 
-class AllToAll:
+class AllToAll(Dispatch):
     """Experts are spread over ranks as :func:`owned` deals them: those of the default process group, or ``ranks`` of it.
 
     Rows travel unpadded: only what the gate kept crosses the wire, in one exchange each way. Where the number of rows
@@ -86,8 +83,6 @@ class AllToAll:
             Assignments are then of their experts only, counted from 0. None: all ranks.
     """
 
-    by_expectation = False
-
     def __init__(self, experts: int, ranks: range | None = None, group: dist.ProcessGroup | None = None):
         everyone, me = dist.get_world_size(), dist.get_rank()
         ranks = range(everyone) if ranks is None else ranks
@@ -95,9 +90,6 @@ class AllToAll:
         held = [owned(experts, everyone, r) for r in ranks]
         self.deal = [len(own) for own in held]
         self.first = held[self.rank].start - held[0].start
-
-    def check(self) -> None:
-        """A collective that fails raises by itself."""
 
     def __call__(
         self, experts: Experts, x: Tensor, assignment: Assignment, rows_expected: int | None = None
@@ -136,9 +128,7 @@ class AllToAll:
         chosen = F.pad(expert_of(assignment), (0, (rows - len(x)) * choices), value=len(assignment.counts))
         everything = gather(F.pad(x, (0, 0, 0, rows - len(x))), self.world_size, self.group)  # [W M, D]
         chosen = gather(chosen, self.world_size, self.group) - self.first  # [W M K]
-        mine = self.deal[self.rank]
-        chosen = torch.where((chosen >= 0) & (chosen < mine), chosen, mine)
-        done = experts(everything, Assignment(*sort_by_expert(chosen, mine), choices))  # [W M K, D]
+        done = experts(everything, assigned(chosen, self.deal[self.rank], choices))  # [W M K, D]
 
         home = torch.empty_like(done)
         with part("exchange"):
@@ -149,7 +139,7 @@ class AllToAll:
         return home[: len(weights)] * weights[:, None]
 
 
-class Hierarchical:
+class Hierarchical(Dispatch):
     """Experts are spread over the ranks of several machines: only what has to cross from one machine to another does.
 
     A row goes once to each machine that holds one of its experts, however many of its choices are there, and comes back
@@ -165,8 +155,6 @@ class Hierarchical:
         experts: of the whole model.
         machines: the number of each rank's machine, from 0; those of one machine are next to each other.
     """
-
-    by_expectation = False
 
     def __init__(self, experts: int, machines: Sequence[int]):
         me, world_size = dist.get_rank(), dist.get_world_size()
@@ -190,9 +178,6 @@ class Hierarchical:
             columns = [dist.new_group([of[place] for of in ranks]) for place in range(len(own))]
             self.column = columns[me - own.start]
         self.flat = AllToAll(experts)
-
-    def check(self) -> None:
-        """A collective that fails raises by itself."""
 
     def __call__(
         self, experts: Experts, x: Tensor, assignment: Assignment, rows_expected: int | None = None
@@ -248,9 +233,8 @@ class Hierarchical:
         everything = gather(column, within.world_size, within.group)  # [L C M, D]
         chosen = gather(gather(chosen, self.machines, self.column), within.world_size, within.group)
         weights = gather(weights, self.machines, self.column)  # [C M K]
-        mine, chosen = within.deal[within.rank], chosen - self.flat.first
-        chosen = torch.where((chosen >= 0) & (chosen < mine), chosen, mine)
-        done = experts(everything, Assignment(*sort_by_expert(chosen, mine), choices))  # [L C M K, D]
+        chosen = chosen - self.flat.first
+        done = experts(everything, assigned(chosen, within.deal[within.rank], choices))  # [L C M K, D]
 
         made = torch.empty_like(done)
         with part("exchange"):
@@ -265,12 +249,10 @@ class Hierarchical:
         return F.pad(home[:, None], (0, 0, 0, choices - 1)).flatten(0, 1)
 
 
-def expert_of(assignment: Assignment) -> Tensor:
-    """[N K] int64, the expert of each choice; E for those that are no expert's."""
-    order, counts = assignment.order, assignment.counts
-    places = torch.arange(len(order), device=order.device)
-    expert = torch.searchsorted(counts.cumsum(0), places, right=True)
-    return torch.empty_like(order).scatter(0, order, expert)
+def assigned(chosen: Tensor, held: int, choices: int) -> Assignment:
+    """The assignment of choices to ``held`` experts, counted from 0; all other numbers are no expert's."""
+    chosen = torch.where((chosen >= 0) & (chosen < held), chosen, held)
+    return Assignment(*sort_by_expert(chosen, held), choices)
 
 
 @is_part("exchange")

@@ -38,6 +38,14 @@ class Assignment:
     whole: tuple[int, int] | None = None
 
 
+def expert_of(assignment: Assignment) -> Tensor:
+    """[P] int64, the expert of each choice; E for those that are no expert's."""
+    order, counts = assignment.order, assignment.counts
+    places = torch.arange(len(order), device=order.device)
+    expert = torch.searchsorted(counts.cumsum(0), places, right=True)
+    return torch.empty_like(order).scatter(0, order, expert)
+
+
 class Expert(NamedTuple):
     """The weights of one expert, ``w2 act(w1 x + b1) + b2``: w1 [F, D], b1 [F], w2 [D, F], b2 [D]."""
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from moekit.nn.cache import SLOTS
+from moekit.nn.cache import slots_for
 from moekit.nn.config import ModelConfig
 from moekit.nn.gates import top_k_of
 from moekit.nn.logprobs import LOGIT_ROWS
@@ -57,8 +57,7 @@ class Sizes:
 
     def cache(self, sequences: int, tokens: int) -> int:
         """Keys and values of sequences of up to ``tokens`` tokens each."""
-        slots = -(-tokens // SLOTS) * SLOTS if sequences else 0
-        return 2 * self.config.layers * sequences * slots * self.config.dim * self.dtype.itemsize
+        return 2 * self.config.layers * sequences * slots_for(tokens) * self.config.dim * self.dtype.itemsize
 
     def workspace(self, tokens: int, vocab: int, backend: str, device: str, resident: float = 1.0) -> int:
         """The most that a scoring pass over ``tokens`` tokens has in memory beside weights.

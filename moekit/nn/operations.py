@@ -135,6 +135,9 @@ def triton() -> Operations:
     return TRITON
 
 
+# What ``load(..., dtype=...)`` takes, and the type of the weights.
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
 # Each back end by its name, as a function that gives its table.
 BACKENDS: dict[str, Callable[[], Operations]] = {
     "loop": lambda: PLAIN,

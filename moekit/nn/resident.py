@@ -16,14 +16,14 @@ import functools
 import itertools
 from collections import Counter
 from collections.abc import Callable, Collection, Container, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moekit.nn.experts import Assignment, Experts
+from moekit.nn.experts import Assignment, Experts, expert_of
 from moekit.nn.operations import PLAIN
 from moekit.nn.parts import part
 from moekit.nn.pinning import pin
@@ -61,6 +61,12 @@ class Counts:
     used: int = 0
     nbytes: int = 0
 
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def __sub__(self, other: Counts) -> Counts:
+        return Counts(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
+
 
 class Resident(nn.Module):
     """A layer's experts, at ``home`` in host memory, of which those that ``policy`` keeps are in ``slots``.
@@ -95,7 +101,8 @@ class Resident(nn.Module):
         """Compute :meth:`moekit.nn.experts.Experts.forward`; asks the device for the choices' experts, and nothing else."""
         self.slots.settle()
         order, choices, weights = assignment.order, assignment.choices, assignment.weights
-        chosen = self._chosen(assignment)
+        # Fewer bytes come to the host as int16.
+        chosen = expert_of(assignment).short().cpu().numpy()
         requests = chosen[chosen < self.held]
         requests = requests if len(requests) > MANY else requests.tolist()
         out = x.new_zeros(len(x) * choices, x.shape[1])
@@ -117,14 +124,6 @@ class Resident(nn.Module):
                 done = self.operations.experts_ffn(self.slots.experts, rows, own)
             out.index_copy_(0, mine, done)
         return out
-
-    def _chosen(self, assignment: Assignment) -> np.ndarray:
-        """[P]: the expert of each choice in the order of the rows, E for those that are no expert's."""
-        order, counts = assignment.order, assignment.counts
-        index = torch.arange(len(order), device=order.device)
-        expert = torch.searchsorted(counts.cumsum(0), index, right=True)
-        chosen = torch.empty(len(order), dtype=torch.int16, device=order.device)
-        return chosen.scatter_(0, order, expert.short()).cpu().numpy()
 
     def rounds(self, requests: list[int] | np.ndarray) -> Iterator[dict[int, int]]:
         """Have the experts of ``requests`` in slots, some of them a round.

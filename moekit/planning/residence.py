@@ -10,7 +10,7 @@ from moekit import arguments
 from moekit.arguments import Flag, check, shown
 from moekit.handle import Handle
 from moekit.nn.policies import POLICIES
-from moekit.nn.resident import Residence
+from moekit.nn.resident import Counts, Residence
 from moekit.planning.runs import GIB, Run
 from moekit.routing.trace import Trace
 from moekit.worker import loading
@@ -55,7 +55,7 @@ def residency(model: Handle, clear: bool) -> pd.DataFrame:
     ranks = model.ranks.call(loading.residency, clear)
     rows = []
     for layer, found in zip(model.config.moe_layers, zip(*ranks, strict=True), strict=True):
-        total = {name: sum(getattr(one, name) for one in found) for name in vars(found[0])}
-        value = total["hits"] / total["requests"] if total["requests"] else math.nan
-        rows.append({"layer": layer, **total, "value": value, "GiB": total["nbytes"] / GIB})
+        total = sum(found, Counts())
+        value = total.hits / total.requests if total.requests else math.nan
+        rows.append({"layer": layer, **vars(total), "value": value, "GiB": total.nbytes / GIB})
     return pd.DataFrame(rows)[["layer", "requests", "hits", "value", "copied", "GiB", "ahead", "used"]]

@@ -105,6 +105,10 @@ class Run:
         )
 
     @property
+    def sizes(self) -> Sizes:
+        return Sizes(self.config, self.dtype, self.one_byte)
+
+    @property
     def held(self) -> list[int]:
         """The experts a layer of each rank."""
         return [len(owned(self.config.experts, len(self.devices), r)) for r in range(len(self.devices))]
@@ -116,7 +120,7 @@ class Run:
 
     def parts(self, rank: int) -> dict[str, float]:
         """The bytes of each part on the device of ``rank``, by its name in the table."""
-        sizes = Sizes(self.config, self.dtype, self.one_byte)
+        sizes = self.sizes
         on_gpu = self.devices[rank].type == "cuda"
         held = self.held[rank]
         there = sizes.layers * (min(self.resident, held) if self.fetched else held) * sizes.expert
@@ -124,18 +128,18 @@ class Run:
         return {
             "weights": sizes.shared + (0 if self.fetched else there),
             "slots": there + moving if self.fetched else 0,
-            "workspace": self.workspace(sizes, rank) + (CUBLAS if on_gpu else 0),
+            "workspace": self.workspace(rank) + (CUBLAS if on_gpu else 0),
             "keys and values": sizes.cache(self.sequences, self.length),
             "CUDA": CONTEXT if on_gpu else 0,
         }
 
-    def workspace(self, sizes: Sizes, rank: int) -> int:
+    def workspace(self, rank: int) -> int:
         share = self.resident / max(self.held) if self.fetched else 1.0
-        return sizes.workspace(self.tokens, self.vocab, self.backend, self.devices[rank].type, share)
+        return self.sizes.workspace(self.tokens, self.vocab, self.backend, self.devices[rank].type, share)
 
     def home(self, rank: int) -> int:
         """The bytes of the experts of ``rank`` in host memory, from where they are fetched."""
-        sizes = Sizes(self.config, self.dtype, self.one_byte)
+        sizes = self.sizes
         return sizes.layers * self.held[rank] * sizes.expert if self.fetched else 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +14,12 @@ from moekit.batches import text_batches
 from moekit.fairseq_data import Data, is_data
 from moekit.interrupts import import_whole
 from moekit.nn.config import ModelConfig
-from moekit.nn.dispatch import owned
 from moekit.profiling.events import Seen, events_of, seen
 from moekit.profiling.least import Cost, Pass, least, routed
 from moekit.profiling.profile import Profile
 from moekit.profiling.table import table
 from moekit.progress import bar as progress_bar
+from moekit.routing.placement import contiguous
 from moekit.symbols import PAD
 from moekit.versions import versions
 from moekit.worker import profiling as worker
@@ -131,8 +132,6 @@ def _prompt(length: int) -> int:
 
 def _filled(model: Handle, work: Work, ids: np.ndarray, blocks: int, length: int) -> Work:
     """``work`` with its batches or prompts."""
-    from dataclasses import replace
-
     texts = ids.reshape(-1, length)[:, : length - 1].tolist()
     if work.mode == "score":
         return replace(work, batches=text_batches(texts, 1, model.config.max_positions + 1, model.first))
@@ -181,8 +180,7 @@ def _profile(model: Handle, work: Work, blocks: int, chip: Ceilings, found: Sequ
 def holders(model: Handle) -> list[np.ndarray]:
     """For each MoE layer [E], the rank that holds each expert."""
     config, ranks = model.config, model.world_size
-    sizes = [len(owned(config.experts, ranks, rank)) for rank in range(ranks)]
-    rank_of_slot = np.repeat(np.arange(ranks), sizes)
+    rank_of_slot = contiguous(config.experts, ranks)
     every = range(config.experts)
     return [rank_of_slot[list(model.plan.slots.get(layer, every))] for layer in config.moe_layers]
 

@@ -30,8 +30,8 @@ from moekit.processes import channel
 from moekit.ranks import links
 from moekit.ranks.base import Rank, headline
 from moekit.ranks.launch import launch
-from moekit.ranks.piped import START_LIMIT, Member, PipedRanks
-from moekit.ranks.server import join_at, keep_store, serve
+from moekit.ranks.piped import Member, PipedRanks
+from moekit.ranks.server import serve
 from moekit.ranks.spawned import Child, end_processes
 from moekit.ranks.watch import silence_limit
 
@@ -114,10 +114,7 @@ def attend(launch: Launch, device: torch.device) -> NoReturn:
     store = launch.store()
     store.set(f"rank {launch.rank}", pickle.dumps((socket.gethostname(), str(device))))
     address, secret, machines = pickle.loads(store.get("driver"))
-    pipe = socket.create_connection(address, timeout=COME_LIMIT)
-    links.greet(pipe, secret, launch.rank)
-    pipe.settimeout(None)
-    links.keep_alive(pipe, silence_limit(None))
+    pipe = links.connect(address, secret, launch.rank, silence_limit(None), COME_LIMIT)
     _use_interface(pipe.getsockname()[0])
     os.dup2(pipe.fileno(), 0)
     pipe.close()
@@ -227,14 +224,9 @@ class JoinedRanks(PipedRanks):
                     process = launch(me, self._folder, theirs, log.fileno(), None, local=False)
                     self._children.append(Child(process, path, self.nodes[0]))
             self._members = [*self._children, *(Launched(self.nodes[rank]) for rank in others)]
-            came = links.accept_all(listener, secret, list(others), COME_LIMIT)
-            for rank in others:
-                links.keep_alive(came[rank], self._silence)
-                self._pipes.append(came[rank])
-        self._incoming = [channel.Incoming(pipe) for pipe in self._pipes]
-        port = self.call(keep_store, host, timeout=START_LIMIT)[0]
-        self.call(join_at, host, port, STORE_LIMIT, self._timeout, timeout=START_LIMIT)
-        self._joined = True
+            came = links.accept_all(listener, secret, list(others), self._silence, COME_LIMIT)
+            self._pipes += [came[rank] for rank in others]
+        self._meet(host, STORE_LIMIT)
 
     def _word(self, store: dist.Store, name: str) -> bytes:
         try:

@@ -39,9 +39,10 @@ def keep_alive(link: socket.socket, seconds: float) -> None:
             link.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
-def listen(host: str) -> socket.socket:
+def listen(host: str, backlog: int | None = None) -> socket.socket:
     """A socket that listens on one address of this machine, at a free port."""
-    return socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, 0), family=family, backlog=backlog)
 
 
 def greet(link: socket.socket, secret: bytes, rank: int) -> None:
@@ -50,6 +51,17 @@ def greet(link: socket.socket, secret: bytes, rank: int) -> None:
     link.sendall(struct.pack("!I", rank) + mine + _answer(secret, b"rank", rank, theirs, mine))
     if not hmac.compare_digest(receive(link, ANSWER), _answer(secret, b"driver", rank, mine, theirs)):
         raise OSError("what listens at the driver's address is not the driver")
+
+
+def connect(
+    driver: tuple[str, int], secret: bytes, rank: int, silence: float, seconds: float
+) -> socket.socket:
+    """This rank's connection to the driver, made within ``seconds`` and kept alive with ``silence`` seconds."""
+    link = socket.create_connection(driver, timeout=seconds)
+    greet(link, secret, rank)
+    link.settimeout(None)
+    keep_alive(link, silence)
+    return link
 
 
 def accept(listener: socket.socket, secret: bytes) -> tuple[socket.socket, int] | None:
@@ -75,10 +87,13 @@ def accept_all(
     listener: socket.socket,
     secret: bytes,
     ranks: list[int],
+    silence: float,
     seconds: float,
     meanwhile: Callable[[set[int]], None] = lambda missing: None,
 ) -> dict[int, socket.socket]:
-    """The connection of each of ``ranks``; ``meanwhile`` is called often with those that are missing, and may raise.
+    """The connection of each of ``ranks``, kept alive with ``silence`` seconds (:func:`keep_alive`).
+
+    ``meanwhile`` is called often with those that are missing, and may raise.
 
     Raises:
         TimeoutError: one has not come in ``seconds``.
@@ -96,6 +111,8 @@ def accept_all(
                     f"ranks {sorted(missing)} have not connected to the driver at {at} in {seconds:g} s: see what separates "
                     "their machines from this one"
                 )
+        for link in came.values():
+            keep_alive(link, silence)
     except BaseException:
         for link in came.values():
             link.close()

@@ -22,6 +22,7 @@ from moekit.interrupts import hold_interrupts
 from moekit.processes import channel
 from moekit.ranks import watch as watching
 from moekit.ranks.base import Each, RankError, Ranks, forked, gone, headline, own
+from moekit.ranks.server import join_at, keep_store
 from moekit.ranks.watch import Watch
 
 # Seconds for the interpreters to start, import torch and join the process group.
@@ -108,6 +109,14 @@ class PipedRanks(Ranks):
 
     def _outgoing(self, jobs: list[bytes]) -> dict[int, channel.Outgoing]:
         return {rank: channel.Outgoing(pipe, jobs[rank]) for rank, pipe in enumerate(self._pipes)}
+
+    def _meet(self, host: str, seconds: float) -> None:
+        """Have ranks of several machines, whose pipes are there, join at a store on ``host`` that they reach in ``seconds``."""
+        self._incoming = [channel.Incoming(pipe) for pipe in self._pipes]
+        if self.world_size > 1:
+            port = self.call(keep_store, host, timeout=START_LIMIT)[0]
+            self.call(join_at, host, port, seconds, self._timeout, timeout=START_LIMIT)
+        self._joined = True
 
     def _await_joined(self) -> None:
         """Wait until the ranks have come up, where they did not before."""

@@ -19,12 +19,10 @@ from typing import Any
 import torch
 
 from moekit.arguments import Choice, Flag, Number, Text, Whole, check
-from moekit.processes import channel
 from moekit.ranks import links
 from moekit.ranks.base import RankError
 from moekit.ranks.cluster import Cluster
 from moekit.ranks.piped import START_LIMIT, PipedRanks
-from moekit.ranks.server import join_at, keep_store
 from moekit.ranks.watch import Watch, silence_limit
 
 # Seconds without a sign of life, less than on one machine: an error comes within 30 s of its cause.
@@ -122,12 +120,7 @@ class RayRanks(PipedRanks):
             self._cluster.start(orders, self.nodes)
             self._members[:] = self._cluster.members
             self._pipes[:] = self._accept(listener, secret)
-        self._incoming = [channel.Incoming(pipe) for pipe in self._pipes]
-        if self.world_size > 1:
-            host = places[0]["address"]
-            port = self.call(keep_store, host, timeout=START_LIMIT)[0]
-            self.call(join_at, host, port, STORE_LIMIT, self._timeout, timeout=START_LIMIT)
-        self._joined = True
+        self._meet(places[0]["address"], STORE_LIMIT)
 
     def _order(self, rank: int, places: list[dict], machines: tuple[int, ...]) -> dict[str, Any]:
         """What the supervisor of ``rank`` is to start."""
@@ -168,9 +161,8 @@ class RayRanks(PipedRanks):
                 if (why := self._members[rank].why) is not None:
                     raise RankError(rank, f"does not start: {why}", self._members[rank].node)
 
-        came = links.accept_all(listener, secret, list(range(self.world_size)), CONNECT_LIMIT, meanwhile)
-        for pipe in came.values():
-            links.keep_alive(pipe, self._silence)
+        ranks = list(range(self.world_size))
+        came = links.accept_all(listener, secret, ranks, self._silence, CONNECT_LIMIT, meanwhile)
         return [came[rank] for rank in range(self.world_size)]
 
     def _run(self, *asked):

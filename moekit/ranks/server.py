@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from moekit.processes import channel
+from moekit.ranks import links
 from moekit.ranks.base import Rank, headline
 from moekit.ranks.watch import BEAT
 
@@ -155,8 +156,7 @@ def keep_store(me: Rank, host: str) -> int | None:
     """
     if me.rank != 0:
         return None
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.create_server((host, 0), family=family, backlog=me.world_size)
+    listener = links.listen(host, me.world_size)
     port = listener.getsockname()[1]
     descriptor = listener.detach()
     _kept[:] = [

@@ -22,13 +22,10 @@ from moekit.ranks.base import Rank, headline
 from moekit.ranks.launch import await_server, launch
 from moekit.ranks.piped import START_LIMIT, Member, PipedRanks, read_tail
 from moekit.ranks.server import join
-from moekit.ranks.system import Process, any_ready
+from moekit.ranks.system import Process, any_ready, end_of
 
 # Seconds for killed processes to end.
 END_LIMIT = 10.0
-
-# Bytes of a rank's log that go into an error.
-LOG_TAIL = 4000
 
 
 @dataclass
@@ -55,11 +52,7 @@ class Child(Member):
         return "closed its pipe"
 
     def log_tail(self):
-        """Nothing where the log is gone, as after a cleaning of the temporary folder."""
-        with contextlib.suppress(OSError), open(self.log, "rb") as log:
-            log.seek(max(0, os.fstat(log.fileno()).st_size - LOG_TAIL))
-            return read_tail(log.read())
-        return ""
+        return read_tail(end_of(self.log))
 
 
 class SpawnedRanks(PipedRanks):

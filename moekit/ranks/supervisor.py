@@ -22,9 +22,6 @@ from typing import Any
 
 from moekit.ranks import links, system
 
-# Bytes of a rank's log that go into an error.
-LOG_TAIL = 4000
-
 # Seconds after which an actor whose rank has ended, or that was never told to start one, ends by itself.
 FORGOTTEN = 60.0
 
@@ -93,14 +90,13 @@ class Supervisor:
         runs, with ``{own}`` for the arguments that only this node knows), ``environment`` and ``cwd``.
         """
         try:
-            pipe = socket.create_connection(order["driver"], timeout=links.GREETING)
-            links.greet(pipe, order["secret"], order["rank"])
+            pipe = links.connect(
+                order["driver"], order["secret"], order["rank"], order["silence"], links.GREETING
+            )
         except OSError as error:
             raise OSError(
                 f"cannot reach the driver at {order['driver'][0]}:{order['driver'][1]} ({error})"
             ) from None
-        pipe.settimeout(None)
-        links.keep_alive(pipe, order["silence"])
         self._folder = tempfile.mkdtemp(prefix="moekit-ranks-")
         code = order["code"].replace("{own}", f"parent={os.getpid()}, folder={self._folder!r}")
         # A node may lack the driver's folder.
@@ -131,10 +127,7 @@ class Supervisor:
                 return self._process.wait(timeout=0.5), self.log_tail() or tail
 
     def log_tail(self) -> str:
-        with contextlib.suppress(OSError), open(self._log, "rb") as log:
-            log.seek(max(0, os.fstat(log.fileno()).st_size - LOG_TAIL))
-            return log.read().decode(errors="replace")
-        return ""
+        return system.end_of(self._log).decode(errors="replace")
 
     def look(self) -> tuple[str, float, bool] | None:
         """The state and the processor time of the rank's process, and whether one of its threads could run."""

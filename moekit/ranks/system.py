@@ -1,4 +1,4 @@
-"""What the system tells of a process and of the cores. Python's own library suffices, so that any machine can ask."""
+"""What the system tells of a process, of its log and of the cores. Python's own library suffices, so that any machine can ask."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
+
+# Bytes of a rank's log that go into an error.
+LOG_TAIL = 4000
 
 STATES = {
     "T": "is stopped",
@@ -52,6 +55,14 @@ def any_ready(pid: int) -> bool:
     with contextlib.suppress(OSError):
         threads = list(Path(f"/proc/{pid}/task").iterdir())
     return any((found := Process.of(f"{pid}/task/{thread.name}")) and found.ready for thread in threads)
+
+
+def end_of(log: Path) -> bytes:
+    """The last bytes of a log; nothing where it is gone, as after a cleaning of the temporary folder."""
+    with contextlib.suppress(OSError), open(log, "rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - LOG_TAIL))
+        return file.read()
+    return b""
 
 
 def usable_cores() -> int:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moekit.nn.cache import SLOTS, Cache
+from moekit.nn.cache import Cache, slots_for
 from moekit.nn.gates import interacts
 from moekit.nn.intervene import Intervention
 from moekit.nn.logprobs import LOGIT_ROWS
@@ -130,7 +130,7 @@ def read_beginnings(
 ) -> Cache:
     """A cache [B, ...] in which each text has read its beginning."""
     count, longest = part.beginnings.shape
-    slots = -(-(longest + part.tokens.shape[1]) // SLOTS) * SLOTS
+    slots = slots_for(longest + part.tokens.shape[1])
     cache = Cache(model.config, count, slots, device, model.embed.weight.dtype)
     tokens = _on(device, part.beginnings)
     asked = Pass(cache=cache, rows_expected=rows_expected)

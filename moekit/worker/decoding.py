@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moekit.nn import graphs
-from moekit.nn.cache import SLOTS, Cache
+from moekit.nn.cache import Cache, slots_for
 from moekit.nn.logprobs import log_probs
 from moekit.nn.noise import Noise
 from moekit.nn.parts import is_part, part
@@ -114,7 +114,7 @@ def begin(
     mine = passes[rank.rank]
     numbers = [prompt.number for prompt in prompts[rank.rank]]
     on_ranks = [len(part) for part in prompts]
-    alike = (tuple(on_ranks), -(-slots // SLOTS), settings.vocab)
+    alike = (tuple(on_ranks), slots_for(slots), settings.vocab)
     plain = settings.beam_size == 1 and settings.fraction is None
     # What cannot be taken over is dropped: the memory is needed.
     spare = _take_spare(rank, alike if plain else None)
@@ -345,8 +345,7 @@ def _traced(asked: Pass, numbers: Sequence[int], real: Tensor) -> list[dict[str,
 
 
 def _cache(model: Transformer, batch: int, slots: int) -> Cache:
-    slots = -(-slots // SLOTS) * SLOTS
-    return Cache(model.config, batch, slots, model.embed.weight.device, model.embed.weight.dtype)
+    return Cache(model.config, batch, slots_for(slots), model.embed.weight.device, model.embed.weight.dtype)
 
 
 # ------------------------------------------------------------------------------------------ the next tokens

@@ -12,7 +12,7 @@ import os
 import tempfile
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -204,6 +204,15 @@ def without_remarks() -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------ what is done
 
 
+def timed(step: Callable[[], object], device: torch.device) -> list[float]:
+    """The seconds of a call that is one step."""
+    with part(CALL), part("step 0"):
+        start = time.perf_counter()
+        step()
+        synchronise(device)
+        return [time.perf_counter() - start]
+
+
 class Score:
     """Steps of ``evaluate``; a call is one step."""
 
@@ -221,11 +230,7 @@ class Score:
             self.run()
 
     def timed(self) -> list[float]:
-        with part(CALL), part("step 0"):
-            start = time.perf_counter()
-            self.run()
-            synchronise(self.rank.device)
-            return [time.perf_counter() - start]
+        return timed(self.run, self.rank.device)
 
     def graph(self) -> graphs.Graph | None:
         kept = self.rank.state.get(scoring.GRAPH)
@@ -284,11 +289,7 @@ class Prefill(Generation):
             self.begin()
 
     def timed(self) -> list[float]:
-        with part(CALL), part("step 0"):
-            start = time.perf_counter()
-            self.begin()
-            synchronise(self.rank.device)
-            return [time.perf_counter() - start]
+        return timed(self.begin, self.rank.device)
 
     def graph(self) -> None:
         """Prompts are read without a graph."""

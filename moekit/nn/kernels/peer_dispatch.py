@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moekit.nn.dispatch import AllToAll, owned
+from moekit.nn.dispatch import AllToAll, Dispatch, owned
 from moekit.nn.experts import Assignment, Experts
 from moekit.nn.graphs import MOST_TOKENS
 from moekit.nn.kernels import peers
@@ -21,7 +21,7 @@ from moekit.nn.peer_memory import symmetric
 MOST_BYTES = 8 << 30
 
 
-class PeerDispatch:
+class PeerDispatch(Dispatch):
     """Dispatch among the ranks of one host; :func:`moekit.nn.dispatch.owned` assigns the experts to the ranks.
 
     Each mailbox has room for a power of two of rows. It is kept, since captured graphs go on using it. If the number of
