@@ -1,3 +1,6 @@
+import os
+import shutil
+import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -5,6 +8,15 @@ from pathlib import Path
 import pytest
 
 DATA = Path(__file__).parent / "data"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Pictures depend on no list of fonts that an earlier run on this machine left behind.
+    os.environ["MPLCONFIGDIR"] = tempfile.mkdtemp(prefix="moekit-matplotlib-")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    shutil.rmtree(os.environ.pop("MPLCONFIGDIR"), ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -253,8 +253,13 @@ def test_a_rank_that_dies_at_the_start_is_named(temp, monkeypatch):
     assert not list(temp.iterdir())
 
 
+def never(rank, *_):
+    time.sleep(600)
+
+
 def test_the_start_has_a_limit(temp, monkeypatch):
-    monkeypatch.setattr("moekit.ranks.spawned.START_LIMIT", 0.01)
+    monkeypatch.setattr("moekit.ranks.spawned.join", never)
+    monkeypatch.setattr("moekit.ranks.spawned.START_LIMIT", 0.3)
     with pytest.raises(TimeoutError, match=r"ranks \[0, 1\]"):
         start(2, "cpu")
     assert not list(temp.iterdir())
