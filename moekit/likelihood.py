@@ -16,13 +16,12 @@ import numpy as np
 from moekit.handle import Handle
 from moekit.nn.gates import interacts
 from moekit.progress import bar as progress_bar
-from moekit.ranks import Each
+from moekit.ranks import Each, Stream
 from moekit.symbols import PAD
-from moekit.worker.branches import Branches, parts_of, score_branches
+from moekit.worker.branches import Branches, Found, parts_of, score_branches
 
 # Tokens that the texts of a pass have together on a rank, padding and beginnings included: a cache holds them all.
 SLOTS_A_PASS = {"cpu": 8192, "cuda": 65_536}
-STEPS_A_CALL = 8
 # A shorter beginning is read again with each text: a pass of its own would cost more.
 WORTH_SHARING = 8
 # A text that would be padding by more than a fifth begins a new pass, if the one before it has an eighth of its tokens.
@@ -86,32 +85,31 @@ def score_texts(
     alone = interacts(model.config, fraction)
     forced = intervention is not None and bool(intervention.force)
     scores: list[Score | None] = [None] * len(texts)
-    bad = 0
     steps = plan_steps(
         texts, model.world_size, SLOTS_A_PASS[model.device], alone=alone, shares=not (alone or forced)
     )
     total = sum(len(text.ids) - text.start for text in texts)
     with progress_bar("scoring", total, " tokens", show=progress, delay=1.0) as bar:
-        while some := list(itertools.islice(steps, STEPS_A_CALL)):
-            found = model.ranks.call(
-                score_branches,
-                Each(list(zip(*map(parts_of, some), strict=True))),
-                fraction=fraction,
-                vocab=model.vocab,
-                seed=seed,
-                intervention=intervention,
-            )
-            for rank, results in enumerate(found):
-                parts = [step[rank] for step in some if step[rank] is not None]
-                for part, (logprobs, best) in zip(parts, results, strict=True):
-                    bad += int(not np.isfinite(logprobs).all())
-                    at = 0
-                    for number in part.samples.tolist():
-                        end = at + len(texts[number].ids) - texts[number].start
-                        scores[number] = Score(logprobs[at:end], best[at:end])
-                        at = end
-                    bar.update(at)
-    if bad:
+
+        def take(rank: int, found: Found) -> None:
+            """What a rank has found of a step, while the ranks go on with the next."""
+            at = 0
+            for number in found.samples.tolist():
+                end = at + len(texts[number].ids) - texts[number].start
+                scores[number] = Score(found.logprobs[at:end], found.best[at:end])
+                at = end
+            bar.update(at)
+
+        model.ranks.call(
+            score_branches,
+            Stream(Each(parts_of(step)) for step in steps),
+            fraction=fraction,
+            vocab=model.vocab,
+            seed=seed,
+            intervention=intervention,
+            on_report=take,
+        )
+    if not all(np.isfinite(score.logprobs).all() for score in scores):
         warnings.warn(
             "log-probabilities of some texts are not finite: model.score of such a text names the layer",
             RuntimeWarning,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,7 +15,7 @@ from moekit.batches import Batch, shares
 from moekit.handle import Handle
 from moekit.interrupts import import_whole
 from moekit.progress import bar as progress_bar
-from moekit.ranks import Each
+from moekit.ranks import Each, Stream
 from moekit.routing import trace as tracing
 from moekit.symbols import PAD
 from moekit.worker import scoring
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 
 # Tokens in a forward pass; more tokens do not increase the speed.
 TOKENS_A_PASS = {"cpu": 4096, "cuda": 65_536}
-STEPS_A_CALL = 8
 # The most shapes that a GPU is warmed up for; the texts of a run may have hundreds of shapes.
 WARM_SHAPES = 4
 
@@ -75,9 +73,8 @@ def warm_up(
     if fresh:
         with progress_bar("warming up", len(fresh), " passes", show=progress, delay=1.0) as bar:
             for step in fresh.values():
-                model.ranks.call(
-                    scoring.score, shared([step], model.world_size), fraction=fraction, vocab=vocab, seed=0
-                )
+                own = Each([[share] for share in shares(step, model.world_size)])
+                model.ranks.call(scoring.score, own, fraction=fraction, vocab=vocab, seed=0)
                 bar.update(1)
         model.warm |= fresh.keys()
 
@@ -142,30 +139,33 @@ def score_batches(
             f"a sample has {longest} tokens, <s> and context included, and the model "
             f"{model.config.max_positions} learned positions: cut the data into shorter ones"
         )
-    scores = {}
-    targets = sum(np.count_nonzero(b.targets != PAD) for b in batches) if progress else 0
-    with progress_bar("scoring", targets, " tokens", show=progress) as bar:
+    scores: dict[int, np.ndarray] = {}
+    targets = {b.index: np.count_nonzero(b.targets != PAD) for b in batches} if progress else {}
+    with progress_bar("scoring", sum(targets.values()), " tokens", show=progress) as bar:
+
+        def take(rank: int, found: scoring.Scored) -> None:
+            """What a rank has found of a step, while the ranks go on with the next."""
+            scores.update(found.scores)
+            if trace is not None:
+                trace.add(found.parts)
+            elif loads is not None:
+                for part in found.parts:
+                    counts = zip(part["fullest"].tolist(), part["undispatched"], strict=True)
+                    loads.update(zip(part["batch"].tolist(), counts, strict=True))
+            bar.update(sum(targets.get(index, 0) for index, _ in found.scores))
+
         steps = plan_steps(batches, model.world_size, TOKENS_A_PASS[model.device])
-        while some := list(itertools.islice(steps, STEPS_A_CALL)):
-            found = model.ranks.call(
-                scoring.score,
-                shared(some, model.world_size),
-                fraction=fraction,
-                vocab=vocab,
-                seed=seed,
-                trace=None if trace is None else trace.options,
-                intervention=model.intervention,
-                loads=loads is not None,
-                on_report=lambda rank, tokens: bar.update(tokens),
-            )
-            for pairs, parts in found:
-                scores.update(pairs)
-                if trace is not None:
-                    trace.add(parts)
-                elif loads is not None:
-                    for part in parts:
-                        counts = zip(part["fullest"].tolist(), part["undispatched"], strict=True)
-                        loads.update(zip(part["batch"].tolist(), counts, strict=True))
+        model.ranks.call(
+            scoring.score_stream,
+            Stream(Each(shares(step, model.world_size)) for step in steps),
+            fraction=fraction,
+            vocab=vocab,
+            seed=seed,
+            trace=None if trace is None else trace.options,
+            intervention=model.intervention,
+            loads=loads is not None,
+            on_report=take,
+        )
     if said := not_finite(model, batches, scores, fraction=fraction, vocab=vocab, seed=seed):
         warnings.warn(said, RuntimeWarning, stacklevel=3)
     return scores
@@ -188,11 +188,6 @@ def plan_steps(batches: Iterable[Batch], world_size: int, tokens: int) -> Iterat
     for alike in shapes.values():
         size = world_size * max(1, tokens // alike[0].tokens.size)
         yield from (alike[i : i + size] for i in range(0, len(alike), size))
-
-
-def shared(steps: Sequence[Sequence[Batch]], world_size: int) -> Each:
-    """The argument ``steps`` of :func:`moekit.worker.scoring.score`: no rank is sent the tokens of another."""
-    return Each(list(zip(*(shares(step, world_size) for step in steps), strict=True)))
 
 
 def summarize(

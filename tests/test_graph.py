@@ -13,9 +13,9 @@ import pytest
 
 import moekit
 from moekit import ranks
-from moekit.batches import Batch
+from moekit.batches import Batch, shares
 from moekit.nn import graphs as graph
-from moekit.scoring import shared
+from moekit.ranks import Each
 from moekit.symbols import PAD
 from moekit.worker import scoring as worker
 
@@ -92,7 +92,11 @@ def test_scoring_steps_that_differ_between_ranks(reference):
 
     def scores(model, steps):
         parts = model.ranks.call(
-            worker.score, shared(steps, model.world_size), fraction=None, vocab=200, seed=1
+            worker.score,
+            Each(list(zip(*(shares(step, model.world_size) for step in steps), strict=True))),
+            fraction=None,
+            vocab=200,
+            seed=1,
         )
         found = {index: logprobs for part, _ in parts for index, logprobs in part}
         return [found[b.index][b.targets != PAD] for step in steps for b in step]

@@ -1,5 +1,7 @@
 """The pool of ranks: what it promises, and what it leaves behind when something goes wrong."""
 
+import contextlib
+import itertools
 import os
 import signal
 import subprocess
@@ -17,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from moekit import ranks
-from moekit.ranks import RankError, start
+from moekit.ranks import Each, RankError, Stream, start, streams
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # as if these functions stood in a notebook
 HERE = Path(ranks.__file__).parents[2]
@@ -48,6 +50,48 @@ def temp(tmp_path, monkeypatch):
     """The folder for temporary files, empty."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     return tmp_path
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_a_stream_goes_to_the_ranks_while_they_run(three, world_size):
+    made, seen = [], []
+
+    def items(count):
+        for number in range(count):
+            made.append(number)
+            yield Each([(number, rank, np.full(100_000, number)) for rank in range(world_size)])
+
+    def work(rank, parts, factor):
+        for number, mine, array in parts:
+            assert mine == rank.rank and (array == number).all()
+            rank.report(number * factor)
+        return "done"
+
+    def on_report(rank, message):
+        seen.append((rank, message))
+        # The driver never makes all items before the first is done.
+        assert len(made) <= message / 10 + 1 + streams.AHEAD + (world_size > 1)
+
+    with contextlib.nullcontext(three) if world_size > 1 else start(1, "cpu") as pool:
+        assert (
+            pool.call(work, Stream(items(20)), 10, on_report=on_report, timeout=60) == ["done"] * world_size
+        )
+        for rank in range(world_size):
+            assert [message for one, message in seen if one == rank] == [10 * number for number in range(20)]
+        # Without any item, and with items that the function leaves.
+        assert pool.call(work, Stream(items(0)), 1) == ["done"] * world_size
+        assert pool.call(lambda rank, parts: next(iter(parts))[0], Stream(items(9))) == [0] * world_size
+        assert pool.call(lambda rank: rank.rank) == list(range(world_size))
+
+
+def test_a_rank_that_ends_in_a_stream_is_named():
+    def work(rank, numbers):
+        for number in numbers:
+            if number == 5 and rank.rank == 1:
+                raise KeyError("five")
+
+    with start(2, "cpu") as pool, pytest.raises(RankError, match="rank 1 raised KeyError: 'five'"):
+        pool.call(work, Stream(itertools.count()), timeout=60)
 
 
 def test_results_come_in_rank_order(three):

@@ -8,7 +8,7 @@ caller's ``__main__`` again in each of them. No rank outlives its driver, howeve
 Another kind of pool is another subclass of :class:`Ranks`: functions that run on a rank see a :class:`Rank` alone.
 """
 
-from moekit.ranks.base import Each, Rank, RankError, Ranks
+from moekit.ranks.base import Each, Rank, RankError, Ranks, Stream
 from moekit.ranks.devices import WHERE, choose_devices, devices_to_come
 from moekit.ranks.launch import prepare, ready
 from moekit.ranks.lent import LentRanks
@@ -27,6 +27,7 @@ __all__ = [
     "Ranks",
     "RayRanks",
     "SpawnedRanks",
+    "Stream",
     "ThisProcess",
     "choose_devices",
     "devices_to_come",

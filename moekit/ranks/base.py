@@ -3,7 +3,7 @@
 import socket
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -72,6 +72,16 @@ class Each:
     parts: Sequence[Any]
 
 
+@dataclass(frozen=True)
+class Stream:
+    """An argument of a call that is made while the call runs: of every item, rank r gets its own part from an iterator.
+
+    The driver makes an item when the ranks are about to need it, so that they do not wait for all items to be made.
+    """
+
+    items: Iterable[Any]
+
+
 def own(value: Any, rank: int) -> Any:
     """What ``rank`` gets of the argument ``value`` of a call."""
     return value.parts[rank] if isinstance(value, Each) else value
@@ -99,7 +109,8 @@ class Ranks(ABC):
     ) -> list[Any]:
         """Run ``fn(rank, *args, **kwargs)`` on every rank and return the results in rank order.
 
-        Of an argument in ``args`` that is an :class:`Each`, a rank gets its own part alone.
+        Of an argument in ``args`` that is an :class:`Each`, a rank gets its own part alone. One of them may be a
+        :class:`Stream`.
         ``on_report(rank_index, message)`` is called here while the ranks run. Results are pickled: move tensors
         to the CPU first, and know that arrays travel faster. Raises RankError when a rank raises, dies or gives no
         sign of life, TimeoutError when ``timeout`` seconds are over, RuntimeError when the pool is closed or busy.

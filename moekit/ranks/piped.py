@@ -21,8 +21,9 @@ import torch
 from moekit.interrupts import hold_interrupts
 from moekit.processes import channel
 from moekit.ranks import watch as watching
-from moekit.ranks.base import Each, RankError, Ranks, forked, gone, headline, own
+from moekit.ranks.base import Each, RankError, Ranks, Stream, forked, gone, headline, own
 from moekit.ranks.server import join_at, keep_store
+from moekit.ranks.streams import Coming, Feed
 from moekit.ranks.watch import Watch
 
 # Seconds for the interpreters to start, import torch and join the process group.
@@ -81,6 +82,7 @@ class PipedRanks(Ranks):
         if not self._end.alive:
             raise gone(self._why_gone)
         operation = getattr(fn, "__name__", type(fn).__name__)
+        feed = next((Feed(arg, self._pipes) for arg in args if isinstance(arg, Stream)), None)
         jobs = self._jobs(fn, args, kwargs)
         me = object()
         try:
@@ -89,7 +91,7 @@ class PipedRanks(Ranks):
                     raise RuntimeError("the ranks are busy with another call: wait for it to end")
                 self._caller = me
             self._await_joined()
-            return self._run(operation, self._outgoing(jobs), timeout, on_report)
+            return self._run(operation, self._outgoing(jobs), timeout, on_report, feed)
         except BaseException as error:
             if self._caller is me:
                 self._give_up(operation, error)
@@ -100,6 +102,7 @@ class PipedRanks(Ranks):
 
     def _jobs(self, fn: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> list[bytes]:
         """What is sent to each rank; made once where all get the same."""
+        args = tuple(Coming() if isinstance(arg, Stream) else arg for arg in args)
         if not any(isinstance(arg, Each) for arg in args):
             return [cloudpickle.dumps((fn, args, kwargs))] * self.world_size
         return [
@@ -139,11 +142,14 @@ class PipedRanks(Ranks):
         unsent: dict[int, channel.Outgoing],
         timeout: float | None,
         on_report: Callable[[int, Any], None] | None,
+        feed: Feed | None = None,
     ) -> list[Any]:
         watch = Watch(operation, self._members, self._silence, self._joined)
         results: dict[int, Any] = {}
         while watch.at_work:
             left = self._left(watch, timeout)
+            if feed is not None and not unsent:
+                unsent = feed.more()
             for rank, kind, content in self._messages(unsent, watch, min(left, LOOK)):
                 if kind == "result":
                     results[rank] = content
@@ -154,6 +160,8 @@ class PipedRanks(Ranks):
                     watch.report(rank)
                     if on_report is not None:
                         on_report(rank, content)
+                elif kind == "taken":
+                    feed.taken(rank)
             if time.monotonic() - watch.looked < LOOK:
                 continue
             if dead := self._dead():

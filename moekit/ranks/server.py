@@ -1,5 +1,6 @@
 """What runs in the process of a spawned rank: it answers jobs until the driver is gone."""
 
+import collections
 import contextlib
 import os
 import queue
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import PurePath
 from typing import Any
@@ -22,6 +24,7 @@ import torch.distributed as dist
 from moekit.processes import channel
 from moekit.ranks import links
 from moekit.ranks.base import Rank, headline
+from moekit.ranks.streams import Coming, following
 from moekit.ranks.watch import BEAT
 
 # Frames of the main thread that a beat tells.
@@ -59,7 +62,7 @@ def serve(
     while True:
         job = jobs.get()
         voice.at_work = True
-        voice.answer(_answer(me, job))
+        voice.answer(_answer(me, job, following(jobs, voice.say)))
         del job
 
 
@@ -126,11 +129,19 @@ def _listen(pipe: socket.socket, jobs: queue.SimpleQueue, parent: int, folder: s
     os.killpg(0, signal.SIGKILL)
 
 
-def _answer(me: Rank, job: bytearray) -> bytes:
-    """Run one job and pickle what comes of it; nothing of it stays referenced here between calls."""
+def _answer(me: Rank, job: bytearray, stream: Iterator[Any]) -> bytes:
+    """Run one job and pickle what comes of it; nothing of it stays referenced here between calls.
+
+    ``stream`` gives the items of a job that has some.
+    """
     try:
         fn, args, kwargs = cloudpickle.loads(job)
-        return cloudpickle.dumps(("result", fn(me, *args, **kwargs)))
+        follows = any(isinstance(arg, Coming) for arg in args)
+        result = fn(me, *(stream if isinstance(arg, Coming) else arg for arg in args), **kwargs)
+        if follows:
+            # Items that the function left are no jobs.
+            collections.deque(stream, maxlen=0)
+        return cloudpickle.dumps(("result", result))
     except BaseException as error:
         text = f"{headline(error)}\n\n{''.join(traceback.format_exception(error)).strip()}"
         try:

@@ -3,10 +3,11 @@
 import contextlib
 import os
 import traceback
+from typing import Any
 
 import torch
 
-from moekit.ranks.base import Rank, RankError, Ranks, forked, gone, headline, own
+from moekit.ranks.base import Rank, RankError, Ranks, Stream, forked, gone, headline, own
 from moekit.ranks.system import usable_cores
 
 
@@ -37,7 +38,7 @@ class ThisProcess(Ranks):
         )
         try:
             with here:
-                return [fn(self._rank, *(own(arg, 0) for arg in args), **kwargs)]
+                return [fn(self._rank, *map(_own, args), **kwargs)]
         except (Exception, SystemExit) as error:
             if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
                 # A notebook keeps its last error, and the error the call's tensors: the next call would lack their memory.
@@ -46,3 +47,7 @@ class ThisProcess(Ranks):
 
     def close(self) -> None:
         self._rank = None
+
+
+def _own(value: Any) -> Any:
+    return (own(item, 0) for item in value.items) if isinstance(value, Stream) else own(value, 0)

@@ -5,8 +5,9 @@ Shape letters: P beginnings, S tokens of the longest one, B texts, T tokens of t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -61,6 +62,20 @@ class Part:
     rows: int
 
 
+class Found(NamedTuple):
+    """Of a rank's texts in a step.
+
+    Attributes:
+        samples: [B] int64, their numbers.
+        logprobs: [N] float32 log-probabilities of their targets, text by text.
+        best: [N] bool, whether the target is the most probable token.
+    """
+
+    samples: np.ndarray
+    logprobs: np.ndarray
+    best: np.ndarray
+
+
 def parts_of(step: Sequence[Branches | None]) -> list[Part]:
     """The parts of a step, one for each rank."""
     there = [branches for branches in step if branches is not None]
@@ -72,23 +87,19 @@ def parts_of(step: Sequence[Branches | None]) -> list[Part]:
 @torch.inference_mode()
 def score_branches(
     rank: Rank,
-    steps: Sequence[Part],
+    steps: Iterable[Part],
     *,
     fraction: float | None,
     vocab: int,
     seed: int,
     intervention: Intervention | None,
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Log-probabilities of the targets of this rank's part of every step.
+) -> None:
+    """Log-probabilities of the targets of this rank's part of every step; it reports a :class:`Found` for each of them.
 
     Args:
-        steps: this rank's parts; all ranks have as many.
+        steps: this rank's parts, which come while it works; all ranks have as many.
         fraction: the capacity. Each text is a routing group, so with a capacity the texts of a step have one length and
             share no beginning.
-
-    Returns:
-        For each step with texts of this rank: [N] float32 log-probabilities of the targets, text by text, and [N] bool,
-        whether the target is the most probable token.
     """
     model: Transformer = rank.state["model"]
     # These large passes may need the memory of a graph.
@@ -96,7 +107,8 @@ def score_branches(
         rank.state.pop(key, None)
     alone = interacts(model.config, fraction)
     expects = model.dispatch.by_expectation
-    found = []
+    # A GPU runs one step while the host launches the next one.
+    under_way: tuple[np.ndarray, Tensor, Tensor] | None = None
     for step in steps:
         mine, cache = step.mine, None
         if step.beginnings:
@@ -116,9 +128,17 @@ def score_branches(
         _edit(asked, intervention, mine.samples, cache, tokens)
         features = model(tokens, asked)
         real = targets != PAD
-        found.append(_scores(model, features[real], targets[real], vocab))
+        found = mine.samples, *_scores(model, features[real], targets[real], vocab)
+        if under_way is not None:
+            rank.report(_on_host(*under_way))
+        under_way = found
+    if under_way is not None:
+        rank.report(_on_host(*under_way))
     model.dispatch.check()
-    return [(logprobs.cpu().numpy(), best.cpu().numpy()) for logprobs, best in found]
+
+
+def _on_host(samples: np.ndarray, logprobs: Tensor, best: Tensor) -> Found:
+    return Found(samples, logprobs.cpu().numpy(), best.cpu().numpy())
 
 
 def read_beginnings(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,10 +28,41 @@ from moekit.worker.decoding import SPARE
 GRAPH = "repeated"
 
 
+class Scored(NamedTuple):
+    """What comes of the batches of a rank.
+
+    Attributes:
+        scores: pairs (batch index, float32 [B, T] log-probabilities of its targets); values at targets that are ``PAD``
+            are undefined.
+        parts: those of the trace, for :class:`moekit.routing.trace.Collector`. Where loads are counted, a part has
+            ``batch`` [G], the batches' indices, and ``fullest`` [G] and ``undispatched`` [G, B, T] of
+            :class:`moekit.nn.record.LoadRecorder`.
+    """
+
+    scores: list[tuple[int, np.ndarray]]
+    parts: list[dict[str, np.ndarray]]
+
+
+def score_stream(rank: Rank, steps: Iterable[Share], **how: Any) -> None:
+    """As :func:`score`, for steps that come while the rank works: it reports what it has found of a step, a :class:`Scored`."""
+    with torch.inference_mode():
+        for found in _scored(rank, steps, **how):
+            rank.report(found)
+
+
 @torch.inference_mode()
-def score(
+def score(rank: Rank, steps: Iterable[Share], **how: Any) -> Scored:
+    """Log-probabilities of the targets of this rank's share of every step; the arguments are those of :func:`_scored`."""
+    all_found = list(_scored(rank, steps, **how))
+    return Scored(
+        [pair for found in all_found for pair in found.scores],
+        [part for found in all_found for part in found.parts],
+    )
+
+
+def _scored(
     rank: Rank,
-    steps: Sequence[Share],
+    steps: Iterable[Share],
     *,
     fraction: float | None,
     vocab: int,
@@ -39,8 +70,8 @@ def score(
     trace: Options | None = None,
     intervention: Intervention | None = None,
     loads: bool = False,
-) -> tuple[list[tuple[int, np.ndarray]], list[dict[str, np.ndarray]]]:
-    """Log-probabilities of the targets of this rank's share of every step's batches.
+) -> Iterator[Scored]:
+    """What is found of this rank's share of each step, step by step.
 
     Args:
         steps: this rank's share of each step, which it runs in one forward pass. A rank without batches only runs its
@@ -51,17 +82,10 @@ def score(
         trace: the options of a trace of the routing; None records nothing.
         intervention: a change of the routing; None changes nothing.
         loads: count what is not dispatched, and how full experts get; without ``trace``.
-
-    Returns:
-        Pairs (batch index, float32 [B, T]), where values at targets that are ``PAD`` are undefined; and the parts of the
-        trace, for :class:`moekit.routing.trace.Collector`. With ``loads``, a part has ``batch`` [G], the batches' indices,
-        and ``fullest`` [G] and ``undispatched`` [G, B, T] of :class:`moekit.nn.record.LoadRecorder`.
     """
     model: Transformer = rank.state["model"]
-    scores: list[tuple[int, np.ndarray]] = []
-    parts: list[dict[str, np.ndarray]] = []
     # A GPU runs one step while the host launches the next one.
-    under_way: tuple[Sequence[Batch], Tensor] | None = None
+    under_way: tuple[Sequence[Batch], Tensor, list[dict[str, np.ndarray]]] | None = None
     for step in steps:
         mine = step.batches
         inputs = Inputs.of(mine, rank.device) if mine else None
@@ -83,9 +107,10 @@ def score(
         else:
             features = model(inputs.tokens, asked)
             found = log_probs(model, features, inputs.targets, vocab)
+        parts: list[dict[str, np.ndarray]] = []
         if under_way is not None:
-            scores += collected(rank, *under_way)
-        under_way = mine, found
+            yield _collected(*under_way)
+        under_way = mine, found, parts
         if trace is not None:
             told = predictions(model, features, vocab) if trace.predicted else None
             parts.append(trace_rows(asked.record, inputs, found, told))
@@ -99,9 +124,8 @@ def score(
                 }
             )
     if under_way is not None:
-        scores += collected(rank, *under_way)
+        yield _collected(*under_way)
     model.dispatch.check()
-    return scores, parts
 
 
 @torch.inference_mode()
@@ -209,11 +233,10 @@ def repeated(rank: Rank, asked: Pass, inputs: Inputs, step: Share, vocab: int) -
     return kept(key, functools.partial(scored, model, asked, vocab), inputs.tokens, inputs.targets)
 
 
-def collected(rank: Rank, batches: Sequence[Batch], found: Tensor) -> list[tuple[int, np.ndarray]]:
-    """Copy the batches' log-probabilities ``found`` [B, T] to the host, and report the number of their targets."""
+def _collected(batches: Sequence[Batch], found: Tensor, parts: list[dict[str, np.ndarray]]) -> Scored:
+    """Copy the batches' log-probabilities ``found`` [B, T] to the host."""
     logprobs = found.cpu().numpy().reshape(len(batches), -1, found.shape[1])
-    rank.report(sum(int((b.targets != PAD).sum()) for b in batches))
-    return list(zip([b.index for b in batches], logprobs, strict=True))
+    return Scored(list(zip([b.index for b in batches], logprobs, strict=True)), parts)
 
 
 def trace_rows(

@@ -1,0 +1,53 @@
+"""A :class:`~moekit.ranks.base.Stream` on its way: the driver sends items while a call runs, and the rank iterates over them."""
+
+from __future__ import annotations
+
+import queue
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import cloudpickle
+
+from moekit.processes import channel
+from moekit.ranks.base import Stream, own
+
+# The most items that a rank has and has not begun.
+AHEAD = 2
+
+
+class Coming:
+    """Stands in a job for the stream that follows it."""
+
+
+class Feed:
+    """The driver's side: what is sent to the ranks while they run a call."""
+
+    def __init__(self, stream: Stream, pipes: Sequence[socket.socket]):
+        self._items, self._pipes = iter(stream.items), pipes
+        self._ahead = [0] * len(pipes)
+        self._ended = False
+
+    def more(self) -> dict[int, channel.Outgoing]:
+        """The next item, or the end, for each rank; nothing while a rank has enough, and after the end."""
+        if self._ended or max(self._ahead) >= AHEAD:
+            return {}
+        # An item travels as a tuple of one, and the end as an empty tuple.
+        item = next(((item,) for item in self._items), ())
+        self._ended = not item
+        self._ahead = [count + 1 for count in self._ahead]
+        return {
+            rank: channel.Outgoing(pipe, cloudpickle.dumps(tuple(own(part, rank) for part in item)))
+            for rank, pipe in enumerate(self._pipes)
+        }
+
+    def taken(self, rank: int) -> None:
+        """``rank`` has begun its next item."""
+        self._ahead[rank] -= 1
+
+
+def following(jobs: queue.SimpleQueue[bytearray], say: Callable[[str, Any], None]) -> Iterator[Any]:
+    """The rank's side: the items that come after a job, until the end."""
+    while item := cloudpickle.loads(jobs.get()):
+        say("taken", None)
+        yield item[0]
