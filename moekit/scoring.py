@@ -73,8 +73,8 @@ def warm_up(
     if fresh:
         with progress_bar("warming up", len(fresh), " passes", show=progress, delay=1.0) as bar:
             for step in fresh.values():
-                own = Each([[share] for share in shares(step, model.world_size)])
-                model.ranks.call(scoring.score, own, fraction=fraction, vocab=vocab, seed=0)
+                alone = Stream([Each(shares(step, model.world_size))])
+                model.ranks.call(scoring.score, alone, fraction=fraction, vocab=vocab, seed=0)
                 bar.update(1)
         model.warm |= fresh.keys()
 
@@ -156,7 +156,7 @@ def score_batches(
 
         steps = plan_steps(batches, model.world_size, TOKENS_A_PASS[model.device])
         model.ranks.call(
-            scoring.score_stream,
+            scoring.score,
             Stream(Each(shares(step, model.world_size)) for step in steps),
             fraction=fraction,
             vocab=vocab,

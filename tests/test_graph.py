@@ -92,7 +92,7 @@ def test_scoring_steps_that_differ_between_ranks(reference):
 
     def scores(model, steps):
         parts = model.ranks.call(
-            worker.score,
+            worker.scores_of,
             Each(list(zip(*(shares(step, model.world_size) for step in steps), strict=True))),
             fraction=None,
             vocab=200,

@@ -696,7 +696,7 @@ def test_a_graph_decodes_what_single_kernels_do(reference, monkeypatch):
 def repeated(rank, steps):
     """Whether the rank scores ``steps``, which are alike, with a graph in the end; and its (index, scores)."""
     mine = [shares(step, rank.world_size)[rank.rank] for step in steps]
-    scores, _ = worker.score(rank, mine, fraction=0.3, vocab=200, seed=1)
+    scores, _ = worker.scores_of(rank, mine, fraction=0.3, vocab=200, seed=1)
     return rank.state["repeated"].graph is not None if "repeated" in rank.state else False, scores
 
 

@@ -204,7 +204,7 @@ def gave_up(rank: ranks.Rank) -> str:
     model.dispatch.check = lambda: (_ for _ in ()).throw(RuntimeError("a peer did not come"))
     try:
         mine = shares(text_batches([[5, 6, 7]], 1, 64), 1)
-        scoring.score(rank, mine, fraction=None, vocab=50, seed=1)
+        scoring.scores_of(rank, mine, fraction=None, vocab=50, seed=1)
     except RuntimeError as error:
         return str(error)
     return "nothing"

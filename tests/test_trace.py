@@ -156,7 +156,7 @@ def expected(whole: Transformer, layer: int, x: np.ndarray, experts: np.ndarray,
 
 
 def score_observed(rank, steps, options, fraction):
-    """``worker.score`` with what its MoE layers read and returned: a list a layer of [N, D] and [N, K, D], and the trace's parts."""
+    """``worker.scores_of`` with what its MoE layers read and returned: a list a layer of [N, D] and [N, K, D], and the trace's parts."""
     seen = {}
 
     def hook(module, args, output):
@@ -167,7 +167,7 @@ def score_observed(rank, steps, options, fraction):
     hooks = [module.register_forward_hook(hook) for module in modules]
     try:
         mine = [shares(step, rank.world_size)[rank.rank] for step in steps]
-        _, parts = worker.score(rank, mine, fraction=fraction, vocab=200, seed=1, trace=options)
+        _, parts = worker.scores_of(rank, mine, fraction=fraction, vocab=200, seed=1, trace=options)
     finally:
         for one in hooks:
             one.remove()

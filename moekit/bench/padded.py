@@ -141,7 +141,7 @@ def measured(
     share = shares(step, rank.world_size)[rank.rank]
 
     def work() -> list[tuple[int, np.ndarray]]:
-        return worker.score(rank, [share], fraction=fraction, vocab=config.vocab_rows, seed=1)[0]
+        return worker.scores_of(rank, [share], fraction=fraction, vocab=config.vocab_rows, seed=1)[0]
 
     quiet, rank.send_report = rank.send_report, None
     before = torch.cuda.memory_allocated(rank.device) / GIB if rank.device.type == "cuda" else 0.0

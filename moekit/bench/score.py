@@ -171,14 +171,14 @@ class Scored:
 
 
 def score(rank: Rank, blocks: int, repeats: int) -> Scored:
-    """Time :func:`moekit.worker.scoring.score`, ``blocks`` blocks of this rank per call."""
+    """Time :func:`moekit.worker.scoring.scores_of`, ``blocks`` blocks of this rank per call."""
     model: Transformer = rank.state["model"]
     length, vocab = model.config.max_positions, model.config.vocab_rows
     step = [random_batch(i, length, vocab) for i in range(blocks * rank.world_size)]
     share = shares(step, rank.world_size)[rank.rank]
 
     def work() -> list[tuple[int, np.ndarray]]:
-        return worker.score(rank, [share], fraction=FRACTION, vocab=vocab, seed=1)[0]
+        return worker.scores_of(rank, [share], fraction=FRACTION, vocab=vocab, seed=1)[0]
 
     quiet, rank.send_report = rank.send_report, None
     try:

@@ -65,7 +65,7 @@ class Work:
         steps: how many steps are looked at.
         batches: for "score": the batches of one step, as many for each rank.
         prompts: for the others: the prompts of each rank.
-        fraction, vocab, seed: as in :func:`moekit.worker.scoring.score`.
+        fraction, vocab, seed: as in :func:`moekit.worker.scoring.scores_of`.
     """
 
     mode: str
@@ -223,7 +223,7 @@ class Score:
     def run(self, trace: Options | None = None):
         w = self.work
         how = {"fraction": w.fraction, "vocab": w.vocab, "seed": w.seed, "intervention": w.intervention}
-        return scoring.score(self.rank, [self.share], trace=trace, **how)
+        return scoring.scores_of(self.rank, [self.share], trace=trace, **how)
 
     def warm_up(self) -> None:
         for _ in range(graphs.AFTER + 1 if self.rank.device.type == "cuda" else 1):

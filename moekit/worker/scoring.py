@@ -43,15 +43,15 @@ class Scored(NamedTuple):
     parts: list[dict[str, np.ndarray]]
 
 
-def score_stream(rank: Rank, steps: Iterable[Share], **how: Any) -> None:
-    """As :func:`score`, for steps that come while the rank works: it reports what it has found of a step, a :class:`Scored`."""
+def score(rank: Rank, steps: Iterable[Share], **how: Any) -> None:
+    """As :func:`scores_of`, for steps that come while the rank works: it reports what it has found of a step, a :class:`Scored`."""
     with torch.inference_mode():
         for found in _scored(rank, steps, **how):
             rank.report(found)
 
 
 @torch.inference_mode()
-def score(rank: Rank, steps: Iterable[Share], **how: Any) -> Scored:
+def scores_of(rank: Rank, steps: Iterable[Share], **how: Any) -> Scored:
     """Log-probabilities of the targets of this rank's share of every step; the arguments are those of :func:`_scored`."""
     all_found = list(_scored(rank, steps, **how))
     return Scored(
