@@ -21,6 +21,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from machines import Machines, possible
+from processes import gone
 
 import moekit
 from moekit import ranks
@@ -62,16 +63,6 @@ def first(three):
 
 def pid(rank):
     return os.getpid()
-
-
-def gone(pids, within=10.0):
-    """Whether all these processes have ended within so many seconds."""
-    end = time.monotonic() + within
-    while time.monotonic() < end:
-        if not any(psutil.pid_exists(p) and psutil.Process(p).status() != "zombie" for p in pids):
-            return True
-        time.sleep(0.05)
-    return False
 
 
 def actors(machines):

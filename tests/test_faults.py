@@ -16,6 +16,7 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
+from processes import gone
 
 import moekit
 from moekit import ranks
@@ -36,16 +37,6 @@ def temp(tmp_path, monkeypatch):
 
 def pid(rank):
     return os.getpid()
-
-
-def all_gone(pids):
-    """Whether these processes have ended or do so within five seconds."""
-    end = time.monotonic() + 5
-    while time.monotonic() < end:
-        if not any(psutil.pid_exists(p) and psutil.Process(p).status() != "zombie" for p in pids):
-            return True
-        time.sleep(0.02)
-    return False
 
 
 def out_of_memory():
@@ -121,7 +112,7 @@ def test_the_rank_is_named_and_nothing_is_left(temp, operation, fault, counted):
         assert f"'{ran}'" in str(caught.value)
     if fault == "hangs":
         assert "in fail" in str(caught.value) or ".fail" in str(caught.value)
-    assert all_gone(pids) and not list(temp.iterdir()) and set(os.listdir("/dev/shm")) == shared
+    assert gone(pids) and not list(temp.iterdir()) and set(os.listdir("/dev/shm")) == shared
     counted(f"faults of a rank: {fault}", "with the rank named and nothing left")
 
 
@@ -429,7 +420,7 @@ def test_ranks_are_forked_and_have_the_drivers_environment_folder_and_path(tmp_p
             assert len(first.call(pid)) == 2
             draws = second.call(lambda rank: __import__("random").random())
             assert draws[0] != draws[1]
-    assert all_gone([server])  # nobody asks it for others
+    assert gone([server])  # nobody asks it for others
 
 
 @LINUX
@@ -437,7 +428,7 @@ def test_ranks_end_with_their_server_and_the_next_ones_start():
     with start(2, "cpu") as pool:
         pids = pool.call(pid)
         os.kill(pool.call(parent)[0][0], signal.SIGKILL)
-        assert all_gone(pids)
+        assert gone(pids)
         with pytest.raises(RankError, match="was ended by SIGKILL"):
             pool.call(pid)
     with start(2, "cpu") as pool:
@@ -450,7 +441,7 @@ def test_the_server_ends_without_work_and_with_its_driver(monkeypatch, tmp_path)
     monkeypatch.setenv("SEEN", "a server of its own")
     with start(2, "cpu") as pool:
         server = pool.call(parent)[0][0]
-    assert all_gone([server])
+    assert gone([server])
     with start(2, "cpu") as pool:
         assert pool.call(parent)[0][0] != server
     code = (
@@ -460,7 +451,7 @@ def test_the_server_ends_without_work_and_with_its_driver(monkeypatch, tmp_path)
     ended = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=tmp_path
     )
-    assert all_gone({int(word.strip("(),")) for word in ended.stdout.split()}) and ended.stdout
+    assert gone({int(word.strip("(),")) for word in ended.stdout.split()}) and ended.stdout
 
 
 def test_ranks_start_without_a_server(temp, monkeypatch):
@@ -471,7 +462,7 @@ def test_ranks_start_without_a_server(temp, monkeypatch):
         os.kill(pids[1], signal.SIGKILL)
         with pytest.raises(RankError, match="rank 1 was ended by SIGKILL"):
             pool.call(pid)
-    assert all_gone(pids) and not list(temp.iterdir())
+    assert gone(pids) and not list(temp.iterdir())
 
 
 # ------------------------------------------------------------------------------------------ pools made apart
@@ -538,7 +529,7 @@ def test_starts_and_stops_leave_nothing(temp, counted):
     for _ in range(times):
         with start(2, "cpu") as pool:
             pids = pool.call(pid)
-        assert all_gone(pids)
+        assert gone(pids)
     assert held(psutil.Process()) == before
     assert not list(temp.iterdir()) and set(os.listdir("/dev/shm")) == shared
     counted("starts and stops of two ranks", "that left nothing", times)

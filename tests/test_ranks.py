@@ -17,6 +17,7 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
+from processes import gone
 
 from moekit import ranks
 from moekit.ranks import Each, RankError, Stream, start, streams
@@ -27,16 +28,6 @@ HERE = Path(ranks.__file__).parents[2]
 
 def pid(rank):
     return os.getpid()
-
-
-def gone(pids, within=5.0):
-    """Whether all these processes have ended within so many seconds."""
-    end = time.monotonic() + within
-    while time.monotonic() < end:
-        if not any(psutil.pid_exists(p) and psutil.Process(p).status() != "zombie" for p in pids):
-            return True
-        time.sleep(0.02)
-    return False
 
 
 @pytest.fixture(scope="module")
