@@ -1,8 +1,8 @@
 """What a checkpoint's ``cfg["model"]`` says about the model, in moekit's own words.
 
-fairseq's ``moe`` branch writes about seventy options; most steer the training. ``ModelConfig`` holds those that
-change what the model computes, ``REFUSED`` those that moekit does not have: a checkpoint that asks for one of them
-is refused by name instead of being computed wrongly.
+fairseq's ``moe`` branch writes about seventy options, and most of them steer the training. ``ModelConfig`` holds those
+that change what the model computes. ``REFUSED`` of moekit/checkpoint/options.py holds those that moekit does not have: a
+checkpoint that asks for one of them is refused by name instead of being computed wrongly.
 """
 
 from __future__ import annotations
@@ -15,14 +15,35 @@ class ModelConfig:
     """The options of fairseq's ``transformer_lm`` decoder that change its result at inference.
 
     Attributes:
+        layers: the number of layers, with and without experts.
+        dim: model dim, D.
         ffn_dim: width of the dense layers and of the experts; the branch never reads its own ``moe_expert_ffn_dim``.
-        vocab_rows: rows of the embedding matrix; may exceed the dictionary.
-        max_positions: tokens a sample may have.
+        heads: attention heads of a layer; each has ``dim / heads`` dims.
+        vocab_rows: rows of the embedding matrix; there may be more than the dictionary has types.
+        input_dim, output_dim: width of the embedding and of the output matrix; where it is not ``dim``, a linear layer
+            without bias lies between.
+        max_positions: the most tokens of a sample.
+        activation: one of :data:`ACTIVATIONS`, of dense layers and experts.
+        pre_norm: each norm stands before attention and before the feed-forward network; False: after them.
+        final_norm: the last layer is followed by a norm, if ``pre_norm`` holds.
         before_final_norm: the file is older than the final norm, so the model has none, whatever the file holds.
+        learned_positions: positions are learned; False: they are sinusoids.
+        positions: False: the model adds no positions.
+        scale_embedding: embeddings are multiplied by ``sqrt(dim)``.
+        embedding_norm: a norm follows the embedding and the positions.
+        share_output: the output matrix is the embedding matrix.
         moe_freq: 2 puts experts in every second layer, 0 in none.
+        experts: E, experts of a layer.
         alternate_ffn_dim: above 0, the layers that would hold experts are dense and this wide.
         gate: the gate's name in :data:`moekit.nn.gates.GATES`.
+        gate_fp32: the softmax of the gate is computed in float32; False: in the model's dtype.
         second_expert: one of :data:`SECOND_EXPERT`, see :class:`moekit.nn.gates.Top2`.
+        normalize_before_dropping: combine weights are normalised before choices are dropped, so that the weight of one choice
+            does not depend on whether the other is dropped; False: after that.
+        batch_prioritized: buffers take the tokens of a group with the greatest probability first; False: in the order of the
+            text.
+        mask_padding: padding is not routed; False: it takes places in the buffers, as in fairseq.
+        add_bos: samples begin with ``<s>``, as the model was trained with ``add_bos_token``; False: with ``</s>``.
     """
 
     layers: int
