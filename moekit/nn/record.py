@@ -1,4 +1,4 @@
-"""What a pass records of the routing: options say what, and a recorder keeps it on its rank. Of a dense model, nothing.
+"""What a pass records of the routing: options say what, and a recorder keeps it on its rank. A dense model has no routing.
 
 Shape letters: T tokens, L recorded MoE layers, K choices a token, E experts.
 """

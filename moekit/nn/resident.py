@@ -42,7 +42,7 @@ MANY = 2048
 
 @dataclass
 class Counts:
-    """What happened in a layer since it was last asked.
+    """What happened in a layer since loading, or since :func:`begin`.
 
     Attributes:
         requests: choices of tokens, of experts held here.
@@ -87,10 +87,11 @@ class Resident(nn.Module):
         self.where: dict[int, int] = {}
         self.ahead: dict[int, int] = {}
         self.arrival: torch.cuda.Event | None = None
-        # The MoE layer behind this one, if there is one.
-        self.behind: list[Resident] = []
+        # The next MoE layer; none follows the last one. It is in a list, because torch makes any module that is an attribute
+        # a part of this one.
+        self.following: list[Resident] = []
         self.successors = Successors(self.held)
-        # What a step in parts asks of the host, and what it is told: experts, and their slots.
+        # A step in parts sends experts to the host, and the host answers with their slots.
         self.asked, self.told = torch.zeros(
             2, CHUNK, dtype=torch.long, pin_memory=slots.device.type == "cuda"
         )
@@ -222,28 +223,34 @@ class Resident(nn.Module):
         self.slots.release(leave)
 
     def _note(self, requested: Collection[int], here: Container[int]) -> None:
-        """Note which experts were missed after those that the layer before requested; only ``here`` are in slots of these."""
+        """Count, for each expert that the layer before requested, which of ``requested`` were in no slot here.
+
+        Args:
+            here: those of ``requested`` that are in slots.
+        """
         before, self.slots.previous = self.slots.previous, None
         if not self.prefetch or len(requested) > CHUNK:
             return
-        if before is not None and before[0].behind == [self]:
+        if before is not None and before[0].following == [self]:
             missed = [expert for expert in requested if expert not in here]
             before[0].successors.note(before[1], missed, self.where)
-        if self.behind:
+        if self.following:
             self.slots.previous = self, list(requested)
 
     def _look_ahead(self) -> None:
-        """Begin to copy those experts of the next MoE layer that most likely are missed there."""
+        """Begin to copy the experts of the next MoE layer that are likely to be missed there."""
         if self.slots.previous is None:
             return
-        (behind,), (_, requested) = self.behind, self.slots.previous
+        (following,), (_, requested) = self.following, self.slots.previous
         likely = dict.fromkeys(self.successors.likely(requested))
-        wanted = [expert for expert in likely if expert not in behind.where and expert not in behind.ahead]
-        wanted = wanted[: CHUNK - len(behind.ahead)]
+        wanted = [
+            expert for expert in likely if expert not in following.where and expert not in following.ahead
+        ]
+        wanted = wanted[: CHUNK - len(following.ahead)]
         if wanted:
-            behind.ahead |= behind._fetch(wanted)
-            behind.arrival = self.slots.arrival()
-            behind.counts.ahead += len(wanted)
+            following.ahead |= following._fetch(wanted)
+            following.arrival = self.slots.arrival()
+            following.counts.ahead += len(wanted)
 
     # --------------------------------------------------------------------------------- a step in parts
 
@@ -284,9 +291,9 @@ class Residence:
     """How many of a layer's experts are on the device of their rank, and which.
 
     Attributes:
-        count: N.
-        policy: the name of one of :data:`~moekit.nn.policies.POLICIES`; or how hot each expert of each MoE layer is,
-            [L, all experts], where the hottest stay always.
+        count: the experts of a layer that are on the device of their rank.
+        policy: the name of one of :data:`~moekit.nn.policies.POLICIES`; or [L, E], how often each expert of each MoE layer
+            is requested, where the most requested ones stay always.
         prefetch: copy experts of the next layer that this layer's choices predict.
     """
 
@@ -319,16 +326,16 @@ def install(model: Transformer, residence: Residence, held: range, device: torch
     for number, (moe, home) in enumerate(zip(moes, homes, strict=True)):
         if device.type == "cuda":
             pin(home)
-        policy = residence.of_layer(number, held, moe.slots)
+        policy = residence.of_layer(number, held, moe.numbers)
         moe.experts = Resident(home, model.slots, policy, residence.prefetch)
     model.slots.layers = [moe.experts for moe in moes]
-    for layer, behind in itertools.pairwise(model.slots.layers):
-        layer.behind = [behind]
+    for layer, following in itertools.pairwise(model.slots.layers):
+        layer.following = [following]
     begin(model)
 
 
 def begin(model: Transformer) -> None:
-    """Begin again: slots as the policies have them at the start, counts of zero, and nothing seen of what follows what."""
+    """Begin again: the policies' first experts in slots, counts of zero, and no tally of which expert follows which."""
     slots = model.slots
     slots.settle()
     slots.forget()

@@ -30,7 +30,8 @@ class Slots:
         layers: those that share the slots, in the order of the model.
         nbytes: of all slots.
         each: bytes of an expert.
-        previous: the layer that came last in a pass of few requests, and what it requested.
+        previous: the layer that ran last, and the experts that it requested; None where they tell nothing of the next layer,
+            as they are many, none is fetched ahead, or there is no next layer.
     """
 
     def __init__(self, like: Experts, count: int, device: torch.device):

@@ -1,15 +1,15 @@
-"""Which experts of the next layer are about to be missed, told by this layer's choices.
+"""A forecast of the experts of the next layer that will be missed, from this layer's choices.
 
-:func:`moekit.metrics.predictability` is how well an expert tells the next layer's. Here only passes count in which the other
-expert had to be fetched: one that is in its slot anyway need not be foreseen.
+:func:`moekit.metrics.predictability` measures how well an expert tells the next layer's. Here only passes count in which the
+next layer's expert was in no slot, since an expert in a slot needs no forecast.
 """
 
 from __future__ import annotations
 
 from collections.abc import Container, Iterable
 
-# An expert that is missed after another in more than this share of passes is foreseen. A copy that is not needed delays
-# those that are, so this has to be right more often than not.
+# An expert is copied ahead if it was missed after another one in more than this share of passes. A copy that is not needed
+# delays those that are, so the forecast has to be right more often than not.
 LIKELY = 0.5
 # Successors of an expert that are remembered.
 MOST = 16
@@ -39,7 +39,7 @@ class Successors:
 
     def likely(self, requested: Iterable[int]) -> list[int]:
         """Those that most likely will be missed after ``requested``, if they are in no slot."""
-        # By one standard deviation of how often an expert would follow by a fair coin.
+        # "More" is by at least one standard deviation, sqrt(passes) / 2: that of the heads of a fair coin.
         return [
             successor
             for expert in requested

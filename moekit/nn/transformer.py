@@ -46,7 +46,7 @@ class Transformer(nn.Module):
     """Decoder-only language model; ``held`` experts a layer live here, all of them by default."""
 
     operations = PLAIN
-    # Where not all experts fit on the device: see slots.py.
+    # The places on the device where experts are fetched to, where not all of them fit: see slots.py.
     slots: Slots | None = None
 
     def __init__(self, config: ModelConfig, held: int | None = None, dispatch: Dispatch | None = None):
@@ -352,8 +352,8 @@ class MoE(nn.Module):
         self.gate = nn.Linear(config.dim, config.experts, bias=False)
         self.rule = gate_of(config)
         self.experts = Experts(held, config.dim, config.ffn_dim, config.activation)
-        # [E] int64, the number that the dispatch knows each expert by; None where it is the expert's own.
-        self.slots: Tensor | None = None
+        # [E] int64, the number that the dispatch knows each expert by (load's ``placement``). None: it is the expert's own.
+        self.numbers: Tensor | None = None
 
     def forward(self, x: Tensor, asked: Pass) -> Tensor:
         """[B, T, D] -> [B, T, K, D], the weighted output of each choice's expert, zero where it was dropped."""
@@ -363,8 +363,8 @@ class MoE(nn.Module):
             asked.record(self.index, routing)
         top_k = self.rule.top_k
         with part("plan"):
-            if self.slots is not None:
-                routing = replace(routing, experts=self.slots[routing.experts])
+            if self.numbers is not None:
+                routing = replace(routing, experts=self.numbers[routing.experts])
             order, counts = self.operations.by_expert(routing, self.config.experts)
             assignment = Assignment(order, counts, top_k, routing.weights.flatten())
         with part("dispatch"):

@@ -48,8 +48,8 @@ def load(
     model = empty(rank, plan.config, dtype, backend, kind, residence is not None)
     share = (rank.rank, rank.world_size)
     filled = checkpoint.fill(model, plan, held, rank.report, rank.cores, verify, share)
-    for layer, slots in plan.slots.items():
-        model.layers[layer].moe.slots = torch.tensor(slots, device=rank.device)
+    for layer, numbers in plan.slots.items():
+        model.layers[layer].moe.numbers = torch.tensor(numbers, device=rank.device)
     if residence is not None:
         resident.install(model, residence, held, rank.device)
     rank.state["model"] = model

@@ -46,7 +46,7 @@ def fits(model: Transformer, sequences: int) -> bool:
     through_peers = isinstance(model.dispatch, PeerDispatch) and gate.softmax_top_k and gate.top_k <= 2
     one_place = isinstance(model.dispatch, Local)
     # The kernel that makes the gate's choice knows experts by their own numbers.
-    in_order = all(layer.moe is None or layer.moe.slots is None for layer in model.layers)
+    in_order = all(layer.moe is None or layer.moe.numbers is None for layer in model.layers)
     supported = one_place or (through_peers and in_order)
     return sequences <= few(model.config.dim) and model.config.pre_norm and supported
 
