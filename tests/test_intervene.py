@@ -174,8 +174,11 @@ def test_forcing_what_the_gate_chose_changes_nothing(models):
 @pytest.mark.parametrize(
     "force, told",
     [
-        (Force(1, sample=3), "sample 3, .* 3, from 0 to 2"),
-        (Force(1, sample=2, positions=[12, 40]), "sample 2 the positions 12, 40; it has 0 to 11"),
+        (Force(1, sample=3), "sample 3; .* 3, from 0 to 2: name one"),
+        (
+            Force(1, sample=2, positions=[12, 40]),
+            "positions 12, 40 of sample 2; expected at least one of its positions, 0 to 11",
+        ),
         (Force(1, sample=0, positions=()), "positions none"),
     ],
 )
@@ -193,7 +196,7 @@ def test_a_force_that_meets_no_token_is_a_mistake(models, force, told):
 def test_a_force_may_reach_beyond_the_sample_and_into_new_tokens(models):
     new = Force((3, 4), sample=1, positions=range(len(TEXTS[1]) + 1, 999))  # after </s> and the prompt
     with models[0].route(force=new):
-        with pytest.raises(ValueError, match="34, 35, 36, 37, 38, ...; it has 0 to 33"):
+        with pytest.raises(ValueError, match="34, 35, 36, 37, 38, ... of sample 1; expected .* 0 to 33"):
             models[0].score(TEXTS)
         found = models[0].generate(TEXTS, max_new_tokens=3, trace=True, progress=False)[1].trace
     assert (found.experts[found.generated] == [3, 4]).all() and found.generated.sum() == 2

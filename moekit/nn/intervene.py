@@ -34,7 +34,7 @@ class Force:
 
     Attributes:
         experts: the choices, best first: one leaves the second choice to the gate (the best of the others), two fix
-            both. Weights are made as ever: their own gate probabilities, normalised as the gate does.
+            both. Their weights are their own gate probabilities, normalised as the gate normalises all weights.
         sample: the sample's id, as in a trace; a call that has no such sample, or none of ``positions`` in it, fails.
         positions: a position, several (a range), or None for all.
         layers: a MoE layer, several, or None for all.
@@ -68,9 +68,9 @@ class Intervention:
         mask: layer -> experts whose gate logits become -inf before the softmax: the other experts' probabilities grow
             to sum to 1, and the tokens that chose a masked expert choose the best of the others.
         force: (layer, sample, positions or None for all, experts).
-        drop_second: second choices are not dispatched and take nothing of a buffer; the first one's weight is what
-            the gate gives it then: 1, or its share of both with ``normalize_before_dropping``.
-        capacity_token_fraction: in place of the calls' own; ``...`` leaves that alone.
+        drop_second: second choices are not dispatched and take no place in a buffer. The first choice's weight is then 1, or,
+            with ``normalize_before_dropping``, its share of the two.
+        capacity_token_fraction: in place of the calls' own; ``...`` keeps theirs.
     """
 
     mask: Mapping[int, tuple[int, ...]]
@@ -81,12 +81,13 @@ class Intervention:
     def apply(self, asked: Pass, samples: Tensor, positions: Tensor) -> None:
         """Put the changes into ``asked``, the pass of B samples with ids ``samples`` [B] and positions [T] or [B, T].
 
-        The capacity is the driver's to merge (:meth:`moekit.handle.Handle.capacity`): ``asked.fraction`` holds already.
+        The capacity does not change here: ``asked.fraction`` is the intervention's already, since the driver puts it there
+        (:meth:`moekit.handle.Handle.capacity`).
         """
         asked.edit = functools.partial(self.edit, asked.groups, samples, positions)
 
     def check(self, lengths: Mapping[int, int]) -> None:
-        """That every :class:`Force` meets a token of the samples ``lengths`` (id -> tokens).
+        """Check that every :class:`Force` names a token of the samples ``lengths`` (id -> tokens).
 
         Raises:
             ValueError: one does not.
@@ -94,11 +95,14 @@ class Intervention:
         for sample, positions in dict.fromkeys((sample, positions) for _, sample, positions, _ in self.force):
             if sample not in lengths:
                 there = f"{len(lengths)}, from {min(lengths)} to {max(lengths)}" if lengths else "none"
-                raise ValueError(f"Force names sample {sample}, and the samples of this call are {there}")
+                raise ValueError(
+                    f"Force names sample {sample}; the samples of this call are {there}: name one of these"
+                )
             if positions is not None and not any(0 <= p < lengths[sample] for p in positions):
                 named = first_few(positions)
                 raise ValueError(
-                    f"Force names of sample {sample} the positions {named or 'none'}; it has 0 to {lengths[sample] - 1}"
+                    f"Force names the positions {named or 'none'} of sample {sample}; expected at least one of its positions, "
+                    f"0 to {lengths[sample] - 1}"
                 )
 
     def edit(self, groups: int, samples: Tensor, positions: Tensor, layer: int, config: ModelConfig) -> Edit:
@@ -158,7 +162,7 @@ def plan(
         if config.experts - len(experts) < top_k_of(config):
             raise ValueError(
                 f"mask leaves {config.experts - len(experts)} of the {config.experts} experts of layer {layer}; "
-                f"every token needs {top_k_of(config)}"
+                f"every token needs {top_k_of(config)}: mask fewer"
             )
     forced = []
     for one in forces:
@@ -179,7 +183,7 @@ def plan(
             forced.append((layer, one.sample, one.positions, experts))
     drop_second = check("drop_second", drop_second, Flag())
     if drop_second and top_k_of(config) < 2:
-        raise ValueError("drop_second: the model's gate makes one choice")
+        raise ValueError("drop_second=True: the model's gate makes one choice; leave drop_second out")
     fraction = capacity_token_fraction
     if fraction is not ...:
         fraction = check("capacity_token_fraction", fraction, Capacity())
@@ -199,6 +203,7 @@ def _pairs(mask: Any) -> list[tuple[int, int]]:
 
 
 def check_expert(config: ModelConfig, layer: int, expert: int) -> None:
+    """Check that MoE layer ``layer`` exists and has ``expert``; else a ValueError."""
     if layer not in config.moe_layers:
         raise ValueError(
             f"layer {layer} is not a mixture-of-experts layer; the model's are {config.moe_layers}"
