@@ -68,7 +68,7 @@ class Model(Handle):
         """Score binarised data as ``fairseq_cli.eval_lm --is-moe`` does; the result does not depend on the world size.
 
         Args:
-            data: folder with ``dict.txt`` and ``{subset}.bin/.idx``, or "demo".
+            data: a folder with ``dict.txt``, ``{subset}.bin`` and ``{subset}.idx``, or "demo".
             tokens_per_sample: tokens of a block, context included; None: as many as the model has positions.
             batch_size: samples that are routed together. With a capacity this changes the result, as in fairseq.
             capacity_token_fraction: None drops nothing. F > 0 gives each expert ``ceil(F * tokens)`` places a batch,
@@ -76,22 +76,27 @@ class Model(Handle):
             sample_break_mode: "none", "complete", "complete_doc" or "eos", as in fairseq.
             context_window: tokens of context that are not scored again.
             max_batches: stop after this many batches.
-            seed: of gates that sample their second expert.
+            seed: of gates that draw their second expert.
             progress: show a bar.
-            trace: also record the routing; :class:`moekit.nn.record.Options` say what of it.
-            domains: in place of ``data``, and the result is a table with a row for each domain and capacity, of which there
-                may be several (:func:`moekit.domains.evaluate_domains`).
+            trace: also record the routing; :class:`moekit.nn.record.Options` select what is recorded.
+            domains: texts of several domains, in place of ``data``; then ``capacity_token_fraction`` may be a list
+                (:func:`moekit.domains.evaluate_domains`).
+
+        Returns:
+            The loss, with a row for each scored token; with ``domains`` a table with a row for each capacity and domain.
 
         Raises:
             ValueError: an argument makes no sense, or a file is missing.
             moekit.ranks.RankError: a rank failed.
         """
         if (data is None) == (domains is None):
-            raise ValueError(f"data={shown(data)}, domains={shown(domains)}: expected one of the two")
+            raise ValueError(
+                f"data={shown(data)}, domains={shown(domains)}: expected one of the two, not both"
+            )
         max_batches = check("max_batches", max_batches, Whole(optional=True))
         if domains is not None:
             if trace:
-                raise ValueError("trace: a table of domains has none; trace one of their folders")
+                raise ValueError(f"trace={shown(trace)}: a table of domains has none; trace one of them")
             how = Data("demo", subset, tokens_per_sample, batch_size, sample_break_mode, context_window)
             fractions = capacity_token_fraction
             return evaluate_domains(self, domains, how, fractions, max_batches, seed, progress)
@@ -119,8 +124,8 @@ class Model(Handle):
         capacity_token_fraction: float | str | None = None,
         seed: int = 1,
     ) -> pd.DataFrame:
-        """Log-probabilities of texts or of their ids, each begun with ``</s>`` as fairseq's blocks are, or with ``<s>``
-        where the model was trained with ``add_bos_token``.
+        """Log-probabilities of texts. The model reads each after ``</s>``, as it reads fairseq's blocks, or after ``<s>``
+        if it was trained with ``add_bos_token``.
 
         Args:
             texts: a text, texts, ids, or lists of ids. The other arguments are those of :meth:`evaluate`.
@@ -129,6 +134,9 @@ class Model(Handle):
             One row per token: ``sample`` (the text's number), ``position``, ``token`` (dictionary id of what is read
             there: at position 0 the symbol that begins the text), ``target`` (the text's own token, which is predicted),
             ``piece`` (the target as text) and ``logprob`` (of the target, natural log, float32).
+
+        Raises:
+            ValueError, moekit.ranks.RankError: as :meth:`trace`.
         """
         fraction, seed = self.capacity(capacity_token_fraction), check("seed", seed, SEED)
         batches = self._batches(texts, check("batch_size", batch_size, Whole()))
@@ -157,10 +165,10 @@ class Model(Handle):
         """Record where the router sends every token; the result does not depend on the world size.
 
         Args:
-            data_or_texts: a folder of binarised data or "demo", which take the path of :meth:`evaluate`; or a text, or
-                texts, or their ids: a sample each, routed ``batch_size`` at a time (:func:`moekit.batches.text_batches`).
+            data_or_texts: a folder of binarised data or "demo", read as :meth:`evaluate` reads it; or a text, texts or their
+                ids: each is a sample, and ``batch_size`` of them are routed together.
             layers, full, predicted: what to record (:class:`moekit.nn.record.Options`).
-            max_tokens: stop before the batch that would make the trace longer, but not before the first.
+            max_tokens: stop before the batch that would make the trace longer; the first batch is always traced.
 
         The other arguments are those of :meth:`evaluate`.
 
@@ -187,17 +195,16 @@ class Model(Handle):
         return self._trace(collector, chosen, fraction, seed, asked)
 
     def residency(self, clear: bool = False) -> pd.DataFrame:
-        """What was fetched since loading, or since the last call that cleared: for a model with ``load``'s ``resident``.
+        """How many experts a model with ``load``'s ``resident`` fetched since loading, or since the last call with ``clear``.
 
         Args:
-            clear: begin again afterwards, with slots as after loading.
+            clear: afterwards set all counts to zero, and fill the slots as after loading.
 
         Returns:
             One row per MoE layer, of all ranks together: ``layer``, ``requests`` (choices of tokens), ``hits`` (requests
-            whose expert was in a slot, in the order of the text: those of :func:`moekit.metrics.cache_hits`, which counts
-            a generated trace's prompt with ``prompt=True``) and
-            ``value`` (their share), ``copied`` (experts copied to their device; a pass copies each once at most),
-            ``GiB`` of them, ``ahead`` (those copied because they were predicted) and ``used`` (of those, requested).
+            whose expert was in a slot, counted as :func:`moekit.metrics.cache_hits` counts them, for generated text with
+            ``prompt=True``), ``value`` (hits / requests), ``copied`` (experts copied to their device; a pass copies each once
+            at most), ``GiB`` of them, ``ahead`` (those copied ahead of their request) and ``used`` (of those, the requested).
 
         Raises:
             ValueError: all experts are on their devices.
@@ -267,8 +274,8 @@ def load(
             demo's. None: where the checkpoint lies, or ``gpt2_bpe`` there or beside it; needed only when text is.
         config: fields of the checkpoint's :class:`~moekit.nn.config.ModelConfig` to replace, such as ``second_expert``; not
             those that give the weights their shapes.
-        backend: what computes: "triton", "loop" (slow, and plain to see that it is right), "grouped_mm" (the same with
-            torch's grouped product for the experts), or "auto": the fastest there is.
+        backend: what computes: "triton", "loop" (slow and simple; the others are checked against it), "grouped_mm" (as "loop",
+            with torch's grouped product for the experts), or "auto": the fastest that runs here.
         progress: show a bar.
         ranks: "local" (as None) or "ray", for ranks on this machine or on the Ray cluster that it belongs to, which end when
             the model is closed. Or a pool that :func:`moekit.ranks.start` or :class:`moekit.ranks.RayRanks` made: world size
@@ -280,13 +287,13 @@ def load(
             no result. None: rank after rank in the order of the experts.
         experts: "int8" or "fp8" (e4m3): the experts' matrices have numbers of one byte and a float32 scale for each row,
             made while they are read; all other weights keep ``dtype``. None: the experts have ``dtype``, too.
-        resident: experts of each layer on the device of their rank; the others wait in host memory (pinned, for GPUs) and
-            are fetched when a token needs them. No result depends on it. None: all.
+        resident: how many experts of each layer stay on the device of their rank; the others are in host memory (pinned, for
+            GPUs) and are fetched when a token needs them. No result depends on it. None: all.
         gpu_memory: what a rank may take of its GPU, such as "14GiB" or a number of bytes; ``resident`` follows from it
             (:func:`moekit.plan`). "auto": what is free.
         policy: which experts stay: "lru" (requested last), "lfu" (requested most often), or a trace of the model or its
             file, whose most requested ones stay always.
-        prefetch: while few tokens are read, also fetch experts of the next layer that this layer's choices predict.
+        prefetch: in passes of few tokens, also fetch the experts of the next layer that this layer's choices predict.
 
     Raises:
         ValueError: the checkpoint is incomplete, damaged or not what it should be, an argument makes no sense, or the model
@@ -296,10 +303,8 @@ def load(
     began = time.perf_counter()
     # Checkpoints are read with it.
     import_whole("omegaconf")
-    world_size, verify = (
-        check("world_size", world_size, Whole(optional=True)),
-        check("verify", verify, Flag()),
-    )
+    world_size = check("world_size", world_size, Whole(optional=True))
+    verify = check("verify", verify, Flag())
     if isinstance(ranks, str):
         ranks = None if check("ranks", ranks, Choice(WHERE)) == "local" else "ray"
     devices = None
@@ -311,7 +316,7 @@ def load(
         devices = _devices_of(ranks, world_size, device)
     files = ckpt.find(checkpoint)
     known = find_dictionary(files, dictionary)
-    # Before the ranks come up, which take some of it.
+    # The free memory is read before the ranks start, which take some of it.
     far = devices is None or (ranks is not None and any(ranks.nodes))
     free = None if far else room(devices, lent=ranks is not None)
     pool = None
@@ -319,7 +324,8 @@ def load(
         # The ranks come up while the headers are read here.
         pool = start(len(devices), devices[0].type, wait=False)
     try:
-        plan = ckpt.survey(files, None if known is None else len(known))
+        types = None if known is None else len(known)
+        plan = ckpt.survey(files, types)
         plan = replace(plan, config=changed(plan.config, {} if config is None else config))
         codec = None if bpe is None else find_codec(files, plan.config, bpe, known)
         if ranks == "ray":
@@ -328,20 +334,19 @@ def load(
             devices = pool.devices
         world_size = len(devices)
         plan = replace(plan, slots=ckpt.slots_of(placement, plan.config, world_size))
-        kind = weights_dtype(dtype, devices[0], plan)
-        own = experts_dtype(experts, files, plan.config)
-        backend = choose_backend(backend, devices[0], kind, own)
-        types = None if known is None else len(known)
-        run = Run.of(plan.config, devices, kind, backend, types, one_byte=own is not None)
+        weights = weights_dtype(dtype, devices[0], plan)
+        kind = experts_dtype(experts, files, plan.config)
+        backend = choose_backend(backend, devices[0], weights, kind)
+        run = Run.of(plan.config, devices, weights, backend, types, one_byte=kind is not None)
         run = fitting(run, free or unknown(world_size), resident, gpu_memory)
         staying = residence(run, policy, prefetch)
         if pool is None:
             pool = start(world_size, devices[0].type) if ranks is None else LentRanks(ranks)
         _check_seen(pool, files)
-        model = Model(plan, files, pool, kind, known, codec, experts)
+        model = Model(plan, files, pool, weights, known, codec, experts)
         total = sum(source.bytes * (world_size if source.common else 1) for source in plan.sources)
         with progress_bar("loading", total, "B", show=progress) as bar:
-            how = plan, kind, backend, verify, own, staying
+            how = plan, weights, backend, verify, kind, staying
             model.parts = pool.call(loading.load, *how, on_report=lambda rank, n: bar.update(n))
             plan.opened.clear()
             ckpt.warn_nonfinite(found for part in model.parts for found in part["nonfinite"])
@@ -358,7 +363,7 @@ def load(
 
 
 def _of_a_file(error: RankError, files: ckpt.Files) -> str | None:
-    """What is wrong with a file, where that is why a rank failed: then the rank is not to blame."""
+    """The error's sentence, if a rank failed because a checkpoint file is wrong; else None."""
     said = str(error.__cause__)
     names = [str(name) for path in files.all for name in (path, path.resolve())]
     about = isinstance(error.__cause__, ValueError) and said.startswith(tuple(names))
@@ -366,7 +371,7 @@ def _of_a_file(error: RankError, files: ckpt.Files) -> str | None:
 
 
 def _check_seen(pool: Ranks, files: ckpt.Files) -> None:
-    """That every node sees the checkpoint's files under their paths; else a ValueError that names one that does not."""
+    """Check that every node sees the checkpoint's files under their paths; a ValueError names the first that does not."""
     if not any(pool.nodes):
         return
     found = dict(pool.call(loading.missing, {path.absolute(): path.stat().st_size for path in files.all}))
@@ -381,7 +386,7 @@ def _check_seen(pool: Ranks, files: ckpt.Files) -> None:
 
 
 def _devices_of(pool: Ranks, world_size: int | None, device: str) -> list[torch.device]:
-    """The devices of a pool that ``load`` was given, provided that nothing else was asked for."""
+    """The devices of the pool that ``load`` was given; a ValueError where its other arguments contradict the pool."""
     if not isinstance(pool, Ranks):
         raise ValueError(f"ranks is {reprlib.repr(pool)}: expected a pool that moekit.ranks.start made")
     if world_size not in (None, pool.world_size):

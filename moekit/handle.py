@@ -35,11 +35,13 @@ class Handle:
 
     Attributes:
         config: the model's :class:`~moekit.nn.config.ModelConfig`.
-        files: where it came from.
-        world_size, device, dtype: how it runs.
+        files: the checkpoint's files.
+        world_size: the number of ranks.
+        device: "cuda" or "cpu".
+        dtype: torch's dtype of the weights and of what is computed.
         experts: the type of the experts' matrices, "int8" or "fp8"; None: ``dtype``.
-        parts: one dict per rank: ``files``, ``experts``, ``parameters``, ``bytes``, ``seconds`` of its load.
-        load_seconds: from the call to ready.
+        parts: one dict per rank, what :func:`moekit.worker.loading.load` returned.
+        load_seconds: the seconds that :func:`moekit.load` took.
         intervention: what :meth:`route` changes at the moment, or None.
     """
 
@@ -61,9 +63,9 @@ class Handle:
         self.parts: list[dict] = []
         self.load_seconds = math.nan
         self.intervention: intervene.Intervention | None = None
-        # Keys of generations on the ranks that the next generation ends.
+        # Keys of generations that are still on the ranks; the next generation ends them.
         self.abandoned: list[int] = []
-        # See warm_up.
+        # The shapes of steps that the GPUs are warmed up for (moekit.scoring.warm_up).
         self.warm: set[tuple] = set()
 
     @property
@@ -102,7 +104,7 @@ class Handle:
 
     @property
     def vocab(self) -> int:
-        """Types that a text's next token is one of: those of the model's dictionary, else all rows of its matrices."""
+        """V, the types that the next token is chosen from: those of the model's dictionary, else all rows of its matrices."""
         return self.config.vocab_rows if self.dictionary is None else len(self.dictionary)
 
     @property
@@ -135,8 +137,7 @@ class Handle:
         return ids
 
     def capacity(self, asked: float | str | None) -> float | None:
-        """The capacity fraction that holds when a call asks for ``asked``: an intervention's own replaces it. A dense model has
-        none, as nothing in it has a capacity."""
+        """The capacity fraction of a call that asks for ``asked``: an intervention's own replaces it, and a dense model has none."""
         asked = check("capacity_token_fraction", asked, Capacity())
         if not self.config.moe_layers:
             return None
@@ -154,13 +155,13 @@ class Handle:
     ) -> Iterator[Handle]:
         """Change the routing of every call in the ``with`` block, on all ranks.
 
-        What each change does exactly stands at :class:`moekit.nn.intervene.Intervention`.
+        :class:`moekit.nn.intervene.Intervention` says exactly what each change does.
 
         Args:
             mask: experts that get no token: ``{layer: [experts]}`` or ``[(layer, expert), ...]``.
             force: tokens that go to chosen experts, see :class:`moekit.nn.intervene.Force`.
             drop_second: only first choices are dispatched.
-            capacity_token_fraction: in place of that of the calls, None too; ``...`` leaves them theirs.
+            capacity_token_fraction: in place of that of each call; None drops nothing, and ``...`` keeps the call's.
 
         Raises:
             ValueError: no such layer or expert, too few experts left, a contradiction, or a block within a block.
@@ -282,7 +283,7 @@ def _codec(
 
 
 def check_size(types: int, whose: str, config: ModelConfig) -> None:
-    """That the model's matrices have a row for each of a dictionary's ``types``."""
+    """Check that the model's matrices have a row for each of a dictionary's ``types``; else a ValueError."""
     if types > config.vocab_rows:
         raise ValueError(
             f"{whose} has {types} types, the model knows {config.vocab_rows}: use the model's own dict.txt, and the data "
@@ -293,7 +294,7 @@ def check_size(types: int, whose: str, config: ModelConfig) -> None:
 def describe_run(
     model: Handle, batches: Sequence[Batch], fraction: float | None, seed: int
 ) -> dict[str, Any]:
-    """A trace's meta, but for what was asked of the data; ``fraction`` is the capacity that held (:meth:`Handle.capacity`).
+    """The meta of a trace, without what was asked of the data; ``fraction`` is the capacity in effect (:meth:`Handle.capacity`).
 
     Returns:
         ``checkpoint`` (``path``, ``files`` with name and size, ``fingerprint``, see :func:`fingerprint`),

@@ -1,5 +1,5 @@
-"""What a model takes of a machine's memory, before anything of it is loaded, and what of it may be fetched.
+"""How much memory a model takes, before it is loaded, and which of its experts stay on their devices.
 
-runs says what is planned and what is free; fitting finds what fits; table is what a user sees; residence is what the ranks
-are told about experts that are fetched, and what they tell.
+``runs`` describes a run and the free memory, ``fitting`` finds a run that fits, ``table`` shows it to the user, and
+``residence`` is for experts that are fetched.
 """

@@ -12,7 +12,7 @@ from moekit.arguments import Whole, check, shown
 from moekit.nn.config import ModelConfig
 from moekit.planning.runs import GIB, Memory, Room, Run
 
-# The share of a GPU's memory that is left free in the spaces between tensors.
+# The share of a GPU's memory that a run leaves free, since the spaces between tensors cannot be used.
 SPARE = 0.03
 
 
@@ -102,7 +102,7 @@ def advice(run: Run, free: Room) -> str:
 
 
 def fitting(run: Run, free: Room, resident: int | None, gpu_memory: str | float | None) -> Run:
-    """The run as :func:`moekit.load` makes it, which fits at least as long as its passes are short.
+    """The run that :func:`moekit.load` makes. It fits with passes of one sample each and nothing generated.
 
     Raises:
         ValueError: it does not fit, or an argument makes no sense.

@@ -1,4 +1,4 @@
-"""Experts that are fetched: which stay is told to the ranks, and what happened is asked of them."""
+"""Experts that are fetched: what the ranks need to know to fetch them, and the table of what they fetched."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def residence(run: Run, policy: str | Trace | Path, prefetch: bool) -> Residence
     """What the ranks have to know of a run whose experts are fetched; None if all are on their devices.
 
     Raises:
-        ValueError: the policy is none, or a trace of another model.
+        ValueError: there is no such policy, or it is a trace of another model.
     """
     prefetch = check("prefetch", prefetch, Flag())
-    word = isinstance(policy, str) and policy not in POLICIES and not policy.endswith(".parquet")
-    if word or not isinstance(policy, str | Trace | Path):
+    unknown = isinstance(policy, str) and policy not in POLICIES and not policy.endswith(".parquet")
+    if unknown or not isinstance(policy, str | Trace | Path):
         raise ValueError(
             f"policy={shown(policy)}: expected {', '.join(POLICIES)}, a trace or the path of one's .parquet file"
         )

@@ -62,8 +62,11 @@ class Run:
     """What is planned: a model on ``devices``, one a rank, and how it is used.
 
     Attributes:
+        dtype: of the weights, but for the experts' matrices where ``one_byte`` holds.
+        one_byte: whether the experts' matrices have numbers of one byte.
+        vocab: types of the dictionary.
         tokens: of a pass, per rank.
-        sequences, length: those that a rank decodes at once, and the tokens that each will have.
+        sequences, length: the sequences that a rank decodes at once, and the tokens that each of them will have.
         resident: experts a layer on the device of their rank; None: all.
     """
 
@@ -91,7 +94,7 @@ class Run:
         sequences: int = 1,
         length: int | None = None,
     ) -> Run:
-        """With what :func:`plan` takes for None."""
+        """A run in which None stands for the default of :func:`moekit.plan`."""
         return cls(
             config,
             tuple(devices),

@@ -78,18 +78,19 @@ def plan(
     """
     files = ckpt.find(checkpoint)
     known = find_dictionary(files, dictionary)
-    found = ckpt.survey(files, None if known is None else len(known))
+    types = None if known is None else len(known)
+    found = ckpt.survey(files, types)
     where = check("ranks", ranks, Choice(WHERE, optional=True)) or "local"
     devices = devices_to_come(check("world_size", world_size, Whole(optional=True)), device, where)
-    kind = weights_dtype(dtype, devices[0], found)
-    own = experts_dtype(experts, files, found.config)
+    weights = weights_dtype(dtype, devices[0], found)
+    kind = experts_dtype(experts, files, found.config)
     run = Run.of(
         found.config,
         devices,
-        kind,
-        choose_backend(backend, devices[0], kind, own),
-        None if known is None else len(known),
-        own is not None,
+        weights,
+        choose_backend(backend, devices[0], weights, kind),
+        types,
+        kind is not None,
         check("tokens", tokens, Whole(optional=True)),
         check("sequences", sequences, Whole(0)),
         check("length", length, Whole(optional=True)),
