@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from moekit.arguments import Path as PathKind
-from moekit.arguments import check, reading
+from moekit.arguments import check, reading, shown
 from moekit.fairseq_data import data_folder, lines
 from moekit.routing.trace import Trace
 
@@ -33,20 +33,26 @@ def domains_of(
     """
     subset = subset or trace.meta.get("subset")
     if subset is None:
-        raise ValueError("the trace is not of binarised data; give the subset whose lines it holds")
+        raise ValueError(
+            "the trace's meta names no subset, so it is not of binarised data; give the subset whose lines it holds"
+        )
     labels, sizes, ids = lines_of(data, subset, domains)
 
     block = trace.meta.get("tokens_per_sample")
     if block is None or trace.meta.get("sample_break_mode") != "none" or trace.meta.get("context_window"):
-        raise ValueError("domains are known for data in blocks: sample_break_mode='none', context_window=0")
+        raise ValueError(
+            f"the trace has sample_break_mode={shown(trace.meta.get('sample_break_mode'))} and "
+            f"context_window={shown(trace.meta.get('context_window'))}; domains are known for data in blocks, 'none' and 0: "
+            "trace the data so"
+        )
     # The token's place in the text: a block begins with the last token of the block before it.
     place = trace.sample.astype(np.int64) * block + trace.position - 1
     fits = place < len(ids)
     fits[fits] &= (ids[place[fits]] == trace.token[fits]) | (place[fits] < 0)
     if not fits.all():
         raise ValueError(
-            f"{int((~fits).sum())} of {len(trace)} tokens differ from {data_folder(data)}/{subset}: it is not the trace's "
-            "data"
+            f"{int((~fits).sum())} of {len(trace)} tokens differ from {data_folder(data)}/{subset}; expected the data that was "
+            "traced"
         )
     line = np.repeat(np.arange(len(sizes)), sizes)
     return labels[line[np.maximum(place, 0)]]
@@ -67,7 +73,9 @@ def lines_of(
     with reading(sides[0]):
         side = next((s for s in sides if s.is_file()), None)
         if side is None:
-            raise ValueError(f"there is no file {sides[0]} with a domain for each line of the text")
+            raise ValueError(
+                f"there is no file {sides[0]} with a domain for each line of the text; write one there, or name another"
+            )
         labels = np.array(side.read_text("utf-8").split("\n")[:-1])
     sizes, ids = lines(folder / subset)
     if len(labels) != len(sizes):

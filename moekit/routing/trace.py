@@ -63,11 +63,12 @@ class Trace:
         experts: [T, L, K] int16, the router's choices, best first, dropped ones included.
         probs: [T, L, K] float32, gate probability of each choice.
         weights: [T, L, K] float32, combine weights: 0 where not kept.
-        kept: [T, L, K] bool, whether the choice was dispatched: False where capacity dropped it.
+        kept: [T, L, K] bool, whether the choice was dispatched: False where the capacity dropped it, or where the gate or an
+            intervention left the second choice out.
         entropy: [T, L] float32, of the full gate distribution, in nats.
-        full: layer -> [T, E] float16, the full gate distribution of the layers that it was asked for.
+        full: layer -> [T, E] float16, the full gate distribution of the layers that ``full`` asked for.
         num_experts: E.
-        meta: what ran: checkpoint, data, capacity, dtype, device, versions (see :func:`describe_run`).
+        meta: what ran: checkpoint, data, capacity, dtype, device, versions (:func:`moekit.handle.describe_run`).
         labels: name -> [T] strings, what :meth:`labelled` added; metrics take the name in place of labels.
     """
 
@@ -103,7 +104,10 @@ class Trace:
                 raise ValueError(f"{name} is {column.dtype} {list(column.shape)}; expected {wanted}")
         for layer, probs in self.full.items():
             if layer not in self.layers or probs.shape != (tokens, self.num_experts):
-                raise ValueError(f"full[{layer}] has shape {list(probs.shape)}; the layers are {self.layers}")
+                raise ValueError(
+                    f"full[{layer}] has shape {list(probs.shape)}; expected {[tokens, self.num_experts]} and one of the layers "
+                    f"{list(self.layers)}"
+                )
         for name, given in self.labels.items():
             if given.shape != (tokens,) or given.dtype.kind != "U":
                 raise ValueError(
@@ -131,7 +135,7 @@ class Trace:
     def at(self, layer: int) -> int:
         """The place of model layer ``layer`` on the axis L."""
         if layer not in self.layers:
-            raise ValueError(f"layer {layer} is not in the trace, whose layers are {list(self.layers)}")
+            raise ValueError(f"layer {layer} is not in the trace; expected one of {list(self.layers)}")
         return self.layers.index(layer)
 
     def labelled(self, **labels: Iterable[Any] | None) -> Trace:
@@ -254,10 +258,10 @@ ARRAYS = {f.name for f in fields(Trace)} - {"layers", "full", "num_experts", "me
 
 
 def need_layers(trace: Trace, what: str) -> None:
-    """For what asks about experts.
+    """Raise an error if the trace has no layers, for functions that are about experts.
 
     Args:
-        what: the beginning of the error's sentence.
+        what: what was asked for, such as the function's name; it begins the error's sentence.
 
     Raises:
         ValueError: the trace has no layers.
@@ -291,13 +295,13 @@ class Collector:
         self.parts: list[dict[str, np.ndarray]] = []
 
     def add(self, parts: Iterable[dict[str, np.ndarray]]) -> None:
-        """Parts are tables with the token's columns and those of :meth:`Recorder.rows`."""
+        """Take parts of ranks: tables with the columns of tokens and those of :meth:`moekit.nn.record.Recorder.rows`."""
         self.parts.extend(parts)
 
     def trace(self, num_experts: int, meta: dict[str, Any]) -> Trace:
-        """All parts in one, sorted by sample and position."""
+        """One trace of all parts, sorted by sample and position."""
         if not self.parts:
-            raise ValueError("the data has no tokens to trace")
+            raise ValueError("the data has no tokens to trace; expected at least one")
         key = [np.concatenate([part[name] for part in self.parts]) for name in ("position", "sample")]
         order = np.lexsort(key)
         dtypes = TOKEN_COLUMNS | CHOICE_COLUMNS | {"entropy": np.float32}
@@ -328,7 +332,9 @@ def join(traces: Iterable[Trace], *, renumber: bool = False) -> Trace:
     for name in ("layers", "num_experts", "top_k"):
         found = {getattr(trace, name) for trace in traces}
         if len(found) != 1:
-            raise ValueError(f"the traces' {name} differ: {sorted(found)}")
+            raise ValueError(
+                f"the traces' {name} differ: {sorted(found)}; expected traces of one model and its same layers"
+            )
     first = traces[0]
     if renumber:
         traces = _renumbered(traces)
@@ -371,13 +377,16 @@ def align(one: Trace, other: Trace) -> tuple[Trace, Trace]:
     """
     for name in ("layers", "num_experts", "top_k"):
         if getattr(one, name) != getattr(other, name):
-            raise ValueError(f"the traces' {name} differ: {getattr(one, name)} and {getattr(other, name)}")
+            raise ValueError(
+                f"the traces' {name} differ: {getattr(one, name)} and {getattr(other, name)}; expected the same: select layers, "
+                "or compare without_experts()"
+            )
     places = [t.sample.astype(np.int64) << 32 | t.position for t in (one, other)]
     if not np.array_equal(*places):
         common = np.intersect1d(*places, assume_unique=True)
         one, other = (t.select(mask=np.isin(p, common)) for t, p in zip((one, other), places, strict=True))
     if not len(one):
-        raise ValueError("the traces have no sample and position in common")
+        raise ValueError("the traces have no sample and position in common; expected traces of the same text")
     known = (one.token >= 0) & (other.token >= 0)
     differ = int((one.token != other.token)[known].sum())
     if differ:

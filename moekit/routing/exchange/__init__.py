@@ -77,7 +77,7 @@ def read(
     with reading(path):
         there = path.exists()
     if not there:
-        raise ValueError(f"there is no {path}")
+        raise ValueError(f"there is no file or folder {path}; expected what {layout} writes")
     if not path.is_file() and not (path.is_dir() and layout in ("megatron", "vllm")):
         raise ValueError(f"{path} is no regular file; expected what {layout} writes")
     layers = None if layers is None else tuple(int(layer) for layer in layers)

@@ -24,7 +24,7 @@ from moekit.symbols import PAD
 
 Layers = tuple[int, ...] | None
 NONE = -1
-# SGLang's mark of a prefill pass; the others tell of no token which request it is of
+# SGLang's mark of a prefill pass. In other passes nothing tells which request a token belongs to.
 EXTEND = 1
 
 
@@ -179,7 +179,9 @@ def _read_megatron(path: Path, layers: Layers) -> Iterator[dict]:
                 by_layer = passes.setdefault((record["step"], record["rank"]), {})
                 by_layer.setdefault(record["layer"], []).append(record["top_indices"])
     if not passes:
-        raise ValueError(f"{path} holds no router_trace_rank*.jsonl with a decoder's records")
+        raise ValueError(
+            f"{path} holds no records of a decoder; expected a folder with router_trace_rank*.jsonl, or one such file"
+        )
     for (step, rank), by_layer in sorted(passes.items()):
         names = tuple(sorted(by_layer))
         if len({len(by_layer[layer]) for layer in names}) > 1:
@@ -189,7 +191,9 @@ def _read_megatron(path: Path, layers: Layers) -> Iterator[dict]:
         # The n-th record of each layer is of the n-th microbatch.
         for batch in zip(*(by_layer[layer] for layer in names), strict=True):
             if len({len(part) for part in batch}) > 1:
-                raise ValueError(f"{path}: the layers of a step have different numbers of tokens")
+                raise ValueError(
+                    f"{path}: the layers of step {step} on rank {rank} have different numbers of tokens; expected the same"
+                )
             if batch[0]:
                 yield {"experts": np.stack([_square(path, part) for part in batch], axis=1), "layers": names}
 
@@ -249,7 +253,9 @@ def _whole(path: Path, name: str, values: Any, axes: int) -> np.ndarray:
     except (ValueError, TypeError, RuntimeError, OverflowError):
         array = np.empty(0)
     if array.ndim != axes or array.dtype.kind not in "iu":
-        raise ValueError(f"{path}: {name} is no array of whole numbers with {axes} axes")
+        raise ValueError(
+            f"{path}: {name} is {shown(values)}; expected an array of whole numbers with {axes} axes"
+        )
     return array.astype(np.int64)
 
 
@@ -281,19 +287,23 @@ def as_trace(
     path = source["path"]
     samples = [part for part in (_without_padding(sample, path) for sample in samples) if part is not None]
     if not samples:
-        raise ValueError(f"{path} holds no token")
+        raise ValueError(f"{path} holds no token; expected at least one with experts")
     shapes = {(s["experts"].shape[1:], s.get("layers")) for s in samples}
     if len(shapes) > 1:
-        raise ValueError(f"{path}: samples differ in layers or choices: {sorted(map(str, shapes))}")
+        raise ValueError(
+            f"{path}: samples differ in layers or choices: {shown(sorted(map(str, shapes)))}; expected the same in all"
+        )
     (depth, _), told = shapes.pop()
     layers = told if told is not None else tuple(range(depth)) if layers is None else layers
     if len(layers) != depth:
-        raise ValueError(f"layers={layers}: the file has {depth}")
+        raise ValueError(f"layers={shown(list(layers))}: expected {depth} layers, as many as {path} has")
     experts = np.concatenate([s["experts"] for s in samples])
     highest = int(experts.max())
     known = num_experts or max((s.get("num_experts") or 0 for s in samples), default=0) or highest + 1
     if experts.min() < 0 or highest >= known:
-        raise ValueError(f"{path} has experts {experts.min()} to {highest}; num_experts={known}")
+        raise ValueError(
+            f"{path} has experts {experts.min()} to {highest}; expected 0 to {known - 1} with num_experts={known}"
+        )
     if known > MOST_EXPERTS:
         raise ValueError(f"{path} has {known:,} experts; expected {MOST_EXPERTS:,} at most")
     odd = next((layer for layer in layers if type(layer) is not int or not 0 <= layer < MOST_LAYERS), None)

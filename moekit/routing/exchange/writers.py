@@ -9,10 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from moekit.routing.exchange.readers import EXTEND
 from moekit.routing.trace import Trace
-
-# SGLang's mark of a prefill pass
-EXTEND = 1
 
 
 def _samples(trace: Trace) -> Iterator[slice]:

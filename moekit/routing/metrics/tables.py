@@ -30,7 +30,13 @@ def set_sizes(sizes: Iterable[int] | None, experts: int) -> list[int]:
 
 
 def chosen_experts(trace: Trace, layer_index: int, choice: int | None, dispatched: bool) -> np.ndarray:
-    """[T, K] experts of the ``place``-th traced layer (or [T, 1] of one choice); E where not dispatched, if that counts."""
+    """[T, K] experts that the tokens chose, or [T, 1] of one ``choice``.
+
+    Args:
+        layer_index: the layer's place on the trace's axis L.
+        choice: which of the K choices, 0 the first; None: all.
+        dispatched: a choice that was not dispatched has the number E, which is no expert's.
+    """
     chosen = trace.experts[:, layer_index]
     if dispatched:
         chosen = np.where(trace.kept[:, layer_index], chosen, np.int16(trace.num_experts))
@@ -38,12 +44,17 @@ def chosen_experts(trace: Trace, layer_index: int, choice: int | None, dispatche
 
 
 def made(trace: Trace, choice: int | None) -> int:
-    """How many choices a token makes that count: K, or 1 of one ``choice``."""
+    """How many choices of a token count: K, or 1 if one ``choice`` is looked at."""
     return trace.top_k if choice is None else 1
 
 
 def block_counts(block: np.ndarray, chosen: np.ndarray, experts: int, blocks: int) -> np.ndarray:
-    """[blocks, experts] float64: choices [T, K] counted by their token's block [T]; those beyond ``experts`` do not."""
+    """[blocks, experts] float64: how often the tokens of each block chose each expert.
+
+    Args:
+        block: [T], each token's block.
+        chosen: [T, K] experts; the number ``experts`` is none, and does not count.
+    """
     cell = block[:, None] * (experts + 1) + chosen
     return np.bincount(cell.ravel(), minlength=blocks * (experts + 1)).reshape(blocks, -1)[:, :experts] * 1.0
 
