@@ -255,7 +255,7 @@ def test_numpys_numbers_are_numbers(tiny, reference):
         (lambda m: m.score(b"a"), "texts=b'a': found bytes"),
         (lambda m: m.trace([5, 200]), "text 0 has the id 200"),
         (lambda m: m.trace({5}), r"texts=\{5\}: found set"),
-        (lambda m: m.trace([5], layers=[0]), "layer 0 is not a mixture-of-experts layer"),
+        (lambda m: m.trace([5], layers=[0]), "layer 0 holds no experts"),
         (lambda m: m.trace([5], layers="one"), "layers='one': expected a list of whole numbers or None"),
         (lambda m: m.trace([5], max_tokens=0), "max_tokens=0"),
         (lambda m: m.generate([5, 200]), "prompt 0 has the id 200"),

@@ -247,7 +247,7 @@ def test_the_block_ends(models):
 @pytest.mark.parametrize(
     "changes, told",
     [
-        ({"mask": {0: [1]}}, r"layer 0 is not a mixture-of-experts layer; the model's are \[1, 3\]"),
+        ({"mask": {0: [1]}}, r"layer 0 holds no experts; those that do are \[1, 3\]"),
         ({"mask": {1: [8]}}, "layer 1 has no expert 8: they are 0 to 7"),
         ({"mask": [(1, e) for e in range(7)]}, "mask leaves 1 of the 8 experts of layer 1"),
         ({"force": Force((1, 1), sample=0)}, "1 to 2 different experts"),

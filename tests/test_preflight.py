@@ -85,6 +85,7 @@ INSPECT = {"texts": None, "domains": None, "layers": None, "compare_with": None}
         ({"domains": ["/nowhere/x"]}, "expected the one file with a domain for each line"),
         ({"domains": ["a", "b"]}, "expected the one file with a domain for each line"),
         ({"layers": [0]}, "layer 0 holds no experts"),
+        ({"layers": []}, r"layers=\[\]: expected at least one layer, or None for all"),
         ({"compare_with": "/nowhere"}, "there is no trace /nowhere"),
         ({"bpe": "/nowhere"}, "text needs encoder.json, vocab.bpe, dict.txt, expected in /nowhere"),
         ({"subset": "bogus"}, r"has no bogus\.bin"),
@@ -139,7 +140,7 @@ STUDY = {
         ({"max_new_tokens": 226}, "max_new_tokens=226: expected at most 225, as the model has 256 positions"),
         ({"prompt_tokens": 257}, "prompt_tokens=257: expected at most a block's 256 tokens"),
         ({"tokens_per_sample": 31}, "prompt_tokens=32: expected at most a block's 31 tokens"),
-        ({"mask": {4: [1]}}, "layer 4 is not a mixture-of-experts layer"),
+        ({"mask": {4: [1]}}, "layer 4 holds no experts"),
     ],
 )
 def test_what_study_routing_would_trip_over(changes, said):
@@ -251,7 +252,7 @@ TASKS = {
         ({"domains": "/nowhere"}, r"/nowhere (has no dict\.txt|does not exist)"),
         ({"subset": "bogus"}, r"has no bogus\.bin"),
         ({"capacity_token_fractions": [0.0]}, "expected shares of a batch's tokens"),
-        ({"mask": {0: [1]}}, "layer 0 is not a mixture-of-experts layer"),
+        ({"mask": {0: [1]}}, "layer 0 holds no experts"),
         ({"bpe": "/nowhere"}, "text needs encoder.json"),
     ],
 )

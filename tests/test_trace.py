@@ -401,7 +401,7 @@ def test_fingerprint_changes_with_the_files(tmp_path):
 @pytest.mark.parametrize(
     "options, told",
     [
-        ({"layers": [0]}, r"layer 0 is not a mixture-of-experts layer; the model's are \[1, 3\]"),
+        ({"layers": [0]}, r"layer 0 holds no experts; those that do are \[1, 3\]"),
         ({"full": [2]}, "layer 2 is not"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"max_tokens": 0}, "max_tokens=0"),

@@ -203,10 +203,7 @@ def _pairs(mask: Any) -> list[tuple[int, int]]:
 
 
 def check_expert(config: ModelConfig, layer: int, expert: int) -> None:
-    """Check that MoE layer ``layer`` exists and has ``expert``; else a ValueError."""
-    if layer not in config.moe_layers:
-        raise ValueError(
-            f"layer {layer} is not a mixture-of-experts layer; the model's are {config.moe_layers}"
-        )
+    """Check that layer ``layer`` holds experts, and ``expert`` is one of them; else a ValueError."""
+    config.check_moe(layer)
     if not 0 <= expert < config.experts:
         raise ValueError(f"layer {layer} has no expert {expert}: they are 0 to {config.experts - 1}")

@@ -82,8 +82,7 @@ class Options:
             return Options((), (), predicted=True)
         layers = tuple(there) if self.layers is None else tuple(sorted({*self.layers, *self.full}))
         for layer in (*layers, *self.full):
-            if layer not in there:
-                raise ValueError(f"layer {layer} is not a mixture-of-experts layer; the model's are {there}")
+            config.check_moe(layer)
         return Options(layers, tuple(self.full), self.predicted)
 
 

@@ -1,4 +1,4 @@
-"""What can be known to fail before anything is loaded: checked in a notebook's first cell, said in one sentence."""
+"""Checks of a notebook's parameters before anything is loaded, in its first cell: an error is one sentence."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from moekit.generation.request import KINDS, rules
 from moekit.generation.run import generate
 from moekit.nn import intervene
 from moekit.nn.config import DENSE, ModelConfig
+from moekit.nn.record import Options
 from moekit.notebook.parameters import GENERATION
 from moekit.planning.fitting import asked
 from moekit.profiling.run import positions
@@ -94,7 +95,7 @@ def run_inference(p: SimpleNamespace) -> ModelConfig:
         )
     if p.max_new_tokens >= config.max_positions:
         raise ParameterError(
-            f"max_new_tokens={p.max_new_tokens}: the model has {config.max_positions} positions"
+            f"max_new_tokens={p.max_new_tokens}: the model has {config.max_positions} positions; expected fewer"
         )
     _said(rules, DEFAULTS | generation(p))
     return config
@@ -113,11 +114,7 @@ def inspect_routing(p: SimpleNamespace) -> ModelConfig:
     else:
         _texts(p, config)
     _domains(p)
-    for layer in p.layers or []:
-        if layer not in config.moe_layers:
-            raise ParameterError(
-                f"layers={p.layers}: layer {layer} holds no experts; those that do are {config.moe_layers}"
-            )
+    _said(Options(p.layers).of, config)
     if p.compare_with is not None:
         _other_trace(p, config)
     return config
@@ -225,15 +222,10 @@ def _data(p: SimpleNamespace, config: ModelConfig) -> None:
     _said(batches.check_files, p.data, p.subset)
     if (p.tokens_per_sample or 1) > config.max_positions:
         raise ParameterError(
-            f"tokens_per_sample={p.tokens_per_sample}: the model has {config.max_positions} positions"
+            f"tokens_per_sample={p.tokens_per_sample}: the model has {config.max_positions} positions; expected no more"
         )
     of_data = batches.data_folder(p.data) / "dict.txt"
-    types = len(_said(Dictionary, of_data))
-    if types > config.vocab_rows:
-        raise ParameterError(
-            f"{of_data} has {types} types, the model knows {config.vocab_rows}: use the data that was binarised with the "
-            "model's own dict.txt"
-        )
+    _said(handle.check_size, len(_said(Dictionary, of_data)), str(of_data), config)
     _said(batches.check_files, p.data, p.subset, _own_dictionary(p, config))
 
 
@@ -296,7 +288,7 @@ def _other_trace(p: SimpleNamespace, config: ModelConfig) -> None:
 
 
 def _writable(name: str, place: str) -> None:
-    """Make the folder and try: the permissions of a read-only mount, or those that root sees, say nothing certain."""
+    """Make the folder and write to it: permissions alone do not tell, on a read-only mount or for root."""
     folder = Path(place).expanduser().resolve()
     try:
         if folder.is_file():
