@@ -1,7 +1,7 @@
-"""transformers without torchaudio, where that does not load: to be imported before transformers.
+"""Hide a torchaudio that cannot be loaded from transformers; to be imported before transformers.
 
-fairseq brings torchaudio. Its build is one for GPUs, and does not load beside torch for CPUs; transformers imports it
-for its pipelines, whatever they are for, and would end there.
+fairseq depends on torchaudio, whose build for GPUs cannot be loaded beside torch for CPUs. transformers imports it for its
+pipelines, even for those of text, and the import fails.
 """
 
 import sys

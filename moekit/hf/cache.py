@@ -9,16 +9,21 @@ from transformers.cache_utils import Cache
 
 
 class Keys:
-    """What the model takes for its cache (see moekit/nn/cache.py): a cache of transformers, or none."""
+    """The interface of :class:`moekit.nn.cache.Cache` to a cache of transformers, or to none.
 
-    # To moekit's kernels: keys and values are those that `extend` returns.
+    Args:
+        at: [B or 1, T], the positions of the tokens, from 0.
+        slots: the most positions of a sample.
+    """
+
+    # It tells moekit's kernels to attend to what `extend` returns, since this class has no keys and values of its own.
     empty = True
 
     def __init__(self, cache: Cache | None, at: Tensor, slots: int):
         self.cache, self.at, self.slots = cache, at, slots
 
     def positions(self, tokens: int) -> Tensor:
-        """[B or 1, T], from 0."""
+        """[B or 1, T], the positions of the tokens, from 0."""
         return self.at
 
     def extend(self, layer: int, kv: Tensor) -> tuple[Tensor, Tensor]:
@@ -27,13 +32,13 @@ class Keys:
 
 
 def visible(past: int, tokens: int, slots: int, real: Tensor | None, device: torch.device) -> Tensor | None:
-    """Which of M = ``slots`` keys each of T = ``tokens`` tokens after P = ``past`` looks at.
+    """Which of M = ``slots`` keys each of T = ``tokens`` tokens attends to, after P = ``past`` earlier ones.
 
     Args:
         real: [B, P + T] bool, what is no padding; None where nothing is.
 
     Returns:
-        [B or 1, 1, T, M] bool; None for all up to its own, of as many keys as tokens.
+        [B or 1, 1, T, M] bool; None where there are as many keys as tokens, and each token attends to all up to its own.
     """
     if real is None and slots == tokens:
         return None
@@ -45,5 +50,5 @@ def visible(past: int, tokens: int, slots: int, real: Tensor | None, device: tor
     # Slots of a cache that are not filled yet come after every token's own.
     filled = F.pad(real, (0, max(0, slots - real.shape[1])))[:, None, None, :slots]
     seen = seen & filled
-    # What sees nothing, such as padding in front, looks at itself, since a softmax over nothing is NaN.
+    # A token that may attend to nothing, such as padding in front, attends to itself, since a softmax over nothing is NaN.
     return seen | (keys == own) & ~seen.any(dim=-1, keepdim=True)

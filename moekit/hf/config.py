@@ -72,7 +72,7 @@ class FairseqMoeConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def of_moekit(self) -> ModelConfig:
-        """The same in moekit's words."""
+        """The :class:`~moekit.nn.config.ModelConfig` of the same model."""
         names = {field.name: folder.TRANSFORMERS.get(field.name, field.name) for field in fields(ModelConfig)}
         return ModelConfig(**{name: getattr(self, theirs) for name, theirs in names.items()})
 
@@ -82,4 +82,4 @@ class FairseqMoeConfig(PreTrainedConfig):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
-        """Nothing: a saved folder refers to the installed moekit, and copies no code of it."""
+        """Do nothing: a saved folder refers to the installed moekit, and copies no code of it."""

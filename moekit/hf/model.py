@@ -44,7 +44,7 @@ class FairseqMoePreTrainedModel(PreTrainedModel):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
-        """Nothing, as with :class:`FairseqMoeConfig`."""
+        """Do nothing, as with :class:`FairseqMoeConfig`."""
 
 
 class FairseqMoeModel(FairseqMoePreTrainedModel):
@@ -96,7 +96,9 @@ class FairseqMoeModel(FairseqMoePreTrainedModel):
             ValueError: neither or both of ``input_ids`` and ``inputs_embeds``, or attentions are asked for.
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("input_ids and inputs_embeds: expected one of them")
+            raise ValueError(
+                f"{'neither' if input_ids is None else 'both'} of input_ids and inputs_embeds: expected one of them"
+            )
         if kwargs.get("output_attentions"):
             raise ValueError(
                 "output_attentions=True: the attention kernels make no matrix of weights; expected False"
@@ -136,7 +138,7 @@ class FairseqMoeModel(FairseqMoePreTrainedModel):
         )
 
     def _prepared(self) -> Transformer:
-        """The model, computing with what fits: kernels have no gradients."""
+        """The model with the right back end: with gradients "loop", which alone has them, else that of :attr:`backend`."""
         weight = self.decoder.embed.weight
         backend = "loop"
         if not torch.is_grad_enabled():
@@ -158,7 +160,8 @@ class FairseqMoeModel(FairseqMoePreTrainedModel):
         past = 0 if cache is None else int(cache.get_seq_length())
         if config.learned_positions and past + tokens > config.max_positions:
             raise ValueError(
-                f"{past + tokens} tokens: the model has learned {config.max_positions} positions"
+                f"{past + tokens} tokens, those in the cache included; expected at most {config.max_positions}, the positions "
+                "that the model has learned"
             )
         real = None
         if mask is not None and mask.dim() == 2 and not mask.all():
@@ -207,7 +210,7 @@ class FairseqMoeForCausalLM(FairseqMoePreTrainedModel, GenerationMixin):
             decoder.output = value
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> torch.nn.Module:
-        """As transformers has it; all rows count from then on, those of new tokens among them."""
+        """As in transformers; afterwards all rows count, with those of new tokens."""
         embeddings = super().resize_token_embeddings(*args, **kwargs)
         if self.config.dictionary_size is not None:
             self.config.dictionary_size = len(embeddings.weight)

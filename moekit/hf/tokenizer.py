@@ -10,7 +10,7 @@ from moekit.symbols import BOS, PAD, UNK
 
 
 class FairseqMoeTokenizer(PreTrainedTokenizerFast):
-    """The tokenizer that ``convert`` writes. ``</s>`` ends a line, so it is text: to skip special tokens leaves it."""
+    """The tokenizer that ``convert`` writes. ``</s>`` ends a line and is text, so ``skip_special_tokens`` does not skip it."""
 
     def _decode(self, token_ids: Any, skip_special_tokens: bool = False, **kwargs: Any) -> str:
         ids = [token_ids] if isinstance(token_ids, int) else list(token_ids)
@@ -20,4 +20,4 @@ class FairseqMoeTokenizer(PreTrainedTokenizerFast):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoTokenizer") -> None:
-        """Nothing, as with :class:`FairseqMoeConfig`."""
+        """Do nothing, as with :class:`FairseqMoeConfig`."""

@@ -46,8 +46,8 @@ class TaskResults:
             ``target`` (the right choice, or what was expected), ``scores`` (of the choices, as a list; None without any).
             Choices have one metric more than the harness knows: "margin", the right choice's score minus the best other's
             (nats, of a token where the score is a mean). A change shows in it before an answer changes.
-        tokens: read, counted as if nothing were shared.
-        seconds: the time of reading.
+        tokens: the tokens of all texts, where a shared beginning counts with each text.
+        seconds: the time of the harness's run, without the loading of data sets.
         meta: ``capacity_token_fraction``, ``intervention``, ``limit``, ``world_size``, ``device``, ``dtype``, ``experts``
             (their type: "int8", "fp8" or None), ``checkpoint``, ``versions``.
     """
@@ -180,7 +180,7 @@ def changed_items(before: TaskResults, after: TaskResults) -> pd.DataFrame:
     columns = [*keys, "value", "answer", "scores"]
     both = before.items.merge(after.items[columns], on=keys, suffixes=("_before", "_after"))
     if both.empty:
-        raise ValueError("the two runs share no item: expected results of the same tasks")
+        raise ValueError("the two runs share no item; expected results of the same tasks and data")
     both["changed"] = both["answer_before"] != both["answer_after"]
     return both
 
@@ -258,7 +258,7 @@ def _loaded(
 
 
 def _read(path: Path, **how: Any) -> dict[str, Any]:
-    """A task file, checked as far as that it can be read."""
+    """The content of a task file; a ValueError where it cannot be read."""
     try:
         return load_yaml(path, **how)
     except Exception as error:
@@ -283,7 +283,9 @@ def _given(name: str, rows: Rows | Mapping[str, Rows], config: Mapping[str, Any]
     splits = [config[key] for key in config if key.endswith("_split") and config[key]]
     if isinstance(rows, Mapping):
         if missing := [split for split in splits[:1] if split not in rows]:
-            raise ValueError(f"data of {name} has the splits {', '.join(rows)}, without {missing[0]}")
+            raise ValueError(
+                f"data of {name} has the splits {', '.join(rows)}, without {missing[0]}; expected the splits that the task names"
+            )
         made = {split: dataset(name, some) for split, some in rows.items()}
     else:
         made = dict.fromkeys(splits, dataset(name, rows))
@@ -296,7 +298,7 @@ def _given(name: str, rows: Rows | Mapping[str, Rows], config: Mapping[str, Any]
 
 
 def _enough(task: Task) -> None:
-    """That there are as many examples as the harness draws."""
+    """Check that there are as many examples as the harness draws; else a ValueError."""
     shots = task.config.num_fewshot
     if not shots:
         return
@@ -337,7 +339,7 @@ def _item_table(found: Mapping[str, Any], tasks: Mapping[str, Task]) -> pd.DataF
 
 
 def _told(task: Task, sample: Mapping[str, Any]) -> tuple[dict[str, Any], float | None]:
-    """What an item's row says in words, and its margin where it has one."""
+    """An item's ``text``, ``answer``, ``target`` and ``scores``, and its margin; None where it has none."""
     results, target = sample["filtered_resps"], sample["target"]
     scores = margin = None
     answer = ""
@@ -378,7 +380,7 @@ def _task_table(found: Mapping[str, Any], tasks: Mapping[str, Task], items: pd.D
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The harness's advice and its bars over prompts stay away."""
+    """Silence the harness's advice and its bars over prompts."""
     logger = logging.getLogger("lm_eval")
     level, bar = logger.level, lm_eval.api.task.tqdm
     logger.setLevel(logging.ERROR)

@@ -52,7 +52,7 @@ class ChoiceTask(ConfigurableTask):
         """[C] float64, the score of each choice.
 
         Raises:
-            ValueError: the results tell no log-probability of each token: they are of another model than moekit's.
+            ValueError: the results have no log-probability for each token, as those of other models than moekit's.
         """
         if not all(hasattr(one, "logprobs") for one in results):
             raise ValueError(
@@ -85,6 +85,7 @@ def means(results: Sequence[Any]) -> np.ndarray:
 def item(
     text: str, choices: Iterable[str], golds: Iterable[int], calibration: Iterable[str] = ()
 ) -> dict[str, Any]:
+    """An item in the form that the top of this file describes."""
     golds = list(golds)
     return {
         "text": text,
@@ -196,6 +197,7 @@ def arc(doc: Doc) -> dict[str, Any]:
 
 
 def question(stem: str, doc: Doc) -> dict[str, Any]:
+    """The item of :func:`arc` with the question ``stem``."""
     stem = stem.strip()
     answers = [text.lower() for text in doc["choices"]["text"]]
     answers = [answer if answer.endswith(".") else answer + "." for answer in answers]

@@ -28,7 +28,8 @@ SETTINGS = ("temperature", "top_k", "top_p", "repetition_penalty")
 
 
 class Scored(tuple):
-    """What the harness expects of ``loglikelihood``, (sum of the log-probabilities, whether greedy), and what it is made of.
+    """The pair that the harness expects of ``loglikelihood``: the sum of the log-probabilities (nats), and whether each id is the
+    most probable one.
 
     Attributes:
         ids: the scored ids.
@@ -108,11 +109,12 @@ class HarnessModel(LM):
         self.model = model
         self.capacity_token_fraction = capacity_token_fraction
         model.capacity(capacity_token_fraction)
+        # Without a codec, this says why text cannot be read.
+        model.codec.encode("")
+        # It comes last, so that a failed check does not leave the routing changed.
         if mask or drop_second:
             self.changed = model.route(mask=_by_number(mask), drop_second=drop_second)
             self.changed.__enter__()
-        # Without a codec, this says why text cannot be read.
-        model.codec.encode("")
         # Tokens read so far, without what is shared or padded: for rates.
         self.tokens = 0
 
@@ -138,8 +140,11 @@ class HarnessModel(LM):
         return found
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
-        """The log-probability of each whole text. One that is too long is read in parts: each begins with the last token
-        of the part before it, but for the last one, which has as much context as fits."""
+        """The log-probability of each whole text, in nats.
+
+        A text that is too long is read in parts. Each part begins with the last token of the part before it; the last part
+        begins with as much context as fits.
+        """
         most, first = self.model.config.max_positions, self.model.first
         texts: list[Text] = []
         whose: list[int] = []
@@ -159,8 +164,8 @@ class HarnessModel(LM):
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """The continuation of each (context, settings), up to a text of ``until``.
 
-        Of the settings ``until``, ``max_gen_toks``, ``do_sample`` and those of :data:`SETTINGS` count. A generation has at
-        most half of the model's positions, and a context that is too long loses its beginning.
+        The settings ``until``, ``max_gen_toks``, ``do_sample`` and those of :data:`SETTINGS` have an effect. A generation has
+        at most half of the model's positions, and a context that is too long loses its beginning.
         """
         found: list[str | None] = [None] * len(requests)
         alike: dict[tuple, list[int]] = {}
@@ -186,7 +191,7 @@ class HarnessModel(LM):
         return found
 
     def _settings(self, asked: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
-        """A generation's settings in moekit's words, to be grouped by."""
+        """The arguments of ``Model.generate`` that a request's settings mean; requests with equal ones are generated together."""
         until = asked.get("until") or []
         most = int(asked.get("max_gen_toks") or self.max_gen_toks)
         options = {
@@ -239,7 +244,7 @@ class HarnessModel(LM):
 
 
 def _by_number(mask: Any) -> Any:
-    """JSON spells a layer as text."""
+    """The mask with whole numbers for layers, which JSON spells as text."""
     if not isinstance(mask, Mapping):
         return mask
     return {int(layer) if str(layer).isdigit() else layer: experts for layer, experts in mask.items()}
