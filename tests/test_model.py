@@ -287,7 +287,7 @@ def test_data_of_another_dictionary_is_refused(reference, tmp_path):
         ({"max_positions": 0}, "expected a whole number of at least 1"),
         ({"gate": "top3"}, "'top3': expected one of top1, top2"),
         ({"gate_fp32": 1}, "expected True or False"),
-        ({"pre_norm": False}, "the model's final norm comes or goes"),
+        ({"pre_norm": False}, "on which the final norm depends"),
     ],
 )
 def test_a_config_that_makes_no_sense_is_refused_before_ranks_start(reference, config, said):

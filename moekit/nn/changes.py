@@ -1,4 +1,4 @@
-"""What of a model's config may change after its weights are read: ``moekit.load(config={...})``."""
+"""The fields of a model's config that may change although its weights are given: ``moekit.load(config={...})``."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ def changed(config: ModelConfig, fields: Mapping[str, Any]) -> ModelConfig:
     )
     if config.final_norm and new.pre_norm != config.pre_norm:
         raise ValueError(
-            f"config['pre_norm']={new.pre_norm}: with it the model's final norm comes or goes, and the checkpoint's weights "
-            f"are of a model with pre_norm={config.pre_norm}"
+            f"config['pre_norm']={new.pre_norm}: the checkpoint's weights are of a model with pre_norm={config.pre_norm}, "
+            "on which the final norm depends; leave it out"
         )
     if config.learned_positions and new.max_positions != config.max_positions:
         raise ValueError(
-            f"config['max_positions']={new.max_positions}: the model has learned {config.max_positions} positions"
+            f"config['max_positions']={new.max_positions}: the model has learned {config.max_positions} positions; leave it out"
         )
     return new

@@ -1,4 +1,4 @@
-"""What a pass costs at least: the operations for one token."""
+"""The floating-point operations that a model takes for one token."""
 
 from __future__ import annotations
 

@@ -32,14 +32,18 @@ def owned(experts: int, world_size: int, rank: int) -> range:
 
 
 class Dispatch(Protocol):
-    """``by_expectation``: whether it does best with ``rows_expected``, however many they are."""
+    """How rows reach the experts that compute them.
+
+    Attributes:
+        by_expectation: whether it is fastest with ``rows_expected``, for any number of rows.
+    """
 
     by_expectation: bool = False
 
     def check(self) -> None:
-        """Raise if an exchange since the last check went wrong without a word; may ask the device.
+        """Raise an error if an exchange since the last check failed silently; it may wait for the device.
 
-        A collective of torch that fails raises by itself.
+        A collective of torch that fails raises an error itself.
         """
 
     def __call__(
@@ -51,8 +55,8 @@ class Dispatch(Protocol):
             experts: those held here.
             x: [N, D].
             assignment: of the rows to all E experts, with weights.
-            rows_expected: N of no rank is greater, and every rank says the same number; None: unknown. Given it,
-                nothing here asks the device for a number, as a CUDA graph must not.
+            rows_expected: the most rows that any rank brings, the same number on every rank; None: unknown. With it, no
+                number is read back from the device, as a CUDA graph requires.
 
         Returns:
             [N K, D], zero for the choices that are no expert's.
@@ -106,7 +110,7 @@ class AllToAll(Dispatch):
         with part("exchange"):
             dist.all_to_all_single(arriving, counts, [mine] * self.world_size, self.deal, group=self.group)
         arriving = arriving.view(self.world_size, mine)
-        # How many rows go where is the one question to the device.
+        # The numbers of rows are all that is read back from the device.
         leaving = torch.stack([part.sum() for part in counts.split(self.deal)])
         to_ranks, from_ranks = torch.stack([leaving, arriving.sum(dim=1)]).tolist()
         order = assignment.order[: sum(to_ranks)]
@@ -195,7 +199,7 @@ class Hierarchical(Dispatch):
         machine = torch.searchsorted(bounds, chosen, right=True) - 1  # [N, K], as many as machines for none
         goes = torch.zeros(len(self.gateways) + 1, rows, dtype=torch.bool, device=x.device)
         goes.scatter_(0, machine.T, True)
-        # The pairs of a machine and a row that goes there, sorted by machine, are P.
+        # P pairs of a machine and a row that goes there, sorted by machine.
         to, row = goes[:-1].nonzero(as_tuple=True)
         leaving = torch.bincount(to, minlength=len(self.gateways))
         to_ranks = leaving.new_zeros(self.world_size)
@@ -257,7 +261,7 @@ def assigned(chosen: Tensor, held: int, choices: int) -> Assignment:
 
 @is_part("exchange")
 def gather(rows: Tensor, world_size: int, group: dist.ProcessGroup | None = None) -> Tensor:
-    """What each rank has, one after the other, all of one shape."""
+    """The rows of all ranks, rank after rank; every rank brings as many."""
     found = rows.new_empty(world_size * len(rows), *rows.shape[1:])
     all_gather(found, rows.contiguous(), group=group)
     return found

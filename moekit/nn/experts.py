@@ -86,11 +86,11 @@ class Experts(nn.Module):
         return {name: getattr(self, name) for name in Expert._fields}
 
     def stacks(self) -> dict[str, Tensor]:
-        """Every tensor that has an expert in front, by its name; those of another class may be more."""
+        """All tensors whose first axis is the experts, by name; a subclass may have more than :attr:`tensors`."""
         return {**dict(self.named_parameters()), **dict(self.named_buffers())}
 
     def over(self, stacks: dict[str, Tensor]) -> Experts:
-        """Experts of the same kind over other tensors, called as :meth:`stacks` has them."""
+        """Experts of the same kind with other tensors, which have the names of :meth:`stacks`."""
         other = copy.copy(self)
         other._parameters, other._buffers = {}, {}
         for name, stack in stacks.items():
@@ -102,7 +102,7 @@ class Experts(nn.Module):
         return Expert(*(stack[number] for stack in self.tensors.values()))
 
     def unbind(self) -> list[Expert]:
-        """Every expert's weights. Unlike those of :meth:`expert`, their gradients are no whole stacks of zeros."""
+        """The weights of all experts. With :meth:`expert`, the gradient of each would be a whole stack, zero elsewhere."""
         stacks = (stack.unbind() for stack in self.tensors.values())
         return [Expert(*weights) for weights in zip(*stacks, strict=True)]
 

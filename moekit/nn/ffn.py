@@ -1,6 +1,6 @@
 """What experts compute: feed-forward networks on assigned rows, in a plain loop and with a grouped product from torch.
 
-:func:`loop` is slow and plain to see that it is right, and the others are checked against it; the one with Triton is
+:func:`loop` is simple and slow, and the others are checked against it; the one with Triton is in
 moekit/nn/kernels/grouped.py. The table in operations.py says which one runs.
 
 Each takes experts, rows and an assignment as :meth:`moekit.nn.experts.Experts.forward` does.

@@ -170,7 +170,7 @@ class Gate:
             choose: called as ``choose(gate, logits, noise, edit)`` in place of :meth:`choose`; must return the same.
 
         Returns:
-            The routing. Nothing here asks the device for a number.
+            The routing. No number is read back from the device.
         """
         choose = choose or type(self).choose
         probs, experts, gate_probs, weights = choose(self, logits, noise, edit)

@@ -1,7 +1,7 @@
 """What a pass computes with, in one table a back end: plain torch, torch's grouped product, or Triton.
 
-Each function of :data:`PLAIN` is slow and plain to see that it is right; the same entry of the other tables is checked
-against it. Modules take what they compute with from ``self.operations``; :func:`use` sets it.
+Each function of :data:`PLAIN` is simple and slow; the same entry of the other tables is checked against it. Modules take what
+they compute with from ``self.operations``; :func:`use` sets it.
 
 Shape letters: B sequences, T tokens, H heads, C head dim, D model dim, N rows, V dictionary, K choices a token, E experts.
 """
@@ -103,10 +103,10 @@ def best(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def read_on(model: Transformer, tokens: Tensor, asked: Pass, vocab: int) -> Tensor | None:
-    """Each of B sequences reads one token more, [B] int64: the logits [B, V] of what follows; None where B is 0.
+    """Run one more token of each of B sequences, [B] int64: the logits [B, V] of the next one; None where B is 0.
 
     Args:
-        asked: with the sequences' cache, each of them a routing group, and nothing that drops, draws, edits or records.
+        asked: it has the sequences' cache, each sequence is a routing group, and nothing drops, draws, edits or records.
         vocab: V, types of the dictionary.
     """
     if len(tokens) == 0:

@@ -40,13 +40,13 @@ class Policy(ABC):
     def after(self, requests: np.ndarray) -> set[int]:
         """What will be kept once :meth:`take` has taken ``requests``, without taking them.
 
-        It does not depend on the number of requests how long this takes: with it, copies of a large pass begin before its
-        hits are counted.
+        For many requests it is much faster than :meth:`take`, which goes through them one by one. So the copies of a large
+        pass begin before its hits are counted.
         """
 
 
 class Lru(Policy):
-    """Those requested last."""
+    """It keeps the experts requested last."""
 
     def clear(self) -> None:
         # The one requested longest ago comes first.
@@ -71,7 +71,7 @@ class Lru(Policy):
 
 
 class Lfu(Policy):
-    """Those requested most often so far, of equals those requested last; counts are never forgotten."""
+    """It keeps the experts requested most often so far, and of equals those requested last; counts are never reset."""
 
     def clear(self) -> None:
         self.kept: set[int] = set()
@@ -110,7 +110,7 @@ class Lfu(Policy):
 
 
 class Hottest(Policy):
-    """The same ones always: those with the highest ``heat`` [E], such as their choices in a trace."""
+    """It always keeps the same experts: those with the highest ``heat`` [E], such as the number of their choices in a trace."""
 
     def __init__(self, experts: int, slots: int, heat: np.ndarray):
         self.heat = np.asarray(heat)

@@ -27,7 +27,7 @@ def name_of(kind: torch.dtype | None) -> str | None:
 def quantise(matrix: Tensor, numbers: Tensor, scale: Tensor) -> None:
     """Round each row to numbers of one byte, in float32.
 
-    A row with NaN or infinity gets such a scale, and computes NaN as before.
+    A row with NaN or infinity gets a scale that is not finite, and its outputs are NaN.
 
     Args:
         matrix: [..., R, C], of any floating-point type.

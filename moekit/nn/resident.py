@@ -99,7 +99,7 @@ class Resident(nn.Module):
     # ------------------------------------------------------------------------------------------- a pass
 
     def forward(self, x: Tensor, assignment: Assignment) -> Tensor:
-        """Compute :meth:`moekit.nn.experts.Experts.forward`; asks the device for the choices' experts, and nothing else."""
+        """As :meth:`moekit.nn.experts.Experts.forward`; it reads the choices' experts back from the device, and nothing else."""
         self.slots.settle()
         order, choices, weights = assignment.order, assignment.choices, assignment.weights
         # Fewer bytes come to the host as int16.
@@ -127,11 +127,11 @@ class Resident(nn.Module):
         return out
 
     def rounds(self, requests: list[int] | np.ndarray) -> Iterator[dict[int, int]]:
-        """Have the experts of ``requests`` in slots, some of them a round.
+        """Bring the experts of ``requests`` into slots, some of them in each round.
 
         Yields:
-            The slots of a round's experts, in the order of slots. What is to be computed with them has to be under way
-            before the next round. Where few of few experts are missing, there is one round.
+            The experts of a round with their slots, in the order of slots. The caller launches what it computes with them
+            before it asks for the next round. There is one round if few experts are missing and few are requested.
         """
         complete = False
         try:
@@ -190,7 +190,7 @@ class Resident(nn.Module):
         return self.slots.fetch(self.homes, wanted)
 
     def _foreseen(self, needed: Container[int]) -> dict[int, int]:
-        """The slots of the needed experts that were fetched ahead; those that were fetched in vain are free again."""
+        """The slots of the needed experts that were fetched ahead; the slots of the others fetched ahead become free."""
         used = {expert: slot for expert, slot in self.ahead.items() if expert in needed}
         self.slots.release([slot for expert, slot in self.ahead.items() if expert not in needed])
         self.ahead = {}
@@ -255,9 +255,12 @@ class Resident(nn.Module):
     # --------------------------------------------------------------------------------- a step in parts
 
     def ask(self, chosen: Tensor) -> Callable[[], None]:
-        """Send the experts of ``chosen`` [B, K] to the host; the host has to call what this returns before :meth:`places`.
+        """Send the experts of ``chosen`` [B, K] to the host; B K is at most ``CHUNK``.
 
-        B K is at most ``CHUNK``. Nothing here or in :meth:`places` asks the device for a number, as a CUDA graph must not.
+        Neither this nor :meth:`places` reads a number back from the device, as a CUDA graph requires.
+
+        Returns:
+            What the host has to call before :meth:`places`: it brings the experts into slots.
         """
         count = chosen.numel()
         self.asked[:count].view(chosen.shape).copy_(chosen, non_blocking=True)
@@ -318,7 +321,7 @@ class Residence:
 
 
 def install(model: Transformer, residence: Residence, held: range, device: torch.device) -> None:
-    """Have the experts of ``model``, which are in host memory, compute in slots on ``device``."""
+    """Replace the experts of ``model``, which are in host memory, by those that compute in slots on ``device``."""
     moes = [model.layers[layer].moe for layer in model.config.moe_layers]
     homes = [moe.experts for moe in moes]
     count = len(homes) * min(residence.count, len(held)) + transit(len(held))

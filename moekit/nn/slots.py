@@ -67,28 +67,28 @@ class Slots:
         return found
 
     def arrival(self) -> torch.cuda.Event | None:
-        """What is over once all copies that have begun are complete."""
+        """An event that is over once all copies begun so far are complete; None on the CPU, where they are."""
         return None if self.stream is None else self.stream.record_event()
 
     def wait(self, arrival: torch.cuda.Event | None) -> None:
-        """Have what the device computes from now on wait for copies."""
+        """Let all later work of the device wait for ``arrival``."""
         if arrival is not None:
             torch.cuda.current_stream(self.device).wait_event(arrival)
 
     def release(self, slots: Sequence[int]) -> None:
-        """Give slots back, once what the device has been asked to compute so far is over."""
+        """Give slots back; each is free once all work that the device was given so far is over."""
         if slots:
             over = None if self.stream is None else torch.cuda.current_stream(self.device).record_event()
             self.free.extend((slot, over) for slot in slots)
 
     def settle(self) -> None:
-        """Finish what a step in parts has left open."""
+        """Finish the round of a step in parts, whose slots are still in use."""
         if self.open is not None:
             next(self.open, None)
             self.open = None
 
     def forget(self) -> None:
-        """Begin again with free slots, and with policies that have seen nothing."""
+        """Begin again: all slots are free, and the policies have seen no request."""
         self.open = self.previous = None
         self.free.clear()
         self.release(range(self.count))

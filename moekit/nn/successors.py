@@ -16,14 +16,15 @@ MOST = 16
 
 
 class Successors:
-    """Of each of ``experts`` experts, those of the next layer that were missed after it."""
+    """For each of ``experts`` experts, how often experts of the next layer were missed after it."""
 
     def __init__(self, experts: int):
-        # Of each successor: passes in which it was missed, and those in which it was in no slot, since it was first missed.
+        # For each expert, by successor and from its first miss on: passes in which the successor was missed, and passes in
+        # which it was in no slot.
         self.of: list[dict[int, list[int]]] = [{} for _ in range(experts)]
 
     def note(self, requested: Iterable[int], missed: Iterable[int], there: Container[int]) -> None:
-        """After ``requested`` here, ``missed`` had to be fetched in the next layer, where ``there`` were in slots."""
+        """Count a pass: ``requested`` here, and in the next layer ``missed`` experts, while ``there`` were in slots."""
         for expert in requested:
             known = self.of[expert]
             for successor, tally in known.items():
@@ -38,7 +39,7 @@ class Successors:
                 known[successor] = [1, 1]
 
     def likely(self, requested: Iterable[int]) -> list[int]:
-        """Those that most likely will be missed after ``requested``, if they are in no slot."""
+        """The experts of the next layer that are likely to be missed after ``requested``, unless they are in slots."""
         # "More" is by at least one standard deviation, sqrt(passes) / 2: that of the heads of a fair coin.
         return [
             successor

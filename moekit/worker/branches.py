@@ -63,10 +63,10 @@ class Part:
 
 
 class Found(NamedTuple):
-    """Of a rank's texts in a step.
+    """The scores of a rank's texts in a step.
 
     Attributes:
-        samples: [B] int64, their numbers.
+        samples: [B] int64, the numbers of the texts.
         logprobs: [N] float32 log-probabilities of their targets, text by text.
         best: [N] bool, whether the target is the most probable token.
     """
@@ -97,7 +97,7 @@ def score_branches(
     """Log-probabilities of the targets of this rank's part of every step; it reports a :class:`Found` for each of them.
 
     Args:
-        steps: this rank's parts, which come while it works; all ranks have as many.
+        steps: this rank's parts, which arrive while it works; every rank has the same number of them.
         fraction: the capacity. Each text is a routing group, so with a capacity the texts of a step have one length and
             share no beginning.
     """

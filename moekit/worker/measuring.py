@@ -16,6 +16,7 @@ GIB = 2**30
 
 
 def synchronise(device: torch.device) -> None:
+    """Wait until the device has done all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -51,6 +52,7 @@ def seconds(
 
 
 def median(work: Callable[[], object], device: torch.device, **how: float) -> float:
+    """The median of :func:`seconds`, with its arguments."""
     return statistics.median(seconds(work, device, **how))
 
 
@@ -99,6 +101,7 @@ def ceilings(rank: Rank, dtype: torch.dtype) -> Ceilings:
 
 
 def slowest(found: list[Ceilings]) -> Ceilings:
+    """For each rate the lowest one of all ranks; ``found`` has the ceilings of each rank."""
     first = found[0]
     best = {name: min(getattr(c, name) for c in found) for name in ("copy", "matmul", "fetch")}
     return Ceilings(**best, device=first.device if len(found) == 1 else f"{len(found)} x {first.device}")

@@ -1,4 +1,4 @@
-"""Experts as the files have them, in the place of quantised ones for a comparison: they stay in the mapped files."""
+"""The experts of the checkpoint's files, in place of quantised ones, for a comparison; the weights stay in the mapped files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moekit.nn.ffn import loop
 from moekit.nn.resident import Resident
 from moekit.ranks import Rank
 
-# Key of the rank's state for the quantised experts and the dispatch of each layer, while others are in their place.
+# Key of the rank's state for the quantised experts and the dispatch of each layer, while :class:`Originals` compute.
 ASIDE = "quantised"
 
 
@@ -32,7 +32,7 @@ class Originals(Experts):
         nn.Module.__init__(self)
         self.held, self.width, self.activation = quantised.held, quantised.width, quantised.activation
         self.quantised, self.weights = quantised, weights
-        # Of these, only shapes, type and device count here.
+        # Only the shapes, the dtype and the device of these are used.
         self.like = quantised.slots.experts if isinstance(quantised, Resident) else quantised
         self.difference, self.size = self.like.b1.new_zeros((2, 1), dtype=torch.float64)
 
@@ -53,7 +53,7 @@ class Originals(Experts):
 
 
 def put(rank: Rank, plan: checkpoint.Plan) -> None:
-    """Have the model compute with the experts of the files; with exchanges that call them."""
+    """Let the model compute with the experts of the files, and dispatch in a way that calls them."""
     model = rank.state["model"]
     held = owned(plan.config.experts, rank.world_size, rank.rank)
     found = mapped(plan, held)
@@ -67,10 +67,10 @@ def put(rank: Rank, plan: checkpoint.Plan) -> None:
 
 
 def take_away(rank: Rank) -> dict[int, tuple[float, float]]:
-    """Have the model compute with its quantised experts again.
+    """Let the model compute with its quantised experts again.
 
     Returns:
-        By layer :attr:`Originals.difference` and :attr:`Originals.size` of this rank.
+        For each layer :attr:`Originals.difference` and :attr:`Originals.size` of this rank.
     """
     found = {}
     for moe, experts, dispatch in rank.state.pop(ASIDE, []):
