@@ -354,6 +354,7 @@ def test_only_one_at_a_time(tmp_path):
 def test_settings():
     got = settings(workers=2, mirrors=["http://a, https://b/c"])
     assert (got.workers, got.keep_empty, got.mirrors) == (2, True, ("http://a", "https://b/c"))
+    assert settings(mirrors="http://a").mirrors == ("http://a",)
     assert settings().workers == len(os.sched_getaffinity(0))
     assert settings().bpe == "demo" and settings(source=Path("x")).bpe == "gpt2"
     assert settings(checkpoint="en_moe_lm_52b").bpe == "gpt2"
@@ -366,6 +367,9 @@ def test_settings():
         ({"source": " "}, "source is empty"),
         ({"data_dir": ""}, "data_dir is empty"),
         ({"workers": 1000}, "workers=1000: expected at most 256"),
+        ({"workers": -1}, "workers=-1: expected a whole number of at least 0"),
+        ({"checkpoint": "en_moe_lm_1b"}, "checkpoint='en_moe_lm_1b': expected one of none, en_moe_lm_15b"),
+        ({"bpe": "gpt3"}, "bpe='gpt3': expected one of auto, gpt2, demo"),
         ({"mirrors": ["ftp://x"]}, "'ftp://x' does not begin with http"),
         ({"bpe": "demo", "checkpoint": "en_moe_lm_15b"}, "reads GPT-2's pieces"),
     ],

@@ -7,7 +7,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-MOST_WORKERS = 256
+from moekit.arguments import Choice, Flag, Kind, Texts, Whole, check
+from moekit.data.sources import CHECKPOINTS
+
+# The settings that are no path. The notebook's parameters are checked by the same kinds.
+KINDS: dict[str, Kind] = {
+    "checkpoint": Choice(("none", *CHECKPOINTS)),
+    "workers": Whole(0, most=256),
+    "keep_empty": Flag(),
+    "mirrors": Texts(),
+    "bpe": Choice(("auto", "gpt2", "demo")),
+    "delete_archive": Flag(),
+}
 
 
 @dataclass(frozen=True)
@@ -42,7 +53,7 @@ def settings(
     data_dir: str | Path = "data",
     workers: int = 0,
     keep_empty: bool = True,
-    mirrors: Sequence[str] = (),
+    mirrors: str | Sequence[str] = (),
     bpe: str = "auto",
     delete_archive: bool = False,
 ) -> Settings:
@@ -59,12 +70,18 @@ def settings(
     for name, value in (("source", source), ("data_dir", data_dir)):
         if not str(value).strip():
             raise ValueError(f"{name} is empty; expected the path of a file or folder")
-    if not 0 <= workers <= MOST_WORKERS:
-        raise ValueError(f"workers={workers}: expected at most {MOST_WORKERS}, or 0 for one per core")
+    checkpoint = check("checkpoint", checkpoint, KINDS["checkpoint"])
+    workers = check("workers", workers, KINDS["workers"])
+    keep_empty = check("keep_empty", keep_empty, KINDS["keep_empty"])
+    mirrors = check("mirrors", mirrors, KINDS["mirrors"])
+    bpe = check("bpe", bpe, KINDS["bpe"])
+    delete_archive = check("delete_archive", delete_archive, KINDS["delete_archive"])
     addresses = [address for text in mirrors for address in text.replace(",", " ").split()]
     for address in addresses:
         if not address.startswith(("http://", "https://")):
-            raise ValueError(f"mirrors: {address[:80]!r} does not begin with http:// or https://")
+            raise ValueError(
+                f"mirrors: {address[:80]!r} does not begin with http:// or https://; expected an address that does"
+            )
     if bpe == "demo" and checkpoint != "none":
         raise ValueError(
             f"bpe='demo' does not go with {checkpoint}, which reads GPT-2's pieces: expected 'gpt2'"

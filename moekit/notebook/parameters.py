@@ -22,7 +22,6 @@ from typing import Any
 from moekit.arguments import (
     Capacity,
     Choice,
-    Flag,
     Kind,
     Number,
     ParameterError,
@@ -33,7 +32,7 @@ from moekit.arguments import (
     literal,
     parameter,
 )
-from moekit.data.sources import CHECKPOINTS
+from moekit.data.settings import KINDS as PREPARING
 from moekit.generation.request import KINDS
 from moekit.nn.quantise import KINDS as QUANTISED
 from moekit.notebook import errors
@@ -141,16 +140,7 @@ GENERATION: Table = {"prompts": Texts()} | {
 }
 
 README: Table = {"prompt": Text()}
-PREPARE_DATA: Table = {
-    "source": Place(),
-    "checkpoint": Choice(("none", *CHECKPOINTS)),
-    "data_dir": Place(),
-    "workers": Whole(0),
-    "keep_empty": Flag(),
-    "mirrors": Texts(),
-    "bpe": Choice(("auto", "gpt2", "demo")),
-    "delete_archive": Flag(),
-}
+PREPARE_DATA: Table = {"source": Place(), "data_dir": Place(), **PREPARING}
 LOAD_SHARDS: Table = {**MODEL, **EXPERTS, **RANKS, **FETCHED}
 RUN_INFERENCE: Table = {
     **MODEL,
