@@ -3,9 +3,9 @@
     python -m moekit.routing.calibration             # the table of the metrics' page, 1,000 draws, minutes
     python -m moekit.routing.calibration --draws 200
 
-A synthetic source has samples of its own: each sample shifts the gate's logits, so that its tokens are alike, beside what an
-expert and a domain prefer. Traces are drawn from it, and the truth is that of the source, computed from its probabilities over
-many more samples. An interval is right when it holds the truth; a test errs when it marks anything where labels tell nothing.
+A synthetic source gives each expert, each domain and each sample a shift of the gate's logits; the shift of a sample makes its
+tokens alike. Traces are drawn from the source. The truth is computed from the source's probabilities over many more samples. An
+interval is right if it holds the truth. A test errs if it marks anything although the labels tell nothing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 EXPERTS, CHOICES, DOMAINS = 8, 2, 4
 # samples of the source that its truth is computed from
 MANY = 40_000
-# the part of the intervals that are given where a metric says "too few" almost always
+# Where a metric gives fewer than this share of its intervals, it says "too few" almost always.
 SELDOM = 0.1
 # Tests draw from other seeds than the traces: two generators of one seed give the same numbers.
 OTHER = 10**6
@@ -37,10 +37,10 @@ class Source:
     """Routing with known structure.
 
     Attributes:
-        samples: of a trace, each of a random domain, with at least one of each.
-        tokens: of a sample; two numbers: uniform between them.
-        skew: standard deviation of the experts' logits, which makes loads unequal.
-        of_domain, of_sample: that of a domain's and of a sample's shift of them.
+        samples: the samples of a trace, each of a random domain; every domain has at least one.
+        tokens: the fewest and the most tokens of a sample; lengths are uniform between them.
+        skew: the standard deviation of the experts' logits, which makes loads unequal.
+        of_domain, of_sample: the standard deviations of the shifts of these logits by domain and by sample.
     """
 
     samples: int = 60

@@ -41,7 +41,11 @@ DRAWS = 20
 
 @dataclass
 class Plan:
-    """How metrics resample: see :func:`moekit.routing.metrics.bootstrap`. ``used``: whether a metric asked for units."""
+    """How metrics resample, with the arguments of :func:`moekit.routing.metrics.bootstrap`.
+
+    Attributes:
+        used: whether a metric has asked for units.
+    """
 
     by: str | Sequence | np.ndarray = "sample"
     size: int = BLOCK
@@ -215,7 +219,12 @@ def normal(n: float, total: float, squares: float) -> tuple[float, float, float]
 
 
 def mean_of(values: np.ndarray, unit: np.ndarray, found: Units) -> tuple[float, float, float]:
-    """The mean over tokens, with its bootstrap interval over units."""
+    """The mean over tokens, with its bootstrap interval over units: ``value``, ``low``, ``high``; NaN without tokens.
+
+    Args:
+        values: [n], of some tokens.
+        unit: [n], the units of these tokens.
+    """
     total = np.bincount(unit, values, minlength=found.number)
     number = np.bincount(unit, minlength=found.number)
     if not number.sum():

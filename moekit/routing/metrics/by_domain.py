@@ -54,15 +54,15 @@ def domain_specialisation(
     choice: int | None = None,
     dispatched: bool = False,
 ) -> pd.DataFrame:
-    """``value`` = N(e, d) / N(d): the share of a domain's tokens that expert e is among the K choices of.
+    """``value`` = N(e, d) / N(d): the share of a domain's tokens that have expert e among their K choices.
 
     OLMoE's domain specialisation (Muennighoff et al. 2024, arXiv 2409.02060, section 5.3). ``lift`` = value / chance.
     Intervals: bootstrap over units.
 
     Args:
         groups: [T] labels, such as :func:`moekit.routing.domains.domains_of` gives.
-        against: what ``chance`` is. "load": the expert's share of all tokens, N(e) / N, which is what every domain has
-            if the router does not look at domains. "uniform": K/E, which an expert that all domains like exceeds.
+        against: what ``chance`` is. "load": the expert's share of all tokens, N(e) / N, which every domain has if the routing
+            does not depend on domains. "uniform": K/E, which an expert that is busy in all domains exceeds.
         choice: only this one (0: first).
 
     Returns:

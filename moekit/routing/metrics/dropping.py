@@ -29,8 +29,8 @@ def drops(trace: Trace, by: str = "layer", *, bins: int = 64) -> pd.DataFrame:
     ``chance``: what the same capacity drops of uniform random choices; NaN where the trace's meta does not tell the
     capacity, or for K > 2. A buffer has C places and a group S tokens (padding included). First choices in place q of
     the group are dropped when Bin(q, 1/E) >= C, second ones when Bin(q, 2/E) + Bin(S - 1 - q, 1/E) >= C: all
-    first choices queue before any second. (With batch-prioritised routing or a padding mask it is no more than a
-    landmark.) Interval: bootstrap over units.
+    first choices queue before any second. With batch-prioritised routing or a padding mask this is only a rough guide.
+    Interval: bootstrap over units.
 
     Args:
         by: "layer", "choice", "position" (in the sample) or "expert".

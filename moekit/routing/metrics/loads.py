@@ -84,9 +84,9 @@ def balance(trace: Trace, *, choice: int | None = None, dispatched: bool = False
     - ``top_20_share``: the share of the 20 % busiest experts, as fairseq logs it (top2gate.py, SAMPLE_FRACTION);
     - ``unused`` = experts without a choice.
 
-    Interval: its middle by the bootstrap over units, its width by the jackknife, from 20 units on. ``value`` is that of
-    the trace, whose chance unevenness is in it; the interval is corrected for that, so that the value of a short trace
-    may lie above it. ``chance``: mean of a simulation.
+    Interval: its middle by the bootstrap over units, its width by the jackknife, from 20 units on. A short trace is uneven by
+    chance, too: ``value`` includes that, and the interval is corrected for it, so that the value may lie above the interval.
+    ``chance``: mean of a simulation.
 
     Returns:
         One row per (layer, ``statistic``): ``layer``, ``statistic``, ``value``, ``low``, ``high``, ``chance``.

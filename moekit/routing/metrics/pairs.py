@@ -37,7 +37,7 @@ class Pairs:
         """[E, E] float64, N(i, j) / N(i) of the matrix that starts at ``layer``; NaN where N(i) is 0."""
         starts = [pair[0] for pair in self.between]
         if layer not in starts:
-            raise ValueError(f"layer {layer} is not here; there are {starts}")
+            raise ValueError(f"no matrix starts at layer {layer}; expected one of {starts}")
         layer_index = starts.index(layer)
         with np.errstate(invalid="ignore"):
             return self.counts[layer_index] / self.base[layer_index][:, None]

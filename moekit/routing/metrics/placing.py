@@ -32,24 +32,24 @@ def placement(
 ) -> pd.DataFrame:
     """How much busier the busiest rank is than the mean, for four ways to place a layer's experts on ranks.
 
-    ``value`` = max over ranks of rows / mean over ranks of rows, of the samples with odd numbers (in order; of one sample, its
-    second half). ``placement``:
+    ``value`` = max over ranks of rows / mean over ranks of rows. It is measured on the samples with odd numbers, counted in
+    order, and placements are fitted to the others; a single sample is cut into halves. ``placement``:
 
     - "contiguous": rank after rank in the order of the experts, as moekit loads them;
     - "shuffled": the mean of random placements;
-    - "fitted": the heaviest experts of the other half first, each to the rank with the least
+    - "fitted": the experts with the most rows first, each to the rank with the fewest rows so far
       (:func:`moekit.routing.placement.packed`);
     - "replicated": the same, with copies of the heaviest experts (:func:`moekit.routing.placement.replicated`).
 
     Interval: bootstrap over units. ``chance``: the value of contiguous placement under uniform random routing of as many
-    tokens. All judged tokens count together; a step of fewer tokens is less even.
+    tokens. All measured tokens count together; a step of fewer tokens is less even.
 
     Args:
         ranks: W, up to the number of experts.
         redundant: slots for copies in "replicated", a layer; None: one a rank.
         share: for each layer, the share of a step in which the busiest rank's experts compute
-            (:meth:`moekit.profiling.Profile.busiest`). Then ``saved`` is what the placement would save of the step, where the
-            time follows the rows: ``share * (1 - value / value of contiguous)``; else it is NaN.
+            (:meth:`moekit.profiling.Profile.busiest`). Then ``saved`` is the share of the step that the placement would save if
+            the time is proportional to the rows: ``share * (1 - value / value of contiguous)``. Without it, NaN.
 
     Returns:
         One row per (layer, placement): ``layer``, ``placement``, ``value``, ``low``, ``high``, ``chance``, ``saved``.

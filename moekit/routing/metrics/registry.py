@@ -18,7 +18,7 @@ def measured(metric: Callable[..., Any]) -> Callable[..., Any]:
     """Make ``metric`` count the right tokens and refuse a trace without any, and list it if it needs only a trace.
 
     Of a trace of generated text it counts the new tokens; ``prompt=True``, which every metric takes, counts the prompt's too.
-    What the metric is given for each token, such as labels, is cut alike.
+    Arguments with an item for each token, such as labels, are cut to the same tokens.
 
     Raises:
         ValueError: (the metric, when it is called) a trace has no tokens or no layers.
@@ -53,7 +53,7 @@ def new_tokens(trace: Trace) -> np.ndarray | None:
 
 
 def _cut(value: Any, new: np.ndarray, tokens: int) -> Any:
-    """What of a metric's argument belongs to the new tokens."""
+    """A metric's argument, cut to the new tokens if it is a trace or has an item for each token."""
     if isinstance(value, Trace):
         own = new_tokens(value)
         return value if own is None else value.select(mask=own)

@@ -102,7 +102,7 @@ def top_tokens(
     """
     layer_index = trace.at(layer)
     if not 0 <= expert < trace.num_experts:
-        raise ValueError(f"there is no expert {expert}: they are 0 to {trace.num_experts - 1}")
+        raise ValueError(f"there is no expert {expert}; expected one from 0 to {trace.num_experts - 1}")
     token, rows_of = tokens_by(trace, by)
     chosen = (chosen_experts(trace, layer_index, choice, False)[rows_of] == expert).any(axis=1)
     size = int(token.max(initial=0)) + 1
