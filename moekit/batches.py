@@ -138,7 +138,7 @@ def text_batches(
 
 
 def up_to(batches: Iterable[Batch], max_tokens: int) -> Iterator[Batch]:
-    """Batches until the next one would make it more than ``max_tokens`` real tokens, but at least one."""
+    """The first batches with at most ``max_tokens`` tokens together, without padding; at least one batch."""
     total = 0
     for batch in batches:
         total += int((batch.tokens != PAD).sum())

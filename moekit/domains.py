@@ -1,4 +1,4 @@
-"""Perplexity by domain, over a sweep of capacities in which a pass where nothing would be dropped runs once."""
+"""Perplexity by domain at several capacities; a batch runs again only at a capacity that may drop more of it."""
 
 from __future__ import annotations
 
@@ -146,7 +146,10 @@ def _labelled(model: Handle, data: Data, max_batches: int | None) -> DomainText:
     block = opened.data.tokens_per_sample
     place = tokens["sample"].to_numpy(np.int64) * block + tokens["position"].to_numpy() - model.config.add_bos
     if (place >= len(ids)).any() or (ids[place] != tokens["target"].to_numpy()).any():
-        raise ValueError(f"the tokens of {data.prefix} are not in the order of its lines")
+        raise ValueError(
+            f"the tokens of {data.prefix} are not in the order of its lines; expected text that was binarised line by line, or a "
+            "folder for each domain"
+        )
     line = np.repeat(np.arange(len(lengths)), lengths)
     names = labels[line[place]].astype(object)
     return DomainText(sorted(set(names)), batches, names, len(opened.dictionary))

@@ -221,7 +221,7 @@ def open_data(
 
 
 def check_files(data: str | Path, subset: str, dictionary: Dictionary | None = None) -> None:
-    """That the files of ``data`` and ``subset`` are there and whole; a ValueError names the first that is not."""
+    """Check that the files of ``data`` and ``subset`` are there and whole; a ValueError names the first that is not."""
     verify.verify(data_folder(data), check("subset", subset, Text()), dictionary)
 
 

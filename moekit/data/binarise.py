@@ -30,7 +30,13 @@ _MISSING = -1
 
 @dataclass(frozen=True)
 class Summary:
-    """Counts of binarised data. ``tokens`` includes each line's ``</s>``; ``unknown`` tokens are not in the dictionary."""
+    """Counts of binarised data.
+
+    Attributes:
+        tokens: of all lines, each with its ``</s>``.
+        unknown: tokens that the dictionary does not have.
+        unknown_types: how many different ones these are.
+    """
 
     lines: int
     tokens: int

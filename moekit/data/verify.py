@@ -186,14 +186,18 @@ def _legacy(prefix: Path) -> tuple[np.ndarray, np.ndarray]:
     index, data = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     size = index.stat().st_size
     if size < LEGACY_HEADER.size:
-        raise ValueError(f"{index} is cut short: it has {size} bytes")
+        raise ValueError(
+            f"{index} is cut short: it has {size} bytes, expected at least {LEGACY_HEADER.size}; binarise the text again"
+        )
     with open(index, "rb") as file:
         _, version, code, width, count, dims = LEGACY_HEADER.unpack(file.read(LEGACY_HEADER.size))
     dtype = LEGACY_CODES.get(code)
     if version != 1 or dtype is None or width != dtype.itemsize:
         raise ValueError(f"{index}: version {version}, type code {code} of {width} bytes; expected integers")
     if dims != count or size != LEGACY_HEADER.size + 8 * (2 * (count + 1) + dims):
-        raise ValueError(f"{index} has {size} bytes, which is not the size of an index of {count} lines")
+        raise ValueError(
+            f"{index} has {size} bytes, which is not the size of an index of {count} lines; binarise the text again"
+        )
     table = np.fromfile(index, "<i8", offset=LEGACY_HEADER.size)
     dimensions, offsets, sizes = np.split(table, [count + 1, 2 * (count + 1)])
     ends = np.concatenate([[0], np.cumsum(sizes)])
@@ -202,7 +206,10 @@ def _legacy(prefix: Path) -> tuple[np.ndarray, np.ndarray]:
             f"{index}: its lines do not follow one another; the file is damaged, binarise the text again"
         )
     if data.stat().st_size != int(ends[-1]) * width:
-        raise ValueError(f"{data} has {data.stat().st_size} bytes, but its index speaks of {ends[-1]} tokens")
+        raise ValueError(
+            f"{data} has {data.stat().st_size} bytes, but its index counts {ends[-1]} tokens of {width} bytes; binarise the text "
+            "again, or copy both files again"
+        )
     return sizes, np.zeros(0, dtype) if not ends[-1] else np.memmap(data, dtype, "r")
 
 

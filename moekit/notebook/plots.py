@@ -189,7 +189,8 @@ def passage(tokens: pd.DataFrame, codec: Codec | None, sample: int | None = None
         sample = int(ids[len(ids) // 2])
     rows = tokens[tokens["sample"] == sample].head(limit)
     if rows.empty:
-        raise ValueError(f"there is no sample {sample} among the scored tokens")
+        there = f"{tokens['sample'].min()} to {tokens['sample'].max()}"
+        raise ValueError(f"there is no sample {sample} among the scored tokens; expected one of {there}")
     bits = -rows["logprob"].to_numpy() / math.log(2)
     words = visible_pieces(codec, rows["target"])
     spans = [Span(word, _surprise(b)) for word, b in zip(words, bits, strict=True)]

@@ -179,7 +179,8 @@ def filled(model: Model) -> pd.DataFrame:
     if c.moe_layers and not (table == TENSORS).all(axis=None):
         layer, expert = next(zip(*(table != TENSORS).to_numpy().nonzero(), strict=True))
         raise ValueError(
-            f"expert {expert} of layer {c.moe_layers[layer]} got {table.iat[layer, expert]} of {TENSORS} tensors"
+            f"expert {expert} of layer {c.moe_layers[layer]} got {table.iat[layer, expert]} tensors; expected {TENSORS}, each "
+            "once: load the checkpoint again"
         )
     return table
 

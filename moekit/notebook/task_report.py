@@ -116,7 +116,7 @@ def changes(before: TaskResults, after: TaskResults | None) -> tuple[pd.DataFram
 
 
 def shortened(table: pd.DataFrame) -> pd.DataFrame:
-    """The same table with the ends of long texts only."""
+    """The table with only the ends of its long texts."""
     return table.map(
         lambda cell: f"…{cell[-SHOWN:]}" if isinstance(cell, str) and len(cell) > SHOWN else cell
     )

@@ -87,7 +87,7 @@ class Explorer(anywidget.AnyWidget):
         position = trace.position[rows]
         if not np.array_equal(position, np.arange(len(position))):
             raise ValueError(
-                f"the trace holds only a part of sample {trace.sample[rows.start]}: it cannot be scored"
+                f"the trace holds only a part of sample {trace.sample[rows.start]}, which cannot be scored: trace all of it"
             )
         sample = Batch(
             index=0,

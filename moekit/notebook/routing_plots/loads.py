@@ -92,7 +92,9 @@ def choices(trace: Trace, named: int = 5) -> Figure:
         ValueError: each token has one choice.
     """
     if trace.top_k < 2:
-        raise ValueError("each token has one choice in this trace: there are no second choices")
+        raise ValueError(
+            "each token has one choice in this trace; expected a trace of a gate with two or more"
+        )
     first, second = (metrics.load(trace, choice=choice) for choice in range(2))
     columns = min(3, len(trace.layers))
     rows = -(-len(trace.layers) // columns)

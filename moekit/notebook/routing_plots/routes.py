@@ -33,7 +33,10 @@ def paths(
     part = trace.select(samples=sample)
     part = part.select(mask=(part.position >= start) & (part.position < start + tokens))
     if not len(part):
-        raise ValueError(f"the trace has no tokens of sample {sample} from position {start} on")
+        raise ValueError(
+            f"the trace has no tokens of sample {sample} from position {start} on; expected a sample from "
+            f"{trace.sample.min()} to {trace.sample.max()}, and a position in it"
+        )
     words, count, depth, k = visible_pieces(codec, part.token), len(part), len(trace.layers), trace.top_k
     with rc_context(STYLE):
         fig = Figure(figsize=(2.2 + 1.25 * depth, 0.8 + 0.2 * count), layout="constrained")
