@@ -133,12 +133,8 @@ class Ids:
     def __init__(self, why: str = "these tokens have no codec") -> None:
         self.why = why
 
-    def __bool__(self) -> bool:
-        """False, since it can neither encode nor decode text."""
-        return False
-
     def encode(self, text: str) -> list[int]:
-        """Raises ValueError with ``why``."""
+        """Raise a ValueError with the message ``why``."""
         raise ValueError(self.why)
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -151,7 +151,7 @@ class Playground:
     """
 
     def __init__(self, model: Model, prompt: str = ""):
-        if not model.codec:
+        if not model.codec.reads_text:
             raise ValueError(model.codec.why)
         self.model, self.codec = model, model.codec
         self.runs: list[Run] = []

@@ -178,7 +178,7 @@ def _scores(model: Transformer, features: Tensor, targets: Tensor, vocab: int) -
     size = LOGIT_ROWS[features.device.type]
     for rows, wanted in zip(features.split(size), targets.split(size), strict=True):
         logits = model.logits(rows, vocab)
-        logprobs.append(model.operations.target_log_probs(logits, wanted).float())
+        logprobs.append(model.operations.target_log_probs(logits, wanted))
         # Generation never chooses padding.
         logits[:, PAD] = -torch.inf
         best.append(logits.argmax(dim=-1) == wanted)
