@@ -253,7 +253,7 @@ def test_the_block_ends(models):
         ({"force": Force((1, 1), sample=0)}, "1 to 2 different experts"),
         ({"force": Force((1, 2, 3), sample=0)}, "1 to 2 different experts"),
         ({"force": Force(9, sample=0)}, "has no expert 9"),
-        ({"force": Force(2, sample=0, layers=2)}, "layer 2 is not"),
+        ({"force": Force(2, sample=0, layers=2)}, "layer 2 holds no experts"),
         ({"force": Force(2, sample=0), "mask": {3: [2]}}, "expert 2 of layer 3 is masked"),
         ({"capacity_token_fraction": math.inf}, "capacity_token_fraction=inf"),
     ],

@@ -51,7 +51,7 @@ def test_first_and_second_choices_are_each_experts_shares():
     table = metrics.load(trace, choice=0).query("layer == 3")
     assert np.allclose(bars, 100 * table[["low", "high"]].dropna()) and len(bars) > 10
     assert "rank correlation" in figure.axes[1].get_title(loc="left")
-    with pytest.raises(ValueError, match="no second choices"):
+    with pytest.raises(ValueError, match="no second one; expected two or more"):
         routing_plots.choices(synthetic(tokens=64, choices=1)[0])
 
 

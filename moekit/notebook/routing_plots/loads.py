@@ -92,7 +92,7 @@ def choices(trace: Trace, named: int = 5) -> Figure:
         ValueError: each token has one choice.
     """
     if trace.top_k < 2:
-        raise ValueError("this trace has no second choices; expected one of a gate that makes two or more")
+        raise ValueError("each token has one choice in this trace, no second one; expected two or more")
     first, second = (metrics.load(trace, choice=choice) for choice in range(2))
     columns = min(3, len(trace.layers))
     rows = -(-len(trace.layers) // columns)

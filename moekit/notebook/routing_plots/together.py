@@ -24,7 +24,7 @@ def coactivation(trace: Trace, layer: int | None = None, pairs: int = 15) -> Fig
 
     need_layers(trace, "coactivation")
     if trace.top_k < 2:
-        raise ValueError("this trace has no second choices; expected one of a gate that makes two or more")
+        raise ValueError("each token has one choice in this trace, no second one; expected two or more")
     layer = trace.layers[0] if layer is None else layer
     found = metrics.coactivation(trace.select(layers=layer))
     experts, chance, both, alone = trace.num_experts, found.chance, found.counts[0], found.base[0]
