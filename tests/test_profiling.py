@@ -269,6 +269,84 @@ def test_kernels_share_the_cost_of_their_part():
     assert row.least == pytest.approx(20e-9) and row.of_limit == pytest.approx(0.5) and row.share == 1
 
 
+def copy_of(start: int, end: int, nbytes: int, layer: int = 1, launched: int = 0) -> Kernel:
+    """Experts that are fetched for ``layer`` while the host is in layer 1."""
+    return Kernel("Memcpy", start, end, (*LAYER, "dispatch", f"layer {layer}", f"fetch {nbytes}"), launched)
+
+
+def fetching(*kernels: Kernel, end: int) -> Seen:
+    """A rank with one call, in which each copy among ``kernels`` was asked for alone."""
+    asked = [(k.launched, k.ranges) for k in kernels if k.fetches]
+    return Seen([(0, end)], list(kernels), [], asked)
+
+
+def test_a_copy_of_experts_counts_while_nothing_else_runs():
+    one = fetching(
+        Kernel("gemv", 0, 10, (*LAYER, "gate"), 0),
+        copy_of(10, 40, 600, launched=8),
+        Kernel("_grouped_linear", 20, 30, (*LAYER, "dispatch", "experts"), 9),
+        Kernel("_grouped_linear", 45, 55, (*LAYER, "dispatch", "experts"), 12),
+        end=60,
+    )
+    frame = table([one], True, [{0: {(1, "experts up"): Cost(50.0, 0.0)}}])
+    told = [
+        (r.part, round(1e9 * r.start), round(1e9 * r.duration), round(1e9 * r.exclusive), round(r.bytes))
+        for r in frame.itertuples()
+    ]
+    assert told == [
+        ("gate", 0, 10, 10, 0),
+        ("fetch", 10, 10, 10, 300),
+        ("fetch", 20, 10, 0, 0),
+        ("experts up", 20, 10, 10, 50),
+        ("fetch", 30, 10, 10, 300),
+        ("idle", 40, 5, 5, 0),
+        ("experts down", 45, 10, 10, 0),
+        ("host", 55, 5, 5, 0),
+    ]
+    parts = by_part(frame, copy=10e9, matmul=1e12, link=24e9).set_index("part")
+    # 600 bytes at 24 a nanosecond, of 30 nanoseconds in which they moved and 20 in which nothing else ran.
+    assert parts.loc["fetch", ["seconds", "least", "of_limit"]].tolist() == pytest.approx(
+        [20e-9, 25e-9, 25 / 30]
+    )
+    assert parts.loc["experts up", ["least", "of_limit"]].tolist() == pytest.approx([5e-9, 0.5])
+    found = Profile(frame, *2 * [np.ones((1, 1))], frame, {"copy": 10e9, "matmul": 1e12, "link": 24e9})
+    # The link needs longer than all else together; a faster one would not.
+    assert found.limit == pytest.approx(25e-9)
+    assert replace(found, meta=found.meta | {"link": 600e9}).limit == pytest.approx(5e-9)
+
+
+def test_copies_that_are_hidden_keep_their_bytes():
+    """Experts of the next layer come while this one computes: its parts are named as without them."""
+    inside = (*LAYER, "dispatch", "experts")
+    one = fetching(
+        Kernel("_grouped_linear", 0, 30, inside, 0),
+        copy_of(5, 10, 100, layer=3),
+        copy_of(10, 25, 200, layer=3),
+        Kernel("_grouped_linear", 30, 40, inside, 0),
+        end=40,
+    )
+    frame = table([one], True, [{}])
+    told = [(r.layer, r.part, round(1e9 * r.exclusive), round(r.bytes)) for r in frame.itertuples()]
+    assert told == [
+        (1, "experts up", 30, 0), (3, "fetch", 0, 75), (3, "fetch", 0, 225), (1, "experts down", 10, 0),
+    ]  # fmt: skip
+    fetch = by_part(frame, copy=1e9, matmul=1e9, link=30e9).set_index("part").loc["fetch"]
+    assert fetch["seconds"] == fetch["share"] == 0
+    assert fetch["least"] == pytest.approx(10e-9) and fetch["of_limit"] == pytest.approx(0.5)
+
+
+def test_copies_of_experts_between_the_kernels_of_a_graph():
+    template = [*kernels(("a", "attention"), ("e", "experts down"), ranges=("layer 1",))]
+    template.insert(1, replace(copy_of(3, 9, 100), ranges=("layer 1", "layer 3", "fetch 100")))
+    replayed = [Kernel(name, 10 * i, 10 * i + 5, ("call", "step 2"), 7, True) for i, name in enumerate("ae")]
+    ahead = Kernel("Memcpy", 4, 12, ("call", "step 2", "layer 3", "fetch 100"), 5)
+    assert named_of_graphs([replayed[0], ahead, replayed[1]], template) == [
+        Name(2, 1, "attention"),
+        Name(2, 3, "fetch"),
+        Name(2, 1, "experts down"),
+    ]
+
+
 def test_events_of_a_gpu():
     def x(cat, name, ts, dur, tid=1, **args):
         return {"ph": "X", "cat": cat, "name": name, "ts": ts, "dur": dur, "pid": 5, "tid": tid, "args": args}
@@ -286,16 +364,25 @@ def test_events_of_a_gpu():
         x("gpu_memcpy", "Memcpy DtoH", 20, 1, tid=7, correlation=3),
         x("cuda_runtime", "cudaMemcpyAsync", 19, 3, correlation=3),
         x("user_annotation", "not ours", 12, 1),
+        x("user_annotation", "moekit: layer 5", 24, 2),
+        x("user_annotation", "moekit: fetch 640", 24, 1),
+        x("cuda_runtime", "cudaMemcpyAsync", 24.5, 0.1, correlation=4),
+        x("gpu_memcpy", "Memcpy HtoD", 25, 3, tid=8, correlation=4),
     ]
     recorded = worker.Recorded(
         events.zlib.compress(json.dumps(found).encode()), 1_000_000, 500, 0, [], [], np.zeros((1, 0, 0))
     )
     seen = events.seen(events.events_of(recorded), True)
     assert seen.calls == [(1_010_500, 1_030_500)]
-    assert [(k.name, k.start, k.graph) for k in seen.kernels] == [
-        ("flash", 1_014_500, True), ("Memcpy DtoH", 1_020_500, False)
+    assert [(k.name, k.start, k.graph, k.fetches) for k in seen.kernels] == [
+        ("flash", 1_014_500, True, False), ("Memcpy DtoH", 1_020_500, False, False), ("Memcpy HtoD", 1_025_500, False, True)
     ]  # fmt: skip
-    assert named_of_graphs(seen.kernels, seen.template) == [Name(0, 4, "attention"), Name(0, -1, "other")]
+    assert seen.fetches == [(1_024_500, ("call", "step 0", "layer 5", "fetch 640"))]
+    assert named_of_graphs(seen.kernels, seen.template) == [
+        Name(0, 4, "attention"),
+        Name(0, -1, "other"),
+        Name(0, 5, "fetch"),
+    ]
 
 
 def test_the_clock_is_read_where_it_took_least_time():
@@ -656,13 +743,35 @@ def test_a_dense_model_is_profiled():
 
 
 @pytest.mark.parametrize("mode", ["score", "decode"])
-def test_experts_that_are_fetched_are_experts(mode):
-    with moekit.load("demo", 1, "cpu", resident=2, progress=False) as loaded:
+def test_experts_that_are_fetched_are_experts(mode, monkeypatch):
+    counted: list[list[int]] = []
+    kind = worker.DOING[mode]
+    timed = kind.timed
+
+    def counts(self):
+        """The bytes that each layer fetches while the profiler looks."""
+        layers = self.rank.state["model"].slots.layers
+        before = [layer.counts.nbytes for layer in layers]
+        seconds = timed(self)
+        if parts._shown[0]:
+            counted.append([layer.counts.nbytes - b for layer, b in zip(layers, before, strict=True)])
+        return seconds
+
+    monkeypatch.setattr(kind, "timed", counts)
+    with moekit.load("demo", 1, "cpu", resident=2, experts="int8", progress=False) as loaded:
         found = loaded.profile("demo", mode, steps=2, progress=False)
+        layers = loaded.config.moe_layers
     frame = found.frame
-    layers = [set(frame[frame["part"] == name]["layer"]) for name in ("experts up", "experts down")]
-    assert layers == [set(loaded.config.moe_layers)] * 2
-    assert found.meta["resident"] == 2
+    for name in ("fetch", "experts up", "experts down"):
+        assert set(frame[frame["part"] == name]["layer"]) == set(layers)
+    assert found.meta["resident"] == 2 and found.meta["experts"] == "int8"
+    assert frame["exclusive"].sum() == pytest.approx(found.profiled.sum(), rel=0.03)
+    # What the frame tells of the link is what the slots counted.
+    fetched = frame[frame["part"] == "fetch"].groupby("layer")["bytes"].sum()
+    assert fetched.loc[list(layers)].tolist() == pytest.approx(np.sum(counted, axis=0).tolist())
+    told = found.shares().set_index("part").loc["fetch"]
+    assert told["least"] == pytest.approx(fetched.sum() / 2 / found.meta["link"])
+    assert told["flop"] == 0 and told["seconds"] > 0 and told["of_limit"] > 0
 
 
 def test_remarks_of_the_profiler_are_no_output(capfd):

@@ -10,6 +10,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from moekit.nn.parts import FETCH
 from moekit.notebook.style import INK, PART_COLOURS, STYLE, plain_log, ramp
 from moekit.profiling import PARTS
 
@@ -21,9 +22,11 @@ if TYPE_CHECKING:
 
 def timeline(profile: Profile, steps: int = 1) -> Figure:
     """The last ``steps`` steps, one lane a rank, coloured by part; below each lane, what it does for others: exchanges in
-    colour, and waiting for the slowest rank in grey."""
+    colour, and waiting for the slowest rank in grey. Experts that are fetched are there, too, also while others compute."""
     frame = profile.frame
-    frame = frame[(frame["exclusive"] > 0) & (frame["step"] > frame["step"].max() - steps)]
+    frame = frame[frame["step"] > frame["step"].max() - steps]
+    fetched = frame[frame["part"] == FETCH]
+    frame = frame[frame["exclusive"] > 0]
     begun = frame["start"] + frame["duration"] - frame["exclusive"]
     zero = begun.min()
     ranks = int(frame["rank"].max()) + 1
@@ -35,12 +38,17 @@ def timeline(profile: Profile, steps: int = 1) -> Figure:
             ax.broken_barh(spans, (rank - 0.3, 0.45), color=PART_COLOURS[part], lw=0)
             if part in ("dispatch", "combine", "waiting"):
                 ax.broken_barh(spans, (rank + 0.2, 0.17), color=PART_COLOURS[part], lw=0)
+        for rank, rows in fetched.groupby("rank"):
+            spans = list(zip(1e3 * (rows["start"] - zero), 1e3 * rows["duration"], strict=True))
+            ax.broken_barh(spans, (rank + 0.2, 0.17), color=PART_COLOURS[FETCH], lw=0)
         ax.set_yticks(range(ranks), [f"rank {rank}" for rank in range(ranks)])
         ax.set(xlabel="ms", ylim=(ranks - 0.5, -0.5))
-        ax.set_title("What each rank does; below its lane, exchanges and waiting for the slowest rank")
+        below = "exchanges and waiting for the slowest rank"
+        below += ", and experts that are fetched" if len(fetched) else ""
+        ax.set_title(f"What each rank does; below its lane, {below}")
         fig.suptitle(_said(profile))
         ax.tick_params(left=False)
-        _key(fig, frame["part"])
+        _key(fig, [*frame["part"], *fetched["part"]])
     return fig
 
 
@@ -160,7 +168,7 @@ def by_batch(profiles: Sequence[Profile]) -> Figure:
             color=PART_COLOURS["attention"],
             label="measured",
         )
-        least = [1e3 * one.shares()["least"].sum() for one in profiles]
+        least = [1e3 * one.limit for one in profiles]
         left.plot(blocks, least, marker="o", color=INK, ls="--", label="the chip's limit")
         left.set(xlabel=f"{unit} a step and rank", ylabel="ms a step", xscale="log", yscale="log")
         left.set_xticks(blocks, names)

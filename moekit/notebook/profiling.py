@@ -38,7 +38,7 @@ def overview(profiles: Mapping[int, Profile]) -> pd.DataFrame:
                 "tokens a second": one.meta["world_size"] * one.meta["tokens"] / one.step,
                 "slowdown": one.slowdown,
                 "ms by the parts": 1e3 * table["seconds"].sum(),
-                "limit ms": 1e3 * table["least"].sum(),
+                "limit ms": 1e3 * one.limit,
                 "at work": table.loc[working, "share"].sum(),
             }
         )

@@ -170,6 +170,7 @@ def _profile(model: Handle, work: Work, blocks: int, chip: Ceilings, found: Sequ
         "chip": chip.device.split(" x ", 1)[-1],
         "copy": chip.copy,
         "matmul": chip.matmul,
+        "link": chip.fetch,
         "jitter": max(one.jitter for one in found) / 1e9,
         "versions": versions(),
     }
