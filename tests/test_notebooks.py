@@ -9,6 +9,7 @@ import nbformat
 import pandas as pd
 import papermill
 import pytest
+import trace_format
 from nbclient import NotebookClient
 from test_project import ROOT
 
@@ -130,7 +131,9 @@ def test_where_the_time_goes_on_four_ranks(elsewhere):
     assert (pd.read_csv(results / "experts.csv").groupby("layer")["rank"].count() == 4).all()
     saved = pd.read_csv(results / "saved.csv").set_index("placement")["saved of a step"]
     assert saved["contiguous"] == 0 and saved["fitted"] > 0
-    events = json.loads(gzip.decompress((results / "trace.json.gz").read_bytes()))["traceEvents"]
+    held = trace_format.read(gzip.decompress((results / "trace.json.gz").read_bytes()))
+    assert trace_format.problems(held) == []
+    events = held["traceEvents"]
     lanes = {e["args"]["name"] for e in events if e["name"] == "process_name"}
     assert lanes == {f"rank {rank}: {what}" for rank in range(4) for what in ("host", "parts")}
     pictures = {"timeline", "parts", "experts", "roofline", "by_batch", "placements"}

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import trace_format
 from test_project import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -26,7 +27,8 @@ from moekit.profiling import PARTS, Profile, events, naming, run
 from moekit.profiling.events import Kernel, Ranges, Seen, rows_of
 from moekit.profiling.least import Cost, Pass, least, routed
 from moekit.profiling.naming import Name, named, named_of_graphs
-from moekit.profiling.table import by_part, table
+from moekit.profiling.perfetto import trace_of
+from moekit.profiling.table import COLUMNS, by_part, table
 from moekit.worker import profiling as worker
 
 LAYER = ("call", "step 0", "layer 1")
@@ -643,29 +645,145 @@ def test_the_same_operations_run_under_the_profiler(model, mode):
 def test_the_file_for_perfetto_is_in_its_format(profile, tmp_path):
     path = tmp_path / "trace.json.gz"
     profile.save_trace(path)
-    held = json.loads(gzip.decompress(path.read_bytes()))
+    held = trace_format.read(gzip.decompress(path.read_bytes()))
+    assert trace_format.problems(held) == []
     found = held["traceEvents"]
-    names = {e["pid"]: e["args"]["name"] for e in found if e["ph"] == "M" and e["name"] == "process_name"}
+    names = {e["pid"]: e["args"]["name"] for e in found if e["name"] == "process_name"}
     assert sorted(names.values()) == [f"rank {r}: {what}" for r in (0, 1) for what in ("host", "parts")]
-    slices: dict = {}
-    for event in found:
-        assert isinstance(event["name"], str) and isinstance(event["pid"], int) and event["ph"] in "XMsf"
-        if event["ph"] == "X":
-            assert event["dur"] >= 0 and isinstance(event["ts"], float | int)
-            slices.setdefault((event["pid"], event["tid"]), []).append(
-                (event["ts"], event["ts"] + event["dur"])
-            )
-    assert {pid for pid, _ in slices} == set(names)
-    # Perfetto drops a slice that overlaps another one of its lane without being in it.
-    for own in slices.values():
-        open_: list[float] = []
-        for start, end in sorted(own, key=lambda one: (one[0], -one[1])):
-            while open_ and open_[-1] <= start + 2e-3:
-                open_.pop()
-            assert not open_ or end <= open_[-1] + 2e-3
-            open_.append(end)
+    assert {e["pid"] for e in found if e["ph"] == "X"} == set(names)
     lanes = [e for e in found if e.get("cat") == "part"]
-    assert sum(e["dur"] for e in lanes) == pytest.approx(1e6 * profile.frame["exclusive"].sum(), rel=1e-3)
+    assert sum(e["dur"] for e in lanes) == pytest.approx(1e6 * profile.frame["exclusive"].sum(), rel=1e-6)
+    # The profiler's own lanes are on the same clock, and begin with the first call.
+    calls = sorted(e["ts"] for e in found if e["name"] == "moekit: call")
+    assert calls[0] == 0 and len(calls) == 2 * (1 if profile.meta["mode"] == "decode" else 3)
+    first = profile.frame.groupby(["rank", "step"])["start"].min()
+    if profile.meta["mode"] != "decode":
+        assert calls == pytest.approx(sorted(1e6 * first), abs=1e-3)
+
+
+def launched() -> dict:
+    """The trace of two ranks, each with a launch in a call, a flow to its kernel, and a launch before the call."""
+
+    def x(cat, name, ts, end, pid, tid, **more):
+        return {
+            "ph": "X",
+            "cat": cat,
+            "name": name,
+            "pid": pid,
+            "tid": tid,
+            "start": ts,
+            "end": end,
+            "args": {},
+        } | more
+
+    def flow(ph, ts, pid, tid, number):
+        return {
+            "ph": ph,
+            "cat": "ac2g",
+            "name": "ac2g",
+            "pid": pid,
+            "tid": tid,
+            "start": ts,
+            "id": number,
+            "bp": "e",
+        }
+
+    own = [
+        x("user_annotation", "moekit: clock", 0, 5, 4000, 4001),
+        flow("s", 3, 4000, 4001, 8),
+        x("kernel", "late", 1000, 1400, 0, 0),
+        flow("f", 1000, 0, 0, 8),
+        # What is around comes behind what it is around.
+        x("cuda_runtime", "cudaLaunchKernel", 100, 300, 4000, 4001),
+        x("user_annotation", "moekit: call", 100, 2000, 4000, 4001),
+        flow("s", 100, 4000, 4001, 9),
+        flow("f", 1500, 0, 0, 9),
+        x("kernel", "gemm", 1500, 1900, 0, 0),
+        {"ph": "M", "name": "process_name", "pid": 0, "tid": 0, "args": {"name": "python"}},
+    ]  # fmt: skip
+    frame = pd.DataFrame(
+        [(rank, 0, 1, "attention", "gemm", 1400e-9, 400e-9, 400e-9, 1.0, 2.0) for rank in (0, 1)],
+        columns=COLUMNS,
+    )
+    return json.loads(json.dumps(trace_of(frame, [own, own], {"mode": "score"}), allow_nan=False))
+
+
+def test_flows_lanes_and_times_of_a_trace_by_hand():
+    found = launched()
+    assert trace_format.problems(found) == []
+    told = [
+        (e["ph"], e["pid"], e["tid"], e["ts"], e.get("dur"), e.get("id"), e["name"])
+        for e in found["traceEvents"]
+        if e["ph"] != "M" and e["pid"] < 200
+    ]
+    # Neither the reading of the clock nor the flow that begins there is in the trace.
+    assert told == [
+        ("X", 102, 4001, 0, 1.9, None, "moekit: call"),
+        ("X", 102, 4001, 0, 0.2, None, "cudaLaunchKernel"),
+        ("s", 102, 4001, 0, None, 1, "ac2g"),
+        ("X", 101, 1, 0.9, 0.4, None, "late"),
+        ("X", 101, 1, 1.4, 0.4, None, "gemm"),
+        ("f", 101, 1, 1.4, None, 1, "ac2g"),
+        ("X", 100, 1, 1.4, 0.4, None, "attention"),
+    ]
+    ids = [e["id"] for e in found["traceEvents"] if e["ph"] == "s"]
+    assert ids == [1, 2]
+    names = {(e["pid"], e["name"]): e["args"].get("name") for e in found["traceEvents"] if e["ph"] == "M"}
+    assert [names[pid, "process_name"] for pid in (100, 101, 102, 201)] == [
+        "rank 0: parts", "rank 0: device", "rank 0: host", "rank 1: device"
+    ]  # fmt: skip
+    assert names[101, "thread_name"] == "stream 0" and names[102, "thread_name"] == "thread 4001"
+
+
+@pytest.mark.parametrize(
+    ("phase", "name", "changes", "said"),
+    [
+        ("X", "gemm", {"ts": -0.1}, "ts is below 0"),
+        ("X", "gemm", {"ts": float("inf")}, "ts is below 0 or not finite"),
+        ("X", "gemm", {"ts": "1.4"}, "ts is no float"),
+        ("X", "gemm", {"ts": 1.4004}, "no whole number of nanoseconds"),
+        ("X", "gemm", {"dur": -0.001}, "dur is below 0"),
+        ("X", "gemm", {"dur": None}, "dur is no float"),
+        ("X", "gemm", {"pid": 0}, "pid is 0"),
+        ("X", "gemm", {"tid": "stream 7"}, "tid is no int"),
+        ("X", "gemm", {"tid": True}, "tid is no int"),
+        ("X", "gemm", {"name": ""}, "name is empty"),
+        ("X", "gemm", {"args": None}, "args is no dict"),
+        ("X", "gemm", {"ph": "Q"}, "no event of a known phase"),
+        ("X", "gemm", {"pid": 555}, r"\(555, None\) has no name"),
+        ("X", "gemm", {"tid": 77}, r"\(101, 77\) has no name"),
+        ("X", "gemm", {"ts": 1.2}, "overlaps a slice that it is not in"),
+        ("X", "gemm", {"ts": 0.5}, "before the event in front of it"),
+        ("X", "cudaLaunchKernel", {"dur": 1.901}, "overlaps a slice that it is not in"),
+        ("X", "moekit: call", {"dur": 0.1}, "overlaps a slice that it is not in"),
+        ("s", "ac2g", {"id": "0:9"}, "id is no int"),
+        ("s", "ac2g", {"id": 5}, "a flow that ends and does not begin"),
+        ("s", "ac2g", {"id": 2}, "a flow that begins 2 times"),
+        ("f", "ac2g", {"id": 5}, "a flow that does not end"),
+        ("f", "ac2g", {"bp": "s"}, "ends in the next slice"),
+        ("f", "ac2g", {"ts": 1.8}, "a flow with no slice around it"),
+        ("M", "process_name", {"args": {}}, "metadata that says nothing"),
+        ("M", "process_name", {"name": "a note"}, "metadata that says nothing"),
+        ("M", "thread_name", {"tid": 2}, r"\(10., .*\) has no name"),
+        ("M", "process_name", {"pid": 201}, r"\(201, None\) has 2 names"),
+    ],
+)
+def test_a_trace_that_is_not_in_the_format_is_seen(phase, name, changes, said):
+    """The check itself: each change to one event of a good trace is a problem."""
+    found = launched()
+    event = next(e for e in found["traceEvents"] if (e["ph"], e["name"]) == (phase, name))
+    event.update(changes)
+    told = trace_format.problems(found)
+    assert told and re.search(said, "; ".join(told)), told
+
+
+def test_a_trace_that_is_no_trace_is_seen():
+    good = launched()
+    assert trace_format.problems([]) and trace_format.problems({"traceEvents": {}})
+    assert trace_format.problems(good | {"displayTimeUnit": "s"}) == ["displayTimeUnit is neither ms nor ns"]
+    assert trace_format.problems(good | {"otherData": 1}) == ["otherData is no object"]
+    with pytest.raises(ValueError, match="NaN is no JSON"):
+        trace_format.read(json.dumps(good | {"otherData": {"copy": float("nan")}}))
 
 
 def test_a_profile_is_read_as_it_was_written(profile, tmp_path):

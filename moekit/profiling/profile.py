@@ -155,6 +155,6 @@ class Profile:
             raise ValueError(
                 "this profile was read from a file and has no events; write the trace where it was made"
             )
-        held = json.dumps(trace_of(self.frame, self.events, self.meta)).encode()
+        held = json.dumps(trace_of(self.frame, self.events, self.meta), allow_nan=False).encode()
         with results.whole(path, make=True) as part:
             part.write_bytes(gzip.compress(held, 6))
