@@ -4,6 +4,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 from made_up_profile import made_up
 from matplotlib.colors import to_hex
@@ -70,6 +71,23 @@ def test_the_timeline_has_a_lane_a_rank_and_shows_who_waits(profile):
     }  # fmt: skip
 
 
+def test_fetches_are_below_the_lane_also_while_others_compute(profile):
+    rows = [
+        (0, 1, 1, "fetch", "Memcpy", 0.009, 0.002, 0.0, 1e6, 0.0),
+        (0, 1, 1, "fetch", "Memcpy", 0.016, 0.001, 0.001, 5e5, 0.0),
+    ]
+    frame = pd.concat([profile.frame, pd.DataFrame(rows, columns=profile.frame.columns)], ignore_index=True)
+    [axes] = profile_plots.timeline(replace(profile, frame=frame)).axes
+    drawn = set()
+    for bars in axes.collections:
+        if to_hex(bars.get_facecolor()[0]).upper() == PART_COLOURS["fetch"]:
+            for path in bars.get_paths():
+                box = path.get_extents()
+                drawn.add((round(box.x0, 3), round(box.x1, 3), round(box.y0, 2)))
+    assert drawn == {(8, 9, -0.3), (1, 3, 0.2), (8, 9, 0.2)}
+    assert "and experts that are fetched" in axes.get_title(loc="left")
+
+
 def test_the_other_pictures_show_the_tables(profile):
     [axes] = profile_plots.shares(profile).axes
     assert [text.get_text().strip() for text in axes.texts] == [
@@ -80,6 +98,10 @@ def test_the_other_pictures_show_the_tables(profile):
     left, right = profile_plots.experts(profile).axes
     assert left.collections[0].get_offsets().tolist() == [[30, pytest.approx(6)], [10, pytest.approx(3)]]
     assert [bar.get_height() for bar in right.patches] == pytest.approx([1.5, 6 / 4.5])
+    # The busiest rank is the one with most rows, also where another one takes longer.
+    swapped = replace(profile, rows=profile.rows.assign(rank=1 - profile.rows["rank"]))
+    _, right = profile_plots.experts(swapped).axes
+    assert [bar.get_height() for bar in right.patches] == pytest.approx([1.5, 3 / 4.5])
     [axes] = profile_plots.roofline(profile).axes
     [point] = axes.collections[0].get_offsets().tolist()
     assert point == pytest.approx([15, 1.5e6 / 0.0045 / 1e12]) and [t.get_text() for t in axes.texts] == [

@@ -808,6 +808,11 @@ def test_a_profile_is_read_as_it_was_written(profile, tmp_path):
         ({"steps": 0}, "steps=0"),
         ({"blocks": 1.5}, "blocks=1.5"),
         ({"tokens_per_sample": 1}, "tokens_per_sample=1: expected 2 to the model's 256"),
+        (
+            {"blocks": 10**6},
+            "blocks=1000000: a step needs .* GiB on each rank, and .* are free; ask for fewer",
+        ),
+        ({"mode": "decode", "blocks": 10**7, "steps": 1}, "blocks=10000000: a step needs"),
         ({"mode": "decode", "steps": 200}, "the steps need 936 positions, and the model has 256"),
         ({"data_or_texts": [[]]}, "no tokens to profile with"),
     ],

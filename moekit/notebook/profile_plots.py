@@ -95,9 +95,10 @@ def experts(profile: Profile) -> Figure:
         if layers:
             left.legend(fontsize=8)
         each = table.groupby("layer")
+        busiest = table.loc[each["rows"].idxmax()].set_index("layer")
         ratios = {
-            "rows": each["rows"].max() / each["rows"].mean(),
-            "time": each["seconds"].max() / each["seconds"].mean(),
+            name: (busiest[column] / each[column].mean()).fillna(0.0)
+            for name, column in {"rows": "rows", "time": "seconds"}.items()
         }
         for shift, (name, ratio) in zip((-0.2, 0.2), ratios.items(), strict=True):
             colour = PART_COLOURS["attention" if name == "rows" else "experts down"]
@@ -175,7 +176,7 @@ def by_batch(profiles: Sequence[Profile]) -> Figure:
         left.minorticks_off()
         plain_log(left)
         left.legend()
-        left.set_title(f"{first['mode']}, {first['world_size']} x {first['chip']}: a step by its size")
+        left.set_title(f"{first['mode']}, {first['world_size']} × {first['chip']}: a step by its size")
         bottom = np.zeros(len(profiles))
         tables = [one.shares().set_index("part")["share"] for one in profiles]
         for part in PARTS:
