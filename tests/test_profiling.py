@@ -600,6 +600,27 @@ def test_rows_of_the_experts_are_those_of_the_trace(model):
     assert set(busiest) == {1, 3, 5} and 0 < sum(busiest.values()) < 1
 
 
+def test_the_operations_of_a_real_profile_by_hand(profile, model):
+    config, mode = model.config, profile.meta["mode"]
+    d, f, sequences, steps = config.dim, config.ffn_dim, 2, 3
+    tokens = sequences * (1 if mode == "decode" else 64)
+    # Each token looks at itself and at all before it; a decode step comes after 32 + 17 tokens, the next one after one more.
+    keys = sequences * (64 * 65 / 2 if mode != "decode" else 51)
+    rows = profile.rows["rows"].sum() / (2 * steps)
+    if mode != "decode":
+        assert rows == 3 * 2 * tokens
+    wanted = {
+        "attention": 6 * (2 * tokens * 4 * d * d + 4 * keys * d),
+        "dense": 3 * 2 * tokens * 2 * d * 4 * d,
+        "gate": 3 * 2 * tokens * d * 16,
+        "experts up": 2 * rows * d * f,
+        "experts down": 2 * rows * d * f,
+        "output": 2 * (tokens if mode == "score" else sequences) * model.vocab * d,
+    }
+    found = profile.frame.groupby("part")["flop"].sum() / (2 * steps)
+    assert found[found > 0].to_dict() == pytest.approx(wanted)
+
+
 class Counting(TorchDispatchMode):
     """Counts the operations that run, by name: a witness that is no profiler."""
 

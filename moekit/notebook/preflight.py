@@ -73,7 +73,7 @@ def load_shards(p: SimpleNamespace) -> ModelConfig:
     config = _said(ckpt.survey, files).config
     _said(handle.experts_dtype, p.experts, files, config)
     _said(handle.find_dictionary, files, None)
-    _said(asked, config, p.resident, p.gpu_memory)
+    _said(asked, config, p.resident, p.gpu_memory, p.ranks == "local")
     if p.bpe is not None:
         _codec(p, files, config)
     _writable("output_dir", p.output_dir)
