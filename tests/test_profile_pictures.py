@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from made_up_profile import made_up
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from synthetic_traces import synthetic
 
@@ -114,6 +115,22 @@ def test_the_other_pictures_show_the_tables(profile):
     assert sum(bar.get_height() for bar in right.patches) == pytest.approx(2)
 
 
+def test_no_key_covers_a_label(profile):
+    """The longest bar may be the last one, and so may the busiest placement."""
+    rows = [(rank, 1, -1, "host", "", 0.016, 0.05, 0.05, 0.0, 0.0) for rank in (0, 1)]
+    frame = pd.concat([profile.frame, pd.DataFrame(rows, columns=profile.frame.columns)], ignore_index=True)
+    trace, _ = synthetic(tokens=600, layers=(1, 3), experts=6, block=50)
+    for figure in (
+        profile_plots.shares(replace(profile, frame=frame)),
+        profile_plots.placements(metrics.placement(trace, 2)),
+    ):
+        FigureCanvasAgg(figure).draw()
+        [axes], [key] = figure.axes, figure.legends
+        drawn = [*axes.texts, *axes.patches, axes.title, axes.xaxis.label]
+        assert axes.get_legend() is None and len(drawn) > 4
+        assert not any(key.get_window_extent().overlaps(one.get_window_extent()) for one in drawn)
+
+
 def test_what_placements_save(profile):
     trace, _ = synthetic(tokens=600, layers=(1,), experts=6, block=50)
     table = profiling.placements(trace, profile)
@@ -126,8 +143,8 @@ def test_what_placements_save(profile):
     )
     alone = replace(profile, meta=profile.meta | {"world_size": 1})
     assert profiling.saved(profiling.placements(trace, alone))["saved of a step"].isna().all()
-    [axes] = profile_plots.placements(table).axes
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+    [key] = profile_plots.placements(table).legends
+    assert [text.get_text() for text in key.get_texts()] == [
         "contiguous",
         "shuffled",
         "fitted",

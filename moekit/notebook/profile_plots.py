@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
     from moekit.profiling import Profile
 
+# What a rank does for others.
+ASIDE = ("dispatch", "combine", "waiting")
+
 
 def timeline(profile: Profile, steps: int = 1) -> Figure:
     """The last ``steps`` steps, one lane a rank, coloured by part; below each lane, what it does for others: exchanges in
@@ -36,16 +39,19 @@ def timeline(profile: Profile, steps: int = 1) -> Figure:
         for (rank, part), rows in frame.groupby(["rank", "part"]):
             spans = list(zip(1e3 * (begun[rows.index] - zero), 1e3 * rows["exclusive"], strict=True))
             ax.broken_barh(spans, (rank - 0.3, 0.45), color=PART_COLOURS[part], lw=0)
-            if part in ("dispatch", "combine", "waiting"):
+            if part in ASIDE:
                 ax.broken_barh(spans, (rank + 0.2, 0.17), color=PART_COLOURS[part], lw=0)
         for rank, rows in fetched.groupby("rank"):
             spans = list(zip(1e3 * (rows["start"] - zero), 1e3 * rows["duration"], strict=True))
             ax.broken_barh(spans, (rank + 0.2, 0.17), color=PART_COLOURS[FETCH], lw=0)
         ax.set_yticks(range(ranks), [f"rank {rank}" for rank in range(ranks)])
         ax.set(xlabel="ms", ylim=(ranks - 0.5, -0.5))
-        below = "exchanges and waiting for the slowest rank"
-        below += ", and experts that are fetched" if len(fetched) else ""
-        ax.set_title(f"What each rank does; below its lane, {below}")
+        below = {
+            "exchanges and waiting for the slowest rank": frame["part"].isin(ASIDE).any(),
+            "experts that are fetched": len(fetched),
+        }
+        there = ", and ".join(name for name, shown in below.items() if shown)
+        ax.set_title("What each rank does" + (f"; below its lane, {there}" if there else ""))
         fig.suptitle(_said(profile))
         ax.tick_params(left=False)
         _key(fig, [*frame["part"], *fetched["part"]])
@@ -73,7 +79,8 @@ def shares(profile: Profile) -> Figure:
         ax.set_title(
             f"{_said(profile)}: {1e3 * table['seconds'].sum():.2f} ms a step under the profiler, by part"
         )
-        ax.legend(loc="lower right")
+        # A label ends at most of these bars, wherever in the axes the key would be.
+        fig.legend(loc="outside lower right")
     return fig
 
 
@@ -207,7 +214,7 @@ def placements(table: pd.DataFrame) -> Figure:
         ax.set_xticks(range(len(layers)), [f"layer {layer}" for layer in layers])
         ax.set(ylabel="busiest rank, × mean")
         ax.set_title("Rows of the busiest rank on the half of the text that no placement was fitted to")
-        ax.legend(ncols=len(ways), fontsize=8)
+        fig.legend(loc="outside lower center", ncols=len(ways), fontsize=8)
     return fig
 
 
