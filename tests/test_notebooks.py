@@ -9,6 +9,7 @@ import nbformat
 import pandas as pd
 import papermill
 import pytest
+import trace_format
 from nbclient import NotebookClient
 from test_project import ROOT
 
@@ -117,20 +118,31 @@ def test_the_study_finds_what_is_known_of_the_demo(elsewhere):
 
 def test_where_the_time_goes_on_four_ranks(elsewhere):
     small = {"batch_blocks": [1, 2], "steps": 2, "capacity_token_fraction": 0.2}
+    small |= {"experts": "int8", "resident": 2}
     execute("profile_inference", elsewhere, world_size=4, device="cpu", output_dir="results", **small)
     results = elsewhere / "results"
     found = Profile.load(results / "profile_2.json.gz")
     assert found.meta["world_size"] == 4 and found.meta["tokens"] == 2 * 256
+    assert found.meta["experts"] == "int8" and found.meta["resident"] == 2
     # The shares of the table are those of the step that the clock of each rank measured.
     parts = pd.read_csv(results / "parts.csv").set_index("part")
     assert parts["seconds"].sum() == pytest.approx(found.profiled.mean(), rel=0.03)
-    assert {"attention", "gate", "dispatch", "experts up", "experts down", "combine", "waiting"} <= set(
-        parts.index
-    )
+    assert {
+        "attention",
+        "gate",
+        "dispatch",
+        "fetch",
+        "experts up",
+        "experts down",
+        "combine",
+        "waiting",
+    } <= set(parts.index)
     assert (pd.read_csv(results / "experts.csv").groupby("layer")["rank"].count() == 4).all()
     saved = pd.read_csv(results / "saved.csv").set_index("placement")["saved of a step"]
     assert saved["contiguous"] == 0 and saved["fitted"] > 0
-    events = json.loads(gzip.decompress((results / "trace.json.gz").read_bytes()))["traceEvents"]
+    held = trace_format.read(gzip.decompress((results / "trace.json.gz").read_bytes()))
+    assert trace_format.problems(held) == []
+    events = held["traceEvents"]
     lanes = {e["args"]["name"] for e in events if e["name"] == "process_name"}
     assert lanes == {f"rank {rank}: {what}" for rank in range(4) for what in ("host", "parts")}
     pictures = {"timeline", "parts", "experts", "roofline", "by_batch", "placements"}

@@ -8,13 +8,16 @@ import pytest
 from synthetic_traces import synthetic
 
 from moekit.arguments import ParameterError
-from moekit.notebook import preflight
+from moekit.notebook import parameters, preflight
 from moekit.paths import DEMO_BPE
 
 GOOD = {
     "checkpoint": "demo",
     "bpe": None,
     "experts": None,
+    "ranks": "local",
+    "resident": None,
+    "gpu_memory": None,
     "data": "demo",
     "subset": "valid",
     "world_size": 2,
@@ -112,11 +115,14 @@ PROFILE = {"mode": "decode", "batch_blocks": [1, 4], "steps": 3}
         ),
         ({"data": "/nowhere"}, "/nowhere"),
         ({"checkpoint": "/nowhere"}, "/nowhere does not exist"),
+        ({"resident": 2, "gpu_memory": 2**30}, "resident=2 and gpu_memory=1024MiB: give one of them"),
+        ({"ranks": "ray", "gpu_memory": "auto"}, 'gpu_memory="auto": nothing tells what is free'),
+        ({"checkpoint": "demo-dense", "resident": 2}, "resident=2 is a number of experts, .* has none"),
+        ({"checkpoint": "demo-dense", "experts": "int8"}, "experts='int8'.* no experts"),
     ],
 )
 def test_what_profile_inference_would_trip_over(changes, said):
-    names = ("checkpoint", "data", "world_size", "device", "output_dir")
-    whole = {name: getattr(given(), name) for name in names} | PROFILE
+    whole = {name: value for name, value in GOOD.items() if name in parameters.PROFILE_INFERENCE} | PROFILE
     assert preflight.profile_inference(SimpleNamespace(**whole)).experts == 16
     assert (
         preflight.profile_inference(SimpleNamespace(**whole | {"mode": "score", "steps": 61})).experts == 16

@@ -4,8 +4,10 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 from made_up_profile import made_up
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from synthetic_traces import synthetic
 
@@ -70,6 +72,23 @@ def test_the_timeline_has_a_lane_a_rank_and_shows_who_waits(profile):
     }  # fmt: skip
 
 
+def test_fetches_are_below_the_lane_also_while_others_compute(profile):
+    rows = [
+        (0, 1, 1, "fetch", "Memcpy", 0.009, 0.002, 0.0, 1e6, 0.0),
+        (0, 1, 1, "fetch", "Memcpy", 0.016, 0.001, 0.001, 5e5, 0.0),
+    ]
+    frame = pd.concat([profile.frame, pd.DataFrame(rows, columns=profile.frame.columns)], ignore_index=True)
+    [axes] = profile_plots.timeline(replace(profile, frame=frame)).axes
+    drawn = set()
+    for bars in axes.collections:
+        if to_hex(bars.get_facecolor()[0]).upper() == PART_COLOURS["fetch"]:
+            for path in bars.get_paths():
+                box = path.get_extents()
+                drawn.add((round(box.x0, 3), round(box.x1, 3), round(box.y0, 2)))
+    assert drawn == {(8, 9, -0.3), (1, 3, 0.2), (8, 9, 0.2)}
+    assert "and experts that are fetched" in axes.get_title(loc="left")
+
+
 def test_the_other_pictures_show_the_tables(profile):
     [axes] = profile_plots.shares(profile).axes
     assert [text.get_text().strip() for text in axes.texts] == [
@@ -80,6 +99,10 @@ def test_the_other_pictures_show_the_tables(profile):
     left, right = profile_plots.experts(profile).axes
     assert left.collections[0].get_offsets().tolist() == [[30, pytest.approx(6)], [10, pytest.approx(3)]]
     assert [bar.get_height() for bar in right.patches] == pytest.approx([1.5, 6 / 4.5])
+    # The busiest rank is the one with most rows, also where another one takes longer.
+    swapped = replace(profile, rows=profile.rows.assign(rank=1 - profile.rows["rank"]))
+    _, right = profile_plots.experts(swapped).axes
+    assert [bar.get_height() for bar in right.patches] == pytest.approx([1.5, 3 / 4.5])
     [axes] = profile_plots.roofline(profile).axes
     [point] = axes.collections[0].get_offsets().tolist()
     assert point == pytest.approx([15, 1.5e6 / 0.0045 / 1e12]) and [t.get_text() for t in axes.texts] == [
@@ -92,6 +115,22 @@ def test_the_other_pictures_show_the_tables(profile):
     assert sum(bar.get_height() for bar in right.patches) == pytest.approx(2)
 
 
+def test_no_key_covers_a_label(profile):
+    """The longest bar may be the last one, and so may the busiest placement."""
+    rows = [(rank, 1, -1, "host", "", 0.016, 0.05, 0.05, 0.0, 0.0) for rank in (0, 1)]
+    frame = pd.concat([profile.frame, pd.DataFrame(rows, columns=profile.frame.columns)], ignore_index=True)
+    trace, _ = synthetic(tokens=600, layers=(1, 3), experts=6, block=50)
+    for figure in (
+        profile_plots.shares(replace(profile, frame=frame)),
+        profile_plots.placements(metrics.placement(trace, 2)),
+    ):
+        FigureCanvasAgg(figure).draw()
+        [axes], [key] = figure.axes, figure.legends
+        drawn = [*axes.texts, *axes.patches, axes.title, axes.xaxis.label]
+        assert axes.get_legend() is None and len(drawn) > 4
+        assert not any(key.get_window_extent().overlaps(one.get_window_extent()) for one in drawn)
+
+
 def test_what_placements_save(profile):
     trace, _ = synthetic(tokens=600, layers=(1,), experts=6, block=50)
     table = profiling.placements(trace, profile)
@@ -102,10 +141,12 @@ def test_what_placements_save(profile):
     assert saved.loc["fitted", "saved of a step"] == pytest.approx(
         0.75 * (1 - own.loc["fitted", "value"] / own.loc["contiguous", "value"])
     )
-    alone = replace(profile, meta=profile.meta | {"world_size": 1})
-    assert profiling.saved(profiling.placements(trace, alone))["saved of a step"].isna().all()
-    [axes] = profile_plots.placements(table).axes
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+    # One rank has nothing to place, and of seven one has no expert.
+    for ranks in (1, 7):
+        other = replace(profile, meta=profile.meta | {"world_size": ranks})
+        assert profiling.saved(profiling.placements(trace, other))["saved of a step"].isna().all()
+    [key] = profile_plots.placements(table).legends
+    assert [text.get_text() for text in key.get_texts()] == [
         "contiguous",
         "shuffled",
         "fitted",

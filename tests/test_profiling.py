@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import trace_format
 from test_project import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -26,7 +27,8 @@ from moekit.profiling import PARTS, Profile, events, naming, run
 from moekit.profiling.events import Kernel, Ranges, Seen, rows_of
 from moekit.profiling.least import Cost, Pass, least, routed
 from moekit.profiling.naming import Name, named, named_of_graphs
-from moekit.profiling.table import by_part, table
+from moekit.profiling.perfetto import trace_of
+from moekit.profiling.table import COLUMNS, by_part, table
 from moekit.worker import profiling as worker
 
 LAYER = ("call", "step 0", "layer 1")
@@ -269,6 +271,84 @@ def test_kernels_share_the_cost_of_their_part():
     assert row.least == pytest.approx(20e-9) and row.of_limit == pytest.approx(0.5) and row.share == 1
 
 
+def copy_of(start: int, end: int, nbytes: int, layer: int = 1, launched: int = 0) -> Kernel:
+    """Experts that are fetched for ``layer`` while the host is in layer 1."""
+    return Kernel("Memcpy", start, end, (*LAYER, "dispatch", f"layer {layer}", f"fetch {nbytes}"), launched)
+
+
+def fetching(*kernels: Kernel, end: int) -> Seen:
+    """A rank with one call, in which each copy among ``kernels`` was asked for alone."""
+    asked = [(k.launched, k.ranges) for k in kernels if k.fetches]
+    return Seen([(0, end)], list(kernels), [], asked)
+
+
+def test_a_copy_of_experts_counts_while_nothing_else_runs():
+    one = fetching(
+        Kernel("gemv", 0, 10, (*LAYER, "gate"), 0),
+        copy_of(10, 40, 600, launched=8),
+        Kernel("_grouped_linear", 20, 30, (*LAYER, "dispatch", "experts"), 9),
+        Kernel("_grouped_linear", 45, 55, (*LAYER, "dispatch", "experts"), 12),
+        end=60,
+    )
+    frame = table([one], True, [{0: {(1, "experts up"): Cost(50.0, 0.0)}}])
+    told = [
+        (r.part, round(1e9 * r.start), round(1e9 * r.duration), round(1e9 * r.exclusive), round(r.bytes))
+        for r in frame.itertuples()
+    ]
+    assert told == [
+        ("gate", 0, 10, 10, 0),
+        ("fetch", 10, 10, 10, 300),
+        ("fetch", 20, 10, 0, 0),
+        ("experts up", 20, 10, 10, 50),
+        ("fetch", 30, 10, 10, 300),
+        ("idle", 40, 5, 5, 0),
+        ("experts down", 45, 10, 10, 0),
+        ("host", 55, 5, 5, 0),
+    ]
+    parts = by_part(frame, copy=10e9, matmul=1e12, link=24e9).set_index("part")
+    # 600 bytes at 24 a nanosecond, of 30 nanoseconds in which they moved and 20 in which nothing else ran.
+    assert parts.loc["fetch", ["seconds", "least", "of_limit"]].tolist() == pytest.approx(
+        [20e-9, 25e-9, 25 / 30]
+    )
+    assert parts.loc["experts up", ["least", "of_limit"]].tolist() == pytest.approx([5e-9, 0.5])
+    found = Profile(frame, *2 * [np.ones((1, 1))], frame, {"copy": 10e9, "matmul": 1e12, "link": 24e9})
+    # The link needs longer than all else together; a faster one would not.
+    assert found.limit == pytest.approx(25e-9)
+    assert replace(found, meta=found.meta | {"link": 600e9}).limit == pytest.approx(5e-9)
+
+
+def test_copies_that_are_hidden_keep_their_bytes():
+    """Experts of the next layer come while this one computes: its parts are named as without them."""
+    inside = (*LAYER, "dispatch", "experts")
+    one = fetching(
+        Kernel("_grouped_linear", 0, 30, inside, 0),
+        copy_of(5, 10, 100, layer=3),
+        copy_of(10, 25, 200, layer=3),
+        Kernel("_grouped_linear", 30, 40, inside, 0),
+        end=40,
+    )
+    frame = table([one], True, [{}])
+    told = [(r.layer, r.part, round(1e9 * r.exclusive), round(r.bytes)) for r in frame.itertuples()]
+    assert told == [
+        (1, "experts up", 30, 0), (3, "fetch", 0, 75), (3, "fetch", 0, 225), (1, "experts down", 10, 0),
+    ]  # fmt: skip
+    fetch = by_part(frame, copy=1e9, matmul=1e9, link=30e9).set_index("part").loc["fetch"]
+    assert fetch["seconds"] == fetch["share"] == 0
+    assert fetch["least"] == pytest.approx(10e-9) and fetch["of_limit"] == pytest.approx(0.5)
+
+
+def test_copies_of_experts_between_the_kernels_of_a_graph():
+    template = [*kernels(("a", "attention"), ("e", "experts down"), ranges=("layer 1",))]
+    template.insert(1, replace(copy_of(3, 9, 100), ranges=("layer 1", "layer 3", "fetch 100")))
+    replayed = [Kernel(name, 10 * i, 10 * i + 5, ("call", "step 2"), 7, True) for i, name in enumerate("ae")]
+    ahead = Kernel("Memcpy", 4, 12, ("call", "step 2", "layer 3", "fetch 100"), 5)
+    assert named_of_graphs([replayed[0], ahead, replayed[1]], template) == [
+        Name(2, 1, "attention"),
+        Name(2, 3, "fetch"),
+        Name(2, 1, "experts down"),
+    ]
+
+
 def test_events_of_a_gpu():
     def x(cat, name, ts, dur, tid=1, **args):
         return {"ph": "X", "cat": cat, "name": name, "ts": ts, "dur": dur, "pid": 5, "tid": tid, "args": args}
@@ -286,16 +366,25 @@ def test_events_of_a_gpu():
         x("gpu_memcpy", "Memcpy DtoH", 20, 1, tid=7, correlation=3),
         x("cuda_runtime", "cudaMemcpyAsync", 19, 3, correlation=3),
         x("user_annotation", "not ours", 12, 1),
+        x("user_annotation", "moekit: layer 5", 24, 2),
+        x("user_annotation", "moekit: fetch 640", 24, 1),
+        x("cuda_runtime", "cudaMemcpyAsync", 24.5, 0.1, correlation=4),
+        x("gpu_memcpy", "Memcpy HtoD", 25, 3, tid=8, correlation=4),
     ]
     recorded = worker.Recorded(
         events.zlib.compress(json.dumps(found).encode()), 1_000_000, 500, 0, [], [], np.zeros((1, 0, 0))
     )
     seen = events.seen(events.events_of(recorded), True)
     assert seen.calls == [(1_010_500, 1_030_500)]
-    assert [(k.name, k.start, k.graph) for k in seen.kernels] == [
-        ("flash", 1_014_500, True), ("Memcpy DtoH", 1_020_500, False)
+    assert [(k.name, k.start, k.graph, k.fetches) for k in seen.kernels] == [
+        ("flash", 1_014_500, True, False), ("Memcpy DtoH", 1_020_500, False, False), ("Memcpy HtoD", 1_025_500, False, True)
     ]  # fmt: skip
-    assert named_of_graphs(seen.kernels, seen.template) == [Name(0, 4, "attention"), Name(0, -1, "other")]
+    assert seen.fetches == [(1_024_500, ("call", "step 0", "layer 5", "fetch 640"))]
+    assert named_of_graphs(seen.kernels, seen.template) == [
+        Name(0, 4, "attention"),
+        Name(0, -1, "other"),
+        Name(0, 5, "fetch"),
+    ]
 
 
 def test_the_clock_is_read_where_it_took_least_time():
@@ -511,6 +600,27 @@ def test_rows_of_the_experts_are_those_of_the_trace(model):
     assert set(busiest) == {1, 3, 5} and 0 < sum(busiest.values()) < 1
 
 
+def test_the_operations_of_a_real_profile_by_hand(profile, model):
+    config, mode = model.config, profile.meta["mode"]
+    d, f, sequences, steps = config.dim, config.ffn_dim, 2, 3
+    tokens = sequences * (1 if mode == "decode" else 64)
+    # Each token looks at itself and at all before it; a decode step comes after 32 + 17 tokens, the next one after one more.
+    keys = sequences * (64 * 65 / 2 if mode != "decode" else 51)
+    rows = profile.rows["rows"].sum() / (2 * steps)
+    if mode != "decode":
+        assert rows == 3 * 2 * tokens
+    wanted = {
+        "attention": 6 * (2 * tokens * 4 * d * d + 4 * keys * d),
+        "dense": 3 * 2 * tokens * 2 * d * 4 * d,
+        "gate": 3 * 2 * tokens * d * 16,
+        "experts up": 2 * rows * d * f,
+        "experts down": 2 * rows * d * f,
+        "output": 2 * (tokens if mode == "score" else sequences) * model.vocab * d,
+    }
+    found = profile.frame.groupby("part")["flop"].sum() / (2 * steps)
+    assert found[found > 0].to_dict() == pytest.approx(wanted)
+
+
 class Counting(TorchDispatchMode):
     """Counts the operations that run, by name: a witness that is no profiler."""
 
@@ -556,29 +666,145 @@ def test_the_same_operations_run_under_the_profiler(model, mode):
 def test_the_file_for_perfetto_is_in_its_format(profile, tmp_path):
     path = tmp_path / "trace.json.gz"
     profile.save_trace(path)
-    held = json.loads(gzip.decompress(path.read_bytes()))
+    held = trace_format.read(gzip.decompress(path.read_bytes()))
+    assert trace_format.problems(held) == []
     found = held["traceEvents"]
-    names = {e["pid"]: e["args"]["name"] for e in found if e["ph"] == "M" and e["name"] == "process_name"}
+    names = {e["pid"]: e["args"]["name"] for e in found if e["name"] == "process_name"}
     assert sorted(names.values()) == [f"rank {r}: {what}" for r in (0, 1) for what in ("host", "parts")]
-    slices: dict = {}
-    for event in found:
-        assert isinstance(event["name"], str) and isinstance(event["pid"], int) and event["ph"] in "XMsf"
-        if event["ph"] == "X":
-            assert event["dur"] >= 0 and isinstance(event["ts"], float | int)
-            slices.setdefault((event["pid"], event["tid"]), []).append(
-                (event["ts"], event["ts"] + event["dur"])
-            )
-    assert {pid for pid, _ in slices} == set(names)
-    # Perfetto drops a slice that overlaps another one of its lane without being in it.
-    for own in slices.values():
-        open_: list[float] = []
-        for start, end in sorted(own, key=lambda one: (one[0], -one[1])):
-            while open_ and open_[-1] <= start + 2e-3:
-                open_.pop()
-            assert not open_ or end <= open_[-1] + 2e-3
-            open_.append(end)
+    assert {e["pid"] for e in found if e["ph"] == "X"} == set(names)
     lanes = [e for e in found if e.get("cat") == "part"]
-    assert sum(e["dur"] for e in lanes) == pytest.approx(1e6 * profile.frame["exclusive"].sum(), rel=1e-3)
+    assert sum(e["dur"] for e in lanes) == pytest.approx(1e6 * profile.frame["exclusive"].sum(), rel=1e-6)
+    # The profiler's own lanes are on the same clock, and begin with the first call.
+    calls = sorted(e["ts"] for e in found if e["name"] == "moekit: call")
+    assert calls[0] == 0 and len(calls) == 2 * (1 if profile.meta["mode"] == "decode" else 3)
+    first = profile.frame.groupby(["rank", "step"])["start"].min()
+    if profile.meta["mode"] != "decode":
+        assert calls == pytest.approx(sorted(1e6 * first), abs=1e-3)
+
+
+def launched() -> dict:
+    """The trace of two ranks, each with a launch in a call, a flow to its kernel, and a launch before the call."""
+
+    def x(cat, name, ts, end, pid, tid, **more):
+        return {
+            "ph": "X",
+            "cat": cat,
+            "name": name,
+            "pid": pid,
+            "tid": tid,
+            "start": ts,
+            "end": end,
+            "args": {},
+        } | more
+
+    def flow(ph, ts, pid, tid, number):
+        return {
+            "ph": ph,
+            "cat": "ac2g",
+            "name": "ac2g",
+            "pid": pid,
+            "tid": tid,
+            "start": ts,
+            "id": number,
+            "bp": "e",
+        }
+
+    own = [
+        x("user_annotation", "moekit: clock", 0, 5, 4000, 4001),
+        flow("s", 3, 4000, 4001, 8),
+        x("kernel", "late", 1000, 1400, 0, 0),
+        flow("f", 1000, 0, 0, 8),
+        # What is around comes behind what it is around.
+        x("cuda_runtime", "cudaLaunchKernel", 100, 300, 4000, 4001),
+        x("user_annotation", "moekit: call", 100, 2000, 4000, 4001),
+        flow("s", 100, 4000, 4001, 9),
+        flow("f", 1500, 0, 0, 9),
+        x("kernel", "gemm", 1500, 1900, 0, 0),
+        {"ph": "M", "name": "process_name", "pid": 0, "tid": 0, "args": {"name": "python"}},
+    ]  # fmt: skip
+    frame = pd.DataFrame(
+        [(rank, 0, 1, "attention", "gemm", 1400e-9, 400e-9, 400e-9, 1.0, 2.0) for rank in (0, 1)],
+        columns=COLUMNS,
+    )
+    return json.loads(json.dumps(trace_of(frame, [own, own], {"mode": "score"}), allow_nan=False))
+
+
+def test_flows_lanes_and_times_of_a_trace_by_hand():
+    found = launched()
+    assert trace_format.problems(found) == []
+    told = [
+        (e["ph"], e["pid"], e["tid"], e["ts"], e.get("dur"), e.get("id"), e["name"])
+        for e in found["traceEvents"]
+        if e["ph"] != "M" and e["pid"] < 200
+    ]
+    # Neither the reading of the clock nor the flow that begins there is in the trace.
+    assert told == [
+        ("X", 102, 4001, 0, 1.9, None, "moekit: call"),
+        ("X", 102, 4001, 0, 0.2, None, "cudaLaunchKernel"),
+        ("s", 102, 4001, 0, None, 1, "ac2g"),
+        ("X", 101, 1, 0.9, 0.4, None, "late"),
+        ("X", 101, 1, 1.4, 0.4, None, "gemm"),
+        ("f", 101, 1, 1.4, None, 1, "ac2g"),
+        ("X", 100, 1, 1.4, 0.4, None, "attention"),
+    ]
+    ids = [e["id"] for e in found["traceEvents"] if e["ph"] == "s"]
+    assert ids == [1, 2]
+    names = {(e["pid"], e["name"]): e["args"].get("name") for e in found["traceEvents"] if e["ph"] == "M"}
+    assert [names[pid, "process_name"] for pid in (100, 101, 102, 201)] == [
+        "rank 0: parts", "rank 0: device", "rank 0: host", "rank 1: device"
+    ]  # fmt: skip
+    assert names[101, "thread_name"] == "stream 0" and names[102, "thread_name"] == "thread 4001"
+
+
+@pytest.mark.parametrize(
+    ("phase", "name", "changes", "said"),
+    [
+        ("X", "gemm", {"ts": -0.1}, "ts is below 0"),
+        ("X", "gemm", {"ts": float("inf")}, "ts is below 0 or not finite"),
+        ("X", "gemm", {"ts": "1.4"}, "ts is no float"),
+        ("X", "gemm", {"ts": 1.4004}, "no whole number of nanoseconds"),
+        ("X", "gemm", {"dur": -0.001}, "dur is below 0"),
+        ("X", "gemm", {"dur": None}, "dur is no float"),
+        ("X", "gemm", {"pid": 0}, "pid is 0"),
+        ("X", "gemm", {"tid": "stream 7"}, "tid is no int"),
+        ("X", "gemm", {"tid": True}, "tid is no int"),
+        ("X", "gemm", {"name": ""}, "name is empty"),
+        ("X", "gemm", {"args": None}, "args is no dict"),
+        ("X", "gemm", {"ph": "Q"}, "no event of a known phase"),
+        ("X", "gemm", {"pid": 555}, r"\(555, None\) has no name"),
+        ("X", "gemm", {"tid": 77}, r"\(101, 77\) has no name"),
+        ("X", "gemm", {"ts": 1.2}, "overlaps a slice that it is not in"),
+        ("X", "gemm", {"ts": 0.5}, "before the event in front of it"),
+        ("X", "cudaLaunchKernel", {"dur": 1.901}, "overlaps a slice that it is not in"),
+        ("X", "moekit: call", {"dur": 0.1}, "overlaps a slice that it is not in"),
+        ("s", "ac2g", {"id": "0:9"}, "id is no int"),
+        ("s", "ac2g", {"id": 5}, "a flow that ends and does not begin"),
+        ("s", "ac2g", {"id": 2}, "a flow that begins 2 times"),
+        ("f", "ac2g", {"id": 5}, "a flow that does not end"),
+        ("f", "ac2g", {"bp": "s"}, "ends in the next slice"),
+        ("f", "ac2g", {"ts": 1.8}, "a flow with no slice around it"),
+        ("M", "process_name", {"args": {}}, "metadata that says nothing"),
+        ("M", "process_name", {"name": "a note"}, "metadata that says nothing"),
+        ("M", "thread_name", {"tid": 2}, r"\(10., .*\) has no name"),
+        ("M", "process_name", {"pid": 201}, r"\(201, None\) has 2 names"),
+    ],
+)
+def test_a_trace_that_is_not_in_the_format_is_seen(phase, name, changes, said):
+    """The check itself: each change to one event of a good trace is a problem."""
+    found = launched()
+    event = next(e for e in found["traceEvents"] if (e["ph"], e["name"]) == (phase, name))
+    event.update(changes)
+    told = trace_format.problems(found)
+    assert told and re.search(said, "; ".join(told)), told
+
+
+def test_a_trace_that_is_no_trace_is_seen():
+    good = launched()
+    assert trace_format.problems([]) and trace_format.problems({"traceEvents": {}})
+    assert trace_format.problems(good | {"displayTimeUnit": "s"}) == ["displayTimeUnit is neither ms nor ns"]
+    assert trace_format.problems(good | {"otherData": 1}) == ["otherData is no object"]
+    with pytest.raises(ValueError, match="NaN is no JSON"):
+        trace_format.read(json.dumps(good | {"otherData": {"copy": float("nan")}}))
 
 
 def test_a_profile_is_read_as_it_was_written(profile, tmp_path):
@@ -603,6 +829,11 @@ def test_a_profile_is_read_as_it_was_written(profile, tmp_path):
         ({"steps": 0}, "steps=0"),
         ({"blocks": 1.5}, "blocks=1.5"),
         ({"tokens_per_sample": 1}, "tokens_per_sample=1: expected 2 to the model's 256"),
+        (
+            {"blocks": 10**6},
+            "blocks=1000000: a step needs .* GiB on each rank, and .* are free; ask for fewer",
+        ),
+        ({"mode": "decode", "blocks": 10**7, "steps": 1}, "blocks=10000000: a step needs"),
         ({"mode": "decode", "steps": 200}, "the steps need 936 positions, and the model has 256"),
         ({"data_or_texts": [[]]}, "no tokens to profile with"),
     ],
@@ -656,13 +887,35 @@ def test_a_dense_model_is_profiled():
 
 
 @pytest.mark.parametrize("mode", ["score", "decode"])
-def test_experts_that_are_fetched_are_experts(mode):
-    with moekit.load("demo", 1, "cpu", resident=2, progress=False) as loaded:
+def test_experts_that_are_fetched_are_experts(mode, monkeypatch):
+    counted: list[list[int]] = []
+    kind = worker.DOING[mode]
+    timed = kind.timed
+
+    def counts(self):
+        """The bytes that each layer fetches while the profiler looks."""
+        layers = self.rank.state["model"].slots.layers
+        before = [layer.counts.nbytes for layer in layers]
+        seconds = timed(self)
+        if parts._shown[0]:
+            counted.append([layer.counts.nbytes - b for layer, b in zip(layers, before, strict=True)])
+        return seconds
+
+    monkeypatch.setattr(kind, "timed", counts)
+    with moekit.load("demo", 1, "cpu", resident=2, experts="int8", progress=False) as loaded:
         found = loaded.profile("demo", mode, steps=2, progress=False)
+        layers = loaded.config.moe_layers
     frame = found.frame
-    layers = [set(frame[frame["part"] == name]["layer"]) for name in ("experts up", "experts down")]
-    assert layers == [set(loaded.config.moe_layers)] * 2
-    assert found.meta["resident"] == 2
+    for name in ("fetch", "experts up", "experts down"):
+        assert set(frame[frame["part"] == name]["layer"]) == set(layers)
+    assert found.meta["resident"] == 2 and found.meta["experts"] == "int8"
+    assert frame["exclusive"].sum() == pytest.approx(found.profiled.sum(), rel=0.03)
+    # What the frame tells of the link is what the slots counted.
+    fetched = frame[frame["part"] == "fetch"].groupby("layer")["bytes"].sum()
+    assert fetched.loc[list(layers)].tolist() == pytest.approx(np.sum(counted, axis=0).tolist())
+    told = found.shares().set_index("part").loc["fetch"]
+    assert told["least"] == pytest.approx(fetched.sum() / 2 / found.meta["link"])
+    assert told["flop"] == 0 and told["seconds"] > 0 and told["of_limit"] > 0
 
 
 def test_remarks_of_the_profiler_are_no_output(capfd):

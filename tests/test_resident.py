@@ -400,6 +400,12 @@ def test_the_smallest_change():
     assert "0.000931 GiB are free" in nothing and "no change" in nothing
 
 
+def test_no_plan_for_more_tokens_than_positions():
+    assert moekit.plan("demo", 1, "cpu", length=257).fits
+    with pytest.raises(ValueError, match="length=258: the model has 256 positions"):
+        moekit.plan("demo", 1, "cpu", length=258)
+
+
 def test_a_model_that_does_not_fit_is_refused(monkeypatch):
     with pytest.raises(ValueError, match=r"the model does not fit: rank 0 needs 0\.\d+ GiB on cpu"):
         moekit.load("demo", 1, "cpu", gpu_memory="8MiB", progress=False)

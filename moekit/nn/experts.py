@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moekit.nn.operations import PLAIN
-from moekit.nn.parts import is_part
+from moekit.nn.parts import is_part, part
 from moekit.nn.quantise import dequantise, quantise
 
 
@@ -164,7 +164,11 @@ class QuantisedExperts(Experts):
     def expert(self, number: int) -> Expert:
         w1, b1, w2, b2 = (stack[number] for stack in self.tensors.values())
         scale1, scale2 = (scale[number] for scale in self.scales)
-        return Expert(dequantise(w1, scale1, b1.dtype), b1, dequantise(w2, scale2, b2.dtype), b2)
+        with part("experts up"):
+            w1 = dequantise(w1, scale1, b1.dtype)
+        with part("experts down"):
+            w2 = dequantise(w2, scale2, b2.dtype)
+        return Expert(w1, b1, w2, b2)
 
     def unbind(self) -> list[Expert]:
         return [self.expert(number) for number in range(self.held)]

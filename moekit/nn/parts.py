@@ -16,6 +16,8 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
+# The range of copies of experts to the device; the number of bytes follows.
+FETCH = "fetch"
 P, R = ParamSpec("P"), TypeVar("R")
 PREFIX = "moekit: "
 NOTHING = contextlib.nullcontext()

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from moekit.nn.experts import Assignment, Experts, expert_of
 from moekit.nn.operations import PLAIN
-from moekit.nn.parts import part
+from moekit.nn.parts import FETCH, part
 from moekit.nn.pinning import pin
 from moekit.nn.policies import POLICIES, Hottest, Policy
 from moekit.nn.slots import CHUNK, Slots, transit
@@ -76,9 +76,9 @@ class Resident(nn.Module):
 
     operations = PLAIN
 
-    def __init__(self, home: Experts, slots: Slots, policy: Policy, prefetch: bool = True):
+    def __init__(self, home: Experts, slots: Slots, policy: Policy, prefetch: bool, layer: int):
         super().__init__()
-        self.home, self.slots, self.policy, self.prefetch = home, slots, policy, prefetch
+        self.home, self.slots, self.policy, self.prefetch, self.layer = home, slots, policy, prefetch, layer
         self.held, self.width, self.activation = home.held, home.width, home.activation
         self.operations = home.operations
         self.homes = home.stacks()
@@ -185,9 +185,12 @@ class Resident(nn.Module):
             self.counts.hits += self.policy.take(requests.tolist())
 
     def _fetch(self, wanted: Sequence[int]) -> dict[int, int]:
+        nbytes = len(wanted) * self.slots.each
         self.counts.copied += len(wanted)
-        self.counts.nbytes += len(wanted) * self.slots.each
-        return self.slots.fetch(self.homes, wanted)
+        self.counts.nbytes += nbytes
+        # The host asks for them outside of this layer, too: ahead, and between the graphs of a step in parts.
+        with part(f"layer {self.layer}"), part(f"{FETCH} {nbytes}"):
+            return self.slots.fetch(self.homes, wanted)
 
     def _foreseen(self, needed: Container[int]) -> dict[int, int]:
         """The slots of the needed experts that were fetched ahead; the slots of the others fetched ahead become free."""
@@ -330,7 +333,7 @@ def install(model: Transformer, residence: Residence, held: range, device: torch
         if device.type == "cuda":
             pin(home)
         policy = residence.of_layer(number, held, moe.numbers)
-        moe.experts = Resident(home, model.slots, policy, residence.prefetch)
+        moe.experts = Resident(home, model.slots, policy, residence.prefetch, moe.index)
     model.slots.layers = [moe.experts for moe in moes]
     for layer, following in itertools.pairwise(model.slots.layers):
         layer.following = [following]

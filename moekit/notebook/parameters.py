@@ -203,16 +203,15 @@ EVALUATE_TASKS: Table = {
 }
 
 PROFILE_INFERENCE: Table = {
-    "checkpoint": Place(),
+    **MODEL,
+    **EXPERTS,
+    **RANKS,
+    **FETCHED,
     "data": Place(),
-    "world_size": Whole(optional=True),
-    "device": MODEL["device"],
-    "dtype": MODEL["dtype"],
     "mode": Choice(MODES),
     "batch_blocks": Wholes(),
     "steps": Whole(),
     "capacity_token_fraction": Capacity(),
-    "output_dir": Place(),
 }
 
 # names that mean a parameter of another name

@@ -67,15 +67,14 @@ def load_shards(p: SimpleNamespace) -> ModelConfig:
     Raises:
         ParameterError: what is wrong.
     """
-    if getattr(p, "ranks", "local") == "local":
+    if p.ranks == "local":
         # The devices of a cluster are known when it answers.
         _said(ranks.choose_devices, p.world_size, p.device)
     files = _said(ckpt.find, p.checkpoint)
     config = _said(ckpt.survey, files).config
-    _said(handle.experts_dtype, getattr(p, "experts", None), files, config)
+    _said(handle.experts_dtype, p.experts, files, config)
     _said(handle.find_dictionary, files, None)
-    if hasattr(p, "resident"):
-        _said(asked, config, p.resident, p.gpu_memory)
+    _said(asked, config, p.resident, p.gpu_memory, p.ranks == "local")
     if p.bpe is not None:
         _codec(p, files, config)
     _writable("output_dir", p.output_dir)
@@ -179,9 +178,8 @@ def _changes(p: SimpleNamespace, config: ModelConfig) -> None:
 
 def profile_inference(p: SimpleNamespace) -> ModelConfig:
     """As :func:`load_shards`; the data is there and the model's, and there are blocks to profile."""
-    given = SimpleNamespace(**vars(p), bpe=None, subset="valid", tokens_per_sample=None)
-    config = load_shards(given)
-    _data(given, config)
+    config = load_shards(p)
+    _data(SimpleNamespace(**vars(p), subset="valid", tokens_per_sample=None), config)
     if not p.batch_blocks or not all(p.batch_blocks):
         raise ParameterError(
             f"batch_blocks={p.batch_blocks}: expected one number of at least 1 or more of them"

@@ -10,6 +10,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from moekit.nn.parts import FETCH
 from moekit.notebook.style import INK, PART_COLOURS, STYLE, plain_log, ramp
 from moekit.profiling import PARTS
 
@@ -18,12 +19,17 @@ if TYPE_CHECKING:
 
     from moekit.profiling import Profile
 
+# What a rank does for others.
+ASIDE = ("dispatch", "combine", "waiting")
+
 
 def timeline(profile: Profile, steps: int = 1) -> Figure:
     """The last ``steps`` steps, one lane a rank, coloured by part; below each lane, what it does for others: exchanges in
-    colour, and waiting for the slowest rank in grey."""
+    colour, and waiting for the slowest rank in grey. Experts that are fetched are there, too, also while others compute."""
     frame = profile.frame
-    frame = frame[(frame["exclusive"] > 0) & (frame["step"] > frame["step"].max() - steps)]
+    frame = frame[frame["step"] > frame["step"].max() - steps]
+    fetched = frame[frame["part"] == FETCH]
+    frame = frame[frame["exclusive"] > 0]
     begun = frame["start"] + frame["duration"] - frame["exclusive"]
     zero = begun.min()
     ranks = int(frame["rank"].max()) + 1
@@ -33,14 +39,22 @@ def timeline(profile: Profile, steps: int = 1) -> Figure:
         for (rank, part), rows in frame.groupby(["rank", "part"]):
             spans = list(zip(1e3 * (begun[rows.index] - zero), 1e3 * rows["exclusive"], strict=True))
             ax.broken_barh(spans, (rank - 0.3, 0.45), color=PART_COLOURS[part], lw=0)
-            if part in ("dispatch", "combine", "waiting"):
+            if part in ASIDE:
                 ax.broken_barh(spans, (rank + 0.2, 0.17), color=PART_COLOURS[part], lw=0)
+        for rank, rows in fetched.groupby("rank"):
+            spans = list(zip(1e3 * (rows["start"] - zero), 1e3 * rows["duration"], strict=True))
+            ax.broken_barh(spans, (rank + 0.2, 0.17), color=PART_COLOURS[FETCH], lw=0)
         ax.set_yticks(range(ranks), [f"rank {rank}" for rank in range(ranks)])
         ax.set(xlabel="ms", ylim=(ranks - 0.5, -0.5))
-        ax.set_title("What each rank does; below its lane, exchanges and waiting for the slowest rank")
+        below = {
+            "exchanges and waiting for the slowest rank": frame["part"].isin(ASIDE).any(),
+            "experts that are fetched": len(fetched),
+        }
+        there = ", and ".join(name for name, shown in below.items() if shown)
+        ax.set_title("What each rank does" + (f"; below its lane, {there}" if there else ""))
         fig.suptitle(_said(profile))
         ax.tick_params(left=False)
-        _key(fig, frame["part"])
+        _key(fig, [*frame["part"], *fetched["part"]])
     return fig
 
 
@@ -65,7 +79,8 @@ def shares(profile: Profile) -> Figure:
         ax.set_title(
             f"{_said(profile)}: {1e3 * table['seconds'].sum():.2f} ms a step under the profiler, by part"
         )
-        ax.legend(loc="lower right")
+        # A label ends at most of these bars, wherever in the axes the key would be.
+        fig.legend(loc="outside lower right")
     return fig
 
 
@@ -87,9 +102,10 @@ def experts(profile: Profile) -> Figure:
         if layers:
             left.legend(fontsize=8)
         each = table.groupby("layer")
+        busiest = table.loc[each["rows"].idxmax()].set_index("layer")
         ratios = {
-            "rows": each["rows"].max() / each["rows"].mean(),
-            "time": each["seconds"].max() / each["seconds"].mean(),
+            name: (busiest[column] / each[column].mean()).fillna(0.0)
+            for name, column in {"rows": "rows", "time": "seconds"}.items()
         }
         for shift, (name, ratio) in zip((-0.2, 0.2), ratios.items(), strict=True):
             colour = PART_COLOURS["attention" if name == "rows" else "experts down"]
@@ -160,14 +176,14 @@ def by_batch(profiles: Sequence[Profile]) -> Figure:
             color=PART_COLOURS["attention"],
             label="measured",
         )
-        least = [1e3 * one.shares()["least"].sum() for one in profiles]
+        least = [1e3 * one.limit for one in profiles]
         left.plot(blocks, least, marker="o", color=INK, ls="--", label="the chip's limit")
         left.set(xlabel=f"{unit} a step and rank", ylabel="ms a step", xscale="log", yscale="log")
         left.set_xticks(blocks, names)
         left.minorticks_off()
         plain_log(left)
         left.legend()
-        left.set_title(f"{first['mode']}, {first['world_size']} x {first['chip']}: a step by its size")
+        left.set_title(f"{first['mode']}, {first['world_size']} × {first['chip']}: a step by its size")
         bottom = np.zeros(len(profiles))
         tables = [one.shares().set_index("part")["share"] for one in profiles]
         for part in PARTS:
@@ -198,7 +214,7 @@ def placements(table: pd.DataFrame) -> Figure:
         ax.set_xticks(range(len(layers)), [f"layer {layer}" for layer in layers])
         ax.set(ylabel="busiest rank, × mean")
         ax.set_title("Rows of the busiest rank on the half of the text that no placement was fitted to")
-        ax.legend(ncols=len(ways), fontsize=8)
+        fig.legend(loc="outside lower center", ncols=len(ways), fontsize=8)
     return fig
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from moekit.profiling import Profile
     from moekit.routing.trace import Trace
 
-# Ranks that a placement is looked at for, where the model runs on one.
+# Ranks that a placement is looked at for, where the model's own leave nothing to place.
 RANKS = 4
 
 
@@ -38,7 +38,7 @@ def overview(profiles: Mapping[int, Profile]) -> pd.DataFrame:
                 "tokens a second": one.meta["world_size"] * one.meta["tokens"] / one.step,
                 "slowdown": one.slowdown,
                 "ms by the parts": 1e3 * table["seconds"].sum(),
-                "limit ms": 1e3 * table["least"].sum(),
+                "limit ms": 1e3 * one.limit,
                 "at work": table.loc[working, "share"].sum(),
             }
         )
@@ -46,9 +46,10 @@ def overview(profiles: Mapping[int, Profile]) -> pd.DataFrame:
 
 
 def placements(trace: Trace, profile: Profile) -> pd.DataFrame:
-    """``metrics.placement`` for the profile's ranks, or for :data:`RANKS` where it has one: then nothing is ``saved``."""
+    """``metrics.placement`` for the profile's ranks. Where it has one, or more than a layer has experts, it is for
+    :data:`RANKS`, and nothing is ``saved``."""
     ranks = profile.meta["world_size"]
-    if ranks == 1:
+    if ranks == 1 or ranks > trace.num_experts:
         return metrics.placement(trace, min(RANKS, trace.num_experts))
     return metrics.placement(trace, ranks, share=profile.busiest())
 

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from moekit.checkpoint import stamp
+from moekit.nn.config import DENSE
 from moekit.routing.compare import Comparison, compare
 from moekit.worker import originals
 
@@ -50,6 +51,8 @@ def quantisation(
             sense.
         moekit.ranks.RankError: a rank failed.
     """
+    if not model.config.moe_layers:
+        raise ValueError(f"{DENSE} to quantise; expected a model with experts")
     if model.experts is None:
         raise ValueError(
             "the model's experts are as the files have them: load it with experts='int8' or 'fp8' to compare the two"

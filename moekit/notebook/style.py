@@ -26,6 +26,7 @@ PART_COLOURS = {
     "gate": "#FFAABB",
     "plan": "#E8C4E0",
     "dispatch": "#EE8866",
+    "fetch": "#C5705D",
     "experts up": "#EEDD88",
     "experts down": "#AAAA00",
     "combine": "#F5B48F",

@@ -10,16 +10,19 @@ import torch
 
 from moekit.arguments import Whole, check, shown
 from moekit.nn.config import ModelConfig
-from moekit.planning.runs import GIB, Memory, Room, Run
+from moekit.planning.runs import Memory, Room, Run
 
 # The share of a GPU's memory that a run leaves free, since the spaces between tensors cannot be used.
 SPARE = 0.03
 
 
 def asked(
-    config: ModelConfig, resident: int | None, gpu_memory: str | float | None
+    config: ModelConfig, resident: int | None, gpu_memory: str | float | None, known: bool = True
 ) -> tuple[int | None, float | str | None]:
     """The arguments ``resident`` and ``gpu_memory`` of :func:`moekit.load`, checked.
+
+    Args:
+        known: whether something tells what is free on the devices.
 
     Raises:
         ValueError: they make no sense, both are given, or the model has no experts.
@@ -27,10 +30,14 @@ def asked(
     count = check("resident", resident, Whole(optional=True))
     limit = check("gpu_memory", gpu_memory, Memory(optional=True))
     if count is not None and limit is not None:
-        told = shown(limit) if isinstance(limit, str) else f"{limit / GIB:.3g}GiB"
+        told = shown(limit) if isinstance(limit, str) else f"{limit / 2**20:.0f}MiB"
         raise ValueError(f"resident={count} and gpu_memory={told}: give one of them, the other follows")
     if count is not None and not config.moe_layers:
         raise ValueError(f"resident={count} is a number of experts, and this model has none: leave it out")
+    if limit == "auto" and not known:
+        raise ValueError(
+            'gpu_memory="auto": nothing tells what is free on the devices; name it, such as "14GiB"'
+        )
     return count, limit
 
 
@@ -43,16 +50,13 @@ def chosen(run: Run, free: Room, resident: int | None, gpu_memory: str | float |
     Raises:
         ValueError: they make no sense, or both are given.
     """
-    resident, limit = asked(run.config, resident, gpu_memory)
+    known = not any(math.isnan(one) for one in free.devices)
+    resident, limit = asked(run.config, resident, gpu_memory, known)
     if resident is not None:
         run = replace(run, resident=resident)
         return (run if run.fetched else replace(run, resident=None)), free
     if limit is None:
         return run, free
-    if limit == "auto" and any(math.isnan(one) for one in free.devices):
-        raise ValueError(
-            'gpu_memory="auto": nothing tells what is free on the devices; name it, such as "14GiB"'
-        )
     if limit != "auto":
         free = replace(free, devices=tuple(min(limit, one) if one == one else limit for one in free.devices))
     within = replace(free, devices=tuple(one * (1 - SPARE) for one in free.devices))

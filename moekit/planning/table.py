@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from moekit import checkpoint as ckpt
 from moekit.arguments import Choice, Whole, check
 from moekit.handle import experts_dtype, find_dictionary, weights_dtype
+from moekit.nn.config import ModelConfig
 from moekit.nn.operations import choose_backend
 from moekit.planning.fitting import advice, chosen
 from moekit.planning.runs import GIB, Room, Run, room, unknown
@@ -74,7 +75,7 @@ def plan(
         ranks: "local" (as None), or "ray": then what is free is unknown, and everything fits.
 
     Raises:
-        ValueError: the checkpoint is not what it should be, or an argument makes no sense.
+        ValueError: the checkpoint is not what it should be, or an argument makes no sense, such as more tokens than positions.
     """
     files = ckpt.find(checkpoint)
     known = find_dictionary(files, dictionary)
@@ -93,11 +94,21 @@ def plan(
         kind is not None,
         check("tokens", tokens, Whole(optional=True)),
         check("sequences", sequences, Whole(0)),
-        check("length", length, Whole(optional=True)),
+        _length(length, found.config),
     )
     free = room(devices) if where == "local" else unknown(len(devices))
     run, within = chosen(run, free, resident, gpu_memory)
     return described(run, free, within)
+
+
+def _length(length: int | None, config: ModelConfig) -> int | None:
+    length = check("length", length, Whole(optional=True))
+    # The last token that is written takes no position.
+    if length is not None and length > config.max_positions + 1:
+        raise ValueError(
+            f"length={length}: the model has {config.max_positions} positions; plan for fewer tokens"
+        )
+    return length
 
 
 def described(run: Run, free: Room, within: Room) -> MemoryPlan:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import bisect
 import json
+import math
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from moekit.nn.parts import PREFIX
+from moekit.nn.parts import FETCH, PREFIX
 from moekit.worker.profiling import CALL, TEMPLATE, Recorded
 
 # Categories of what runs on a device.
@@ -41,21 +42,38 @@ class Kernel:
     launched: int
     graph: bool = False
 
+    @property
+    def fetches(self) -> bool:
+        """Whether it copies experts to the device."""
+        return self.ranges[-1:] != () and self.ranges[-1].startswith(f"{FETCH} ")
+
 
 @dataclass(frozen=True)
 class Seen:
-    """What one rank did: its calls (start, end), the kernels in them, and those of the pass that names a graph's."""
+    """What one rank did.
+
+    Attributes:
+        calls: start and end of each.
+        kernels: those in the calls.
+        template: those of the pass that names a graph's.
+        fetches: for each time that experts were fetched in a call: when, and the ranges around it, whose last one has the bytes.
+    """
 
     calls: list[tuple[int, int]]
     kernels: list[Kernel]
     template: list[Kernel]
+    fetches: list[tuple[int, tuple[str, ...]]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Row:
-    """A kernel, or a time without one, as a row of the table: ``exclusive`` is what no earlier kernel ran through."""
+    """A kernel, or a time without one, as a row of the table: ``exclusive`` is what no earlier kernel ran through.
+
+    ``place`` is that of the kernel among those of the call; for a time without one, of the kernel that follows it.
+    """
 
     call: int
+    place: int
     kernel: Kernel
     start: int
     duration: int
@@ -90,6 +108,11 @@ def seen(events: Sequence[dict[str, Any]], on_device: bool) -> Seen:
         calls,
         [k for k in kernels if CALL in k.ranges],
         [replace(k, ranges=k.ranges[1:]) for k in kernels if k.ranges[:1] == (TEMPLATE,)],
+        [
+            (start, around)
+            for start, _, name in ranges.all
+            if name.startswith(f"{FETCH} ") and CALL in (around := ranges.around(start))
+        ],
     )
 
 
@@ -157,23 +180,69 @@ def rows_of(call: int, start: int, end: int, kernels: Sequence[Kernel], on_devic
     """Every moment of a call from ``start`` to ``end`` as one row's ``exclusive`` time.
 
     The time of two kernels at once counts for the one that began first. A time without a kernel is "idle" if the next kernel
-    was launched already, and "host" if the device waits for the host.
+    was launched already, and "host" if the device waits for the host. A GPU fetches experts beside what it computes: of such
+    a copy, only the time in which no kernel runs is exclusive, and the copy is a row for each time with and without one.
     """
     rows: list[Row] = []
+    copies: list[tuple[int, Kernel]] = []
     now = start
 
-    def gap(until: int, following: Kernel | None) -> None:
+    def gap(until: int, place: int) -> None:
         if until > now:
+            following = kernels[place] if place < len(kernels) else None
             queued = on_device and following is not None and following.launched < now
             ranges = () if following is None else following.ranges
             nothing = Kernel("", now, until, ranges, now)
-            rows.append(Row(call, nothing, now, until - now, until - now, "idle" if queued else "host"))
+            rows.append(
+                Row(call, place, nothing, now, until - now, until - now, "idle" if queued else "host")
+            )
 
-    for kernel in kernels:
-        gap(min(kernel.start, end), kernel)
+    for place, kernel in enumerate(kernels):
+        if on_device and kernel.fetches:
+            copies.append((place, kernel))
+            continue
+        gap(min(kernel.start, end), place)
         now = max(now, min(kernel.start, end))
         exclusive = max(0, min(kernel.end, end) - now)
-        rows.append(Row(call, kernel, kernel.start, kernel.end - kernel.start, exclusive))
+        rows.append(Row(call, place, kernel, kernel.start, kernel.end - kernel.start, exclusive))
         now = max(now, min(kernel.end, end))
-    gap(end, None)
-    return rows
+    gap(end, len(kernels))
+    return _with_copies(call, end, rows, copies) if copies else rows
+
+
+def _with_copies(call: int, end: int, rows: list[Row], copies: list[tuple[int, Kernel]]) -> list[Row]:
+    """``rows``, where ``copies`` take the times in which nothing else runs."""
+    gaps = [(row.start, row.start + row.duration) for row in rows if row.waits]
+    found: list[Row] = []
+    taken: list[tuple[int, int]] = []
+    for place, copy in copies:
+        begun, over = max(copy.start, taken[-1][1]) if taken else copy.start, min(copy.end, end)
+        if begun >= over:
+            continue
+        taken.append((begun, over))
+        for a, b, waited in _pieces(begun, over, gaps):
+            found.append(Row(call, place, copy, a, b - a, waited * (b - a)))
+    for row in rows:
+        if not row.waits:
+            found.append(row)
+            continue
+        for a, b, copied in _pieces(row.start, row.start + row.duration, taken):
+            if not copied:
+                found.append(replace(row, start=a, duration=b - a, exclusive=b - a))
+    return sorted(found, key=lambda row: row.start)
+
+
+def _pieces(start: int, end: int, spans: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, bool]]:
+    """The pieces of a time within ``spans``, which are sorted and apart, and those between them: start, end, whether within."""
+    now = start
+    for left, right in spans[max(0, bisect.bisect_right(spans, (start, math.inf)) - 1) :]:
+        if left >= end:
+            break
+        if right <= now:
+            continue
+        if left > now:
+            yield now, left, False
+        yield max(left, now), min(right, end), True
+        now = min(right, end)
+    if now < end:
+        yield now, end, False

@@ -2,7 +2,7 @@
 
 A part reads its inputs and its weights once, and writes its result once. A product and a sum are two operations, and only those
 of matrix products and of attention count. Of experts, those with a row are read. Exchanges count what a rank sends and what it
-receives.
+receives. Experts that are fetched are not known beforehand: table.py counts the bytes that crossed the link.
 
 Shape letters: N tokens, D model dim, F expert width, V dictionary, H dense width, K choices a token, E experts.
 """

@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from moekit.nn.parts import FETCH
 from moekit.profiling.events import Kernel
 from moekit.worker.profiling import CALL
 
@@ -24,6 +25,7 @@ PARTS = (
     "gate",
     "plan",
     "dispatch",
+    FETCH,
     "experts up",
     "experts down",
     "combine",
@@ -81,6 +83,8 @@ def placed(ranges: Sequence[str], step: int = 0) -> Name:
             layer, part = int(number), ""
         elif name in ("experts", *PARTS):
             part = name
+        elif kind == FETCH and number.isdigit():
+            part = FETCH
     return Name(step, layer, part)
 
 
@@ -91,10 +95,14 @@ def named(kernels: Sequence[Kernel]) -> list[Name]:
     step, products, begun = 0, 0, False
     for kernel in kernels:
         # What comes after a step, such as the copy of its results, belongs to it.
-        step, layer, part = placed(kernel.ranges, step if kernel.ranges[:1] == CALLED else 0)
+        step, layer, part = name = placed(kernel.ranges, step if kernel.ranges[:1] == CALLED else 0)
+        if part == FETCH:
+            # It may be of another layer than the kernels that it runs beside.
+            found.append(name)
+            continue
         if (step, layer) != before:
             before, products, begun = (step, layer), 0, False
-        own = next((of for name, of in BY_NAME.items() if kernel.name.startswith(name)), None)
+        own = next((of for begin, of in BY_NAME.items() if kernel.name.startswith(begin)), None)
         if part not in ("experts", "dispatch"):
             part = part or own or "other"
         elif own is not None:
@@ -113,6 +121,8 @@ def named(kernels: Sequence[Kernel]) -> list[Name]:
 def named_of_graphs(kernels: Sequence[Kernel], template: Sequence[Kernel]) -> list[Name]:
     """Name all kernels of a rank: those of a CUDA graph by the same kernels, in the same order, of ``template``."""
     found = named(kernels)
+    # No graph fetches experts: the host does, between the parts of a step.
+    template = [kernel for kernel in template if not kernel.fetches]
     names = named(template)
     launches: dict[int, list[int]] = defaultdict(list)
     for place, kernel in enumerate(kernels):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moekit import results
+from moekit.nn.parts import FETCH
 from moekit.profiling import table
 from moekit.profiling.perfetto import trace_of
 
@@ -29,14 +31,16 @@ class Profile:
             ran, so that those of a rank sum up to its steps; ``bytes`` and ``flop`` that it had to move and to compute at
             least: a part's (moekit/profiling/least.py), shared among its kernels by their time. A rank that waits in an
             exchange for the slowest rank is ``waiting``; between kernels, a GPU is ``idle`` if the next one was launched
-            already, and waits for the ``host`` if not.
+            already, and waits for the ``host`` if not. ``fetch`` is the copying of experts from host memory, and its bytes
+            are those that were fetched. A GPU copies beside what it computes: a copy is then ``exclusive`` while nothing
+            else runs.
         plain, profiled: [W, steps] seconds of the steps, measured by the clock of the process, without and with the profiler;
             of "decode" there are more of the former.
         rows: what the experts got: ``rank``, ``step``, ``layer``, ``rows``, and ``experts`` with a row.
         meta: ``mode``, ``blocks``, ``tokens`` (a step and rank), ``world_size``, ``device``, ``dtype``, ``experts``
             (their type: "int8", "fp8" or None), ``resident`` (how many a layer are in slots; None: all), ``backend``,
-            ``capacity_token_fraction``, ``chip``, ``copy`` (bytes a second), ``matmul`` (operations a second), ``jitter``
-            (seconds by which the ranks' clocks may differ), ``versions``.
+            ``capacity_token_fraction``, ``chip``, ``copy`` (bytes a second), ``matmul`` (operations a second), ``link``
+            (bytes a second from host memory), ``jitter`` (seconds by which the ranks' clocks may differ), ``versions``.
         events: the profiler's own events of each rank; not saved.
     """
 
@@ -66,7 +70,18 @@ class Profile:
 
     def shares(self) -> pd.DataFrame:
         """The mean step by part, see :func:`moekit.profiling.table.by_part`."""
-        return table.by_part(self.frame, self.meta["copy"], self.meta["matmul"])
+        # Profiles of an earlier version fetched nothing, and know no link.
+        link = self.meta.get("link", math.nan)
+        return table.by_part(self.frame, self.meta["copy"], self.meta["matmul"], link)
+
+    @property
+    def limit(self) -> float:
+        """The least seconds of the mean step: of its parts one after the other, or of its fetches if they take longer.
+
+        ``max(sum of least of the other parts, bytes fetched / link)``, since experts can be fetched beside all other work.
+        """
+        parts = self.shares().set_index("part")["least"]
+        return max(parts.drop(FETCH, errors="ignore").sum(), parts.get(FETCH, 0.0))
 
     def experts(self) -> pd.DataFrame:
         """The experts' time beside the rows they got.
@@ -140,6 +155,6 @@ class Profile:
             raise ValueError(
                 "this profile was read from a file and has no events; write the trace where it was made"
             )
-        held = json.dumps(trace_of(self.frame, self.events, self.meta)).encode()
+        held = json.dumps(trace_of(self.frame, self.events, self.meta), allow_nan=False).encode()
         with results.whole(path, make=True) as part:
             part.write_bytes(gzip.compress(held, 6))

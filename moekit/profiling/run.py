@@ -14,17 +14,19 @@ from moekit.batches import text_batches
 from moekit.fairseq_data import Data, is_data
 from moekit.interrupts import import_whole
 from moekit.nn.config import ModelConfig
+from moekit.nn.memory import Sizes
 from moekit.profiling.events import Seen, events_of, seen
 from moekit.profiling.least import Cost, Pass, least, routed
 from moekit.profiling.profile import Profile
 from moekit.profiling.table import table
 from moekit.progress import bar as progress_bar
+from moekit.ranks.machine import gpus, host_memory
 from moekit.routing.placement import contiguous
 from moekit.symbols import PAD
 from moekit.versions import versions
 from moekit.worker import profiling as worker
 from moekit.worker.decoding import Prompt
-from moekit.worker.measuring import Ceilings, ceilings, slowest
+from moekit.worker.measuring import GIB, Ceilings, ceilings, slowest
 from moekit.worker.profiling import Recorded, Work, steps_in_all
 
 if TYPE_CHECKING:
@@ -85,6 +87,7 @@ def profile(
     seed = check("seed", seed, Whole(0))
     positions(self.config, mode, steps, length)
     fraction = self.capacity(capacity_token_fraction)
+    _room(self, mode, steps, blocks, length)
     ids, vocab = _tokens(self, data_or_texts, subset, self.world_size * blocks * length)
     work = Work(mode, steps, fraction, vocab, seed, intervention=self.intervention)
     work = _filled(self, work, ids, blocks, length)
@@ -122,6 +125,28 @@ def positions(config: ModelConfig, mode: str, steps: int, length: int) -> None:
         raise ValueError(
             f"steps={steps}: prompts of {_prompt(length)} tokens and the steps need {last} positions, and the model has "
             f"{config.max_positions}; ask for fewer steps"
+        )
+
+
+def _room(model: Handle, mode: str, steps: int, blocks: int, length: int) -> None:
+    """Raise a ValueError if so many blocks surely do not fit: a rank that runs out of memory may take the model with it."""
+    if any(model.ranks.nodes) or not model.parts:
+        return
+    sizes = Sizes(model.config, model.dtype, model.experts is not None)
+    read = blocks * (_prompt(length) if mode == "decode" else length)
+    needed = sizes.workspace(read, model.config.vocab_rows, model.parts[0]["backend"], model.device)
+    if mode != "score":
+        needed += sizes.cache(blocks, _prompt(length) + steps_in_all(steps) if mode == "decode" else length)
+    if model.device == "cpu":
+        free = host_memory("MemAvailable") / model.world_size
+    else:
+        own = gpus()
+        pairs = zip(model.ranks.devices, model.parts, strict=True)
+        free = min(own[device.index].total - part["bytes"] for device, part in pairs)
+    if needed > free:
+        raise ValueError(
+            f"blocks={blocks}: a step needs {needed / GIB:.3g} GiB on each rank, and {free / GIB:.3g} GiB are free; ask for fewer "
+            "blocks"
         )
 
 
@@ -170,6 +195,7 @@ def _profile(model: Handle, work: Work, blocks: int, chip: Ceilings, found: Sequ
         "chip": chip.device.split(" x ", 1)[-1],
         "copy": chip.copy,
         "matmul": chip.matmul,
+        "link": chip.fetch,
         "jitter": max(one.jitter for one in found) / 1e9,
         "versions": versions(),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -9,9 +10,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from moekit.nn.parts import FETCH
 from moekit.profiling.events import Row, Seen, rows_of
 from moekit.profiling.least import Cost
-from moekit.profiling.naming import NO_WORK, OUTSIDE, PARTS, Name, is_exchange, named_of_graphs
+from moekit.profiling.naming import NO_WORK, OUTSIDE, PARTS, Name, is_exchange, named_of_graphs, placed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,16 +47,15 @@ def table(
     """
     import pandas as pd
 
-    found = [_of_rank(one, on_device) for one in ranks]
+    found, fetched = zip(*(_of_rank(one, on_device) for one in ranks), strict=True)
     _wait_apart(found)
     zero = min(start for one in ranks for start, _ in one.calls)
     records = []
     for rank, rows in enumerate(found):
-        shares = _shares(rows)
-        for row, name in rows:
+        for (row, name), share in zip(rows, _shares(rows), strict=True):
             cost = costs[rank].get(name.step, {}).get((name.layer, name.part), Cost())
-            whole = shares[name]
-            share = row.exclusive / whole if whole else 0.0
+            if name.part == FETCH:
+                cost = Cost(fetched[rank][name])
             records.append(
                 (
                     rank,
@@ -73,9 +74,13 @@ def table(
     return frame.sort_values(["rank", "start"], kind="stable", ignore_index=True)
 
 
-def _of_rank(one: Seen, on_device: bool) -> list[Named]:
-    """The rows of a rank, with their names; each call counts on from the steps of those before it."""
+def _of_rank(one: Seen, on_device: bool) -> tuple[list[Named], dict[Name, int]]:
+    """The rows of a rank, with their names, and the bytes of the experts that it fetched.
+
+    Each call counts on from the steps of those before it.
+    """
     found: list[Named] = []
+    fetched: dict[Name, int] = defaultdict(int)
     names = named_of_graphs(one.kernels, one.template)
     first = 0
     for call, (start, end) in enumerate(one.calls):
@@ -83,18 +88,19 @@ def _of_rank(one: Seen, on_device: bool) -> list[Named]:
         rows = rows_of(call, start, end, [one.kernels[i] for i in inside], on_device)
         steps = max((names[i].step for i in inside), default=0) + 1
         known = [names[i] for i in inside] + [Name(steps - 1, OUTSIDE, "")]
-        kernels = 0
         for row in rows:
             # A time without a kernel goes with the kernel that follows it.
-            name = known[kernels]
-            kernels += not row.waits
-            name = name._replace(step=first + name.step, part=row.waits or name.part)
-            found.append((row, name))
+            name = known[row.place]
+            found.append((row, name._replace(step=first + name.step, part=row.waits or name.part)))
+        for at, ranges in one.fetches:
+            if start <= at < end:
+                name = placed(ranges)
+                fetched[name._replace(step=first + name.step)] += int(ranges[-1].removeprefix(FETCH))
         first += steps
-    return found
+    return found, fetched
 
 
-def _wait_apart(ranks: list[list[Named]]) -> None:
+def _wait_apart(ranks: Sequence[list[Named]]) -> None:
     """Split each exchange at the moment when the last rank comes to it: until then, a rank is "waiting"."""
     places = [[i for i, (row, _) in enumerate(rows) if is_exchange(row.kernel.name)] for rows in ranks]
     if len(ranks) == 1 or len({len(own) for own in places}) != 1:
@@ -124,32 +130,49 @@ def _wait_apart(ranks: list[list[Named]]) -> None:
         ranks[rank][:] = found
 
 
-def _shares(rows: Sequence[Named]) -> dict[Name, int]:
-    """The exclusive time of all rows of a name: they share its least cost by their times."""
-    found: dict[Name, int] = defaultdict(int)
+def _shares(rows: Sequence[Named]) -> list[float]:
+    """What each row has of its name's least cost: rows of a name share it by their exclusive times.
+
+    If these are zero, as those of copies that other kernels run through, they share it by their durations.
+    """
+    alone: dict[Name, int] = defaultdict(int)
+    whole: dict[Name, int] = defaultdict(int)
     for row, name in rows:
-        found[name] += row.exclusive
-    return found
+        alone[name] += row.exclusive
+        whole[name] += row.duration
+    return [
+        row.exclusive / alone[name] if alone[name] else row.duration / whole[name] if whole[name] else 0.0
+        for row, name in rows
+    ]
 
 
-def by_part(frame: pd.DataFrame, copy: float, matmul: float) -> pd.DataFrame:
+def by_part(frame: pd.DataFrame, copy: float, matmul: float, link: float = math.nan) -> pd.DataFrame:
     """The mean step of a rank by part, beside the limit of the chip.
+
+    The least time of a part in a layer is ``max(bytes / copy, flop / matmul)``, and that of "fetch" is ``bytes / link``: experts
+    that are fetched cross the link once.
 
     Args:
         copy: bytes per second of a copy.
         matmul: operations per second of a large product.
+        link: bytes per second from host memory, which "fetch" alone needs.
 
     Returns:
         ``part``, ``seconds`` (of a step and rank), ``share`` (of the step), ``bytes`` and ``flop`` (at least), ``least``
-        (seconds in which the chip could do that), ``of_limit`` (``least / seconds``; NaN for what is no work).
+        (seconds in which the chip could do that), ``of_limit`` (``least / seconds``; NaN for what is no work). A GPU fetches
+        beside what it computes: the ``seconds`` of "fetch" are those in which nothing else runs, and its ``of_limit`` is
+        of all the time that its copies take.
     """
     steps, ranks = frame["step"].nunique(), frame["rank"].nunique()
-    cells = frame.groupby(["rank", "step", "layer", "part"])[["exclusive", "bytes", "flop"]].sum()
+    cells = frame.groupby(["rank", "step", "layer", "part"])[["exclusive", "duration", "bytes", "flop"]].sum()
     cells["least"] = np.maximum(cells["bytes"] / copy, cells["flop"] / matmul)
+    fetched = cells.index.get_level_values("part") == FETCH
+    cells.loc[fetched, "least"] = cells.loc[fetched, "bytes"] / link
     found = cells.groupby("part").sum() / (steps * ranks)
     found = found.reindex([part for part in PARTS if part in found.index]).reset_index()
     found = found.rename(columns={"exclusive": "seconds"})
     found.insert(2, "share", found["seconds"] / found["seconds"].sum())
-    worked = ~found["part"].isin(NO_WORK) & (found["seconds"] > 0) & (found["least"] > 0)
-    found["of_limit"] = (found["least"] / found["seconds"]).where(worked)
+    took = found["seconds"].where(found["part"] != FETCH, found.pop("duration"))
+    worked = ~found["part"].isin(NO_WORK) & (took > 0) & (found["least"] > 0)
+    found["of_limit"] = (found["least"] / took).where(worked)
     return found

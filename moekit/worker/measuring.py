@@ -96,7 +96,11 @@ def ceilings(rank: Rank, dtype: torch.dtype) -> Ceilings:
     a, b = (torch.rand(n, n, device=device).to(dtype) for _ in range(2))
     product = torch.empty(n, n, device=device, dtype=dtype)
     matmul = 2 * n**3 / min(seconds(lambda: torch.mm(a, b, out=product), device, **how))
-    name = torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} threads"
+    name = (
+        torch.cuda.get_device_name(device)
+        if on_gpu
+        else f"CPU, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() != 1)}"
+    )
     return Ceilings(copy, matmul, fetch, name)
 
 

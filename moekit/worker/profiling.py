@@ -148,7 +148,8 @@ def looked_at(rank: Rank, doing: Score | Prefill | Decode) -> tuple[bytes, int, 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "events.json"
         profiler.export_chrome_trace(str(path))
-        found = json.loads(path.read_text())
+        # The profiler may write NaN, which no reader of JSON has to take.
+        found = json.loads(path.read_text(), parse_constant=lambda _: None)
     base = int(found.get("baseTimeNanoseconds", 0))
     events = [e for e in found["traceEvents"] if e.get("cat") in KEPT or e.get("ph") == "M"]
     return zlib.compress(json.dumps(events).encode(), 3), base, clock_of(events, base, readings), profiled
