@@ -1,5 +1,7 @@
 """Pictures with descriptions, tables as LaTeX, settings, and the explorer within a notebook."""
 
+from types import SimpleNamespace
+
 import nbconvert
 import nbformat
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 from synthetic_traces import synthetic
 
-from moekit.notebook import pictures, routing_plots
+from moekit.notebook import pictures, plots, report, routing_plots
 from moekit.notebook.explorer import explore
 from moekit.routing import metrics
 from moekit.routing.compare import change_by_domain
@@ -72,3 +74,34 @@ def test_settings_come_from_the_traces():
         [60, 3, "0.25", "5:8"],
         [40, 2, "none", "none"],
     ]
+
+
+def scored(samples: int, length: int, bits: np.ndarray) -> pd.DataFrame:
+    """``Evaluation.tokens`` of samples of one length; ``bits`` [samples, length] is the loss of each token."""
+    number, position = np.divmod(np.arange(samples * length), length)
+    columns = {"sample": number, "position": position, "token": 2, "target": 5}
+    return pd.DataFrame(columns | {"logprob": -bits.ravel() * np.log(2)})
+
+
+def test_the_loss_by_position_has_intervals_over_samples():
+    samples, length = 40, 64
+    of_sample = np.random.default_rng(0).normal(4, 1, samples)
+    tokens = scored(samples, length, np.repeat(of_sample[:, None], length, axis=1))
+    axes = plots.loss_by_position(tokens).axes[0]
+    read, mean = axes.lines[0].get_data()
+    assert read[0] == 1 and read[-1] < length and mean == pytest.approx(of_sample.mean())
+    # All tokens of a sample are alike, so many positions tell no more than one.
+    ends = axes.collections[0].get_paths()[0].vertices
+    for here in (read[0], read[-1]):
+        low, high = np.sort(ends[ends[:, 0] == here, 1])[[0, -1]]
+        half = 2.02 * of_sample.std(ddof=1) / np.sqrt(samples)
+        assert (high - low) / 2 == pytest.approx(half, rel=0.15)
+    few = plots.loss_by_position(tokens[tokens["sample"] < 3]).axes[0]
+    assert not few.collections and len(few.get_legend().get_texts()) == 2
+
+
+def test_the_first_tokens_have_their_text():
+    tokens = scored(1, 8, np.ones((1, 8)))
+    shown = report.first_tokens(SimpleNamespace(tokens=tokens), None, rows=3)
+    assert shown.columns.tolist() == ["sample", "position", "token", "target", "piece", "logprob"]
+    assert shown["piece"].tolist() == [" 5"] * 3 and "piece" not in tokens

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moekit import results
+from moekit import progress, results
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -58,10 +58,8 @@ def described(figure: Figure) -> str:
 
 
 def clear_progress() -> None:
-    """Remove what a finished call's progress bar left, once the cell has something else to show."""
-    from IPython.display import clear_output
-
-    clear_output(wait=True)
+    """Remove what progress bars of finished calls left, once the cell has something else to show; warnings stay."""
+    progress.clear()
 
 
 def embedded(page: str, title: str, height: int = 900):
