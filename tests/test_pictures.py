@@ -10,7 +10,8 @@ import pytest
 from matplotlib.figure import Figure
 from synthetic_traces import synthetic
 
-from moekit.notebook import pictures, plots, report, routing_plots
+from moekit.domains import WHOLE
+from moekit.notebook import pictures, plots, report, routing_plots, task_plots
 from moekit.notebook.explorer import explore
 from moekit.routing import metrics
 from moekit.routing.compare import change_by_domain
@@ -74,6 +75,9 @@ def test_settings_come_from_the_traces():
         [60, 3, "0.25", "5:8"],
         [40, 2, "none", "none"],
     ]
+    # A table for a paper writes 2 as a whole number, also beside generated text, which has no batches.
+    assert found["batch_size"].tolist() == [2, "–"] and "$2$" in pictures.latex(found, "c", "l")
+    assert [pictures.capacity_name(f) for f in (None, 0.25, -1.25)] == ["none", "0.25", "training"]
 
 
 def scored(samples: int, length: int, bits: np.ndarray) -> pd.DataFrame:
@@ -105,3 +109,18 @@ def test_the_first_tokens_have_their_text():
     shown = report.first_tokens(SimpleNamespace(tokens=tokens), None, rows=3)
     assert shown.columns.tolist() == ["sample", "position", "token", "target", "piece", "logprob"]
     assert shown["piece"].tolist() == [" 5"] * 3 and "piece" not in tokens
+
+
+def test_the_key_of_the_capacities_has_the_order_of_the_lines():
+    added = {"b": 0.5, "a": 2.0, WHOLE: 1.0} | {f"more {n}": 0.1 / (n + 1) for n in range(6)}
+    rows = [(name, None, 4.0, 0.0) for name in added]
+    rows += [
+        (name, share, 4 + cost * (1 - share), 0.3) for name, cost in added.items() for share in (0.5, 0.1)
+    ]
+    table = pd.DataFrame(rows, columns=["domain", "capacity", "bits_per_token", "dropped"])
+    figure = task_plots.capacities(table.astype({"capacity": object}).where(table.notna(), None))
+    key = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert key == ["a", WHOLE, "b", *(f"more {n}" for n in range(6))]
+    lines = figure.axes[0].lines[: len(added)]
+    assert lines[0].get_ydata()[0] == pytest.approx(1.8)
+    assert len({(line.get_color(), line.get_marker()) for line in lines}) == len(added)
