@@ -124,3 +124,20 @@ def test_the_key_of_the_capacities_has_the_order_of_the_lines():
     lines = figure.axes[0].lines[: len(added)]
     assert lines[0].get_ydata()[0] == pytest.approx(1.8)
     assert len({(line.get_color(), line.get_marker()) for line in lines}) == len(added)
+
+
+def test_an_accuracy_has_an_interval_where_all_items_are_right():
+    columns = {
+        "task": ["a", "b"],
+        "metric": "acc",
+        "value": [1.0, 0.5],
+        "stderr": [0.0, 0.1],
+        "items": [38, 4],
+    }
+    axes = task_plots.tasks(pd.DataFrame(columns)).axes[0]
+    (first, second) = axes.collections[0].get_segments()
+    # Wilson's interval of 38 of 38 begins at 1 / (1 + 1.96^2 / 38), and that of 2 of 4 is 0.150 to 0.850.
+    assert first[:, 0] == pytest.approx([1 / (1 + 1.96**2 / 38), 1], abs=1e-4)
+    assert second[:, 0] == pytest.approx([0.150, 0.850], abs=1e-3)
+    margins = task_plots.tasks(pd.DataFrame(columns | {"metric": "margin"}), "margin").axes[0]
+    assert margins.collections[0].get_segments()[1][:, 0] == pytest.approx([0.304, 0.696])

@@ -79,6 +79,8 @@ def test_drops_have_a_baseline_where_the_capacity_is_known():
     assert (chance[:4, 0] == 0).all() and chance[15, 0] > 0  # the first four always find one of four places
     assert (chance[:, 1] >= chance[:, 0]).all()
     assert len(routing_plots.drops_by_position(trace).axes[0].lines) == 4
+    trained = dataclasses.replace(trace, meta=known | {"capacity_token_fraction": -1.0})
+    assert routing_plots.drops_by_position(trained).get_suptitle().endswith("capacity: training")
     assert metrics.drop_chance(synthetic(tokens=64)[0]) is None
 
 

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from moekit.domains import WHOLE
 from moekit.notebook.style import CHOICE_COLOURS, done
+from moekit.routing.statistics import wilson
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,7 +22,10 @@ MARKERS = "osD^vPX"
 
 
 def tasks(table: pd.DataFrame, metric: str = "acc") -> Figure:
-    """A metric of each task with its standard error, beside the baseline's.
+    """A metric of each task with its 95 % interval, beside the baseline's.
+
+    An accuracy has Wilson's interval, which holds also where all items or none are right; another metric has 1.96 standard
+    errors on either side.
 
     Args:
         table: of :func:`moekit.notebook.task_report.task_table`.
@@ -29,12 +33,17 @@ def tasks(table: pd.DataFrame, metric: str = "acc") -> Figure:
     rows = table[table["metric"] == metric] if (table["metric"] == metric).any() else table
     figure, axes = _sideways(len(rows))
     place = np.arange(len(rows))
-    _dots(axes, place, rows["value"], 1.96 * rows["stderr"], OWN, "checkpoint")
+    share = (rows["metric"].str.startswith("acc")).all()
+    for end, colour, label, shift in (("", OWN, "checkpoint", 0.0), ("_baseline", BASELINE, "baseline", 0.2)):
+        if f"value{end}" in rows:
+            value, widths = rows[f"value{end}"], 1.96 * rows[f"stderr{end}"]
+            if share:
+                widths = np.abs(np.stack(wilson(value * rows["items"], rows["items"])) - value.to_numpy())
+            _dots(axes, place, value, widths, colour, label, shift)
     if "value_baseline" in rows:
-        _dots(axes, place, rows["value_baseline"], 1.96 * rows["stderr_baseline"], BASELINE, "baseline", 0.2)
         figure.legend(loc="outside right upper", frameon=False)
     _names(axes, [f"{row.task} ({row.items})" for row in rows.itertuples()])
-    axes.set(xlabel=f"{metric}, with 1.96 standard errors")
+    axes.set(xlabel=f"{metric}, with 95 % intervals")
     axes.set_title("Tasks (items)", fontsize=11)
     return done(figure)
 

@@ -371,13 +371,18 @@ def align(one: Trace, other: Trace) -> tuple[Trace, Trace]:
     """
     for name in ("layers", "num_experts", "top_k"):
         if getattr(one, name) != getattr(other, name):
-            raise ValueError(f"the traces' {name} differ: {getattr(one, name)} and {getattr(other, name)}")
+            raise ValueError(
+                f"the traces' {name} differ: {getattr(one, name)} and {getattr(other, name)}; select(layers=...) what both "
+                "have, or compare log-probabilities alone by without_experts() of both"
+            )
     places = [t.sample.astype(np.int64) << 32 | t.position for t in (one, other)]
     if not np.array_equal(*places):
         common = np.intersect1d(*places, assume_unique=True)
         one, other = (t.select(mask=np.isin(p, common)) for t, p in zip((one, other), places, strict=True))
     if not len(one):
-        raise ValueError("the traces have no sample and position in common")
+        raise ValueError(
+            "the traces have no sample and position in common; join([trace], renumber=True) numbers samples from 0"
+        )
     known = (one.token >= 0) & (other.token >= 0)
     differ = int((one.token != other.token)[known].sum())
     if differ:
