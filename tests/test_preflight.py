@@ -138,6 +138,7 @@ STUDY = {
     [
         ({"max_new_tokens": 226}, "max_new_tokens=226: expected at most 225, as the model has 256 positions"),
         ({"prompt_tokens": 257}, "prompt_tokens=257: expected at most a block's 256 tokens"),
+        ({"capacity_token_fractions": []}, r"capacity_token_fractions=\[\]: expected at least one share"),
         ({"tokens_per_sample": 31}, "prompt_tokens=32: expected at most a block's 31 tokens"),
         ({"mask": {4: [1]}}, "layer 4 is not a mixture-of-experts layer"),
     ],

@@ -151,11 +151,13 @@ class Trace:
             if given is not None:
                 if not isinstance(given, Iterable):
                     raise ValueError(f"{name}={shown(given)}: expected a label for each token")
-                found[name] = self.labels_of(given if isinstance(given, str) else array_of(given)).astype(str)
+                found[name] = self.labels_of(
+                    given if isinstance(given, str) else array_of(given), name
+                ).astype(str)
         return replace(self, labels=found)
 
-    def labels_of(self, groups: str | Iterable[Any] | np.ndarray) -> np.ndarray:
-        """[T] labels: the column of this name, or those that are given.
+    def labels_of(self, groups: str | Iterable[Any] | np.ndarray, name: str = "groups") -> np.ndarray:
+        """[T] labels: the column of this name, or those that are given; errors call them ``name``.
 
         Raises:
             ValueError: no column is called so, or it is not a label for each token.
@@ -170,7 +172,8 @@ class Trace:
         found = array_of(groups)
         if found.shape != (len(self),):
             raise ValueError(
-                f"groups has shape {list(found.shape)}; expected a label for each of {len(self)} tokens"
+                f"{name} has shape {list(found.shape)}; expected a label for each of {len(self)} tokens, and of labels of samples "
+                "np.array(labels)[trace.sample]"
             )
         return found
 
