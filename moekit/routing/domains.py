@@ -67,7 +67,9 @@ def lines_of(
     with reading(sides[0]):
         side = next((s for s in sides if s.is_file()), None)
         if side is None:
-            raise ValueError(f"there is no file {sides[0]} with a domain for each line of the text")
+            raise ValueError(
+                f"there is no file {sides[0]} with a domain for each line of the text; write it, or name another"
+            )
         labels = np.array(side.read_text("utf-8").split("\n")[:-1])
     sizes, ids = lines(folder / subset)
     if len(labels) != len(sizes):
