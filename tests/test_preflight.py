@@ -1,4 +1,6 @@
+import atexit
 import errno
+import shutil
 import sys
 import tempfile
 from dataclasses import replace
@@ -11,6 +13,9 @@ from moekit.arguments import ParameterError
 from moekit.notebook import preflight
 from moekit.paths import DEMO_BPE
 
+# of this run alone: others on the machine write into its temporary folder, too
+FOLDER = tempfile.mkdtemp()
+atexit.register(shutil.rmtree, FOLDER, ignore_errors=True)
 GOOD = {
     "checkpoint": "demo",
     "bpe": None,
@@ -30,7 +35,7 @@ GOOD = {
     "repetition_penalty": 1.0,
     "num_return_sequences": 1,
     "seed": 1,
-    "output_dir": tempfile.gettempdir(),
+    "output_dir": FOLDER,
 }
 
 
