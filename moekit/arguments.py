@@ -66,7 +66,7 @@ def reading(what: object) -> Iterator[None]:
         ) from None
 
 
-def first_few(numbers: Sequence[int]) -> str:
+def first_few(numbers: Sequence[int] | Sequence[str]) -> str:
     """The first five of ``numbers``, and dots for the others: for messages."""
     return ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
 

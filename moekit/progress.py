@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import io
 import sys
-from typing import Any
+from collections import deque
+from typing import Any, ClassVar
 
 from tqdm import tqdm
 
@@ -23,6 +24,9 @@ def under_kernel() -> bool:
 class KernelBar(tqdm):
     """A tqdm bar in one display that is redrawn."""
 
+    # the outputs of the latest bars, for ``clear``
+    outputs: ClassVar[deque] = deque(maxlen=64)
+
     def __init__(self, *args: Any, **options: Any):
         self.shown = None
         super().__init__(*args, **options, file=io.StringIO(), ncols=100, ascii=False)
@@ -33,8 +37,15 @@ class KernelBar(tqdm):
         text = {"text/plain": msg or str(self)}
         if self.shown is None:
             self.shown = display(text, raw=True, display_id=True)
+            self.outputs.append(self.shown)
         else:
             self.shown.update(text, raw=True)
+
+
+def clear() -> None:
+    """Empty the outputs of the bars that a notebook has shown so far; warnings and all else beside them stay."""
+    while KernelBar.outputs:
+        KernelBar.outputs.popleft().update({"text/html": "", "text/plain": ""}, raw=True)
 
 
 def bar(label: str, total: int, unit: str, *, done: int = 0, show: bool = True, delay: float = 0.0) -> tqdm:

@@ -54,6 +54,12 @@ class Evaluation:
     tokens: pd.DataFrame
     trace: tracing.Trace | None = None
 
+    def __repr__(self) -> str:
+        return (
+            f"<evaluation of {self.ntokens:,} tokens: {self.loss_base2:.4f} bits a token, perplexity {self.perplexity:.2f}, "
+            f"{self.tokens_per_second:,.0f} tokens a second>"
+        )
+
 
 def warm_up(
     model: Handle, batches: Sequence[Batch], fraction: float | None, vocab: int, progress: bool = True

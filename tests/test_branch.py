@@ -37,6 +37,7 @@ def agree(result: moekit.Evaluation, recorded) -> None:
     assert result.ntokens == recorded["ntokens"]
     assert result.loss_base2 == pytest.approx(float(recorded["loss_base2"]), abs=1e-5)
     assert result.perplexity == pytest.approx(float(recorded["perplexity"]), rel=1e-5)
+    assert repr(result).startswith(f"<evaluation of {result.ntokens:,} tokens: {result.loss_base2:.4f} bits")
 
 
 @pytest.fixture(scope="module", params=[1, 2, 3, 4])

@@ -252,7 +252,7 @@ def test_a_folder_that_is_none_is_named(tmp_path, data):
     ):
         with pytest.raises(ValueError, match=said):
             check_files(folder, "valid")
-    with pytest.raises(ValueError, match=r"has no other\.bin, it holds dict\.txt, test\.bin"):
+    with pytest.raises(ValueError, match=r"has no other\.bin; its subsets are test, train, valid: name one"):
         check_files(data, "other")
 
 

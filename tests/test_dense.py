@@ -165,9 +165,13 @@ def test_the_trace_of_a_generation(model):
 def test_models_whose_experts_are_not_alike_are_compared_by_their_tokens(trace, reference):
     with moekit.load(reference / "checkpoint", 1, "cpu", **QUIET) as sparse:
         other = sparse.trace(reference / "data-bin", tokens_per_sample=48, max_tokens=600, **QUIET)
-    with pytest.raises(ValueError, match="the traces' layers differ"):
+    with pytest.raises(ValueError, match="the traces' layers differ: .*by without_experts"):
         moekit.compare(other, trace)
-    delta = moekit.compare(other.without_experts(), trace).delta
+    compared = moekit.compare(other.without_experts(), trace)
+    delta = compared.delta
+    assert repr(compared).startswith(f"<comparison of {len(compared.tokens)} tokens in ")
+    assert f"{delta:+.4f} nats" in repr(compared) and "other experts" not in repr(compared)
+    assert repr(moekit.compare(other, other)).endswith("0.0% of tokens with other experts>")
     assert delta == pytest.approx(float(np.nanmean(trace.logprob - other.logprob)), abs=1e-5)
 
 

@@ -150,7 +150,7 @@ def test_masking_scores_the_sample_with_and_without_the_expert(reference, sent):
         rows = slice(int(rows[0]), int(rows[-1]) + 1)
         expert = int(trace.experts[rows, 1, 0][0])
         delta, said = explorer.mask(rows, 1, expert)
-        assert "no capacity limit" in said
+        assert "capacity: none" in said
         with model.route(mask={trace.layers[1]: [expert]}):
             masked = model.trace(reference / "data-bin", tokens_per_sample=64, progress=False)
         wanted = (masked.logprob - trace.logprob)[rows]

@@ -26,6 +26,10 @@ def test_layers_are_whole_numbers():
         parameters.check({"layers": ["a"]}, kind)
 
 
+def test_masked_experts_are_named_as_in_the_explorer():
+    assert inspection.masked_name({5: [8, 2], 1: [0]}) == "5:8, 5:2, 1:0"
+
+
 def test_texts_are_labelled_one_by_one():
     trace, _ = synthetic(tokens=30, block=10)
     assert inspection.labels_of(trace, "demo", None, True)[[0, 10, 29]].tolist() == [

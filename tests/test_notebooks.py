@@ -56,7 +56,26 @@ def test_run_inference_on_four_ranks_equals_one(elsewhere):
     assert names <= set(found)
     loud = [out for out in outputs(elsewhere / "run_inference.ipynb") if out.get("name") == "stderr"]
     assert not loud, "what a progress bar leaves is its last state, not a line for every step"
+    said = [out.get("data", {}).get("text/plain", "") for out in outputs(elsewhere / "run_inference.ipynb")]
+    assert not any("%|" in text for text in said), "a finished bar leaves nothing beside a result"
     assert {"loss_by_position.png", "passage.png"} <= {p.name for p in (elsewhere / "results").iterdir()}
+
+
+def test_what_a_bar_leaves_is_removed_and_a_warning_stays():
+    cell = nbformat.v4.new_code_cell(
+        "import warnings\n"
+        "from moekit import progress\n"
+        "from moekit.notebook import pictures\n"
+        "with progress.bar('reading', 2, ' tokens') as bar:\n"
+        "    bar.update(2)\n"
+        "warnings.warn('look here')\n"
+        "pictures.clear_progress()\n"
+        "7"
+    )
+    NotebookClient(nbformat.v4.new_notebook(cells=[cell]), startup_timeout=180).execute()
+    said = [out.get("text", "") + out.get("data", {}).get("text/plain", "") for out in cell.outputs]
+    assert "look here" in "".join(said) and said[-1] == "7"
+    assert not any("reading" in text for text in said)
 
 
 def test_a_dense_model_is_a_checkpoint_like_any_other(elsewhere):

@@ -1,5 +1,7 @@
 """Pictures with descriptions, tables as LaTeX, settings, and the explorer within a notebook."""
 
+from types import SimpleNamespace
+
 import nbconvert
 import nbformat
 import numpy as np
@@ -8,7 +10,8 @@ import pytest
 from matplotlib.figure import Figure
 from synthetic_traces import synthetic
 
-from moekit.notebook import pictures, routing_plots
+from moekit.domains import WHOLE
+from moekit.notebook import pictures, plots, report, routing_plots, task_plots
 from moekit.notebook.explorer import explore
 from moekit.routing import metrics
 from moekit.routing.compare import change_by_domain
@@ -72,3 +75,69 @@ def test_settings_come_from_the_traces():
         [60, 3, "0.25", "5:8"],
         [40, 2, "none", "none"],
     ]
+    # A table for a paper writes 2 as a whole number, also beside generated text, which has no batches.
+    assert found["batch_size"].tolist() == [2, "–"] and "$2$" in pictures.latex(found, "c", "l")
+    assert [pictures.capacity_name(f) for f in (None, 0.25, -1.25)] == ["none", "0.25", "training"]
+
+
+def scored(samples: int, length: int, bits: np.ndarray) -> pd.DataFrame:
+    """``Evaluation.tokens`` of samples of one length; ``bits`` [samples, length] is the loss of each token."""
+    number, position = np.divmod(np.arange(samples * length), length)
+    columns = {"sample": number, "position": position, "token": 2, "target": 5}
+    return pd.DataFrame(columns | {"logprob": -bits.ravel() * np.log(2)})
+
+
+def test_the_loss_by_position_has_intervals_over_samples():
+    samples, length = 40, 64
+    of_sample = np.random.default_rng(0).normal(4, 1, samples)
+    tokens = scored(samples, length, np.repeat(of_sample[:, None], length, axis=1))
+    axes = plots.loss_by_position(tokens).axes[0]
+    read, mean = axes.lines[0].get_data()
+    assert read[0] == 1 and read[-1] < length and mean == pytest.approx(of_sample.mean())
+    # All tokens of a sample are alike, so many positions tell no more than one.
+    ends = axes.collections[0].get_paths()[0].vertices
+    for here in (read[0], read[-1]):
+        low, high = np.sort(ends[ends[:, 0] == here, 1])[[0, -1]]
+        half = 2.02 * of_sample.std(ddof=1) / np.sqrt(samples)
+        assert (high - low) / 2 == pytest.approx(half, rel=0.15)
+    few = plots.loss_by_position(tokens[tokens["sample"] < 3]).axes[0]
+    assert not few.collections and len(few.get_legend().get_texts()) == 2
+
+
+def test_the_first_tokens_have_their_text():
+    tokens = scored(1, 8, np.ones((1, 8)))
+    shown = report.first_tokens(SimpleNamespace(tokens=tokens), None, rows=3)
+    assert shown.columns.tolist() == ["sample", "position", "token", "target", "piece", "logprob"]
+    assert shown["piece"].tolist() == [" 5"] * 3 and "piece" not in tokens
+
+
+def test_the_key_of_the_capacities_has_the_order_of_the_lines():
+    added = {"b": 0.5, "a": 2.0, WHOLE: 1.0} | {f"more {n}": 0.1 / (n + 1) for n in range(6)}
+    rows = [(name, None, 4.0, 0.0) for name in added]
+    rows += [
+        (name, share, 4 + cost * (1 - share), 0.3) for name, cost in added.items() for share in (0.5, 0.1)
+    ]
+    table = pd.DataFrame(rows, columns=["domain", "capacity", "bits_per_token", "dropped"])
+    figure = task_plots.capacities(table.astype({"capacity": object}).where(table.notna(), None))
+    key = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert key == ["a", WHOLE, "b", *(f"more {n}" for n in range(6))]
+    lines = figure.axes[0].lines[: len(added)]
+    assert lines[0].get_ydata()[0] == pytest.approx(1.8)
+    assert len({(line.get_color(), line.get_marker()) for line in lines}) == len(added)
+
+
+def test_an_accuracy_has_an_interval_where_all_items_are_right():
+    columns = {
+        "task": ["a", "b"],
+        "metric": "acc",
+        "value": [1.0, 0.5],
+        "stderr": [0.0, 0.1],
+        "items": [38, 4],
+    }
+    axes = task_plots.tasks(pd.DataFrame(columns)).axes[0]
+    (first, second) = axes.collections[0].get_segments()
+    # Wilson's interval of 38 of 38 begins at 1 / (1 + 1.96^2 / 38), and that of 2 of 4 is 0.150 to 0.850.
+    assert first[:, 0] == pytest.approx([1 / (1 + 1.96**2 / 38), 1], abs=1e-4)
+    assert second[:, 0] == pytest.approx([0.150, 0.850], abs=1e-3)
+    margins = task_plots.tasks(pd.DataFrame(columns | {"metric": "margin"}), "margin").axes[0]
+    assert margins.collections[0].get_segments()[1][:, 0] == pytest.approx([0.304, 0.696])

@@ -54,7 +54,7 @@ def test_a_click_streams_the_text_and_keeps_it(codec):
     playground = Playground(model, "<p>")
     playground.settings["top_k"].value = 40
     click(playground)
-    assert plain(playground.text.value) == "&lt;p&gt;a &lt; b⏎\nc"
+    assert plain(playground.text.value) == "&lt;p&gt;a &lt; b¶\nc"
     assert "tokens/s" in playground.status.value
     prompt, settings = model.asked[0]
     assert prompt == "<p>" and (settings["top_k"], settings["temperature"]) == (40, 0.8)

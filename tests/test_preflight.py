@@ -1,4 +1,6 @@
+import atexit
 import errno
+import shutil
 import sys
 import tempfile
 from dataclasses import replace
@@ -11,6 +13,9 @@ from moekit.arguments import ParameterError
 from moekit.notebook import parameters, preflight
 from moekit.paths import DEMO_BPE
 
+# of this run alone: others on the machine write into its temporary folder, too
+FOLDER = tempfile.mkdtemp()
+atexit.register(shutil.rmtree, FOLDER, ignore_errors=True)
 GOOD = {
     "checkpoint": "demo",
     "bpe": None,
@@ -33,7 +38,7 @@ GOOD = {
     "repetition_penalty": 1.0,
     "num_return_sequences": 1,
     "seed": 1,
-    "output_dir": tempfile.gettempdir(),
+    "output_dir": FOLDER,
 }
 
 
@@ -145,6 +150,7 @@ STUDY = {
     [
         ({"max_new_tokens": 226}, "max_new_tokens=226: expected at most 225, as the model has 256 positions"),
         ({"prompt_tokens": 257}, "prompt_tokens=257: expected at most a block's 256 tokens"),
+        ({"capacity_token_fractions": []}, r"capacity_token_fractions=\[\]: expected at least one share"),
         ({"tokens_per_sample": 31}, "prompt_tokens=32: expected at most a block's 31 tokens"),
         ({"mask": {4: [1]}}, "layer 4 holds no experts"),
     ],

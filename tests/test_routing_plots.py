@@ -33,6 +33,9 @@ def test_load_is_sorted_and_has_its_baseline(small):
     assert shown.shape == (3, 16) and (np.diff(shown, axis=1) <= 0).all()
     busiest = np.bincount(trace.experts[:, 1].ravel(), minlength=16).max() / (600 * 2 / 16)
     assert np.isclose(shown[1, 0], busiest)
+    counts = np.bincount(trace.experts[:, 1].ravel(), minlength=16)
+    named = [int(text.get_text()) for text in heat.texts[16:32]]
+    assert sorted(named) == list(range(16)) and (np.diff(counts[named]) <= 0).all()
     lines = {line.get_label(): line.get_ydata() for line in curve.lines}
     assert np.isclose(np.nanmax(lines["layer 3"]), busiest)
     assert any(np.array_equal(y, [1, 1]) for y in lines.values())
@@ -76,6 +79,8 @@ def test_drops_have_a_baseline_where_the_capacity_is_known():
     assert (chance[:4, 0] == 0).all() and chance[15, 0] > 0  # the first four always find one of four places
     assert (chance[:, 1] >= chance[:, 0]).all()
     assert len(routing_plots.drops_by_position(trace).axes[0].lines) == 4
+    trained = dataclasses.replace(trace, meta=known | {"capacity_token_fraction": -1.0})
+    assert routing_plots.drops_by_position(trained).get_suptitle().endswith("capacity: training")
     assert metrics.drop_chance(synthetic(tokens=64)[0]) is None
 
 

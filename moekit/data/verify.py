@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from moekit.arguments import first_few
 from moekit.data.binarise import HEADER, MAGIC, VERSION, Binarised
 from moekit.data.dictionary import SPECIAL, Dictionary
 from moekit.mapped import whole_files
@@ -103,6 +104,11 @@ def _missing(folder: Path, name: str) -> ValueError:
         return ValueError(
             f"{folder} has no {name}, but {raw.name}, which fairseq-preprocess --dataset-impl raw wrote: rename it to "
             f"{name.removesuffix('.bin')}, the name that fairseq looks for"
+        )
+    subsets = sorted(path.stem for path in folder.glob("*.bin"))
+    if name.endswith(".bin") and subsets:
+        return ValueError(
+            f"{folder} has no {name}; its subsets are {first_few(subsets)}: name one of them as subset"
         )
     there = ", ".join(sorted(path.name for path in folder.iterdir()))
     there = "is empty" if not there else f"holds {there if len(there) < 500 else there[:500] + ', ...'}"

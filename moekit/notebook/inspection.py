@@ -11,18 +11,24 @@ import numpy as np
 
 from moekit import results
 from moekit.notebook import report
+from moekit.notebook.pictures import capacity_name
 from moekit.notebook.pieces import pieces
 from moekit.routing import metrics
 from moekit.routing.compare import change_by_domain
 from moekit.routing.domains import domains_of
 from moekit.routing.trace import join
 
+# What a notebook shows of a table of ``change_by_domain``; the files hold all of it.
+CHANGES = "domain units change low high p effect perplexity_ratio ratio_low ratio_high".split()
+
 __all__ = [
+    "CHANGES",
     "change_by_domain",
     "continued",
     "favourites",
     "labels_of",
     "masked_by_domain",
+    "masked_name",
     "save",
     "stacked",
     "wide",
@@ -202,6 +208,11 @@ def stacked(tables: Mapping[str, pd.DataFrame], name: str) -> pd.DataFrame:
     return pd.concat([table.assign(**{name: key}) for key, table in tables.items()], ignore_index=True)
 
 
+def masked_name(mask: Mapping[int, Sequence[int]]) -> str:
+    """Experts by layer in words: {5: [8, 2]} is "5:8, 5:2", as the explorer and the settings name them."""
+    return ", ".join(f"{layer}:{expert}" for layer, experts in mask.items() for expert in experts)
+
+
 def masked_by_domain(pairs: Mapping[Trace, Trace], labels: np.ndarray | None) -> pd.DataFrame:
     """:func:`moekit.routing.compare.change_by_domain` of several pairs of traces, with the capacity that each is under.
 
@@ -212,9 +223,8 @@ def masked_by_domain(pairs: Mapping[Trace, Trace], labels: np.ndarray | None) ->
 
     tables = []
     for before, after in pairs.items():
-        fraction = before.meta["capacity_token_fraction"]
         table = change_by_domain(before, after, labels)
-        table.insert(0, "capacity", "none" if fraction is None else f"{fraction:g}")
+        table.insert(0, "capacity", capacity_name(before.meta["capacity_token_fraction"]))
         tables.append(table)
     return pd.concat(tables, ignore_index=True)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moekit import results
+from moekit import progress, results
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -58,10 +58,8 @@ def described(figure: Figure) -> str:
 
 
 def clear_progress() -> None:
-    """Remove what a finished call's progress bar left, once the cell has something else to show."""
-    from IPython.display import clear_output
-
-    clear_output(wait=True)
+    """Remove what progress bars of finished calls left, once the cell has something else to show; warnings stay."""
+    progress.clear()
 
 
 def embedded(page: str, title: str, height: int = 900):
@@ -104,6 +102,11 @@ def save(
     return sorted([*names, *(f"{name}.{end}" for name in tables for end in ("csv", "tex"))])
 
 
+def capacity_name(fraction: float | None) -> str:
+    """``capacity_token_fraction``, as a trace's meta has it, in a word."""
+    return "none" if fraction is None else "training" if fraction <= 0 else f"{fraction:g}"
+
+
 def settings(traces: Mapping[str, Trace]) -> pd.DataFrame:
     """What made each figure: one row per entry, from what its trace's meta tells.
 
@@ -118,16 +121,15 @@ def settings(traces: Mapping[str, Trace]) -> pd.DataFrame:
     rows = []
     for name, trace in traces.items():
         meta = trace.meta
-        fraction = meta.get("capacity_token_fraction")
         changed = (meta.get("intervention") or {}).get("mask", [])
         rows.append(
             {
                 "shows": name,
                 "tokens": len(trace),
                 "samples": len(np.unique(trace.sample)),
-                "capacity": "none" if fraction is None else "training" if fraction <= 0 else f"{fraction:g}",
+                "capacity": capacity_name(meta.get("capacity_token_fraction")),
                 "mask": ", ".join(f"{layer}:{expert}" for layer, expert in changed) or "none",
-                "batch_size": meta.get("batch_size"),
+                "batch_size": meta.get("batch_size", "–"),
                 "tokens_per_sample": meta.get("tokens_per_sample") or "each text",
                 "dtype": ", experts in ".join(filter(None, (meta.get("dtype"), meta.get("experts")))),
                 "seed": meta.get("seed"),

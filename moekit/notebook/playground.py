@@ -31,7 +31,6 @@ ALTERNATIVES = 5
 # seconds between two pictures of a stream
 REDRAW = 0.05
 RAREST, DARKEST = 1e-3, 0.7
-LINE_END = "⏎"
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ def coloured(tokens: Iterable[Shown]) -> str:
 
 def _marked(text: str) -> str:
     """Text whose line ends can be seen."""
-    return text.replace("\n", f"{LINE_END}\n")
+    return text.replace("\n", f"{coloured_text.LINE_END}\n")
 
 
 def _shade(probability: float) -> str:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.colors import to_hex
+from matplotlib.colors import ListedColormap, to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import FuncFormatter
 
 from moekit import checkpoint as ckpt
 from moekit.nn.dispatch import owned
@@ -19,6 +21,7 @@ from moekit.notebook import coloured_text
 from moekit.notebook.coloured_text import Span
 from moekit.notebook.pieces import visible_pieces
 from moekit.notebook.style import done
+from moekit.routing import statistics
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
     from moekit.data.codec import Codec
 
 RANK_COLOURS = plt.get_cmap("tab10").colors
+# two colours that colour-blind people can tell apart
+FILLED = ListedColormap(["#EE8866", "#77AADD"])
 SURPRISE = plt.get_cmap("YlOrRd")
 # bits that the legend of a passage shows; more than the last have its colour
 SURPRISE_KEYS = (0, 3, 6, 9, 12)
@@ -118,14 +123,14 @@ def _box(axes, left: float, right: float, rows: tuple[float, float], colour, lab
 
 
 def filled(table: pd.DataFrame) -> Figure:
-    """``report.filled``: a cell an expert, green where it got all its tensors."""
+    """``report.filled``: a cell an expert, blue where it got all its tensors, orange where it did not."""
     figure, axes = plt.subplots(figsize=(8, 0.6 + 0.35 * max(1, len(table))), layout="constrained")
     if table.empty:
         axes.axis("off")
         axes.set_title("no experts: each rank filled its copy of the whole model once", fontsize=11)
         return done(figure)
     complete = (table.to_numpy() == TENSORS).astype(float)
-    axes.imshow(complete, aspect="auto", cmap="RdYlGn", vmin=0, vmax=1, interpolation="nearest", alpha=0.8)
+    axes.imshow(complete, aspect="auto", cmap=FILLED, vmin=0, vmax=1, interpolation="nearest")
     axes.set_yticks(range(len(table)), table.index)
     if table.shape[1] <= 64:
         axes.set_xticks(np.arange(-0.5, table.shape[1]), minor=True)
@@ -138,7 +143,10 @@ def filled(table: pd.DataFrame) -> Figure:
 
 
 def loss_by_position(tokens: pd.DataFrame, bins: int = 32) -> Figure:
-    """Mean loss in bits by position in the sample, with the standard error of each mean.
+    """Mean loss in bits by how much of the sample was read, with the 95 % interval of each mean over samples.
+
+    The axis counts the tokens of the sample that the model has read, ``position`` + 1. Where fewer than eight samples are
+    that long, there is no interval (:func:`moekit.routing.statistics.interval`).
 
     Args:
         tokens: ``Evaluation.tokens``.
@@ -149,27 +157,27 @@ def loss_by_position(tokens: pd.DataFrame, bins: int = 32) -> Figure:
     longest = int(position.max()) + 1
     edges = np.unique(np.round(np.geomspace(1, longest + 1, min(bins, longest) + 1)).astype(int)) - 1
     group = np.digitize(position, edges) - 1
-    count = np.bincount(group, minlength=len(edges) - 1)[: len(edges) - 1]
-    mean = np.bincount(group, bits, minlength=len(edges) - 1)[: len(edges) - 1] / np.maximum(count, 1)
-    square = np.bincount(group, bits**2, minlength=len(edges) - 1)[: len(edges) - 1] / np.maximum(count, 1)
-    error = np.sqrt(np.maximum(square - mean**2, 0) / np.maximum(count, 1))
-    middle = (edges[:-1] + edges[1:] - 1) / 2 + 1
-    some = count > 0
+    # Tokens of one sample are not independent, so samples are the units.
+    units = statistics.units_of(np.unique(tokens["sample"], return_inverse=True)[1])
+    rows = []
+    for number, (start, end) in enumerate(itertools.pairwise(edges)):
+        here = group == number
+        if here.any():
+            mean = statistics.mean_of(bits[here], units.unit[here], units)
+            rows.append(((start + 1 + end) / 2, *mean))
+    middle, mean, low, high = np.array(rows).T
 
     figure, axes = plt.subplots(figsize=(8, 3.4), layout="constrained")
-    axes.fill_between(
-        middle[some], (mean - error)[some], (mean + error)[some], alpha=0.25, color="tab:blue", linewidth=0
+    if not np.isnan(low).all():
+        style = {"alpha": 0.25, "color": "tab:blue", "linewidth": 0}
+        axes.fill_between(middle, low, high, label="95 % over samples", **style)
+    axes.plot(middle, mean, color="tab:blue", marker="o", markersize=3, label="mean of the tokens there")
+    axes.axhline(
+        bits.mean(), color="0.4", linestyle="--", linewidth=1, label=f"all tokens: {bits.mean():.2f}"
     )
-    axes.plot(middle[some], mean[some], color="tab:blue", marker="o", markersize=3)
-    axes.axhline(bits.mean(), color="0.5", linestyle="--", linewidth=1)
-    axes.annotate(
-        f"mean {bits.mean():.2f}",
-        (middle[some][0], bits.mean()),
-        textcoords="offset points",
-        xytext=(2, 4),
-        color="0.4",
-    )
-    axes.set(xscale="log", xlabel="position in the sample", ylabel="loss, bits a token")
+    axes.legend(frameon=False)
+    axes.set(xscale="log", xlabel="tokens of the sample that were read", ylabel="loss, bits a token")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_title("Loss by position in the sample", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
     return done(figure)

@@ -128,6 +128,8 @@ def study_routing(p: SimpleNamespace) -> ModelConfig:
         )
     _data(p, config)
     _said(lines_of, p.data, p.subset, p.domains)
+    if not p.capacity_token_fractions:
+        raise ParameterError("capacity_token_fractions=[]: expected at least one share, such as [0.25]")
     _changes(p, config)
     block = p.tokens_per_sample or config.max_positions
     if p.prompt_tokens > block:

@@ -21,6 +21,7 @@ from moekit.nn.gates import gate_of
 from moekit.nn.quantise import name_of
 from moekit.nn.transformer import weight_bytes
 from moekit.notebook.pictures import DPI
+from moekit.notebook.pieces import pieces
 from moekit.notebook.quantisation import quantisation
 from moekit.ranks.machine import gpus, host_memory
 from moekit.versions import versions
@@ -30,6 +31,7 @@ __all__ = [
     "draw",
     "files",
     "filled",
+    "first_tokens",
     "machine",
     "model",
     "parts",
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from moekit.api import Model
+    from moekit.data.codec import Codec
     from moekit.scoring import Evaluation
 
 GIB = 2**30
@@ -195,6 +198,13 @@ def result(evaluation: Evaluation) -> pd.DataFrame:
         "tokens a second": f"{evaluation.tokens_per_second:,.0f}",
     }
     return pd.DataFrame({"": facts})
+
+
+def first_tokens(evaluation: Evaluation, codec: Codec | None, rows: int = 5) -> pd.DataFrame:
+    """The beginning of ``Evaluation.tokens``, with the target as text in the column ``piece``, as ``model.score`` has it."""
+    table = evaluation.tokens.head(rows).copy()
+    table.insert(4, "piece", pieces(codec, table["target"]))
+    return table
 
 
 def save(

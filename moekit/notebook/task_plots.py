@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
@@ -9,16 +10,22 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from moekit.domains import WHOLE
-from moekit.notebook.style import done
+from moekit.notebook.style import CHOICE_COLOURS, done
+from moekit.routing.statistics import wilson
 
 if TYPE_CHECKING:
     import pandas as pd
 
 OWN, BASELINE = "tab:blue", "0.55"
+# one more than there are colours, so that a pair of both comes back late
+MARKERS = "osD^vPX"
 
 
 def tasks(table: pd.DataFrame, metric: str = "acc") -> Figure:
-    """A metric of each task with its standard error, beside the baseline's.
+    """A metric of each task with its 95 % interval, beside the baseline's.
+
+    An accuracy has Wilson's interval, which holds also where all items or none are right; another metric has 1.96 standard
+    errors on either side.
 
     Args:
         table: of :func:`moekit.notebook.task_report.task_table`.
@@ -26,12 +33,17 @@ def tasks(table: pd.DataFrame, metric: str = "acc") -> Figure:
     rows = table[table["metric"] == metric] if (table["metric"] == metric).any() else table
     figure, axes = _sideways(len(rows))
     place = np.arange(len(rows))
-    _dots(axes, place, rows["value"], 1.96 * rows["stderr"], OWN, "checkpoint")
+    share = (rows["metric"].str.startswith("acc")).all()
+    for end, colour, label, shift in (("", OWN, "checkpoint", 0.0), ("_baseline", BASELINE, "baseline", 0.2)):
+        if f"value{end}" in rows:
+            value, widths = rows[f"value{end}"], 1.96 * rows[f"stderr{end}"]
+            if share:
+                widths = np.abs(np.stack(wilson(value * rows["items"], rows["items"])) - value.to_numpy())
+            _dots(axes, place, value, widths, colour, label, shift)
     if "value_baseline" in rows:
-        _dots(axes, place, rows["value_baseline"], 1.96 * rows["stderr_baseline"], BASELINE, "baseline", 0.2)
         figure.legend(loc="outside right upper", frameon=False)
     _names(axes, [f"{row.task} ({row.items})" for row in rows.itertuples()])
-    axes.set(xlabel=f"{metric}, with 1.96 standard errors")
+    axes.set(xlabel=f"{metric}, with 95 % intervals")
     axes.set_title("Tasks (items)", fontsize=11)
     return done(figure)
 
@@ -53,7 +65,7 @@ def domains(table: pd.DataFrame) -> Figure:
         figure.legend(loc="outside right upper", frameon=False)
     _names(axes, table["domain"])
     axes.set(xlabel="bits per token, with 95 % intervals over samples")
-    axes.set_title("Perplexity by domain", fontsize=11)
+    axes.set_title("Loss by domain", fontsize=11)
     return done(figure)
 
 
@@ -66,22 +78,26 @@ def capacities(table: pd.DataFrame) -> Figure:
     told = table[table["capacity"].map(lambda value: isinstance(value, float))]
     free = table[table["capacity"].isna()].set_index("domain")["bits_per_token"]
     figure, (above, below) = plt.subplots(2, 1, figsize=(8, 6), sharex=True, layout="constrained")
-    for name, rows in told.groupby("domain", sort=False):
-        rows = rows.sort_values("capacity")
-        style = {"color": "black", "linewidth": 2.5} if name == WHOLE else {"linewidth": 1.2}
-        above.plot(
-            rows["capacity"],
-            rows["bits_per_token"] - free[name],
-            marker="o",
-            markersize=3,
-            label=name,
-            **style,
-        )
-        below.plot(rows["capacity"], rows["dropped"], marker="o", markersize=3, **style)
+    lines = {name: rows.sort_values("capacity") for name, rows in told.groupby("domain", sort=False)}
+    # The key has the order of the lines at the smallest capacity.
+    cost = {name: rows["bits_per_token"].iloc[0] - free[name] for name, rows in lines.items()}
+    parts = itertools.count()
+    for name in sorted(lines, key=cost.get, reverse=True):
+        rows = lines[name]
+        style = {"color": "black", "linewidth": 2.5, "marker": "o"}
+        if name != WHOLE:
+            number = next(parts)
+            colour, marker = (kinds[number % len(kinds)] for kinds in (CHOICE_COLOURS, MARKERS))
+            style = {"color": colour, "linewidth": 1.2, "marker": marker}
+        above.plot(rows["capacity"], rows["bits_per_token"] - free[name], markersize=5, label=name, **style)
+        below.plot(rows["capacity"], rows["dropped"], markersize=5, **style)
     above.axhline(0, color="0.7", linewidth=1)
-    above.set(ylabel="bits per token, more than without")
-    above.set_title("What a capacity costs", fontsize=11)
-    below.set(ylabel="share of choices dropped", xlabel="capacity_token_fraction")
+    above.set(ylabel="bits per token added")
+    above.set_title("What a capacity costs, against none", fontsize=11)
+    below.set(
+        ylabel="share of choices dropped",
+        xlabel="capacity: the share of a block's tokens that an expert takes at most",
+    )
     figure.legend(*above.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
     for axes in (above, below):
         axes.spines[["top", "right"]].set_visible(False)

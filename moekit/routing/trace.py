@@ -155,11 +155,13 @@ class Trace:
             if given is not None:
                 if not isinstance(given, Iterable):
                     raise ValueError(f"{name}={shown(given)}: expected a label for each token")
-                found[name] = self.labels_of(given if isinstance(given, str) else array_of(given)).astype(str)
+                found[name] = self.labels_of(
+                    given if isinstance(given, str) else array_of(given), name
+                ).astype(str)
         return replace(self, labels=found)
 
-    def labels_of(self, groups: str | Iterable[Any] | np.ndarray) -> np.ndarray:
-        """[T] labels: the column of this name, or those that are given.
+    def labels_of(self, groups: str | Iterable[Any] | np.ndarray, name: str = "groups") -> np.ndarray:
+        """[T] labels: the column of this name, or those that are given; errors call them ``name``.
 
         Raises:
             ValueError: no column is called so, or it is not a label for each token.
@@ -174,7 +176,8 @@ class Trace:
         found = array_of(groups)
         if found.shape != (len(self),):
             raise ValueError(
-                f"groups has shape {list(found.shape)}; expected a label for each of {len(self)} tokens"
+                f"{name} has shape {list(found.shape)}; expected a label for each of {len(self)} tokens, and of labels of samples "
+                "np.array(labels)[trace.sample]"
             )
         return found
 
@@ -378,15 +381,18 @@ def align(one: Trace, other: Trace) -> tuple[Trace, Trace]:
     for name in ("layers", "num_experts", "top_k"):
         if getattr(one, name) != getattr(other, name):
             raise ValueError(
-                f"the traces' {name} differ: {getattr(one, name)} and {getattr(other, name)}; expected the same: select layers, "
-                "or compare without_experts()"
+                f"the traces' {name} differ: {getattr(one, name)} and {getattr(other, name)}; select(layers=...) what both "
+                "have, or compare log-probabilities alone by without_experts() of both"
             )
     places = [t.sample.astype(np.int64) << 32 | t.position for t in (one, other)]
     if not np.array_equal(*places):
         common = np.intersect1d(*places, assume_unique=True)
         one, other = (t.select(mask=np.isin(p, common)) for t, p in zip((one, other), places, strict=True))
     if not len(one):
-        raise ValueError("the traces have no sample and position in common; expected traces of the same text")
+        raise ValueError(
+            "the traces have no sample and position in common; expected traces of the same text: "
+            "join([trace], renumber=True) numbers samples from 0"
+        )
     known = (one.token >= 0) & (other.token >= 0)
     differ = int((one.token != other.token)[known].sum())
     if differ:

@@ -274,7 +274,7 @@ def _load(manager: TaskManager, name: str, spec: Any) -> dict[str, Task]:
         first = str(error).strip().partition("\n")[0]
         raise ValueError(
             f"the data set of {name} cannot be had ({type(error).__name__}: {first[:200]}); give it as a file with "
-            f"data={{{name!r}: 'FILE.jsonl'}}"
+            f"data={{{name!r}: 'FILE.jsonl'}} (in the notebook: task_data)"
         ) from None
 
 

@@ -107,8 +107,7 @@ class Explorer(anywidget.AnyWidget):
         with model.route(mask={trace.layers[layer]: [expert]}):
             after = score_batches(model, [sample], **how)[0][0]
         delta = np.where(sample.targets[0] == PAD, np.nan, after - before).astype(np.float32)
-        room = "no capacity limit" if fraction is None else f"capacity fraction {fraction:g}"
-        return delta, f"scored alone, with and without it, {room}"
+        return delta, f"scored alone, with and without it; capacity: {pictures.capacity_name(fraction)}"
 
 
 def explore(

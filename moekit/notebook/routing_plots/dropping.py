@@ -6,6 +6,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from moekit.notebook.pictures import capacity_name
 from moekit.notebook.style import CHOICE_COLOURS, STYLE
 from moekit.routing import metrics
 from moekit.routing.trace import Trace, need_layers
@@ -47,8 +48,7 @@ def drops_by_position(trace: Trace, bins: int = 32) -> Figure:
         for ax in axes[len(trace.layers) :]:
             ax.axis("off")
         axes[0].set_ylim(0, max(1, axes[0].get_ylim()[1]))
-        fraction = trace.meta.get("capacity_token_fraction")
-        room = "no limit" if fraction is None else f"fraction {fraction:g}"
+        room = capacity_name(trace.meta.get("capacity_token_fraction"))
         fig.suptitle(
             f"Choices dropped, by position in the sample; capacity: {room}", x=0.01, ha="left", fontsize=10
         )

@@ -21,22 +21,26 @@ from moekit.notebook.style import (
 )
 from moekit.routing import metrics
 
+# experts of a layer whose numbers fit into the cells of a heat map
+NUMBERED = 32
+
 if TYPE_CHECKING:
     from moekit.routing.trace import Trace
 
 
 def load_heatmap(trace: Trace, seed: int = 0) -> Figure:
-    """Load of every expert of every layer, busiest first: a heat map, and the curves below it.
+    """Load of every expert of every layer, busiest first: a heat map with the experts' numbers, and the curves below it.
 
     Load is the share of all K T choices, dropped ones included, as a multiple of the uniform share 1/E. The grey band
     holds 90 % of what uniform random routing gives at this number of tokens: even then some experts are busier.
     """
     counts = metrics.counts(trace)
     total, experts = len(trace) * trace.top_k, trace.num_experts
-    ratio = -np.sort(-counts, axis=1) / (total / experts)
+    order = np.argsort(-counts, axis=1, kind="stable")
+    ratio = np.take_along_axis(counts, order, axis=1) / (total / experts)
     drawn = np.random.default_rng(seed).multinomial(total, np.full(experts, 1 / experts), size=100)
     low, high = np.quantile(-np.sort(-drawn, axis=1) / (total / experts), (0.05, 0.95), axis=0)
-    rank = np.arange(1, experts + 1)
+    place_of = np.arange(1, experts + 1)
     with rc_context(STYLE):
         rows = max(1.0, 0.24 * len(trace.layers))
         fig = Figure(figsize=(9, rows + 3.4), layout="constrained")
@@ -52,13 +56,16 @@ def load_heatmap(trace: Trace, seed: int = 0) -> Figure:
         heat.set_yticks(np.arange(len(counts)) + 0.5, [f"layer {n}" for n in trace.layers])
         heat.set_title(f"Load of {experts} experts, busiest first in each layer; {len(trace):,} tokens")
         heat.tick_params(left=False)
+        if experts <= NUMBERED:
+            for place in np.ndindex(order.shape):
+                heat.text(place[1] + 1, place[0] + 0.5, order[place], ha="center", va="center", fontsize=7)
         ratio_bar(fig, image, heat, "× uniform")
         curve.fill_between(
-            rank, low, high, color="#BBBBBB", lw=0, step="mid", label="uniform random routing, 90 %"
+            place_of, low, high, color="#BBBBBB", lw=0, step="mid", label="uniform random routing, 90 %"
         )
         for row, layer, colour in zip(ratio, trace.layers, ramp(len(counts)), strict=True):
             curve.plot(
-                rank,
+                place_of,
                 np.where(row > 0, row, np.nan),
                 color=colour,
                 lw=1.4,
@@ -67,7 +74,10 @@ def load_heatmap(trace: Trace, seed: int = 0) -> Figure:
             )
         curve.axhline(1, color=INK, lw=1, ls="--")
         curve.set(
-            xlabel="expert, by rank in its layer", ylabel="× uniform", xlim=(0.5, experts + 0.5), yscale="log"
+            xlabel="experts of a layer, from the busiest to the least used",
+            ylabel="× uniform",
+            xlim=(0.5, experts + 0.5),
+            yscale="log",
         )
         plain_log(curve)
         curve.legend(ncols=2, loc="upper right", fontsize=8)
