@@ -38,7 +38,8 @@ class Handle:
         files: where it came from.
         world_size, device, dtype: how it runs.
         experts: the type of the experts' matrices, "int8" or "fp8"; None: ``dtype``.
-        parts: one dict per rank: ``files``, ``experts``, ``parameters``, ``bytes``, ``seconds`` of its load.
+        parts: one dict per rank: ``files``, ``experts``, ``parameters``, ``bytes``, ``seconds`` of its load, ``cuts`` of
+            its kernels.
         load_seconds: from the call to ready.
         intervention: what :meth:`route` changes at the moment, or None.
     """
@@ -73,6 +74,14 @@ class Handle:
     @property
     def device(self) -> str:
         return self.ranks.devices[0].type
+
+    @property
+    def versions(self) -> dict[str, str | None]:
+        """What a result of this model depends on; ``cuts`` are those of its ranks, None where no kernel has any."""
+        found = versions()
+        if self.parts:
+            found["cuts"] = "; ".join(sorted({part["cuts"] for part in self.parts} - {None})) or None
+        return found
 
     @functools.cached_property
     def codec(self) -> Codec | Ids:
@@ -320,7 +329,7 @@ def describe_run(
         "device": model.device,
         "world_size": model.world_size,
         "backend": model.parts[0]["backend"],
-        "versions": versions(),
+        "versions": model.versions,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
