@@ -138,18 +138,27 @@ class Setting:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_shape(parser)
+    add_kind(parser)
+    parser.add_argument("--backend", choices=("auto", *BACKENDS), default="auto")
+    parser.add_argument("--world-size", type=int, default=1)
+
+
+def add_shape(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--shape",
         choices=shapes.SHAPES,
         help="default: 15b on a GPU, tiny without; 15b-64e has 64 experts, dense-* none",
     )
+
+
+def add_kind(parser: argparse.ArgumentParser) -> None:
+    """Where and in which types a bench computes, and how often."""
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     parser.add_argument("--dtype", choices=DTYPES, help="default: float16 on a GPU, float32 without")
     parser.add_argument(
         "--experts", choices=KINDS, help="the experts' matrices in one byte; default: in dtype"
     )
-    parser.add_argument("--backend", choices=("auto", *BACKENDS), default="auto")
-    parser.add_argument("--world-size", type=int, default=1)
     parser.add_argument(
         "--repeats", type=at_least_one, help="the median counts; default: 10 on a GPU, 3 without"
     )
