@@ -21,7 +21,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from moekit.bench import data, decode, load, moe_layer, network, padded, questions, routing, score
+from moekit.bench import data, decode, load, moe_layer, network, padded, questions, routing, score, tune
 from moekit.bench.setting import Setting
 from moekit.bench.setting import add_arguments as add_setting
 from moekit.notebook.report import versions
@@ -34,6 +34,8 @@ MODEL = {
     "moe-layer": moe_layer,
     "padded": padded,
 }
+# It writes a file, so that "all" leaves it out.
+ALONE = {"tune": tune}
 OTHER = {"data": data, "routing": routing, "network": network}
 # Arguments of the benches without a shape in "all" with the tiny shape, so that they are quick, too.
 TINY = {
@@ -55,7 +57,7 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     )
     benches = parser.add_subparsers(dest="bench", required=True)
     found = {}
-    for name, bench in (MODEL | OTHER).items():
+    for name, bench in (MODEL | OTHER | ALONE).items():
         found[name] = benches.add_parser(name, help=bench.__doc__.splitlines()[0])
         bench.add_arguments(found[name])
     found["all"] = benches.add_parser("all", help="all of them, with what they do by default")
@@ -74,7 +76,7 @@ def run(name: str, args: argparse.Namespace) -> Rows:
     """
     if name in OTHER:
         return OTHER[name].run(args)
-    return [figure.row() for figure in MODEL[name].run(Setting.of(args), args)]
+    return [figure.row() for figure in (MODEL | ALONE)[name].run(Setting.of(args), args)]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
