@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 import moekit
 from moekit import checkpoint, versions
 from moekit.bench import __main__ as bench
-from moekit.bench import measure, tune
+from moekit.bench import measure, moe_layer, tune
 from moekit.bench.measure import Ceilings
 from moekit.bench.setting import Setting
 from moekit.handle import describe_run
@@ -205,11 +205,9 @@ def test_times_are_measured(tmp_path):
         (["--seconds", "-1"], "expected a whole number of at least 1"),
         (["--shape", "tiny", "--checkpoint", "demo"], "not allowed with"),
         (["--checkpoint", "/nowhere"], "/nowhere"),
-        (["--shape", "52b"], "GiB are free: name another --shape"),
     ],
 )
-def test_mistakes_are_one_sentence(tmp_path, monkeypatch, capsys, arguments, said):
-    monkeypatch.setattr(tune, "host_memory", lambda what: 1 << 30)
+def test_mistakes_are_one_sentence(tmp_path, capsys, arguments, said):
     with pytest.raises(SystemExit, match="2"):
         run(tmp_path, *arguments)
     assert said in capsys.readouterr().err.splitlines()[-1]
@@ -231,6 +229,14 @@ def test_a_machine_without_kernels_says_so(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         run(tmp_path, "--shape", "tiny")
     assert "backend='triton' needs the package triton and a GPU" in capsys.readouterr().err
+
+
+def test_what_does_not_fit_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(moe_layer, "host_memory", lambda what: 1 << 30)
+    (row,) = run(tmp_path, "--shape", "52b")
+    assert row["figure"] is None and row["note"].startswith(
+        "does not fit: 8.0 GiB of a layer and its rows, 1.0"
+    )
 
 
 def test_a_dense_model_has_no_cuts(tmp_path):

@@ -2,15 +2,17 @@
 
     python -m moekit.bench all --json figures.json       the 15B's shape on a GPU, a tiny one without
     python -m moekit.bench score --shape 52b --blocks 1,4,16
-    python -m moekit.bench moe-layer --dtype bfloat16 --against grouped_mm,transformers,loop
+    python -m moekit.bench moe-layer --dtype bfloat16 --against vllm,triton_kernels
+    python -m moekit.bench tune                          cuts of the kernels for the GPU at hand, in a file
 
 The benches need no download and no file: weights and tokens are random. Every ratio refers to a ceiling that is measured
-in the same run.
+in the same run. "python -m moekit.bench NAME --help" has the arguments of each.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import time
@@ -48,7 +50,7 @@ Rows = list[dict[str, Any]]
 
 
 def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
-    summary, _, epilog = __doc__.partition("\n")
+    summary, _, epilog = __doc__.replace("``", "").partition("\n")
     parser = argparse.ArgumentParser(
         prog="python -m moekit.bench",
         description=summary,
@@ -58,9 +60,15 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     benches = parser.add_subparsers(dest="bench", required=True)
     found = {}
     for name, bench in (MODEL | OTHER | ALONE).items():
-        found[name] = benches.add_parser(name, help=bench.__doc__.splitlines()[0])
+        about = bench.__doc__.replace("``", "")
+        found[name] = benches.add_parser(
+            name,
+            help=about.splitlines()[0],
+            description=about,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         bench.add_arguments(found[name])
-    found["all"] = benches.add_parser("all", help="all of them, with what they do by default")
+    found["all"] = benches.add_parser("all", help="all of them but tune, with what they do by default")
     for name in (*MODEL, "all"):
         add_setting(found[name])
     for sub in found.values():
@@ -91,7 +99,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         tables = tables_of(args, arguments[1:], parser, benches)
     except (ValueError, OSError) as error:
         if new:
-            args.json.unlink(missing_ok=True)
+            # Where the file could not be made, there is none to take away.
+            with contextlib.suppress(OSError):
+                args.json.unlink()
         parser.exit(2, f"{parser.prog}: {error}\n")
     if args.json is not None:
         args.json.write_text(json.dumps({**about(arguments), "benches": tables}, indent=2) + "\n")

@@ -13,20 +13,22 @@ import torch
 from torch import Tensor
 
 from moekit.bench import measure, shapes
-from moekit.bench.figures import Figure, spread
+from moekit.bench.figures import GIB, Figure, spread
 from moekit.bench.measure import Ceilings
 from moekit.bench.peers import PEERS, Missing, Peer, version, without_biases
-from moekit.bench.score import FRACTION, numbers
-from moekit.bench.setting import Setting, ceiling_figures
+from moekit.bench.score import FRACTION
+from moekit.bench.setting import Setting, ceiling_figures, wholes
 from moekit.nn.config import DENSE, ModelConfig
 from moekit.nn.dispatch import Local
 from moekit.nn.experts import QuantisedExperts
 from moekit.nn.gate import Routing
 from moekit.nn.gates import top_k_of
+from moekit.nn.memory import Sizes
 from moekit.nn.operations import use
 from moekit.nn.passes import Pass
 from moekit.nn.transformer import MoE, allocated
 from moekit.ranks import Rank
+from moekit.ranks.machine import host_memory
 
 AGAINST = ("grouped_mm", "loop", *PEERS)
 Layer = Callable[[Tensor, Pass], Tensor]
@@ -34,6 +36,8 @@ Layer = Callable[[Tensor, Pass], Tensor]
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 # The share of tokens that may differ: gates round differently, and with two tied experts another one may be chosen.
 TIES = 1e-3
+# Tokens of a call.
+MOST = 2**20
 NO_BYTES = "{} has no product with these weights of one byte"
 
 
@@ -42,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--against", type=names, default=list(AGAINST), help=f"of {','.join(AGAINST)} (default: all)"
     )
     parser.add_argument(
-        "--tokens", type=numbers, help="tokens of a call (default: one block and 32; one without a GPU)"
+        "--tokens", type=wholes(MOST), help="tokens of a call (default: one block and 32; one without a GPU)"
     )
 
 
@@ -66,18 +70,36 @@ def run(setting: Setting, args: argparse.Namespace) -> list[Figure]:
     config = setting.config
     if not config.moe_layers:
         return [Figure("layer", None, "ms", note=DENSE)]
+    block = config.max_positions
+    asked = args.tokens or ([block, 32 * block] if setting.device == "cuda" else [block])
+    if why := too_large(setting, config, max(asked)):
+        return [Figure("layer", None, "ms", note=why)]
     device = torch.device(setting.device, 0) if setting.device == "cuda" else torch.device("cpu")
     ceilings = measure.ceilings(Rank(0, 1, device), setting.kind)
     generator = torch.Generator(device).manual_seed(1)
     moe = random_layer(config, setting, generator)
 
-    block = config.max_positions
     rows = ceiling_figures(ceilings, setting.dtype)
-    for tokens in args.tokens or ([block, 32 * block] if setting.device == "cuda" else [block]):
+    for tokens in asked:
         groups = max(1, tokens // block)
         x = torch.randn(groups, tokens // groups, config.dim, generator=generator, device=device)
         rows += compared(moe, x.to(setting.kind), setting, ceilings, args.against)
     return rows
+
+
+def too_large(setting: Setting, config: ModelConfig, tokens: int) -> str:
+    """The reason why a layer and its rows do not fit into the free memory; "" if they fit.
+
+    A choice has its row and its result, of the kernels and of the plain path, and its hidden layer.
+    """
+    needed = config.experts * Sizes(config, setting.kind, setting.experts is not None).expert
+    needed += tokens * top_k_of(config) * (8 * config.dim + 2 * config.ffn_dim) * setting.itemsize
+    on_gpu = setting.device == "cuda"
+    free = torch.cuda.mem_get_info()[0] if on_gpu else host_memory("MemAvailable")
+    # The free memory may be unknown, and then it is NaN.
+    if not needed >= free:
+        return ""
+    return f"does not fit: {needed / GIB:.1f} GiB of a layer and its rows, {free / GIB:.1f} GiB are free"
 
 
 def random_layer(config: ModelConfig, setting: Setting, generator: torch.Generator) -> MoE:

@@ -20,9 +20,9 @@ from torch import Tensor
 from moekit import checkpoint, results
 from moekit.arguments import reading
 from moekit.bench import measure
-from moekit.bench.figures import GIB, Figure
-from moekit.bench.moe_layer import random_layer, same
-from moekit.bench.setting import Setting, add_kind, add_shape, at_least_one, ceiling_figures
+from moekit.bench.figures import Figure
+from moekit.bench.moe_layer import random_layer, same, too_large
+from moekit.bench.setting import Setting, add_kind, add_shape, ceiling_figures, whole
 from moekit.nn.config import DENSE, ModelConfig
 from moekit.nn.experts import Assignment, Experts
 from moekit.nn.ffn import loop
@@ -31,7 +31,6 @@ from moekit.nn.gates import top_k_of
 from moekit.nn.memory import Sizes
 from moekit.progress import bar as progress_bar
 from moekit.ranks import Rank
-from moekit.ranks.machine import host_memory
 from moekit.versions import versions
 
 # The cuts of a table: the most choices, and the most choices an expert. The last one takes any number.
@@ -50,8 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("moekit-cuts.json"), help="the file to write (default: %(default)s)"
     )
-    parser.add_argument("--tries", type=at_least_one, default=60, help="cuts to try in each band (60)")
-    parser.add_argument("--seconds", type=at_least_one, default=600, help="the most for all bands (600)")
+    parser.add_argument("--tries", type=whole(), default=60, help="cuts to try in each band (60)")
+    parser.add_argument("--seconds", type=whole(), default=600, help="the most for all bands (600)")
     parser.set_defaults(world_size=1, backend="triton")
 
 
@@ -62,7 +61,7 @@ def run(setting: Setting, args: argparse.Namespace) -> list[Figure]:
     Tables of other GPUs and types in the file stay as they are.
 
     Raises:
-        ValueError: the file cannot be read or written, the layer does not fit, or a built-in cut gives a wrong result.
+        ValueError: the file cannot be read or written, or a built-in cut gives a wrong result.
     """
     # Triton is imported only if this bench runs.
     from moekit.nn.kernels import cuts
@@ -74,7 +73,8 @@ def run(setting: Setting, args: argparse.Namespace) -> list[Figure]:
     kind = cuts.kind_of(setting.kind, setting.experts_kind or setting.kind)
     gpu, shared = cuts.gpu_name(device), cuts.shared_memory(device)
     tables, made = _old(args.out)
-    _check_room(setting, config)
+    if why := too_large(setting, config, -(-MANY * config.experts // top_k_of(config))):
+        return [Figure("cuts", None, "ms", note=why)]
     ceilings = measure.ceilings(Rank(0, 1, device), setting.kind)
     measure.give_back(device)
     generator = torch.Generator(device).manual_seed(1)
@@ -119,20 +119,6 @@ def _old(path: Path) -> tuple[dict, dict]:
     with reading(path):
         text = path.read_text()
     return cuts.tables(text, f"--out {path}"), cuts.made(text)
-
-
-def _check_room(setting: Setting, config: ModelConfig) -> None:
-    rows = MANY * config.experts
-    # The rows and results of a choice, of the kernels and of the plain path, and its hidden layer.
-    needed = config.experts * Sizes(config, setting.kind, setting.experts is not None).expert
-    needed += rows * (8 * config.dim + 2 * config.ffn_dim) * setting.itemsize
-    on_gpu = setting.device == "cuda"
-    free = torch.cuda.mem_get_info()[0] if on_gpu else host_memory("MemAvailable")
-    if needed > free:
-        raise ValueError(
-            f"a layer of this shape and its rows take {needed / GIB:.1f} GiB, and {free / GIB:.1f} GiB are free: name "
-            "another --shape"
-        )
 
 
 def _named(choices: int | None, mean: int | None) -> str:
