@@ -239,6 +239,17 @@ def test_what_does_not_fit_is_said(tmp_path, monkeypatch):
     )
 
 
+def test_a_damaged_table_ends_every_bench_in_one_sentence(tmp_path, monkeypatch, capsys):
+    (tmp_path / "own.json").write_text("{}")
+    monkeypatch.setenv("MOEKIT_CUTS", str(tmp_path / "own.json"))
+    how = ["--shape", "tiny", "--device", "cpu", "--backend", "triton", "--repeats", "1"]
+    for name in (["score", "--blocks", "1"], ["moe-layer", "--tokens", "4"]):
+        with pytest.raises(SystemExit, match="2"):
+            bench.main([*name, *how])
+        error = capsys.readouterr().err
+        assert f"MOEKIT_CUTS={tmp_path}/own.json: found no table" in error and error.count("\n") == 1
+
+
 def test_a_dense_model_has_no_cuts(tmp_path):
     (row,) = run(tmp_path, "--shape", "dense-tiny")
     assert row["note"] == "the model is dense, it has no layer with experts"

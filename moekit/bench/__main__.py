@@ -26,7 +26,8 @@ import torch
 from moekit.bench import data, decode, load, moe_layer, network, padded, questions, routing, score, tune
 from moekit.bench.setting import Setting
 from moekit.bench.setting import add_arguments as add_setting
-from moekit.notebook.report import versions
+from moekit.ranks import RankError
+from moekit.versions import versions
 
 MODEL = {
     "score": score,
@@ -97,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             # If the file is not writable, the error comes before hours of measuring, and not after.
             args.json.open("a").close()
         tables = tables_of(args, arguments[1:], parser, benches)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RankError) as error:
         if new:
             # Where the file could not be made, there is none to take away.
             with contextlib.suppress(OSError):
