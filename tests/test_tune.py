@@ -235,7 +235,7 @@ def test_what_does_not_fit_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(moe_layer, "host_memory", lambda what: 1 << 30)
     (row,) = run(tmp_path, "--shape", "52b")
     assert row["figure"] is None and row["note"].startswith(
-        "does not fit: 8.0 GiB of a layer and its rows, 1.0"
+        "does not fit: 8.1 GiB of a layer and its rows, 1.0"
     )
 
 
