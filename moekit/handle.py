@@ -40,7 +40,8 @@ class Handle:
         device: "cuda" or "cpu".
         dtype: torch's dtype of the weights and of what is computed.
         experts: the type of the experts' matrices, "int8" or "fp8"; None: ``dtype``.
-        parts: one dict per rank, what :func:`moekit.worker.loading.load` returned.
+        parts: one dict per rank, what :func:`moekit.worker.loading.load` returned: ``files``, ``experts``, ``parameters``,
+            ``bytes``, ``seconds`` of its load, ``cuts`` of its kernels.
         load_seconds: the seconds that :func:`moekit.load` took.
         intervention: what :meth:`route` changes at the moment, or None.
     """
@@ -75,6 +76,14 @@ class Handle:
     @property
     def device(self) -> str:
         return self.ranks.devices[0].type
+
+    @property
+    def versions(self) -> dict[str, str | None]:
+        """What a result of this model depends on; ``cuts`` are those of its ranks, None where no kernel has any."""
+        found = versions()
+        if self.parts:
+            found["cuts"] = "; ".join(sorted({part["cuts"] for part in self.parts} - {None})) or None
+        return found
 
     @functools.cached_property
     def codec(self) -> Codec | Ids:
@@ -321,7 +330,7 @@ def describe_run(
         "device": model.device,
         "world_size": model.world_size,
         "backend": model.parts[0]["backend"],
-        "versions": versions(),
+        "versions": model.versions,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

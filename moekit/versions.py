@@ -6,7 +6,9 @@ A checkout is asked before the installed package: an editable installation's ver
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.metadata
+import os
 import platform
 import subprocess
 import tomllib
@@ -18,10 +20,9 @@ UNKNOWN = "unknown"
 
 
 def versions() -> dict[str, str | None]:
-    """Python's, moekit's and those of the ``PACKAGES``; None where a package is not installed."""
-    return {"python": platform.python_version(), "moekit": own()} | {
-        name: _installed(name) for name in PACKAGES
-    }
+    """Python's, moekit's and those of the ``PACKAGES``, None where a package is not installed; and ``cuts`` (:func:`cuts`)."""
+    found = {"python": platform.python_version(), "moekit": own(), "cuts": cuts()}
+    return found | {name: _installed(name) for name in PACKAGES}
 
 
 @functools.cache
@@ -57,3 +58,43 @@ def _installed(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+# ------------------------------------------------------------------------------------- the cuts of the kernels
+
+# The environment's name of a file with cuts (moekit/nn/kernels/cuts.py), and the most bytes that such a file has.
+CUTS, MOST = "MOEKIT_CUTS", 2**20
+
+
+def cuts() -> str:
+    """The table of cuts of this process: "built-in", or the name and the SHA-256 of the file that ``MOEKIT_CUTS`` names."""
+    try:
+        text = own_cuts()
+    except ValueError:
+        return UNKNOWN
+    if text is None:
+        return "built-in"
+    return f"{Path(os.environ[CUTS]).name}, SHA-256 {hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+@functools.cache
+def own_cuts() -> str | None:
+    """The text of the file that ``MOEKIT_CUTS`` names, as it was when this process first asked; None without one.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    path = os.environ.get(CUTS)
+    if not path:
+        return None
+    try:
+        with open(Path(path).expanduser(), "rb") as file:
+            text = file.read(MOST + 1)
+        if len(text) > MOST:
+            raise ValueError(f"{CUTS}={path}: has more than {MOST:,} bytes, so it is no table of cuts")
+        return text.decode()
+    except UnicodeDecodeError:
+        raise ValueError(f"{CUTS}={path}: is no text, so it is no table of cuts") from None
+    except (OSError, RuntimeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise ValueError(f"{CUTS}={path} cannot be read ({why}); name another file or unset {CUTS}") from None

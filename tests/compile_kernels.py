@@ -11,6 +11,7 @@ from triton.compiler import ASTSource
 
 from moekit.nn.kernels import (
     attention,
+    cuts,
     gate,
     grouped,
     logprobs,
@@ -54,7 +55,7 @@ class Target:
         units = [name for name in ("wgmma.mma_async", "tcgen05.mma", "mma.sync") if name in ptx]
         print(self.capability, kernel.__name__, constants, built.metadata.shared, *units or "-", flush=True)
 
-    def grouped(self, kind: str, cut: grouped.Cut, one_byte: int = 0, over_peers: bool = False) -> None:
+    def grouped(self, kind: str, cut: cuts.Cut, one_byte: int = 0, over_peers: bool = False) -> None:
         for first, blocks in ((True, cut.up), (False, cut.down)):
             n, k = (3072, 768) if first else (768, 3072)
             types = dict.fromkeys(("x", "w", "b", "out", "weights"), f"*{kind}") | {
@@ -113,17 +114,17 @@ def weights_of(one_byte: int) -> dict:
 def compile_all(target: Target) -> None:
     """All kernels; of those of the experts some variants for Hopper only, since compiling takes its time."""
     most = target.capability == 90
-    for cut in grouped.fitting(2, target.shared):
+    for cut in cuts.built_in("", "float16", target.shared):
         target.grouped("fp16", cut)
-    for cut in grouped.fitting(1, target.shared):
+    for cut in cuts.built_in("", "int8", target.shared):
         target.grouped("fp16", cut, 1)
-    target.grouped("fp16", grouped.fitting(1, target.shared)[0], 2)
+    target.grouped("fp16", cuts.built_in("", "fp8", target.shared)[0], 2)
     if most:
-        target.grouped("fp16", grouped.CUTS[-1], over_peers=True)
-        target.grouped("fp16", grouped.ONE_BYTE_CUTS[-1], 1, over_peers=True)
-        target.grouped("bf16", grouped.CUTS[-1])
-        target.grouped("bf16", grouped.ONE_BYTE_CUTS[0], 1)
-        target.grouped("fp32", grouped.PLAIN)
+        target.grouped("fp16", cuts.CUTS[-1], over_peers=True)
+        target.grouped("fp16", cuts.ONE_BYTE_CUTS[-1], 1, over_peers=True)
+        target.grouped("bf16", cuts.CUTS[-1])
+        target.grouped("bf16", cuts.ONE_BYTE_CUTS[0], 1)
+        target.grouped("fp32", cuts.PLAIN)
     for one_byte in (0, 1, 2) if most else (0, 1):
         target.few_rows(one_byte)
         target.few_rows_over_peers(one_byte)

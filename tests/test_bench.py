@@ -223,8 +223,9 @@ def test_a_dense_shape(tmp_path, bench_name):
     assert "no experts" in rows[0]["note"]
 
 
-def test_a_dense_shape_has_no_layer_to_time(tmp_path):
-    (row,) = run(tmp_path, "moe-layer", "--shape", "dense-tiny", "--device", "cpu")["moe-layer"]
+@pytest.mark.parametrize("name", ["moe-layer", "padded"])
+def test_a_dense_shape_has_no_layer_to_time(tmp_path, name):
+    (row,) = run(tmp_path, name, "--shape", "dense-tiny", "--device", "cpu")[name]
     assert row["figure"] is None and row["note"] == "the model is dense, it has no layer with experts"
 
 
@@ -251,7 +252,7 @@ def test_experts_of_one_byte(tmp_path, experts):
     rows = run(tmp_path, "score", *how, "--blocks", "1")["score"]
     assert rows[3]["figure"] > 0 and "16 of 16 experts" in rows[3]["note"]
     assert run(tmp_path, "decode", *how, "--batches", "1")["decode"][3]["figure"] > 0
-    (layer,) = run(tmp_path, "moe-layer", *how, "--tokens", "64")["moe-layer"][3:]
+    layer = run(tmp_path, "moe-layer", *how, "--tokens", "64", "--against", "loop")["moe-layer"][3]
     assert layer["work"] == "layer, 64 tokens: moekit's (loop)" and "error 0e+00" in layer["note"]
     rows = run(tmp_path, "load", *how)["load"]
     assert rows[3]["work"] == "load" and rows[3]["figure"] > 0
@@ -270,44 +271,15 @@ def test_what_is_loaded_in_one_byte_is_checked_too(tmp_path):
 
 def test_what_does_not_fit_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(settings, "host_memory", lambda what: 10 << 20)
+    monkeypatch.setattr(moe_layer, "host_memory", lambda what: 10 << 20)
+    (row,) = run(tmp_path, "moe-layer", "--shape", "15b", "--device", "cpu")["moe-layer"]
+    assert row["note"].startswith("does not fit: 9.2 GiB of a layer and its rows, 0.0 GiB")
     for name in ("score", "decode", "padded"):
         (row,) = run(tmp_path, name, "--shape", "15b", "--device", "cpu")[name]
         assert row["figure"] is None and row["note"].startswith("does not fit: 54.4 GiB of weights, 0.0 GiB")
     monkeypatch.setattr(load.shutil, "disk_usage", lambda path: type("", (), {"free": 1 << 30}))
     (row,) = run(tmp_path, "load", "--shape", "15b", "--device", "cpu")["load"]
     assert row["note"].startswith("does not fit: 27.2 GiB of files, 1.0 GiB")
-
-
-def test_the_layer_beside_others(tmp_path, monkeypatch):
-    monkeypatch.setattr(moe_layer.importlib.util, "find_spec", lambda name: None)
-    rows = run(tmp_path, "moe-layer", "--shape", "tiny", "--device", "cpu", "--repeats", "2")["moe-layer"][3:]
-    names = [row["work"].removeprefix("layer, 256 tokens: ") for row in rows]
-    assert names == [
-        "moekit's (loop)",
-        "grouped_mm",
-        "transformers' grouped_mm",
-        "transformers' batched_mm",
-    ]
-    assert all(row["figure"] > 0 and row["limit"] > 0 for row in rows[:2])
-    assert all(row["figure"] is None and row["note"] == "not installed" for row in rows[2:])
-
-
-@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
-def test_transformers_computes_the_same(implementation):
-    pytest.importorskip("transformers")
-    moe = shapes_moe()
-    x = torch.randn(2, 64, TINY.dim)
-    step = moe_layer.Pass(0.05, 2)
-    with torch.inference_mode():
-        expected = moe_layer.ours("loop")(moe)(x, step)
-        found = moe_layer.theirs(implementation, setting(), 128)(moe)(x, step)
-        moe_layer.same(implementation, found, expected)
-
-
-def shapes_moe():
-    rank = Rank(0, 1, CPU)
-    shapes.build(rank, TINY, torch.float32, "loop")
-    return rank.state["model"].layers[1].moe
 
 
 def test_a_wrong_layer_is_an_error():
@@ -321,15 +293,6 @@ def test_a_wrong_layer_is_an_error():
             moe_layer.same("x", wrong, expected)
 
 
-def test_a_wrong_layer_ends_the_bench(monkeypatch):
-    monkeypatch.setattr(
-        moe_layer, "ways", lambda *_: {"wrong": lambda moe: lambda x, step: torch.zeros_like(x)}
-    )
-    arguments = bench.parsers()[0].parse_args(["moe-layer", "--shape", "tiny", "--device", "cpu"])
-    with pytest.raises(ValueError, match="wrong computes something else"):
-        moe_layer.run(setting(), arguments)
-
-
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -337,7 +300,6 @@ def test_a_wrong_layer_ends_the_bench(monkeypatch):
         (["decode", "--device", "cpu", "--world-size", "0"], "world_size is 0"),
         (["data", "--bpe", "/nowhere"], "--bpe /nowhere: there is no /nowhere/encoder.json"),
         (["data", "--text", "/nowhere"], "No such file or directory: '/nowhere'"),
-        (["data", "--megabytes", "-1"], "--megabytes -1.0: expected more than 0"),
         (["network", "--ranks", "16", "--gbit", "nan"], "--gbit=nan: expected a number above 0"),
         (["network", "--ranks", "80000000"], "--ranks=80000000: expected at most 4096"),
         (["network", "--ranks", "16", "--shape", "dense-tiny"], "--shape dense-tiny has no experts"),
@@ -360,26 +322,60 @@ def test_a_bench_that_fails_leaves_no_file(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["old.json"]
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["score", "--blocks", "4,0"],
-        ["decode", "--batches=-1"],
-        ["moe-layer", "--tokens", "0"],
-        ["load", "--repeats", "0"],
-        ["routing", "--tokens", "0"],
-    ],
-)
-def test_numbers_start_at_one(arguments, capsys):
+ODD = {
+    "score --blocks 4,0": "'0': expected a whole number of at least 1",
+    "score --blocks 1,,2": "'': expected a whole number of at least 1",
+    "score --blocks many": "'many': expected a whole number of at least 1",
+    "score --blocks 5000": "'5000': expected at most 4096",
+    "score --zipf nan": "'nan': expected a number of at least 0 up to 10",
+    "score --zipf -1": "'-1': expected a number of at least 0",
+    "score --resident 0": "'0': expected a whole number of at least 1",
+    "score --shape 16b": "invalid choice: '16b'",
+    "score --device tpu": "invalid choice: 'tpu'",
+    "score --world-size 1.5": "argument --world-size: invalid int value: '1.5'",
+    "decode --batches=-1": "'-1': expected a whole number of at least 1",
+    "decode --batches 1e3": "'1e3': expected a whole number of at least 1",
+    "moe-layer --tokens 0": "'0': expected a whole number of at least 1",
+    "moe-layer --tokens 100000000000000": "'100000000000000': expected at most 1048576",
+    "moe-layer --against loop,": "[''] unknown; expected some of grouped_mm,loop,transformers,triton_kernels,vllm",
+    "load --repeats 0": "'0': expected a whole number of at least 1",
+    "load --repeats " + 5000 * "9": "expected a whole number of at least 1",
+    "padded --fraction 0": "'0': expected a number above 0 up to 1",
+    "padded --fraction inf": "'inf': expected a number above 0 up to 1",
+    "questions --choices 1001": "'1001': expected at most 1000",
+    "data --megabytes -1": "'-1': expected a number above 0",
+    "data --workers 100000": "'100000': expected at most 1024",
+    "routing --tokens 0": "'0': expected a whole number of at least 1",
+    "routing --experts 1": "'1': expected a whole number of at least 2",
+    "routing --experts 40000": "'40000': expected at most 32767",
+    "network --itemsize 99": "'99': expected at most 16",
+    "tune --tries none": "'none': expected a whole number of at least 1",
+    "sort": "invalid choice: 'sort'",
+    "": "the following arguments are required: bench",
+}
+
+
+@pytest.mark.parametrize("line", ODD, ids=lambda line: line[:40])
+def test_odd_arguments_are_one_sentence(line, capsys):
     with pytest.raises(SystemExit, match="2"):
-        bench.main(arguments)
-    assert "expected a whole number of at least 1" in capsys.readouterr().err
+        bench.main(line.split())
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert ODD[line] in last and last.startswith("python -m moekit.bench") and len(last) < 400
+
+
+def test_every_bench_says_what_its_arguments_are():
+    _, found = bench.parsers()
+    assert list(found) == [*bench.MODEL, *bench.OTHER, *bench.ALONE, "all"]
+    for name, parser in found.items():
+        text = parser.format_help()
+        assert f"python -m moekit.bench {name}" in text and "`" not in text
+        assert all(action.help for action in parser._actions), name
 
 
 def test_unknown_opponents_are_refused(capsys):
     with pytest.raises(SystemExit):
-        bench.main(["moe-layer", "--against", "loop,vllm"])
-    assert "['vllm'] unknown" in capsys.readouterr().err
+        bench.main(["moe-layer", "--against", "loop,vlm"])
+    assert "['vlm'] unknown" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -432,7 +428,11 @@ def test_two_ranks(tmp_path):
     assert rows[-1]["work"] == "2 ranks against one, best of each" and rows[-1]["unit"] == "times"
     assert rows[-1]["figure"] == pytest.approx(int(both) / int(one), rel=0.01)
     rows = run(tmp_path, "decode", *arguments, "--batches", "2")["decode"]
-    assert rows[3]["work"] == "decode, batch 2 on each of 2 ranks"
+    assert [row["work"] for row in rows[3:]] == ["decode, batch 2 on each of 2 ranks", "generate, batch 2"]
+    rows = run(tmp_path, "decode", *arguments, "--batches", "1")["decode"]
+    works = ["decode, batch 1 on each of 2 ranks", "decode, one sequence in all", "generate, batch 1"]
+    assert [row["work"] for row in rows[3:]] == works
+    assert all(row["figure"] > 0 and row["limit"] > 0 for row in rows[3:])
     rows = run(tmp_path, "load", *arguments)["load"]
     assert rows[3]["figure"] > 0
     rows = run(tmp_path, "score", *arguments, "--shape", "dense-tiny", "--blocks", "1")["score"]

@@ -33,18 +33,8 @@ from moekit.nn.gates import gate_of
 from moekit.nn.graphs import Graph
 from moekit.nn.kernels import attention, short_step, tiles, vectors
 from moekit.nn.kernels import gate as fused_gate
-from moekit.nn.kernels.grouped import (
-    ACTIVATIONS,
-    ANY,
-    CUTS,
-    FEW_ROWS,
-    ONE_BYTE_CUTS,
-    Blocks,
-    Cut,
-    cut_for,
-    fitting,
-    grouped_ffn,
-)
+from moekit.nn.kernels.cuts import ANY, CUTS, ONE_BYTE_CUTS, Blocks, Cut
+from moekit.nn.kernels.grouped import ACTIVATIONS, grouped_ffn
 from moekit.nn.kernels.logprobs import best, target_log_probs
 from moekit.nn.logprobs import log_probs
 from moekit.nn.operations import BACKENDS, choose_backend, use
@@ -251,23 +241,6 @@ def test_few_choices_are_sorted_without_a_sort(tokens, experts):
         tiles.by_expert(routing, experts), gate.by_expert(routing, experts), strict=True
     ):
         assert found.equal(wanted)
-
-
-def test_the_cut_follows_the_rows_an_expert():
-    half = torch.float16
-    cuts = [cut_for(places, 512, half) for places in (2, 128, 4096, 131_072)]
-    assert [cut.up.rows for cut in cuts] == [16, 16, 16, 128]
-    assert [cut.up.columns for cut in cuts[:2]] == [32, 128]
-    assert cut_for(8192, 512, half).up.rows == 32
-    assert cut_for(131_072, 512, half, shared=99 * 1024).up.rows == 64, "a GPU with less shared memory"
-    assert cut_for(128, 512, half, shared=64 * 1024).up == FEW_ROWS
-    for itemsize, cuts in ((2, CUTS), (1, ONE_BYTE_CUTS)):
-        assert set(cuts) == {cut for kib in (64, 99, 163, 227) for cut in fitting(itemsize, kib * 1024)}
-        for shared in (64 * 1024, 99 * 1024, 227 * 1024):
-            most = [cut_for(n, 512, half, shared, itemsize) for n in (2, 128, 4096, 20_000, 131_072)]
-            assert all(max(cut.up.shared(itemsize), cut.down.shared(itemsize)) <= shared for cut in most)
-    for cut in (*CUTS, *ONE_BYTE_CUTS):
-        assert cut.up.rows == cut.down.rows, "both products share the tiles"
 
 
 def config(**options) -> ModelConfig:

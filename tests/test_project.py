@@ -80,6 +80,8 @@ def test_the_core_has_ranges_and_the_package_imports_what_it_declares():
     }
     # Of the bench and the kernels, which say what to do where it is missing, and a faster checksum.
     optional = {"triton", "isal", "pynvml"}
+    # Layers that the bench compares with, if they are installed.
+    optional |= {"triton_kernels", "vllm", "scattermoe", "megablocks"}
     graph = grimp.build_graph("moekit", include_external_packages=True, cache_dir=None)
     outside = {
         name

@@ -2,15 +2,17 @@
 
     python -m moekit.bench all --json figures.json       the 15B's shape on a GPU, a tiny one without
     python -m moekit.bench score --shape 52b --blocks 1,4,16
-    python -m moekit.bench moe-layer --dtype bfloat16 --against grouped_mm,transformers,loop
+    python -m moekit.bench moe-layer --dtype bfloat16 --against vllm,triton_kernels
+    python -m moekit.bench tune                          cuts of the kernels for the GPU at hand, in a file
 
 The benches need no download and no file: weights and tokens are random. Every ratio refers to a ceiling that is measured
-in the same run.
+in the same run. "python -m moekit.bench NAME --help" has the arguments of each.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import time
@@ -21,10 +23,11 @@ from typing import Any
 import pandas as pd
 import torch
 
-from moekit.bench import data, decode, load, moe_layer, network, padded, questions, routing, score
+from moekit.bench import data, decode, load, moe_layer, network, padded, questions, routing, score, tune
 from moekit.bench.setting import Setting
 from moekit.bench.setting import add_arguments as add_setting
-from moekit.notebook.report import versions
+from moekit.ranks import RankError
+from moekit.versions import versions
 
 MODEL = {
     "score": score,
@@ -34,6 +37,8 @@ MODEL = {
     "moe-layer": moe_layer,
     "padded": padded,
 }
+# It writes a file, so that "all" leaves it out.
+ALONE = {"tune": tune}
 OTHER = {"data": data, "routing": routing, "network": network}
 # Arguments of the benches without a shape in "all" with the tiny shape, so that they are quick, too.
 TINY = {
@@ -46,7 +51,7 @@ Rows = list[dict[str, Any]]
 
 
 def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
-    summary, _, epilog = __doc__.partition("\n")
+    summary, _, epilog = __doc__.replace("``", "").partition("\n")
     parser = argparse.ArgumentParser(
         prog="python -m moekit.bench",
         description=summary,
@@ -55,10 +60,16 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     )
     benches = parser.add_subparsers(dest="bench", required=True)
     found = {}
-    for name, bench in (MODEL | OTHER).items():
-        found[name] = benches.add_parser(name, help=bench.__doc__.splitlines()[0])
+    for name, bench in (MODEL | OTHER | ALONE).items():
+        about = bench.__doc__.replace("``", "")
+        found[name] = benches.add_parser(
+            name,
+            help=about.splitlines()[0],
+            description=about,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         bench.add_arguments(found[name])
-    found["all"] = benches.add_parser("all", help="all of them, with what they do by default")
+    found["all"] = benches.add_parser("all", help="all of them but tune, with what they do by default")
     for name in (*MODEL, "all"):
         add_setting(found[name])
     for sub in found.values():
@@ -74,7 +85,7 @@ def run(name: str, args: argparse.Namespace) -> Rows:
     """
     if name in OTHER:
         return OTHER[name].run(args)
-    return [figure.row() for figure in MODEL[name].run(Setting.of(args), args)]
+    return [figure.row() for figure in (MODEL | ALONE)[name].run(Setting.of(args), args)]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -87,9 +98,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             # If the file is not writable, the error comes before hours of measuring, and not after.
             args.json.open("a").close()
         tables = tables_of(args, arguments[1:], parser, benches)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RankError) as error:
         if new:
-            args.json.unlink(missing_ok=True)
+            # Where the file could not be made, there is none to take away.
+            with contextlib.suppress(OSError):
+                args.json.unlink()
         parser.exit(2, f"{parser.prog}: {error}\n")
     if args.json is not None:
         args.json.write_text(json.dumps({**about(arguments), "benches": tables}, indent=2) + "\n")

@@ -22,7 +22,7 @@ import torch
 
 from moekit import paths
 from moekit.bench import measure
-from moekit.bench.setting import at_least_one
+from moekit.bench.setting import number, whole
 from moekit.data import binarise, encode_files
 from moekit.data.codec import FILES
 
@@ -52,16 +52,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--text", type=Path, help="a text file; default: the sources of this Python's packages"
     )
     parser.add_argument(
-        "--megabytes", type=float, default=40.0, help="of the text to use (default: %(default)s)"
+        "--megabytes",
+        type=number(above=0, most=1e6),
+        default=40.0,
+        help="of the text to use (default: %(default)s)",
     )
     parser.add_argument(
         "--bpe", type=Path, default=paths.DEMO_BPE, help=f"a folder with {', '.join(FILES)} (default: demo's)"
     )
     parser.add_argument(
-        "--workers", type=at_least_one, default=len(os.sched_getaffinity(0)), help="processes on both sides"
+        "--workers",
+        type=whole(most=1024),
+        default=len(os.sched_getaffinity(0)),
+        help="processes on both sides",
     )
     parser.add_argument(
-        "--repeats", type=at_least_one, default=3, help="runs of ours after a first one; the median counts"
+        "--repeats",
+        type=whole(most=1000),
+        default=3,
+        help="runs of ours after a first one; the median counts",
     )
 
 
@@ -79,8 +88,6 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     # If a file is missing, fairseq restarts its workers without end.
     if missing := [str(path) for path in needed if not path.is_file()]:
         raise ValueError(f"--bpe {args.bpe}: there is no {', '.join(missing)}")
-    if args.megabytes <= 0:
-        raise ValueError(f"--megabytes {args.megabytes}: expected more than 0")
     with tempfile.TemporaryDirectory() as folder:
         text, ours, theirs = (Path(folder) / name for name in ("text", "ours", "theirs"))
         text.write_bytes(_text(args.text, int(args.megabytes * 1e6)))

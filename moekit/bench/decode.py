@@ -15,8 +15,7 @@ from moekit.bench import measure
 from moekit.bench.fetched import counts_of, told
 from moekit.bench.figures import Figure, spread
 from moekit.bench.measure import Ceilings
-from moekit.bench.score import numbers
-from moekit.bench.setting import Setting, add_fetching, ceiling_figures
+from moekit.bench.setting import Setting, add_fetching, ceiling_figures, wholes
 from moekit.nn.cost import flop_per_token
 from moekit.nn.gate import Routing
 from moekit.nn.resident import Counts
@@ -26,6 +25,8 @@ from moekit.worker.decoding import Prompt
 from moekit.worker.sampling import Settings
 
 PROMPT = 128
+# Sequences a rank.
+MOST = 16_384
 # New tokens of a measurement, which is one call.
 NEW = {"cpu": 8, "cuda": 64}
 # Steps after which a rank has a graph of a step.
@@ -36,7 +37,7 @@ KEY = -1
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--batches", type=numbers, default=[1, 64], help="sequences a rank, such as 1,64 (the default)"
+        "--batches", type=wholes(MOST), default=[1, 64], help="sequences a rank, such as 1,64 (the default)"
     )
     add_fetching(parser)
 
@@ -88,6 +89,15 @@ def measured(model: Model, setting: Setting, ceilings: Ceilings, batch: int) -> 
         row["note"] = f"{seconds * 1e3:.2f} ms a step; {note}"
         main = Figure(name, ranks * batch / seconds, "tokens/s", ranks * batch / least, goal, **row)
 
+    rows = [main]
+    if batch == 1 and ranks > 1:
+        alone: list[Decoded] = model.ranks.call(time_decoding, 1, new, setting.repeats, True)
+        seconds = statistics.median(alone[0].seconds) / new
+        note = f"{spread(alone[0].seconds)}; the other ranks serve their experts"
+        best = limit(setting, ceilings, alone[0].experts, 1)
+        name = "decode, one sequence in all"
+        rows.append(Figure(name, seconds * 1e3, "ms a token", best * 1e3, lower=True, note=note))
+
     prompts = [prompt(number, setting.config.vocab_rows) for number in range(batch * ranks)]
     tokens = 2 * new
 
@@ -97,7 +107,7 @@ def measured(model: Model, setting: Setting, ceilings: Ceilings, batch: int) -> 
     whole = measure.median(work, torch.device("cpu"), repeats=max(2, setting.repeats // 3), warm_up=1)
     rate = len(prompts) * tokens / whole
     note = f"{len(prompts)} x {tokens} tokens and {PROMPT} of prompt in {whole:.2f} s"
-    return [main, Figure(f"generate, batch {batch}", rate, "tokens/s", ranks * batch / least, note=note)]
+    return [*rows, Figure(f"generate, batch {batch}", rate, "tokens/s", ranks * batch / least, note=note)]
 
 
 def reached(experts: list[float], setting: Setting) -> str:
@@ -127,23 +137,25 @@ class Decoded:
     steps: int
 
 
-def time_decoding(rank: Rank, batch: int, new: int, repeats: int) -> Decoded:
+def time_decoding(rank: Rank, batch: int, new: int, repeats: int, in_all: bool = False) -> Decoded:
     """Time :func:`moekit.worker.decoding.run`, ``new`` tokens per call, and count the experts in a separate run.
+
+    Each rank has ``batch`` sequences; ``in_all``: the first rank has them, and the others have none.
 
     Before each measurement, the prompts are read again and a few tokens are decoded. So all measurements have the same
     positions, and the rank has a graph of a step. Each has prompts of its own, whose experts are not in slots already.
     """
     model = rank.state["model"]
     vocab = model.config.vocab_rows
-    rows = [list(range(batch))] * rank.world_size
+    rows = [[] if in_all and r else list(range(batch)) for r in range(rank.world_size)]
     fetched = Counts()
 
     def decoded(settings: Settings, turn: int = 0) -> float:
         nonlocal fetched
         first = turn * batch * rank.world_size
         prompts = [
-            [Prompt(number, prompt(first + number, vocab)) for number in range(r * batch, (r + 1) * batch)]
-            for r in range(rank.world_size)
+            [Prompt(r * batch + row, prompt(first + r * batch + row, vocab)) for row in own]
+            for r, own in enumerate(rows)
         ]
         chosen = decode.begin(rank, KEY, prompts, settings, PROMPT + WARM_UP + new + 1)
         for steps in (WARM_UP, new):
@@ -151,7 +163,7 @@ def time_decoding(rank: Rank, batch: int, new: int, repeats: int) -> Decoded:
             measure.synchronise(rank.device)
             start = time.perf_counter()
             # A rank reads only the tokens of its sequences.
-            last = [chosen.tokens[:, -1].tolist()] * rank.world_size
+            last = [[] if chosen is None else chosen.tokens[:, -1].tolist()] * rank.world_size
             chosen = decode.run(rank, KEY, rows, last, steps)
             # The tokens are on the host, so the work of the device is complete.
             seconds = time.perf_counter() - start
@@ -173,5 +185,5 @@ def time_decoding(rank: Rank, batch: int, new: int, repeats: int) -> Decoded:
             distinct[layer].append(len(routing.experts.unique()))
 
     decoded(Settings(vocab, record=count))
-    experts = [statistics.mean(found) for found in distinct.values()]
+    experts = [statistics.mean(found) for found in distinct.values() if found]
     return Decoded(seconds, peak, experts, counted, repeats * new)

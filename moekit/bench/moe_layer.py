@@ -4,38 +4,41 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib.metadata
-import importlib.util
 import statistics
+import textwrap
 from collections.abc import Callable
-from types import SimpleNamespace
+from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moekit.bench import measure, shapes
 from moekit.bench.figures import GIB, Figure, spread
 from moekit.bench.measure import Ceilings
-from moekit.bench.score import FRACTION, numbers
-from moekit.bench.setting import Setting, ceiling_figures
-from moekit.nn.config import DENSE
+from moekit.bench.peers import PEERS, Missing, Peer, version, without_biases
+from moekit.bench.score import FRACTION
+from moekit.bench.setting import Setting, ceiling_figures, wholes
+from moekit.nn.config import DENSE, ModelConfig
 from moekit.nn.dispatch import Local
-from moekit.nn.experts import Experts, QuantisedExperts
-from moekit.nn.ffn import activation_fn
+from moekit.nn.experts import QuantisedExperts
 from moekit.nn.gate import Routing
 from moekit.nn.gates import top_k_of
+from moekit.nn.memory import Sizes
 from moekit.nn.operations import use
 from moekit.nn.passes import Pass
 from moekit.nn.transformer import MoE, allocated
 from moekit.ranks import Rank
 from moekit.ranks.machine import host_memory
 
-AGAINST = ("grouped_mm", "transformers", "loop")
+AGAINST = ("grouped_mm", "loop", *PEERS)
 Layer = Callable[[Tensor, Pass], Tensor]
 # The accepted relative error of a token's output, by the dtype of the computation.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 # The share of tokens that may differ: gates round differently, and with two tied experts another one may be chosen.
 TIES = 1e-3
+# Tokens of a call.
+MOST = 2**20
+NO_BYTES = "{} has no product with these weights of one byte"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--against", type=names, default=list(AGAINST), help=f"of {','.join(AGAINST)} (default: all)"
     )
     parser.add_argument(
-        "--tokens", type=numbers, help="tokens of a call (default: one block and 32; one without a GPU)"
+        "--tokens", type=wholes(MOST), help="tokens of a call (default: one block and 32; one without a GPU)"
     )
 
 
@@ -67,61 +70,130 @@ def run(setting: Setting, args: argparse.Namespace) -> list[Figure]:
     config = setting.config
     if not config.moe_layers:
         return [Figure("layer", None, "ms", note=DENSE)]
+    block = config.max_positions
+    asked = args.tokens or ([block, 32 * block] if setting.device == "cuda" else [block])
+    if why := too_large(setting, config, max(asked)):
+        return [Figure("layer", None, "ms", note=why)]
     device = torch.device(setting.device, 0) if setting.device == "cuda" else torch.device("cpu")
     ceilings = measure.ceilings(Rank(0, 1, device), setting.kind)
-    with torch.device("meta"):
-        moe = MoE(config, config.moe_layers[0], config.experts, Local())
-    moe = allocated(moe, device, setting.kind)
     generator = torch.Generator(device).manual_seed(1)
-    for name, parameter in moe.named_parameters():
-        shapes.draw(name, parameter, config, generator)
-    if setting.experts_kind is not None:
-        moe.experts = QuantisedExperts.of(moe.experts, setting.experts_kind)
+    moe = random_layer(config, setting, generator)
 
-    block = config.max_positions
     rows = ceiling_figures(ceilings, setting.dtype)
-    for tokens in args.tokens or ([block, 32 * block] if setting.device == "cuda" else [block]):
+    for tokens in asked:
         groups = max(1, tokens // block)
         x = torch.randn(groups, tokens // groups, config.dim, generator=generator, device=device)
         rows += compared(moe, x.to(setting.kind), setting, ceilings, args.against)
     return rows
 
 
+def too_large(setting: Setting, config: ModelConfig, tokens: int) -> str:
+    """The reason why a layer and its rows do not fit into the free memory; "" if they fit.
+
+    A choice has its row and its result, of the kernels and of the plain path, and its hidden layer.
+    """
+    needed = config.experts * Sizes(config, setting.kind, setting.experts is not None).expert
+    needed += tokens * top_k_of(config) * (8 * config.dim + 2 * config.ffn_dim) * setting.itemsize
+    on_gpu = setting.device == "cuda"
+    free = torch.cuda.mem_get_info()[0] if on_gpu else host_memory("MemAvailable")
+    # The free memory may be unknown, and then it is NaN.
+    if not needed >= free:
+        return ""
+    return f"does not fit: {needed / GIB:.1f} GiB of a layer and its rows, {free / GIB:.1f} GiB are free"
+
+
+def random_layer(config: ModelConfig, setting: Setting, generator: torch.Generator) -> MoE:
+    """A MoE layer with random weights, on the generator's device."""
+    with torch.device("meta"):
+        moe = MoE(config, config.moe_layers[0], config.experts, Local())
+    moe = allocated(moe, generator.device, setting.kind)
+    for name, parameter in moe.named_parameters():
+        shapes.draw(name, parameter, config, generator)
+    if setting.experts_kind is not None:
+        moe.experts = QuantisedExperts.of(moe.experts, setting.experts_kind)
+    return moe
+
+
 def compared(moe: MoE, x: Tensor, setting: Setting, ceilings: Ceilings, against: list[str]) -> list[Figure]:
-    """One row per implementation of the layer, on x [G, S, D]."""
+    """One row per implementation of the layer, on x [G, S, D].
+
+    Raises:
+        ValueError: a result of an implementation of moekit differs from the result of the loop.
+    """
     groups, tokens = len(x), x.shape[0] * x.shape[1]
     seen: list[Routing] = []
-    expected = ours("loop")(moe)(
-        x, Pass(FRACTION, groups, record=lambda layer, routing: seen.append(routing))
-    )
-    least = limit(setting, ceilings, seen[0], x)
     asked = Pass(FRACTION, groups)
+    expected = plain(moe, x, replace(asked, record=lambda layer, routing: seen.append(routing)))
+    least = limit(setting, ceilings, seen[0], x)
     rows = []
-    for name, make in ways(setting, against, tokens).items():
+    for name, way in ways(setting, against).items():
         work = f"layer, {tokens} tokens: {name}"
         try:
-            layer = make(moe)
-            note = same(name, layer(x, asked), expected)
+            if isinstance(way, Peer):
+                figure = of_peer(work, way, moe, x, asked, expected, setting)
+            else:
+                if setting.experts is not None and name == "grouped_mm":
+                    raise Missing(NO_BYTES.format(name))
+                figure = timed(work, name, way(moe), x, asked, expected, setting)
         except Missing as missing:
             rows.append(Figure(work, None, "ms", note=str(missing)))
-            continue
-        with measure.memory(x.device) as peak:
-            seconds = measure.seconds(
-                functools.partial(layer, x, asked), x.device, repeats=setting.repeats, least=0.02
-            )
-        rows.append(
-            Figure(
-                work,
-                statistics.median(seconds) * 1e3,
-                "ms",
-                least * 1e3,
-                lower=True,
-                gpu_gib=peak.gpu_gib,
-                host_gib=peak.host_gib,
-                note=f"{spread(seconds)}; {note}",
-            )
-        )
+        else:
+            rows.append(figure if figure.value is None else replace(figure, limit=least * 1e3))
     return rows
+
+
+def of_peer(
+    work: str, peer: Peer, moe: MoE, x: Tensor, asked: Pass, expected: Tensor, setting: Setting
+) -> Figure:
+    """The row of somebody else's implementation: whatever goes wrong there is a note, and not the end of the bench.
+
+    Raises:
+        Missing: it is not there, or cannot do this.
+    """
+    if setting.experts is not None:
+        raise Missing(NO_BYTES.format(peer.package))
+    choices = x.shape[0] * x.shape[1] * top_k_of(setting.config)
+    own = moe.experts
+    try:
+        if not peer.biases:
+            moe.experts = without_biases(own)
+            expected = plain(moe, x, asked)
+        use(moe, setting.backend)
+        return timed(work, peer.package, theirs(peer, moe, choices), x, asked, expected, setting)
+    except Missing:
+        raise
+    except Exception as error:
+        said = textwrap.shorten(" ".join(str(error).split()), 160, placeholder=" ...")
+        said = f"{peer.package}{version(peer.package)} failed: {type(error).__name__}: {said}"
+        return Figure(work, None, "ms", note=said)
+    finally:
+        moe.experts = own
+        if x.is_cuda:
+            measure.give_back(x.device)
+
+
+def plain(moe: MoE, x: Tensor, asked: Pass) -> Tensor:
+    """The result that all others have to have."""
+    return ours("loop")(moe)(x, asked)
+
+
+def timed(
+    work: str, name: str, layer: Layer, x: Tensor, asked: Pass, expected: Tensor, setting: Setting
+) -> Figure:
+    note = same(name, layer(x, asked), expected)
+    with measure.memory(x.device) as peak:
+        seconds = measure.seconds(
+            functools.partial(layer, x, asked), x.device, repeats=setting.repeats, least=0.02
+        )
+    return Figure(
+        work,
+        statistics.median(seconds) * 1e3,
+        "ms",
+        lower=True,
+        gpu_gib=peak.gpu_gib,
+        host_gib=peak.host_gib,
+        note=f"{spread(seconds)}; {note}",
+    )
 
 
 def limit(setting: Setting, ceilings: Ceilings, routing: Routing, x: Tensor) -> float:
@@ -155,21 +227,15 @@ def same(name: str, found: Tensor, expected: Tensor) -> str:
     return f"error {error.median():.0e}"
 
 
-class Missing(Exception):
-    """An implementation cannot run here; the message gives the reason."""
-
-
 Make = Callable[[MoE], Layer]
 
 
-def ways(setting: Setting, against: list[str], tokens: int) -> dict[str, Make]:
-    """The implementations of the layer, moekit's first. Each may raise :class:`Missing`."""
-    found: dict[str, Make] = {f"moekit's ({setting.backend})": ours(setting.backend)}
-    # Only the loop has a product with weights of one byte.
-    for name in against if setting.experts is None else {"loop"} & set(against):
-        if name == "transformers":
-            for implementation in ("grouped_mm", "batched_mm"):
-                found[f"transformers' {implementation}"] = theirs(implementation, setting, tokens)
+def ways(setting: Setting, against: list[str]) -> dict[str, Make | Peer]:
+    """The implementations of the layer, moekit's first."""
+    found: dict[str, Make | Peer] = {f"moekit's ({setting.backend})": ours(setting.backend)}
+    for name in against:
+        if name in PEERS:
+            found |= PEERS[name]
         elif name != setting.backend:
             found[name] = ours(name)
     return found
@@ -183,52 +249,13 @@ def ours(backend: str) -> Make:
     return make
 
 
-def theirs(implementation: str, setting: Setting, tokens: int) -> Make:
-    """The experts of the package transformers, after the gate of this model."""
+def theirs(peer: Peer, moe: MoE, choices: int) -> Layer:
+    """The experts of ``peer`` after the gate of ``moe``, for ``choices`` choices a call."""
+    call = peer.call(moe.experts, choices)
 
-    def make(moe: MoE) -> Layer:
-        if importlib.util.find_spec("transformers") is None:
-            raise Missing("not installed")
-        version = importlib.metadata.version("transformers")
-        config = setting.config
-        gathered = tokens * top_k_of(config) * config.dim * config.ffn_dim * setting.itemsize
-        on_gpu = setting.device == "cuda"
-        free = torch.cuda.mem_get_info()[0] if on_gpu else host_memory("MemAvailable")
-        if implementation == "batched_mm" and gathered > free / 2:
-            raise Missing(f"would copy {gathered / GIB:.0f} GiB of weights, one matrix for each choice")
-        try:
-            experts = transformers_experts(moe.experts, implementation)
-        except (ImportError, TypeError):
-            raise Missing(f"transformers {version} has no experts with biases and without gate") from None
-        use(moe, setting.backend)
+    def layer(x: Tensor, asked: Pass) -> Tensor:
+        rows = x.flatten(0, 1)
+        routing = moe.route(rows, asked)
+        return call(rows, routing.experts.flatten(0, 1), routing.weights.flatten(0, 1)).view_as(x)
 
-        def layer(x: Tensor, asked: Pass) -> Tensor:
-            rows = x.flatten(0, 1)
-            routing = moe.route(rows, asked)
-            # A dropped choice has the weight 0, but it is computed, too.
-            return experts(rows, routing.experts.flatten(0, 1), routing.weights.flatten(0, 1)).view_as(x)
-
-        return layer
-
-    return make
-
-
-def transformers_experts(experts: Experts, implementation: str) -> nn.Module:
-    """``experts``, without a copy of their weights, as a module that transformers' implementations run on."""
-    from transformers.integrations.moe import use_experts_implementation
-
-    @use_experts_implementation(has_bias=True, has_gate=False)
-    class Theirs(nn.Module):
-        def __init__(self, config: SimpleNamespace):
-            super().__init__()
-            self.num_experts = experts.held
-            names = "up_proj", "up_proj_bias", "down_proj", "down_proj_bias"
-            for name, tensor in zip(names, experts.tensors.values(), strict=True):
-                setattr(self, name, tensor)
-            self.act_fn = activation_fn(experts.activation)
-
-        def forward(self, rows: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-            # The decorator replaces this method by an implementation.
-            raise NotImplementedError
-
-    return Theirs(SimpleNamespace(_experts_implementation=implementation))
+    return layer

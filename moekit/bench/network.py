@@ -13,7 +13,7 @@ import numpy as np
 from moekit.arguments import Number, Whole, check
 from moekit.bench import shapes
 from moekit.bench.routing import synthetic
-from moekit.bench.setting import at_least_one
+from moekit.bench.setting import whole
 from moekit.routing.placement import contiguous
 from moekit.routing.trace import Trace
 
@@ -33,12 +33,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="the Parquet file of a trace; without one, routing like a real one is made up",
     )
-    parser.add_argument("--ranks", type=at_least_one, default=64)
-    parser.add_argument("--per-machine", type=at_least_one, default=8, help="ranks of one machine (8)")
+    parser.add_argument("--ranks", type=int, default=64, help="of all machines (64)")
+    parser.add_argument("--per-machine", type=whole(), default=8, help="ranks of one machine (8)")
     parser.add_argument(
         "--shape", choices=shapes.SHAPES, default="15b", help="its width and its layers with experts (15b)"
     )
-    parser.add_argument("--itemsize", type=at_least_one, default=2, help="bytes of a number (2, of float16)")
+    parser.add_argument(
+        "--itemsize", type=whole(most=16), default=2, help="bytes of a number (2, of float16)"
+    )
     parser.add_argument(
         "--gbit",
         type=float,

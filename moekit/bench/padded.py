@@ -22,9 +22,10 @@ from moekit.api import Model
 from moekit.batches import shares
 from moekit.bench import measure, shapes
 from moekit.bench.figures import GIB, Figure, spread
-from moekit.bench.score import FRACTION, numbers, random_batch
-from moekit.bench.setting import Setting
+from moekit.bench.score import FRACTION, MOST, random_batch
+from moekit.bench.setting import Setting, number, wholes
 from moekit.nn import gate, graphs
+from moekit.nn.config import DENSE
 from moekit.nn.dispatch import Dispatch
 from moekit.nn.experts import Assignment, Experts, expert_of
 from moekit.nn.ffn import activation_fn
@@ -40,9 +41,11 @@ FEW = 0.02
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--blocks", type=numbers, default=[1], help="a call and rank, such as 1,4 (default: 1)"
+        "--blocks", type=wholes(MOST), default=[1], help="a call and rank, such as 1,4 (default: 1)"
     )
-    parser.add_argument("--fraction", type=float, default=FRACTION, help="capacity (default: %(default)s)")
+    parser.add_argument(
+        "--fraction", type=number(above=0, most=1), default=FRACTION, help="capacity (default: %(default)s)"
+    )
 
 
 def run(setting: Setting, args: argparse.Namespace) -> list[Figure]:
@@ -53,6 +56,8 @@ def run(setting: Setting, args: argparse.Namespace) -> list[Figure]:
     """
     if why := setting.too_large():
         return [Figure("padded", None, "tokens/s", note=why)]
+    if not setting.config.moe_layers:
+        return [Figure("padded", None, "tokens/s", note=DENSE)]
     if setting.config.experts % setting.world_size:
         raise ValueError(
             f"--world-size {setting.world_size}: expected a divisor of {setting.config.experts}, the experts, which the "
@@ -192,9 +197,9 @@ class Padded(Dispatch):
         buffers = self.exchanged(buffers).view(self.world_size, experts.held, self.capacity, -1)
         activation = activation_fn(experts.activation)
         done = []
-        for number in range(experts.held):
-            w1, b1, w2, b2 = experts.expert(number)
-            done.append(F.linear(activation(F.linear(buffers[:, number], w1, b1)), w2, b2))
+        for held in range(experts.held):
+            w1, b1, w2, b2 = experts.expert(held)
+            done.append(F.linear(activation(F.linear(buffers[:, held], w1, b1)), w2, b2))
         home = self.exchanged(torch.stack(done, dim=1).flatten(0, 2))
         return combine.flatten(1) @ home
 

@@ -13,7 +13,7 @@ from moekit.api import Model
 from moekit.batches import Batch
 from moekit.bench import measure
 from moekit.bench.figures import Figure, spread
-from moekit.bench.setting import Setting, at_least_one
+from moekit.bench.setting import Setting, whole
 from moekit.likelihood import Text, score_texts
 from moekit.scoring import score_batches
 from moekit.symbols import EOS
@@ -25,7 +25,9 @@ SHARE = 0.8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--choices", type=at_least_one, default=4, help="answers of a question (default: 4)")
+    parser.add_argument(
+        "--choices", type=whole(most=1000), default=4, help="answers of a question (default: 4)"
+    )
 
 
 def run(setting: Setting, args: argparse.Namespace) -> list[Figure]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from moekit.bench.setting import at_least_one
+from moekit.bench.setting import whole
 from moekit.routing import metrics
 from moekit.routing.trace import Trace
 
@@ -23,9 +23,9 @@ SECONDS = 5.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tokens", type=at_least_one, default=250_000)
-    parser.add_argument("--layers", type=at_least_one, default=6)
-    parser.add_argument("--experts", type=at_least_one, default=512)
+    parser.add_argument("--tokens", type=whole(most=10**8), default=250_000, help="of the trace (250000)")
+    parser.add_argument("--layers", type=whole(most=1000), default=6, help="with experts (6)")
+    parser.add_argument("--experts", type=whole(2, 32_767), default=512, help="of a layer (512)")
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:

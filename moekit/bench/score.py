@@ -21,7 +21,7 @@ from moekit.bench import measure
 from moekit.bench.fetched import counts_of, told
 from moekit.bench.figures import GIB, Figure, spread
 from moekit.bench.measure import Ceilings
-from moekit.bench.setting import Setting, add_fetching, at_least_one, ceiling_figures
+from moekit.bench.setting import Setting, add_fetching, ceiling_figures, wholes
 from moekit.nn import graphs
 from moekit.nn.cost import flop_per_token
 from moekit.nn.gate import Routing
@@ -33,17 +33,18 @@ from moekit.scoring import TOKENS_A_PASS, score_batches
 from moekit.worker import scoring as worker
 
 FRACTION = 0.05
+# Blocks a call and rank.
+MOST = 4096
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--blocks", type=numbers, default=[1, 4, 32], help="a call and rank, such as 1,4,32 (the default)"
+        "--blocks",
+        type=wholes(MOST),
+        default=[1, 4, 32],
+        help="a call and rank, such as 1,4,32 (the default)",
     )
     add_fetching(parser)
-
-
-def numbers(text: str) -> list[int]:
-    return [at_least_one(part) for part in text.split(",")]
 
 
 def run(setting: Setting, args: argparse.Namespace) -> list[Figure]:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from moekit import checkpoint, ranks
 from moekit.api import Model
+from moekit.arguments import Kind, Number, Whole, check, shown
 from moekit.bench import measure, shapes
 from moekit.bench.figures import GIB, Figure, goal
 from moekit.bench.measure import Ceilings
@@ -138,37 +141,77 @@ class Setting:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_shape(parser)
+    add_kind(parser)
+    parser.add_argument(
+        "--backend", choices=("auto", *BACKENDS), default="auto", help="auto: the fastest one for the device"
+    )
+    parser.add_argument("--world-size", type=int, default=1, help="ranks; each has a GPU or a process (1)")
+
+
+def add_shape(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--shape",
         choices=shapes.SHAPES,
         help="default: 15b on a GPU, tiny without; 15b-64e has 64 experts, dense-* none",
     )
-    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+
+
+def add_kind(parser: argparse.ArgumentParser) -> None:
+    """Where and in which types a bench computes, and how often."""
+    parser.add_argument(
+        "--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: a GPU if there is one"
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="default: float16 on a GPU, float32 without")
     parser.add_argument(
         "--experts", choices=KINDS, help="the experts' matrices in one byte; default: in dtype"
     )
-    parser.add_argument("--backend", choices=("auto", *BACKENDS), default="auto")
-    parser.add_argument("--world-size", type=int, default=1)
     parser.add_argument(
-        "--repeats", type=at_least_one, help="the median counts; default: 10 on a GPU, 3 without"
+        "--repeats", type=whole(most=10_000), help="the median counts; default: 10 on a GPU, 3 without"
     )
 
 
 def add_fetching(parser: argparse.ArgumentParser) -> None:
     """The arguments of the benches whose experts may be fetched."""
-    parser.add_argument("--resident", type=at_least_one, help="experts a layer on the device; default: all")
+    parser.add_argument("--resident", type=whole(), help="experts a layer on the device; default: all")
     parser.add_argument("--gpu-memory", help="of a rank, such as 12GiB; --resident follows from it")
     parser.add_argument(
-        "--zipf", type=float, default=0.0, help="exponent of skewed gates; default: even ones"
+        "--zipf", type=number(0, most=10), default=0.0, help="exponent of skewed gates; default: even ones"
     )
     parser.add_argument("--no-prefetch", action="store_true", help="fetch no expert before it is needed")
 
 
-def at_least_one(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected a whole number of at least 1")
-    return int(text)
+def whole(least: int = 1, most: int = 10**6) -> Callable[[str], int]:
+    """The type of an argument that is a whole number within these bounds."""
+    return _typed(int, Whole(least, most=most))
+
+
+def number(
+    least: float = -math.inf, above: float = -math.inf, most: float = math.inf
+) -> Callable[[str], float]:
+    """The type of an argument that is a finite number within these bounds."""
+    return _typed(float, Number(least, above, most))
+
+
+def wholes(most: int) -> Callable[[str], list[int]]:
+    """The type of an argument that lists whole numbers of at least 1, such as 1,4,32."""
+    one = whole(most=most)
+    return lambda text: [one(part) for part in text.split(",")]
+
+
+def _typed(kind: type, expected: Kind) -> Callable[[str], Any]:
+    def convert(text: str) -> Any:
+        try:
+            found = kind(text)
+        except (ValueError, OverflowError):
+            found = text
+        try:
+            return check("found", found, expected)
+        except ValueError as error:
+            said = str(error).partition(": ")[2]
+            raise argparse.ArgumentTypeError(f"{shown(text)}: {said}") from None
+
+    return convert
 
 
 def ceiling_figures(ceilings: Ceilings, dtype: str) -> list[Figure]:

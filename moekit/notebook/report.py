@@ -236,7 +236,7 @@ def save(
         "dtype": str(model.dtype).removeprefix("torch."),
         "experts": model.experts,
         "device": model.device,
-        "versions": versions(),
+        "versions": model.versions,
         "parameters": parameters,
     }
     with results.together(output_dir) as folder:

@@ -23,7 +23,6 @@ from moekit.progress import bar as progress_bar
 from moekit.ranks.machine import gpus, host_memory
 from moekit.routing.placement import contiguous
 from moekit.symbols import PAD
-from moekit.versions import versions
 from moekit.worker import profiling as worker
 from moekit.worker.decoding import Prompt
 from moekit.worker.measuring import GIB, Ceilings, ceilings, slowest
@@ -197,7 +196,7 @@ def _profile(model: Handle, work: Work, blocks: int, chip: Ceilings, found: Sequ
         "matmul": chip.matmul,
         "link": chip.fetch,
         "jitter": max(one.jitter for one in found) / 1e9,
-        "versions": versions(),
+        "versions": model.versions,
     }
     plain, profiled = (np.array([getattr(one, name) for one in found]) for name in ("plain", "profiled"))
     return Profile(table(ranks, on_device, by_step), plain, profiled, _rows(model, passes), meta, events)

@@ -25,7 +25,6 @@ from moekit.routing.statistics import holm, paired
 from moekit.tasks.fair import ChoiceTask
 from moekit.tasks.harness import HarnessModel
 from moekit.tasks.rows import Rows, dataset
-from moekit.versions import versions
 
 # The task files of the package.
 FILES = Path(__file__).parent / "files"
@@ -127,7 +126,7 @@ def evaluate_tasks(
         "dtype": str(model.dtype).removeprefix("torch."),
         "experts": model.experts,
         "checkpoint": str(model.files.shared.parent),
-        "versions": versions() | {"lm-eval": lm_eval.__version__},
+        "versions": model.versions | {"lm-eval": lm_eval.__version__},
     }
     items = _item_table(found, loaded)
     return TaskResults(_task_table(found, loaded, items), items, harness.tokens, seconds, meta)

@@ -19,6 +19,7 @@ from moekit.nn.peer_memory import reachable
 from moekit.nn.resident import Counts, Residence
 from moekit.nn.transformer import Transformer
 from moekit.ranks import Rank
+from moekit.versions import cuts
 
 
 def load(
@@ -41,7 +42,7 @@ def load(
         ``node``, the machine's name; ``files`` and ``experts`` (a range) that were read; ``filled``, the number of copied
         tensors by (layer, expert), where None is the key of tensors outside the experts; ``nonfinite``, the non-finite
         values; ``parameters`` and the ``bytes`` of all weights on the device, and in ``host_bytes`` of the experts that are
-        fetched; ``resident``, experts a layer in slots, None for all; ``seconds``.
+        fetched; ``resident``, experts a layer in slots, None for all; ``cuts`` of the kernels, None without any; ``seconds``.
     """
     start = time.perf_counter()
     held = owned(plan.config.experts, rank.world_size, rank.rank)
@@ -73,6 +74,7 @@ def load(
         "bytes": size - homes + (0 if model.slots is None else model.slots.nbytes),
         "host_bytes": homes,
         "resident": None if residence is None else residence.count,
+        "cuts": cuts() if _has_cuts(plan.config, backend) else None,
         "seconds": time.perf_counter() - start,
     }
 
@@ -91,12 +93,21 @@ def empty(
         kind: of the experts' matrices; None: ``dtype``.
         at_home: the experts' weights are in host memory, for :mod:`moekit.nn.resident`.
     """
+    if _has_cuts(config, backend):
+        # A damaged table is an error before anything is read.
+        from moekit.nn.kernels.cuts import cuts_of, kind_of
+
+        cuts_of(rank.device, kind_of(dtype, kind or dtype))
     held = owned(config.experts, rank.world_size, rank.rank)
     dispatch = _dispatch(rank, config, dtype, backend, at_home)
     # The first tensor without memory imports a part of torch, and an interrupt must not break this import.
     with hold_interrupts():
         model = transformer.empty(config, rank.device, dtype, len(held), dispatch, kind, at_home)
         return model.use(backend)
+
+
+def _has_cuts(config: ModelConfig, backend: str) -> bool:
+    return backend == "triton" and bool(config.moe_layers)
 
 
 def _dispatch(

@@ -10,8 +10,6 @@ of one expert. D model dim, F expert width.
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moekit.nn.kernels import one_byte, peers
+from moekit.nn.kernels.cuts import Blocks, Cut, cut_for, cuts_of, kind_of
 from moekit.nn.kernels.one_byte import Layer, numbers, scaled
 from moekit.nn.kernels.peers import Mailbox
 from moekit.nn.kernels.tiles import tiles
@@ -30,98 +29,6 @@ if TYPE_CHECKING:
 ACTIVATIONS = {"linear": 0, "relu": 1, "gelu": 2, "gelu_fast": 3, "gelu_accurate": 3, "tanh": 4}
 
 
-@dataclass(frozen=True)
-class Blocks:
-    """The blocks of a product: a program computes ``rows`` x ``columns`` of the output, ``inner`` terms at a time."""
-
-    rows: int
-    columns: int
-    inner: int
-    warps: int
-    stages: int
-    swapped: bool = False
-
-    def shared(self, itemsize: int = 2) -> int:
-        """The most bytes of shared memory that a program takes, with ``itemsize`` bytes per weight."""
-        return self.stages * (2 * self.rows + itemsize * self.columns) * self.inner
-
-
-@dataclass(frozen=True)
-class Cut:
-    """The blocks of both products, for up to ``choices`` choices and up to ``mean`` choices per expert.
-
-    Both products have the same ``rows``, since they use the same tiles.
-    """
-
-    choices: float
-    mean: float
-    up: Blocks
-    down: Blocks
-
-
-# With a few choices, columns are narrow, to keep all multiprocessors busy. With few rows per expert, reading the weights
-# takes the time, so tiles are small and many loads are under way. With many rows, multiplying takes the time, so tiles
-# are as large as the registers allow.
-ANY = float("inf")
-# For GPUs with less shared memory than Hopper has.
-FEW_ROWS, MANY_ROWS = Blocks(16, 128, 64, 4, 3), Blocks(64, 64, 64, 4, 3)
-# The first one that fits is taken.
-CUTS = (
-    Cut(16, ANY, Blocks(16, 32, 128, 4, 4), Blocks(16, 16, 256, 2, 4)),
-    Cut(ANY, 8, Blocks(16, 128, 128, 4, 3), Blocks(16, 128, 128, 4, 3)),
-    Cut(ANY, 16, Blocks(32, 128, 128, 8, 3), Blocks(32, 128, 128, 8, 3)),
-    Cut(ANY, 16, FEW_ROWS, FEW_ROWS),
-    Cut(ANY, 128, Blocks(64, 128, 64, 4, 3), Blocks(64, 128, 64, 4, 3)),
-    Cut(ANY, ANY, Blocks(128, 128, 64, 8, 3), Blocks(128, 256, 64, 8, 4)),
-    Cut(ANY, ANY, Blocks(64, 128, 64, 4, 3), Blocks(64, 128, 64, 4, 3)),
-    Cut(ANY, ANY, MANY_ROWS, MANY_ROWS),
-)
-# Weights of one byte are half as many bytes under way, and they are converted between memory and multiplication.
-ONE_BYTE_CUTS = (
-    Cut(ANY, 4, Blocks(16, 64, 128, 4, 3), Blocks(16, 64, 256, 4, 3)),
-    Cut(ANY, 8, Blocks(16, 128, 128, 4, 3), Blocks(16, 64, 256, 4, 3)),
-    Cut(ANY, 8, FEW_ROWS, FEW_ROWS),
-    Cut(ANY, 64, Blocks(32, 128, 128, 4, 3), Blocks(32, 128, 128, 4, 3)),
-    Cut(ANY, ANY, Blocks(128, 128, 64, 8, 3), Blocks(128, 128, 64, 4, 4)),
-    Cut(ANY, ANY, MANY_ROWS, MANY_ROWS),
-)
-# float32 takes twice the memory, and it is only used for checks.
-PLAIN = Cut(ANY, ANY, Blocks(32, 64, 32, 4, 2), Blocks(32, 64, 32, 4, 2))
-
-
-def cut_for(choices: int, experts: int, dtype: torch.dtype, shared: float = ANY, itemsize: int = 2) -> Cut:
-    """The blocks for ``choices`` choices of ``experts`` experts, from numbers that the host knows.
-
-    ``shared`` is the shared memory of a multiprocessor in bytes. GPUs with less of it than Hopper take smaller tiles.
-    ``itemsize`` is that of the weights; ``dtype`` is that of the rows.
-    """
-    if dtype == torch.float32:
-        return PLAIN
-    cuts = fitting(itemsize, shared)
-    return next(cut for cut in cuts if choices <= cut.choices and choices <= cut.mean * experts)
-
-
-def fitting(itemsize: int, shared: float) -> list[Cut]:
-    """The cuts for weights of ``itemsize`` bytes that a GPU with ``shared`` bytes of shared memory may take."""
-    found = []
-    for cut in ONE_BYTE_CUTS if itemsize == 1 else CUTS:
-        if max(cut.up.shared(itemsize), cut.down.shared(itemsize)) <= shared:
-            found.append(cut)
-            if cut.choices == cut.mean == ANY:
-                break
-    return found
-
-
-@functools.lru_cache
-def shared_memory(device: torch.device) -> float:
-    """The bytes of shared memory that a program may have on ``device``."""
-    return (
-        torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-        if device.type == "cuda"
-        else ANY
-    )
-
-
 def grouped_ffn(experts: Experts, x: Tensor, assignment: Assignment, cut: Cut | None = None) -> Tensor:
     """Compute :meth:`moekit.nn.experts.Experts.forward`; for inference. ``cut`` is for tuning."""
     order, choices, weights = assignment.order.contiguous(), assignment.choices, assignment.weights
@@ -130,7 +37,7 @@ def grouped_ffn(experts: Experts, x: Tensor, assignment: Assignment, cut: Cut | 
     if made == 0 or experts.held == 0:
         return out
     size = assignment.whole or (made, experts.held)
-    cut = cut or cut_for(*size, x.dtype, shared_memory(x.device), experts.w1.itemsize)
+    cut = cut or cut_for(*size, cuts_of(x.device, kind_of(x.dtype, experts.w1.dtype)))
     weights = None if weights is None else weights.contiguous()
     plan = order, tiles(assignment.counts, made, cut.up.rows)
     hidden = x.new_empty(made, experts.width)
@@ -153,8 +60,8 @@ def gathered_ffn(
     rows, weights, order, counts = peers.gather(box, first, experts.held, rows_expected)
     made = len(order)
     # About as many choices arrive here as one rank makes.
-    shared = shared_memory(rows.device)
-    cut = cut or cut_for(made // box.world_size, experts.held, rows.dtype, shared, experts.w1.itemsize)
+    cuts = cuts_of(rows.device, kind_of(rows.dtype, experts.w1.dtype))
+    cut = cut or cut_for(made // box.world_size, experts.held, cuts)
     plan = order, tiles(counts, made, cut.up.rows)
     hidden = rows.new_empty(made, experts.width)
     up, down = one_byte.layers(experts)
