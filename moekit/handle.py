@@ -38,8 +38,10 @@ class Handle:
         files: where it came from.
         world_size, device, dtype: how it runs.
         experts: the type of the experts' matrices, "int8" or "fp8"; None: ``dtype``.
-        parts: one dict per rank: ``files``, ``experts``, ``parameters``, ``bytes``, ``seconds`` of its load.
+        parts: one dict per rank, what :func:`moekit.worker.loading.load` returns there; empty before that.
         load_seconds: from the call to ready.
+        cached_tokens: that a pass of a rank may have where all of their keys and values are in a cache; 0: none is known to
+            have room.
         intervention: what :meth:`route` changes at the moment, or None.
     """
 
@@ -60,6 +62,7 @@ class Handle:
             self.codec = codec
         self.parts: list[dict] = []
         self.load_seconds = math.nan
+        self.cached_tokens = 0
         self.intervention: intervene.Intervention | None = None
         # Keys of generations on the ranks that the next generation ends.
         self.abandoned: list[int] = []

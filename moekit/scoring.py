@@ -14,6 +14,7 @@ from moekit.arguments import first_few
 from moekit.batches import Batch, shares
 from moekit.handle import Handle
 from moekit.interrupts import import_whole
+from moekit.nn.memory import TOKENS_A_PASS
 from moekit.progress import bar as progress_bar
 from moekit.ranks import Each, Stream
 from moekit.routing import trace as tracing
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-# Tokens in a forward pass; more tokens do not increase the speed.
-TOKENS_A_PASS = {"cpu": 4096, "cuda": 65_536}
 # The most shapes that a GPU is warmed up for; the texts of a run may have hundreds of shapes.
 WARM_SHAPES = 4
 

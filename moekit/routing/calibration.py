@@ -195,7 +195,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m moekit.routing.calibration", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("--draws", type=int, default=1000, help="traces of each source for the intervals (1000)")
+    parser.add_argument(
+        "--draws", type=int, default=1000, help="traces of each source for the intervals (1000)"
+    )
     parser.add_argument("--tests", type=int, default=1000, help="traces of each source for the tests (1000)")
     given = parser.parse_args()
     found = table(given.draws, given.tests)
