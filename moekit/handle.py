@@ -18,6 +18,7 @@ from moekit import arguments, paths, ranks
 from moekit import checkpoint as ckpt
 from moekit.arguments import Capacity, Choice, check
 from moekit.batches import Batch
+from moekit.checked import Instance
 from moekit.data.codec import FILES as CODEC_FILES
 from moekit.data.codec import Codec, Ids, has_codec, places
 from moekit.data.dictionary import Dictionary
@@ -203,6 +204,10 @@ class Handle:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+# what an argument that takes a model may be
+MODEL = Instance(Handle, "a model that moekit.load gave")
 
 
 def weights_dtype(dtype: str, device: torch.device, plan: ckpt.Plan) -> torch.dtype:

@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from moekit.arguments import Number
+from moekit.checked import checked
 from moekit.routing.statistics import BLOCK, Paired, holm, paired, unit_of
+from moekit.routing.trace import TRACE, Trace, align, kept_by_expert
 from moekit.symbols import PAD
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     import pandas as pd
-
-    from moekit.routing.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Comparison:
     paired: Paired
 
 
+@checked(before=TRACE, after=TRACE)
 def compare(
     before: Trace, after: Trace, *, by: str | Sequence | np.ndarray = "sample", size: int = BLOCK
 ) -> Comparison:
@@ -58,8 +60,6 @@ def compare(
         ValueError: as :func:`moekit.routing.trace.align`; or the layers or numbers of experts differ.
     """
     import pandas as pd
-
-    from moekit.routing.trace import align, kept_by_expert
 
     before, after = align(before, after)
     sets = np.sort(before.experts, axis=2) != np.sort(after.experts, axis=2)
@@ -110,6 +110,7 @@ def _dropped(trace: Trace) -> np.ndarray:
     return (~trace.kept).sum(axis=(0, 2)) / max(1, len(trace) * trace.top_k)
 
 
+@checked(before=TRACE, after=TRACE, level=Number(above=0, most=1))
 def change_by_domain(
     before: Trace,
     after: Trace,
@@ -142,7 +143,7 @@ def change_by_domain(
         raise ValueError(
             f"the traces share {len(found)} of {len(before)} tokens: they are not of the same text"
         )
-    labels = np.full(len(before), "all") if labels is None else before.labels_of(labels)
+    labels = np.full(len(before), "all") if labels is None else before.labels_of(labels, "labels")
     unit, delta = unit_of(before, by, size), found["delta"].to_numpy(np.float64)
     moved = found["layers_changed"].to_numpy() > 0
     rows = []
@@ -178,6 +179,7 @@ def change_by_domain(
     return frame.sort_values("change", ignore_index=True)
 
 
+@checked(before=TRACE, after=TRACE)
 def weight_change(before: Trace, after: Trace) -> np.ndarray:
     """[T, L]: half the L1 distance of the combine weights, taken over all experts."""
     # [T, L, K, K]: whether a choice before and a choice after are the same expert

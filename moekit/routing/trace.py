@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moekit.arguments import Wholes, check, shown
+from moekit import arguments
+from moekit.arguments import Flag, Texts, Whole, Wholes, check, shown
+from moekit.checked import Instance, checked
 from moekit.nn.record import CHOICE_COLUMNS, Options, nothing
 
 if TYPE_CHECKING:
@@ -130,6 +132,7 @@ class Trace:
 
     def at(self, layer: int) -> int:
         """The place of model layer ``layer`` on the axis L."""
+        layer = check("layer", layer, Whole(0))
         if layer not in self.layers:
             raise ValueError(f"layer {layer} is not in the trace, whose layers are {list(self.layers)}")
         return self.layers.index(layer)
@@ -149,13 +152,18 @@ class Trace:
                 raise ValueError(f"a trace has a column {name} of its own: give the labels another name")
             found.pop(name, None)
             if given is not None:
-                if not isinstance(given, Iterable):
-                    raise ValueError(f"{name}={shown(given)}: expected a label for each token")
-                found[name] = self.labels_of(given if isinstance(given, str) else array_of(given)).astype(str)
+                found[name] = self.labels_of(given, name).astype(str)
+                # Half of a surrogate pair cannot be saved.
+                codes = found[name].view(np.uint32).reshape(len(self), -1)
+                halves = np.flatnonzero(((codes >= 0xD800) & (codes < 0xE000)).any(axis=1))
+                check(name, found[name][halves[:1]].tolist(), Texts())
         return replace(self, labels=found)
 
-    def labels_of(self, groups: str | Iterable[Any] | np.ndarray) -> np.ndarray:
+    def labels_of(self, groups: str | Iterable[Any] | np.ndarray, name: str = "groups") -> np.ndarray:
         """[T] labels: the column of this name, or those that are given.
+
+        Args:
+            name: the argument's, for errors.
 
         Raises:
             ValueError: no column is called so, or it is not a label for each token.
@@ -167,12 +175,17 @@ class Trace:
                     f"the trace has no column of labels called {shown(groups)}: {there}; trace.labelled(...) adds one"
                 )
             return self.labels[groups]
+        if not isinstance(groups, Iterable):
+            raise ValueError(
+                f"{name}={shown(groups)}: expected a label for each token, or the name of a column of labels"
+            )
         found = array_of(groups)
         if found.shape != (len(self),):
             raise ValueError(
-                f"groups has shape {list(found.shape)}; expected a label for each of {len(self)} tokens"
+                f"{name} has shape {list(found.shape)}; expected a label for each of {len(self)} tokens"
             )
-        return found
+        # Labels of several types have no order.
+        return found.astype(str) if found.dtype == object else found
 
     def select(
         self,
@@ -228,6 +241,7 @@ class Trace:
         columns["entropy"] = self.entropy.ravel()
         return pd.DataFrame(columns, copy=False)
 
+    @checked(path=arguments.Path())
     def save(self, path: str | Path) -> None:
         """Write one Parquet file (:mod:`moekit.routing.parquet` says what is in it); ``path`` is replaced at once, at the end.
 
@@ -239,6 +253,7 @@ class Trace:
         parquet.write(self, path)
 
     @classmethod
+    @checked(path=arguments.Path())
     def load(cls, path: str | Path) -> Trace:
         """Read the file ``path`` whole; a checksum tells whether it is what :meth:`save` wrote.
 
@@ -250,6 +265,8 @@ class Trace:
         return parquet.read(path)
 
 
+# what an argument that takes a trace may be
+TRACE = Instance(Trace, "a trace, such as model.trace or Trace.load gives")
 ARRAYS = {f.name for f in fields(Trace)} - {"layers", "full", "num_experts", "meta", "labels"}
 
 
@@ -312,6 +329,7 @@ class Collector:
         return Trace(**columns, layers=self.options.layers, full=full, num_experts=num_experts, meta=meta)
 
 
+@checked(renumber=Flag())
 def join(traces: Iterable[Trace], *, renumber: bool = False) -> Trace:
     """Traces of different samples in one, with the first one's meta and the labels that all have: several generations, say.
 
@@ -322,7 +340,9 @@ def join(traces: Iterable[Trace], *, renumber: bool = False) -> Trace:
     Raises:
         ValueError: they share a sample, or are of other layers or another number of experts.
     """
-    traces = list(traces)
+    if not isinstance(traces, Iterable):
+        raise ValueError(f"traces={shown(traces)}: expected traces, from any iterable")
+    traces = [check(f"traces[{number}]", trace, TRACE) for number, trace in enumerate(traces)]
     if not traces:
         raise ValueError("there are no traces to join; expected at least one")
     for name in ("layers", "num_experts", "top_k"):
@@ -361,6 +381,7 @@ def _renumbered(traces: list[Trace]) -> list[Trace]:
     return found
 
 
+@checked(one=TRACE, other=TRACE)
 def align(one: Trace, other: Trace) -> tuple[Trace, Trace]:
     """The parts of two traces that cover the same samples and positions, in the same order.
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moekit.arguments import Choice, Number, Whole, check
+from moekit.arguments import Choice, Whole, check, shown
 from moekit.routing import statistics
 from moekit.routing.metrics.registry import METRICS, measured
 from moekit.routing.metrics.tables import block_counts, broadcast_table, chosen_experts, labels_of, layers_of
@@ -60,8 +60,8 @@ def bootstrap(
         ValueError: no such metric, or it returns no table with ``value``.
     """
     chosen = METRICS.get(metric) if isinstance(metric, str) else metric
-    if chosen is None:
-        raise ValueError(f"metric={metric!r}; expected a function or one of {', '.join(METRICS)}")
+    if not callable(chosen):
+        raise ValueError(f"metric={shown(metric)}: expected a function or one of {', '.join(METRICS)}")
     plan = statistics.Plan(by, size, resamples, seed)
     with statistics.resampling(plan):
         frame = chosen(trace, *args, **options)
@@ -160,7 +160,6 @@ def permutation(
         ValueError: no p could come down to ``level`` with so few ``draws``, or an argument is something else.
     """
     check("statistic", statistic, Choice(STATISTICS))
-    level = check("level", level, Number(above=0, most=1))
     # No p is below 1 / (1 + draws).
     draws = check("draws", draws, Whole(math.ceil(1 / level) - 1))
     names, label = labels_of(trace, groups)
