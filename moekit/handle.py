@@ -26,7 +26,7 @@ from moekit.fairseq_data import Batches, Data, open_data
 from moekit.nn import intervene
 from moekit.nn.config import ModelConfig
 from moekit.nn.operations import DTYPES
-from moekit.nn.quantise import KINDS
+from moekit.nn.quantise import KINDS, dtype_name
 from moekit.symbols import BOS, EOS, PAD
 from moekit.versions import versions
 
@@ -96,7 +96,7 @@ class Handle:
         experts = f"{len(c.moe_layers)} with {c.experts} experts{kind}" if c.moe_layers else "all dense"
         return (
             f"<moekit model {self.files.shared.parent}: {c.layers} layers, {experts}, "
-            f"{str(self.dtype).removeprefix('torch.')} on {self.world_size} x {self.device}>"
+            f"{dtype_name(self.dtype)} on {self.world_size} x {self.device}>"
         )
 
     @property
@@ -323,7 +323,7 @@ def describe_run(
         "intervention": None if change is None else change.describe(),
         "groups": [[*shape, count] for shape, count in sorted(shapes.items())],
         "seed": seed,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": dtype_name(model.dtype),
         "experts": model.experts,
         "device": model.device,
         "world_size": model.world_size,

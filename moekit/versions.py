@@ -13,15 +13,17 @@ import tomllib
 from pathlib import Path
 
 PACKAGES = ("torch", "ve-fairseq", "numpy", "papermill", "jupyterlab", "ipywidgets")
+# Those of the extras and of GPUs are told where they are installed.
+OPTIONAL = ("triton", "transformers", "ray", "lm-eval")
 ROOT = Path(__file__).resolve().parents[1]
 UNKNOWN = "unknown"
 
 
 def versions() -> dict[str, str | None]:
-    """Python's, moekit's and those of the ``PACKAGES``; None where a package is not installed."""
-    return {"python": platform.python_version(), "moekit": own()} | {
-        name: _installed(name) for name in PACKAGES
-    }
+    """Python's, moekit's, those of the ``PACKAGES``, None where one is not installed, and of the ``OPTIONAL`` ones that are."""
+    found = {"python": platform.python_version(), "moekit": own()}
+    found |= {name: _installed(name) for name in PACKAGES}
+    return found | {name: told for name in OPTIONAL if (told := _installed(name))}
 
 
 @functools.cache

@@ -576,6 +576,14 @@ def quantisation_of(model) -> str:
     return str(report.quantisation(model, texts(count=2)))
 
 
+def test_a_dense_model_fetches_nothing():
+    with (
+        moekit.load("demo-dense", 1, "cpu", **QUIET) as model,
+        pytest.raises(ValueError, match="residency: the model is dense, .*; ask it of a model with experts"),
+    ):
+        model.residency()
+
+
 def test_texts_that_share_beginnings_stay_within_the_plan():
     """A cache of all their tokens takes no more than ``gpu_memory``, and where there is room a pass is as long as any."""
     cuda = torch.device("cuda", 0)

@@ -23,7 +23,7 @@ from moekit.handle import MODEL, experts_dtype, weights_dtype
 from moekit.nn.dispatch import owned
 from moekit.nn.experts import TENSORS
 from moekit.nn.gates import gate_of
-from moekit.nn.quantise import name_of
+from moekit.nn.quantise import dtype_name, name_of
 from moekit.nn.transformer import weight_bytes
 from moekit.notebook.pictures import DPI
 from moekit.notebook.quantisation import quantisation
@@ -115,7 +115,7 @@ def shares(
                 "files": ", ".join(source.path.name for source in needed),
                 "experts a layer": f"{held.start} to {held.stop - 1}" if len(held) else "none",
                 "million parameters": round(plan.parameters(len(held)) / 1e6, 2),
-                "experts' type": name_of(kinds[1]) or str(kinds[0]).removeprefix("torch."),
+                "experts' type": name_of(kinds[1]) or dtype_name(kinds[0]),
                 "GiB": round(weight_bytes(plan.config, len(held), *kinds) / GIB, 3),
                 "GiB free": round(free[rank] / GIB, 1),
             }
@@ -148,7 +148,7 @@ def model(model: Model) -> pd.DataFrame:
 @checked(model=MODEL)
 def dtypes(model: Model) -> str:
     """The type of the weights, and of the experts' where it is another."""
-    kind = str(model.dtype).removeprefix("torch.")
+    kind = dtype_name(model.dtype)
     return kind if model.experts is None else f"{kind}, experts in {model.experts}"
 
 
@@ -162,7 +162,7 @@ def parts(model: Model) -> pd.DataFrame:
             "device": part["device"],
             "files read": len(part["files"]),
             "experts a layer": len(part["experts"]),
-            "experts' type": model.experts or str(model.dtype).removeprefix("torch."),
+            "experts' type": model.experts or dtype_name(model.dtype),
             "million parameters": round(part["parameters"] / 1e6, 2),
             "MiB": round(part["bytes"] / 2**20, 1),
             "MiB of experts on the host": round(part["host_bytes"] / 2**20, 1),
@@ -234,7 +234,7 @@ def save(
         "seconds": evaluation.seconds,
         "load_seconds": model.load_seconds,
         "world_size": model.world_size,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": dtype_name(model.dtype),
         "experts": model.experts,
         "device": model.device,
         "versions": versions(),

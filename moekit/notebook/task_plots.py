@@ -6,17 +6,19 @@ from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from moekit.domains import WHOLE
-from moekit.notebook.style import done
+from moekit.notebook.style import CHOICE_COLOURS, INK, STYLE, done
 
 if TYPE_CHECKING:
     import pandas as pd
 
-OWN, BASELINE = "tab:blue", "0.55"
+OWN, BASELINE, *_ = CHOICE_COLOURS
 
 
+@rc_context(STYLE)
 def tasks(table: pd.DataFrame, metric: str = "acc") -> Figure:
     """A metric of each task with its standard error, beside the baseline's.
 
@@ -29,13 +31,14 @@ def tasks(table: pd.DataFrame, metric: str = "acc") -> Figure:
     _dots(axes, place, rows["value"], 1.96 * rows["stderr"], OWN, "checkpoint")
     if "value_baseline" in rows:
         _dots(axes, place, rows["value_baseline"], 1.96 * rows["stderr_baseline"], BASELINE, "baseline", 0.2)
-        figure.legend(loc="outside right upper", frameon=False)
+        figure.legend(loc="outside right upper")
     _names(axes, [f"{row.task} ({row.items})" for row in rows.itertuples()])
     axes.set(xlabel=f"{metric}, with 1.96 standard errors")
     axes.set_title("Tasks (items)", fontsize=11)
     return done(figure)
 
 
+@rc_context(STYLE)
 def domains(table: pd.DataFrame) -> Figure:
     """Bits per token of each domain with its interval, beside the baseline's.
 
@@ -50,13 +53,14 @@ def domains(table: pd.DataFrame) -> Figure:
             widths = np.abs([value - table[f"low{end}"], table[f"high{end}"] - value])
             _dots(axes, place, value, widths, colour, label, shift)
     if "bits_per_token_baseline" in table:
-        figure.legend(loc="outside right upper", frameon=False)
+        figure.legend(loc="outside right upper")
     _names(axes, table["domain"])
     axes.set(xlabel="bits per token, with 95 % intervals over samples")
     axes.set_title("Perplexity by domain", fontsize=11)
     return done(figure)
 
 
+@rc_context(STYLE)
 def capacities(table: pd.DataFrame) -> Figure:
     """Bits per token against the capacity, a line for each domain, and the share of choices that are dropped.
 
@@ -66,9 +70,12 @@ def capacities(table: pd.DataFrame) -> Figure:
     told = table[table["capacity"].map(lambda value: isinstance(value, float))]
     free = table[table["capacity"].isna()].set_index("domain")["bits_per_token"]
     figure, (above, below) = plt.subplots(2, 1, figsize=(8, 6), sharex=True, layout="constrained")
-    for name, rows in told.groupby("domain", sort=False):
+    for number, (name, rows) in enumerate(told.groupby("domain", sort=False)):
         rows = rows.sort_values("capacity")
-        style = {"color": "black", "linewidth": 2.5} if name == WHOLE else {"linewidth": 1.2}
+        again, colour = divmod(number, len(CHOICE_COLOURS))
+        style = {"color": CHOICE_COLOURS[colour], "linewidth": 1.2, "linestyle": "--" if again else "-"}
+        if name == WHOLE:
+            style = {"color": INK, "linewidth": 2.5}
         above.plot(
             rows["capacity"],
             rows["bits_per_token"] - free[name],
@@ -82,16 +89,12 @@ def capacities(table: pd.DataFrame) -> Figure:
     above.set(ylabel="bits per token, more than without")
     above.set_title("What a capacity costs", fontsize=11)
     below.set(ylabel="share of choices dropped", xlabel="capacity_token_fraction")
-    figure.legend(*above.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
-    for axes in (above, below):
-        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*above.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     return done(figure)
 
 
 def _sideways(rows: int):
-    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.36 * max(1, rows)), layout="constrained")
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+    return plt.subplots(figsize=(8, 1.2 + 0.36 * max(1, rows)), layout="constrained")
 
 
 def _dots(axes, place, value, widths, colour: str, label: str, shift: float = 0.0) -> None:
