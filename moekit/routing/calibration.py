@@ -1,9 +1,9 @@
 """Whether intervals hold what they promise, and whether tests keep their level: on routing whose truth is known.
 
     python -m moekit.routing.calibration
-    python -m moekit.routing.calibration --draws 3000 --tests 10000
+    python -m moekit.routing.calibration --draws 3000 --tests 3000
 
-The second makes the table of the metrics' page, in about an hour.
+The second makes the table of the metrics' page, in about a quarter of an hour.
 
 A synthetic source has samples of its own: each sample shifts the gate's logits, so that its tokens are alike, beside what an
 expert and a domain prefer. Traces are drawn from it, and the truth is that of the source, computed from its probabilities over
@@ -120,7 +120,6 @@ class Source:
 
 
 SOURCES = {
-    "240 samples of 64": Source(240),
     "60 samples of 64": Source(60),
     "40 samples of 16 to 200": Source(40, (16, 200)),
     "60 samples, very unequal loads": Source(60, skew=1.5),
