@@ -22,7 +22,7 @@ from moekit.interrupts import import_whole
 from moekit.nn.changes import changed
 from moekit.nn.operations import choose_backend
 from moekit.nn.record import Options
-from moekit.planning.fitting import fitting
+from moekit.planning.fitting import cached_tokens, fitting
 from moekit.planning.residence import residence, residency
 from moekit.planning.runs import Run, room, unknown
 from moekit.profiling import profile
@@ -338,12 +338,13 @@ def load(
         kind = experts_dtype(experts, files, plan.config)
         backend = choose_backend(backend, devices[0], weights, kind)
         run = Run.of(plan.config, devices, weights, backend, types, one_byte=kind is not None)
-        run = fitting(run, free or unknown(world_size), resident, gpu_memory)
+        run, within = fitting(run, free or unknown(world_size), resident, gpu_memory)
         staying = residence(run, policy, prefetch)
         if pool is None:
             pool = start(world_size, devices[0].type) if ranks is None else LentRanks(ranks)
         _check_seen(pool, files)
         model = Model(plan, files, pool, weights, known, codec, experts)
+        model.cached_tokens = cached_tokens(run, within)
         total = sum(source.bytes * (world_size if source.common else 1) for source in plan.sources)
         with progress_bar("loading", total, "B", show=progress) as bar:
             how = plan, weights, backend, verify, kind, staying

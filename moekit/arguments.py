@@ -13,6 +13,7 @@ import ast
 import contextlib
 import math
 import operator
+import os
 import pathlib
 import reprlib
 from collections.abc import Iterable, Iterator, KeysView, Mapping, Sequence, Set
@@ -127,6 +128,7 @@ class Text:
         value = _plain(value)
         if isinstance(value, bool) or not isinstance(value, str | int | float | pathlib.PurePath):
             raise ValueError
+        _whole_characters(str(value))
         return str(value)
 
 
@@ -142,6 +144,8 @@ class Path:
             raise ValueError
         if "://" in str(value):
             raise _Why("an address; expected the path of a file or folder on this machine, without '://'")
+        # Half of a surrogate pair has no bytes.
+        os.fsencode(value)
         try:
             return pathlib.Path(value).expanduser()
         except RuntimeError:

@@ -18,6 +18,7 @@ from moekit import arguments, paths, ranks
 from moekit import checkpoint as ckpt
 from moekit.arguments import Capacity, Choice, check
 from moekit.batches import Batch
+from moekit.checked import Instance
 from moekit.data.codec import FILES as CODEC_FILES
 from moekit.data.codec import Codec, Ids, has_codec, places
 from moekit.data.dictionary import Dictionary
@@ -25,7 +26,7 @@ from moekit.fairseq_data import Batches, Data, open_data
 from moekit.nn import intervene
 from moekit.nn.config import ModelConfig
 from moekit.nn.operations import DTYPES
-from moekit.nn.quantise import KINDS
+from moekit.nn.quantise import KINDS, dtype_name
 from moekit.symbols import BOS, EOS, PAD
 from moekit.versions import versions
 
@@ -40,9 +41,10 @@ class Handle:
         device: "cuda" or "cpu".
         dtype: torch's dtype of the weights and of what is computed.
         experts: the type of the experts' matrices, "int8" or "fp8"; None: ``dtype``.
-        parts: one dict per rank, what :func:`moekit.worker.loading.load` returned: ``files``, ``experts``, ``parameters``,
-            ``bytes``, ``seconds`` of its load, ``cuts`` of its kernels.
+        parts: one dict per rank, what :func:`moekit.worker.loading.load` returns there; empty before that.
         load_seconds: the seconds that :func:`moekit.load` took.
+        cached_tokens: that a pass of a rank may have where all of their keys and values are in a cache; 0: none is known to
+            have room.
         intervention: what :meth:`route` changes at the moment, or None.
     """
 
@@ -63,6 +65,7 @@ class Handle:
             self.codec = codec
         self.parts: list[dict] = []
         self.load_seconds = math.nan
+        self.cached_tokens = 0
         self.intervention: intervene.Intervention | None = None
         # Keys of generations that are still on the ranks; the next generation ends them.
         self.abandoned: list[int] = []
@@ -103,7 +106,7 @@ class Handle:
         experts = f"{len(c.moe_layers)} with {c.experts} experts{kind}" if c.moe_layers else "all dense"
         return (
             f"<moekit model {self.files.shared.parent}: {c.layers} layers, {experts}, "
-            f"{str(self.dtype).removeprefix('torch.')} on {self.world_size} x {self.device}>"
+            f"{dtype_name(self.dtype)} on {self.world_size} x {self.device}>"
         )
 
     @property
@@ -210,6 +213,10 @@ class Handle:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+# what an argument that takes a model may be
+MODEL = Instance(Handle, "a model that moekit.load gave")
 
 
 def weights_dtype(dtype: str, device: torch.device, plan: ckpt.Plan) -> torch.dtype:
@@ -325,7 +332,7 @@ def describe_run(
         "intervention": None if change is None else change.describe(),
         "groups": [[*shape, count] for shape, count in sorted(shapes.items())],
         "seed": seed,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": dtype_name(model.dtype),
         "experts": model.experts,
         "device": model.device,
         "world_size": model.world_size,

@@ -14,14 +14,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from moekit.handle import Handle
+from moekit.nn.cache import slots_for
 from moekit.nn.gates import interacts
+from moekit.nn.memory import TOKENS_A_PASS
 from moekit.progress import bar as progress_bar
 from moekit.ranks import Each, Stream
 from moekit.symbols import PAD
 from moekit.worker.branches import Branches, Found, parts_of, score_branches
 
-# Tokens that the texts of a pass have together on a rank, padding and beginnings included: a cache holds them all.
-SLOTS_A_PASS = {"cpu": 8192, "cuda": 65_536}
 # A shorter beginning is read again with each text: a pass of its own would cost more.
 WORTH_SHARING = 8
 # A text that would be padding by more than a fifth begins a new pass, if the one before it has an eighth of its tokens.
@@ -64,7 +64,7 @@ class Family:
 
     @property
     def cost(self) -> int:
-        return len(self.members) * self.longest
+        return len(self.members) * (slots_for(self.longest) if self.shared else self.longest)
 
 
 def score_texts(
@@ -85,9 +85,9 @@ def score_texts(
     alone = interacts(model.config, fraction)
     forced = intervention is not None and bool(intervention.force)
     scores: list[Score | None] = [None] * len(texts)
-    steps = plan_steps(
-        texts, model.world_size, SLOTS_A_PASS[model.device], alone=alone, shares=not (alone or forced)
-    )
+    tokens = TOKENS_A_PASS[model.device]
+    cached = 0 if alone or forced else model.cached_tokens
+    steps = plan_steps(texts, model.world_size, tokens, cached, alone=alone)
     total = sum(len(text.ids) - text.start for text in texts)
     with progress_bar("scoring", total, " tokens", show=progress, delay=1.0) as bar:
 
@@ -119,56 +119,63 @@ def score_texts(
 
 
 def plan_steps(
-    texts: Sequence[Text], world_size: int, slots: int, *, alone: bool, shares: bool
+    texts: Sequence[Text], world_size: int, tokens: int, cached: int, *, alone: bool
 ) -> Iterator[list[Branches | None]]:
     """Texts as steps, each with a part for every rank (None for a rank without any), the longest texts first.
 
     Args:
-        slots: about how many tokens a part has, padding and beginnings included.
+        tokens: of a part without beginnings, padding included.
+        cached: slots of the cache of a part whose texts share beginnings, which are read once; 0: none do.
         alone: whether the tokens of a text change one another's routing. Then texts are not padded, and the last id is read
             like the others, as fairseq's ``SequenceScorer`` reads it.
-        shares: whether a beginning may be read once for several texts.
     """
     families = sorted(
-        _families(texts, slots, shares), key=lambda f: (f.shared > 0, f.longest, f.shared), reverse=True
+        _families(texts, cached), key=lambda f: (f.shared > 0, f.longest, f.shared), reverse=True
     )
     for _, some in itertools.groupby(families, key=lambda f: f.longest if alone else f.shared > 0):
         alike = list(some)
         total = sum(family.cost for family in alike)
+        most = cached if alike[0].shared else tokens
         # As many tokens for every rank in every step.
-        budget = total // (world_size * -(-total // (world_size * slots)))
+        budget = total // (world_size * -(-total // (world_size * most)))
         parts = [_branches(texts, part, alone) for part in _packed(alike, budget)]
         for start in range(0, len(parts), world_size):
             step = parts[start : start + world_size]
             yield [*step, *[None] * (world_size - len(step))]
 
 
-def _families(texts: Sequence[Text], slots: int, shares: bool) -> Iterator[Family]:
+def _families(texts: Sequence[Text], cached: int) -> Iterator[Family]:
     beginnings: dict[tuple[int, ...], list[int]] = {}
     for number, text in enumerate(texts):
         # The last id before the scored ones is read with them, as it predicts the first.
-        key = text.ids[: text.start - 1] if shares and text.start > WORTH_SHARING else (-1, number)
+        key = text.ids[: text.start - 1] if cached and text.start > WORTH_SHARING else (-1, number)
         beginnings.setdefault(key, []).append(number)
     for key, numbers in beginnings.items():
         longest = max(len(texts[number].ids) for number in numbers) - 1
-        most = max(1, slots // longest)
+        most = max(1, cached // slots_for(longest))
         for start in range(0, len(numbers), most):
             some = tuple(numbers[start : start + most])
             yield Family(some, len(key) if len(some) > 1 else 0, longest)
 
 
 def _packed(families: Sequence[Family], budget: int) -> Iterator[list[Family]]:
-    """Neighbours, the longest first, that together, padded to it, have up to ``budget`` tokens, and little padding."""
+    """Neighbours, the longest first, that together, padded to it, have up to ``budget`` tokens, and little padding.
+
+    Where beginnings are shared, the tokens are the slots of a cache in which each text has room for the longest beginning and
+    for the longest of what follows one.
+    """
     part: list[Family] = []
-    count = longest = 0
+    members = longest = shared = rest = 0
     for family in families:
-        members, length = count + len(family.members), max(longest, family.longest)
-        short = family.longest < LEAST_FILLED * longest and count * longest > budget * WORTH_A_PASS
-        if part and (short or members * length > budget):
+        short = family.longest < LEAST_FILLED * longest and members * longest > budget * WORTH_A_PASS
+        members, longest = members + len(family.members), max(longest, family.longest)
+        shared, rest = max(shared, family.shared), max(rest, family.longest - family.shared)
+        room = slots_for(shared + rest) if shared else longest
+        if part and (short or members * room > budget):
             yield part
-            part, members, length = [], len(family.members), family.longest
+            part, members, longest = [], len(family.members), family.longest
+            shared, rest = family.shared, family.longest - family.shared
         part.append(family)
-        count, longest = members, length
     if part:
         yield part
 

@@ -14,6 +14,8 @@ from moekit.arguments import first_few
 from moekit.batches import Batch, shares
 from moekit.handle import Handle
 from moekit.interrupts import import_whole
+from moekit.nn.memory import TOKENS_A_PASS
+from moekit.nn.quantise import dtype_name
 from moekit.progress import bar as progress_bar
 from moekit.ranks import Each, Stream
 from moekit.routing import trace as tracing
@@ -24,8 +26,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-# Tokens in a forward pass; more tokens do not increase the speed.
-TOKENS_A_PASS = {"cpu": 4096, "cuda": 65_536}
 # The most shapes that a GPU is warmed up for; the texts of a run may have hundreds of shapes.
 WARM_SHAPES = 4
 
@@ -102,7 +102,7 @@ def not_finite(model: Handle, batches: Sequence[Batch], scores: dict, **how: Any
     named = first_few(samples)
     total = sum(int((b.targets != PAD).sum()) for b in batches)
     found = model.ranks.call(scoring.first_not_finite, first, intervention=model.intervention, **how)[0]
-    kind = str(model.dtype).removeprefix("torch.")
+    kind = dtype_name(model.dtype)
     if found is None:
         where = "all layers give finite numbers, so the output's log-probabilities overflow"
     elif found.startswith("weights"):

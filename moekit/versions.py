@@ -15,14 +15,18 @@ import tomllib
 from pathlib import Path
 
 PACKAGES = ("torch", "ve-fairseq", "numpy", "papermill", "jupyterlab", "ipywidgets")
+# Those of the extras and of GPUs are told where they are installed.
+OPTIONAL = ("triton", "transformers", "ray", "lm-eval")
 ROOT = Path(__file__).resolve().parents[1]
 UNKNOWN = "unknown"
 
 
 def versions() -> dict[str, str | None]:
-    """Python's, moekit's and those of the ``PACKAGES``, None where a package is not installed; and ``cuts`` (:func:`cuts`)."""
+    """Python's, moekit's, those of the ``PACKAGES``, None where one is not installed, of the ``OPTIONAL`` ones that are, and
+    ``cuts`` (:func:`cuts`)."""
     found = {"python": platform.python_version(), "moekit": own(), "cuts": cuts()}
-    return found | {name: _installed(name) for name in PACKAGES}
+    found |= {name: _installed(name) for name in PACKAGES}
+    return found | {name: told for name in OPTIONAL if (told := _installed(name))}
 
 
 @functools.cache

@@ -468,6 +468,14 @@ def test_ranks_start_without_a_server(temp, monkeypatch):
 # ------------------------------------------------------------------------------------------ pools made apart
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_pool_that_was_closed_is_refused(world_size):
+    pool = start(world_size, "cpu")
+    pool.close()
+    with pytest.raises(ValueError, match=r"ranks are gone \(closed\): start others with moekit.ranks.start"):
+        moekit.load("demo", ranks=pool, progress=False)
+
+
 def test_a_pool_made_apart_holds_one_model_at_a_time(reference):
     with start(2, "cpu") as pool:
         first = moekit.load("demo", ranks=pool, progress=False)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import OrderedDict
@@ -89,6 +90,24 @@ def test_to_transformers_and_back_bit_for_bit(reference, tmp_path, monkeypatch, 
     assert len(parts) == 1 if most > 40_000 else len(parts) > 2
     for name in ("config.json", parts[-1].name):
         assert set(checkpoint.find(made / name).all) == set(parts)
+
+
+def test_a_folder_that_came_back_reads_text_alone(folder, tmp_path, capsys):
+    """As one that fairseq made: the dictionary and the files of the BPE lie with the weights."""
+    run("convert", folder, tmp_path / "back", "--to", "fairseq", "--quiet")
+    assert capsys.readouterr().err == ""
+    assert Codec.load(tmp_path / "back").encode("def f(x):\n") == Codec.load("demo").encode("def f(x):\n")
+    with moekit.load(tmp_path / "back", 1, "cpu", progress=False) as model:
+        assert model.reads_text and len(model.score(["A line."]))
+    (tmp_path / "without").mkdir()
+    for path in (tmp_path / "back").glob("model*"):
+        shutil.copy(path, tmp_path / "without")
+    run("convert", tmp_path / "without", tmp_path / "st", "--to", "safetensors", "--quiet")
+    said = capsys.readouterr().err
+    assert (
+        f"{tmp_path / 'st'} reads and writes ids alone: for text put encoder.json, vocab.bpe, dict.txt there"
+        in said
+    )
 
 
 @pytest.mark.parametrize("name", CASES)

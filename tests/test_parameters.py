@@ -1,4 +1,5 @@
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -183,6 +184,19 @@ def test_an_earlier_runs_models_are_closed():
     models.close_earlier({"model": model, "text": "demo", "kind": moekit.Model})
     with pytest.raises(RuntimeError, match="closed"):
         model.score("Gone.")
+
+
+@pytest.mark.parametrize("experts", [None, "int8"])
+def test_the_headers_are_read_once_unless_something_is_asked_of_experts(monkeypatch, experts):
+    seen, survey = [], models.ckpt.survey
+    monkeypatch.setattr(models.ckpt, "survey", lambda *files: seen.append(files) or survey(*files))
+    names = ("world_size", "device", "dtype", "bpe", "ranks", "gpu_memory", "resident")
+    p = SimpleNamespace(
+        **dict.fromkeys(names) | {"checkpoint": "demo-dense", "device": "cpu", "dtype": "auto"},
+        experts=experts,
+    )
+    with models.load(p, progress=False) as model:
+        assert model.experts is None and len(seen) == (1 if experts is None else 2)
 
 
 class Shell:

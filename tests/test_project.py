@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import tokenize
 import tomllib
 import urllib.request
 from pathlib import Path
@@ -90,6 +91,18 @@ def test_the_core_has_ranges_and_the_package_imports_what_it_declares():
     }
     assert {"torch", "numpy", "fairseq"} <= outside
     assert {name for name in outside if modules.get(name, name) not in known} == set()
+
+
+def test_a_comment_has_a_line_of_its_own():
+    """In the package; what a tool reads at a line's end (noqa, type, pragma, fmt) may stand there."""
+    found = []
+    for path in sorted((ROOT / "moekit").rglob("*.py")):
+        with open(path) as file:
+            for token in tokenize.generate_tokens(file.readline):
+                behind = token.type == tokenize.COMMENT and token.line[: token.start[1]].strip()
+                if behind and not re.match(r"#\s*(noqa|type:|pragma|fmt)", token.string):
+                    found.append(f"{path.relative_to(ROOT)}:{token.start[0]} {token.string}")
+    assert found == []
 
 
 def test_every_locked_package_has_hashes():

@@ -2,6 +2,7 @@
 
 import mmap
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ pytest.importorskip("triton")
 import moekit
 from moekit import ranks
 from moekit.bench import shapes
+from moekit.likelihood import Text, score_texts
 from moekit.nn import resident
 from moekit.nn.cache import Cache
 from moekit.nn.dispatch import owned
@@ -29,8 +31,8 @@ from moekit.nn.policies import POLICIES, Hottest
 from moekit.nn.resident import Residence, install
 from moekit.nn.slots import CHUNK
 from moekit.nn.transformer import empty
-from moekit.planning.fitting import advice, chosen, fitting, most_resident
-from moekit.planning.runs import GIB, Room, Run, unknown
+from moekit.planning.fitting import SPARE, advice, cached_tokens, chosen, fitting, most_resident
+from moekit.planning.runs import CUBLAS, GIB, Room, Run, unknown
 from moekit.planning.table import described
 from moekit.ranks import ThisProcess
 from moekit.routing import expert_caches
@@ -388,15 +390,19 @@ def test_the_smallest_change():
     # One GPU that is too small of two.
     run = run_of(devices=(cuda,))
     need = sum(run.parts(0).values())
-    assert advice(run, Room((need - 1e5, 1e12), 1e12)).endswith(": resident=15 would fit")
-    assert advice(run, Room((need - 1e5, need), 1e5)).endswith(': experts="int8" would fit')
+
+    def advised(*room) -> str:
+        return advice(run, Room(*room), Room(*room))
+
+    assert advised((need - 1e5, 1e12), 1e12).endswith(": resident=15 would fit")
+    assert advised((need - 1e5, need), 1e5).endswith(': experts="int8" would fit')
     run = replace(run, one_byte=True)
     need = sum(run.parts(0).values())
-    short = advice(run, Room((need - 1e5, need), 1e5))
+    short = advised((need - 1e5, need), 1e5)
     assert f"rank 0 needs {need / GIB:.3g} GiB on cuda:0" in short and short.endswith(
         ": world_size=2 would fit"
     )
-    nothing = advice(run, Room((1e6,), 1e12))
+    nothing = advised((1e6,), 1e12)
     assert "0.000931 GiB are free" in nothing and "no change" in nothing
 
 
@@ -406,8 +412,37 @@ def test_no_plan_for_more_tokens_than_positions():
         moekit.plan("demo", 1, "cpu", length=258)
 
 
+@pytest.mark.parametrize("checkpoint", ["demo", "demo-dense"])
+def test_the_least_gpu_memory_is_said(checkpoint):
+    """What is said fits, and a MiB less does not."""
+    for asked in (moekit.plan, lambda *how, **more: moekit.load(*how, **more, progress=False).close()):
+        told = None
+        try:
+            told = asked(checkpoint, 1, "cpu", gpu_memory="1MiB")
+            advice = told.advice
+        except ValueError as error:
+            advice = str(error)
+        least = int(re.search(r'gpu_memory="(\d+)MiB" is the least that would fit', advice)[1])
+        found = asked(checkpoint, 1, "cpu", gpu_memory=f"{least}MiB")
+        if told is None:
+            with pytest.raises(ValueError, match=f'gpu_memory="{least}MiB" is the least'):
+                asked(checkpoint, 1, "cpu", gpu_memory=f"{least - 1}MiB")
+        else:
+            assert found.fits and not asked(checkpoint, 1, "cpu", gpu_memory=f"{least - 1}MiB").fits
+
+
+def test_less_than_the_machine_has_is_not_said_to_be_enough():
+    """Where no limit would do, another change is."""
+    run = run_of(devices=(torch.device("cuda", 0),))
+    need = sum(replace(run, resident=1).parts(0).values())
+    free = Room((need - 1, 1e12), 1e12)
+    within = Room((2e6, 2e6), 1e12, limited=True)
+    assert "gpu_memory=" not in advice(run, free, within) and "would fit" in advice(run, free, within)
+
+
 def test_a_model_that_does_not_fit_is_refused(monkeypatch):
-    with pytest.raises(ValueError, match=r"the model does not fit: rank 0 needs 0\.\d+ GiB on cpu"):
+    said = r"the model does not fit: rank 0 needs 0\.\d+ GiB on cpu .*, and gpu_memory leaves 0.00781 GiB: "
+    with pytest.raises(ValueError, match=said + 'gpu_memory="[0-9]+MiB" is the least that would fit'):
         moekit.load("demo", 1, "cpu", gpu_memory="8MiB", progress=False)
     monkeypatch.setattr("moekit.planning.runs.host_memory", lambda what: 4.2e7)
     with pytest.raises(
@@ -422,10 +457,10 @@ def test_a_model_that_does_not_fit_is_refused(monkeypatch):
 def test_ranks_of_which_nothing_is_known():
     """What is asked for holds, nothing is refused, and what is free cannot be asked."""
     run, nothing = run_of(devices=(torch.device("cuda", 0),) * 2), unknown(2)
-    assert fitting(run, nothing, None, None).resident is None
-    assert fitting(run, nothing, 3, None).resident == 3
-    assert fitting(run, nothing, None, "1GiB").resident is None
-    assert 0 < fitting(run, nothing, None, 0.94 * GIB).resident < 8
+    assert fitting(run, nothing, None, None)[0].resident is None
+    assert fitting(run, nothing, 3, None)[0].resident == 3
+    assert fitting(run, nothing, None, "1GiB")[0].resident is None
+    assert 0 < fitting(run, nothing, None, 0.94 * GIB)[0].resident < 8
     with pytest.raises(ValueError, match="nothing tells what is free"):
         fitting(run, nothing, None, "auto")
 
@@ -545,3 +580,54 @@ def quantisation_of(model) -> str:
     from moekit.notebook import report
 
     return str(report.quantisation(model, texts(count=2)))
+
+
+def test_a_dense_model_fetches_nothing():
+    with (
+        moekit.load("demo-dense", 1, "cpu", **QUIET) as model,
+        pytest.raises(ValueError, match="residency: the model is dense, .*; ask it of a model with experts"),
+    ):
+        model.residency()
+
+
+def test_texts_that_share_beginnings_stay_within_the_plan():
+    """A cache of all their tokens takes no more than ``gpu_memory``, and where there is room a pass is as long as any."""
+    cuda = torch.device("cuda", 0)
+    run = run_of(shapes.SHAPES["15b"], devices=(cuda,), dtype=torch.float16)
+    assert cached_tokens(run, Room((80 * GIB,), 1e12)) == run.tokens == 65_536
+    for number in (1, 100):
+        run = replace(run, resident=number)
+        need = sum(run.parts(0).values())
+        tight = Room((need / (1 - SPARE) + 1,), 1e12)
+        for room in (tight, unknown(1)):
+            tokens = cached_tokens(run, room)
+            assert 0 < tokens < run.tokens / 2
+            parts = run.parts(0)
+            sizes = parts["weights"] + parts["slots"] + parts["CUDA"] + CUBLAS
+            # The cache of all texts, and that of their beginnings, at most half as many.
+            taken = sizes + replace(run, tokens=tokens).workspace(0) + 1.5 * run.sizes.cache(1, tokens)
+            assert 0.98 * need < taken <= need + run.sizes.cache(1, 64)
+    assert cached_tokens(run, Room((need / 2,), 1e12)) == 0
+
+
+def test_a_pass_over_texts_takes_what_the_plan_says():
+    """Measured, of the demo with a limit: questions whose choices share beginnings of all lengths."""
+    limit = "48MiB"
+    rng = np.random.default_rng(0)
+    texts = []
+    for _ in range(16):
+        context = (2, *rng.integers(4, 900, rng.integers(12, 180)).tolist())
+        for _ in range(4):
+            texts.append(Text((*context, *rng.integers(4, 900, rng.integers(2, 60)).tolist()), len(context)))
+    how = {"fraction": None, "seed": 1, "progress": False}
+    with moekit.load("demo", 1, "cpu", gpu_memory=limit, **QUIET) as model:
+        row = moekit.plan("demo", 1, "cpu", gpu_memory=limit).table.loc[0]
+        assert 0 < model.cached_tokens < 4096
+        found = []
+        peak = measured(lambda: found.extend(score_texts(model, texts, **how)))
+        weights = model.parts[0]["bytes"]
+        model.cached_tokens = 0
+        alone = score_texts(model, texts, **how)
+    assert weights + peak <= row["free"] * GIB
+    for one, other in zip(found, alone, strict=True):
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)

@@ -13,7 +13,8 @@ from test_metrics import make
 from moekit.routing import calibration, metrics, statistics
 from moekit.routing.calibration import Source
 from moekit.routing.compare import change_by_domain, compare
-from moekit.routing.trace import align, join
+from moekit.routing.pairs import align
+from moekit.routing.trace import join
 
 
 def slow(metric):
@@ -153,8 +154,13 @@ def test_permutation_by_hand():
     assert told.loc[("a", 0), "p"] == pytest.approx(1 / 3, abs=0.03)
     assert told.loc[("a", 0), "survives"] and not told.loc[("a", 1), "survives"]
     assert told["units"].eq(2).all()
+    assert (told["note"] == "").all()
     few = metrics.permutation(trace, labels, draws=100)
     assert (few["note"] == "too few").all() and not few["survives"].any()
+    # A test at 45 % marks a third of what has no structure, less than four fifths of 45 %; one at 20 % marks nothing.
+    for level in (0.45, 0.2):
+        few = metrics.permutation(trace, labels, draws=3000, level=level)
+        assert (few["note"] == "too few").all() and not few["survives"].any()
     with pytest.raises(ValueError, match="statistic='t'"):
         metrics.permutation(trace, labels, statistic="t")
 
@@ -351,6 +357,36 @@ def test_intervals_hold_the_truth(source):
 def test_tests_keep_their_level():
     for name, wrong in calibration.level(Source(24), 150, permutations=200).items():
         assert 0 <= wrong <= 0.11, (name, wrong)
+
+
+def test_ties_that_a_single_document_makes_are_too_few():
+    """Twelve documents, each with a share of its own for expert 0. There are 132 ways to deal two labels of one document and
+    one of ten, yet the largest lift is that of the extreme document in a sixth of them: no test at 5 % can mark it."""
+    chosen = np.concatenate([np.arange(24) >= number for number in range(12)]).astype(int)
+    trace = make(chosen[:, None, None], sample=np.repeat(np.arange(12), 24), num_experts=2)
+    for labels, few in (
+        (["a", "b", *"c" * 10], True),
+        ([*"cc", *"c" * 8, "a", "b"], True),
+        ([*"aaaaaabbbbbb"], False),
+    ):
+        told = metrics.permutation(trace, np.repeat(labels, 24), draws=4000)
+        assert (told["note"] == ("too few" if few else "")).all()
+        assert told["survives"].any() != few
+    told = metrics.permutation(trace, np.repeat([*"c" * 10, "a", "b"], 24), draws=4000)
+    assert told["p"].min() == pytest.approx(1 / 6, abs=0.02)
+
+
+def test_three_documents_a_domain_keep_their_level_or_are_too_few():
+    """With the rule that there were enough arrangements, this source marked 1.5 %."""
+    few = []
+    for number in range(60):
+        trace, labels = Source(12, of_domain=0).draw(number)
+        told = metrics.permutation(trace, labels, draws=300, seed=number)
+        few.append((told["note"] == "too few").all())
+        assert not (told["survives"] & (told["note"] == "too few")).any()
+        smallest = min(len(np.unique(trace.sample[labels == domain])) for domain in np.unique(labels))
+        assert few[-1] or smallest > 1
+    assert 0.5 < np.mean(few) < 0.9
 
 
 def test_three_documents_a_domain_are_too_few():

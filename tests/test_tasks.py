@@ -218,8 +218,8 @@ def test_generate_until(model):
     assert isinstance(long, str)
 
 
-def plans(texts, world_size, slots, **how):
-    return list(plan_steps(texts, world_size, slots, **{"alone": False, "shares": True} | how))
+def plans(texts, world_size, slots, *, shares=True, alone=False):
+    return list(plan_steps(texts, world_size, slots, slots if shares else 0, alone=alone))
 
 
 @pytest.mark.parametrize("world_size", [1, 3])

@@ -21,7 +21,7 @@ from moekit.nn.cache import Cache
 from moekit.nn.ffn import activation_fn
 from moekit.nn.record import Options, Recorder
 from moekit.nn.transformer import MoE, Pass, Transformer
-from moekit.routing import trace
+from moekit.routing import pairs, trace
 from moekit.routing.domains import domains_of
 from moekit.routing.trace import Trace
 from moekit.symbols import PAD
@@ -477,13 +477,13 @@ def test_wrong_columns_are_refused(made):
 
 def test_align(made):
     one, other = made.select(mask=made.position > 2), made.select(samples=[0, 2, 9])
-    one, other = trace.align(one, other)
+    one, other = pairs.align(one, other)
     assert np.array_equal(one.sample, other.sample) and np.array_equal(one.position, other.position)
     assert sorted(set(one.sample)) == [0, 2] and one.position.min() == 3
     with pytest.raises(ValueError, match="no sample and position in common"):
-        trace.align(made.select(samples=1), made.select(samples=2))
+        pairs.align(made.select(samples=1), made.select(samples=2))
     with pytest.raises(ValueError, match="layers differ"):
-        trace.align(made, made.select(layers=[1]))
+        pairs.align(made, made.select(layers=[1]))
 
 
 def test_join(made):

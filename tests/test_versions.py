@@ -32,6 +32,14 @@ def test_a_result_names_every_version():
     assert moekit.__version__ == found["moekit"]
 
 
+def test_what_is_installed_beside_is_named(monkeypatch):
+    there = {"triton": "3.5.0", "lm-eval": "0.4.13", "torch": "2.11.0"}
+    monkeypatch.setattr(versions, "_installed", there.get)
+    found = versions.versions()
+    assert found["triton"] == "3.5.0" and found["lm-eval"] == "0.4.13"
+    assert not {"ray", "transformers"} & set(found) and found["numpy"] is None
+
+
 def test_a_checkout_without_git_and_without_an_installation(tmp_path):
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     (tmp_path / "moekit").mkdir()

@@ -92,8 +92,10 @@ def counted(trace: Trace, cluster: Cluster) -> tuple[float, float, float]:
     Samples are dealt to ranks in turn, as scoring deals them. Choices that were dropped do not travel. The means are over tokens and
     layers.
     """
-    home = (trace.sample % cluster.ranks) // cluster.per_machine  # [T]
-    there = cluster.machine_of_expert(trace.num_experts)[trace.experts]  # [T, layers, K]
+    # [T]
+    home = (trace.sample % cluster.ranks) // cluster.per_machine
+    # [T, layers, K]
+    there = cluster.machine_of_expert(trace.num_experts)[trace.experts]
     away = trace.kept & (there != home[:, None, None])
     goes = np.zeros((*there.shape[:2], cluster.machines), dtype=bool)
     for choice in range(there.shape[2]):
@@ -103,7 +105,8 @@ def counted(trace: Trace, cluster: Cluster) -> tuple[float, float, float]:
             np.take_along_axis(goes, there[..., choice, None], axis=2) | away[..., choice, None],
             axis=2,
         )
-    arriving = goes.sum(axis=0)  # [layers, machines]
+    # [layers, machines]
+    arriving = goes.sum(axis=0)
     places = there.shape[0] * there.shape[1]
     return (
         away.sum() / places,

@@ -193,7 +193,8 @@ class Padded(Dispatch):
         token, choice = (chosen < self.experts).nonzero(as_tuple=True)
         at = token, chosen[token, choice], places[token, choice]
         combine[at], mask[at] = weights[token, choice], True
-        buffers = mask.flatten(1).T.to(x.dtype) @ x  # [E C, D]
+        # [E C, D]
+        buffers = mask.flatten(1).T.to(x.dtype) @ x
         buffers = self.exchanged(buffers).view(self.world_size, experts.held, self.capacity, -1)
         activation = activation_fn(experts.activation)
         done = []

@@ -25,11 +25,12 @@ from moekit.bench.setting import Setting, add_fetching, ceiling_figures, wholes
 from moekit.nn import graphs
 from moekit.nn.cost import flop_per_token
 from moekit.nn.gate import Routing
+from moekit.nn.memory import TOKENS_A_PASS
 from moekit.nn.passes import Pass
 from moekit.nn.resident import Counts
 from moekit.nn.transformer import Transformer
 from moekit.ranks import Rank
-from moekit.scoring import TOKENS_A_PASS, score_batches
+from moekit.scoring import score_batches
 from moekit.worker import scoring as worker
 
 FRACTION = 0.05

@@ -23,7 +23,7 @@ from moekit.nn.memory import Sizes
 from moekit.nn.operations import BACKENDS, DTYPES, choose_backend
 from moekit.nn.quantise import KINDS
 from moekit.nn.resident import Residence
-from moekit.planning.fitting import fitting
+from moekit.planning.fitting import cached_tokens, fitting
 from moekit.planning.runs import Run, room
 from moekit.ranks.machine import gpus, host_memory
 
@@ -96,7 +96,7 @@ class Setting:
         if resident is None and gpu_memory is None:
             return setting
         run = setting.run()
-        run = fitting(run, room(run.devices), resident, gpu_memory)
+        run, _ = fitting(run, room(run.devices), resident, gpu_memory)
         return replace(setting, resident=run.resident)
 
     def run(self) -> Run:
@@ -132,7 +132,9 @@ class Setting:
             pool.call(shapes.build, self.config, self.kind, self.backend, **how)
             plan = checkpoint.Plan(self.config, self.kind, ())
             files = checkpoint.Files(Path("random weights"), ())
-            yield Model(plan, files, pool, self.kind, experts=self.experts), ceilings
+            model = Model(plan, files, pool, self.kind, experts=self.experts)
+            model.cached_tokens = cached_tokens(self.run(), room(pool.devices, lent=True))
+            yield model, ceilings
         measure.give_back(self.device)
 
     def goal(self, what: str, ceilings: Ceilings) -> float | None:

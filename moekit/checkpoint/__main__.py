@@ -10,6 +10,7 @@ import json
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from moekit.checkpoint import describe, find, reshaping, survey
@@ -130,7 +131,21 @@ def _convert(asked: argparse.Namespace) -> int:
         raise ValueError(f"--bpe {asked.bpe}: a tokenizer is a part of --to hf alone")
     told = _tokenizer(asked) if asked.to == "hf" else {}
     reshaping.convert(asked.source, asked.target, asked.to, **told, **_options(asked))
+    if asked.to != "hf":
+        _say_what_lacks(Path(asked.target).expanduser())
     return 0
+
+
+def _say_what_lacks(folder: Path) -> None:
+    """Say what a folder of weights needs before it can read text."""
+    from moekit.data.codec import FILES, has_codec, places
+
+    if not any(map(has_codec, places(folder))):
+        lacking = [name for name in FILES if not (folder / name).is_file()]
+        print(
+            f"convert: {folder} reads and writes ids alone: for text put {', '.join(lacking)} there",
+            file=sys.stderr,
+        )
 
 
 def _tokenizer(asked: argparse.Namespace) -> dict[str, Any]:

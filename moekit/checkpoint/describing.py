@@ -12,6 +12,7 @@ from moekit.checkpoint.files import find
 from moekit.checkpoint.keys import NUMBER
 from moekit.checkpoint.reading import read
 from moekit.checkpoint.shards import tensors
+from moekit.nn.quantise import dtype_name
 
 
 def describe(checkpoint: str | Path) -> list[dict[str, Any]]:
@@ -48,4 +49,4 @@ def describe(checkpoint: str | Path) -> list[dict[str, Any]]:
 
 
 def _types(tensors: Iterable[Tensor]) -> str:
-    return ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}))
+    return ", ".join(sorted({dtype_name(tensor.dtype) for tensor in tensors}))

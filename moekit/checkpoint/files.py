@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moekit import paths
-from moekit.checkpoint.contents import clip, short
+from moekit.arguments import shown
+from moekit.checkpoint.contents import clip
 from moekit.checkpoint.hugging import folder as folder_of_hugging
 from moekit.checkpoint.keys import SHARED_KEY
 from moekit.checkpoint.reading import read
@@ -100,7 +101,7 @@ def find(checkpoint: str | Path) -> Files:
 def _path(checkpoint: str | Path) -> Path:
     if isinstance(checkpoint, str) and "://" in checkpoint:
         raise ValueError(
-            f"checkpoint={short(checkpoint)} is an address: name a checkpoint's folder or one of its .pt files on this machine"
+            f"checkpoint={shown(checkpoint)} is an address: name a checkpoint's folder or one of its .pt files on this machine"
         )
     try:
         path = paths.of_demo(checkpoint, "checkpoint") or Path(checkpoint).expanduser()
@@ -112,7 +113,7 @@ def _path(checkpoint: str | Path) -> Path:
         ) from None
     except (OSError, RuntimeError, TypeError) as error:
         raise ValueError(
-            f"checkpoint={short(checkpoint)} cannot be opened ({getattr(error, 'strerror', None) or error}): name a "
+            f"checkpoint={shown(checkpoint)} cannot be opened ({getattr(error, 'strerror', None) or error}): name a "
             'checkpoint\'s folder, one of its .pt files, or "demo"'
         ) from error
     return path

@@ -37,8 +37,10 @@ DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 METADATA, SETTINGS, CHECKSUM = "__metadata__", "moekit.settings", "crc32:"
-MOST = 100_000_000  # bytes of a header, as in the package
-ALIGNMENT = 64  # bytes, of the first number
+# bytes of a header, as in the package
+MOST = 100_000_000
+# The first number of a file lies at a multiple of as many bytes.
+ALIGNMENT = 64
 LENGTH = struct.Struct("<Q")
 
 

@@ -31,7 +31,8 @@ from moekit.mapped import whole_files
 from moekit.progress import bar
 
 JOB = "job.json"
-BESIDE = ("dict.txt",)  # that a checkpoint needs, and that goes along
+# What turns text into ids and back goes along with a checkpoint.
+BESIDE = ("dict.txt", "encoder.json", "vocab.bpe")
 OTHERS = re.compile(rf"vocab\.bpe|.*\.(json|md|txt)|{re.escape(BRIDGE)}")
 
 File = tuple[str, Callable[[], tuple[Mapping[str, Tensor], Mapping[str, Any]]]]

@@ -130,9 +130,12 @@ class AllToAll(Dispatch):
         choices = assignment.choices
         # Rows that are padding have no expert, either.
         chosen = F.pad(expert_of(assignment), (0, (rows - len(x)) * choices), value=len(assignment.counts))
-        everything = gather(F.pad(x, (0, 0, 0, rows - len(x))), self.world_size, self.group)  # [W M, D]
-        chosen = gather(chosen, self.world_size, self.group) - self.first  # [W M K]
-        done = experts(everything, assigned(chosen, self.deal[self.rank], choices))  # [W M K, D]
+        # [W M, D]
+        everything = gather(F.pad(x, (0, 0, 0, rows - len(x))), self.world_size, self.group)
+        # [W M K]
+        chosen = gather(chosen, self.world_size, self.group) - self.first
+        # [W M K, D]
+        done = experts(everything, assigned(chosen, self.deal[self.rank], choices))
 
         home = torch.empty_like(done)
         with part("exchange"):
@@ -196,7 +199,8 @@ class Hierarchical(Dispatch):
         choices, (rows, width) = assignment.choices, x.shape
         chosen = expert_of(assignment).view(rows, choices)
         bounds = torch.tensor(self.bounds, device=x.device)
-        machine = torch.searchsorted(bounds, chosen, right=True) - 1  # [N, K], as many as machines for none
+        # [N, K], as many as machines for none
+        machine = torch.searchsorted(bounds, chosen, right=True) - 1
         goes = torch.zeros(len(self.gateways) + 1, rows, dtype=torch.bool, device=x.device)
         goes.scatter_(0, machine.T, True)
         # P pairs of a machine and a row that goes there, sorted by machine.
@@ -209,8 +213,8 @@ class Hierarchical(Dispatch):
             dist.all_to_all_single(from_ranks, to_ranks)
         to_ranks, from_ranks = torch.stack([to_ranks, from_ranks]).tolist()
 
-        # The number of an expert on its machine; -1 for the choices that are none of it.
-        here = torch.where(machine[row] == to[:, None], chosen[row] - bounds[to, None], -1)  # [P, K]
+        # [P, K], the number of an expert on its machine; -1 for the choices that are none of it.
+        here = torch.where(machine[row] == to[:, None], chosen[row] - bounds[to, None], -1)
         weights = assignment.weights.view(rows, choices)[row]
         received = exchange(x[row], to_ranks, from_ranks)
         here = exchange(here.int(), to_ranks, from_ranks)
@@ -220,7 +224,8 @@ class Hierarchical(Dispatch):
         expert = here.flatten()
         order, counts = sort_by_expert(torch.where(expert < 0, held, expert), held)
         done = self.within(experts, received, Assignment(order, counts, choices, weights.flatten()))
-        home = exchange(done.view(-1, choices, width).sum(dim=1), from_ranks, to_ranks)  # [P, D]
+        # [P, D]
+        home = exchange(done.view(-1, choices, width).sum(dim=1), from_ranks, to_ranks)
 
         # What one machine made of a row stands in the place of the row's first choice there.
         first = (machine[row] == to[:, None]).int().argmax(dim=1)
@@ -233,19 +238,24 @@ class Hierarchical(Dispatch):
         chosen = F.pad(expert_of(assignment), (0, missing * choices), value=total)
         weights = F.pad(assignment.weights, (0, missing * choices))
         # First between machines, then within one: L ranks a machine, C machines.
-        column = gather(F.pad(x, (0, 0, 0, missing)), self.machines, self.column)  # [C M, D]
-        everything = gather(column, within.world_size, within.group)  # [L C M, D]
+        # [C M, D]
+        column = gather(F.pad(x, (0, 0, 0, missing)), self.machines, self.column)
+        # [L C M, D]
+        everything = gather(column, within.world_size, within.group)
         chosen = gather(gather(chosen, self.machines, self.column), within.world_size, within.group)
-        weights = gather(weights, self.machines, self.column)  # [C M K]
+        # [C M K]
+        weights = gather(weights, self.machines, self.column)
         chosen = chosen - self.flat.first
-        done = experts(everything, assigned(chosen, within.deal[within.rank], choices))  # [L C M K, D]
+        # [L C M K, D]
+        done = experts(everything, assigned(chosen, within.deal[within.rank], choices))
 
         made = torch.empty_like(done)
         with part("exchange"):
             dist.all_to_all_single(made, done, group=within.group)
         # Of what the ranks of a machine computed for one choice, all but one is zero.
         made = made.view(within.world_size, len(weights), -1).sum(0) * weights[:, None]
-        made = made.view(self.machines * rows, choices, -1).sum(dim=1)  # [C M, D]
+        # [C M, D]
+        made = made.view(self.machines * rows, choices, -1).sum(dim=1)
         home = torch.empty_like(made)
         with part("exchange"):
             dist.all_to_all_single(home, made, group=self.column)

@@ -246,7 +246,8 @@ def balance_loss(routing: Routing) -> Tensor:
 
     GShard's l_aux (arXiv 2006.16668, section 2.2; ``l_aux`` in fairseq/modules/moe/top2gate.py). 1 when balanced.
     """
-    probs = routing.probs.flatten(0, 1)  # [N, E]
+    # [N, E]
+    probs = routing.probs.flatten(0, 1)
     experts = probs.shape[1]
     first = routing.experts[..., 0].flatten()
     share = torch.bincount(first, minlength=experts).to(probs.dtype) / len(first)

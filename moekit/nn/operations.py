@@ -60,7 +60,8 @@ def attend(qkv: Tensor, visible: Tensor | None, cache: Cache | None, layer: int)
         [B, T, H C]
     """
     qkv = qkv.permute(2, 0, 3, 1, 4)
-    q, kv = qkv[0], qkv[1:]  # [B, H, T, C] and [2, B, H, T, C]
+    # [B, H, T, C] and [2, B, H, T, C]
+    q, kv = qkv[0], qkv[1:]
     if cache is not None:
         kv = cache.extend(layer, kv)
     y = F.scaled_dot_product_attention(q, *kv, attn_mask=visible, is_causal=visible is None)

@@ -18,6 +18,11 @@ KINDS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """``torch.float16`` -> "float16"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def name_of(kind: torch.dtype | None) -> str | None:
     """The name in :data:`KINDS`."""
     return next((name for name, own in KINDS.items() if own == kind), None)

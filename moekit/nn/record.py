@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from moekit.nn.gate import Routing
 
 
-CHOICE_COLUMNS = {  # [T, L, K]
+# [T, L, K]
+CHOICE_COLUMNS = {
     "experts": np.int16,
     "probs": np.float32,
     "weights": np.float32,
@@ -155,7 +156,8 @@ class LoadRecorder:
     def __call__(self, layer: int, routing: Routing) -> None:
         import torch
 
-        kept = routing.kept.flatten(1)  # [G, S K]
+        # [G, S K]
+        kept = routing.kept.flatten(1)
         counts = torch.zeros(len(kept), routing.probs.shape[-1], dtype=torch.int32, device=kept.device)
         counts.scatter_add_(1, routing.experts.flatten(1), kept.int())
         fullest = counts.amax(dim=1)

@@ -357,7 +357,8 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor, asked: Pass) -> Tensor:
         """[B, T, D] -> [B, T, K, D], the weighted output of each choice's expert, zero where it was dropped."""
-        rows = x.flatten(0, 1)  # [N, D]
+        # [N, D]
+        rows = x.flatten(0, 1)
         routing = self.route(rows, asked)
         if asked.record is not None:
             asked.record(self.index, routing)
@@ -368,7 +369,8 @@ class MoE(nn.Module):
             order, counts = self.operations.by_expert(routing, self.config.experts)
             assignment = Assignment(order, counts, top_k, routing.weights.flatten())
         with part("dispatch"):
-            done = self.dispatch(self.experts, rows, assignment, asked.rows_expected)  # [N K, D]
+            # [N K, D]
+            done = self.dispatch(self.experts, rows, assignment, asked.rows_expected)
         return done.view(*x.shape[:-1], top_k, x.shape[-1])
 
     def serve(self, like: Tensor, rows_expected: int | None) -> None:

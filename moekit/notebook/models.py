@@ -25,8 +25,13 @@ def load(p: SimpleNamespace, checkpoint: str | None = None, progress: bool = Tru
     """``checkpoint``, or the parameters' own, loaded as they say; what they say of experts is left out where it has none."""
     checkpoint = p.checkpoint if checkpoint is None else checkpoint
     how = {name: getattr(p, name) for name in ("world_size", "device", "dtype", "bpe", "ranks", "gpu_memory")}
-    if ckpt.survey(ckpt.find(checkpoint)).config.moe_layers:
-        how |= {"experts": p.experts, "resident": p.resident}
+    of_experts = {"experts": p.experts, "resident": p.resident}
+    # Only a question of experts needs a look at the headers that load does not take itself.
+    if (
+        any(one is not None for one in of_experts.values())
+        and ckpt.survey(ckpt.find(checkpoint)).config.moe_layers
+    ):
+        how |= of_experts
     return api.load(checkpoint, progress=progress, **how)
 
 

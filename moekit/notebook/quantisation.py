@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from moekit.checked import checked
 from moekit.checkpoint import stamp
+from moekit.handle import MODEL
 from moekit.nn.config import DENSE
 from moekit.routing.compare import Comparison, compare
 from moekit.worker import originals
@@ -35,6 +37,7 @@ class Quantisation(NamedTuple):
     compared: Comparison
 
 
+@checked(model=MODEL)
 def quantisation(
     model: Model, data_or_texts: Any = "demo", *, max_tokens: int | None = 20_000, **how: Any
 ) -> Quantisation:

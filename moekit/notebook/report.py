@@ -12,18 +12,24 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 
 from moekit import checkpoint as ckpt
 from moekit import ranks, results
+from moekit.arguments import Choice
+from moekit.arguments import Path as PathKind
+from moekit.checked import Instance, Named, checked
+from moekit.handle import MODEL, experts_dtype, weights_dtype
 from moekit.nn.dispatch import owned
 from moekit.nn.experts import TENSORS
 from moekit.nn.gates import gate_of
-from moekit.nn.quantise import name_of
+from moekit.nn.quantise import dtype_name, name_of
 from moekit.nn.transformer import weight_bytes
 from moekit.notebook.pictures import DPI
 from moekit.notebook.pieces import pieces
 from moekit.notebook.quantisation import quantisation
 from moekit.ranks.machine import gpus, host_memory
+from moekit.scoring import Evaluation
 from moekit.versions import versions
 
 __all__ = [
@@ -45,13 +51,14 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from moekit.api import Model
     from moekit.data.codec import Codec
-    from moekit.scoring import Evaluation
 
 GIB = 2**30
+EVALUATION = Instance(Evaluation, "what model.evaluate gives")
+PARAMETERS = Instance(Mapping, "parameters by name, as vars(p) has them")
+FIGURES = Named(Figure, "figures by name")
+TABLES = Named(pd.DataFrame, "tables by name")
 
 
 def machine() -> pd.DataFrame:
@@ -76,6 +83,7 @@ def files(checkpoint: str | Path) -> pd.DataFrame:
     return table.set_index("file")
 
 
+@checked(where=Choice(ranks.WHERE))
 def shares(
     checkpoint: str | Path,
     world_size: int | None,
@@ -89,8 +97,6 @@ def shares(
     Of ranks on a cluster (``where`` is "ray"), nothing is known before they start but their number: the memory that is free
     is NaN, and with ``world_size`` None the table is that of one rank.
     """
-    from moekit.handle import experts_dtype, weights_dtype
-
     files = ckpt.find(checkpoint)
     plan = ckpt.survey(files)
     devices = ranks.devices_to_come(world_size, device, where)
@@ -112,7 +118,7 @@ def shares(
                 "files": ", ".join(source.path.name for source in needed),
                 "experts a layer": f"{held.start} to {held.stop - 1}" if len(held) else "none",
                 "million parameters": round(plan.parameters(len(held)) / 1e6, 2),
-                "experts' type": name_of(kinds[1]) or str(kinds[0]).removeprefix("torch."),
+                "experts' type": name_of(kinds[1]) or dtype_name(kinds[0]),
                 "GiB": round(weight_bytes(plan.config, len(held), *kinds) / GIB, 3),
                 "GiB free": round(free[rank] / GIB, 1),
             }
@@ -120,6 +126,7 @@ def shares(
     return pd.DataFrame(rows).set_index("rank")
 
 
+@checked(model=MODEL)
 def model(model: Model) -> pd.DataFrame:
     """The model, one fact per row."""
     c = model.config
@@ -141,12 +148,14 @@ def model(model: Model) -> pd.DataFrame:
     return pd.DataFrame({"": facts})
 
 
+@checked(model=MODEL)
 def dtypes(model: Model) -> str:
     """The type of the weights, and of the experts' where it is another."""
-    kind = str(model.dtype).removeprefix("torch.")
+    kind = dtype_name(model.dtype)
     return kind if model.experts is None else f"{kind}, experts in {model.experts}"
 
 
+@checked(model=MODEL)
 def parts(model: Model) -> pd.DataFrame:
     """What each rank holds, one row per rank: "MiB" on its device, and in host memory those of experts that are fetched."""
     rows = [
@@ -156,7 +165,7 @@ def parts(model: Model) -> pd.DataFrame:
             "device": part["device"],
             "files read": len(part["files"]),
             "experts a layer": len(part["experts"]),
-            "experts' type": model.experts or str(model.dtype).removeprefix("torch."),
+            "experts' type": model.experts or dtype_name(model.dtype),
             "million parameters": round(part["parameters"] / 1e6, 2),
             "MiB": round(part["bytes"] / 2**20, 1),
             "MiB of experts on the host": round(part["host_bytes"] / 2**20, 1),
@@ -167,6 +176,7 @@ def parts(model: Model) -> pd.DataFrame:
     return pd.DataFrame(rows).set_index("rank")
 
 
+@checked(model=MODEL)
 def filled(model: Model) -> pd.DataFrame:
     """How many of its tensors each expert got, over all ranks: layers x experts, 4 everywhere.
 
@@ -188,6 +198,7 @@ def filled(model: Model) -> pd.DataFrame:
     return table
 
 
+@checked(evaluation=EVALUATION)
 def result(evaluation: Evaluation) -> pd.DataFrame:
     """A result's figures, one per row."""
     facts = {
@@ -207,6 +218,7 @@ def first_tokens(evaluation: Evaluation, codec: Codec | None, rows: int = 5) -> 
     return table
 
 
+@checked(output_dir=PathKind(), model=MODEL, evaluation=EVALUATION, parameters=PARAMETERS, figures=FIGURES)
 def save(
     output_dir: str | Path,
     model: Model,
@@ -233,7 +245,7 @@ def save(
         "seconds": evaluation.seconds,
         "load_seconds": model.load_seconds,
         "world_size": model.world_size,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": dtype_name(model.dtype),
         "experts": model.experts,
         "device": model.device,
         "versions": model.versions,
@@ -246,6 +258,7 @@ def save(
     return absolute(output_dir)
 
 
+@checked(output_dir=PathKind(), figures=FIGURES, tables=TABLES)
 def save_figures(
     output_dir: str | Path,
     figures: Mapping[str, Figure],
@@ -259,6 +272,7 @@ def save_figures(
     return absolute(output_dir)
 
 
+@checked(folder=PathKind(), figures=FIGURES)
 def draw(folder: Path, figures: Mapping[str, Figure | None]) -> None:
     """Write ``{name}.png`` of each figure into ``folder``; None stands for a figure that was not made."""
     for name, figure in figures.items():
@@ -266,6 +280,7 @@ def draw(folder: Path, figures: Mapping[str, Figure | None]) -> None:
             figure.savefig(folder / f"{name}.png", dpi=DPI, bbox_inches="tight")
 
 
+@checked(folder=PathKind(), tables=TABLES)
 def tabulate(folder: Path, tables: Mapping[str, pd.DataFrame | None]) -> None:
     """Write ``{name}.csv`` of each table into ``folder``, without its index; None stands for a table that was not made."""
     for name, table in tables.items():
@@ -273,6 +288,7 @@ def tabulate(folder: Path, tables: Mapping[str, pd.DataFrame | None]) -> None:
             table.to_csv(folder / f"{name}.csv", index=False)
 
 
+@checked(folder=PathKind())
 def absolute(folder: str | Path) -> Path:
     """The folder as a notebook shows it."""
-    return Path(folder).expanduser().resolve()
+    return folder.resolve()

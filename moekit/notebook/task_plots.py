@@ -7,20 +7,22 @@ from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from moekit.domains import WHOLE
-from moekit.notebook.style import CHOICE_COLOURS, done
+from moekit.notebook.style import CHOICE_COLOURS, INK, STYLE, done
 from moekit.routing.statistics import wilson
 
 if TYPE_CHECKING:
     import pandas as pd
 
-OWN, BASELINE = "tab:blue", "0.55"
-# one more than there are colours, so that a pair of both comes back late
+OWN, BASELINE, *_ = CHOICE_COLOURS
+# One more than there are colours, so that a pair of both comes back late.
 MARKERS = "osD^vPX"
 
 
+@rc_context(STYLE)
 def tasks(table: pd.DataFrame, metric: str = "acc") -> Figure:
     """A metric of each task with its 95 % interval, beside the baseline's.
 
@@ -41,13 +43,14 @@ def tasks(table: pd.DataFrame, metric: str = "acc") -> Figure:
                 widths = np.abs(np.stack(wilson(value * rows["items"], rows["items"])) - value.to_numpy())
             _dots(axes, place, value, widths, colour, label, shift)
     if "value_baseline" in rows:
-        figure.legend(loc="outside right upper", frameon=False)
+        figure.legend(loc="outside right upper")
     _names(axes, [f"{row.task} ({row.items})" for row in rows.itertuples()])
     axes.set(xlabel=f"{metric}, with 95 % intervals")
     axes.set_title("Tasks (items)", fontsize=11)
     return done(figure)
 
 
+@rc_context(STYLE)
 def domains(table: pd.DataFrame) -> Figure:
     """Bits per token of each domain with its interval, beside the baseline's.
 
@@ -62,13 +65,14 @@ def domains(table: pd.DataFrame) -> Figure:
             widths = np.abs([value - table[f"low{end}"], table[f"high{end}"] - value])
             _dots(axes, place, value, widths, colour, label, shift)
     if "bits_per_token_baseline" in table:
-        figure.legend(loc="outside right upper", frameon=False)
+        figure.legend(loc="outside right upper")
     _names(axes, table["domain"])
     axes.set(xlabel="bits per token, with 95 % intervals over samples")
     axes.set_title("Loss by domain", fontsize=11)
     return done(figure)
 
 
+@rc_context(STYLE)
 def capacities(table: pd.DataFrame) -> Figure:
     """Bits per token against the capacity, a line for each domain, and the share of choices that are dropped.
 
@@ -84,7 +88,7 @@ def capacities(table: pd.DataFrame) -> Figure:
     parts = itertools.count()
     for name in sorted(lines, key=cost.get, reverse=True):
         rows = lines[name]
-        style = {"color": "black", "linewidth": 2.5, "marker": "o"}
+        style = {"color": INK, "linewidth": 2.5, "marker": "o"}
         if name != WHOLE:
             number = next(parts)
             colour, marker = (kinds[number % len(kinds)] for kinds in (CHOICE_COLOURS, MARKERS))
@@ -98,16 +102,12 @@ def capacities(table: pd.DataFrame) -> Figure:
         ylabel="share of choices dropped",
         xlabel="capacity: the share of a block's tokens that an expert takes at most",
     )
-    figure.legend(*above.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
-    for axes in (above, below):
-        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*above.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     return done(figure)
 
 
 def _sideways(rows: int):
-    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.36 * max(1, rows)), layout="constrained")
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+    return plt.subplots(figsize=(8, 1.2 + 0.36 * max(1, rows)), layout="constrained")
 
 
 def _dots(axes, place, value, widths, colour: str, label: str, shift: float = 0.0) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -58,7 +59,8 @@ def chosen(run: Run, free: Room, resident: int | None, gpu_memory: str | float |
     if limit is None:
         return run, free
     if limit != "auto":
-        free = replace(free, devices=tuple(min(limit, one) if one == one else limit for one in free.devices))
+        left = tuple(limit if math.isnan(one) else min(limit, one) for one in free.devices)
+        free = Room(left, free.host, limited=left != free.devices)
     within = replace(free, devices=tuple(one * (1 - SPARE) for one in free.devices))
     return most_resident(run, within) or replace(run, resident=1), free
 
@@ -97,16 +99,48 @@ def changes(run: Run, free: Room) -> Iterator[tuple[str, Run]]:
             yield f'dtype="bfloat16" and resident={half.resident}', half
 
 
-def advice(run: Run, free: Room) -> str:
-    """What to do about a run that does not fit."""
+def advice(run: Run, free: Room, within: Room) -> str:
+    """What to do about a run that does not fit ``within``, which is ``free`` or what ``gpu_memory`` leaves of it."""
+    short = within.short(run)
+    if within.limited and (least := least_limit(run, free)) is not None:
+        return f'{short}: gpu_memory="{least}MiB" is the least that would fit'
     change = next((name for name, other in changes(run, free) if free.takes(other)), None)
     if change is None:
-        return f"{free.short(run)}: no change of load's arguments would fit this machine"
-    return f"{free.short(run)}: {change} would fit"
+        return f"{short}: no change of load's arguments would fit this machine"
+    return f"{short}: {change} would fit"
 
 
-def fitting(run: Run, free: Room, resident: int | None, gpu_memory: str | float | None) -> Run:
-    """The run that :func:`moekit.load` makes. It fits with passes of one sample each and nothing generated.
+def least_limit(run: Run, free: Room) -> int | None:
+    """The least ``gpu_memory`` in MiB with which a run fits, with one expert a layer on each device or with all; None: none."""
+    needed = []
+    for resident, spare in ((1, 0.0), (None, SPARE)):
+        one = replace(run, resident=resident)
+        if free.takes(one):
+            most = max(sum(one.parts(rank).values()) for rank in range(len(one.devices)))
+            needed.append(math.ceil(most / (1 - spare) / 2**20))
+    return min(needed, default=None)
+
+
+def cached_tokens(run: Run, within: Room) -> int:
+    """The tokens that a rank's pass may have where all of their keys and values are in a cache, up to those of any pass.
+
+    They take no more than is free, or than ``gpu_memory``; where nothing is known, no more than the plan of the run says.
+    """
+    devices = [
+        sum(run.parts(rank).values()) if math.isnan(one) else one * (1 - SPARE)
+        for rank, one in enumerate(within.devices)
+    ]
+    within = replace(within, devices=tuple(devices))
+
+    def too_many(tokens: int) -> bool:
+        # While texts are given the keys and values of their beginnings, those of at most half as many are there beside them.
+        return not within.takes(replace(run, tokens=tokens, sequences=1, length=tokens + tokens // 2))
+
+    return bisect.bisect_left(range(1, run.tokens + 1), True, key=too_many)
+
+
+def fitting(run: Run, free: Room, resident: int | None, gpu_memory: str | float | None) -> tuple[Run, Room]:
+    """The run as :func:`moekit.load` makes it, which fits at least as long as its passes are short; and within what.
 
     Raises:
         ValueError: it does not fit, or an argument makes no sense.
@@ -114,5 +148,7 @@ def fitting(run: Run, free: Room, resident: int | None, gpu_memory: str | float 
     run, within = chosen(run, free, resident, gpu_memory)
     short = replace(run, tokens=min(run.tokens, run.config.max_positions), sequences=0)
     if not within.takes(short):
-        raise ValueError(f"the model does not fit: {advice(short, within)}; moekit.plan(...) has the table")
-    return run
+        raise ValueError(
+            f"the model does not fit: {advice(short, free, within)}; moekit.plan(...) has the table"
+        )
+    return run, within

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from moekit import arguments
 from moekit.arguments import Flag, check, shown
 from moekit.handle import Handle
+from moekit.nn.config import DENSE
 from moekit.nn.policies import POLICIES
 from moekit.nn.resident import Counts, Residence
 from moekit.planning.runs import GIB, Run
@@ -48,6 +49,8 @@ def residency(model: Handle, clear: bool) -> pd.DataFrame:
     """:meth:`moekit.api.Model.residency`."""
     import pandas as pd
 
+    if not model.config.moe_layers:
+        raise ValueError(f"residency: {DENSE}, so nothing is fetched; ask it of a model with experts")
     if model.parts[0]["resident"] is None:
         raise ValueError(
             "all experts are on their devices: nothing is fetched; load(resident=...) leaves some out"

@@ -12,10 +12,9 @@ import torch
 from moekit.arguments import Number
 from moekit.nn.config import ModelConfig
 from moekit.nn.dispatch import owned
-from moekit.nn.memory import Sizes
+from moekit.nn.memory import TOKENS_A_PASS, Sizes
 from moekit.nn.slots import transit
 from moekit.ranks.machine import gpus, host_memory
-from moekit.scoring import TOKENS_A_PASS
 
 GIB = 2**30
 # What a process has on a GPU beside torch's tensors: CUDA's context, and the workspace of cuBLAS (32 MiB on Hopper).
@@ -148,10 +147,14 @@ class Run:
 
 @dataclass(frozen=True)
 class Room:
-    """Free memory in bytes: on the device of each rank, and on the host; NaN where it is unknown."""
+    """Free memory in bytes: on the device of each rank, and on the host; NaN where it is unknown.
+
+    ``limited``: whether that of a device is what ``gpu_memory`` leaves of it.
+    """
 
     devices: tuple[float, ...]
     host: float
+    limited: bool = False
 
     def takes(self, run: Run) -> bool:
         """Whether ``run`` fits; what is unknown is taken to be enough."""
@@ -164,7 +167,9 @@ class Room:
             total = sum(parts.values())
             if total > self.devices[rank]:
                 told = ", ".join(f"{name} {size / GIB:.3g}" for name, size in parts.items() if size)
-                return f"rank {rank} needs {total / GIB:.3g} GiB on {device} ({told}), and {self.devices[rank] / GIB:.3g} GiB are free"
+                there = f"{self.devices[rank] / GIB:.3g} GiB"
+                there = f"gpu_memory leaves {there}" if self.limited else f"{there} are free"
+                return f"rank {rank} needs {total / GIB:.3g} GiB on {device} ({told}), and {there}"
         needed = self.host_needed(run)
         if needed > self.host:
             return f"the ranks need {needed / GIB:.3g} GiB of host memory, and {self.host / GIB:.3g} GiB are free"

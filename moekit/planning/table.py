@@ -66,6 +66,9 @@ def plan(
 ) -> MemoryPlan:
     """The memory that ``moekit.load`` and a run with its model would take, beside what is free; reads headers only.
 
+    The run is scoring and decoding. Tasks read texts into a cache: their passes are as long as what is free allows, or
+    ``gpu_memory``.
+
     Args:
         checkpoint, world_size, device, dtype, resident, gpu_memory, backend, dictionary: as for :func:`moekit.load`.
         experts: "int8" or "fp8": the bytes of experts of that type. None: they are of ``dtype``.
@@ -131,7 +134,7 @@ def described(run: Run, free: Room, within: Room) -> MemoryPlan:
         )
     fits = within.takes(run)
     if not fits:
-        said = f"Does not fit: {advice(run, within)}."
+        said = f"Does not fit: {advice(run, free, within)}."
     elif run.fetched:
         said = f"Fits, with {run.resident} of {max(run.held)} experts a layer on each device; the others are fetched."
     else:

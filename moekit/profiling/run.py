@@ -15,6 +15,7 @@ from moekit.fairseq_data import Data, is_data
 from moekit.interrupts import import_whole
 from moekit.nn.config import ModelConfig
 from moekit.nn.memory import Sizes
+from moekit.nn.quantise import dtype_name
 from moekit.profiling.events import Seen, events_of, seen
 from moekit.profiling.least import Cost, Pass, least, routed
 from moekit.profiling.profile import Profile
@@ -170,7 +171,8 @@ def _profile(model: Handle, work: Work, blocks: int, chip: Ceilings, found: Sequ
     events = [events_of(one) for one in found]
     ranks: list[Seen] = [seen(own, on_device) for own in events]
     held = holders(model)
-    counts = np.stack([one.counts for one in found])  # [W, steps or 1, L, E]
+    # [W, steps or 1, L, E]
+    counts = np.stack([one.counts for one in found])
     homeward = any(kernel.name.startswith(HOMEWARD) for kernel in ranks[0].kernels)
     passes = [
         [_pass(model, work, blocks, counts, held, r, step, homeward) for step in range(work.steps)]
@@ -185,7 +187,7 @@ def _profile(model: Handle, work: Work, blocks: int, chip: Ceilings, found: Sequ
         "tokens": tokens,
         "world_size": model.world_size,
         "device": model.device,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": dtype_name(model.dtype),
         "experts": model.experts,
         "resident": model.parts[0]["resident"] if model.parts else None,
         "backend": model.parts[0]["backend"] if model.parts else None,

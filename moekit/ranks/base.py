@@ -127,8 +127,16 @@ class Ranks(ABC):
         self.close()
 
 
-def gone(why: str) -> RuntimeError:
-    return RuntimeError(f"the ranks are gone ({why}): load the model again")
+class Gone(RuntimeError):
+    """The ranks run no more; ``why`` says since when."""
+
+    def __init__(self, why: str):
+        super().__init__(f"the ranks are gone ({why}): load the model again")
+        self.why = why
+
+
+def gone(why: str) -> Gone:
+    return Gone(why)
 
 
 def forked(owner: int) -> RuntimeError:

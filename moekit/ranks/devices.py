@@ -15,7 +15,7 @@ def choose_devices(world_size: int | None, device: str) -> list[torch.device]:
     if world_size is None:
         world_size = 1 if device == "cpu" else max(1, torch.cuda.device_count())
     if not isinstance(world_size, int) or isinstance(world_size, bool) or world_size < 1:
-        raise ValueError(f"world_size is {world_size!r}: expected a whole number of at least 1")
+        raise ValueError(f"world_size is {shown(world_size)}: expected a whole number of at least 1")
     if world_size > MOST:
         raise ValueError(f"world_size is {shown(world_size)}: expected at most {MOST}")
     if device not in ("auto", "cuda", "cpu"):

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from moekit.ranks.base import Rank, Ranks, gone
+from moekit.ranks.base import Gone, Rank, Ranks, gone
 
 _tenants: weakref.WeakKeyDictionary[Ranks, weakref.ref[LentRanks]] = weakref.WeakKeyDictionary()
 
@@ -17,7 +17,7 @@ class LentRanks(Ranks):
     """The ranks of ``pool`` for one model at a time: closing it empties the ranks and leaves them running.
 
     Raises:
-        ValueError: ``pool`` is no pool of ranks, or holds a model that is not closed.
+        ValueError: ``pool`` is no pool of ranks, or is closed, or holds a model that is not closed.
     """
 
     def __init__(self, pool: Ranks):
@@ -32,8 +32,14 @@ class LentRanks(Ranks):
             )
         super().__init__(pool.devices, pool.nodes)
         self._pool, self.closed = pool, False
-        # A model that was never closed has left this.
-        pool.call(forget)
+        try:
+            # A model that was never closed has left this.
+            pool.call(forget)
+        except Gone as error:
+            raise ValueError(
+                f"ranks is a pool whose ranks are gone ({error.why}): start others with moekit.ranks.start, or leave "
+                "ranks out"
+            ) from None
         _tenants[pool] = weakref.ref(self)
 
     def call(self, fn: Any, *args: Any, **options: Any) -> list[Any]:

@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from moekit.arguments import Number
+from moekit.checked import checked
+from moekit.routing.pairs import align, kept_by_expert
 from moekit.routing.statistics import BLOCK, Paired, holm, paired, unit_of
+from moekit.routing.trace import TRACE, Trace
 from moekit.symbols import PAD
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     import pandas as pd
-
-    from moekit.routing.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Comparison:
         return f"<comparison of {len(self.tokens):,} tokens in {told.units} units: {change}, p {told.p:.2g}{moved}>"
 
 
+@checked(before=TRACE, after=TRACE)
 def compare(
     before: Trace, after: Trace, *, by: str | Sequence | np.ndarray = "sample", size: int = BLOCK
 ) -> Comparison:
@@ -62,11 +65,9 @@ def compare(
         by, size: the units of the statistics, as in :func:`moekit.routing.metrics.bootstrap`.
 
     Raises:
-        ValueError: as :func:`moekit.routing.trace.align`; or the layers or numbers of experts differ.
+        ValueError: as :func:`moekit.routing.pairs.align`; or the layers or numbers of experts differ.
     """
     import pandas as pd
-
-    from moekit.routing.trace import align, kept_by_expert
 
     before, after = align(before, after)
     sets = np.sort(before.experts, axis=2) != np.sort(after.experts, axis=2)
@@ -117,6 +118,7 @@ def _dropped(trace: Trace) -> np.ndarray:
     return (~trace.kept).sum(axis=(0, 2)) / max(1, len(trace) * trace.top_k)
 
 
+@checked(before=TRACE, after=TRACE, level=Number(above=0, most=1))
 def change_by_domain(
     before: Trace,
     after: Trace,
@@ -149,7 +151,7 @@ def change_by_domain(
         raise ValueError(
             f"the traces share {len(found)} of {len(before)} tokens: they are not of the same text"
         )
-    labels = np.full(len(before), "all") if labels is None else before.labels_of(labels)
+    labels = np.full(len(before), "all") if labels is None else before.labels_of(labels, "labels")
     unit, delta = unit_of(before, by, size), found["delta"].to_numpy(np.float64)
     moved = found["layers_changed"].to_numpy() > 0
     rows = []
@@ -185,6 +187,7 @@ def change_by_domain(
     return frame.sort_values("change", ignore_index=True)
 
 
+@checked(before=TRACE, after=TRACE)
 def weight_change(before: Trace, after: Trace) -> np.ndarray:
     """[T, L]: half the L1 distance of the combine weights, taken over all experts."""
     # [T, L, K, K]: whether a choice before and a choice after are the same expert

@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 
 from moekit.arguments import Path as PathKind
-from moekit.arguments import check, reading, shown
+from moekit.arguments import Text, check, reading, shown
+from moekit.checked import checked
 from moekit.fairseq_data import data_folder, lines
-from moekit.routing.trace import Trace
+from moekit.routing.trace import TRACE, Trace
 
 
+@checked(trace=TRACE, subset=Text())
 def domains_of(
     trace: Trace, data: str | Path = "demo", subset: str | None = None, domains: str | Path | None = None
 ) -> np.ndarray:

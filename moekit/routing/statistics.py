@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from moekit.arguments import Whole, check, shown
+
 if TYPE_CHECKING:
     from moekit.routing.trace import Trace
 
@@ -76,6 +78,7 @@ def unit_of(trace: Trace, by: str | Sequence | np.ndarray = "sample", size: int 
     Raises:
         ValueError: ``by`` is something else.
     """
+    size = check("size", size, Whole())
     if not isinstance(by, str):
         labels = np.asarray(by)
         if labels.shape != (len(trace),):
@@ -86,7 +89,7 @@ def unit_of(trace: Trace, by: str | Sequence | np.ndarray = "sample", size: int 
     if by not in ("sample", "block"):
         raise ValueError(f"by={by!r}; expected sample, block, or an array with a unit for each token")
     number = np.unique(trace.sample, return_inverse=True)[1]
-    return number if by == "sample" else number // max(1, int(size))
+    return number if by == "sample" else number // size
 
 
 @dataclass(frozen=True)
@@ -192,9 +195,24 @@ def drawn(found: Units, count: np.ndarray) -> np.ndarray:
     return (found.draws @ count.reshape(len(count), -1)).reshape(-1, *count.shape[1:])
 
 
+@dataclass(frozen=True)
+class _Numbers:
+    """Numbers, in an array of any shape."""
+
+    optional: bool = False
+    expected = "numbers, in an array of any shape"
+
+    def convert(self, value: object) -> np.ndarray:
+        return np.asarray(value, dtype=float)
+
+
 def wilson(successes: np.ndarray, trials: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Wilson's 95 % interval of a proportion (Wilson 1927); NaN where there was no trial."""
-    successes, trials = np.asarray(successes, dtype=float), np.asarray(trials, dtype=float)
+    successes, trials = check("successes", successes, _Numbers()), check("trials", trials, _Numbers())
+    if np.any(successes > trials) or np.any(successes < 0):
+        raise ValueError(
+            f"successes={shown(successes)}: expected from 0 to as many as trials={shown(trials)}"
+        )
     with np.errstate(invalid="ignore", divide="ignore"):
         p = successes / trials
         centre = p + Z**2 / (2 * trials)

@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moekit.arguments import Wholes, check, shown
+from moekit import arguments
+from moekit.arguments import Flag, Texts, Whole, Wholes, check, shown
+from moekit.checked import Instance, checked
 from moekit.nn.record import CHOICE_COLUMNS, Options, nothing
 
 if TYPE_CHECKING:
@@ -134,6 +136,7 @@ class Trace:
 
     def at(self, layer: int) -> int:
         """The place of model layer ``layer`` on the axis L."""
+        layer = check("layer", layer, Whole(0))
         if layer not in self.layers:
             raise ValueError(f"layer {layer} is not in the trace; expected one of {list(self.layers)}")
         return self.layers.index(layer)
@@ -153,15 +156,18 @@ class Trace:
                 raise ValueError(f"a trace has a column {name} of its own: give the labels another name")
             found.pop(name, None)
             if given is not None:
-                if not isinstance(given, Iterable):
-                    raise ValueError(f"{name}={shown(given)}: expected a label for each token")
-                found[name] = self.labels_of(
-                    given if isinstance(given, str) else array_of(given), name
-                ).astype(str)
+                found[name] = self.labels_of(given, name).astype(str)
+                # Half of a surrogate pair cannot be saved.
+                codes = found[name].view(np.uint32).reshape(len(self), -1)
+                halves = np.flatnonzero(((codes >= 0xD800) & (codes < 0xE000)).any(axis=1))
+                check(name, found[name][halves[:1]].tolist(), Texts())
         return replace(self, labels=found)
 
     def labels_of(self, groups: str | Iterable[Any] | np.ndarray, name: str = "groups") -> np.ndarray:
-        """[T] labels: the column of this name, or those that are given; errors call them ``name``.
+        """[T] labels: the column of this name, or those that are given.
+
+        Args:
+            name: the argument's, for errors.
 
         Raises:
             ValueError: no column is called so, or it is not a label for each token.
@@ -173,13 +179,18 @@ class Trace:
                     f"the trace has no column of labels called {shown(groups)}: {there}; trace.labelled(...) adds one"
                 )
             return self.labels[groups]
+        if not isinstance(groups, Iterable):
+            raise ValueError(
+                f"{name}={shown(groups)}: expected a label for each token, or the name of a column of labels"
+            )
         found = array_of(groups)
         if found.shape != (len(self),):
             raise ValueError(
                 f"{name} has shape {list(found.shape)}; expected a label for each of {len(self)} tokens, and of labels of samples "
                 "np.array(labels)[trace.sample]"
             )
-        return found
+        # Labels of several types have no order.
+        return found.astype(str) if found.dtype == object else found
 
     def select(
         self,
@@ -235,6 +246,7 @@ class Trace:
         columns["entropy"] = self.entropy.ravel()
         return pd.DataFrame(columns, copy=False)
 
+    @checked(path=arguments.Path())
     def save(self, path: str | Path) -> None:
         """Write one Parquet file (:mod:`moekit.routing.parquet` says what is in it); ``path`` is replaced at once, at the end.
 
@@ -246,6 +258,7 @@ class Trace:
         parquet.write(self, path)
 
     @classmethod
+    @checked(path=arguments.Path())
     def load(cls, path: str | Path) -> Trace:
         """Read the file ``path`` whole; a checksum tells whether it is what :meth:`save` wrote.
 
@@ -257,6 +270,8 @@ class Trace:
         return parquet.read(path)
 
 
+# what an argument that takes a trace may be
+TRACE = Instance(Trace, "a trace, such as model.trace or Trace.load gives")
 ARRAYS = {f.name for f in fields(Trace)} - {"layers", "full", "num_experts", "meta", "labels"}
 
 
@@ -274,11 +289,6 @@ def need_layers(trace: Trace, what: str) -> None:
             "its model is dense: trace one with experts" if not trace.num_experts else "select or record more"
         )
         raise ValueError(f"{what}: the trace has no layers, expected at least one; {why}")
-
-
-def kept_by_expert(trace: Trace) -> np.ndarray:
-    """[T, L, K] int16: the experts that got the token in ascending order, -1 for each choice not dispatched."""
-    return np.sort(np.where(trace.kept, trace.experts, np.int16(-1)), axis=2)
 
 
 def array_of(given: Iterable[Any] | np.ndarray) -> np.ndarray:
@@ -319,6 +329,7 @@ class Collector:
         return Trace(**columns, layers=self.options.layers, full=full, num_experts=num_experts, meta=meta)
 
 
+@checked(renumber=Flag())
 def join(traces: Iterable[Trace], *, renumber: bool = False) -> Trace:
     """Traces of different samples in one, with the first one's meta and the labels that all have: several generations, say.
 
@@ -329,7 +340,9 @@ def join(traces: Iterable[Trace], *, renumber: bool = False) -> Trace:
     Raises:
         ValueError: they share a sample, or are of other layers or another number of experts.
     """
-    traces = list(traces)
+    if not isinstance(traces, Iterable):
+        raise ValueError(f"traces={shown(traces)}: expected traces, from any iterable")
+    traces = [check(f"traces[{number}]", trace, TRACE) for number, trace in enumerate(traces)]
     if not traces:
         raise ValueError("there are no traces to join; expected at least one")
     for name in ("layers", "num_experts", "top_k"):
@@ -368,33 +381,3 @@ def _renumbered(traces: list[Trace]) -> list[Trace]:
         found.append(replace(trace, sample=(sample + start).astype(np.int32)))
         start += len(numbers)
     return found
-
-
-def align(one: Trace, other: Trace) -> tuple[Trace, Trace]:
-    """The parts of two traces that cover the same samples and positions, in the same order.
-
-    A token that one of them does not know (-1, as in files of tools that record only experts) is unknown and not different.
-
-    Raises:
-        ValueError: they share no token, differ in a token's id, or are of other layers or another number of experts.
-    """
-    for name in ("layers", "num_experts", "top_k"):
-        if getattr(one, name) != getattr(other, name):
-            raise ValueError(
-                f"the traces' {name} differ: {getattr(one, name)} and {getattr(other, name)}; select(layers=...) what both "
-                "have, or compare log-probabilities alone by without_experts() of both"
-            )
-    places = [t.sample.astype(np.int64) << 32 | t.position for t in (one, other)]
-    if not np.array_equal(*places):
-        common = np.intersect1d(*places, assume_unique=True)
-        one, other = (t.select(mask=np.isin(p, common)) for t, p in zip((one, other), places, strict=True))
-    if not len(one):
-        raise ValueError(
-            "the traces have no sample and position in common; expected traces of the same text: "
-            "join([trace], renumber=True) numbers samples from 0"
-        )
-    known = (one.token >= 0) & (other.token >= 0)
-    differ = int((one.token != other.token)[known].sum())
-    if differ:
-        raise ValueError(f"{differ} of {len(one)} tokens differ: the traces are not of the same text")
-    return one, other

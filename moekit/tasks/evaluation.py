@@ -21,6 +21,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from moekit import arguments
 from moekit.api import Model
 from moekit.arguments import Texts, Whole, check, shown
+from moekit.nn.quantise import dtype_name
 from moekit.routing.statistics import holm, paired
 from moekit.tasks.fair import ChoiceTask
 from moekit.tasks.harness import HarnessModel
@@ -123,7 +124,7 @@ def evaluate_tasks(
         "limit": limit,
         "world_size": model.world_size,
         "device": model.device,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": dtype_name(model.dtype),
         "experts": model.experts,
         "checkpoint": str(model.files.shared.parent),
         "versions": model.versions | {"lm-eval": lm_eval.__version__},

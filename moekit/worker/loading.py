@@ -39,10 +39,12 @@ def load(
         residence: how many experts are on the device, and which; None: all.
 
     Returns:
-        ``node``, the machine's name; ``files`` and ``experts`` (a range) that were read; ``filled``, the number of copied
-        tensors by (layer, expert), where None is the key of tensors outside the experts; ``nonfinite``, the non-finite
-        values; ``parameters`` and the ``bytes`` of all weights on the device, and in ``host_bytes`` of the experts that are
-        fetched; ``resident``, experts a layer in slots, None for all; ``cuts`` of the kernels, None without any; ``seconds``.
+        ``rank``; ``node``, the machine's name; ``device``, such as "cuda:0"; ``backend`` that computes there; the names of the
+        ``files`` and the ``experts`` (a range) that were read; ``filled``, the number of copied tensors by (layer, expert),
+        where None is the key of tensors outside the experts; ``nonfinite``, the non-finite values; ``parameters`` of this
+        rank, fetched ones too; the ``bytes`` of all weights on the device, and in ``host_bytes`` of the experts that are
+        fetched; ``resident``, experts a layer in slots, None for all; ``cuts`` of the kernels, None without any; ``seconds``
+        of the load on this rank.
     """
     start = time.perf_counter()
     held = owned(plan.config.experts, rank.world_size, rank.rank)

@@ -343,7 +343,8 @@ DOING = {"score": Score, "prefill": Prefill, "decode": Decode}
 
 def counted(parts: Sequence[dict[str, np.ndarray]], config) -> np.ndarray:
     """[L, E] int64: the dispatched choices of each expert, of parts of a trace."""
-    experts = np.concatenate([part["experts"] for part in parts])  # [n, L, K]
+    # [n, L, K]
+    experts = np.concatenate([part["experts"] for part in parts])
     kept = np.concatenate([part["kept"] for part in parts])
     layers = range(experts.shape[1])
     return np.stack([np.bincount(experts[:, i][kept[:, i]], minlength=config.experts) for i in layers])

@@ -49,7 +49,8 @@ AUTO_MAP = {
     "AutoModel": "modeling_moekit.FairseqMoeModel",
     "AutoModelForCausalLM": "modeling_moekit.FairseqMoeForCausalLM",
 }
-MOST = 10_000_000  # bytes
+# bytes of a config.json
+MOST = 10_000_000
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from moekit.checkpoint.hugging.names import PREFIX
 from moekit.checkpoint.keys import SHARED_KEY
 
 ONE = ("model.safetensors", "pytorch_model.bin")
-MOST = 100_000_000  # bytes of an index
+# bytes of an index
+MOST = 100_000_000
 EMBEDDINGS = (PREFIX + "embed.weight", SHARED_KEY)
 
 

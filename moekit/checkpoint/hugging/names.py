@@ -14,6 +14,7 @@ from moekit.checkpoint.contents import clip, short
 from moekit.checkpoint.hugging.config import LIGHT, Described
 from moekit.checkpoint.keys import KEYS, SHARED_KEY, fairseq_parts
 from moekit.checkpoint.reading import Weights
+from moekit.nn.quantise import dtype_name
 
 # What stands before our names of parameters.
 PREFIX = "model.decoder."
@@ -75,7 +76,7 @@ def _ours(written: str, tensor: Tensor, weights: Weights) -> Iterator[tuple[str,
 def packed(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Of ``tensors`` those that moekit does not compute with, as JSON."""
     return {
-        key: {"dtype": str(tensor.dtype).removeprefix("torch."), "bytes": _bytes(tensor).hex()}
+        key: {"dtype": dtype_name(tensor.dtype), "bytes": _bytes(tensor).hex()}
         for key, tensor in tensors.items()
         if key in KEYS and KEYS[key] is None and tensor.ndim == 1 and len(tensor) <= MOST
     }

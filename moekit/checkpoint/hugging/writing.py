@@ -16,6 +16,7 @@ from moekit.checkpoint.keys import KEYS, Place
 from moekit.checkpoint.threads import pool
 from moekit.checkpoint.writing import File
 from moekit.nn.config import ModelConfig
+from moekit.nn.quantise import dtype_name
 
 # The most bytes of a file, but for one that holds a single tensor; it is in memory as a whole while it is written.
 MOST = 5_000_000_000
@@ -54,7 +55,7 @@ def made(
         dictionary: types of the dictionary, if that is known.
     """
     wholes = [*_shared(shared, config), *_experts(experts, expert)]
-    dtype = str(wholes[0].make().dtype).removeprefix("torch.")
+    dtype = dtype_name(wholes[0].make().dtype)
     parts = _parts(wholes)
     names = [f"model-{number:05d}-of-{len(parts):05d}.safetensors" for number in range(1, len(parts) + 1)]
     beside = {hf.FILE: hf.told_of(config, dtype, dictionary), hf.GENERATION: hf.generation(config)}

@@ -50,13 +50,14 @@ def choose(
     return probs, chosen, gate_probs, weights
 
 
+# logits and probs [N, E]; chosen, gate_probs and weights [N, K].
 @triton.jit
 def _choose(
-    logits,  # [N, E]
-    probs,  # [N, E]
-    chosen,  # [N, K]
-    gate_probs,  # [N, K]
-    weights,  # [N, K]
+    logits,
+    probs,
+    chosen,
+    gate_probs,
+    weights,
     eps,
     E: tl.constexpr,
     K: tl.constexpr,

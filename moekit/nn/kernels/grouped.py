@@ -120,25 +120,33 @@ def _linear(
     )
 
 
+# x: [N rows, K] if FIRST, else [P, K] in the order of ``order``.
+# w: [E, N, K]; b: [E, N]; scale: [E, N] if ONE_BYTE, else None.
+# out: [P, N] in the order of ``order`` if FIRST, else [N K, N] by choice.
+# order: [P]; table: [3, T], each tile's expert, first index into ``order``, and end.
+# weights: [N K] or None; [P] if SORTED. reach: [W] if HOME, see peers.py.
+# slots: choices that a mailbox has room for, if HOME. N: columns of the output. K: terms of the sum.
+# SORTED: rows and weights come in the order of ``order``. HOME: results go to the mailbox of the rank that asked for them.
+# SWAPPED: the weights are the left operand of the product, which may be in registers.
 @triton.jit(do_not_specialize=["tiles", "experts", "slots"])
 def _grouped_linear(
-    x,  # [N rows, K] if FIRST, else [P, K] in the order of ``order``
-    w,  # [E, N, K]
-    b,  # [E, N]
-    scale,  # [E, N] if ONE_BYTE, else None
-    out,  # [P, N] in the order of ``order`` if FIRST, else [N K, N] by choice
-    order,  # [P]
-    table,  # [3, T]: each tile's expert, first index into ``order``, and end
-    weights,  # [N K] or None; [P] if SORTED
-    reach,  # [W] if HOME, see peers.py
+    x,
+    w,
+    b,
+    scale,
+    out,
+    order,
+    table,
+    weights,
+    reach,
     tiles,
     experts,
-    slots,  # choices that a mailbox has room for, if HOME
+    slots,
     CHOICES: tl.constexpr,
-    SORTED: tl.constexpr,  # rows and weights come in the order of ``order``
-    HOME: tl.constexpr,  # results go to the mailbox of the rank that asked for them
-    N: tl.constexpr,  # columns of the output
-    K: tl.constexpr,  # terms of the sum
+    SORTED: tl.constexpr,
+    HOME: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
     FIRST: tl.constexpr,
     WEIGHTED: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -146,7 +154,7 @@ def _grouped_linear(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
-    SWAPPED: tl.constexpr,  # the weights are the left operand of the product, which may be in registers
+    SWAPPED: tl.constexpr,
     ONE_BYTE: tl.constexpr,
     PTX: tl.constexpr,
 ):

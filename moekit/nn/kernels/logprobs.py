@@ -89,10 +89,11 @@ def best(logits: Tensor) -> tuple[Tensor, Tensor]:
     return found, logprobs
 
 
+# parts [4, N, P]: greatest, sum of exponentials relative to it, greatest that is no padding, its column.
 @triton.jit(do_not_specialize=["rows"])
 def _best_of_part(
     logits,
-    parts,  # [4, N, P]: greatest, sum of exponentials relative to it, greatest that is no padding, its column
+    parts,
     rows,
     VOCAB: tl.constexpr,
     STRIDE: tl.constexpr,

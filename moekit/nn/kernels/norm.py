@@ -39,14 +39,15 @@ def add_norm(x: Tensor, pending: Tensor | None, norm: nn.LayerNorm) -> tuple[Ten
     return total, normed
 
 
+# x, total and normed [N, D]; pending [N, PARTS, D] or None; weight and bias [D].
 @triton.jit(do_not_specialize=["rows"])
 def _add_norm(
-    x,  # [N, D]
-    pending,  # [N, PARTS, D] or None
-    weight,  # [D]
-    bias,  # [D]
-    total,  # [N, D]
-    normed,  # [N, D]
+    x,
+    pending,
+    weight,
+    bias,
+    total,
+    normed,
     rows,
     eps,
     PARTS: tl.constexpr,

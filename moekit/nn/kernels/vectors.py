@@ -158,16 +158,18 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+# x and normed [B, K]; w [N, K]; b [N] or None; out, and onto or None, [B, N].
+# gain and shift: the norm's weight and bias, [K] or None.
 @triton.jit(do_not_specialize=["rows"])
 def _linear(
-    x,  # [B, K]
-    w,  # [N, K]
-    b,  # [N] or None
-    gain,  # [K] or None: the norm's weight
-    shift,  # [K], its bias
-    normed,  # [B, K]
-    onto,  # [B, N] or None
-    out,  # [B, N]
+    x,
+    w,
+    b,
+    gain,
+    shift,
+    normed,
+    onto,
+    out,
     rows,
     eps,
     N: tl.constexpr,
@@ -221,14 +223,15 @@ def _linear(
     tl.store(out + at, total.to(kind), mask=written)
 
 
+# x [B, K]; w [E, N, K]; b, and scale if ONE_BYTE (else None), [E, N]; chosen [P]; out [P, N].
 @triton.jit
 def _experts_up(
-    x,  # [B, K]
-    w,  # [E, N, K]
-    b,  # [E, N]
-    scale,  # [E, N] if ONE_BYTE, else None
-    chosen,  # [P]
-    out,  # [P, N]
+    x,
+    w,
+    b,
+    scale,
+    chosen,
+    out,
     CHOICES: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
@@ -265,16 +268,17 @@ def _experts_up(
     tl.store(out + choice * N + column, total.to(out.dtype.element_ty), mask=fits)
 
 
+# x [P, K]; w [E, N, K]; b, and scale if ONE_BYTE (else None), [E, N]; chosen and weights [P]; onto and out [B, N].
 @triton.jit
 def _experts_down(
-    x,  # [P, K]
-    w,  # [E, N, K]
-    b,  # [E, N]
-    scale,  # [E, N] if ONE_BYTE, else None
-    chosen,  # [P]
-    weights,  # [P]
-    onto,  # [B, N]
-    out,  # [B, N]
+    x,
+    w,
+    b,
+    scale,
+    chosen,
+    weights,
+    onto,
+    out,
     CHOICES: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,

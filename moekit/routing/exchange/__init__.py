@@ -35,17 +35,20 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from moekit import results
-from moekit.arguments import reading
+from moekit.arguments import Choice, Whole, Wholes, check, reading
+from moekit.arguments import Path as PathKind
+from moekit.checked import checked
 from moekit.mapped import whole_files
-from moekit.routing.exchange.readers import READERS, as_trace
+from moekit.routing.exchange.readers import MOST_EXPERTS, READERS, as_trace
 from moekit.routing.exchange.writers import WRITERS
-from moekit.routing.trace import Trace, need_layers
+from moekit.routing.trace import TRACE, Trace, need_layers
 
 LAYOUTS = tuple(WRITERS)
 
 __all__ = ["LAYOUTS", "READERS", "WRITERS", "read", "write"]
 
 
+@checked(trace=TRACE, path=PathKind())
 def write(trace: Trace, path: str | Path, layout: str) -> None:
     """Write ``trace`` in one of the ``LAYOUTS``; see the table above for what of it each holds.
 
@@ -60,6 +63,7 @@ def write(trace: Trace, path: str | Path, layout: str) -> None:
 
 
 @whole_files()
+@checked(path=PathKind(), num_experts=Whole(most=MOST_EXPERTS), layers=Wholes(ordered=True))
 def read(
     path: str | Path, layout: str, *, num_experts: int | None = None, layers: Sequence[int] | None = None
 ) -> Trace:
@@ -72,7 +76,6 @@ def read(
     Raises:
         ValueError: the file is not what ``layout`` says, or the arguments do not fit it.
     """
-    path = Path(path).expanduser()
     reader = _choose(layout, READERS)
     with reading(path):
         there = path.exists()
@@ -80,7 +83,7 @@ def read(
         raise ValueError(f"there is no file or folder {path}; expected what {layout} writes")
     if not path.is_file() and not (path.is_dir() and layout in ("megatron", "vllm")):
         raise ValueError(f"{path} is no regular file; expected what {layout} writes")
-    layers = None if layers is None else tuple(int(layer) for layer in layers)
+    layers = None if layers is None else tuple(layers)
     try:
         with reading(path):
             samples = list(reader(path, layers))
@@ -93,6 +96,4 @@ def read(
 
 
 def _choose(layout: str, table: Iterable[str]):
-    if layout not in table:
-        raise ValueError(f"layout={layout!r}; expected one of {', '.join(table)}")
-    return table[layout]
+    return table[check("layout", layout, Choice(tuple(table)))]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from moekit.arguments import Choice, check
 from moekit.routing.metrics.registry import measured
 from moekit.routing.metrics.tables import (
     block_counts,
@@ -40,9 +41,7 @@ def baseline(against: str) -> str:
     Raises:
         ValueError: it is neither "load" nor "uniform".
     """
-    if against not in BASELINES:
-        raise ValueError(f"against={against!r}; expected load or uniform")
-    return against
+    return check("against", against, Choice(BASELINES))
 
 
 @measured

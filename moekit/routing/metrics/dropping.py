@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from moekit.arguments import Choice, Whole, check
+from moekit.checked import checked
 from moekit.routing.metrics.registry import METRICS, measured
 from moekit.routing.metrics.tables import broadcast_table, layers_of
 from moekit.routing.statistics import share_of_units, units
-from moekit.routing.trace import Trace
+from moekit.routing.trace import TRACE, Trace
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -40,6 +42,7 @@ def drops(trace: Trace, by: str = "layer", *, bins: int = 64) -> pd.DataFrame:
         One row per (layer, ``by``): ``layer``, ``by``'s own column, ``choices``, ``dropped``, ``value``, ``low``, ``high``,
         ``units``, ``chance``.
     """
+    check("by", by, Choice(("layer", "choice", "position", "expert")))
     k, experts, depth = trace.top_k, trace.num_experts, len(trace.layers)
     width = max(1, math.ceil((int(trace.position.max()) + 1) / bins))
     shape = (len(trace), k)
@@ -50,10 +53,8 @@ def drops(trace: Trace, by: str = "layer", *, bins: int = 64) -> pd.DataFrame:
     elif by == "position":
         size = int(trace.position.max()) // width + 1
         key = np.broadcast_to((trace.position // width)[:, None], shape)
-    elif by == "expert":
-        size, key = experts, None
     else:
-        raise ValueError(f"by={by!r}; expected layer, choice, position or expert")
+        size, key = experts, None
 
     again = units(trace)
     made = np.zeros((depth, again.number, size), dtype=np.int64)
@@ -87,6 +88,7 @@ def drops(trace: Trace, by: str = "layer", *, bins: int = 64) -> pd.DataFrame:
     return frame[frame["choices"] > 0].reset_index(drop=True) if by == "position" else frame
 
 
+@checked(trace=TRACE)
 def drop_chance(trace: Trace) -> np.ndarray | None:
     """The probability that a choice is dropped under uniform random routing, by position in the sample.
 
@@ -114,6 +116,7 @@ def drop_chance(trace: Trace) -> np.ndarray | None:
     return total / np.maximum(weight, 1)
 
 
+@checked(tokens=Whole(), experts=Whole(), k=Whole(most=2), room=Whole(0, optional=True))
 def drop_probability(tokens: int, experts: int, k: int, room: int | None) -> np.ndarray:
     """The probability under uniform random routing that the choices of each token of a group are dropped.
 

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from moekit.arguments import Flag, Texts, shown
+from moekit.checked import checked
 from moekit.routing.metrics.registry import measured
 from moekit.routing.metrics.tables import labels_of, table_of_rows
 from moekit.routing.statistics import SEED, entropy_bits
-from moekit.routing.trace import Trace
+from moekit.routing.trace import TRACE, Trace
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -52,6 +54,10 @@ def information(
         "position": trace.position,
         "previous": np.where(inside, np.roll(trace.token, 1), -1),
     }
+    if classes is not None and not isinstance(classes, Mapping):
+        raise ValueError(
+            f"classes={shown(classes)}: expected labels by name, such as {{'kind': classes_of(...)}}"
+        )
     given = dict(classes or {}) | ({} if groups is None else {"domain": groups})
     columns |= {name: labels_of(trace, labels)[1] for name, labels in given.items()}
     rng = np.random.default_rng(SEED)
@@ -81,6 +87,7 @@ def _entropy(cell: np.ndarray) -> float:
     return float(entropy_bits(count[count > 0] / max(1, len(cell))))
 
 
+@checked(trace=TRACE, pieces=Texts(), words=Flag())
 def classes_of(
     trace: Trace, pieces: Sequence[str], of: Callable[[str], str], *, words: bool = False
 ) -> np.ndarray:
@@ -96,7 +103,8 @@ def classes_of(
     Raises:
         ValueError: ``pieces`` has another length.
     """
-    pieces = list(pieces)
+    if not callable(of):
+        raise ValueError(f"of={shown(of)}: expected a function that tells a piece's class")
     if len(pieces) != len(trace):
         raise ValueError(f"pieces has {len(pieces)} texts for {len(trace)} tokens; expected one for each")
     if words:

@@ -9,8 +9,9 @@ import numpy as np
 
 from moekit.routing.metrics.registry import measured
 from moekit.routing.metrics.tables import table_of_rows
+from moekit.routing.pairs import align, kept_by_expert
 from moekit.routing.statistics import mean_of, units
-from moekit.routing.trace import Trace, align, kept_by_expert
+from moekit.routing.trace import Trace
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -59,7 +60,7 @@ def agreement(before: Trace, after: Trace) -> pd.DataFrame:
         One row per (layer, ``statistic``): ``layer``, ``statistic``, ``value``, ``low``, ``high``, ``chance``.
 
     Raises:
-        ValueError: as :func:`moekit.routing.trace.align`.
+        ValueError: as :func:`moekit.routing.pairs.align`.
     """
     before, after = align(before, after)
     experts, k = before.num_experts, before.top_k

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from moekit.arguments import Whole, check
+from moekit.checked import checked
 from moekit.routing.metrics.registry import measured
 from moekit.routing.metrics.tables import chosen_experts, table_of_rows
 from moekit.routing.statistics import SEED, mean_of, units, wilson
@@ -35,13 +37,14 @@ class Pairs:
 
     def ratio(self, layer: int) -> np.ndarray:
         """[E, E] float64, N(i, j) / N(i) of the matrix that starts at ``layer``; NaN where N(i) is 0."""
-        starts = [pair[0] for pair in self.between]
+        layer, starts = check("layer", layer, Whole(0)), [pair[0] for pair in self.between]
         if layer not in starts:
             raise ValueError(f"no matrix starts at layer {layer}; expected one of {starts}")
         layer_index = starts.index(layer)
         with np.errstate(invalid="ignore"):
             return self.counts[layer_index] / self.base[layer_index][:, None]
 
+    @checked(n=Whole(0), min_count=Whole())
     def top(self, n: int = 20, min_count: int = 10) -> pd.DataFrame:
         """The ``n`` pairs of each matrix with the largest ratio, of experts with N(i) >= ``min_count``.
 

@@ -9,9 +9,19 @@ from typing import Any
 
 import numpy as np
 
-from moekit.routing.trace import Trace, need_layers
+from moekit.arguments import Flag, Number, Whole, check
+from moekit.checked import check_bound, checked
+from moekit.routing.trace import TRACE, Trace, need_layers
 
 METRICS: dict[str, Callable[[Trace], Any]] = {}
+# What the arguments of metrics may be, by their names; "choice" is one of the trace's.
+KINDS = {
+    **dict.fromkeys(("trace", "before", "after"), TRACE),
+    **dict.fromkeys(("dispatched", "per_expert"), Flag()),
+    **dict.fromkeys(("layer", "expert", "n", "seed", "shuffles"), Whole(0)),
+    **dict.fromkeys(("bins", "min_count", "resamples", "size"), Whole()),
+    "level": Number(above=0, most=1),
+}
 
 
 def measured(metric: Callable[..., Any]) -> Callable[..., Any]:
@@ -21,32 +31,37 @@ def measured(metric: Callable[..., Any]) -> Callable[..., Any]:
     Arguments with an item for each token, such as labels, are cut to the same tokens.
 
     Raises:
-        ValueError: (the metric, when it is called) a trace has no tokens or no layers.
+        ValueError: (the metric, when it is called) a trace has no tokens or no layers, or an argument is none of its kind.
     """
+    signature = inspect.signature(metric)
 
     @functools.wraps(metric)
-    def checked(*args: Any, prompt: bool = False, **options: Any) -> Any:
-        for trace in (*args, *options.values()):
-            if not isinstance(trace, Trace):
-                continue
+    def counting(*args: Any, prompt: bool = False, **options: Any) -> Any:
+        bound = signature.bind(*args, **options)
+        check_bound(bound, KINDS)
+        traces = [value for value in bound.arguments.values() if isinstance(value, Trace)]
+        for trace in traces:
             if not len(trace):
                 raise ValueError(
                     f"metrics.{metric.__name__}: the trace has no tokens, expected at least one; select or record more"
                 )
             need_layers(trace, f"metrics.{metric.__name__}")
-        first = args[0] if args else None
-        if isinstance(first, Trace) and not prompt and (new := new_tokens(first)) is not None:
+        first = traces[0]
+        check_bound(bound, {"choice": Whole(0, most=first.top_k - 1)})
+        args, options = bound.args, bound.kwargs
+        if not check("prompt", prompt, Flag()) and (new := new_tokens(first)) is not None:
             tokens = len(first)
             args = tuple(_cut(value, new, tokens) for value in args)
             options = {name: _cut(value, new, tokens) for name, value in options.items()}
         return metric(*args, **options)
 
-    _, *others = inspect.signature(metric).parameters.values()
+    _, *others = signature.parameters.values()
     if all(option.default is not option.empty for option in others):
-        METRICS[metric.__name__] = checked
-    return checked
+        METRICS[metric.__name__] = counting
+    return counting
 
 
+@checked(trace=TRACE)
 def new_tokens(trace: Trace) -> np.ndarray | None:
     """[T] bool, the generated tokens of a trace that also holds others; None where all count."""
     return trace.generated if trace.generated.any() and not trace.generated.all() else None

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moekit.arguments import Choice, Whole, check, shown
 from moekit.routing import statistics
 from moekit.routing.metrics.registry import METRICS, measured
 from moekit.routing.metrics.tables import block_counts, broadcast_table, chosen_experts, labels_of, layers_of
@@ -21,6 +23,8 @@ By = str | Sequence | np.ndarray
 # the columns that name a table's rows; any other one holds what was measured
 KEYS = "layer to_layer expert partner domain group statistic of policy size choice position token".split()
 STATISTICS = ("lift", "difference", "information")
+# A test that marks less than this part of what its level promises has too few units: 4 % of 5 %.
+ATTAINED = 0.8
 # numbers of an array that the permutations make at once
 CHUNK = 4_000_000
 
@@ -56,8 +60,8 @@ def bootstrap(
         ValueError: no such metric, or it returns no table with ``value``.
     """
     chosen = METRICS.get(metric) if isinstance(metric, str) else metric
-    if chosen is None:
-        raise ValueError(f"metric={metric!r}; expected a function or one of {', '.join(METRICS)}")
+    if not callable(chosen):
+        raise ValueError(f"metric={shown(metric)}: expected a function or one of {', '.join(METRICS)}")
     plan = statistics.Plan(by, size, resamples, seed)
     with statistics.resampling(plan):
         frame = chosen(trace, *args, **options)
@@ -148,11 +152,16 @@ def permutation(
 
     Returns:
         One row per (layer, domain, expert), or per layer: ``layer``, [``domain``, ``expert``,] ``value`` (the statistic), ``p``,
-        ``survives`` (p <= level), ``units`` (with this label), ``note``: "too few" where no arrangement of the units could
-        reach ``level``, and ``survives`` is False.
+        ``survives`` (p <= level), ``units`` (with this label), ``note``: "too few" where the units are so few that arrangements
+        tie and the test would mark less than four fifths of what ``level`` promises, and ``survives`` is False. Whether they
+        are depends on all arrangements alike, not on the one that was found, so it does not change the level of the others.
+
+    Raises:
+        ValueError: no p could come down to ``level`` with so few ``draws``, or an argument is something else.
     """
-    if statistic not in STATISTICS:
-        raise ValueError(f"statistic={statistic!r}; expected one of {', '.join(STATISTICS)}")
+    check("statistic", statistic, Choice(STATISTICS))
+    # No p is below 1 / (1 + draws).
+    draws = check("draws", draws, Whole(math.ceil(1 / level) - 1))
     names, label = labels_of(trace, groups)
     domains, experts = len(names), trace.num_experts
     piece, cell = np.unique(statistics.unit_of(trace, by, size) * domains + label, return_inverse=True)
@@ -181,40 +190,52 @@ def permutation(
         with np.errstate(invalid="ignore", divide="ignore"):
             return np.nan_to_num(share / load) if statistic == "lift" else share - load
 
+    def largest_of(values: np.ndarray) -> np.ndarray:
+        """The largest statistic of each layer: [R, D, L, E], or [R, L] of "information" -> [R, L]."""
+        return values if statistic == "information" else values.max(axis=(1, 3))
+
     value = measure(label[None])[0]
+    # What was found is one of the arrangements.
+    largest = [largest_of(value[None])]
     rng = np.random.default_rng(seed)
-    reached = np.zeros(value.shape, dtype=np.int64)
     step = max(1, CHUNK // max(cells.shape[1] * domains, len(piece) * domains))
     for start in range(0, draws, step):
         labels = np.stack([rng.permutation(label) for _ in range(min(step, draws - start))])
-        again = measure(labels)
-        most = again if statistic == "information" else again.max(axis=(1, 3))[:, None, :, None]
-        # Equal sums in another order may differ in the last digit.
-        reached += (most >= value - 1e-9 * np.abs(value)).sum(axis=0)
-    p = (1 + reached) / (1 + draws)
-    number = np.bincount(label, minlength=domains)
-    few = _least_p(number) > level
-    columns = {"layer": layers_of(trace)}
-    more: dict[str, np.ndarray] = {"units": np.array(len(piece))}
-    if statistic != "information":
+        largest.append(largest_of(measure(labels)))
+    largest = np.concatenate(largest)
+    without_ties = np.arange(1.0 + draws)[:, None]
+    few = _attained(largest, level) < ATTAINED * _attained(without_ties, level)
+    if statistic == "information":
+        p = np.array([_p(own, one) for own, one in zip(largest.T, value, strict=True)])
+        columns, units = {"layer": layers_of(trace)}, np.array(len(piece))
+    else:
+        value = value.swapaxes(0, 1)
+        p = np.stack([_p(own, pairs) for own, pairs in zip(largest.T, value, strict=True)])
         columns = {
             "layer": layers_of(trace)[:, None, None],
             "domain": names[None, :, None],
             "expert": np.arange(experts)[None, None],
         }
-        value, p = (np.moveaxis(table, 1, 0) for table in (value, p))
-        more = {"units": number[None, :, None]}
-    survives = (p <= level) & (not few)
+        few, units = few[:, None, None], np.bincount(label, minlength=domains)[None, :, None]
     return broadcast_table(
         columns,
-        {"value": value, "p": p, "survives": survives},
-        **more,
-        note=np.array("too few" if few else ""),
+        {"value": value, "p": p, "survives": (p <= level) & ~few},
+        units=units,
+        note=np.where(few, "too few", ""),
     )
 
 
-def _least_p(number: np.ndarray) -> float:
-    """One over how many arrangements there are of as many units with each label: no test comes below."""
-    from scipy.special import gammaln
+def _p(largest: np.ndarray, value: np.ndarray) -> np.ndarray:
+    """Values [...] -> the share of the arrangements' largest statistics [R] that reach each; equal sums in another order may
+    differ in the last digit."""
+    reached = len(largest) - np.searchsorted(np.sort(largest), value - 1e-9 * np.abs(value))
+    return reached / len(largest)
 
-    return float(np.exp(gammaln(number + 1).sum() - gammaln(number.sum() + 1)))
+
+def _attained(largest: np.ndarray, level: float) -> np.ndarray:
+    """[R, L] -> [L]: how often a test at ``level`` marks something in a layer without structure.
+
+    There each arrangement is as likely as the next to be the one that was found, so this is the share of arrangements whose
+    p is at most ``level``. Where arrangements tie, it is less than ``level``.
+    """
+    return np.array([(_p(own, own) <= level).mean() for own in largest.T])

@@ -101,7 +101,7 @@ def top_tokens(
         At most ``n`` rows: ``token``, ``count`` (N(x, e)), ``total`` (N(x)), ``value``, ``low``, ``high``, ``chance``.
     """
     layer_index = trace.at(layer)
-    if not 0 <= expert < trace.num_experts:
+    if expert >= trace.num_experts:
         raise ValueError(f"there is no expert {expert}; expected one from 0 to {trace.num_experts - 1}")
     token, rows_of = tokens_by(trace, by)
     chosen = (chosen_experts(trace, layer_index, choice, False)[rows_of] == expert).any(axis=1)

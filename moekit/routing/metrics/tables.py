@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moekit.arguments import Wholes, check
+from moekit.arguments import Choice, Wholes, check
 from moekit.routing.trace import Trace
 from moekit.symbols import PAD
 
@@ -66,8 +66,7 @@ def labels_of(trace: Trace, groups: str | Iterable[str] | np.ndarray) -> tuple[n
 
 def tokens_by(trace: Trace, by: str) -> tuple[np.ndarray, np.ndarray]:
     """The types of the tokens that have one, and their rows."""
-    if by not in ("input", "target", "predicted"):
-        raise ValueError(f"by={by!r}; expected input, target or predicted")
+    check("by", by, Choice(("input", "target", "predicted")))
     token = {"input": "token"}.get(by, by)
     token = getattr(trace, token).astype(np.int64)
     rows = np.flatnonzero(token != PAD) if by == "target" else np.flatnonzero(token >= 0)
