@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -165,8 +166,12 @@ class Machines(Network):
     def _begin(self) -> None:
         self.head = f"{self.address(0)}:6379"
         self._start(0, "--head", "--port=6379", "--include-dashboard=false")
-        for number in range(1, self.count):
-            self._start(number, f"--address={self.head}", hidden=self._hidden if number == 1 else None)
+        with ThreadPoolExecutor() as others:
+            # Results are asked for, since they may be errors.
+            list(others.map(self._start_other, range(1, self.count)))
+
+    def _start_other(self, number: int) -> None:
+        self._start(number, f"--address={self.head}", hidden=self._hidden if number == 1 else None)
 
     def _popen(self, number: int, *options: str, hidden: Path | None = None) -> subprocess.Popen:
         command = [
@@ -184,6 +189,8 @@ class Machines(Network):
         environment = os.environ | {
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_worker_niceness": "0",
+            # Every new driver would have its node start a worker for each core.
+            "RAY_prestart_worker_first_driver": "0",
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": os.pathsep.join(filter(None, path)),
         }

@@ -24,6 +24,9 @@ from moekit.ranks import links, supervisor, system
 # Seconds between two looks at the links between nodes, for one connection, and between two looks at the head.
 EACH, CONNECT, HEAD = 3.0, 2.5, 2.0
 
+# Seconds for what a node has seen to come here.
+ANSWER = 1.0
+
 # What is lost has not answered so many times in a row.
 TIMES = 3
 
@@ -321,16 +324,18 @@ class Broker:
         while True:
             began = time.monotonic()
             broken = {}
-            here = links.reach(addresses, CONNECT)
-            broken.update({(None, to): why for to, why in zip(ranks, here, strict=True) if why is not None})
+            # All look at the same time. Who could not be reached from here a moment ago would not answer.
             asked = {}
             with contextlib.suppress(ray.exceptions.RayError):
                 asked = {
                     self._actors[rank].reach.remote(addresses, CONNECT): rank
-                    for rank, why in zip(ranks, here, strict=True)
-                    if why is None and len(ranks) > 1
+                    for rank in ranks
+                    if (None, rank) not in failed and len(ranks) > 1
                 }
-            ready = ray.wait(list(asked), num_returns=len(asked), timeout=2 * CONNECT)[0] if asked else []
+            here = links.reach(addresses, CONNECT)
+            broken.update({(None, to): why for to, why in zip(ranks, here, strict=True) if why is not None})
+            left = max(0.0, began + CONNECT + ANSWER - time.monotonic())
+            ready = ray.wait(list(asked), num_returns=len(asked), timeout=left)[0] if asked else []
             for reference in ready:
                 with contextlib.suppress(ray.exceptions.RayError):
                     for to, why in zip(ranks, ray.get(reference), strict=True):
