@@ -98,6 +98,14 @@ class Network:
             finally:
                 assert libc.setns(before.fileno(), CLONE_NEWNET) == 0
 
+    def interface(self, name: str) -> None:
+        """Give every machine one more interface, from which no cable leads to the others."""
+        for number in range(self.count):
+            self._in(number, "ip", "link", "add", name, "type", "veth", "peer", "name", f"{name}-end")
+            self._in(number, "ip", "addr", "add", f"10.99.{number}.1/24", "dev", name)
+            for end in (name, f"{name}-end"):
+                self._in(number, "ip", "link", "set", end, "up")
+
     @contextlib.contextmanager
     def cut_off(self, number: int) -> Iterator[None]:
         """In this block a machine's cable is out."""

@@ -187,6 +187,15 @@ def test_what_the_cluster_cannot_give_is_said(first, options, said):
         RayRanks(**options)
 
 
+def test_a_network_over_which_nodes_do_not_reach_one_another_is_named(first):
+    first.interface("dark0")
+    said = (
+        r"node .* \(10\.99\.\d\.1\) cannot reach node .* at 10\.99\.\d\.1 over dark0 \(.*RayRanks\(interface="
+    )
+    with pytest.raises(RuntimeError, match=said):
+        RayRanks(2, gpus_per_node=1, interface="dark0")
+
+
 def boom(rank):
     if rank.rank == 0:
         raise ValueError("boom at the gate")
