@@ -1,4 +1,4 @@
-"""Machines of network namespaces on this host, each with its own Ray node, for the tests of several machines."""
+"""Machines of network namespaces on this host, for the tests of several machines; :class:`Machines` have a Ray node each."""
 
 import contextlib
 import ctypes
@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -29,23 +30,23 @@ def possible() -> bool:
     return made
 
 
-class Machines:
-    """``count`` machines, numbered from 0, at 10.77.0.1 and on; the head of Ray is on the first."""
+class Network:
+    """``count`` machines, numbered from 0, at 10.77.0.1 and on, with a folder ``temp`` for what they run."""
 
-    def __init__(self, count: int, cores: int = 2, hidden: Path | None = None):
-        self.count, self.cores = count, cores
+    def __init__(self, count: int):
+        self.count = count
         self._prefix = f"mk{os.getpid()}"
-        # Ray's sockets have their paths in here, and those have a limit of 107 characters.
-        self._temp = tempfile.mkdtemp(prefix="mk-", dir="/tmp")
+        # Sockets have their paths in here, and those have a limit of 107 characters.
+        self.temp = Path(tempfile.mkdtemp(prefix="mk-", dir="/tmp"))
         try:
             self._wire()
-            self.head = f"{self.address(0)}:6379"
-            self._start(0, "--head", "--port=6379", "--include-dashboard=false")
-            for number in range(1, count):
-                self._start(number, f"--address={self.head}", hidden=hidden if number == 1 else None)
+            self._begin()
         except BaseException:
             self.close()
             raise
+
+    def _begin(self) -> None:
+        """Start what runs on the machines."""
 
     def _wire(self) -> None:
         """A namespace for each machine, with a cable to one switch."""
@@ -86,50 +87,24 @@ class Machines:
     def _in(self, number: int | str, *command: str) -> None:
         self._ip("netns", "exec", self._name(number), *command)
 
-    def _popen(self, number: int, *options: str, hidden: Path | None = None) -> subprocess.Popen:
-        command = [
-            str(RAY), "start", *options, f"--node-ip-address={self.address(number)}", f"--num-cpus={self.cores}",
-            "--num-gpus=0", "--object-store-memory=80000000", "--disable-usage-stats",
-        ]  # fmt: skip
-        command.append("--include-log-monitor=false")
-        if number == 0:
-            command += ["--no-monitor", f"--temp-dir={self._temp}"]
-        if hidden is not None:
-            # This machine sees an empty folder there.
-            covered = f'mount -t tmpfs none "{hidden}" && exec "$@"'
-            command = ["unshare", "--mount", "bash", "-c", covered, "bash", *command]
-        path = [MINIMAL, os.environ.get("PYTHONPATH", "")]
-        environment = os.environ | {
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_worker_niceness": "0",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join(filter(None, path)),
-        }
-        return subprocess.Popen(
-            ["ip", "netns", "exec", self._name(number), *command], env=environment, stdout=subprocess.DEVNULL
-        )
-
-    def _start(self, number: int, *options: str, hidden: Path | None = None) -> None:
-        """A node gives up if its agents take more than 15 s to start, as on a busy host: it is tried again."""
-        for _ in range(3):
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                if self._popen(number, *options, hidden=hidden).wait(timeout=100) == 0:
-                    return
-            self.kill(number)
-        raise RuntimeError(f"Ray's node {number} does not start: is the host busy?")
-
     @contextlib.contextmanager
     def on(self, number: int) -> Iterator[None]:
         """In this block, this thread and the processes that it starts are on a machine."""
         libc = ctypes.CDLL(None, use_errno=True)
         with open("/proc/thread-self/ns/net") as before, open(f"/run/netns/{self._name(number)}") as there:
             assert libc.setns(there.fileno(), CLONE_NEWNET) == 0, os.strerror(ctypes.get_errno())
-            address, os.environ["RAY_ADDRESS"] = os.environ.get("RAY_ADDRESS"), self.head
             try:
                 yield
             finally:
-                os.environ.pop("RAY_ADDRESS") if address is None else os.environ.update(RAY_ADDRESS=address)
                 assert libc.setns(before.fileno(), CLONE_NEWNET) == 0
+
+    def interface(self, name: str) -> None:
+        """Give every machine one more interface, from which no cable leads to the others."""
+        for number in range(self.count):
+            self._in(number, "ip", "link", "add", name, "type", "veth", "peer", "name", f"{name}-end")
+            self._in(number, "ip", "addr", "add", f"10.99.{number}.1/24", "dev", name)
+            for end in (name, f"{name}-end"):
+                self._in(number, "ip", "link", "set", end, "up")
 
     @contextlib.contextmanager
     def cut_off(self, number: int) -> Iterator[None]:
@@ -186,4 +161,66 @@ class Machines:
         time.sleep(0.2)
         for number in (*range(self.count), "switch"):
             subprocess.run(["ip", "netns", "del", self._name(number)], capture_output=True)
-        shutil.rmtree(self._temp, ignore_errors=True)
+        shutil.rmtree(self.temp, ignore_errors=True)
+
+
+class Machines(Network):
+    """With a Ray node each, whose head is on the first; ``hidden`` is a folder that the second sees empty."""
+
+    def __init__(self, count: int, cores: int = 2, hidden: Path | None = None):
+        self.cores, self._hidden = cores, hidden
+        super().__init__(count)
+
+    def _begin(self) -> None:
+        self.head = f"{self.address(0)}:6379"
+        self._start(0, "--head", "--port=6379", "--include-dashboard=false")
+        with ThreadPoolExecutor() as others:
+            # Results are asked for, since they may be errors.
+            list(others.map(self._start_other, range(1, self.count)))
+
+    def _start_other(self, number: int) -> None:
+        self._start(number, f"--address={self.head}", hidden=self._hidden if number == 1 else None)
+
+    def _popen(self, number: int, *options: str, hidden: Path | None = None) -> subprocess.Popen:
+        command = [
+            str(RAY), "start", *options, f"--node-ip-address={self.address(number)}", f"--num-cpus={self.cores}",
+            "--num-gpus=0", "--object-store-memory=80000000", "--disable-usage-stats",
+        ]  # fmt: skip
+        command.append("--include-log-monitor=false")
+        if number == 0:
+            command += ["--no-monitor", f"--temp-dir={self.temp}"]
+        if hidden is not None:
+            # This machine sees an empty folder there.
+            covered = f'mount -t tmpfs none "{hidden}" && exec "$@"'
+            command = ["unshare", "--mount", "bash", "-c", covered, "bash", *command]
+        path = [MINIMAL, os.environ.get("PYTHONPATH", "")]
+        environment = os.environ | {
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_worker_niceness": "0",
+            # Every new driver would have its node start a worker for each core.
+            "RAY_prestart_worker_first_driver": "0",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(filter(None, path)),
+        }
+        return subprocess.Popen(
+            ["ip", "netns", "exec", self._name(number), *command], env=environment, stdout=subprocess.DEVNULL
+        )
+
+    def _start(self, number: int, *options: str, hidden: Path | None = None) -> None:
+        """A node gives up if its agents take more than 15 s to start, as on a busy host: it is tried again."""
+        for _ in range(3):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                if self._popen(number, *options, hidden=hidden).wait(timeout=100) == 0:
+                    return
+            self.kill(number)
+        raise RuntimeError(f"Ray's node {number} does not start: is the host busy?")
+
+    @contextlib.contextmanager
+    def on(self, number: int) -> Iterator[None]:
+        address = os.environ.get("RAY_ADDRESS")
+        with super().on(number):
+            os.environ["RAY_ADDRESS"] = self.head
+            try:
+                yield
+            finally:
+                os.environ.pop("RAY_ADDRESS") if address is None else os.environ.update(RAY_ADDRESS=address)

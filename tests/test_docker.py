@@ -20,6 +20,7 @@ from browser.conftest import browser  # noqa: F401 (a fixture)
 from test_project import ROOT, declared
 
 DOCKERFILE = ROOT / "docker" / "Dockerfile"
+CLUSTER_DOCKERFILE = ROOT / "docker" / "cluster" / "Dockerfile"
 README = ROOT / "docker" / "README.md"
 SCRIPTS = sorted((ROOT / "docker").glob("*.sh")) + [
     ROOT / ".ci" / "run",
@@ -52,7 +53,7 @@ def run(*command, check=True, timeout=300, **kwargs) -> subprocess.CompletedProc
 
 def test_linters_find_nothing():
     tools = Path(sys.executable).parent
-    assert run(tools / "hadolint", DOCKERFILE, ROOT / "docker" / "cluster" / "Dockerfile").stdout == ""
+    assert run(tools / "hadolint", DOCKERFILE, CLUSTER_DOCKERFILE).stdout == ""
     assert run(tools / "shellcheck", "--external-sources", "--source-path=SCRIPTDIR", *SCRIPTS).stdout == ""
 
 
@@ -66,7 +67,7 @@ def test_dockerfile_holds_the_projects_pins():
 def test_build_context_holds_what_the_dockerfile_copies_and_no_more():
     allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
     used = set()
-    for line in DOCKERFILE.read_text().splitlines():
+    for line in (DOCKERFILE.read_text() + CLUSTER_DOCKERFILE.read_text()).splitlines():
         copied = re.fullmatch(r"COPY ((?:\S+ )+)\S+", line)
         if copied:
             used |= set(copied[1].split())
@@ -85,6 +86,11 @@ def test_the_cluster_of_containers_publishes_nothing_but_jupyterlab_and_asks_for
         assert service["environment"]["RAY_AUTH_MODE"] == "token"
         assert service["environment"]["RAY_AUTH_TOKEN_PATH"] == "/run/secrets/ray_token"
         assert service["secrets"] == ["ray_token"]
+        # No process is root's, those of `exec` included.
+        assert service["user"] == "${NB_UID:-1000}:${NB_GID:-1000}" and service["cap_drop"] == ["ALL"]
+        assert service["environment"]["RAY_ADDRESS"] == "ray-head:6379"
+    # Workers know the head by a name that has one address: the head has two networks.
+    assert head["networks"]["nodes"]["aliases"] == ["ray-head"]
     # All nodes see the same files.
     assert head["volumes"] == worker["volumes"] == COMPOSE["services"]["cpu"]["volumes"]
     assert_ray_options(

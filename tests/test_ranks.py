@@ -21,6 +21,7 @@ from processes import gone
 
 from moekit import ranks
 from moekit.ranks import Each, RankError, Stream, start, streams
+from moekit.ranks.joined import Word, sharing
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # as if these functions stood in a notebook
 HERE = Path(ranks.__file__).parents[2]
@@ -448,3 +449,16 @@ def test_devices(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert ranks.choose_devices(2, "auto") == [torch.device("cuda", 0), torch.device("cuda", 1)]
+
+
+def test_ranks_that_a_launcher_bound_to_cores_of_their_own_use_all_of_these():
+    words = [
+        Word(host, "cpu", frozenset(cores), "10.0.0.1")
+        for host, cores in (("a", {0, 1}), ("a", {2, 3}), ("b", {0, 1, 2, 3}), ("b", {0, 1, 2, 3}))
+    ]
+    assert sharing(words) == [1, 1, 2, 2]
+    machines = (0, 0, 1, 1)
+    bound, shared = (
+        ranks.Rank(0, 4, torch.device("cpu"), machines=machines, sharing=share) for share in (1, 2)
+    )
+    assert (bound.cores, shared.cores) == (ranks.usable_cores(), max(1, ranks.usable_cores() // 2))

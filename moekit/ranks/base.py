@@ -35,7 +35,8 @@ class Rank:
     ``state`` lives as long as the pool. With ``world_size`` > 1 the default process group of ``torch.distributed``
     is initialised (NCCL on GPUs, gloo on the CPU); a single rank has none. ``machines`` has the number of each rank's
     machine, those of one machine next to each other; None: all ranks share one. ``local_world_size`` of the ranks run on
-    this rank's machine and share its cores. ``node`` names the machine.
+    this rank's machine and share its cores; a launcher may have bound fewer of them to the same cores, ``sharing`` in number.
+    ``node`` names the machine.
     """
 
     rank: int
@@ -45,6 +46,7 @@ class Rank:
     send_report: Callable[[Any], None] | None = field(default=None, repr=False)
     machines: tuple[int, ...] | None = None
     node: str = field(default_factory=socket.gethostname)
+    sharing: int | None = None
 
     def __post_init__(self) -> None:
         if self.machines is None:
@@ -56,8 +58,8 @@ class Rank:
 
     @property
     def cores(self) -> int:
-        """This rank's share of the cores of its machine, at least one."""
-        return max(1, usable_cores() // self.local_world_size)
+        """This rank's share of the cores that its process may use, at least one."""
+        return max(1, usable_cores() // (self.sharing or self.local_world_size))
 
     def report(self, message: Any) -> None:
         """Send ``message``, anything picklable, to the driver's ``on_report``; how often is up to the caller."""

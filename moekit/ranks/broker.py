@@ -24,6 +24,9 @@ from moekit.ranks import links, supervisor, system
 # Seconds between two looks at the links between nodes, for one connection, and between two looks at the head.
 EACH, CONNECT, HEAD = 3.0, 2.5, 2.0
 
+# Seconds for what a node has seen to come here.
+ANSWER = 1.0
+
 # What is lost has not answered so many times in a row.
 TIMES = 3
 
@@ -93,7 +96,7 @@ def has(nodes: list[dict[str, Any]]) -> str:
 
 
 class Broker:
-    """What the driver may ask for: ``join``, ``place``, ``start`` and ``look``."""
+    """What the driver may ask for: ``join``, ``place``, ``separate``, ``start`` and ``look``."""
 
     def __init__(self, pipe: socket.socket):
         self._pipe = pipe
@@ -223,6 +226,21 @@ class Broker:
         threading.Thread(target=self._watch_links, daemon=True).start()
         return {"device": device, "here": ray.util.get_node_ip_address(), "places": self._places}
 
+    def _ways(self) -> tuple[list[int], list[tuple[str, int]]]:
+        """The first rank of each node, and where others reach this node."""
+        first = {}
+        for rank, place in enumerate(self._places):
+            first.setdefault(place["id"], rank)
+        ranks = list(first.values())
+        return ranks, [(self._places[rank]["address"], self._places[rank]["port"]) for rank in ranks]
+
+    def separate(self) -> list[tuple[int, int, str]]:
+        """Of nodes that cannot reach others, by their first ranks: from which, to which, and why not."""
+        ranks, addresses = self._ways()
+        found = self._get([self._actors[rank].reach.remote(addresses, CONNECT) for rank in ranks])
+        pairs = zip(ranks, found, strict=True)
+        return [(start, to, why) for start, row in pairs for to, why in zip(ranks, row, strict=True) if why]
+
     def _get(self, references: list[Any]) -> list[Any]:
         import ray
 
@@ -312,25 +330,27 @@ class Broker:
         """Tell when a node cannot be reached from this machine, or from another node."""
         import ray
 
-        first = {}
-        for rank, place in enumerate(self._places):
-            first.setdefault(place["id"], rank)
-        ranks = list(first.values())
-        addresses = [(self._places[rank]["address"], self._places[rank]["port"]) for rank in ranks]
+        ranks, addresses = self._ways()
+        # A driver without the network of the ranks is no fault: it has connections of its own to them.
+        seen = [why is None for why in links.reach(addresses, CONNECT)]
         failed: dict[tuple[int | None, int], int] = {}
         while True:
             began = time.monotonic()
             broken = {}
-            here = links.reach(addresses, CONNECT)
-            broken.update({(None, to): why for to, why in zip(ranks, here, strict=True) if why is not None})
+            # All look at the same time. Who could not be reached from here a moment ago would not answer.
             asked = {}
             with contextlib.suppress(ray.exceptions.RayError):
                 asked = {
                     self._actors[rank].reach.remote(addresses, CONNECT): rank
-                    for rank, why in zip(ranks, here, strict=True)
-                    if why is None and len(ranks) > 1
+                    for rank in ranks
+                    if (None, rank) not in failed and len(ranks) > 1
                 }
-            ready = ray.wait(list(asked), num_returns=len(asked), timeout=2 * CONNECT)[0] if asked else []
+            here = links.reach(addresses, CONNECT)
+            for to, why, once in zip(ranks, here, seen, strict=True):
+                if why is not None and once:
+                    broken[None, to] = why
+            left = max(0.0, began + CONNECT + ANSWER - time.monotonic())
+            ready = ray.wait(list(asked), num_returns=len(asked), timeout=left)[0] if asked else []
             for reference in ready:
                 with contextlib.suppress(ray.exceptions.RayError):
                     for to, why in zip(ranks, ray.get(reference), strict=True):
@@ -342,7 +362,10 @@ class Broker:
                     before = (
                         "the driver's machine" if start is None else f"node {self._places[start]['address']}"
                     )
-                    self.say("fault", (to, f"cannot be reached from {before} ({broken[start, to]})"))
+                    over = self._places[to]["interface"]
+                    self.say(
+                        "fault", (to, f"cannot be reached from {before} over {over} ({broken[start, to]})")
+                    )
             time.sleep(max(0.0, EACH - (time.monotonic() - began)))
 
     def end(self) -> None:

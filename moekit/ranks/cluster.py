@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import cloudpickle
@@ -24,6 +25,15 @@ END_LIMIT = 8.0
 
 # Seconds by which a cause from the cluster may come later than the pipe that it breaks.
 CAUSE = 3.0
+
+# Packages whose own first lines import torch, which takes the broker a second and is not needed there: only their folders count.
+WITHOUT_TORCH = "".join(
+    f"package = sys.modules[{name!r}] = type(sys)({name!r}); package.__path__ = [{folder!r}]; "
+    for name, folder in (
+        ("moekit", str(Path(__file__).parents[1])),
+        ("moekit.ranks", str(Path(__file__).parent)),
+    )
+)
 
 
 class Distant(Member):
@@ -102,7 +112,9 @@ class Cluster:
         self._answers: dict[str, Any] = {}
         self._pipe, theirs = socket.socketpair()
         path = [os.path.abspath(entry) for entry in sys.path]
-        code = f"import sys; sys.path[:] = {path!r}; from moekit.ranks.broker import main; main()"
+        code = (
+            f"import sys; sys.path[:] = {path!r}; {WITHOUT_TORCH}from moekit.ranks.broker import main; main()"
+        )
         with hold_interrupts(), theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-u", "-c", code],

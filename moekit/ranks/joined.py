@@ -106,15 +106,50 @@ class Launch:
         return dist.PrefixStore("moekit", store)
 
 
+@dataclass(frozen=True)
+class Word:
+    """What the process of a rank tells: its machine, its device, its cores, and the address of ``MASTER_ADDR`` from there."""
+
+    host: str
+    device: str
+    cores: frozenset[int]
+    master: str
+
+    @classmethod
+    def of(cls, launch: Launch, device: torch.device) -> Word:
+        """ValueError if the name in ``MASTER_ADDR`` is none here."""
+        cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else {0}
+        try:
+            master = socket.gethostbyname(launch.master)
+        except OSError as error:
+            raise ValueError(
+                f"MASTER_ADDR={launch.master} is unknown on {socket.gethostname()} ({error.strerror}); expected the name or "
+                "address of the machine of rank 0"
+            ) from error
+        return cls(socket.gethostname(), str(device), frozenset(cores), master)
+
+
 def attend(launch: Launch, device: torch.device) -> NoReturn:
     """Be a rank other than 0: run what the driver asks for, and end this process with it.
 
     The exit status is 0 if the driver closed its ranks, and 1 if it went without a word.
+
+    Raises:
+        RuntimeError: rank 0 cannot start; OSError: it cannot be reached.
     """
     store = launch.store()
-    store.set(f"rank {launch.rank}", pickle.dumps((socket.gethostname(), str(device))))
-    address, secret, machines = pickle.loads(store.get("driver"))
-    pipe = links.connect(address, secret, launch.rank, silence_limit(None), COME_LIMIT)
+    store.set(f"rank {launch.rank}", pickle.dumps(Word.of(launch, device)))
+    answer = pickle.loads(store.get("driver"))
+    if isinstance(answer, str):
+        raise RuntimeError(f"rank {launch.rank} ends with rank 0: {answer}")
+    address, secret, machines, shares = answer
+    try:
+        pipe = links.connect(address, secret, launch.rank, silence_limit(None), COME_LIMIT)
+    except OSError as error:
+        raise OSError(
+            f"rank {launch.rank} on {socket.gethostname()} cannot reach rank 0 at {address[0]}:{address[1]} ({error}): see "
+            f"what separates the two, or give another MASTER_ADDR than {launch.master}"
+        ) from error
     _use_interface(pipe.getsockname()[0])
     os.dup2(pipe.fileno(), 0)
     pipe.close()
@@ -127,6 +162,7 @@ def attend(launch: Launch, device: torch.device) -> NoReturn:
             parent=os.getppid(),
             folder=folder,
             machines=machines,
+            sharing=shares[launch.rank],
             launched=True,
         )
     raise AssertionError("serve returned")
@@ -171,7 +207,7 @@ class JoinedRanks(PipedRanks):
     """The ranks of a launcher, this process being the one of rank 0.
 
     Raises:
-        ValueError: ``MASTER_ADDR`` is not this machine's, or the ranks of a machine are not next to each other.
+        ValueError: ``MASTER_ADDR`` is not this machine's address, or the ranks of a machine are not next to each other.
         TimeoutError: a process of the launcher does not come.
     """
 
@@ -189,33 +225,33 @@ class JoinedRanks(PipedRanks):
             raise
 
     def _start(self, launched: Launch) -> None:
-        # Rank 0 is a child with the environment of this process.
         store, others = launched.store(), range(1, launched.world_size)
+        words = [Word.of(launched, self.devices[0])]
+        words += [pickle.loads(self._word(store, f"rank {rank}")) for rank in others]
+        hosts = [word.host for word in words]
+        machines = tuple(list(dict.fromkeys(hosts)).index(name) for name in hosts)
+        self.devices = [torch.device(word.device) for word in words]
+        self.nodes = hosts if machines[-1] else self.nodes
+        # A machine may take its own name for an address that is no other's way to it, as Debian's /etc/hosts has it.
+        host = words[machines.index(1) if machines[-1] else 0].master
+        shares, secret = sharing(words), secrets.token_bytes(32)
         try:
-            host = socket.gethostbyname(launched.master)
-            listener = links.listen(host)
-        except OSError as error:
-            raise ValueError(
-                f"MASTER_ADDR={launched.master}: rank 0 cannot listen there ({error.strerror}); expected an address of the "
-                "machine of rank 0"
-            ) from error
-        with listener:
-            found = {0: (socket.gethostname(), str(self.devices[0]))}
-            for rank in others:
-                found[rank] = pickle.loads(self._word(store, f"rank {rank}"))
-            hosts = [found[rank][0] for rank in range(launched.world_size)]
-            machines = tuple(list(dict.fromkeys(hosts)).index(name) for name in hosts)
             if list(machines) != sorted(machines):
                 raise ValueError(
                     f"ranks of one machine are not next to each other ({hosts}): start them by blocks, such as with srun "
                     "--distribution=block"
                 )
-            self.devices = [torch.device(found[rank][1]) for rank in range(launched.world_size)]
-            self.nodes = hosts if machines[-1] else self.nodes
-            secret = secrets.token_bytes(32)
-            store.set("driver", pickle.dumps((listener.getsockname()[:2], secret, machines)))
+            listener = _listen(host, launched.master)
+        except ValueError as error:
+            store.set("driver", pickle.dumps(str(error)))
+            # The store ends with this process.
+            time.sleep(1.0)
+            raise
+        with listener:
+            store.set("driver", pickle.dumps((listener.getsockname()[:2], secret, machines, shares)))
             _use_interface(host)
-            me = Rank(0, launched.world_size, self.devices[0], machines=machines)
+            # Rank 0 is a child with the environment of this process.
+            me = Rank(0, launched.world_size, self.devices[0], machines=machines, sharing=shares[0])
             with hold_interrupts():
                 ours, theirs = socket.socketpair()
                 self._pipes.append(ours)
@@ -233,6 +269,23 @@ class JoinedRanks(PipedRanks):
             return store.get(name)
         except RuntimeError as error:
             raise TimeoutError(f"{name} of the launcher has not come ({headline(error)[:200]})") from error
+
+
+def sharing(words: list[Word]) -> list[int]:
+    """How many ranks share each rank's cores: one where the launcher bound each to its own, else those of the machine."""
+    return [
+        sum(word.host == other.host and bool(word.cores & other.cores) for other in words) for word in words
+    ]
+
+
+def _listen(host: str, master: str) -> socket.socket:
+    try:
+        return links.listen(host)
+    except OSError as error:
+        raise ValueError(
+            f"MASTER_ADDR={master}: rank 0 cannot listen at {host} ({error.strerror}); expected an address of the machine of "
+            "rank 0"
+        ) from error
 
 
 def _end_all(owner: int, children: list[Child], pipes: list[socket.socket], folder: Path) -> None:

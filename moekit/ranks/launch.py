@@ -51,7 +51,7 @@ def launch(
     """
     path = [os.path.abspath(entry) for entry in sys.path]
     rank = (me.rank, me.world_size, str(me.device))
-    options = {"machines": me.machines, "folder": str(folder)}
+    options = {"machines": me.machines, "sharing": me.sharing, "folder": str(folder)}
     if server is not None:
         order = {
             "environment": environment(me, local),

@@ -108,6 +108,12 @@ class RayRanks(PipedRanks):
         found = self._cluster.ask("place", asked["wait"] + START_LIMIT, **asked)
         places = found["places"]
         _check_alike(places, asked["interface"])
+        for start, to, why in self._cluster.ask("separate", CONNECT_LIMIT):
+            raise RuntimeError(
+                f"node {places[start]['host']} ({places[start]['address']}) cannot reach node {places[to]['host']} at "
+                f"{places[to]['address']} over {places[start]['interface']} ({why}): see what separates them, or name another "
+                "network with RayRanks(interface=...)"
+            )
         self.nodes, machines, devices = layout(places, found["device"])
         self.devices, self.world_size = devices, len(places)
         secret = secrets.token_bytes(32)

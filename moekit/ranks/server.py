@@ -39,12 +39,13 @@ def serve(
     parent: int,
     folder: str,
     machines: tuple[int, ...] | None = None,
+    sharing: int | None = None,
     node: str | None = None,
     launched: bool = False,
 ) -> None:
     """Answer the driver's jobs one by one, until the pipe closes; ``parent`` is the process that started this one.
 
-    ``folder`` goes with this process; ``machines`` and ``node`` are a :class:`Rank`'s. ``launched`` by another program than the
+    ``folder`` goes with this process; ``machines``, ``sharing`` and ``node`` are a :class:`Rank`'s. ``launched`` by another program than the
     driver, the process ends alone, without its group, and with status 0 if the driver says that this is the end.
     """
     pipe = channel.from_standard_input()
@@ -54,7 +55,7 @@ def serve(
         target=_listen, args=(pipe, jobs, parent, folder, launched), name="listen", daemon=True
     ).start()
     threading.Thread(target=voice.beat, name="beat", daemon=True).start()
-    me = Rank(rank, world_size, torch.device(device), machines=machines)
+    me = Rank(rank, world_size, torch.device(device), machines=machines, sharing=sharing)
     me.node = node or me.node
     me.send_report = lambda message: voice.say("report", message)
     torch.set_num_threads(me.cores)
