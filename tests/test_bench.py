@@ -334,7 +334,7 @@ def test_a_wrong_layer_ends_the_bench(monkeypatch):
     ("arguments", "said"),
     [
         (["score", "--device", "cpu", "--backend", "triton"], "backend='triton' needs"),
-        (["decode", "--device", "cpu", "--world-size", "0"], "world_size is 0"),
+        (["decode", "--device", "cpu", "--world-size", "0"], "world_size=0"),
         (["data", "--bpe", "/nowhere"], "--bpe /nowhere: there is no /nowhere/encoder.json"),
         (["data", "--text", "/nowhere"], "No such file or directory: '/nowhere'"),
         (["data", "--megabytes", "-1"], "--megabytes -1.0: expected more than 0"),

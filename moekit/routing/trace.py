@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moekit.arguments import Wholes, check, shown
+from moekit.arguments import Flag, Whole, Wholes, check, is_many, shown
 from moekit.nn.record import CHOICE_COLUMNS, Options, nothing
+from moekit.routing.statistics import array_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -130,6 +131,7 @@ class Trace:
 
     def at(self, layer: int) -> int:
         """The place of model layer ``layer`` on the axis L."""
+        layer = check("layer", layer, Whole(0))
         if layer not in self.layers:
             raise ValueError(f"layer {layer} is not in the trace, whose layers are {list(self.layers)}")
         return self.layers.index(layer)
@@ -149,9 +151,9 @@ class Trace:
                 raise ValueError(f"a trace has a column {name} of its own: give the labels another name")
             found.pop(name, None)
             if given is not None:
-                if not isinstance(given, Iterable):
-                    raise ValueError(f"{name}={shown(given)}: expected a label for each token")
-                found[name] = self.labels_of(given if isinstance(given, str) else array_of(given)).astype(str)
+                found[name] = self.labels_of(
+                    given if isinstance(given, str) else array_of(name, given)
+                ).astype(str)
         return replace(self, labels=found)
 
     def labels_of(self, groups: str | Iterable[Any] | np.ndarray) -> np.ndarray:
@@ -167,7 +169,7 @@ class Trace:
                     f"the trace has no column of labels called {shown(groups)}: {there}; trace.labelled(...) adds one"
                 )
             return self.labels[groups]
-        found = array_of(groups)
+        found = array_of("groups", groups)
         if found.shape != (len(self),):
             raise ValueError(
                 f"groups has shape {list(found.shape)}; expected a label for each of {len(self)} tokens"
@@ -185,7 +187,7 @@ class Trace:
         if samples is not None:
             chosen &= np.isin(self.sample, check("samples", samples, Wholes()))
         if mask is not None:
-            mask = np.asarray(mask)
+            mask = array_of("mask", mask)
             if mask.shape != chosen.shape or mask.dtype != bool:
                 raise ValueError(f"mask is {mask.dtype} {list(mask.shape)}; expected bool [{len(self)}]")
             chosen &= mask
@@ -253,6 +255,16 @@ class Trace:
 ARRAYS = {f.name for f in fields(Trace)} - {"layers", "full", "num_experts", "meta", "labels"}
 
 
+def need_trace(name: str, given: Any) -> None:
+    """That the argument ``name`` is a trace.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if not isinstance(given, Trace):
+        raise ValueError(f"{name}={shown(given)}: expected a trace, as Model.trace returns it")
+
+
 def need_layers(trace: Trace, what: str) -> None:
     """For what asks about experts.
 
@@ -272,12 +284,6 @@ def need_layers(trace: Trace, what: str) -> None:
 def kept_by_expert(trace: Trace) -> np.ndarray:
     """[T, L, K] int16: the experts that got the token in ascending order, -1 for each choice not dispatched."""
     return np.sort(np.where(trace.kept, trace.experts, np.int16(-1)), axis=2)
-
-
-def array_of(given: Iterable[Any] | np.ndarray) -> np.ndarray:
-    """What any iterable gives, read once, as an array."""
-    whole = isinstance(given, str) or hasattr(given, "__len__")
-    return np.asarray(given if whole else list(given))
 
 
 # ----------------------------------------------------------------------------------------------- merging the ranks
@@ -322,7 +328,9 @@ def join(traces: Iterable[Trace], *, renumber: bool = False) -> Trace:
     Raises:
         ValueError: they share a sample, or are of other layers or another number of experts.
     """
-    traces = list(traces)
+    for number, trace in enumerate(traces := list(traces) if is_many(traces) else [traces]):
+        need_trace(f"traces[{number}]", trace)
+    renumber = check("renumber", renumber, Flag())
     if not traces:
         raise ValueError("there are no traces to join; expected at least one")
     for name in ("layers", "num_experts", "top_k"):
@@ -369,6 +377,8 @@ def align(one: Trace, other: Trace) -> tuple[Trace, Trace]:
     Raises:
         ValueError: they share no token, differ in a token's id, or are of other layers or another number of experts.
     """
+    need_trace("the first trace", one)
+    need_trace("the second trace", other)
     for name in ("layers", "num_experts", "top_k"):
         if getattr(one, name) != getattr(other, name):
             raise ValueError(f"the traces' {name} differ: {getattr(one, name)} and {getattr(other, name)}")

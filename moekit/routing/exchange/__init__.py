@@ -31,15 +31,16 @@ T tokens, L layers, k choices, E experts. A sample is written as one request, fo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from moekit import results
-from moekit.arguments import reading
+from moekit.arguments import Choice, Whole, Wholes, check, reading
+from moekit.arguments import Path as PathKind
 from moekit.mapped import whole_files
 from moekit.routing.exchange.readers import READERS, as_trace
 from moekit.routing.exchange.writers import WRITERS
-from moekit.routing.trace import Trace, need_layers
+from moekit.routing.trace import Trace, need_layers, need_trace
 
 LAYOUTS = tuple(WRITERS)
 
@@ -53,7 +54,8 @@ def write(trace: Trace, path: str | Path, layout: str) -> None:
         ValueError: there is no such layout, or the trace has no layers.
         moekit.results.NotWritten: (a ValueError) the folder is missing or cannot be written to, or its disk is full.
     """
-    writer = _choose(layout, WRITERS)
+    writer = WRITERS[check("layout", layout, Choice(LAYOUTS))]
+    need_trace("trace", trace)
     need_layers(trace, f"layout={layout!r}")
     with results.whole(path) as part:
         writer(trace, part)
@@ -72,15 +74,17 @@ def read(
     Raises:
         ValueError: the file is not what ``layout`` says, or the arguments do not fit it.
     """
-    path = Path(path).expanduser()
-    reader = _choose(layout, READERS)
+    path = check("path", path, PathKind())
+    reader = READERS[check("layout", layout, Choice(tuple(READERS)))]
+    num_experts = check("num_experts", num_experts, Whole(optional=True))
+    layers = check("layers", layers, Wholes(optional=True, ordered=True))
+    layers = None if layers is None else tuple(layers)
     with reading(path):
         there = path.exists()
     if not there:
         raise ValueError(f"there is no {path}")
     if not path.is_file() and not (path.is_dir() and layout in ("megatron", "vllm")):
         raise ValueError(f"{path} is no regular file; expected what {layout} writes")
-    layers = None if layers is None else tuple(int(layer) for layer in layers)
     try:
         with reading(path):
             samples = list(reader(path, layers))
@@ -90,9 +94,3 @@ def read(
             "wrote it"
         ) from None
     return as_trace(samples, num_experts, layers, {"path": str(path), "layout": layout})
-
-
-def _choose(layout: str, table: Iterable[str]):
-    if layout not in table:
-        raise ValueError(f"layout={layout!r}; expected one of {', '.join(table)}")
-    return table[layout]
