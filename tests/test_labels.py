@@ -43,7 +43,7 @@ def test_labels_are_a_column():
         ({"token": ["a"] * 300}, "has a column token of its own"),
         ({"layer": ["a"] * 300}, "has a column layer of its own"),
         ({"x": ["a"]}, r"groups has shape \[1\]; expected a label for each of 300 tokens"),
-        ({"x": 3}, "x=3: expected a label for each token"),
+        ({"x": 3}, "x=3: expected one for each token"),
         ({"x": "y"}, r"no column of labels called 'y': there is none; trace\.labelled"),
     ],
 )
