@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
-# The greatest number of the ranks' int64.
-MOST = 2**63 - 1
+# The greatest number of the ranks' int64; the characters of a path, on Linux.
+MOST, LONGEST_PATH = 2**63 - 1, 4096
 
 
 class ParameterError(ValueError):
@@ -98,7 +98,8 @@ def parameter(name: str, value: Any, kind: Kind) -> Any:
     if kind.optional and isinstance(value, str) and value.lower() in ("none", ""):
         return None
     if isinstance(kind, Texts | Wholes):
-        value = _listed(value, str if isinstance(kind, Texts) else int)
+        spelled, each = literal(value), str if isinstance(kind, Texts) else int
+        value = spelled if isinstance(spelled, list) and all(isinstance(x, each) for x in spelled) else value
     try:
         return check(name, value, kind)
     except ValueError as error:
@@ -111,10 +112,16 @@ class _Why(ValueError):
 
 def _plain(value: Any) -> Any:
     """The Python number of a NumPy scalar, or of an array or tensor without dimensions."""
-    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        # A tensor without data has no number.
+        with contextlib.suppress(RuntimeError):
+            return value.item()
+    return value
 
 
-# ------------------------------------------------------------------------------------------------------- kinds
+def is_many(value: Any) -> bool:
+    """Whether ``value`` holds others; an array or tensor without dimensions is a number, though it says to be iterable."""
+    return isinstance(value, Iterable) and getattr(value, "ndim", 1) != 0
 
 
 @dataclass(frozen=True)
@@ -142,12 +149,15 @@ class Path:
     def convert(self, value: Any) -> pathlib.Path:
         if not isinstance(value, str | pathlib.PurePath) or not str(value).strip() or "\0" in str(value):
             raise ValueError
+        if len(str(value)) > LONGEST_PATH:
+            raise _Why(f"expected at most {LONGEST_PATH} characters")
         if "://" in str(value):
             raise _Why("an address; expected the path of a file or folder on this machine, without '://'")
         # Half of a surrogate pair has no bytes.
         os.fsencode(value)
         try:
-            return pathlib.Path(value).expanduser()
+            # Half a surrogate pair is no part of a file's name.
+            return pathlib.Path(os.fsdecode(os.fsencode(value))).expanduser()
         except RuntimeError:
             raise _Why("this machine has no such home folder; write the path without '~'") from None
 
@@ -248,10 +258,12 @@ class Flag:
     expected = "True or False"
 
     def convert(self, value: Any) -> bool:
-        spelled = {"true": True, "false": False}.get(str(_plain(value)).lower())
-        if spelled is None:
+        value = _plain(value)
+        if isinstance(value, str):
+            value = {"true": True, "false": False}.get(value.lower())
+        if not isinstance(value, bool):
             raise ValueError
-        return spelled
+        return value
 
 
 @dataclass(frozen=True)
@@ -306,24 +318,19 @@ def literal(value: Any, begins: str = "[") -> Any:
     return value
 
 
-def _listed(value: Any, kind: type) -> Any:
-    """The list of ``kind`` that a text spells; any other text stays one."""
-    read = literal(value)
-    return read if isinstance(read, list) and all(isinstance(part, kind) for part in read) else value
-
-
 def _items(value: Any) -> list:
     """What an iterable with an order holds, read once; a text is one item.
 
     Raises:
         ValueError: it is none: bytes, a mapping, a set, a table, a path or a number.
     """
+    value = _plain(value)
     if isinstance(value, str):
         return [value]
     # A memoryview has "tolist", too: it is refused before that is asked.
     if isinstance(value, bytes | bytearray | memoryview):
         raise ValueError
-    if hasattr(value, "tolist") and getattr(value, "ndim", 1) > 0:
+    if hasattr(value, "tolist"):
         try:
             value = value.tolist()
         except RuntimeError:
@@ -332,12 +339,9 @@ def _items(value: Any) -> list:
     unordered = isinstance(value, Mapping) or hasattr(value, "columns")
     # The keys of a dict are a set with an order.
     unordered |= isinstance(value, Set) and not isinstance(value, KeysView)
-    if unordered or not isinstance(value, Iterable):
+    if unordered or not is_many(value):
         raise ValueError
     return list(value)
-
-
-# ----------------------------------------------------------------------------------------------- texts and ids
 
 
 def sequences(name: str, value: Any) -> list[str | list[int]]:
@@ -358,7 +362,7 @@ def sequences(name: str, value: Any) -> list[str | list[int]]:
     if not parts:
         raise ValueError(f'there are no {name}; for an empty one give ""')
     one = name.removesuffix("s")
-    if all(_is_id(part) for part in parts):
+    if all(map(_is_id, parts)):
         return [[operator.index(part) for part in parts]]
     return [_sequence(one, number, part) for number, part in enumerate(parts)]
 
@@ -370,10 +374,9 @@ def _sequence(one: str, number: int, value: Any) -> str | list[int]:
         except _Why as why:
             raise ValueError(f"{one} {number} is {shown(value)}: {why}") from None
         return str(value)
-    try:
+    ids = None
+    with contextlib.suppress(ValueError):
         ids = _items(value)
-    except ValueError:
-        ids = None
     if ids is not None and set(map(type, ids)) == {int}:
         # The usual case takes no call for each id.
         return ids

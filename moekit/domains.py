@@ -64,9 +64,9 @@ def evaluate_domains(
     named = isinstance(domains, Mapping)
     for name, folder in domains.items() if named else [(None, domains)]:
         check(f"domains[{shown(name)}]" if named else "domains", folder, arguments.Path())
-    # An array or tensor without dimensions is a number, and bytes are none.
-    one = isinstance(fractions, str | bytes) or getattr(fractions, "ndim", 1) == 0
-    given = list(fractions) if isinstance(fractions, Iterable) and not one else [fractions]
+    # Bytes are no numbers.
+    one = isinstance(fractions, str | bytes) or not arguments.is_many(fractions)
+    given = [fractions] if one else list(fractions)
     if not given:
         raise ValueError("capacity_token_fraction=[]: expected at least one")
     held = list(dict.fromkeys(model.capacity(fraction) for fraction in given))

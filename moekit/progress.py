@@ -13,6 +13,8 @@ from typing import Any, ClassVar
 
 from tqdm import tqdm
 
+from moekit.arguments import Flag, check
+
 
 def under_kernel() -> bool:
     """Whether this runs in a notebook's kernel."""
@@ -54,7 +56,11 @@ def bar(label: str, total: int, unit: str, *, done: int = 0, show: bool = True, 
     Args:
         show: False makes it silent.
         delay: seconds before it appears; what takes less shows none.
+
+    Raises:
+        ValueError: ``show``, which is the argument ``progress`` of most calls, is no flag.
     """
+    show = check("progress", show, Flag())
     kind = KernelBar if under_kernel() else tqdm
     options = {"initial": done, "unit": unit, "unit_scale": True, "mininterval": 0.3, "delay": delay}
     return kind(desc=label, total=total, disable=not show, **options)

@@ -29,7 +29,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from moekit import moving
+from moekit import json_text, moving
+from moekit.arguments import Path as PathKind
+from moekit.arguments import check
 from moekit.interrupts import hold_interrupts
 
 PREFIX, LOCK = ".moekit-", ".lock"
@@ -90,8 +92,9 @@ def whole(path: str | Path, make: bool = False) -> Iterator[Path]:
 
     Raises:
         NotWritten: as :func:`together`.
+        ValueError: ``path`` is no path.
     """
-    path = Path(path).expanduser().resolve()
+    path = check("path", path, PathKind()).resolve()
     with together(path.parent, make) as folder:
         yield folder / path.name
 
@@ -113,10 +116,28 @@ def settle(folder: str | Path) -> None:
 
 
 def _settle(place: Path, folder: Path) -> None:
+    if place.is_symlink():
+        return
     if (place / moving.WHOLE).is_file():
+        if not _stays(place, folder):
+            return
         with _alone(folder):
             moving.move(place, folder)
     shutil.rmtree(place, ignore_errors=True)
+
+
+def _stays(place: Path, folder: Path) -> bool:
+    """Whether the mark names files of ``place`` that go below ``folder``: in a folder from elsewhere it may name any."""
+    try:
+        names = json_text.loads((place / moving.WHOLE).read_bytes())
+        return isinstance(names, list) and all(
+            Path(name).name not in ("", "..")
+            and "\0" not in name
+            and all((top / name).parent.resolve().is_relative_to(top.resolve()) for top in (place, folder))
+            for name in names
+        )
+    except (OSError, ValueError, TypeError, RuntimeError):
+        return False
 
 
 def _move(place: Path, folder: Path, lock: IO[str]) -> None:

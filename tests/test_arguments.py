@@ -23,6 +23,11 @@ from moekit.arguments import (
     parameter,
     sequences,
 )
+from moekit.progress import bar
+
+DEEP: list = []
+for _ in range(3000):
+    DEEP = [DEEP]
 
 
 @pytest.mark.parametrize(
@@ -101,6 +106,15 @@ def test_what_papermill_spells(kind, given, meant):
         (Choice(("a", "b")), ["a"], "x=['a']: expected one of a, b"),
         (Choice(("a", "b")), np.array(["a"]), "x=array(['a'], dtype='<U1'): expected one of a, b"),
         (Flag(), 1, "x=1: expected True or False"),
+        (Flag(), DEEP, "x=[[[[[[[...]]]]]]]: expected True or False"),
+        (
+            Flag(),
+            torch.empty((), device="meta"),
+            "x=tensor(..., device='meta', size=()): expected True or False",
+        ),
+        (Path(), "\ud800", r"x='\ud800': expected the path of a file or folder"),
+        (Path(), "a" * 5000, f"x='{'a' * 37}...{'a' * 38}': expected at most 4096 characters"),
+        (Wholes(), np.array(0.5), "x=array(0.5): expected a list of whole numbers"),
         (Path(), "", "x='': expected the path of a file or folder"),
         (Path(), "a\0b", r"x='a\x00b': expected the path of a file or folder"),
         (Path(), 7, "x=7: expected the path of a file or folder"),
@@ -139,6 +153,12 @@ def test_what_is_refused(kind, given, said):
         check("x", given, kind)
     with pytest.raises(ParameterError, match="^" + re.escape(said) + "$"):
         parameter("x", given, kind)
+
+
+@pytest.mark.parametrize("show", ["no", 1, None, pd.Series([1, 2]), torch.ones(2)])
+def test_a_bar_takes_a_flag_alone(show):
+    with pytest.raises(ValueError, match="^progress=.*: expected True or False$"):
+        bar("x", 1, "B", show=show)
 
 
 def test_long_values_are_cut():
@@ -185,6 +205,9 @@ def test_texts_and_ids_come_from_any_iterable(given, meant):
         (pd.DataFrame({"text": ["abc"]}), "found DataFrame, expected a text"),
         (File("abc"), "found PosixPath, expected a text"),
         (5, "texts=5: found int, expected a text"),
+        (np.array(5), "texts=array(5): found ndarray, expected a text"),
+        (torch.tensor(1.5), "texts=tensor(1.5000): found Tensor, expected a text"),
+        (torch.empty((), device="meta"), "found Tensor, expected a text"),
         (None, "texts=None: found NoneType, expected a text"),
         ([], 'there are no texts; for an empty one give ""'),
         (iter(()), 'there are no texts; for an empty one give ""'),

@@ -354,7 +354,7 @@ def overlap(header):
     "edit, said",
     [
         (overlap, "does not begin where the tensor before it ends"),
-        (lambda h: h[KEY].update(shape=[2**40, 2**40]), "has no place for shape"),
+        (lambda h: h[KEY].update(shape=[2**40, 2**20]), "has no place for shape"),
         (lambda h: h[KEY].update(shape=[-1]), "does not describe"),
         (lambda h: h[KEY].update(dtype="F4"), "of a type 'F4'; expected one of F64"),
         (lambda h: h[KEY].update(data_offsets=[0, 2**47]), "has no place for shape"),
@@ -362,7 +362,13 @@ def overlap(header):
         (lambda h: h.pop("__metadata__") and None, "tells no config"),
         (lambda h: h["__metadata__"].update({"moekit.settings": "{"}), "moekit.settings is no JSON"),
         (lambda h: h["__metadata__"].update({"moekit.settings": "[]"}), "settings are no object"),
-        (lambda h: b'{"a": 1, "a": 1}', "its header is no JSON"),
+        (lambda h: b'{"a": 1, "a": 1}', "its header has the key 'a' twice"),
+        (lambda h: b'{"a": [' + b"[]," * 700_000 + b"[]]}", "its header has more than 600,000 values"),
+        (
+            lambda h: h["__metadata__"].update({"moekit.settings": "[" + "{}," * 700_000 + "{}]"}),
+            "has more than 600,000",
+        ),
+        (lambda h: h[KEY].update(shape=[2**47, 2**47, 0]), "does not describe"),
         (lambda h: b"{" + b"[" * 100_000, "its header is no JSON"),
         (lambda h: b"{\xff}", "its header is no JSON"),
     ],

@@ -317,6 +317,19 @@ def test_mistakes_are_told(trace, tmp_path):
         exchange.read(tmp_path / "v.npy", "vllm", layers=[1])
     with pytest.raises(ValueError, match="not a readable file of SGLang's recorder but an array of NumPy"):
         exchange.read(tmp_path / "v.npy", "sglang")
+    for asked, said in [
+        ({"path": None}, "path=None: expected the path"),
+        ({"layout": ["vllm"]}, "layout=.'vllm'.: expected one of vllm"),
+        ({"num_experts": "8"}, "num_experts='8': expected a whole number of at least 1 or None"),
+        ({"layers": 1.5}, "layers=1.5: expected a list of whole numbers in an order"),
+        ({"layers": {1, 3}}, "layers={1, 3}: expected a list of whole numbers in an order"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            exchange.read(**{"path": tmp_path / "v.npy", "layout": "vllm"} | asked)
+    with pytest.raises(ValueError, match="trace=5: expected a trace"):
+        exchange.write(5, tmp_path / "x", "vllm")
+    with pytest.raises(ValueError, match="path=5: expected the path"):
+        exchange.write(trace, 5, "vllm")
     (tmp_path / "o.jsonl").write_text('{"input_ids"\n')
     with pytest.raises(ValueError, match="line 1"):
         exchange.read(tmp_path / "o.jsonl", "olmoe")

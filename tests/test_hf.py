@@ -503,13 +503,17 @@ def tiny(reference, tmp_path):
         (b"\xff\xfe", "config.json is no JSON"),
         (b'{"a": ' + b"1" * 5000 + b"}", "config.json is no JSON"),
         (b" " * 10_000_001, "config.json has 10,000,001 bytes; a config has 10,000,000 at most"),
+        (
+            b'{"num_hidden_layers": 2, "num_hidden_layers": 3}',
+            "config.json has the key 'num_hidden_layers' twice",
+        ),
         ({"architectures": [["FairseqMoeForCausalLM"]]}, "no config.json beside it names a model"),
         ({"hidden_size": "wide"}, "hidden_size='wide'; expected a whole number"),
         ({"hidden_size": None}, "config.json lacks hidden_size"),
         ({"pre_norm": 1}, "pre_norm=1; expected true or false"),
         ({"num_hidden_layers": 10**12}, "decoder_layers=1000000000000; expected a whole number"),
         ({"num_hidden_layers": 9}, "decoder_layers=9, but"),
-        ({"num_experts": 7}, "would be expert 7 .from 0., but cfg says moe_expert_count=7"),
+        ({"num_experts": 7}, r"experts\.\w+ has shape .*, expected 7 experts"),
         ({"hidden_act": "silu"}, "activation_fn='silu' is unknown"),
         ({"intermediate_size": 24}, "expected"),
     ],
@@ -533,6 +537,14 @@ def test_a_config_that_lies_is_refused(tiny, change, said):
         ('{"weight_map": {"a": "../model.safetensors"}}', "expected one beside it with weights"),
         ('{"weight_map": {"a": "/etc/passwd"}}', "expected one beside it with weights"),
         ('{"weight_map": {"a": "model-00002-of-00002.safetensors"}}', "which its index names: fetch it"),
+        (
+            '{"weight_map": {"a": "' + "a" * 5000 + '.safetensors"}}',
+            "lacks 'aaaa.*which its index names: fetch it",
+        ),
+        (
+            '{"weight_map": {"a": "\\ud800.safetensors"}}',
+            r"lacks '.ud800.safetensors', which its index names",
+        ),
     ],
 )
 def test_an_index_that_lies_is_refused(tiny, index, said):
@@ -540,6 +552,55 @@ def test_an_index_that_lies_is_refused(tiny, index, said):
     (tiny / "model.safetensors.index.json").write_text(index)
     with pytest.raises(ValueError, match=said):
         checkpoint.find(tiny)
+
+
+def edited(path, edit):
+    """A file of safetensors whose header ``edit`` changes."""
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    edit(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+
+
+@pytest.mark.parametrize(
+    "kind", ["quint8", "bits8", "float4_e2m1fn_x2", "complex32", "load", "", 5, ["float32"]]
+)
+def test_a_buffer_of_another_type_is_refused(tiny, kind):
+    """Of some of them torch cannot read a number, and of some it ends the process."""
+
+    def edit(header):
+        settings = json.loads(header["__metadata__"]["moekit.settings"])
+        settings["buffers"] = {"decoder.version": {"dtype": kind, "bytes": "00" * 4}}
+        header["__metadata__"]["moekit.settings"] = json.dumps(settings)
+
+    edited(tiny / "model.safetensors", edit)
+    with pytest.raises(ValueError, match="model.safetensors is damaged: its buffers are"):
+        checkpoint.survey(checkpoint.find(tiny))
+
+
+def test_a_stack_of_another_number_of_experts_is_refused_at_once(tiny):
+    """One of a million dimensions of one number would be a million tensors."""
+
+    def edit(header):
+        key = next(key for key in header if key.endswith("experts.w1"))
+        header[key]["shape"] = [int(np.prod(header[key]["shape"]))]
+
+    edited(tiny / "model.safetensors", edit)
+    with pytest.raises(ValueError, match=r"experts.w1 has shape \[[0-9]+\], expected [0-9]+ experts"):
+        checkpoint.survey(checkpoint.find(tiny))
+
+
+@pytest.mark.parametrize("spelled", ["f" * 10_000, "-1234567", "xyz", "0X123456"])
+def test_a_checksum_that_is_none_counts_as_unknown(tiny, spelled):
+    def edit(header):
+        key = next(key for key in header["__metadata__"] if key.startswith("crc32:"))
+        header["__metadata__"][key] = spelled
+
+    edited(tiny / "model.safetensors", edit)
+    weights = checkpoint.read(tiny / "model.safetensors")["model"]
+    assert sum(record.checksum is None for record in weights.records.values()) == 1
 
 
 def test_a_folder_without_weights_or_of_another_model_is_refused(tiny):

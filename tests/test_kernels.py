@@ -785,7 +785,7 @@ def test_kernels_that_are_not_there(reference, monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert choose_backend("auto", cpu, torch.float16) == "loop"
     assert choose_backend("auto", cuda, torch.float16) == "triton"
-    with pytest.raises(ValueError, match="backend='cublas'; expected auto, loop, grouped_mm, triton"):
+    with pytest.raises(ValueError, match="backend='cublas': expected one of auto, loop, grouped_mm, triton"):
         choose_backend("cublas", cpu, torch.float16)
     monkeypatch.delenv(INTERPRET, raising=False)
     with pytest.raises(

@@ -278,6 +278,6 @@ def test_tasks_that_are_whole_pass(monkeypatch):
     own = {"baseline": "demo", "domains": {"a": "demo", "b": "demo"}, "mask": None}
     assert preflight.evaluate_tasks(given(**TASKS | own)).experts == 16
     monkeypatch.setitem(sys.modules, "moekit.tasks", None)
-    monkeypatch.delitem(sys.modules, "moekit.tasks.evaluation", raising=False)
+    monkeypatch.delitem(sys.modules, "moekit.tasks.loading", raising=False)
     with pytest.raises(ParameterError, match="moekit.tasks"):
         preflight.evaluate_tasks(given(**TASKS))

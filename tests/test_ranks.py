@@ -427,11 +427,11 @@ def test_a_single_rank_is_this_process():
 @pytest.mark.parametrize(
     "gpus, world_size, device, said",
     [
-        (0, 0, "cpu", "world_size is 0"),
-        (0, 2.0, "cpu", "world_size is 2.0"),
-        (0, True, "cpu", "world_size is True"),
-        (0, 10**9, "cpu", "world_size is 1000000000: expected at most 4096"),
-        (0, 2, "gpu", "device is 'gpu'"),
+        (0, 0, "cpu", "world_size=0: expected a whole number"),
+        (0, 2.5, "cpu", "world_size=2.5: expected a whole number"),
+        (0, True, "cpu", "world_size=True: expected a whole number"),
+        (0, 10**9, "cpu", "world_size=1000000000: expected at most 4096"),
+        (0, 2, "gpu", "device='gpu': expected one of auto, cuda, cpu"),
         (0, 1, "cuda", 'torch sees 0: use device="cpu"'),
         (1, 4, "auto", 'torch sees 1: use world_size=1 or device="cpu"'),
     ],

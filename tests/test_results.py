@@ -230,6 +230,52 @@ def test_what_is_whole_gets_to_its_names_by_the_next_save_or_reading(tmp_path, d
     assert contents(tmp_path) == dict.fromkeys("abc" if by == "settle" else "abcd", b"new")
 
 
+HOSTILE = [
+    '["../mine"]',
+    '["sub/../../mine"]',
+    '["link/mine"]',
+    '["/"]',
+    '[".."]',
+    '[""]',
+    '["a\\u0000b"]',
+    "[5]",
+    "5",
+    "{",
+    "[" * 100_000,
+]
+
+
+@pytest.mark.parametrize("mark", HOSTILE)
+def test_a_mark_from_elsewhere_moves_nothing_out_of_its_folder(tmp_path, mark):
+    """As an archive may hold one beside a trace."""
+    folder = tmp_path / "folder"
+    trace, _ = synthetic(tokens=20)
+    folder.mkdir()
+    (tmp_path / "mine").write_text("mine")
+    (folder / "mine").write_text("theirs")
+    (folder / "link").symlink_to(tmp_path)
+    place = folder / f"{results.PREFIX}x"
+    (place / "link").mkdir(parents=True)
+    (place / "sub").mkdir()
+    (place / "link" / "mine").write_text("theirs")
+    (place / results.LOCK).touch()
+    (place / moving.WHOLE).write_text(mark)
+    trace.save(folder / "t")
+    assert len(Trace.load(folder / "t")) == 20
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "mine"]
+
+
+def test_a_folder_from_elsewhere_is_no_link(tmp_path):
+    (tmp_path / "mine").mkdir()
+    half_moved(tmp_path / "mine", "a", 0).rename(tmp_path / "ended")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / f"{results.PREFIX}x").symlink_to(tmp_path / "ended")
+    results.settle(folder)
+    assert (tmp_path / "ended" / "a").read_text() == "new"
+
+
 def test_a_trace_is_read_after_what_was_whole_has_got_to_its_name(tmp_path):
     trace, _ = synthetic(tokens=20)
     trace.save(tmp_path / "t")

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager
@@ -22,8 +24,9 @@ from moekit.checkpoint import export
 from moekit.likelihood import Text, plan_steps, score_texts
 from moekit.nn.transformer import Transformer
 from moekit.symbols import EOS, PAD
-from moekit.tasks import FILES, HarnessModel, Scored, compare, evaluate_tasks, evaluation, fair, known_tasks
-from moekit.tasks.evaluation import changed_items, load_tasks
+from moekit.tasks import FILES, HarnessModel, Scored, compare, evaluate_tasks, fair, known_tasks, loading
+from moekit.tasks.evaluation import changed_items
+from moekit.tasks.loading import load_tasks
 from moekit.tasks.rows import dataset
 from moekit.worker.decoding import SPARE
 from moekit.worker.scoring import GRAPH
@@ -620,7 +623,7 @@ def test_data_is_given_as_files(tmp_path, one):
 def test_what_makes_no_sense_is_one_sentence(one, asked, said, monkeypatch):
     # The harness's thousands of files take seconds.
     monkeypatch.setattr(
-        evaluation, "TaskManager", lambda include_path, **_: TaskManager(None, include_path, False)
+        loading, "TaskManager", lambda include_path, **_: TaskManager(None, include_path, False)
     )
     with pytest.raises(ValueError, match=said) as caught:
         evaluate_tasks(one, **asked, progress=False)
@@ -641,6 +644,54 @@ def test_a_task_file_that_makes_no_sense_is_named(tmp_path, text, said):
     (tmp_path / "x.yaml").write_text(text)
     with pytest.raises(ValueError, match=f"x.yaml .*{said}" if "names" not in said else said):
         load_tasks([str(tmp_path / "x.yaml")], {})
+
+
+TASK = {
+    "task": "tiny",
+    "dataset_path": "json",
+    "output_type": "multiple_choice",
+    "test_split": "test",
+    "doc_to_text": "{{question}}",
+    "doc_to_choice": "{{choices}}",
+    "doc_to_target": "{{answer}}",
+    "metric_list": [{"metric": "acc"}],
+}
+ROWS = [{"question": "The cat", "choices": ["sat", "ran"], "answer": number} for number in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"doc_to_text": "{{nothing.at_all}}"}, "cannot be made .UndefinedError: 'nothing' is undefined"),
+        ({"doc_to_choice": "{{"}, "cannot be made .TemplateSyntaxError"),
+        ({"metric_list": 5}, "cannot be made .TypeError"),
+        ({"process_docs": "x"}, "cannot be made .TypeError"),
+        ({"repeats": "x"}, "cannot be evaluated .TypeError"),
+        ({"test_split": ["x"]}, "the task tiny has the split .'x'.; expected a name"),
+        ({"task": 5}, "has task: 5; expected a name"),
+    ],
+)
+def test_fields_of_a_task_file_that_make_no_sense_are_one_sentence(one, tmp_path, fields, said):
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(TASK | fields))
+    with pytest.raises(ValueError, match=said) as caught:
+        evaluate_tasks(one, str(tmp_path / "x.yaml"), data={"tiny": ROWS}, progress=False)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("answer", [-1, 7, "other"])
+def test_an_item_without_a_right_choice_is_said_to_count_as_wrong(one, tmp_path, answer):
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(TASK | {"doc_to_target": "answer"}))
+    rows = [*map(dict, ROWS), {"question": "A dog", "choices": ["sat", "ran"], "answer": 0}]
+    asked = {"data": {"tiny": rows}, "progress": False}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        evaluate_tasks(one, str(tmp_path / "x.yaml"), **asked)
+    kind = type(answer)
+    for row in rows[:2]:
+        row["answer"] = row["choices"][row["answer"]] if kind is str else row["answer"]
+    rows[2]["answer"] = answer
+    with pytest.warns(UserWarning, match="tiny: the right choice of . of 3 items is none of their choices"):
+        evaluate_tasks(one, str(tmp_path / "x.yaml"), **asked)
 
 
 def test_files_of_other_tools(tmp_path):

@@ -22,8 +22,10 @@ from moekit.nn.ffn import activation_fn
 from moekit.nn.record import Options, Recorder
 from moekit.nn.transformer import MoE, Pass, Transformer
 from moekit.routing import pairs, trace
+from moekit.routing.compare import compare
 from moekit.routing.domains import domains_of
-from moekit.routing.trace import Trace
+from moekit.routing.pairs import align
+from moekit.routing.trace import Trace, join
 from moekit.symbols import PAD
 from moekit.worker import scoring as worker
 
@@ -473,6 +475,34 @@ def test_wrong_columns_are_refused(made):
     for name, wrong in (("experts", made.experts.astype(np.int8)), ("kept", made.kept[:-1])):
         with pytest.raises(ValueError, match=rf"{name} is .*; expected"):
             Trace(**(columns | {name: wrong}), num_experts=300, meta={})
+
+
+@pytest.mark.parametrize(
+    "call, said",
+    [
+        (lambda made: made.at("3"), "layer='3': expected a whole number"),
+        (lambda made: made.at(None), "layer=None: expected a whole number"),
+        (lambda made: made.labels_of(5), "groups=5: expected one for each token"),
+        (lambda made: made.labels_of(np.array(5)), r"groups=array\(5\): expected one for each token"),
+        (lambda made: made.labelled(x=[[1], [1, 2]]), "x=.*: expected one for each token"),
+        (lambda made: made.select(mask=5), "mask=5: expected one for each token"),
+        (lambda made: made.save(None), "path=None: expected the path"),
+        (lambda made: Trace.load(5), "path=5: expected the path"),
+        (lambda made: join(5), "traces.0.=5: expected a trace"),
+        (lambda made: join([made, None]), "traces.1.=None: expected a trace"),
+        (lambda made: join([made], renumber="x"), "renumber='x': expected True or False"),
+        (lambda made: align(made, None), "the second trace=None: expected a trace"),
+        (lambda made: compare("x", made), "the first trace='x': expected a trace"),
+        (lambda made: compare(made, made, by=5), "by=5: expected one for each token"),
+        (
+            lambda made: compare(made, made, by="block", size=0),
+            "size=0: expected a whole number of at least 1",
+        ),
+    ],
+)
+def test_arguments_of_other_types_are_named(made, call, said):
+    with pytest.raises(ValueError, match=f"^{said}"):
+        call(made)
 
 
 def test_align(made):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 import re
 import reprlib
 import sys
@@ -33,6 +34,8 @@ def short(value: Any) -> str:
         text = _cut.repr(value)
     except ValueError:
         text = f"a {type(value).__name__}"
+    # A table's text has lines.
+    text = " ".join(text.split()) if "\n" in text else text
     return text if len(text) <= 80 else text[:77] + "..."
 
 
@@ -60,6 +63,10 @@ STORAGES = {
         "ComplexDouble": torch.complex128,
         "Untyped": torch.uint8,
     }.items()
+}
+# The types by torch's words; some of them have no storage of their own. Torch cannot read a number of any other type.
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in STORAGES.values()} | {
+    word: getattr(torch, word) for word in ("float8_e4m3fn", "float8_e5m2", "uint16", "uint32", "uint64")
 }
 OLD_CODECS = ("latin1", "latin-1")
 
@@ -354,6 +361,15 @@ class Stored:
         return self.count * self.dtype.itemsize
 
 
+def is_shape(shape: tuple | list) -> bool:
+    """Whether a tensor can have this shape: torch counts its numbers in 64 bits, and takes a dimension of 0 for 1 at times."""
+    return (
+        len(shape) <= 8
+        and all(type(n) is int and 0 <= n < 2**48 for n in shape)
+        and math.prod(max(n, 1) for n in shape) < 2**63
+    )
+
+
 def layout_of(call: Call) -> tuple[Stored, int, tuple[int, ...], tuple[int, ...], torch.dtype] | None:
     """(storage, offset, shape, strides, dtype) of a tensor that torch would rebuild; None for any other call.
 
@@ -377,12 +393,13 @@ def layout_of(call: Call) -> tuple[Stored, int, tuple[int, ...], tuple[int, ...]
     stored = Stored(storage)
     dtype = stored.dtype
     if kind == "tensor_v3":
-        dtype = getattr(torch, str(arguments[6]).removeprefix("torch."), None) if len(arguments) > 6 else None
-        if not isinstance(dtype, torch.dtype):
-            raise Unreadable("is damaged: a tensor has no type")
+        word = str(arguments[6]).removeprefix("torch.") if len(arguments) > 6 else None
+        if word not in DTYPES:
+            raise Unreadable(f"is damaged, or has a tensor of an unknown type: {short(word)}")
+        dtype = DTYPES[word]
     if not isinstance(shape, tuple) or not isinstance(strides, tuple) or len(shape) != len(strides):
         raise Unreadable("is damaged: a tensor has no shape")
-    if len(shape) > 8 or any(type(n) is not int or not 0 <= n < 2**48 for n in (offset, *shape, *strides)):
+    if not is_shape(shape) or any(type(n) is not int or not 0 <= n < 2**48 for n in (offset, *strides)):
         raise Unreadable("is damaged: a tensor's shape is not made of whole numbers")
     last = offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
     if 0 not in shape and (last + 1) * dtype.itemsize > stored.bytes:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from typing import IO, Any, NamedTuple
@@ -17,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moekit import json_text
 from moekit.checkpoint.archive import Record
-from moekit.checkpoint.contents import short
+from moekit.checkpoint.contents import is_shape, short
 from moekit.checkpoint.pickles import Unreadable
 
 DTYPES = {
@@ -37,8 +39,10 @@ DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 METADATA, SETTINGS, CHECKSUM = "__metadata__", "moekit.settings", "crc32:"
-# bytes of a header, as in the package
-MOST = 100_000_000
+# Bytes of a header; one with 60,000 tensors has 10 MB.
+MOST = 30_000_000
+# How `write` spells a checksum.
+_CHECKSUM = re.compile("[0-9a-f]{8}")
 # The first number of a file lies at a multiple of as many bytes.
 ALIGNMENT = 64
 LENGTH = struct.Struct("<Q")
@@ -67,10 +71,7 @@ def layout(memory: np.ndarray) -> tuple[dict[str, Entry], Any]:
     (length,) = LENGTH.unpack(memory[:8].tobytes())
     if length > MOST or 8 + length > len(memory):
         raise Unreadable(f"is cut short or damaged: its header should have {length:,} bytes")
-    try:
-        header = json.loads(memory[8 : 8 + length].tobytes(), object_pairs_hook=_once)
-    except (ValueError, RecursionError) as error:
-        raise Unreadable("is damaged: its header is no JSON") from error
+    header = _read("header", memory[8 : 8 + length].tobytes())
     metadata = header.pop(METADATA, {})
     if not isinstance(metadata, dict) or not all(type(value) is str for value in metadata.values()):
         raise Unreadable("is damaged: its metadata are no text")
@@ -86,18 +87,14 @@ def layout(memory: np.ndarray) -> tuple[dict[str, Entry], Any]:
         raise Unreadable(f"is damaged: it has {len(memory):,} bytes, and its tensors end after {at:,}")
     if SETTINGS not in metadata:
         return entries, None
+    return entries, _read(SETTINGS, metadata[SETTINGS])
+
+
+def _read(what: str, text: bytes | str) -> Any:
     try:
-        settings = json.loads(metadata[SETTINGS], object_pairs_hook=_once)
-    except (ValueError, RecursionError) as error:
-        raise Unreadable(f"is damaged: its {SETTINGS} is no JSON") from error
-    return entries, settings
-
-
-def _once(found: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(found)
-    if len(made) != len(found):
-        raise ValueError("a key stands there twice")
-    return made
+        return json_text.loads(text)
+    except ValueError as error:
+        raise Unreadable(f"is damaged: its {what} {error}") from None
 
 
 def _entry(key: str, told: Any, metadata: dict[str, str], start: int, end: int) -> Entry:
@@ -107,8 +104,8 @@ def _entry(key: str, told: Any, metadata: dict[str, str], start: int, end: int) 
         not isinstance(shape, list)
         or not isinstance(offsets, list)
         or len(offsets) != 2
-        or len(shape) > 8
-        or any(type(n) is not int or not 0 <= n < 2**48 for n in (*shape, *offsets))
+        or not is_shape(shape)
+        or any(type(n) is not int or not 0 <= n < 2**48 for n in offsets)
     ):
         raise Unreadable(f"is damaged: its header does not describe {short(key)}")
     dtype = DTYPES.get(str(told.get("dtype")))
@@ -119,10 +116,8 @@ def _entry(key: str, told: Any, metadata: dict[str, str], start: int, end: int) 
     size = offsets[1] - offsets[0]
     if size != math.prod(shape) * dtype.itemsize or start + offsets[1] > end:
         raise Unreadable(f"is damaged or cut short: {short(key)} has no place for shape {short(shape)}")
-    try:
-        checksum = int(metadata.get(CHECKSUM + key, "-"), 16)
-    except ValueError:
-        checksum = None
+    spelled = metadata.get(CHECKSUM + key, "")
+    checksum = int(spelled, 16) if _CHECKSUM.fullmatch(spelled) else None
     return Entry(dtype, tuple(shape), Record(key, start + offsets[0], size, checksum))
 
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
-import textwrap
 from pathlib import Path
 from reprlib import repr
 
@@ -19,6 +17,7 @@ import numpy as np
 import regex
 from tokenizers.models import BPE
 
+from moekit import json_text
 from moekit.data.dictionary import text_of
 
 # The limit of an id, which takes 4 bytes in the library's tables.
@@ -134,9 +133,9 @@ def read_vocabulary(path: Path) -> dict[str, int]:
     """Read ``encoder.json``, a JSON object from symbols to ids."""
     text = text_of(path, "an encoder.json")
     try:
-        vocabulary = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not an encoder.json: {textwrap.shorten(str(error), 120)}") from None
+        vocabulary = json_text.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path} is not an encoder.json: it {error}") from None
     if not isinstance(vocabulary, dict):
         raise ValueError(
             f"{path} is not an encoder.json: it holds {repr(vocabulary)}, expected an object from symbols to whole numbers"

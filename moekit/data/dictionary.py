@@ -6,8 +6,8 @@ import itertools
 from pathlib import Path
 
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
-# The most bytes of a dictionary; one with GPT-2's 50,257 types has 0.6 MB.
-MOST_BYTES = 64 << 20
+# The most bytes of a dictionary; one with GPT-2's 50,257 types has 0.6 MB, one with 800,000 words 11 MB.
+MOST_BYTES = 16 << 20
 
 
 class Dictionary:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from moekit.arguments import Capacity, Flag, Whole, Wholes, check, first_few, shown
+from moekit.arguments import Capacity, Flag, Whole, Wholes, check, first_few, is_many, shown
 from moekit.nn.config import DENSE, ModelConfig
 from moekit.nn.gate import Edit
 from moekit.nn.gates import top_k_of
@@ -151,7 +151,7 @@ def plan(
     Raises:
         ValueError: no such layer or expert, too few experts left, or a contradiction.
     """
-    pairs, forces = _pairs(mask), list(force) if isinstance(force, Iterable) else [force]
+    pairs, forces = _pairs(mask), list(force) if is_many(force) else [force]
     if not config.moe_layers and (pairs or forces or check("drop_second", drop_second, Flag())):
         raise ValueError(f"route: {DENSE} whose choices could be changed; expected a model with experts")
     masked: dict[int, tuple[int, ...]] = {}
@@ -195,8 +195,8 @@ def _pairs(mask: Any) -> list[tuple[int, int]]:
     if isinstance(mask, Mapping):
         found = [(layer, expert) for layer, some in mask.items() for expert in check("mask", some, Wholes())]
     else:
-        pairs = mask if isinstance(mask, Iterable) else [mask]
-        found = [tuple(pair) if isinstance(pair, Iterable) else (pair,) for pair in pairs]
+        pairs = mask if is_many(mask) else [mask]
+        found = [tuple(pair) if is_many(pair) else (pair,) for pair in pairs]
     if not all(len(pair) == 2 for pair in found):
         raise ValueError(f"mask={shown(mask)}: expected {{layer: [experts]}} or [(layer, expert), ...]")
     return [(check("mask", layer, Whole(0)), check("mask", expert, Whole(0))) for layer, expert in found]

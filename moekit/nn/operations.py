@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moekit.arguments import Choice, check
 from moekit.nn import gate
 from moekit.nn.ffn import grouped_mm, loop
 from moekit.nn.quantise import name_of
@@ -166,8 +167,7 @@ def choose_backend(
     Raises:
         ValueError: no back end has that name, or this one does not run there or with such experts.
     """
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(f"backend={backend!r}; expected auto, {', '.join(BACKENDS)}")
+    check("backend", backend, Choice(("auto", *BACKENDS)))
     runs = _compiles(device) or os.environ.get("TRITON_INTERPRET") == "1"
     runs = runs and importlib.util.find_spec("triton") is not None
     if backend == "triton" and not runs:

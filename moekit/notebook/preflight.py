@@ -151,7 +151,7 @@ def evaluate_tasks(p: SimpleNamespace) -> ModelConfig:
         files = _said(ckpt.find, p.baseline)
         _codec(p, files, _said(ckpt.survey, files).config)
     try:
-        from moekit.tasks.evaluation import load_tasks
+        from moekit.tasks.loading import load_tasks
     except ImportError as error:
         raise ParameterError(str(error)) from None
     if not p.tasks:

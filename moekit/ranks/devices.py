@@ -2,7 +2,7 @@
 
 import torch
 
-from moekit.arguments import shown
+from moekit.arguments import Choice, Whole, check
 
 # Where ranks run that load starts: on this machine, or on the Ray cluster that it belongs to.
 WHERE = ("local", "ray")
@@ -12,14 +12,10 @@ MOST = 4096
 
 def choose_devices(world_size: int | None, device: str) -> list[torch.device]:
     """One device a rank, or a ValueError that says what to ask for instead; None: a rank for every GPU, one without."""
+    check("device", device, Choice(("auto", "cuda", "cpu")))
     if world_size is None:
         world_size = 1 if device == "cpu" else max(1, torch.cuda.device_count())
-    if not isinstance(world_size, int) or isinstance(world_size, bool) or world_size < 1:
-        raise ValueError(f"world_size is {shown(world_size)}: expected a whole number of at least 1")
-    if world_size > MOST:
-        raise ValueError(f"world_size is {shown(world_size)}: expected at most {MOST}")
-    if device not in ("auto", "cuda", "cpu"):
-        raise ValueError(f'device is {device!r}: expected "auto", "cuda" or "cpu"')
+    world_size = check("world_size", world_size, Whole(most=MOST))
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return [torch.device("cpu")] * world_size
     count = torch.cuda.device_count()

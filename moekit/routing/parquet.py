@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from moekit import results
-from moekit.arguments import reading
+from moekit.arguments import Path as PathKind
+from moekit.arguments import check, reading
 from moekit.nn.record import CHOICE_COLUMNS
 from moekit.routing.trace import TOKEN_COLUMNS, Trace
 
@@ -101,8 +102,9 @@ def read(path: str | Path) -> Trace:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    path = Path(path).expanduser().resolve()
+    path = check("path", path, PathKind())
     with reading(path):
+        path = path.resolve()
         there = path.is_file()
         if there:
             # pyarrow's own message of a file that may not be read says that it is damaged.

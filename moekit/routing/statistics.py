@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moekit.arguments import Whole, check, shown
+from moekit.arguments import Whole, check, is_many, shown
 
 if TYPE_CHECKING:
     from moekit.routing.trace import Trace
@@ -69,6 +69,21 @@ def resampling(plan: Plan) -> Iterator[Plan]:
         _plan.reset(before)
 
 
+def array_of(name: str, given: Iterable[Any] | np.ndarray) -> np.ndarray:
+    """What any iterable gives, read once, as an array; ``name`` is the argument's.
+
+    Raises:
+        ValueError: it has no items, or they make no array.
+    """
+    try:
+        if is_many(given):
+            return np.asarray(given if hasattr(given, "__len__") else list(given))
+    except (TypeError, ValueError, RuntimeError):
+        # A tensor without data, of a type that NumPy has not, or lists of several lengths.
+        pass
+    raise ValueError(f"{name}={shown(given)}: expected one for each token")
+
+
 def unit_of(trace: Trace, by: str | Sequence | np.ndarray = "sample", size: int = BLOCK) -> np.ndarray:
     """[T] int64, each token's unit, from 0.
 
@@ -80,14 +95,15 @@ def unit_of(trace: Trace, by: str | Sequence | np.ndarray = "sample", size: int 
     """
     size = check("size", size, Whole())
     if not isinstance(by, str):
-        labels = np.asarray(by)
+        labels = array_of("by", by)
         if labels.shape != (len(trace),):
             raise ValueError(
                 f"by has shape {list(labels.shape)}; expected a unit for each of {len(trace)} tokens"
             )
         return np.unique(labels, return_inverse=True)[1]
     if by not in ("sample", "block"):
-        raise ValueError(f"by={by!r}; expected sample, block, or an array with a unit for each token")
+        raise ValueError(f"by={shown(by)}; expected sample, block, or an array with a unit for each token")
+    size = check("size", size, Whole())
     number = np.unique(trace.sample, return_inverse=True)[1]
     return number if by == "sample" else number // size
 

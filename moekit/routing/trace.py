@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moekit import arguments
-from moekit.arguments import Flag, Texts, Whole, Wholes, check, shown
+from moekit.arguments import Flag, Texts, Whole, Wholes, check, is_many, shown
 from moekit.checked import Instance, checked
 from moekit.nn.record import CHOICE_COLUMNS, Options, nothing
+from moekit.routing.statistics import array_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -179,11 +180,11 @@ class Trace:
                     f"the trace has no column of labels called {shown(groups)}: {there}; trace.labelled(...) adds one"
                 )
             return self.labels[groups]
-        if not isinstance(groups, Iterable):
+        if not is_many(groups):
             raise ValueError(
                 f"{name}={shown(groups)}: expected a label for each token, or the name of a column of labels"
             )
-        found = array_of(groups)
+        found = array_of(name, groups)
         if found.shape != (len(self),):
             raise ValueError(
                 f"{name} has shape {list(found.shape)}; expected a label for each of {len(self)} tokens, and of labels of samples "
@@ -203,7 +204,7 @@ class Trace:
         if samples is not None:
             chosen &= np.isin(self.sample, check("samples", samples, Wholes()))
         if mask is not None:
-            mask = np.asarray(mask)
+            mask = array_of("mask", mask)
             if mask.shape != chosen.shape or mask.dtype != bool:
                 raise ValueError(f"mask is {mask.dtype} {list(mask.shape)}; expected bool [{len(self)}]")
             chosen &= mask
@@ -291,12 +292,6 @@ def need_layers(trace: Trace, what: str) -> None:
         raise ValueError(f"{what}: the trace has no layers, expected at least one; {why}")
 
 
-def array_of(given: Iterable[Any] | np.ndarray) -> np.ndarray:
-    """What any iterable gives, read once, as an array."""
-    whole = isinstance(given, str) or hasattr(given, "__len__")
-    return np.asarray(given if whole else list(given))
-
-
 # ----------------------------------------------------------------------------------------------- merging the ranks
 
 
@@ -340,7 +335,7 @@ def join(traces: Iterable[Trace], *, renumber: bool = False) -> Trace:
     Raises:
         ValueError: they share a sample, or are of other layers or another number of experts.
     """
-    if not isinstance(traces, Iterable):
+    if not is_many(traces):
         raise ValueError(f"traces={shown(traces)}: expected traces, from any iterable")
     traces = [check(f"traces[{number}]", trace, TRACE) for number, trace in enumerate(traces)]
     if not traces:

@@ -17,7 +17,8 @@ except ImportError:
         "moekit.tasks needs lm-evaluation-harness, and there is none: pip install 'moekit[eval]'"
     ) from None
 
-from moekit.tasks.evaluation import FILES, TaskResults, compare, evaluate_tasks, known_tasks
+from moekit.tasks.evaluation import TaskResults, compare, evaluate_tasks
 from moekit.tasks.harness import HarnessModel, Scored
+from moekit.tasks.loading import FILES, known_tasks
 
 __all__ = ["FILES", "HarnessModel", "Scored", "TaskResults", "compare", "evaluate_tasks", "known_tasks"]

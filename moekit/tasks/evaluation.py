@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
-import lm_eval.api.task
+import lm_eval
 import numpy as np
 import pandas as pd
 from lm_eval.api.task import Task
-from lm_eval.tasks import TaskManager
-from lm_eval.tasks._yaml_loader import load_yaml
 
-from moekit import arguments
 from moekit.api import Model
 from moekit.arguments import Texts, Whole, check, shown
 from moekit.nn.quantise import dtype_name
+from moekit.ranks import RankError
 from moekit.routing.statistics import holm, paired
 from moekit.tasks.fair import ChoiceTask
 from moekit.tasks.harness import HarnessModel
-from moekit.tasks.rows import Rows, dataset
+from moekit.tasks.loading import known_tasks, load_tasks, need_examples, quiet, said_of
+from moekit.tasks.rows import Rows
 
-# The task files of the package.
-FILES = Path(__file__).parent / "files"
 # The harness's own default for the draw of few-shot examples.
 SHOTS_SEED = 1234
 MARGIN = "margin"
@@ -106,16 +101,16 @@ def evaluate_tasks(
         raise ValueError(f"data={shown(data)}: expected a data set for each task, {{'TASK': 'FILE.jsonl'}}")
     harness = HarnessModel(model, **options, progress=progress)
     loaded = load_tasks(names, data, include)
-    with _quiet():
+    with quiet():
         for task in loaded.values():
             if shots is not None:
                 task.set_config("num_fewshot", shots)
             elif task.config.num_fewshot is None:
                 task.set_config("num_fewshot", 0)
             task.set_fewshot_seed(shots_seed)
-            _enough(task)
+            need_examples(task)
         began = time.perf_counter()
-        found = lm_eval.evaluate(harness, {"tasks": loaded}, limit=limit)
+        found = _evaluated(harness, loaded, limit)
         seconds = time.perf_counter() - began
     change = model.intervention
     meta = {
@@ -185,137 +180,27 @@ def changed_items(before: TaskResults, after: TaskResults) -> pd.DataFrame:
     return both
 
 
-def known_tasks() -> list[str]:
-    """The names of moekit's own tasks."""
-    return sorted(path.stem for path in FILES.glob("*.yaml"))
-
-
-def load_tasks(
-    names: Sequence[str], data: Mapping[str, Rows | Mapping[str, Rows]], include: str | Path | None = None
-) -> dict[str, Task]:
-    """The harness's tasks by name, with their data sets.
-
-    Raises:
-        ValueError: there is no such task, or a data set cannot be had.
-    """
-    with _quiet():
-        return _loaded(names, data, include)
-
-
-def _loaded(
-    names: Sequence[str], data: Mapping[str, Rows | Mapping[str, Rows]], include: str | Path | None
-) -> dict[str, Task]:
-    folders = [FILES]
-    if include is not None:
-        folders.append(check("include", include, arguments.Path()))
-        if not folders[-1].is_dir():
-            raise ValueError(
-                f"there is no folder {folders[-1]}; expected include to name one with task files"
-            )
-    # The harness's own files are thousands: they are looked through only where they are asked for.
-    manager = TaskManager(include_path=folders, include_defaults=False)
-    if not all(name in manager.task_index or name.endswith(".yaml") for name in names):
-        manager = TaskManager(include_path=folders)
-    wanted: dict[str, Path] = {}
-    others = []
-    for name in names:
-        if name.endswith(".yaml"):
-            path = check("tasks", name, arguments.Path())
-            if not path.is_file():
-                raise ValueError(f"there is no task file {path}; expected the path of one, or a task's name")
-            wanted[_read(path, resolve_func=False).get("task", name)] = path
-        elif name not in manager.task_index:
-            raise ValueError(
-                f"tasks={shown(name)}: there is no such task; moekit's own are {', '.join(known_tasks())}, and "
-                "lm_eval ls tasks lists the harness's"
-            )
-        else:
-            entry = manager.task_index[name]
-            for one in sorted(entry.tags) if entry.yaml_path is None else [name]:
-                path = manager.task_index[one].yaml_path
-                if one in data or path.is_relative_to(FILES):
-                    wanted[one] = path
-                else:
-                    others.append(one)
-    for name in data:
-        if name not in wanted:
-            raise ValueError(
-                f"data is given for {shown(name)}, which is none of the tasks {', '.join([*wanted, *others])}"
-            )
-    loaded = {}
-    for name, path in wanted.items():
-        config = _read(path)
-        if name in data:
-            config |= _given(name, data[name], config)
-        elif not config.get("dataset_path") and not config.get("custom_dataset"):
-            raise ValueError(
-                f"{path} names no dataset_path; write one into it, or give the data set with data={{{name!r}: 'FILE.jsonl'}}"
-            )
-        loaded |= _load(manager, name, config)
-    for name in others:
-        loaded |= _load(manager, name, name)
-    return loaded
-
-
-def _read(path: Path, **how: Any) -> dict[str, Any]:
-    """The content of a task file; a ValueError where it cannot be read."""
+def _evaluated(harness: HarnessModel, tasks: dict[str, Task], limit: int | None) -> dict[str, Any]:
+    """The harness's results."""
     try:
-        return load_yaml(path, **how)
+        return lm_eval.evaluate(harness, {"tasks": tasks}, limit=limit)
+    except (ValueError, RankError):
+        raise
     except Exception as error:
-        # A task file names Python code, which may raise anything.
-        said = " ".join(str(error).split())
-        raise ValueError(f"the task file {path} cannot be read ({said[:200]})") from None
-
-
-def _load(manager: TaskManager, name: str, spec: Any) -> dict[str, Task]:
-    try:
-        return manager.load([spec])["tasks"]
-    except (OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        first = str(error).strip().partition("\n")[0]
+        # A task's templates, functions and filters may raise anything.
         raise ValueError(
-            f"the data set of {name} cannot be had ({type(error).__name__}: {first[:200]}); give it as a file with "
-            f"data={{{name!r}: 'FILE.jsonl'}} (in the notebook: task_data)"
-        ) from None
-
-
-def _given(name: str, rows: Rows | Mapping[str, Rows], config: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a task's config that makes ``rows`` its data set."""
-    splits = [config[key] for key in config if key.endswith("_split") and config[key]]
-    if isinstance(rows, Mapping):
-        if missing := [split for split in splits[:1] if split not in rows]:
-            raise ValueError(
-                f"data of {name} has the splits {', '.join(rows)}, without {missing[0]}; expected the splits that the task names"
-            )
-        made = {split: dataset(name, some) for split, some in rows.items()}
-    else:
-        made = dict.fromkeys(splits, dataset(name, rows))
-    return {
-        "custom_dataset": lambda **_: made,
-        "dataset_path": None,
-        "dataset_name": None,
-        "dataset_kwargs": {},
-    }
-
-
-def _enough(task: Task) -> None:
-    """Check that there are as many examples as the harness draws; else a ValueError."""
-    shots = task.config.num_fewshot
-    if not shots:
-        return
-    # One more is drawn where the item itself may be among them.
-    drawn = shots + (task.fewshot_cfg.split == task.config.test_split)
-    if drawn > (there := len(list(task.fewshot_docs()))):
-        raise ValueError(
-            f"num_fewshot={shots}: {task.config.task} has {there} examples, and {drawn} are drawn; ask for fewer, or give "
-            "more with data={'TASK': {'SPLIT': 'FILE.jsonl'}}"
-        )
+            f"the tasks {', '.join(tasks)} cannot be evaluated ({said_of(error)}): check the fields of the task file, and those "
+            "of its items"
+        ) from error
 
 
 def _item_table(found: Mapping[str, Any], tasks: Mapping[str, Task]) -> pd.DataFrame:
     rows = []
     for name, task in tasks.items():
+        lacking = 0
         for sample in found["samples"][name]:
             told, margin = _told(task, sample)
+            lacking += _lacks_right(task, sample)
             rest = "" if sample["filter"] == "none" else f" ({sample['filter']})"
             values = {metric + rest: sample[metric] for metric in sample["metrics"]}
             if margin is not None and not rest:
@@ -327,6 +212,12 @@ def _item_table(found: Mapping[str, Any], tasks: Mapping[str, Task]) -> pd.DataF
                 if isinstance(value, int | float | np.number):
                     row = {"task": name, "item": sample["doc_id"], "metric": metric, "value": float(value)}
                     rows.append(row | told)
+        if lacking:
+            warnings.warn(
+                f"{name}: the right choice of {lacking} of {len(found['samples'][name])} items is none of their choices, so "
+                "they count as wrong: check doc_to_target and the items",
+                stacklevel=3,
+            )
     columns = ["task", "item", "metric", "value", "text", "answer", "target", "scores"]
     order = {name: number for number, name in enumerate(tasks)}
     table = pd.DataFrame(rows, columns=columns)
@@ -336,6 +227,15 @@ def _item_table(found: Mapping[str, Any], tasks: Mapping[str, Task]) -> pd.DataF
         kind="stable",
         ignore_index=True,
     )
+
+
+def _lacks_right(task: Task, sample: Mapping[str, Any]) -> bool:
+    """Whether none of an item's choices is said to be right; FAIR's tasks are checked when they are made."""
+    if task.OUTPUT_TYPE != "multiple_choice" or isinstance(task, ChoiceTask) or task.multiple_input:
+        return False
+    choices, target = task.doc_to_choice(sample["doc"]), sample["target"]
+    targets = target if isinstance(target, list) else [target]
+    return not any(one in choices if isinstance(one, str) else one in range(len(choices)) for one in targets)
 
 
 def _told(task: Task, sample: Mapping[str, Any]) -> tuple[dict[str, Any], float | None]:
@@ -376,17 +276,3 @@ def _task_table(found: Mapping[str, Any], tasks: Mapping[str, Task], items: pd.D
         if len(margins):
             rows.append((name, MARGIN, margins.mean(), margins.sem(), len(margins), shots))
     return pd.DataFrame(rows, columns=["task", "metric", "value", "stderr", "items", "shots"])
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the harness's advice and its bars over prompts."""
-    logger = logging.getLogger("lm_eval")
-    level, bar = logger.level, lm_eval.api.task.tqdm
-    logger.setLevel(logging.ERROR)
-    lm_eval.api.task.tqdm = lambda rows, **_: rows
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        lm_eval.api.task.tqdm = bar

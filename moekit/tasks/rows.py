@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ def dataset(name: str, rows: Rows) -> datasets.Dataset:
         path = check(f"data[{name!r}]", rows, arguments.Path())
         found, whose = _of_file(name, path), str(path)
     else:
-        found, whose = list(rows) if isinstance(rows, Iterable) else [rows], shown(rows)
+        found, whose = list(rows) if arguments.is_many(rows) else [rows], shown(rows)
     if not found or not all(isinstance(row, Mapping) and row for row in found):
         raise ValueError(
             f"data of {name}: {whose} holds no items; expected an object a line, or a list of objects"
@@ -55,5 +55,5 @@ def _of_file(name: str, path: Path) -> list:
             return json.loads(text)
         # JSON's strings may have characters in them at which splitlines would split, too.
         return [json.loads(line) for line in text.split("\n") if line.strip()]
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ValueError(f"data of {name}: {path} cannot be read ({str(error)[:200]})") from None

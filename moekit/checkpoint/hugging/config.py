@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Callable, Mapping
@@ -10,6 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from moekit import json_text
 from moekit.checkpoint import branch
 from moekit.checkpoint.contents import clip, short
 from moekit.checkpoint.options import from_fairseq, options_of
@@ -112,12 +112,11 @@ def json_of(path: Path, most: int, what: str) -> Any:
     """
     try:
         size = path.stat().st_size
-        found = json.loads(path.read_text("utf-8")) if size <= most else None
+        found = json_text.loads(path.read_bytes()) if size <= most else None
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
-    except (ValueError, RecursionError) as error:
-        # Python refuses a number of more than 4300 digits, too.
-        raise ValueError(f"{path} is no JSON: fetch it again") from error
+    except ValueError as error:
+        raise ValueError(f"{path} {error}: fetch it again") from None
     if size > most:
         raise ValueError(f"{path} has {size:,} bytes; {what} has {most:,} at most")
     return found

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from moekit.checkpoint.contents import short
+from moekit.checkpoint.contents import clip, short
 from moekit.checkpoint.hugging.config import FILE, json_of, layout_of
 from moekit.checkpoint.hugging.names import PREFIX
 from moekit.checkpoint.keys import SHARED_KEY
 
 ONE = ("model.safetensors", "pytorch_model.bin")
 # bytes of an index
-MOST = 100_000_000
+MOST = 30_000_000
 EMBEDDINGS = (PREFIX + "embed.weight", SHARED_KEY)
 
 
@@ -44,9 +44,10 @@ def find(path: Path) -> list[Path] | None:
         raise ValueError(f"{folder} has a {FILE} and no weights: expected {ONE[0]} or {ONE[0]}.index.json")
     if path in whole:
         return [path]
-    missing = next((file for file in files if not file.is_file()), None)
+    # os.path takes a name that no file can have, too.
+    missing = next((file for file in files if not os.path.isfile(file)), None)
     if missing is not None:
-        raise ValueError(f"{folder} lacks {missing.name}, which its index names: fetch it")
+        raise ValueError(f"{folder} lacks {clip(missing.name)}, which its index names: fetch it")
     return files
 
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from moekit.checkpoint.archive import Record
-from moekit.checkpoint.contents import clip, short
+from moekit.checkpoint.contents import DTYPES, clip, short
 from moekit.checkpoint.hugging.config import LIGHT, Described
 from moekit.checkpoint.keys import KEYS, SHARED_KEY, fairseq_parts
 from moekit.checkpoint.reading import Weights
+from moekit.nn.config import ModelConfig
 from moekit.nn.quantise import dtype_name
 
 # What stands before our names of parameters.
@@ -42,7 +43,9 @@ def by_fairseqs_names(weights: Weights, found: Described, buffers: Any) -> Weigh
     made = Weights(weights.path, weights.memory, weights.folder)
     for written, tensor in weights.items():
         for key, part in (
-            _light(written, tensor) if found.layout == LIGHT else _ours(written, tensor, weights)
+            _light(written, tensor)
+            if found.layout == LIGHT
+            else _ours(written, tensor, weights, found.config)
         ):
             if key in made:
                 raise ValueError(f"{weights.path}: {clip(key)} is there twice")
@@ -60,13 +63,19 @@ def _light(written: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
     yield written, tensor
 
 
-def _ours(written: str, tensor: Tensor, weights: Weights) -> Iterator[tuple[str, Tensor]]:
+def _ours(
+    written: str, tensor: Tensor, weights: Weights, config: ModelConfig
+) -> Iterator[tuple[str, Tensor]]:
     if not written.startswith(PREFIX):
         raise ValueError(
             f"{weights.path}: unknown key {clip(written)}; expected one that begins with {PREFIX}"
         )
     if tensor.ndim == 0:
         raise ValueError(f"{weights.path}: {clip(written)} has no dimension, expected one or more")
+    if ".experts." in written and len(tensor) != config.experts:
+        raise ValueError(
+            f"{weights.path}: {clip(written)} has shape {short(list(tensor.shape))}, expected {config.experts} experts"
+        )
     try:
         yield from fairseq_parts(written.removeprefix(PREFIX), tensor)
     except ValueError as error:
@@ -78,7 +87,7 @@ def packed(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     return {
         key: {"dtype": dtype_name(tensor.dtype), "bytes": _bytes(tensor).hex()}
         for key, tensor in tensors.items()
-        if key in KEYS and KEYS[key] is None and tensor.ndim == 1 and len(tensor) <= MOST
+        if KEYS.get(key, key) is None and tensor.ndim == 1 and len(tensor) <= MOST
     }
 
 
@@ -90,7 +99,7 @@ def _unpacked(told: Any, weights: Weights) -> dict[str, Tensor]:
     found = {}
     try:
         for key, one in told.items():
-            dtype = getattr(torch, one["dtype"])
+            dtype = DTYPES[one["dtype"]]
             found[key] = torch.frombuffer(bytearray.fromhex(one["bytes"]), dtype=dtype)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(

@@ -31,7 +31,7 @@ T tokens, L layers, k choices, E experts. A sample is written as one request, fo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from moekit import results
@@ -56,7 +56,7 @@ def write(trace: Trace, path: str | Path, layout: str) -> None:
         ValueError: there is no such layout, or the trace has no layers.
         moekit.results.NotWritten: (a ValueError) the folder is missing or cannot be written to, or its disk is full.
     """
-    writer = _choose(layout, WRITERS)
+    writer = WRITERS[check("layout", layout, Choice(LAYOUTS))]
     need_layers(trace, f"layout={layout!r}")
     with results.whole(path) as part:
         writer(trace, part)
@@ -76,14 +76,14 @@ def read(
     Raises:
         ValueError: the file is not what ``layout`` says, or the arguments do not fit it.
     """
-    reader = _choose(layout, READERS)
+    reader = READERS[check("layout", layout, Choice(tuple(READERS)))]
+    layers = None if layers is None else tuple(layers)
     with reading(path):
         there = path.exists()
     if not there:
         raise ValueError(f"there is no file or folder {path}; expected what {layout} writes")
     if not path.is_file() and not (path.is_dir() and layout in ("megatron", "vllm")):
         raise ValueError(f"{path} is no regular file; expected what {layout} writes")
-    layers = None if layers is None else tuple(layers)
     try:
         with reading(path):
             samples = list(reader(path, layers))
@@ -93,7 +93,3 @@ def read(
             "wrote it"
         ) from None
     return as_trace(samples, num_experts, layers, {"path": str(path), "layout": layout})
-
-
-def _choose(layout: str, table: Iterable[str]):
-    return table[check("layout", layout, Choice(tuple(table)))]

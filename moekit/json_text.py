@@ -1,0 +1,47 @@
+"""JSON from files that others wrote: read within bounds.
+
+A text of n bytes can make objects of 60 n bytes, so it is refused by its number of values before it is read.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+# The most values of a text. The header of a file with 60,000 tensors has 500,000.
+MOST_VALUES = 600_000
+
+
+def loads(text: bytes | str, most: int = MOST_VALUES) -> Any:
+    """What ``text`` spells.
+
+    Args:
+        most: values: numbers, texts, lists, and objects, which count twice as they are larger.
+
+    Raises:
+        ValueError: it is no JSON, is nested too deeply, has an object with the same key twice or too many values; the
+            message is the end of a sentence that begins with the file's name.
+    """
+    try:
+        text = text if isinstance(text, str) else text.decode()
+        if sum(map(text.count, ("[", "{", ",", "{"))) > most:
+            raise _Refused(f"has more than {most:,} values")
+        return json.loads(text, object_pairs_hook=_once)
+    except _Refused:
+        raise
+    except (ValueError, RecursionError):
+        # Python refuses a number of more than 4300 digits, too.
+        raise ValueError("is no JSON") from None
+
+
+class _Refused(ValueError):
+    """JSON that is not read."""
+
+
+def _once(found: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(found)
+    if len(made) != len(found):
+        seen: set[str] = set()
+        key = next(key for key, _ in found if key in seen or seen.add(key))
+        raise _Refused(f"has the key {key[:60]!r} twice in one object")
+    return made
