@@ -17,12 +17,15 @@ INTERPRET = "TRITON_INTERPRET"
 if DEVICE == "cpu":
     os.environ[INTERPRET] = "1"  # read when a kernel is defined: by the imports that follow
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
+import torch.nn.functional as F
+import triton.language as tl
 from branch_cases import BASE, CASES, build
 
 import moekit
 from moekit import checkpoint
 from moekit.batches import shares
+from moekit.bench.gelu import gelu
 from moekit.bench.score import random_batch
 from moekit.nn import gate, transformer
 from moekit.nn import graphs as graph
@@ -45,6 +48,13 @@ from moekit.symbols import PAD
 from moekit.worker import decoding as decode
 from moekit.worker import scoring as worker
 from moekit.worker.sampling import Settings
+
+
+@triton.jit
+def _gelu_of(x, out, N: tl.constexpr):
+    at = tl.arange(0, N)
+    tl.store(out + at, gelu(tl.load(x + at)))
+
 
 os.environ.pop(INTERPRET, None)  # other tests know nothing of it
 
@@ -89,6 +99,13 @@ def test_activations(activation):
     x = torch.randn(30, 24, device=DEVICE)
     some = replace(choices_of(30, 2, 5), weights=torch.rand(60, device=DEVICE))
     torch.testing.assert_close(grouped_ffn(experts, x, some), experts(x, some), rtol=1e-5, atol=1e-5)
+
+
+def test_the_gelu_that_the_bench_gives_to_a_peer():
+    x = torch.linspace(-6, 6, 64, device=DEVICE)
+    found = torch.empty_like(x)
+    _gelu_of[(1,)](x, found, 64)
+    torch.testing.assert_close(found, F.gelu(x), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 17, 90])

@@ -1,10 +1,12 @@
 """GELU for the kernels of triton_kernels, by the same formula as in our own."""
 
 import triton
+import triton.language as tl
 
 from moekit.nn.kernels.grouped import activate
 
 
 @triton.jit
 def gelu(x):
-    return activate(x, 2, False)
+    # Triton's interpreter asks for its language in each function.
+    return activate(x.to(tl.float32), 2, False)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import functools
 import statistics
-import textwrap
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from moekit.bench import measure, shapes
 from moekit.bench.figures import GIB, Figure, spread
 from moekit.bench.measure import Ceilings
-from moekit.bench.peers import PEERS, Missing, Peer, version, without_biases
+from moekit.bench.peers import PEERS, Missing, Peer, short, version, without_biases
 from moekit.bench.score import FRACTION
 from moekit.bench.setting import Setting, ceiling_figures, wholes
 from moekit.nn.config import DENSE, ModelConfig
@@ -163,8 +162,7 @@ def of_peer(
     except Missing:
         raise
     except Exception as error:
-        said = textwrap.shorten(" ".join(str(error).split()), 160, placeholder=" ...")
-        said = f"{peer.package}{version(peer.package)} failed: {type(error).__name__}: {said}"
+        said = f"{peer.package}{version(peer.package)} failed: {type(error).__name__}: {short(error)}"
         return Figure(work, None, "ms", note=said)
     finally:
         moe.experts = own

@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -54,7 +55,8 @@ class Peer:
         try:
             return self.make(experts, choices)
         except ImportError as error:
-            raise Missing(f"{self.package}{version(self.package)} cannot be imported: {error}") from None
+            said = f"{self.package}{version(self.package)} cannot be imported: {short(error)}"
+            raise Missing(said) from None
 
 
 def version(package: str) -> str:
@@ -63,6 +65,11 @@ def version(package: str) -> str:
         return f" {importlib.metadata.version(package)}"
     except importlib.metadata.PackageNotFoundError:
         return ""
+
+
+def short(error: Exception) -> str:
+    """The message of an error, in one line."""
+    return textwrap.shorten(str(error), 160, placeholder=" ...")
 
 
 def without_biases(experts: Experts) -> Experts:

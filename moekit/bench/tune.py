@@ -28,6 +28,8 @@ from moekit.nn.experts import Assignment, Experts
 from moekit.nn.ffn import loop
 from moekit.nn.gate import sort_by_expert
 from moekit.nn.gates import top_k_of
+from moekit.nn.kernels import cuts
+from moekit.nn.kernels.cuts import Blocks, Cut, why_not
 from moekit.nn.memory import Sizes
 from moekit.progress import bar as progress_bar
 from moekit.ranks import Rank
@@ -63,9 +65,6 @@ def run(setting: Setting, args: argparse.Namespace) -> list[Figure]:
     Raises:
         ValueError: the file cannot be read or written, or a built-in cut gives a wrong result.
     """
-    # Triton is imported only if this bench runs.
-    from moekit.nn.kernels import cuts
-
     config = _config(setting, args.checkpoint)
     if not config.moe_layers:
         return [Figure("cuts", None, "ms", note=DENSE)]
@@ -110,8 +109,6 @@ def _config(setting: Setting, path: str | None) -> ModelConfig:
 
 def _old(path: Path) -> tuple[dict, dict]:
     """The tables in the file, and how they were made; an error comes before hours of measuring, and not after."""
-    from moekit.nn.kernels import cuts
-
     with results.together(path.parent):
         pass
     if not path.exists():
@@ -144,7 +141,7 @@ def _about(shape: str) -> dict[str, str | None]:
 class Found:
     """The best cut of a band: its seconds and those of the built-in one, and what became of the cuts that were tried."""
 
-    cut: object
+    cut: Cut
     seconds: float
     before: float
     tried: int = 0
@@ -161,8 +158,8 @@ class Found:
 
 
 def search(
-    start,
-    clock: Callable[..., float],
+    start: Cut,
+    clock: Callable[[Cut], float],
     kind: str,
     shared: float,
     tries: int,
@@ -210,11 +207,10 @@ def search(
     return found
 
 
-def neighbours(cut, kind: str, shared: float) -> Iterator:
+def neighbours(cut: Cut, kind: str, shared: float) -> Iterator[Cut]:
     """The cuts one step from ``cut`` that are possible with ``shared`` bytes of shared memory."""
-    from moekit.nn.kernels.cuts import why_not
 
-    def changed(blocks, **factors: float):
+    def changed(blocks: Blocks, **factors: float) -> Blocks:
         return replace(blocks, **{name: int(getattr(blocks, name) * by) for name, by in factors.items()})
 
     near = []
@@ -244,7 +240,7 @@ class Band:
         self.assignment = Assignment(*sort_by_expert(chosen, experts.held), top_k, weights)
         self.expected = loop(experts, self.x, self.assignment)
 
-    def seconds(self, cut) -> float:
+    def seconds(self, cut: Cut) -> float:
         """The median time of both products.
 
         Raises:
@@ -262,7 +258,8 @@ class Band:
         return reached * sizes.expert + (self.x.nbytes + self.expected.nbytes)
 
 
-def product(experts: Experts, x: Tensor, assignment: Assignment, cut) -> Tensor:
+def product(experts: Experts, x: Tensor, assignment: Assignment, cut: Cut) -> Tensor:
+    # Triton is imported only if this bench runs.
     from moekit.nn.kernels.grouped import grouped_ffn
 
     return grouped_ffn(experts, x, assignment, cut)

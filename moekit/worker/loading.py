@@ -15,6 +15,7 @@ from moekit.nn import resident, transformer
 from moekit.nn.config import ModelConfig
 from moekit.nn.dispatch import AllToAll, Dispatch, Hierarchical, owned
 from moekit.nn.gates import top_k_of
+from moekit.nn.kernels.cuts import cuts_of, kind_of
 from moekit.nn.peer_memory import reachable
 from moekit.nn.resident import Counts, Residence
 from moekit.nn.transformer import Transformer
@@ -97,8 +98,6 @@ def empty(
     """
     if _has_cuts(config, backend):
         # A damaged table is an error before anything is read.
-        from moekit.nn.kernels.cuts import cuts_of, kind_of
-
         cuts_of(rank.device, kind_of(dtype, kind or dtype))
     held = owned(config.experts, rank.world_size, rank.rank)
     dispatch = _dispatch(rank, config, dtype, backend, at_home)
