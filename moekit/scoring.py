@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moekit.arguments import first_few
+from moekit.arguments import Flag, check, first_few
 from moekit.batches import Batch, shares
 from moekit.handle import Handle
 from moekit.interrupts import import_whole
@@ -146,8 +146,9 @@ def score_batches(
             f"{model.config.max_positions} learned positions: cut the data into shorter ones"
         )
     scores: dict[int, np.ndarray] = {}
-    targets = {b.index: np.count_nonzero(b.targets != PAD) for b in batches} if progress else {}
-    with progress_bar("scoring", sum(targets.values()), " tokens", show=progress) as bar:
+    show = check("progress", progress, Flag())
+    targets = {b.index: np.count_nonzero(b.targets != PAD) for b in batches} if show else {}
+    with progress_bar("scoring", sum(targets.values()), " tokens", show=show) as bar:
 
         def take(rank: int, found: scoring.Scored) -> None:
             """What a rank has found of a step, while the ranks go on with the next."""

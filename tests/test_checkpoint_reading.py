@@ -600,3 +600,13 @@ def test_values_in_messages_are_short():
         nested = [nested, nested]
     for value in ("x" * 10**6, nested, 10**5000, b"x" * 1000, dict.fromkeys(range(100), nested), object()):
         assert len(short(value)) <= 80
+
+
+def test_a_path_that_is_no_utf8_is_one_sentence(tmp_path, reference):
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/b\xff"))
+    shutil.copytree(reference / "checkpoint", folder)
+    with pytest.raises(
+        ValueError, match=r"b.udcff/model-.* has bytes in its path that are no UTF-8"
+    ) as caught:
+        checkpoint.survey(checkpoint.find(folder))
+    assert str(caught.value).isprintable()

@@ -111,6 +111,12 @@ def _mapped(path: Path, what: str) -> Iterator[tuple[np.ndarray, torch.UntypedSt
     """A file mapped into memory; what is unreadable in it becomes one sentence."""
     size = _size(path)
     try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"{clip(str(path))} has bytes in its path that are no UTF-8, which torch cannot open: rename it"
+        ) from None
+    try:
         storage = torch.UntypedStorage.from_file(str(path), False, size)
     except (RuntimeError, OSError) as error:
         raise ValueError(f"{path} cannot be mapped into memory: {_reason(error)}") from error
