@@ -23,7 +23,7 @@ Asked, Given = ParamSpec("Asked"), TypeVar("Given")
 class Instance:
     """An object of one of moekit's classes, or of another package's."""
 
-    kind: type
+    kind: type | tuple[type, ...]
     expected: str
     optional: bool = False
 

@@ -12,7 +12,7 @@ import moekit
 from moekit.arguments import Flag, Whole
 from moekit.checked import Instance, Named, checked
 from moekit.notebook import report
-from moekit.routing import compare, exchange, metrics
+from moekit.routing import compare, exchange, metrics, pairs
 from moekit.routing import trace as tracing
 from moekit.routing.domains import domains_of
 
@@ -54,6 +54,7 @@ GIVEN = {
     "parameters": {},
     "figures": {},
     "tables": {},
+    "codec": None,
     "dtype": "float32",
     "device": "cpu",
     "world_size": 1,
@@ -73,7 +74,8 @@ PUBLIC |= {
     f"{module.__name__.rpartition('.')[2]}.{name}": getattr(module, name)
     for module, names in {
         compare: ("compare", "change_by_domain", "weight_change"),
-        tracing: ("join", "align"),
+        tracing: ("join",),
+        pairs: ("align",),
         exchange: ("read", "write"),
         report: report.__all__,
     }.items()

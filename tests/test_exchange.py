@@ -320,7 +320,7 @@ def test_mistakes_are_told(trace, tmp_path):
     for asked, said in [
         ({"path": None}, "path=None: expected the path"),
         ({"layout": ["vllm"]}, "layout=.'vllm'.: expected one of vllm"),
-        ({"num_experts": "8"}, "num_experts='8': expected a whole number of at least 1 or None"),
+        ({"num_experts": "8"}, "num_experts='8': expected a whole number of at least 1"),
         ({"layers": 1.5}, "layers=1.5: expected a list of whole numbers in an order"),
         ({"layers": {1, 3}}, "layers={1, 3}: expected a list of whole numbers in an order"),
     ]:

@@ -16,9 +16,10 @@ from matplotlib.figure import Figure
 
 from moekit import checkpoint as ckpt
 from moekit import ranks, results
-from moekit.arguments import Choice
+from moekit.arguments import Choice, Whole
 from moekit.arguments import Path as PathKind
 from moekit.checked import Instance, Named, checked
+from moekit.data.codec import Codec, Ids
 from moekit.handle import MODEL, experts_dtype, weights_dtype
 from moekit.nn.dispatch import owned
 from moekit.nn.experts import TENSORS
@@ -52,11 +53,11 @@ __all__ = [
 
 if TYPE_CHECKING:
     from moekit.api import Model
-    from moekit.data.codec import Codec
 
 GIB = 2**30
 EVALUATION = Instance(Evaluation, "what model.evaluate gives")
 PARAMETERS = Instance(Mapping, "parameters by name, as vars(p) has them")
+CODEC = Instance((Codec, Ids), "a model's codec", optional=True)
 FIGURES = Named(Figure, "figures by name")
 TABLES = Named(pd.DataFrame, "tables by name")
 
@@ -211,7 +212,8 @@ def result(evaluation: Evaluation) -> pd.DataFrame:
     return pd.DataFrame({"": facts})
 
 
-def first_tokens(evaluation: Evaluation, codec: Codec | None, rows: int = 5) -> pd.DataFrame:
+@checked(evaluation=EVALUATION, codec=CODEC, rows=Whole())
+def first_tokens(evaluation: Evaluation, codec: Codec | Ids | None, rows: int = 5) -> pd.DataFrame:
     """The beginning of ``Evaluation.tokens``, with the target as text in the column ``piece``, as ``model.score`` has it."""
     table = evaluation.tokens.head(rows).copy()
     table.insert(4, "piece", pieces(codec, table["target"]))
