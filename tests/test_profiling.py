@@ -817,9 +817,22 @@ def test_a_profile_is_read_as_it_was_written(profile, tmp_path):
     )
     with pytest.raises(ValueError, match="read from a file and has no events"):
         again.save_trace(tmp_path / "t.json.gz")
-    (tmp_path / "bad").write_bytes(gzip.compress(b'{"meta": {}}'))
-    with pytest.raises(ValueError, match="no profile that Profile.save wrote"):
-        Profile.load(tmp_path / "bad")
+    whole = (tmp_path / "p.json.gz").read_bytes()
+    damaged = [
+        whole[:-200],
+        whole[:400] + bytes(200) + whole[600:],
+        gzip.compress(bytes(200_000_000)),
+        b"",
+        b"{}",
+    ]
+    for bad in [gzip.compress(b'{"meta": {}}'), *damaged]:
+        (tmp_path / "bad").write_bytes(bad)
+        with pytest.raises(ValueError, match="no profile that Profile.save wrote"):
+            Profile.load(tmp_path / "bad")
+    os.mkfifo(tmp_path / "fifo")
+    for nothing in ("missing", "fifo"):
+        with pytest.raises(ValueError, match=f"no file .*{nothing}; expected a profile"):
+            Profile.load(tmp_path / nothing)
 
 
 @pytest.mark.parametrize(

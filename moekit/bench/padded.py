@@ -58,6 +58,10 @@ def run(setting: Setting, args: argparse.Namespace) -> list[Figure]:
         return [Figure("padded", None, "tokens/s", note=why)]
     if not setting.config.moe_layers:
         return [Figure("padded", None, "tokens/s", note=DENSE)]
+    if setting.experts is not None:
+        raise ValueError(
+            f"--experts {setting.experts}: the padded way computes in plain torch, with all weights of --dtype; leave it out"
+        )
     if setting.config.experts % setting.world_size:
         raise ValueError(
             f"--world-size {setting.world_size}: expected a divisor of {setting.config.experts}, the experts, which the "
@@ -148,15 +152,11 @@ def measured(
     def work() -> list[tuple[int, np.ndarray]]:
         return worker.scores_of(rank, [share], fraction=fraction, vocab=config.vocab_rows, seed=1)[0]
 
-    quiet, rank.send_report = rank.send_report, None
     before = torch.cuda.memory_allocated(rank.device) / GIB if rank.device.type == "cuda" else 0.0
-    try:
-        with measure.memory(rank.device) as peak:
-            warm_up = graphs.AFTER + 1 if rank.device.type == "cuda" else 1
-            seconds = measure.seconds(work, rank.device, repeats=repeats, warm_up=warm_up)
-        logprobs = np.concatenate([found for _, found in sorted(work(), key=lambda pair: pair[0])])
-    finally:
-        rank.send_report = quiet
+    with measure.memory(rank.device) as peak:
+        warm_up = graphs.AFTER + 1 if rank.device.type == "cuda" else 1
+        seconds = measure.seconds(work, rank.device, repeats=repeats, warm_up=warm_up)
+    logprobs = np.concatenate([found for _, found in sorted(work(), key=lambda pair: pair[0])])
     return Measured(seconds, (peak.gpu_gib or 0.0) - before, logprobs)
 
 

@@ -182,20 +182,16 @@ def score(rank: Rank, blocks: int, repeats: int) -> Scored:
     def work() -> list[tuple[int, np.ndarray]]:
         return worker.scores_of(rank, [share], fraction=FRACTION, vocab=vocab, seed=1)[0]
 
-    quiet, rank.send_report = rank.send_report, None
-    try:
-        routing = describe(rank, step[:blocks])
-        with measure.memory(rank.device) as peak:
-            warm_up = graphs.AFTER + 1 if rank.device.type == "cuda" else 2
-            for _ in range(warm_up):
-                work()
-            before = counts_of(model)
-            seconds = measure.seconds(work, rank.device, repeats=repeats, warm_up=0)
-            fetched = counts_of(model) - before
-        assert all(np.isfinite(found).all() for _, found in work()), "a log-probability is no finite number"
-        exchange = exchanged(rank, work) if rank.world_size > 1 and model.config.moe_layers else 0.0
-    finally:
-        rank.send_report = quiet
+    routing = describe(rank, step[:blocks])
+    with measure.memory(rank.device) as peak:
+        warm_up = graphs.AFTER + 1 if rank.device.type == "cuda" else 2
+        for _ in range(warm_up):
+            work()
+        before = counts_of(model)
+        seconds = measure.seconds(work, rank.device, repeats=repeats, warm_up=0)
+        fetched = counts_of(model) - before
+    assert all(np.isfinite(found).all() for _, found in work()), "a log-probability is no finite number"
+    exchange = exchanged(rank, work) if rank.world_size > 1 and model.config.moe_layers else 0.0
     return Scored(seconds, peak, exchange, routing, fetched)
 
 

@@ -5,19 +5,25 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moekit import results
+from moekit import json_text, results
+from moekit.arguments import Path as PathKind
+from moekit.arguments import check
 from moekit.nn.parts import FETCH
 from moekit.profiling import table
 from moekit.profiling.perfetto import trace_of
 
 if TYPE_CHECKING:
     import pandas as pd
+
+# The most bytes of a file, unpacked: one from elsewhere may unpack to any number.
+MOST = 100_000_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,6 +120,7 @@ class Profile:
         """Write all but ``events`` to one file, for :meth:`load`.
 
         Raises:
+            ValueError: the profile is too large to be read again.
             moekit.results.NotWritten: (a ValueError) the folder is missing or cannot be written to, or its disk is full.
         """
         held = {
@@ -123,8 +130,13 @@ class Profile:
             "frame": self.frame.to_dict("list"),
             "rows": self.rows.to_dict("list"),
         }
+        text = json.dumps(held).encode()
+        if len(text) > MOST:
+            raise ValueError(
+                f"the profile takes {len(text):,} bytes, and {MOST:,} can be read: profile fewer steps"
+            )
         with results.whole(path, make=True) as part:
-            part.write_bytes(gzip.compress(json.dumps(held).encode(), 6))
+            part.write_bytes(gzip.compress(text, 6))
 
     @classmethod
     def load(cls, path: str | Path) -> Profile:
@@ -135,11 +147,18 @@ class Profile:
         """
         import pandas as pd
 
+        path = check("path", path, PathKind())
+        if not path.is_file():
+            raise ValueError(f"there is no file {path}; expected a profile that Profile.save wrote")
         try:
-            held = json.loads(gzip.decompress(Path(path).expanduser().read_bytes()))
+            with gzip.open(path) as file:
+                text = file.read(MOST + 1)
+            if len(text) > MOST:
+                raise ValueError(f"it unpacks to more than {MOST:,} bytes")
+            held = json_text.loads(text, most=MOST // 16)
             plain, profiled = (np.array(held[name], dtype=float) for name in ("plain", "profiled"))
             return cls(pd.DataFrame(held["frame"]), plain, profiled, pd.DataFrame(held["rows"]), held["meta"])
-        except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is no profile that Profile.save wrote: {error}") from error
 
     def save_trace(self, path: str | Path) -> None:

@@ -104,7 +104,6 @@ class Recorded:
 @torch.inference_mode()
 def profile(rank: Rank, work: Work) -> Recorded:
     """Do the work: to warm up, timed, under the profiler, and once more to count the rows of each expert."""
-    quiet, rank.send_report = rank.send_report, None
     doing = DOING[work.mode](rank, work)
     try:
         doing.warm_up()
@@ -113,7 +112,6 @@ def profile(rank: Rank, work: Work) -> Recorded:
         counts = doing.counts()
     finally:
         doing.end()
-        rank.send_report = quiet
     offset, jitter = apart(rank)
     return Recorded(events, base, clock + offset, jitter, plain, profiled, counts)
 
