@@ -1,7 +1,8 @@
-"""Perplexity by domain at several capacities; a batch runs again only at a capacity that may drop more of it."""
+"""Perplexity by domain at several capacities, and what two models differ by; a batch runs again only where it may drop more."""
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,13 +13,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moekit import arguments
-from moekit.arguments import Whole, check, shown
+from moekit.arguments import Number, Whole, check, shown
 from moekit.batches import Batch
+from moekit.checked import Instance, checked
 from moekit.fairseq_data import Data
 from moekit.handle import Handle
 from moekit.nn.gates import gate_of, top_k_of
 from moekit.routing.domains import lines_of
-from moekit.routing.statistics import mean_of, units_of
+from moekit.routing.statistics import Paired, holm, mean_of, paired_sums, units_of
 from moekit.scoring import score_batches, summarize
 
 if TYPE_CHECKING:
@@ -26,6 +28,25 @@ if TYPE_CHECKING:
 
 # The row of all domains together.
 WHOLE = "(all)"
+# What is noted where two models did not read the same.
+OTHER = "other tokens"
+
+
+@dataclass(frozen=True)
+class DomainScores:
+    """Perplexity by domain, and what a comparison with another model pairs.
+
+    Attributes:
+        table: as :func:`evaluate_domains` returns it.
+        units: for each capacity of the table, one row per sample and domain: ``domain``, ``text`` (the name of the folder; "" where
+            the lines of one folder have domains), ``sample``, ``tokens``, ``bits`` (their sum) and ``digest`` (of the targets).
+    """
+
+    table: pd.DataFrame
+    units: dict[float | str | None, pd.DataFrame]
+
+
+SCORES = Instance(DomainScores, "what score_domains gives")
 
 
 def evaluate_domains(
@@ -58,6 +79,19 @@ def evaluate_domains(
         ValueError: an argument makes no sense, or a file is missing.
         moekit.ranks.RankError: a rank failed.
     """
+    return score_domains(model, domains, how, fractions, max_batches, seed, progress).table
+
+
+def score_domains(
+    model: Handle,
+    domains: str | Path | Mapping[str, str | Path],
+    how: Data,
+    fractions: float | str | Iterable[float | str | None] | None = None,
+    max_batches: int | None = None,
+    seed: int = 1,
+    progress: bool = True,
+) -> DomainScores:
+    """:func:`evaluate_domains` with the sums of each sample, for :func:`compare_domains`."""
     import pandas as pd
 
     seed = check("seed", seed, Whole(0))
@@ -82,12 +116,14 @@ def evaluate_domains(
     found = [_swept(model, text, held, seed, progress) for text in texts]
     labels = np.concatenate([text.labels for text in texts])
     names = list(dict.fromkeys(name for text in texts for name in text.names))
-    rows = []
+    rows, units = [], {}
+    folders = [text.names[0] if named else "" for text in texts]
     for number, fraction in enumerate(held):
         parts = [sweep[number] for sweep in found]
         table = pd.concat([part.tokens for part in parts], keys=range(len(parts)), names=["text"])
         table = table.reset_index("text")
         told = None if fraction is None else "training" if fraction <= 0 else fraction
+        units[told] = _by_unit(table, labels, folders)
         for name in [*names, WHOLE]:
             here = np.full(len(table), True) if name == WHOLE else labels == name
             own = [n for n, text in enumerate(texts) if name == WHOLE or name in text.names]
@@ -97,7 +133,74 @@ def evaluate_domains(
             rows.append(row)
     table = pd.DataFrame(rows)
     table["capacity"] = pd.Series([row["capacity"] for row in rows], dtype=object)
-    return table
+    return DomainScores(table, units)
+
+
+@checked(before=SCORES, after=SCORES, level=Number(above=0, most=1))
+def compare_domains(before: DomainScores, after: DomainScores, *, level: float = 0.05) -> pd.DataFrame:
+    """How many bits a token ``after`` needs more than ``before``, by domain: the same samples read by two models.
+
+    Some samples are harder than others for both models. Pairs leave this out, so that two models may differ clearly though
+    the intervals of each overlap.
+
+    Returns:
+        For each capacity of both and each domain of ``after``, one row: ``capacity``, ``domain``, ``tokens``, ``units``
+        (samples), ``difference`` (after - before, bits a token), ``low``, ``high`` (95 % over samples), ``p`` (sign flips over
+        samples; Holm's correction over the domains, from which :data:`WHOLE` is left out), ``survives`` (p <= level),
+        ``effect`` and ``same_sign`` (:class:`moekit.routing.statistics.Paired`), and ``note``: "too few" samples for an
+        interval, or a difference that "does not vary" between them; :data:`OTHER` where the samples or their targets are not
+        the same in both, and the figures are NaN.
+
+    Raises:
+        ValueError: no capacity is in both.
+    """
+    import pandas as pd
+
+    both = [capacity for capacity in after.units if capacity in before.units]
+    if not both:
+        raise ValueError(
+            f"before has the capacities {shown([*before.units])}, after {shown([*after.units])}: expected one that is in both"
+        )
+    frames = []
+    for capacity in both:
+        pairs = before.units[capacity].merge(
+            after.units[capacity], "outer", ["domain", "text", "sample"], suffixes=("_before", "_after")
+        )
+        names = list(dict.fromkeys(after.table["domain"]))
+        told = {
+            name: _difference(pairs if name == WHOLE else pairs[pairs["domain"] == name]) for name in names
+        }
+        frame = pd.DataFrame(
+            {
+                "domain": name,
+                "tokens": one.tokens,
+                "units": one.units,
+                "difference": one.value,
+                "low": one.low,
+                "high": one.high,
+                "p": one.p,
+                "effect": one.effect,
+                "same_sign": one.same_sign,
+                "note": one.note if one.units else OTHER,
+            }
+            for name, one in told.items()
+        )
+        frame.insert(0, "capacity", pd.Series([capacity] * len(frame), dtype=object))
+        part = frame["domain"] != WHOLE
+        frame.loc[part, "p"] = holm(frame.loc[part, "p"])
+        frame.insert(8, "survives", frame["p"] <= level)
+        frames.append(frame)
+    return pd.concat(frames, ignore_index=True)
+
+
+def _difference(pairs: pd.DataFrame) -> Paired:
+    """The statistics of samples side by side; of no unit where a sample is in one alone, or its targets are others."""
+    # A digest that is missing is equal to none.
+    if pairs.empty or (pairs["digest_before"] != pairs["digest_after"]).any():
+        return Paired(0, *[math.nan] * 6, units=0)
+    change = pairs["bits_after"] - pairs["bits_before"]
+    sums = pairs.assign(change=change).groupby(["text", "sample"])[["change", "tokens_after"]].sum()
+    return paired_sums(sums["change"].to_numpy(float), sums["tokens_after"].to_numpy(np.int64))
 
 
 @dataclass(frozen=True)
@@ -198,6 +301,36 @@ def _swept(
         lost = summarize(text.batches, lost, 1.0, model.config.add_bos).tokens["logprob"]
         results[fraction] = Swept(tokens.assign(undispatched=lost.to_numpy()), len(again))
     return [results[fraction] for fraction in fractions]
+
+
+def _by_unit(tokens: pd.DataFrame, labels: np.ndarray, folders: Sequence[str]) -> pd.DataFrame:
+    """The sums of :class:`DomainScores`.
+
+    Args:
+        tokens: T rows as in :class:`Swept`, with the number of the ``text``.
+        labels: [T] domains.
+        folders: of each text.
+    """
+    import pandas as pd
+
+    told = pd.DataFrame(
+        {
+            "domain": labels,
+            "text": np.array(folders, dtype=object)[tokens["text"].to_numpy(np.int64)],
+            "sample": tokens["sample"].to_numpy(np.int64),
+            "bits": -tokens["logprob"].to_numpy(np.float64) / math.log(2),
+            "target": tokens["target"].to_numpy("<i4"),
+        }
+    )
+    found = told.groupby(["domain", "text", "sample"], sort=False)
+    return found.agg(
+        tokens=("bits", "size"),
+        bits=("bits", "sum"),
+        digest=(
+            "target",
+            lambda some: hashlib.blake2b(some.to_numpy().tobytes(), digest_size=16).hexdigest(),
+        ),
+    ).reset_index()
 
 
 def _measured(model: Handle, tokens: pd.DataFrame, sizes: np.ndarray | None) -> dict:

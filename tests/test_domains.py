@@ -1,5 +1,6 @@
 """Perplexity by domain: sums against the whole, bytes by hand, and a sweep of capacities against runs of their own."""
 
+import dataclasses
 import itertools
 import math
 
@@ -11,9 +12,11 @@ import torch
 import moekit
 from moekit.data import Codec, binarise
 from moekit.data.dictionary import Dictionary
-from moekit.domains import WHOLE
+from moekit.domains import OTHER, WHOLE, compare_domains, score_domains
+from moekit.fairseq_data import Data
 from moekit.paths import DEMO_BPE, DEMO_TEXT
 from moekit.routing.domains import domains_of, lines_of
+from moekit.routing.statistics import holm, paired
 
 BATCHES = 12
 
@@ -175,6 +178,102 @@ def test_a_folder_for_each_domain(model, folders):
         table[table["capacity"].notna()].reset_index(drop=True).assign(run=[12, 12, 24]),
         atol=1e-6,
     )
+
+
+@pytest.fixture(scope="module")
+def dense():
+    with moekit.load("demo-dense", 1, "cpu", progress=False) as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="module")
+def both(dense, model):
+    """The dense model's scores and the sparse one's, of which one was measured under a capacity, too."""
+    fractions = ([None], [0.25, None])
+    return [
+        score_domains(one, "demo", Data("demo"), capacities, 60, progress=False)
+        for one, capacities in zip((dense, model), fractions, strict=True)
+    ]
+
+
+def test_the_difference_of_two_models_is_paired(dense, model, both):
+    """Against the statistics of each token's change, whose domain is that of its line."""
+    table = compare_domains(*both).set_index("domain")
+    assert table["capacity"].isna().all() and len(table) == both[1].table["domain"].nunique()
+    before, after = (one.evaluate("demo", max_batches=60, progress=False).tokens for one in (dense, model))
+    change = -(after["logprob"].astype(float) - before["logprob"]).to_numpy() / math.log(2)
+    labels, sizes, _ = lines_of("demo", "valid")
+    label = np.repeat(labels, sizes)[before["sample"] * 256 + before["position"]]
+    sample = before["sample"].to_numpy()
+    by_hand = {name: paired(change[label == name], sample[label == name]) for name in np.unique(label)}
+    by_hand[WHOLE] = paired(change, sample)
+    for name, told in by_hand.items():
+        row = table.loc[name]
+        assert (row["tokens"], row["units"]) == (told.tokens, told.units)
+        found = row[["difference", "low", "high", "effect", "same_sign"]].to_list()
+        expected = [told.value, told.low, told.high, told.effect, told.same_sign]
+        np.testing.assert_allclose(np.array(found, float), expected, atol=1e-5)
+        assert row["note"] == ("too few" if math.isnan(told.low) else "")
+    names = [name for name in table.index if name != WHOLE]
+    corrected = holm(np.array([by_hand[name].p for name in names]))
+    assert table.loc[names, "p"].to_list() == pytest.approx(corrected.tolist())
+    assert table.loc[WHOLE, "p"] == by_hand[WHOLE].p
+    assert (table["survives"] == (table["p"] <= 0.05)).all()
+    # The pairs tell what the two intervals do not: these overlap.
+    alone = [of(one.table, None) for one in both]
+    assert alone[1]["high"] > alone[0]["low"] and table.loc[WHOLE, "high"] < 0
+    direct = alone[1]["bits_per_token"] - alone[0]["bits_per_token"]
+    assert table.loc[WHOLE, "difference"] == pytest.approx(direct, abs=1e-9)
+
+
+def test_a_model_does_not_differ_from_itself(both):
+    table = compare_domains(both[1], both[1])
+    assert set(table["capacity"].map(str)) == {"None", "0.25"}
+    assert table["difference"].eq(0).all() and table["p"].eq(1).all() and not table["survives"].any()
+    assert (table["note"] == np.where(table["units"] < 8, "too few", "does not vary")).all()
+
+
+def test_other_tokens_have_no_difference(both):
+    """One target that differs, a sample that is missing, and blocks of another length."""
+    own = both[1].units[None]
+    one = own.index[own["domain"] == "german"][0]
+    changed = own.assign(digest=own["digest"].where(own.index != one, "0"))
+    for other in (changed, own.drop(index=one)):
+        mixed = dataclasses.replace(both[1], units={None: other})
+        for table in (compare_domains(mixed, both[0]), compare_domains(both[0], mixed)):
+            lost = table.set_index("domain")["note"] == OTHER
+            assert set(lost.index[lost]) == {"german", WHOLE}
+            assert table.set_index("domain")["difference"].isna().eq(lost).all()
+    with pytest.raises(ValueError, match=r"before has the capacities \[0.5\], after \[None\]: expected one"):
+        compare_domains(dataclasses.replace(both[0], units={0.5: own}), both[0])
+    with pytest.raises(ValueError, match="after=.*: expected what score_domains gives"):
+        compare_domains(both[0], both[1].table)
+
+
+def test_two_cuts_of_a_text_are_other_tokens(model):
+    cuts = [
+        score_domains(model, "demo", Data("demo", tokens_per_sample=n), None, 4, progress=False)
+        for n in (64, 32)
+    ]
+    assert compare_domains(*cuts)["note"].eq(OTHER).all()
+
+
+def test_folders_pair_by_their_names(model, folders):
+    """In whatever order they are named; a folder does not pair with another one."""
+    names = {name: folders[0][name] for name in ("german", "python")}
+    how = Data("demo", sample_break_mode="eos", tokens_per_sample=128)
+    one, turned, other = (
+        score_domains(model, asked, how, progress=False)
+        for asked in (
+            names,
+            dict(reversed(names.items())),
+            {"german": names["python"], "python": names["python"]},
+        )
+    )
+    assert compare_domains(one, turned)["note"].eq("does not vary").all()
+    table = compare_domains(one, other).set_index("domain")
+    assert table["note"].to_dict() == {"german": OTHER, "python": "does not vary", WHOLE: OTHER}
+    assert table.loc["python", "units"] == 12
 
 
 def test_a_capacity_is_a_number_of_any_kind(model):

@@ -189,6 +189,12 @@ def test_evaluate_tasks_beside_a_baseline(elsewhere):
     free = free.set_index("model")["bits_per_token"]
     assert set(free.index) == {"checkpoint", "baseline"}
     assert whole["checkpoint", 1.0] == free["checkpoint"] < whole["checkpoint", 0.25]
+    differences = pd.read_csv(results / "domain_differences.csv").set_index("domain")
+    assert differences.loc["(all)", "difference"] == pytest.approx(
+        free["checkpoint"] - free["baseline"], abs=1e-9
+    )
+    assert differences["tokens"].sum() == 2 * differences.loc["(all)", "tokens"]
+    assert not differences["note"].eq("other tokens").any()
     items = pd.read_parquet(results / "items.parquet")
     assert set(items["run"]) == {"checkpoint", "baseline", "masked"}
     run = json.loads((results / "run.json").read_text())

@@ -126,6 +126,32 @@ def test_the_key_of_the_capacities_has_the_order_of_the_lines():
     assert len({(line.get_color(), line.get_marker()) for line in lines}) == len(added)
 
 
+def test_domains_beside_a_baseline_show_the_paired_difference():
+    """The interval of each difference; filled where it survives; and no such panel where nothing pairs."""
+    columns = {
+        "domain": ["a", "b", "c"],
+        "bits_per_token": [4.0, 5.0, 6.0],
+        "low": [3.8, 4.8, 5.8],
+        "high": [4.3, 5.3, 6.3],
+    }
+    columns |= {f"{name}_baseline": columns[name] for name in ("bits_per_token", "low", "high")}
+    columns |= {
+        "difference": [-0.2, 0.1, np.nan],
+        "difference_low": [-0.3, -0.1, np.nan],
+        "difference_high": [-0.05, 0.2, np.nan],
+        "survives": [True, False, False],
+    }
+    table = pd.DataFrame(columns)
+    loss, paired = task_plots.domains(table).axes
+    assert loss.get_ylim() == paired.get_ylim()
+    kept, other = paired.containers
+    assert kept.lines[0].get_xydata().tolist() == [[-0.2, 0]]
+    assert kept.lines[2][0].get_segments()[0][:, 0] == pytest.approx([-0.3, -0.05])
+    assert other.lines[2][0].get_segments()[0][:, 0] == pytest.approx([-0.1, 0.2])
+    assert kept.lines[0].get_markerfacecolor() != "white" and other.lines[0].get_markerfacecolor() == "white"
+    assert len(task_plots.domains(table.assign(difference=np.nan)).axes) == 1
+
+
 def test_an_accuracy_has_an_interval_where_all_items_are_right():
     columns = {
         "task": ["a", "b"],

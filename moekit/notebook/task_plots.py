@@ -33,7 +33,7 @@ def tasks(table: pd.DataFrame, metric: str = "acc") -> Figure:
         table: of :func:`moekit.notebook.task_report.task_table`.
     """
     rows = table[table["metric"] == metric] if (table["metric"] == metric).any() else table
-    figure, axes = _sideways(len(rows))
+    figure, (axes,) = _sideways(len(rows))
     place = np.arange(len(rows))
     share = (rows["metric"].str.startswith("acc")).all()
     for end, colour, label, shift in (("", OWN, "checkpoint", 0.0), ("_baseline", BASELINE, "baseline", 0.2)):
@@ -52,12 +52,13 @@ def tasks(table: pd.DataFrame, metric: str = "acc") -> Figure:
 
 @rc_context(STYLE)
 def domains(table: pd.DataFrame) -> Figure:
-    """Bits per token of each domain with its interval, beside the baseline's.
+    """Bits per token of each domain with its interval, beside the baseline's, and at the right the paired difference.
 
     Args:
         table: of :func:`moekit.notebook.task_report.domain_table`.
     """
-    figure, axes = _sideways(len(table))
+    paired = "difference" in table and table["difference"].notna().any()
+    figure, (axes, *right) = _sideways(len(table), 2 if paired else 1)
     place = np.arange(len(table))
     for end, colour, label, shift in (("", OWN, "checkpoint", 0.0), ("_baseline", BASELINE, "baseline", 0.2)):
         if f"bits_per_token{end}" in table:
@@ -69,7 +70,21 @@ def domains(table: pd.DataFrame) -> Figure:
     _names(axes, table["domain"])
     axes.set(xlabel="bits per token, with 95 % intervals over samples")
     axes.set_title("Loss by domain", fontsize=11)
+    for beside in right:
+        _differences(beside, place, table)
     return done(figure)
+
+
+def _differences(axes, place: np.ndarray, table: pd.DataFrame) -> None:
+    """The paired differences of :func:`moekit.domains.compare_domains`, filled where they survive the test."""
+    value = table["difference"]
+    widths = np.abs([value - table["difference_low"], table["difference_high"] - value])
+    for survives, fill in ((True, OWN), (False, "white")):
+        here = (table["survives"] == survives).to_numpy()
+        _dots(axes, place[here], value[here], widths[:, here], OWN, fill=fill)
+    axes.axvline(0, color=INK, linewidth=0.8, linestyle="--")
+    axes.set(xlabel="bits per token, 95 % over samples;\nfilled: survives a sign-flip test (Holm, 5 %)")
+    axes.set_title("Checkpoint minus baseline, paired", fontsize=11)
 
 
 @rc_context(STYLE)
@@ -106,15 +121,18 @@ def capacities(table: pd.DataFrame) -> Figure:
     return done(figure)
 
 
-def _sideways(rows: int):
-    return plt.subplots(figsize=(8, 1.2 + 0.36 * max(1, rows)), layout="constrained")
+def _sideways(rows: int, columns: int = 1):
+    size = (8 if columns == 1 else 10, 1.2 + 0.36 * max(1, rows))
+    figure, axes = plt.subplots(1, columns, figsize=size, sharey=True, squeeze=False, layout="constrained")
+    return figure, axes[0]
 
 
-def _dots(axes, place, value, widths, colour: str, label: str, shift: float = 0.0) -> None:
+def _dots(
+    axes, place, value, widths, colour: str, label: str = "", shift: float = 0.0, fill: str | None = None
+) -> None:
     widths = np.nan_to_num(np.asarray(widths, float))
-    axes.errorbar(
-        value, place + shift, xerr=widths, fmt="o", color=colour, label=label, markersize=5, capsize=2
-    )
+    how = {"color": colour, "label": label, "mfc": fill or colour, "markersize": 5, "capsize": 2}
+    axes.errorbar(value, place + shift, xerr=widths, fmt="o", **how)
 
 
 def _names(axes, names) -> None:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from moekit import api, results
-from moekit.domains import WHOLE
+from moekit.domains import OTHER, WHOLE, DomainScores, compare_domains, score_domains
+from moekit.fairseq_data import Data
 from moekit.notebook import models
 from moekit.notebook.report import absolute, draw, tabulate
 
@@ -27,10 +28,10 @@ SHOWN = 70
 
 @dataclass(frozen=True)
 class Measured:
-    """A model's results: those of the tasks, and the table of domains; None where none were asked for."""
+    """A model's results: those of the tasks, and those of the domains; None where none were asked for."""
 
     tasks: TaskResults
-    domains: pd.DataFrame | None
+    domains: DomainScores | None
 
 
 def tasks(p: SimpleNamespace, model: api.Model) -> TaskResults:
@@ -41,13 +42,12 @@ def tasks(p: SimpleNamespace, model: api.Model) -> TaskResults:
     return evaluate_tasks(model, p.tasks, **options, progress=False)
 
 
-def domains(p: SimpleNamespace, model: api.Model, fractions: list[float]) -> pd.DataFrame | None:
+def domains(p: SimpleNamespace, model: api.Model, fractions: list[float]) -> DomainScores | None:
     """The notebook's domains without a capacity and at each of ``fractions``; None where none are given."""
     if p.domains is None:
         return None
-    options = {"subset": p.subset, "tokens_per_sample": p.tokens_per_sample, "max_batches": p.max_batches}
-    capacities = [None, *fractions]
-    return model.evaluate(domains=p.domains, capacity_token_fraction=capacities, **options, progress=False)
+    how = Data("demo", p.subset, p.tokens_per_sample)
+    return score_domains(model, p.domains, how, [None, *fractions], p.max_batches, progress=False)
 
 
 def baseline(p: SimpleNamespace) -> Measured | None:
@@ -82,24 +82,47 @@ def task_table(found: TaskResults, other: Measured | None) -> pd.DataFrame:
     return table.assign(paper="")
 
 
-def domain_table(found: pd.DataFrame | None, other: Measured | None) -> pd.DataFrame | None:
-    """One row per domain, without a capacity: tokens, bits, and the baseline's bits."""
+def domain_table(found: DomainScores | None, other: Measured | None) -> pd.DataFrame | None:
+    """One row per domain, without a capacity: tokens, bits, the baseline's bits, and the paired difference."""
     if found is None:
         return None
     names = ["domain", "tokens", "bytes", "bits_per_token", "low", "high", "bits_per_byte", "perplexity"]
-    table = found[found["capacity"].isna()][names]
+    table = found.table[found.table["capacity"].isna()][names]
     if other is not None and other.domains is not None:
         told = ["domain", "bits_per_token", "low", "high", "bits_per_byte"]
-        table = table.merge(other.domains[told], on="domain", suffixes=("", "_baseline"))
+        table = table.merge(other.domains.table[told], "left", "domain", suffixes=("", "_baseline"))
+        # Both have columns of these names, which are those of one model in this table.
+        paired = domain_differences(found, other).rename(
+            columns={"low": "difference_low", "high": "difference_high"}
+        )
+        told = ["difference", "difference_low", "difference_high", "p", "survives", "units", "note"]
+        table = table.merge(paired[["domain", *told]], "left", "domain")
     return table.reset_index(drop=True)
 
 
-def capacity_table(found: pd.DataFrame | None) -> pd.DataFrame | None:
+def domain_differences(found: DomainScores | None, other: Measured | None) -> pd.DataFrame | None:
+    """:func:`moekit.domains.compare_domains` of the baseline and the checkpoint without a capacity; None without one of them."""
+    if found is None or other is None or other.domains is None:
+        return None
+    return compare_domains(other.domains, found)
+
+
+def unpaired(table: pd.DataFrame | None) -> str:
+    """The sentence that names the domains of which the two models did not read the same; "" where there is none."""
+    if table is None or "note" not in table or not (here := table["note"] == OTHER).any():
+        return ""
+    return (
+        f"No difference for {', '.join(table['domain'][here])}: the two models did not read the same samples with the same "
+        "tokens. Set tokens_per_sample to what both models can read, where their positions differ."
+    )
+
+
+def capacity_table(found: DomainScores | None) -> pd.DataFrame | None:
     """One row per capacity, over all domains: bits, the share of dropped choices, and how many batches ran for it."""
     if found is None:
         return None
     names = ["capacity", "bits_per_token", "low", "high", "bits_per_byte", "dropped", "run", "batches"]
-    table = found[found["domain"] == WHOLE][names]
+    table = found.table[found.table["domain"] == WHOLE][names]
     return table.fillna({"capacity": "none"}).reset_index(drop=True)
 
 
@@ -128,11 +151,11 @@ def save(
     other: Measured | None,
     after: TaskResults | None,
     effect: tuple[pd.DataFrame, pd.DataFrame] | None,
-    swept: pd.DataFrame | None,
+    swept: DomainScores | None,
     figures: Sequence[Figure | None],
 ) -> Path:
-    """Write ``tasks.csv``, ``domains.csv``, ``mask.csv`` and ``changed.csv``, ``items.parquet`` with a column ``run``, ``run.json``
-    and the figures ``tasks.png``, ``domains.png`` and ``capacities.png``; what was not made is left out.
+    """Write ``tasks.csv``, ``domains.csv``, ``domain_differences.csv``, ``mask.csv`` and ``changed.csv``, ``items.parquet`` with a
+    column ``run``, ``run.json`` and the figures ``tasks.png``, ``domains.png`` and ``capacities.png``; what was not made is left out.
 
     Returns:
         The folder, absolute.
@@ -142,11 +165,11 @@ def save(
     """
     runs = {"checkpoint": found, "baseline": other and other.tasks, "masked": after}
     items = [run.items.assign(run=name) for name, run in runs.items() if run is not None]
-    tables = {"tasks": task_table(found, other)}
+    tables = {"tasks": task_table(found, other), "domain_differences": domain_differences(swept, other)}
     if swept is not None:
-        both = [swept.assign(model="checkpoint")]
+        both = [swept.table.assign(model="checkpoint")]
         if other is not None and other.domains is not None:
-            both.append(other.domains.assign(model="baseline"))
+            both.append(other.domains.table.assign(model="baseline"))
         tables["domains"] = pd.concat(both, ignore_index=True)
     if effect is not None:
         tables |= {"mask": effect[0], "changed": effect[1]}

@@ -139,7 +139,7 @@ def change_by_domain(
         units), ``p`` (sign flips over units, Holm's correction over domains), ``survives`` (p <= level), ``effect`` and
         ``same_sign`` (:class:`moekit.routing.statistics.Paired`), ``perplexity_ratio`` = exp(-change) with ``ratio_low``,
         ``ratio_high``, ``worst`` (the first percentile of the change), ``rerouted`` (share of tokens whose experts changed
-        anywhere), ``note`` ("too few": no interval, as so few units tell too little).
+        anywhere), ``note`` ("too few": no interval, as so few units tell too little; "does not vary": all units change alike).
 
     Raises:
         ValueError: the traces are not of the same tokens.
@@ -176,7 +176,7 @@ def change_by_domain(
                 "ratio_high": float(np.exp(-told.low)),
                 "worst": float(np.quantile(delta[here], 0.01)),
                 "rerouted": float(moved[here].mean()),
-                "note": "too few" if math.isnan(told.low) else "",
+                "note": told.note,
             }
         )
     if not rows:

@@ -276,7 +276,7 @@ class Paired:
     Attributes:
         tokens: tokens where the change is known.
         value: mean change a token.
-        low, high: its 95 % interval over units (:func:`interval`), NaN for too few.
+        low, high: its 95 % interval over units (:func:`interval`), NaN as ``note`` says.
         p: of the sign-flip test: if the runs did not differ, each unit's change could as well have the other sign (Fisher
             1935; two-sided). Its least value is 2^(1 - units), so that few units cannot tell anything.
         effect: mean over standard deviation of the units' means (Cohen's d_z).
@@ -293,6 +293,13 @@ class Paired:
     same_sign: float
     units: int
 
+    @property
+    def note(self) -> str:
+        """Why there is no interval: "too few" units, or it "does not vary" between enough of them; "" where there is one."""
+        if not math.isnan(self.low):
+            return ""
+        return "does not vary" if self.units >= FEW and math.isnan(self.effect) else "too few"
+
 
 def paired(change: np.ndarray, unit: np.ndarray, draws: int = 4000, seed: int = SEED) -> Paired:
     """The statistics of ``change`` [T] (NaN: unknown), whose tokens lie in units ``unit`` [T]."""
@@ -301,7 +308,11 @@ def paired(change: np.ndarray, unit: np.ndarray, draws: int = 4000, seed: int = 
     if not len(change):
         return Paired(0, *[math.nan] * 6, units=0)
     unit = np.unique(np.asarray(unit)[known], return_inverse=True)[1]
-    number, total = np.bincount(unit), np.bincount(unit, change)
+    return paired_sums(np.bincount(unit, change), np.bincount(unit), draws, seed)
+
+
+def paired_sums(total: np.ndarray, number: np.ndarray, draws: int = 4000, seed: int = SEED) -> Paired:
+    """The statistics of changes of which each unit's sum ``total`` [U] and number of tokens ``number`` [U], at least 1, are known."""
     n, rng = len(number), np.random.default_rng(seed)
     value = total.sum() / number.sum()
     again = rng.multinomial(n, np.full(n, 1 / n), size=draws).astype(float)
@@ -313,7 +324,7 @@ def paired(change: np.ndarray, unit: np.ndarray, draws: int = 4000, seed: int = 
     spread = means.std(ddof=1) if n > 1 else math.nan
     effect = float(means.mean() / spread) if spread > 0 else math.nan
     same = float((np.sign(means) == np.sign(value)).mean())
-    return Paired(len(change), float(value), float(low), float(high), float(p), effect, same, n)
+    return Paired(int(number.sum()), float(value), float(low), float(high), float(p), effect, same, n)
 
 
 def holm(p: np.ndarray) -> np.ndarray:
