@@ -46,8 +46,18 @@ def test_run_inference_on_four_ranks_equals_one(elsewhere):
     execute("run_inference", elsewhere, world_size=4, max_batches=20, max_new_tokens=5, output_dir="results")
     found = json.loads((elsewhere / "results" / "results.json").read_text())
     tokens = pd.read_parquet(elsewhere / "results" / "tokens.parquet")
+    lines = (elsewhere / "results" / "generations.jsonl").read_text("utf-8").splitlines()
+    texts = [json.loads(line) for line in lines]
     with moekit.load("demo", 1, "cpu", progress=False) as model:
         expected = model.evaluate("demo", max_batches=20, progress=False)
+        asked = found["parameters"]
+        how = {name: asked[name] for name in ("max_new_tokens", "temperature", "top_p", "seed")}
+        written = model.generate(asked["prompts"], **how, progress=False)
+    assert [text["prompt"] for text in texts] == asked["prompts"] and len(texts) == len(written)
+    for text, one in zip(texts, written, strict=True):
+        assert (text["text"], text["ids"], text["finish_reason"]) == (one.text, one.ids, one.finish_reason)
+        assert text["logprobs"] == pytest.approx(one.logprobs.tolist(), abs=1e-4) and len(one.ids) == 5
+        assert text["score"] == pytest.approx(one.score, abs=1e-4)
     assert found["world_size"] == 4
     assert found["loss_base2"] == pytest.approx(expected.loss_base2, abs=1e-5)
     assert found["ntokens"] == expected.ntokens == len(tokens)

@@ -1,5 +1,6 @@
 """The playground's widgets, clicked by hand, and the table that needs none."""
 
+import json
 import re
 import threading
 from types import SimpleNamespace
@@ -7,9 +8,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+import moekit
 from moekit.data.codec import Codec
 from moekit.generation.request import Generation, Token
-from moekit.notebook.playground import Playground, Shown, arguments, coloured, static
+from moekit.notebook import report
+from moekit.notebook.playground import Playground, Shown, arguments, coloured, static, written
 from moekit.paths import DEMO_BPE as DEMO
 
 
@@ -128,3 +131,29 @@ def test_the_table_shows_every_generation(codec):
     assert html.count("<tr>") == 3 and "Once\nmore" in html and "日 &amp; &lt;b&gt;" in plain(html)
     assert "13.5%" in html and "-4.50" in html
     assert "'Once\\nmore'\n -> '日 & <b>' (length, -4.50)" in repr(table)
+
+
+def test_what_was_written_is_kept(tmp_path):
+    """A line for each text; where nothing was written, a file without lines takes the place of an earlier one."""
+    logprobs = np.array([-1 / 3, -2.5], np.float32)
+    texts = [
+        Generation(1, '日\n"<b>', [7, 2], logprobs, "length", -2.8),
+        Generation(0, "x", [5], logprobs[:1], "stop", -0.3),
+    ]
+    with moekit.load("demo", 1, "cpu", progress=False) as model:
+        evaluation = model.evaluate("demo", max_batches=1, progress=False)
+        for kept in (written(texts, ["one", "two\nlines"]), written([], [])):
+            report.save(tmp_path, model, evaluation, {}, written=kept)
+            lines = (tmp_path / "generations.jsonl").read_text("utf-8").splitlines()
+            assert len(lines) == len(kept)
+            if lines:
+                first, second = map(json.loads, lines)
+                assert first.pop("logprobs") == pytest.approx(logprobs.tolist(), abs=1e-12)
+                assert first == {
+                    "prompt": "two\nlines",
+                    "text": '日\n"<b>',
+                    "ids": [7, 2],
+                    "finish_reason": "length",
+                    "score": -2.8,
+                }
+                assert (second["prompt"], second["finish_reason"]) == ("one", "stop")

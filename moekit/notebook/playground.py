@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import ipywidgets as widgets
+import pandas as pd
 from IPython.display import display
 
 from moekit.generation.request import Generation, Token
@@ -119,6 +120,17 @@ def static(
         text[-1] = replace(text[-1], text=text[-1].text + pieces.rest())
         rows.append((prompt, generation.text, text, generation.finish_reason, generation.score))
     return Table(rows)
+
+
+def written(generations: Sequence[Generation], prompts: Sequence[str]) -> pd.DataFrame:
+    """The same to keep, one row per generation: ``prompt`` (its text), ``text``, ``ids``, ``logprobs`` (of each id, natural log),
+    ``finish_reason`` and ``score``, as :class:`moekit.generation.request.Generation` has them."""
+    columns = ["prompt", "text", "ids", "logprobs", "finish_reason", "score"]
+    rows = [
+        (prompts[one.prompt], one.text, list(one.ids), one.logprobs.tolist(), one.finish_reason, one.score)
+        for one in generations
+    ]
+    return pd.DataFrame(rows, columns=columns)
 
 
 # ------------------------------------------------------------------------------------------------ with one

@@ -59,6 +59,7 @@ EVALUATION = Instance(Evaluation, "what model.evaluate gives")
 PARAMETERS = Instance(Mapping, "parameters by name, as vars(p) has them")
 CODEC = Instance((Codec, Ids), "a model's codec", optional=True)
 FIGURES = Named(Figure, "figures by name")
+TABLE = Instance(pd.DataFrame, "a table", optional=True)
 TABLES = Named(pd.DataFrame, "tables by name")
 
 
@@ -220,18 +221,28 @@ def first_tokens(evaluation: Evaluation, codec: Codec | Ids | None, rows: int = 
     return table
 
 
-@checked(output_dir=PathKind(), model=MODEL, evaluation=EVALUATION, parameters=PARAMETERS, figures=FIGURES)
+@checked(
+    output_dir=PathKind(),
+    model=MODEL,
+    evaluation=EVALUATION,
+    parameters=PARAMETERS,
+    figures=FIGURES,
+    written=TABLE,
+)
 def save(
     output_dir: str | Path,
     model: Model,
     evaluation: Evaluation,
     parameters: dict[str, Any],
     figures: Mapping[str, Figure] = MappingProxyType({}),
+    written: pd.DataFrame | None = None,
 ) -> Path:
-    """Write ``results.json``, ``tokens.parquet`` and ``{name}.png`` of each figure; they appear together, at the end.
+    """Write ``results.json``, ``tokens.parquet``, ``{name}.png`` of each figure, and of ``written`` ``generations.jsonl``, a JSON
+    object a line; they appear together, at the end.
 
     Args:
         parameters: the notebook's, as ``vars(p)`` has them.
+        written: of :func:`moekit.notebook.playground.written`; one without rows makes an empty file.
 
     Returns:
         The folder, absolute.
@@ -256,6 +267,10 @@ def save(
     with results.together(output_dir) as folder:
         (folder / "results.json").write_text(json.dumps(found, indent=2) + "\n")
         evaluation.tokens.to_parquet(folder / "tokens.parquet", index=False)
+        if written is not None:
+            # Empty lines are no JSON.
+            lines = written.to_json(orient="records", lines=True, force_ascii=False, double_precision=15)
+            (folder / "generations.jsonl").write_text(lines if len(written) else "", "utf-8")
         draw(folder, figures)
     return absolute(output_dir)
 
