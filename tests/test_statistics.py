@@ -65,6 +65,24 @@ def test_a_spread_of_few_units_has_no_interval():
     assert told["low"].isna().all() and (told["note"] == "too few").all()
 
 
+def test_a_note_says_why_there_is_no_interval():
+    """Eleven samples: no drop at all does not vary; a spread needs more; and one long sample tells as much as few."""
+    trace, _ = synthetic(tokens=330, block=30, experts=6)
+    whole = dataclasses.replace(trace, kept=np.full_like(trace.kept, True))
+    for metric in ("drops", slow(metrics.drops)):
+        told = metrics.bootstrap(whole, metric, resamples=50)
+        assert told["value"].eq(0).all() and told["units"].eq(11).all()
+        assert told["low"].isna().all() and (told["note"] == "does not vary").all()
+    assert (metrics.bootstrap(whole, "balance")["note"] == "too few").all()
+    few = whole.select(mask=whole.sample < 7)
+    assert (metrics.bootstrap(few, "drops")["note"] == "too few").all()
+    assert (metrics.bootstrap(trace, "repeats")["note"] == "").all()
+    # Ten samples of one token and one of 30: 40^2 / (30^2 + 10) = 1.8 equal ones.
+    uneven = trace.select(mask=(trace.sample == 0) | (trace.position == 0))
+    for metric in ("drops", "gate"):
+        assert metrics.bootstrap(uneven, metric)["note"].eq("too few").all()
+
+
 def test_an_interval_by_hand():
     again = np.array([1.0, 2.0, 3.0, 6.0])
     low, high = statistics.interval(again, 2.5, 10)

@@ -47,6 +47,7 @@ class Plan:
 
     Attributes:
         used: whether a metric has asked for units.
+        thin: whether an interval was asked for of fewer units than it needs.
     """
 
     by: str | Sequence | np.ndarray = "sample"
@@ -54,6 +55,7 @@ class Plan:
     resamples: int = RESAMPLES
     seed: int = SEED
     used: bool = field(default=False, compare=False)
+    thin: bool = field(default=False, compare=False)
 
 
 _plan: ContextVar[Plan | None] = ContextVar("plan", default=None)
@@ -170,6 +172,8 @@ def interval(
 
     again = np.asarray(again, dtype=float)
     number = np.broadcast_to(np.asarray(number, dtype=float), again.shape[1:])
+    if (plan := _plan.get()) is not None:
+        plan.thin |= bool((number < few).any())
     known = np.maximum(number, 2)
     if error is None:
         error = again.std(axis=0, ddof=1) * np.sqrt(known / (known - 1))

@@ -13,7 +13,7 @@ from moekit.arguments import Choice, Whole, check, shown
 from moekit.routing import statistics
 from moekit.routing.metrics.registry import METRICS, measured
 from moekit.routing.metrics.tables import block_counts, broadcast_table, chosen_experts, labels_of, layers_of
-from moekit.routing.statistics import BLOCK, FEW, FEW_FOR_SPREAD, SEED, entropy_bits
+from moekit.routing.statistics import BLOCK, FEW, SEED, entropy_bits
 from moekit.routing.trace import ARRAYS, Trace
 
 if TYPE_CHECKING:
@@ -53,8 +53,9 @@ def bootstrap(
             resample again.
 
     Returns:
-        The metric's table, with ``low``, ``high`` (:func:`moekit.routing.statistics.interval`), ``units`` and ``note``: "too
-        few" where there are fewer than ``FEW`` units (:mod:`moekit.routing.statistics`), and ``low`` and ``high`` are NaN.
+        The metric's table, with ``low``, ``high`` (:func:`moekit.routing.statistics.interval`), ``units`` and ``note``, where
+        ``low`` and ``high`` are NaN: "too few" where there are fewer units than the statistic needs (``FEW`` and
+        ``FEW_FOR_SPREAD`` of :mod:`moekit.routing.statistics`), "does not vary" where all resamples give the value itself.
 
     Raises:
         ValueError: no such metric, or it returns no table with ``value``.
@@ -68,13 +69,17 @@ def bootstrap(
         if not hasattr(frame, "columns") or "value" not in frame:
             raise ValueError(f"{getattr(chosen, '__name__', chosen)} returns no table with the column value")
         found = statistics.units(trace) if not plan.used else None
+    thin = plan.thin
     if found is not None:
-        frame = _redrawn_interval(trace, chosen, args, options, frame, found)
+        frame, known = _redrawn_interval(trace, chosen, args, options, frame, found)
+        thin = ~known
+    elif "units" in frame:
+        # The numbers of units are rounded to a tenth.
+        thin = frame["units"] < FEW + 0.05
     if "units" not in frame:
         unit = statistics.unit_of(trace, by, size)
         frame = frame.assign(units=float(min(int(unit.max()) + 1, statistics.BLOCKS)))
-    # Some statistics need more units than others.
-    few = (frame["units"] < FEW) | (frame["low"].isna() & (frame["units"] < FEW_FOR_SPREAD))
+    few = (frame["units"] < FEW) | (frame["low"].isna() & thin)
     return frame.assign(note=np.where(few, "too few", np.where(frame["low"].isna(), "does not vary", "")))
 
 
@@ -85,8 +90,8 @@ def _redrawn_interval(
     options: dict[str, Any],
     frame: pd.DataFrame,
     found: statistics.Units,
-) -> pd.DataFrame:
-    """The interval of a metric that is computed for each resample again."""
+) -> tuple[pd.DataFrame, np.ndarray]:
+    """The interval of a metric that is computed for each resample again, and the rows that all resamples have."""
     keys = [name for name in KEYS if name in frame.columns]
     index = frame.set_index(keys).index if keys else frame.index
     if index.has_duplicates:
@@ -118,7 +123,7 @@ def _redrawn_interval(
     value = frame["value"].to_numpy(float)
     known = ~np.isnan(again).any(axis=0)
     low, high = statistics.interval(np.nan_to_num(again), np.nan_to_num(value), found.number)
-    return frame.assign(low=np.where(known, low, np.nan), high=np.where(known, high, np.nan))
+    return frame.assign(low=np.where(known, low, np.nan), high=np.where(known, high, np.nan)), known
 
 
 @measured
