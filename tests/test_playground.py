@@ -3,13 +3,14 @@
 import json
 import re
 import threading
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import moekit
-from moekit.data.codec import Codec
+from moekit.data.codec import Codec, Ids
 from moekit.generation.request import Generation, Token
 from moekit.notebook import report
 from moekit.notebook.playground import Playground, Shown, arguments, coloured, static, written
@@ -131,6 +132,17 @@ def test_the_table_shows_every_generation(codec):
     assert html.count("<tr>") == 3 and "Once\nmore" in html and "日 &amp; &lt;b&gt;" in plain(html)
     assert "13.5%" in html and "-4.50" in html
     assert "'Once\\nmore'\n -> '日 & <b>' (length, -4.50)" in repr(table)
+
+
+def test_a_generation_and_a_codec_take_one_readable_line(codec):
+    """Without arrays, without addresses, and cut short."""
+    one = Generation(3, "Once\nmore " * 100, [5, 6], np.array([-1.0, -2.5], np.float32), "length", -3.5)
+    said = repr(one)
+    assert said.startswith("<generation of prompt 3: 'Once\\nmore ") and "..." in said
+    assert said.endswith("(2 tokens, length, score -3.50)>") and len(said) < 160 and said.isprintable()
+    assert repr(replace(one, text=None)) == "<generation of prompt 3: (2 tokens, length, score -3.50)>"
+    assert repr(codec) == f"<codec of {DEMO}: {len(codec):,} types>"
+    assert repr(Ids("there is no dict.txt")) == "<no codec, tokens are ids: there is no dict.txt>"
 
 
 def test_what_was_written_is_kept(tmp_path):

@@ -69,6 +69,9 @@ class Codec:
         folder = paths.of_demo(folder, "bpe") or arguments.check("bpe", folder, arguments.Path())
         return cls(*(folder / name for name in FILES))
 
+    def __repr__(self) -> str:
+        return f"<codec of {self.dictionary.path.parent}: {len(self):,} types>"
+
     def __len__(self) -> int:
         """The number of types of the dictionary, including the special ones; all ids are below it."""
         return len(self.dictionary)
@@ -132,6 +135,9 @@ class Ids:
 
     def __init__(self, why: str = "these tokens have no codec") -> None:
         self.why = why
+
+    def __repr__(self) -> str:
+        return f"<no codec, tokens are ids: {self.why}>"
 
     def encode(self, text: str) -> list[int]:
         """Raise a ValueError with the message ``why``."""

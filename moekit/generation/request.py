@@ -104,6 +104,11 @@ class Generation:
     alternatives: list[list[tuple[int, float]]] = field(default_factory=list, repr=False)
     trace: tracing.Trace | None = field(default=None, repr=False)
 
+    def __repr__(self) -> str:
+        text = "" if self.text is None else f" {shown(self.text)}"
+        end = f"{self.finish_reason}, score {self.score:.2f}"
+        return f"<generation of prompt {self.prompt}:{text} ({len(self.ids)} tokens, {end})>"
+
 
 KINDS: dict[str, Kind] = {
     "max_new_tokens": Whole(),
