@@ -247,13 +247,13 @@ def test_the_block_ends(models):
 @pytest.mark.parametrize(
     "changes, told",
     [
-        ({"mask": {0: [1]}}, r"layer 0 holds no experts; those that do are \[1, 3\]"),
-        ({"mask": {1: [8]}}, "layer 1 has no expert 8: they are 0 to 7"),
+        ({"mask": {0: [1]}}, r"^mask: layer 0 holds no experts; those that do are \[1, 3\]"),
+        ({"mask": {1: [8]}}, "^mask: layer 1 has no expert 8: they are 0 to 7"),
         ({"mask": [(1, e) for e in range(7)]}, "mask leaves 1 of the 8 experts of layer 1"),
         ({"force": Force((1, 1), sample=0)}, "1 to 2 different experts"),
         ({"force": Force((1, 2, 3), sample=0)}, "1 to 2 different experts"),
-        ({"force": Force(9, sample=0)}, "has no expert 9"),
-        ({"force": Force(2, sample=0, layers=2)}, "layer 2 holds no experts"),
+        ({"force": Force(9, sample=0)}, "^force: layer 1 has no expert 9"),
+        ({"force": Force(2, sample=0, layers=2)}, "^force: layer 2 holds no experts"),
         ({"force": Force(2, sample=0), "mask": {3: [2]}}, "expert 2 of layer 3 is masked"),
         ({"capacity_token_fraction": math.inf}, "capacity_token_fraction=inf"),
     ],

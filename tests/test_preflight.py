@@ -152,7 +152,7 @@ STUDY = {
         ({"prompt_tokens": 257}, "prompt_tokens=257: expected at most a block's 256 tokens"),
         ({"capacity_token_fractions": []}, r"capacity_token_fractions=\[\]: expected at least one share"),
         ({"tokens_per_sample": 31}, "prompt_tokens=32: expected at most a block's 31 tokens"),
-        ({"mask": {4: [1]}}, "layer 4 holds no experts"),
+        ({"mask": {4: [1]}}, "^mask: layer 4 holds no experts"),
     ],
 )
 def test_what_study_routing_would_trip_over(changes, said):
@@ -264,7 +264,7 @@ TASKS = {
         ({"domains": "/nowhere"}, r"/nowhere (has no dict\.txt|does not exist)"),
         ({"subset": "bogus"}, r"has no bogus\.bin"),
         ({"capacity_token_fractions": [0.0]}, "expected shares of a batch's tokens"),
-        ({"mask": {0: [1]}}, "layer 0 holds no experts"),
+        ({"mask": {0: [1]}}, "^mask: layer 0 holds no experts"),
         ({"bpe": "/nowhere"}, "text needs encoder.json"),
     ],
 )

@@ -403,8 +403,8 @@ def test_fingerprint_changes_with_the_files(tmp_path):
 @pytest.mark.parametrize(
     "options, told",
     [
-        ({"layers": [0]}, r"layer 0 holds no experts; those that do are \[1, 3\]"),
-        ({"full": [2]}, "layer 2 holds no experts"),
+        ({"layers": [0]}, r"^layers: layer 0 holds no experts; those that do are \[1, 3\]"),
+        ({"full": [2]}, "^full: layer 2 holds no experts"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"max_tokens": 0}, "max_tokens=0"),
         ({"data_or_texts": "no/such/folder"}, "there is no folder no/such/folder"),

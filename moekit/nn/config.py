@@ -92,14 +92,14 @@ class ModelConfig:
         """The layers (from 0) that hold experts; a model without any is dense."""
         return [i for i in range(self.layers) if self.is_moe(i)]
 
-    def check_moe(self, layer: int) -> None:
-        """Check that layer ``layer`` (from 0) holds experts.
+    def check_moe(self, name: str, layer: int) -> None:
+        """Check that layer ``layer`` (from 0), which the argument ``name`` names, holds experts.
 
         Raises:
             ValueError: it holds none.
         """
         if layer not in self.moe_layers:
-            raise ValueError(f"layer {layer} holds no experts; those that do are {self.moe_layers}")
+            raise ValueError(f"{name}: layer {layer} holds no experts; those that do are {self.moe_layers}")
 
     @property
     def dense(self) -> bool:

@@ -156,7 +156,7 @@ def plan(
         raise ValueError(f"route: {DENSE} whose choices could be changed; expected a model with experts")
     masked: dict[int, tuple[int, ...]] = {}
     for layer, expert in pairs:
-        check_expert(config, layer, expert)
+        check_expert("mask", config, layer, expert)
         masked[layer] = tuple(sorted({*masked.get(layer, ()), expert}))
     for layer, experts in masked.items():
         if config.experts - len(experts) < top_k_of(config):
@@ -177,7 +177,7 @@ def plan(
             raise ValueError("Force.layers=(): expected at least one layer, or None for all")
         for layer in config.moe_layers if one.layers is None else one.layers:
             for expert in experts:
-                check_expert(config, layer, expert)
+                check_expert("force", config, layer, expert)
                 if expert in masked.get(layer, ()):
                     raise ValueError(f"Force.experts={experts}: expert {expert} of layer {layer} is masked")
             forced.append((layer, one.sample, one.positions, experts))
@@ -202,8 +202,8 @@ def _pairs(mask: Any) -> list[tuple[int, int]]:
     return [(check("mask", layer, Whole(0)), check("mask", expert, Whole(0))) for layer, expert in found]
 
 
-def check_expert(config: ModelConfig, layer: int, expert: int) -> None:
-    """Check that layer ``layer`` holds experts, and ``expert`` is one of them; else a ValueError."""
-    config.check_moe(layer)
+def check_expert(name: str, config: ModelConfig, layer: int, expert: int) -> None:
+    """Check that layer ``layer`` holds experts, and ``expert`` is one of them; else a ValueError that names the argument."""
+    config.check_moe(name, layer)
     if not 0 <= expert < config.experts:
-        raise ValueError(f"layer {layer} has no expert {expert}: they are 0 to {config.experts - 1}")
+        raise ValueError(f"{name}: layer {layer} has no expert {expert}: they are 0 to {config.experts - 1}")

@@ -81,9 +81,10 @@ class Options:
                     f"{name}={list(getattr(self, name))}: {DENSE}; leave {name} out, and the trace holds log-probabilities"
                 )
             return Options((), (), predicted=True)
+        for name, asked in (("layers", self.layers or ()), ("full", self.full)):
+            for layer in asked:
+                config.check_moe(name, layer)
         layers = tuple(there) if self.layers is None else tuple(sorted({*self.layers, *self.full}))
-        for layer in (*layers, *self.full):
-            config.check_moe(layer)
         return Options(layers, tuple(self.full), self.predicted)
 
 
