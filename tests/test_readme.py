@@ -121,6 +121,16 @@ def test_the_picture_of_the_rooms_is_the_contract():
     assert set().union(*drawn) == package - {"__init__"}
 
 
+# a parameter's name, its default and what is expected, in a table of the page of the notebooks
+ROW = re.compile(r"^\| `(\w+)` \| (`.*?`) \| (.*?) \| ", re.MULTILINE)
+
+
+def section_of(title: str) -> str:
+    """The text below a title of the page of the notebooks."""
+    text = (ROOT / "notebooks/README.md").read_text()
+    return re.search(rf"^## {title}$(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)[1]
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
 def test_the_notebooks_page_has_their_parameters(path):
     """Names and defaults are those of the notebook's cell, and what is expected is what its table says."""
@@ -129,13 +139,36 @@ def test_the_notebooks_page_has_their_parameters(path):
     values: dict = {}
     exec(cell.source, {"__builtins__": {}}, values)
     kinds = getattr(parameters, path.stem.upper())
-    text = (ROOT / "notebooks/README.md").read_text()
-    section = re.search(rf"^## {path.stem}$(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)[1]
+    section = section_of(path.stem)
     rows = [
         (name, f"`{value!r}`", kinds[name].expected + (" or None" if kinds[name].optional else ""))
         for name, value in values.items()
     ]
-    assert re.findall(r"^\| `(\w+)` \| (`.*?`) \| (.*?) \| ", section, re.MULTILINE) == rows
+    shared = (
+        ROW.findall(section_of("The model's parameters")) if "](#the-models-parameters)" in section else []
+    )
+    names = {name for name, *_ in shared}
+    assert shared == [row for row in rows if row[0] in names]
+    assert ROW.findall(section) == [row for row in rows if row[0] not in names]
+
+
+def test_the_models_parameters_are_those_of_each_notebook_with_a_model():
+    """Each notebook with ranks names the one table and has none of its rows; its sentence names these notebooks."""
+    shared = section_of("The model's parameters")
+    names = {name for name, *_ in ROW.findall(shared)}
+    tables = (parameters.MODEL, parameters.EXPERTS, parameters.RANKS, parameters.FETCHED)
+    assert names == set().union(*tables) - {"output_dir"}
+    with_model = [
+        path.stem
+        for path in (ROOT / "notebooks").glob("*.ipynb")
+        if names <= {*vars(parameters)[path.stem.upper()]}
+    ]
+    for name in with_model:
+        section = section_of(name)
+        assert "](#the-models-parameters)" in section and not names & {
+            one for one, *_ in ROW.findall(section)
+        }
+    assert {*re.findall(r"\w+", shared.partition(" load a model")[0])} - {"and"} == {*with_model}
 
 
 def test_the_page_has_the_names_of_a_plain_module():
