@@ -14,6 +14,7 @@ from moekit.data import Codec, binarise
 from moekit.data.dictionary import Dictionary
 from moekit.domains import OTHER, WHOLE, compare_domains, score_domains
 from moekit.fairseq_data import Data
+from moekit.notebook import task_report
 from moekit.paths import DEMO_BPE, DEMO_TEXT
 from moekit.routing.domains import domains_of, lines_of
 from moekit.routing.statistics import holm, paired
@@ -248,6 +249,28 @@ def test_other_tokens_have_no_difference(both):
         compare_domains(dataclasses.replace(both[0], units={0.5: own}), both[0])
     with pytest.raises(ValueError, match="after=.*: expected what score_domains gives"):
         compare_domains(both[0], both[1].table)
+
+
+def test_a_notebooks_table_has_both_intervals_and_says_what_does_not_pair(both):
+    table = task_report.domain_table(both[1], task_report.Measured(None, both[0])).set_index("domain")
+    told = compare_domains(*both).set_index("domain").loc[table.index]
+    for name, column in (
+        ("difference", "difference"),
+        ("difference_low", "low"),
+        ("difference_high", "high"),
+    ):
+        pd.testing.assert_series_equal(table[name], told[column], check_names=False)
+    free = both[1].table[both[1].table["capacity"].isna()].set_index("domain")
+    pd.testing.assert_series_equal(table["low"], free["low"])
+    assert task_report.unpaired(table.reset_index()) == task_report.unpaired(None) == ""
+    own = both[0].units[None]
+    other = dataclasses.replace(both[0], units={None: own[own["domain"] != "german"]})
+    lost = task_report.domain_table(both[1], task_report.Measured(None, other))
+    said = task_report.unpaired(lost)
+    assert said.startswith("No difference for german, (all): the two models did not read the same samples")
+    assert lost["bits_per_token_baseline"].notna().all()
+    alone = task_report.domain_table(both[1], None)
+    assert "difference" not in alone and task_report.unpaired(alone) == ""
 
 
 def test_two_cuts_of_a_text_are_other_tokens(model):
