@@ -19,18 +19,28 @@ from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
+import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from synthetic_traces import synthetic
 
 from moekit import moving, results
+from moekit.handle import Handle
 from moekit.notebook import inspection, report
 from moekit.notebook.explorer import page
 from moekit.routing.trace import Trace
 from moekit.scoring import Evaluation
 
-MODEL = SimpleNamespace(load_seconds=1.0, world_size=1, dtype="torch.float32", experts=None, device="cpu")
 FILES = {"results.json", "tokens.parquet", "picture.png", "trace.parquet", "table.csv", "explorer.html"}
+
+
+class Loaded(Handle):
+    """What is saved of a model."""
+
+    load_seconds, world_size, dtype, experts, device = 1.0, 1, torch.float32, None, "cpu"
+
+    def __init__(self):
+        self.parts = []
 
 
 def save(folder: Path, version: int) -> None:
@@ -39,7 +49,7 @@ def save(folder: Path, version: int) -> None:
     figure.text(0.5, 0.5, str(version))
     tokens = pd.DataFrame({"version": np.full(5000, version), "noise": np.random.default_rng(0).random(5000)})
     evaluation = Evaluation(1.0, 2.0, 5000, 1.0, 5000.0, tokens)
-    report.save(folder, MODEL, evaluation, {"version": version}, {"picture": figure})
+    report.save(folder, Loaded(), evaluation, {"version": version}, {"picture": figure})
     trace, _ = synthetic(tokens=300)
     trace.meta["version"] = version
     explorer = SimpleNamespace(save_html=lambda path: page.save_html(trace, path))

@@ -538,7 +538,8 @@ def test_starts_and_stops_leave_nothing(temp, counted):
         with start(2, "cpu") as pool:
             pids = pool.call(pid)
         assert gone(pids)
-    assert held(psutil.Process()) == before
+    # Children of an earlier test may have ended meanwhile.
+    assert all(now <= then for now, then in zip(held(psutil.Process()), before, strict=True))
     assert not list(temp.iterdir()) and set(os.listdir("/dev/shm")) == shared
     counted("starts and stops of two ranks", "that left nothing", times)
 

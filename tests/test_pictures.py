@@ -1,7 +1,5 @@
 """Pictures with descriptions, tables as LaTeX, settings, and the explorer within a notebook."""
 
-from types import SimpleNamespace
-
 import nbconvert
 import nbformat
 import numpy as np
@@ -15,6 +13,7 @@ from moekit.notebook import pictures, plots, report, routing_plots, task_plots
 from moekit.notebook.explorer import explore
 from moekit.routing import metrics
 from moekit.routing.compare import change_by_domain
+from moekit.scoring import Evaluation
 
 
 def page(bundle: dict) -> str:
@@ -106,7 +105,7 @@ def test_the_loss_by_position_has_intervals_over_samples():
 
 def test_the_first_tokens_have_their_text():
     tokens = scored(1, 8, np.ones((1, 8)))
-    shown = report.first_tokens(SimpleNamespace(tokens=tokens), None, rows=3)
+    shown = report.first_tokens(Evaluation(1.0, 2.0, 8, 1.0, 8.0, tokens), None, rows=3)
     assert shown.columns.tolist() == ["sample", "position", "token", "target", "piece", "logprob"]
     assert shown["piece"].tolist() == [" 5"] * 3 and "piece" not in tokens
 

@@ -315,6 +315,7 @@ UNREADABLE = """
 
     at = Path(sys.argv[1])
     p = {"bpe": None, "experts": None, "world_size": 1, "device": "cpu", "output_dir": str(at / "out")}
+    p |= {"ranks": "local", "resident": None, "gpu_memory": None}
     prepared = {"checkpoint": "none", "workers": 1, "keep_empty": True, "mirrors": [], "bpe": "auto"}
     prepared |= {"delete_archive": False, "data_dir": str(at / "out")}
     checked = p | {"checkpoint": str(at / "checkpoint")}
