@@ -251,6 +251,100 @@ def test_a_folder_is_overwritten_only_when_that_is_asked_for(source, tmp_path, c
     assert sorted(path.name for path in tmp_path.iterdir()) == ["copied", "there"]
 
 
+def test_force_replaces_a_checkpoint_and_nothing_else(source, tmp_path, capsys):
+    """What is no checkpoint, what holds the source, and what stands where the old folder goes meanwhile."""
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    (notes / "years.md").write_text("years of work")
+    there = shutil.copytree(source, tmp_path / "there")
+    (there / "notes.txt").mkdir()
+    linking, behind = tmp_path / "linking", shutil.copytree(source, tmp_path / "behind")
+    linking.mkdir()
+    for path in behind.iterdir():
+        (linking / path.name).symlink_to(path)
+    kept = shutil.copytree(source, tmp_path / "kept")
+    (tmp_path / "kept.old").mkdir()
+    told = {
+        (source, notes): "holds more than a checkpoint (years.md)",
+        (source, there): "holds more than a checkpoint (notes.txt)",
+        (linking, behind): "holds the source's files",
+        (source, kept): f"{tmp_path / 'kept.old'} is in the way",
+    }
+
+    def files() -> dict[Path, int]:
+        return {path: path.lstat().st_ino for path in tmp_path.rglob("*")}
+
+    before = files()
+    for (what, target), sentence in told.items():
+        assert sentence in refused(capsys, "reshard", what, target, "--files", "2", "--force", "--quiet")
+    assert files() == before
+
+
+def test_a_link_as_target_is_followed(source, tmp_path):
+    (tmp_path / "other-disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "other-disk" / "made")
+    run("reshard", source, tmp_path / "link", "--files", "2", "--quiet")
+    run("reshard", source, tmp_path / "link", "--files", "4", "--force", "--quiet")
+    assert (tmp_path / "link").is_symlink()
+    assert len(checkpoint.find(tmp_path / "other-disk" / "made").ranks) == 4
+    assert [path.name for path in (tmp_path / "other-disk").iterdir()] == ["made"]
+
+
+@pytest.mark.parametrize("name", ["loop", "x" * 300, "~nobody-of-this-name/made", "a\0b"])
+def test_a_target_that_cannot_be_is_one_sentence(source, tmp_path, capsys, name):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    target = name if name[0] == "~" else f"{tmp_path}/{name}"
+    said = refused(capsys, "strip", source, target)
+    assert any(one in said for one in ("expected the path", "cannot be written", "no such home folder"))
+
+
+def test_a_note_of_other_bytes_is_another_job(source, tmp_path):
+    (tmp_path / "made.part").mkdir()
+    (tmp_path / "made.part" / "job.json").write_bytes(b"\xff\xfe")
+    (tmp_path / "made.part" / "model-shared.pt").write_text("half")
+    run("strip", source, tmp_path / "made", "--quiet")
+    same_files(tmp_path / "made", source)
+
+
+def test_the_same_run_at_the_same_time_is_refused(source, tmp_path, monkeypatch, capsys):
+    """Each would write over the other's files while it compares them."""
+    arguments = ["reshard", str(source), str(tmp_path / "made"), "--files", "2", "--quiet"]
+    write, said = writing._write, []
+
+    def second(path, *rest):
+        monkeypatch.setattr(writing, "_write", write)
+        said.append(refused(capsys, *arguments))
+        write(path, *rest)
+
+    monkeypatch.setattr(writing, "_write", second)
+    run(*arguments)
+    assert "another run makes files in" in said[0]
+    same_weights(tmp_path / "made", source)
+
+
+@pytest.mark.parametrize("moved", [0, 1])
+def test_a_run_that_ended_while_it_moved_goes_on(source, tmp_path, monkeypatch, capsys, moved):
+    """Both folders are there to the end, and the same command does the rest."""
+    arguments = ["reshard", str(source), str(tmp_path / "made"), "--files", "2", "--force", "--quiet"]
+    shutil.copytree(source, tmp_path / "made")
+    replace, moves = os.replace, []
+
+    def ends(a, b):
+        if Path(a).is_dir():
+            moves.append(a)
+            if len(moves) > moved:
+                raise OSError(5, "Input/output error")
+        replace(a, b)
+
+    monkeypatch.setattr(writing.os, "replace", ends)
+    assert "cannot be written: Input/output error" in refused(capsys, *arguments)
+    monkeypatch.setattr(writing.os, "replace", replace)
+    same_weights(tmp_path / ("made.old" if moved else "made"), source)
+    run(*arguments)
+    assert len(checkpoint.find(tmp_path / "made").ranks) == 2
+    same_weights(tmp_path / "made", source)
+
+
 def test_a_run_that_was_ended_goes_on_where_it_was(source, tmp_path, monkeypatch):
     written, write = [], writing._write
 

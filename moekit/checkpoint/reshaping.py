@@ -128,8 +128,8 @@ def strip(source: str | Path, target: str | Path, *, force: bool = False, show: 
     Raises:
         ValueError: as :func:`moekit.checkpoint.find`, :func:`moekit.checkpoint.survey` and ``write_folder``.
     """
-    files, target = find(source), Path(target).expanduser()
-    check_target(files.shared.parent, target, force)
+    files = find(source)
+    target = check_target(files, target, force)
     survey(files)
     if "hugging" in read(files.first):
         raise ValueError(
@@ -224,8 +224,7 @@ def _write(
     texts: Mapping[str, str] = MappingProxyType({}),
     dictionary: int | None = None,
 ) -> None:
-    target = Path(target).expanduser()
-    check_target(files.shared.parent, target, force)
+    target = check_target(files, target, force)
     content = Content(files)
     config = content.config
     count = config.experts if config.moe_layers else 0

@@ -7,11 +7,13 @@ source and the question are the same. When all files are there, the folder gets 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -20,9 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moekit import arguments
+from moekit.arguments import check
 from moekit.checkpoint import safetensors
-from moekit.checkpoint.contents import Opaque
-from moekit.checkpoint.files import NAME
+from moekit.checkpoint.contents import Opaque, clip
+from moekit.checkpoint.files import NAME, Files
 from moekit.checkpoint.hugging.config import BRIDGE
 from moekit.checkpoint.inspection import crc32
 from moekit.checkpoint.reading import read
@@ -57,72 +61,123 @@ def write_folder(
         files: their names, and functions that give a file's tensors and settings.
         texts: more files, by their names.
         total: bytes of all tensors, for the bar.
-        force: replace ``target``, if it is a checkpoint's folder.
+        target: as :func:`check_target` gives it.
+        force: replace ``target``.
         show: a bar with the rate.
 
     Raises:
-        ValueError: ``target`` is there, or cannot be replaced; a file is not what was written.
+        ValueError: ``target`` cannot be written or is there by now, another run makes it, or a file is not what was written.
     """
-    check_target(source, target, force)
     place = target.with_name(target.name + ".part")
     asked = json.dumps(job, sort_keys=True)
     try:
-        if place.exists() and _text(place / JOB) != asked:
-            if not (place / JOB).is_file():
-                raise ValueError(f"{place} is in the way: move it away, the files are made there")
-            shutil.rmtree(place)
-        place.mkdir(parents=True, exist_ok=True)
-        (place / JOB).write_text(asked)
-        for name, text in texts.items():
-            (place / name).write_text(text, "utf-8")
-        with bar(target.name, total, "B", show=show) as shown:
-            for name, content in files:
-                size = 0
-                if not (place / name).exists():
-                    tensors, settings = content()
-                    _write(place / name, tensors, settings)
-                    size = sum(tensor.nbytes for tensor in tensors.values())
-                shown.update(size or (place / name).stat().st_size)
-            shown.total = shown.n
-        for name in BESIDE:
-            if (source / name).is_file() and name not in texts:
-                shutil.copyfile(source / name, place / name)
-        (place / JOB).unlink()
-        _move(place, target)
+        with _job_of(place, json.dumps(job, sort_keys=True)):
+            for name, text in texts.items():
+                (place / name).write_text(text, "utf-8")
+            with bar(target.name, total, "B", show=show) as shown:
+                for name, content in files:
+                    size = 0
+                    if not (place / name).exists():
+                        tensors, settings = content()
+                        _write(place / name, tensors, settings)
+                        size = sum(tensor.nbytes for tensor in tensors.values())
+                    shown.update(size or (place / name).stat().st_size)
+                shown.total = shown.n
+            for name in BESIDE:
+                if (source / name).is_file() and name not in texts:
+                    shutil.copyfile(source / name, place / name)
+            _move(place, target, force)
     except OSError as error:
         raise ValueError(f"{target} cannot be written: {error.strerror or error}") from error
 
 
-def check_target(source: Path, target: Path, force: bool) -> None:
-    """Whether ``target`` may be written.
+@contextlib.contextmanager
+def _job_of(place: Path, asked: str) -> Iterator[None]:
+    """Make ``place``, or go on there if the same was asked for; its note of the job keeps other runs out meanwhile.
 
     Raises:
-        ValueError: it may not.
+        ValueError: what lies there is no unfinished run, or a run that is going on.
     """
-    if target.resolve() == source.resolve():
+    note = place / JOB
+    if os.path.lexists(place) and not note.is_file():
+        raise ValueError(f"{place} is in the way: move it away, the files are made there")
+    place.mkdir(parents=True, exist_ok=True)
+    with open(note, "a+", encoding="utf-8", errors="replace") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another run makes files in {place}: wait for its end, or name another folder"
+            ) from None
+        except OSError:
+            # Some file systems have no locks.
+            pass
+        file.seek(0)
+        if file.read() != asked:
+            for other in place.iterdir():
+                if other.is_dir() and not other.is_symlink():
+                    shutil.rmtree(other)
+                elif other != note:
+                    other.unlink()
+            file.truncate(0)
+            file.write(asked)
+            file.flush()
+        yield
+
+
+def check_target(source: Files, target: str | Path, force: bool) -> Path:
+    """The folder to make, its links followed.
+
+    Raises:
+        ValueError: it may not be written.
+    """
+    target = check("target", target, arguments.Path())
+    try:
+        target = target.resolve()
+        there = target.exists()
+    except (OSError, RuntimeError) as error:
+        # Python 3.11 has a RuntimeError for links that lead round in a circle.
+        why = getattr(error, "strerror", None) or "its links lead round in a circle"
+        raise ValueError(f"{clip(str(target))} cannot be written: {why}") from None
+    if source.shared.parent.resolve() == target:
         raise ValueError(f"{target} is the source: name another folder")
-    if not target.exists():
-        return
+    if not there:
+        return target
     if not force:
         raise ValueError(f"{target} is there already: name another folder, or replace it with --force")
     if not target.is_dir():
         raise ValueError(f"{target} is not a folder: name another one")
-    foreign = [p.name for p in target.iterdir() if not (NAME.fullmatch(p.name) or OTHERS.fullmatch(p.name))]
+    if any(path.resolve().is_relative_to(target) for path in source.all):
+        raise ValueError(f"{target} holds the source's files, as links or folders in it: name another folder")
+    held = {path.name: path.is_dir() for path in sorted(target.iterdir())}
+    foreign = [
+        name for name, deep in held.items() if deep or not (NAME.fullmatch(name) or OTHERS.fullmatch(name))
+    ]
+    if held and not any(map(NAME.fullmatch, held)):
+        foreign = list(held)
     if foreign:
         raise ValueError(
             f"{target} holds more than a checkpoint ({foreign[0]}), so --force does not replace it"
         )
+    old = _old(target)
+    if os.path.lexists(old):
+        raise ValueError(f"{old} is in the way: move it away, {target.name} gets that name while it is replaced")
+    return target
 
 
-def _text(path: Path) -> str | None:
-    return path.read_text() if path.is_file() else None
+def _old(target: Path) -> Path:
+    return target.with_name(target.name + ".old")
 
 
-def _move(place: Path, target: Path) -> None:
-    old = target.with_name(target.name + ".old")
+def _move(place: Path, target: Path, force: bool) -> None:
+    """Give the folder its name. Its note goes last, so that a run that ends in between can be continued."""
+    old = _old(target)
     if target.exists():
+        if not force:
+            raise ValueError(f"{target} is there by now: move it away, {place} has what was made")
         os.replace(target, old)
     os.replace(place, target)
+    (target / JOB).unlink()
     shutil.rmtree(old, ignore_errors=True)
 
 
