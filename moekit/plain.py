@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from moekit import checkpoint as ckpt
-from moekit.arguments import Choice, check
+from moekit.arguments import Choice, check, shown
 from moekit.nn.noise import from_torch
 from moekit.nn.operations import DTYPES
 from moekit.nn.passes import Pass
@@ -84,17 +84,28 @@ def module(
         ValueError: the checkpoint is not what it should be, or an argument makes no sense.
     """
     kind = DTYPES[check("dtype", dtype, Choice(tuple(DTYPES)))]
-    try:
-        device = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(
-            f"device={device!r} is no device of torch: expected one as in 'cpu' or 'cuda:0'"
-        ) from error
+    place = _device(device)
     plan = ckpt.survey(ckpt.find(checkpoint))
     with torch.device("meta"):
         model = LanguageModel(plan.config)
-    model = model.to(kind).to_empty(device=device)
+    model = model.to(kind).to_empty(device=place)
     ckpt.warn_nonfinite(
         ckpt.fill(model, plan, range(plan.config.experts), threads=torch.get_num_threads()).nonfinite
     )
     return model
+
+
+def _device(device: str | torch.device) -> torch.device:
+    """A device that weights can be copied to: the CPU or a GPU of this machine."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    try:
+        place = torch.device(device)
+    except (RuntimeError, TypeError):
+        place = None
+    if place is None or place.type not in ("cpu", "cuda"):
+        raise ValueError(f"device={shown(device)}: expected 'cpu', or a GPU as in 'cuda:0'")
+    if place.type == "cuda" and (place.index or 0) >= gpus:
+        raise ValueError(
+            f"device={shown(device)}: this machine has {gpus} GPUs that torch can use; name 'cpu'"
+        )
+    return place

@@ -1,6 +1,8 @@
 """The model as one plain module: names, hooks, gradients, and a loop that learns one domain."""
 
 import re
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -180,3 +182,59 @@ def test_twenty_lines_lower_the_loss_on_one_domain_of_the_demo(tmp_path):
 def test_arguments_that_make_no_sense_are_named(folder, options, said):
     with pytest.raises(ValueError, match=said):
         moekit.module(folder, **options)
+
+
+@pytest.mark.parametrize("device", [None, [], 5, "xla", "meta", "cuda:99", "\0"])
+def test_a_device_that_cannot_hold_weights(folder, device):
+    with pytest.raises(ValueError, match="device="):
+        moekit.module(folder, device=device)
+
+
+@pytest.mark.parametrize(
+    "told, said",
+    [
+        ({"folder": None}, "folder=None"),
+        ({"folder": "a\0b"}, "folder="),
+        ({"files": 1.5}, r"files=1\.5"),
+        ({"files": None}, "files=None"),
+        ({"files": 9}, "files=9: expected 1 to 8"),
+        ({"model": torch.nn.Linear(2, 2)}, "model is a Linear"),
+        ({"no_such_thing": 1}, "no such option"),
+    ],
+)
+def test_what_cannot_be_saved_is_one_sentence(model, tmp_path, told, said):
+    with pytest.raises(ValueError, match=said):
+        save(**({"model": model, "folder": tmp_path / "made"} | told))
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_folder_with_another_checkpoint_is_not_mixed_with_this_one(model, folder, tmp_path):
+    """Otherwise a load would read the older files in place of these, or beside them."""
+    save(model, tmp_path, 4)
+    with torch.no_grad():
+        model.norm.weight.mul_(2)
+    save(model, str(tmp_path), 4)
+    with pytest.raises(ValueError, match=r"holds another checkpoint \(model-rank-2.pt\)"):
+        save(model, tmp_path, 2)
+    with pytest.raises(ValueError, match=r"holds another checkpoint \(model-rank-0.pt\)"):
+        save(moekit.module("demo-dense"), tmp_path)
+    assert torch.equal(moekit.module(tmp_path).norm.weight, model.norm.weight)
+
+
+@pytest.mark.parametrize("room", [4096, 65536])
+def test_files_without_room_leave_the_earlier_checkpoint(folder, model, tmp_path, room):
+    """With a limit on the size of files, which the larger of the model's exceed at different places."""
+    save(model, tmp_path, 1)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    code = (
+        "import resource, sys, moekit; from moekit.checkpoint.export import save\n"
+        "model = moekit.module(sys.argv[1])\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, {room}))\n"
+        "try: save(model, sys.argv[2], 1)\n"
+        "except ValueError as error: print(type(error).__name__, error)\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code, folder, tmp_path], capture_output=True, text=True, timeout=120
+    )
+    assert ran.stdout.startswith(f"NotWritten {tmp_path}: the disk is full or the file too large"), ran.stderr
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from moekit.arguments import shown
 from moekit.nn.config import ModelConfig
 
 # Every key that the branch writes into ``cfg``, with its defaults.
@@ -29,7 +30,11 @@ def history(config: ModelConfig) -> list[dict[str, Any]]:
 
 
 def fairseq_cfg(config: ModelConfig, files: int, **options: Any) -> dict[str, Any]:
-    """The ``cfg`` that the branch would have saved for this model, trained on ``files`` ranks."""
+    """The ``cfg`` that the branch would have saved for this model, trained on ``files`` ranks.
+
+    Raises:
+        ValueError: the branch has no such option.
+    """
     cfg = json.loads(TEMPLATE.read_text())
     cfg["model"] |= {
         "activation_fn": config.activation,
@@ -61,7 +66,8 @@ def fairseq_cfg(config: ModelConfig, files: int, **options: Any) -> dict[str, An
         "world_size": files,
     }
     unknown = sorted(set(options) - set(cfg["model"]))
-    assert not unknown, f"no such option of the branch: {unknown}"
+    if unknown:
+        raise ValueError(f"{shown(unknown)}: no such option of the branch; expected those of {TEMPLATE.name}")
     cfg["model"] |= options
     if config.dense:
         cfg["criterion"] = {"_name": "cross_entropy", "sentence_avg": False}

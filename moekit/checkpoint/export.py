@@ -6,14 +6,17 @@ the same key table. It serves the demos, the bench and the tests.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from moekit.checkpoint import branch
+from moekit import results
+from moekit.arguments import Path as PathKind
+from moekit.arguments import Whole, check, reading
+from moekit.checkpoint import branch, writing
+from moekit.checkpoint.files import NAME
 from moekit.checkpoint.keys import fairseq_parts
 from moekit.nn.config import DENSE, ModelConfig
 from moekit.nn.dispatch import owned
@@ -22,9 +25,14 @@ from moekit.nn.transformer import Transformer
 
 
 def save(
-    model: Transformer, folder: Path, files: int = 1, *, dtype: torch.dtype = torch.float16, **options: Any
+    model: Transformer,
+    folder: str | Path,
+    files: int = 1,
+    *,
+    dtype: torch.dtype = torch.float16,
+    **options: Any,
 ) -> None:
-    """Write ``model``, which holds all its experts, into ``folder``.
+    """Write ``model``, which holds all its experts, into ``folder``, where its files appear together.
 
     Args:
         files: how many files the experts are spread over; 1 for a model without experts.
@@ -32,8 +40,12 @@ def save(
         options: entries of ``cfg["model"]`` that the model's config does not tell, such as ``dropout``.
 
     Raises:
-        ValueError: more files than experts, or experts with numbers of one byte.
+        ValueError: more files than experts, experts with numbers of one byte, or ``folder`` holds another checkpoint, which
+            would be read in place of this one.
+        moekit.results.NotWritten: (a ValueError) the folder cannot be written to, or its disk is full.
     """
+    if not isinstance(model, Transformer):
+        raise ValueError(f"model is a {type(model).__name__}; expected a model of moekit.module")
     if any(isinstance(module, QuantisedExperts) for module in model.modules()):
         raise ValueError(
             f"the model for {folder} has quantised experts: write the one that they were made of, and load it with experts=..."
@@ -56,7 +68,7 @@ def save(
 
 def write(
     config: ModelConfig,
-    folder: Path,
+    folder: str | Path,
     files: int,
     shared: dict[str, torch.Tensor],
     experts: Callable[[range], dict[str, torch.Tensor]],
@@ -70,18 +82,33 @@ def write(
         shared: by our names, what is no expert's, in ``dtype`` on the CPU.
         experts: called once for each file: our names of the experts' stacked weights, and those of the experts held.
     """
+    folder, files = check("folder", folder, PathKind()), check("files", files, Whole(0))
     dense = config.dense
     if dense and files != 1:
         raise ValueError(f"files={files}: {DENSE} to spread over files; expected 1")
     if not dense and not 1 <= files <= config.experts:
         raise ValueError(f"files={files}: expected 1 to {config.experts}, the number of experts")
-    folder.mkdir(parents=True, exist_ok=True)
-    top = {"args": None} | branch.settings(config, files, **options)
     name = "model.pt" if dense else "model-shared.pt"
-    _write(top | {"model": shared_part(shared, config, dtype)}, folder / name)
-    for rank in range(0 if dense else files):
-        part = expert_part(experts(owned(config.experts, files, rank)))
-        _write(top | {"model": part}, folder / f"model-rank-{rank}.pt")
+    ranks = {} if dense else {f"model-rank-{rank}.pt": rank for rank in range(files)}
+    _check_alone(folder, {name, *ranks})
+    top = {"args": None} | branch.settings(config, files, **options)
+    with results.together(folder) as place:
+        with open(place / name, "wb") as file:
+            writing.save(top | {"model": shared_part(shared, config, dtype)}, file)
+        for path, rank in ranks.items():
+            part = expert_part(experts(owned(config.experts, files, rank)))
+            with open(place / path, "wb") as file:
+                writing.save(top | {"model": part}, file)
+
+
+def _check_alone(folder: Path, names: set[str]) -> None:
+    """Refuse a folder with files that would be read with those of ``names`` or in place of them."""
+    with reading(folder):
+        there = [path.name for path in sorted(folder.iterdir())] if folder.is_dir() else []
+    for other in there:
+        match = NAME.fullmatch(other)
+        if other == "config.json" or (match and match["stem"] == "model" and other not in names):
+            raise ValueError(f"{folder} holds another checkpoint ({other}): remove it or name another folder")
 
 
 def shared_part(
@@ -106,9 +133,3 @@ def expert_part(stacks: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         for name, stacked in stacks.items()
         for key, tensor in fairseq_parts(name, stacked)
     }
-
-
-def _write(state: dict[str, Any], path: Path) -> None:
-    part = path.with_name(path.name + ".part")
-    torch.save(state, part)
-    os.replace(part, path)

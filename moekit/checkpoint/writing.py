@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -69,7 +69,6 @@ def write_folder(
         ValueError: ``target`` cannot be written or is there by now, another run makes it, or a file is not what was written.
     """
     place = target.with_name(target.name + ".part")
-    asked = json.dumps(job, sort_keys=True)
     try:
         with _job_of(place, json.dumps(job, sort_keys=True)):
             for name, text in texts.items():
@@ -161,7 +160,9 @@ def check_target(source: Files, target: str | Path, force: bool) -> Path:
         )
     old = _old(target)
     if os.path.lexists(old):
-        raise ValueError(f"{old} is in the way: move it away, {target.name} gets that name while it is replaced")
+        raise ValueError(
+            f"{old} is in the way: move it away, {target.name} gets that name while it is replaced"
+        )
     return target
 
 
@@ -192,7 +193,7 @@ def _write(path: Path, tensors: Mapping[str, Tensor], settings: Mapping[str, Any
             else:
                 if settings.get("args") is not None:
                     settings["args"] = argparse.Namespace(**settings["args"])
-                torch.save({"args": None} | settings | {"model": dict(tensors)}, file)
+                save({"args": None} | settings | {"model": dict(tensors)}, file)
             file.flush()
             os.fsync(file.fileno())
         written = read(part)["model"]
@@ -207,6 +208,16 @@ def _write(path: Path, tensors: Mapping[str, Tensor], settings: Mapping[str, Any
                 if not equal:
                     raise ValueError(f"{part}: {key} is not what was written: is the disk sound?")
     os.replace(part, path)
+
+
+def save(state: Mapping[str, Any], file: IO[bytes]) -> None:
+    """``torch.save`` whose error is the system's: torch ends a file that could not be written with one of its own."""
+    try:
+        torch.save(state, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
