@@ -157,9 +157,15 @@ class Path:
         os.fsencode(value)
         try:
             # Half a surrogate pair is no part of a file's name.
-            return pathlib.Path(os.fsdecode(os.fsencode(value))).expanduser()
+            path = pathlib.Path(os.fsdecode(os.fsencode(value))).expanduser()
         except RuntimeError:
             raise _Why("this machine has no such home folder; write the path without '~'") from None
+        try:
+            path.resolve()
+        except (RuntimeError, OSError):
+            # Python 3.11 and 3.12 have a RuntimeError for this.
+            raise _Why("its links lead round in a circle; expected the path of a file or folder") from None
+        return path
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """What arguments may be, and the one sentence that names a bad one."""
 
 import re
+import sys
 from pathlib import Path as File
 
 import numpy as np
@@ -223,3 +224,11 @@ def test_texts_and_ids_come_from_any_iterable(given, meant):
 def test_what_is_neither_text_nor_ids_is_named(given, said):
     with pytest.raises(ValueError, match=re.escape(said)):
         sequences("texts", given)
+
+
+def test_links_that_lead_round_in_a_circle_are_one_sentence(tmp_path):
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    if sys.version_info < (3, 13):
+        with pytest.raises(ValueError, match="its links lead round in a circle"):
+            check("x", tmp_path / "a", Path())

@@ -330,3 +330,11 @@ def test_shards_that_were_swapped_are_refused(written, tmp_path, kind):
         ValueError, match=rf"{first.stem}\.pt was written as {second.stem}: were files swapped"
     ):
         weights(folder)
+
+
+@pytest.mark.parametrize("kind", ["flat", "wrapped"])
+def test_a_part_copied_over_another_is_refused(written, tmp_path, kind):
+    folder = shutil.copytree(written / "3ranks_3experts" / kind, tmp_path / "copied")
+    shutil.copy(folder / "checkpoint_last-shared-shard0.pt", folder / "checkpoint_last-shared-shard1.pt")
+    with pytest.raises(ValueError, match="shared-shard1.pt holds the same part as .*shared-shard0.pt"):
+        checkpoint.survey(checkpoint.find(folder))

@@ -14,6 +14,7 @@ from moekit.checkpoint.files import Files
 from moekit.checkpoint.keys import NUMBER
 from moekit.checkpoint.options import READ
 from moekit.checkpoint.reading import Weights
+from moekit.checkpoint.shards import FLAT as FLAT_TENSOR
 
 # torch's names of folders lack the file's end.
 NUMBERED = re.compile(
@@ -39,6 +40,7 @@ def check_belongs(files: Files, states: Mapping[Path, Mapping[str, Any]]) -> Non
     for path in files.all:
         _check_name(path, states[path]["model"].folder)
     _check_copies({path: states[path]["model"] for path in files.ranks})
+    _check_parts({path: states[path]["model"] for path in files.common})
     first = _training(states[files.first])
     odd: dict[Path, str] = {}
     for path in files.all:
@@ -101,6 +103,20 @@ def _check_copies(opened: dict[Path, Weights]) -> None:
                 f"{path} holds the same experts as {seen[told].name}: one was copied over the other; fetch both again"
             )
         seen[told] = path
+
+
+def _check_parts(opened: dict[Path, Weights]) -> None:
+    """Shards with the same part of what every rank needs; no two parts of a trained model are alike."""
+    seen: dict[str, Path] = {}
+    for path, weights in opened.items():
+        told = sorted((key, weights.records[key].checksum) for key in weights if FLAT_TENSOR.fullmatch(key))
+        if not told or any(checksum is None for _, checksum in told):
+            continue
+        if repr(told) in seen:
+            raise ValueError(
+                f"{path} holds the same part as {seen[repr(told)].name}: one was copied over the other; fetch both again"
+            )
+        seen[repr(told)] = path
 
 
 def _training(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -134,10 +134,8 @@ def check_target(source: Files, target: str | Path, force: bool) -> Path:
     try:
         target = target.resolve()
         there = target.exists()
-    except (OSError, RuntimeError) as error:
-        # Python 3.11 has a RuntimeError for links that lead round in a circle.
-        why = getattr(error, "strerror", None) or "its links lead round in a circle"
-        raise ValueError(f"{clip(str(target))} cannot be written: {why}") from None
+    except OSError as error:
+        raise ValueError(f"{clip(str(target))} cannot be written: {error.strerror}") from None
     if source.shared.parent.resolve() == target:
         raise ValueError(f"{target} is the source: name another folder")
     if not there:
