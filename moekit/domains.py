@@ -241,6 +241,10 @@ def _labelled(model: Handle, data: Data, max_batches: int | None) -> DomainText:
         )
     opened = model.open_data(data)
     labels, lengths, ids = lines_of(data.data, data.subset)
+    if WHOLE in labels:
+        raise ValueError(
+            f"{data.prefix}: a line has the domain {WHOLE}, which is the name of all domains together"
+        )
     batches = list(itertools.islice(opened, max_batches))
     tokens = summarize(
         batches, {b.index: np.zeros(b.tokens.shape, np.float32) for b in batches}, 1.0, model.config.add_bos

@@ -77,6 +77,17 @@ def test_prepare_reads_the_piles_form(tmp_path):
         (zstandard.ZstdCompressor().compress(b'{"text": "' + b"\xff" + b'"}'), "line 1: .*utf-8"),
         (zstandard.ZstdCompressor().compress(b"[" * 100_000), "line 1: "),
         (
+            zstandard.ZstdCompressor().compress(b'{"text": "a", "meta": {"pile_set_name": "\\ud800"}}'),
+            "line 1: .*surrogates",
+        ),
+        (
+            # It would be written once for each of the text's lines.
+            zstandard.ZstdCompressor().compress(
+                b'{"text": "a", "meta": {"pile_set_name": "' + b"x" * 10_000 + b'"}}'
+            ),
+            "line 1: a pile_set_name of 10,000 characters",
+        ),
+        (
             zstandard.ZstdCompressor(write_content_size=True).compress(b'{"text": "abc"}\n' * 99)[:-9],
             "line [0-9]+: .*in the middle",
         ),

@@ -331,3 +331,29 @@ def test_what_makes_no_sense_is_one_sentence(model, folders):
     ):
         with pytest.raises(ValueError, match=said):
             model.evaluate(**asked, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (lambda text: text.replace(b"\n", b" \xff\n", 7), "valid.domains.txt is not UTF-8: .* at byte"),
+        (lambda text: b"x" * 100_000 + text[text.index(b"\n") :], "line 1: a domain of 100,000 characters"),
+        (lambda text: b"(all)" + text[text.index(b"\n") :], r"a line has the domain \(all\)"),
+    ],
+)
+def test_labels_from_elsewhere_are_one_sentence(model, tmp_path, changed, said):
+    """A label of a million characters took the room of as many for each line of the text."""
+    for path in (DEMO_TEXT / "data-bin").iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    labels = (DEMO_TEXT / "valid.domains.txt").read_bytes()
+    (tmp_path / "valid.domains.txt").write_bytes(changed(labels))
+    with pytest.raises(ValueError, match=said):
+        model.evaluate(domains=tmp_path, max_batches=1, progress=False)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_domain(tmp_path):
+    for path in (DEMO_TEXT / "data-bin").iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    labels = (DEMO_TEXT / "valid.domains.txt").read_bytes()
+    (tmp_path / "valid.domains.txt").write_bytes(b"\xef\xbb\xbf" + labels)
+    assert list(lines_of(tmp_path, "valid")[0]) == list(lines_of("demo", "valid")[0])

@@ -18,6 +18,8 @@ DOCUMENTS = (".jsonl.zst", ".jsonl")
 MOST = 2**30
 # Bytes of a file that are read at a time. Compressed, they can stand for 30,000 times as many.
 PIECE = 4096
+# Characters of a domain's name at most: it is written once for each line.
+LONGEST_NAME = 500
 # The domain of a document that names none.
 UNNAMED = "unnamed"
 
@@ -45,7 +47,7 @@ def unfold(files: Sequence[Path], text: Path, domains: Path) -> dict[str, int]:
         for path in files:
             done = 0
             for document, read in _documents(path):
-                domain = _domain(document)
+                domain = document["domain"]
                 body = document["text"].replace("\r\n", "\n").replace("\r", "\n").rstrip("\n")
                 count = body.count("\n") + 2
                 words.write(body + "\n\n")
@@ -61,7 +63,7 @@ def unfold(files: Sequence[Path], text: Path, domains: Path) -> dict[str, int]:
 
 
 def _documents(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
-    """The documents of a file, and how many of its bytes are read so far."""
+    """The documents of a file with their ``domain``, and how many of its bytes are read so far."""
     unpack = _unpacker(path) if path.name.endswith(".zst") else None
     number = 1
     try:
@@ -74,6 +76,8 @@ def _documents(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
                         raise ValueError("no object with a text")
                     # Half a surrogate pair, which JSON can spell, is no text.
                     document["text"].encode()
+                    document["domain"] = _domain(document)
+                    document["domain"].encode()
                     yield document, file.tell()
                 number += 1
     except (ValueError, RecursionError) as error:
@@ -131,4 +135,7 @@ def _domain(document: dict[str, Any]) -> str:
     meta = document.get("meta")
     name = meta.get("pile_set_name") if isinstance(meta, dict) else None
     # A label is a line.
-    return (" ".join(name.split()) if isinstance(name, str) else "") or UNNAMED
+    name = " ".join(name.split()) if isinstance(name, str) else ""
+    if len(name) > LONGEST_NAME:
+        raise ValueError(f"a pile_set_name of {len(name):,} characters, more than {LONGEST_NAME}")
+    return name or UNNAMED

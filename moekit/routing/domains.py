@@ -9,6 +9,7 @@ import numpy as np
 from moekit.arguments import Path as PathKind
 from moekit.arguments import Text, check, reading, shown
 from moekit.checked import checked
+from moekit.data.documents import LONGEST_NAME
 from moekit.fairseq_data import data_folder, lines
 from moekit.routing.trace import TRACE, Trace
 
@@ -66,7 +67,7 @@ def lines_of(
     """The domains of the lines of a binarised text, the lines' lengths in tokens, and all its ids; see :func:`domains_of`.
 
     Raises:
-        ValueError: a file is missing, or there are not as many domains as lines.
+        ValueError: a file is missing or damaged, or there are not as many domains as lines.
     """
     folder = data_folder(data)
     sides = [folder / f"{subset}.domains.txt", folder.parent / f"{subset}.domains.txt"]
@@ -78,10 +79,19 @@ def lines_of(
             raise ValueError(
                 f"there is no file {sides[0]} with a domain for each line of the text; write one there, or name another"
             )
-        labels = np.array(side.read_text("utf-8").split("\n")[:-1])
+        try:
+            named = side.read_text("utf-8-sig").split("\n")[:-1]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{side} is not UTF-8: {error.reason} at byte {error.start}") from None
     sizes, ids = lines(folder / subset)
-    if len(labels) != len(sizes):
+    if len(named) != len(sizes):
         raise ValueError(
-            f"{side} has {len(labels)} lines, the text {len(sizes)}: expected a domain for each line"
+            f"{side} has {len(named)} lines, the text {len(sizes)}: expected a domain for each line"
         )
-    return labels, sizes, ids
+    longest = max(range(len(named)), key=lambda line: len(named[line]))
+    # NumPy gives every label the room of the longest.
+    if len(named[longest]) > LONGEST_NAME:
+        raise ValueError(
+            f"{side}, line {longest + 1}: a domain of {len(named[longest]):,} characters; expected at most {LONGEST_NAME}"
+        )
+    return np.array(named), sizes, ids
