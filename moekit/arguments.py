@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import errno
 import math
 import operator
 import os
@@ -162,9 +163,13 @@ class Path:
             raise _Why("this machine has no such home folder; write the path without '~'") from None
         try:
             path.resolve()
-        except (RuntimeError, OSError):
-            # Python 3.11 and 3.12 have a RuntimeError for this.
+            path.exists()
+        except RuntimeError:
+            # Of Python 3.11 and 3.12; later ones take the path as it is.
             raise _Why("its links lead round in a circle; expected the path of a file or folder") from None
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                raise _Why("a name in it is too long for its file system; expected a shorter one") from None
         return path
 
 

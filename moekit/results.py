@@ -147,6 +147,11 @@ def _move(place: Path, folder: Path, lock: IO[str]) -> None:
     for path, target in zip(files, targets, strict=True):
         if target.is_dir():
             raise NotWritten(f"{target} is a folder, expected a file or nothing there: remove or rename it")
+        # Who may write into /dev would lose the device.
+        if target.exists() and not target.is_file():
+            raise NotWritten(
+                f"{target} is a device, a pipe or a socket, which no file replaces: name another path"
+            )
         _flush(path)
         target.parent.mkdir(parents=True, exist_ok=True)
     # What a run left that was killed meanwhile is older.

@@ -232,3 +232,8 @@ def test_links_that_lead_round_in_a_circle_are_one_sentence(tmp_path):
     if sys.version_info < (3, 13):
         with pytest.raises(ValueError, match="its links lead round in a circle"):
             check("x", tmp_path / "a", Path())
+
+
+def test_a_name_that_no_file_can_have_is_one_sentence(tmp_path):
+    with pytest.raises(ValueError, match="a name in it is too long for its file system"):
+        check("x", tmp_path / ("a" * 300), Path())

@@ -149,6 +149,19 @@ def test_a_full_disk_is_one_sentence_and_touches_nothing(tmp_path):
         subprocess.run(["umount", disk], check=True)
 
 
+def test_a_device_or_a_pipe_is_not_replaced(tmp_path):
+    """A move replaces whatever has the name, even where nothing can be written into it."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    for name in ("pipe", "link"):
+        with (
+            pytest.raises(results.NotWritten, match="pipe is a device, a pipe or a socket"),
+            results.whole(tmp_path / name) as part,
+        ):
+            part.write_text("new")
+    assert (tmp_path / "pipe").is_fifo() and contents_of_files(tmp_path) == []
+
+
 def test_a_limit_on_the_size_of_files(tmp_path):
     (tmp_path / "tokens.parquet").write_text("old")
     code = (
