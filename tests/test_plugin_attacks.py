@@ -258,6 +258,7 @@ REFUSED = {
         character_filters=lambda trap: trap.touch,
         character_embedding_dim=4,
     ),
+    "another target": section("task", self_target=True),
     "another model": section("model", _name="lightconv_lm", character_filters=lambda trap: trap.touch),
 }
 
