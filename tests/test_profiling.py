@@ -1,6 +1,7 @@
 """Profiles: the parts of a step by hand, on made-up events of GPUs, and what must hold of real ones."""
 
 import contextlib
+import copy
 import gzip
 import json
 import os
@@ -13,6 +14,7 @@ import pandas as pd
 import pytest
 import torch
 import trace_format
+from made_up_profile import made_up
 from test_project import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -833,6 +835,28 @@ def test_a_profile_is_read_as_it_was_written(profile, tmp_path):
     for nothing in ("missing", "fifo"):
         with pytest.raises(ValueError, match=f"no file .*{nothing}; expected a profile"):
             Profile.load(tmp_path / nothing)
+
+
+def test_a_profile_from_elsewhere_has_every_part_of_its_kind(tmp_path):
+    """What is missing or of another kind is found when the file is read, not when it is drawn."""
+    made_up().save(tmp_path / "p.json.gz")
+    held = json.loads(gzip.decompress((tmp_path / "p.json.gz").read_bytes()))
+    places = [("frame", name) for name in held["frame"]] + [("rows", name) for name in held["rows"]]
+    places += [("plain",), ("profiled",), ("meta",), ("frame",), ("rows",)]
+    places += [
+        ("meta", name) for name in ("mode", "chip", "blocks", "tokens", "world_size", "copy", "matmul")
+    ]
+    for *above, last in places:
+        for value in (None, "x", {}, [[]], [None], -1, float("nan")):
+            of_words = last in ("mode", "chip", "part", "kernel")
+            if (value == "x" and of_words) or (value == -1 and above and above[0] != "meta" and not of_words):
+                # It is of the kind; one value for a whole column is a column of it.
+                continue
+            changed = copy.deepcopy(held)
+            (changed[above[0]] if above else changed)[last] = value
+            (tmp_path / "bad").write_bytes(gzip.compress(json.dumps(changed).encode(), 1))
+            with pytest.raises(ValueError, match="no profile that Profile.save wrote"):
+                Profile.load(tmp_path / "bad")
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,9 @@ def config(state: Mapping[str, Any], where: Path, final_norm: bool) -> DictConfi
             raise ValueError(f"{where}: the option {option} is {value}; expected a number above 0, or None")
     for option in ("self_target", "past_target"):
         if task.get(option):
-            raise ValueError(f"{where}: the option {option} is set; moekit runs models of the next token only")
+            raise ValueError(
+                f"{where}: the option {option} is set; moekit runs models of the next token only"
+            )
     built.task = OmegaConf.structured(LanguageModelingConfig)
     assign(built.task, plain(task, TASK, where), where)
 

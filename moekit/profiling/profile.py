@@ -14,7 +14,7 @@ import numpy as np
 
 from moekit import json_text, results
 from moekit.arguments import Path as PathKind
-from moekit.arguments import check
+from moekit.arguments import check, shown
 from moekit.nn.parts import FETCH
 from moekit.profiling import table
 from moekit.profiling.perfetto import trace_of
@@ -157,8 +157,12 @@ class Profile:
                 raise ValueError(f"it unpacks to more than {MOST:,} bytes")
             held = json_text.loads(text, most=MOST // 16)
             plain, profiled = (np.array(held[name], dtype=float) for name in ("plain", "profiled"))
-            return cls(pd.DataFrame(held["frame"]), plain, profiled, pd.DataFrame(held["rows"]), held["meta"])
-        except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
+            found = cls(
+                pd.DataFrame(held["frame"]), plain, profiled, pd.DataFrame(held["rows"]), held["meta"]
+            )
+            _check(found)
+            return found
+        except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, OverflowError) as error:
             raise ValueError(f"{path} is no profile that Profile.save wrote: {error}") from error
 
     def save_trace(self, path: str | Path) -> None:
@@ -177,3 +181,52 @@ class Profile:
         held = json.dumps(trace_of(self.frame, self.events, self.meta), allow_nan=False).encode()
         with results.whole(path, make=True) as part:
             part.write_bytes(gzip.compress(held, 6))
+
+
+# The kinds of what a profile holds: of a table's columns, and of the meta. Dense models have no rows of experts.
+WORDS, NUMBERS = ("part", "kernel"), ("start", "duration", "exclusive", "bytes", "flop")
+COUNTS = {"frame": ("rank", "step", "layer"), "rows": ("rank", "step", "layer", "rows", "experts")}
+META = {
+    "mode": str,
+    "chip": str,
+    "blocks": int,
+    "tokens": int,
+    "world_size": int,
+    "copy": float,
+    "matmul": float,
+}
+
+
+def _check(profile: Profile) -> None:
+    """Whether a profile that was read holds what its methods and pictures use; the ValueError ends a sentence."""
+    frame, meta = profile.frame, profile.meta
+    for name, columns in COUNTS.items():
+        rows = getattr(profile, name)
+        for column in columns:
+            if column not in rows or (len(rows) and rows[column].dtype.kind not in "iu"):
+                raise ValueError(f"its {name} has no column {column!r} of whole numbers")
+    for column in NUMBERS:
+        if (
+            column not in frame
+            or frame[column].dtype.kind not in "iuf"
+            or not np.isfinite(frame[column]).all()
+        ):
+            raise ValueError(f"its frame has no column {column!r} of finite numbers")
+    for column in WORDS:
+        if column not in frame or not all(type(one) is str for one in frame[column]):
+            raise ValueError(f"its frame has no column {column!r} of words")
+    for name in ("plain", "profiled"):
+        seconds = getattr(profile, name)
+        if seconds.ndim != 2 or not seconds.size or not (np.isfinite(seconds) & (seconds > 0)).all():
+            raise ValueError(f"{name} holds something else than seconds by rank and step")
+    for name, kind in META.items():
+        value = meta.get(name) if isinstance(meta, dict) else None
+        whole = type(value) is int and kind is not str
+        if not (whole or type(value) is kind) or (kind is not str and not 0 < value < math.inf):
+            raise ValueError(
+                f"its meta has {name}={shown(value)}, expected {'a word' if kind is str else 'a number'}"
+            )
+    if not isinstance(meta.get("link", math.nan), int | float):
+        raise ValueError(f"its meta has link={shown(meta['link'])}, expected a number")
+    if not len(frame):
+        raise ValueError("its frame is empty")
