@@ -168,3 +168,9 @@ def test_the_widget_hands_out_the_profile_once_it_is_asked(profile, monkeypatch)
     assert header["steps"] == [pytest.approx([0, 0.008]), pytest.approx([0.008, 0.016])]
     assert "<iframe" in view.embedded().data and "moekit-timeline" in view.embedded().data
     assert not {"profile", "packed"} & set(view.keys)
+
+
+def test_a_roof_without_a_point_is_drawn():
+    """No part of a profile may have work that is known."""
+    profile = made_up()
+    assert profile_plots.roofline(replace(profile, frame=profile.frame.assign(flop=0.0)))

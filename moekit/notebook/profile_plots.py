@@ -131,7 +131,7 @@ def roofline(profile: Profile) -> Figure:
     table = table[(table["flop"] > 0) & (table["bytes"] > 0) & (table["seconds"] > 0)]
     copy, matmul = profile.meta["copy"], profile.meta["matmul"]
     intensity = table["flop"] / table["bytes"]
-    across = np.geomspace(min(matmul / copy / 4, *intensity) / 2, max(matmul / copy, *intensity) * 4, 200)
+    across = np.geomspace(min([matmul / copy / 4, *intensity]) / 2, max([matmul / copy, *intensity]) * 4, 200)
     with rc_context(STYLE):
         fig = Figure(figsize=(7.5, 4.4), layout="constrained")
         ax = fig.subplots()
