@@ -154,10 +154,8 @@ class Path:
             raise _Why(f"expected at most {LONGEST_PATH} characters")
         if "://" in str(value):
             raise _Why("an address; expected the path of a file or folder on this machine, without '://'")
-        # Half of a surrogate pair has no bytes.
-        os.fsencode(value)
         try:
-            # Half a surrogate pair is no part of a file's name.
+            # Half of a surrogate pair has no bytes, so it is no part of a file's name.
             path = pathlib.Path(os.fsdecode(os.fsencode(value))).expanduser()
         except RuntimeError:
             raise _Why("this machine has no such home folder; write the path without '~'") from None

@@ -17,7 +17,7 @@ from moekit.arguments import Number, Whole, check, shown
 from moekit.batches import Batch
 from moekit.checked import Instance, checked
 from moekit.fairseq_data import Data
-from moekit.handle import Handle
+from moekit.handle import MODEL, Handle
 from moekit.nn.gates import gate_of, top_k_of
 from moekit.routing.domains import lines_of
 from moekit.routing.statistics import Paired, holm, mean_of, paired_sums, units_of
@@ -82,6 +82,7 @@ def evaluate_domains(
     return score_domains(model, domains, how, fractions, max_batches, seed, progress).table
 
 
+@checked(model=MODEL, max_batches=Whole(), seed=Whole(0))
 def score_domains(
     model: Handle,
     domains: str | Path | Mapping[str, str | Path],
@@ -94,7 +95,6 @@ def score_domains(
     """:func:`evaluate_domains` with the sums of each sample, for :func:`compare_domains`."""
     import pandas as pd
 
-    seed = check("seed", seed, Whole(0))
     named = isinstance(domains, Mapping)
     for name, folder in domains.items() if named else [(None, domains)]:
         check(f"domains[{shown(name)}]" if named else "domains", folder, arguments.Path())

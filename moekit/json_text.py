@@ -24,7 +24,7 @@ def loads(text: bytes | str, most: int = MOST_VALUES) -> Any:
     """
     try:
         text = text if isinstance(text, str) else text.decode()
-        if sum(map(text.count, ("[", "{", ",", "{"))) > most:
+        if values(text) > most:
             raise _Refused(f"has more than {most:,} values")
         return json.loads(text, object_pairs_hook=_once)
     except _Refused:
@@ -32,6 +32,11 @@ def loads(text: bytes | str, most: int = MOST_VALUES) -> Any:
     except (ValueError, RecursionError):
         # Python refuses a number of more than 4300 digits, too.
         raise ValueError("is no JSON") from None
+
+
+def values(text: str) -> int:
+    """The values that ``text`` has at most, as ``most`` of :func:`loads` counts them."""
+    return sum(map(text.count, ("[", "{", ",", "{")))
 
 
 class _Refused(ValueError):

@@ -357,3 +357,12 @@ def test_a_byte_order_mark_is_no_part_of_a_domain(tmp_path):
     labels = (DEMO_TEXT / "valid.domains.txt").read_bytes()
     (tmp_path / "valid.domains.txt").write_bytes(b"\xef\xbb\xbf" + labels)
     assert list(lines_of(tmp_path, "valid")[0]) == list(lines_of("demo", "valid")[0])
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [({"max_batches": -1}, "max_batches=-1"), ({"seed": -1}, "seed=-1"), ({"model": "demo"}, "model='demo'")],
+)
+def test_scores_of_domains_check_their_arguments(model, how, said):
+    with pytest.raises(ValueError, match=f"^{said}: expected"):
+        score_domains(**{"model": model, "domains": "demo", "how": Data("demo")} | how)

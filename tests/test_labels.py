@@ -72,3 +72,8 @@ def test_pictures_and_the_explorer_take_a_columns_name():
     assert page.page(found, None, "x") == page.page(found, None, found.labels["x"])
     change = change_by_domain(found, found, "x")
     assert set(change["domain"]) == {"a", "b"}
+
+
+def test_labels_of_no_tokens():
+    nothing = synthetic(tokens=300)[0].select(mask=np.zeros(300, bool))
+    assert nothing.labelled(domain=[]).labels["domain"].shape == (0,)

@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import re
+import sys
 from collections import Counter
 from dataclasses import replace
 
@@ -809,7 +810,7 @@ def test_a_trace_that_is_no_trace_is_seen():
         trace_format.read(json.dumps(good | {"otherData": {"copy": float("nan")}}))
 
 
-def test_a_profile_is_read_as_it_was_written(profile, tmp_path):
+def test_a_profile_is_read_as_it_was_written(profile, tmp_path, monkeypatch):
     profile.save(tmp_path / "p.json.gz")
     again = Profile.load(tmp_path / "p.json.gz")
     pd.testing.assert_frame_equal(again.frame, profile.frame)
@@ -831,6 +832,9 @@ def test_a_profile_is_read_as_it_was_written(profile, tmp_path):
         (tmp_path / "bad").write_bytes(bad)
         with pytest.raises(ValueError, match="no profile that Profile.save wrote"):
             Profile.load(tmp_path / "bad")
+    monkeypatch.setattr(sys.modules[Profile.__module__], "MOST_VALUES", 100)
+    with pytest.raises(ValueError, match="100 can be read: profile fewer steps"):
+        profile.save(tmp_path / "more.json.gz")
     os.mkfifo(tmp_path / "fifo")
     for nothing in ("missing", "fifo"):
         with pytest.raises(ValueError, match=f"no file .*{nothing}; expected a profile"):

@@ -3,6 +3,7 @@
 import json
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -128,10 +129,10 @@ def test_tries_and_time_end_the_search():
 # ------------------------------------------------------------------------------------------------------- whole runs
 
 
-def run(tmp_path, *arguments: str, out: str = "own.json") -> list[dict]:
-    path = tmp_path / "figures.json"
+def run(folder, *arguments: str, out: str = "own.json", figures=None) -> list[dict]:
+    path = figures or folder / "figures.json"
     how = ["--device", "cpu", "--dtype", "float16", "--repeats", "1", "--tries", "1"]
-    bench.main(["tune", *how, *arguments, "--out", str(tmp_path / out), "--json", str(path)])
+    bench.main(["tune", *how, *arguments, "--out", str(folder / out), "--json", str(path)])
     return json.loads(path.read_text())["benches"]["tune"]
 
 
@@ -156,8 +157,9 @@ def test_a_table_is_made_written_and_used(tmp_path, monkeypatch, capfd):
     assert [(cut.choices, cut.mean) for cut in own] == [(16, ANY), (ANY, ANY)]
     assert cuts.made(path.read_text())["interpreter"]["float16"]["shape"] == "tiny"
 
-    # Another type of the same GPU is added; what is there stays.
-    run(tmp_path, "--shape", "tiny", "--experts", "int8")
+    # Another type of the same GPU is added; what is there stays, also where the shell leaves ~ as it is.
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run(Path("~"), "--shape", "tiny", "--experts", "int8", figures=tmp_path / "figures.json")
     both = cuts.tables(path.read_text(), "x")["interpreter"]
     assert both["float16"] == own and set(both) == {"float16", "int8"}
 

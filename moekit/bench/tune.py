@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from moekit import checkpoint, results
-from moekit.arguments import reading
+from moekit.arguments import Path as PathKind
+from moekit.arguments import check, reading
 from moekit.bench import measure
 from moekit.bench.figures import Figure
 from moekit.bench.moe_layer import random_layer, same, too_large
@@ -71,7 +72,8 @@ def run(setting: Setting, args: argparse.Namespace) -> list[Figure]:
     device = torch.device(setting.device, 0) if setting.device == "cuda" else torch.device("cpu")
     kind = cuts.kind_of(setting.kind, setting.experts_kind or setting.kind)
     gpu, shared = cuts.gpu_name(device), cuts.shared_memory(device)
-    tables, made = _old(args.out)
+    out = check("--out", args.out, PathKind()).resolve()
+    tables, made = _old(out)
     if why := too_large(setting, config, -(-MANY * config.experts // top_k_of(config))):
         return [Figure("cuts", None, "ms", note=why)]
     ceilings = measure.ceilings(Rank(0, 1, device), setting.kind)
@@ -97,9 +99,9 @@ def run(setting: Setting, args: argparse.Namespace) -> list[Figure]:
     table = tables.setdefault(gpu, {})
     table[kind] = tuple(found)
     made.setdefault(gpu, {})[kind] = _about(args.checkpoint or setting.shape)
-    with results.together(args.out.parent) as folder:
-        (folder / args.out.name).write_text(cuts.written(tables, made))
-    use = f"{gpu}, {kind}; to use it: export MOEKIT_CUTS={args.out.expanduser().resolve()}"
+    with results.whole(out) as part:
+        part.write_text(cuts.written(tables, made))
+    use = f"{gpu}, {kind}; to use it: export MOEKIT_CUTS={out}"
     return [*rows, Figure("table", None, "", note=use)]
 
 

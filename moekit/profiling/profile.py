@@ -22,8 +22,9 @@ from moekit.profiling.perfetto import trace_of
 if TYPE_CHECKING:
     import pandas as pd
 
-# The most bytes of a file, unpacked: one from elsewhere may unpack to any number.
+# The most bytes and values of a file, unpacked: one from elsewhere may unpack to any number.
 MOST = 100_000_000
+MOST_VALUES = MOST // 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,13 +131,14 @@ class Profile:
             "frame": self.frame.to_dict("list"),
             "rows": self.rows.to_dict("list"),
         }
-        text = json.dumps(held).encode()
-        if len(text) > MOST:
+        text = json.dumps(held)
+        if len(text) > MOST or json_text.values(text) > MOST_VALUES:
             raise ValueError(
-                f"the profile takes {len(text):,} bytes, and {MOST:,} can be read: profile fewer steps"
+                f"the profile takes {len(text):,} bytes and {json_text.values(text):,} values; {MOST:,} and {MOST_VALUES:,} "
+                "can be read: profile fewer steps"
             )
         with results.whole(path, make=True) as part:
-            part.write_bytes(gzip.compress(text, 6))
+            part.write_bytes(gzip.compress(text.encode(), 6))
 
     @classmethod
     def load(cls, path: str | Path) -> Profile:
@@ -155,7 +157,7 @@ class Profile:
                 text = file.read(MOST + 1)
             if len(text) > MOST:
                 raise ValueError(f"it unpacks to more than {MOST:,} bytes")
-            held = json_text.loads(text, most=MOST // 16)
+            held = json_text.loads(text, most=MOST_VALUES)
             plain, profiled = (np.array(held[name], dtype=float) for name in ("plain", "profiled"))
             found = cls(
                 pd.DataFrame(held["frame"]), plain, profiled, pd.DataFrame(held["rows"]), held["meta"]

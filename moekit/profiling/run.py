@@ -90,7 +90,7 @@ def profile(
     _room(self, mode, steps, blocks, length)
     ids, vocab = _tokens(self, data_or_texts, subset, self.world_size * blocks * length)
     work = Work(mode, steps, fraction, vocab, seed, intervention=self.intervention)
-    work = _filled(self, work, ids, blocks, length)
+    work = _filled(self, work, ids, length)
     with progress_bar("profiling", 2, " passes", show=progress, delay=1.0) as bar:
         chip = slowest(self.ranks.call(ceilings, self.dtype))
         bar.update(1)
@@ -155,7 +155,7 @@ def _prompt(length: int) -> int:
     return min(PROMPT, length // 2)
 
 
-def _filled(model: Handle, work: Work, ids: np.ndarray, blocks: int, length: int) -> Work:
+def _filled(model: Handle, work: Work, ids: np.ndarray, length: int) -> Work:
     """``work`` with its batches or prompts."""
     texts = ids.reshape(-1, length)[:, : length - 1].tolist()
     if work.mode == "score":

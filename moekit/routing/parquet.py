@@ -20,8 +20,7 @@ from typing import Any
 import numpy as np
 
 from moekit import results
-from moekit.arguments import Path as PathKind
-from moekit.arguments import check, reading
+from moekit.arguments import reading
 from moekit.nn.record import CHOICE_COLUMNS
 from moekit.routing.trace import TOKEN_COLUMNS, Trace
 
@@ -97,12 +96,11 @@ def write(trace: Trace, path: str | Path) -> None:
         )
 
 
-def read(path: str | Path) -> Trace:
+def read(path: Path) -> Trace:
     """The trace in the file ``path``; see :meth:`moekit.routing.trace.Trace.load`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    path = check("path", path, PathKind())
     with reading(path):
         path = path.resolve()
         there = path.is_file()

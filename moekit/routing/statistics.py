@@ -105,7 +105,6 @@ def unit_of(trace: Trace, by: str | Sequence | np.ndarray = "sample", size: int 
         return np.unique(labels, return_inverse=True)[1]
     if by not in ("sample", "block"):
         raise ValueError(f"by={shown(by)}; expected sample, block, or an array with a unit for each token")
-    size = check("size", size, Whole())
     number = np.unique(trace.sample, return_inverse=True)[1]
     return number if by == "sample" else number // size
 

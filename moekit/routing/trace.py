@@ -159,7 +159,7 @@ class Trace:
             if given is not None:
                 found[name] = self.labels_of(given, name).astype(str)
                 # Half of a surrogate pair cannot be saved.
-                codes = found[name].view(np.uint32).reshape(len(self), -1)
+                codes = found[name].view(np.uint32).reshape(len(self), found[name].itemsize // 4)
                 halves = np.flatnonzero(((codes >= 0xD800) & (codes < 0xE000)).any(axis=1))
                 check(name, found[name][halves[:1]].tolist(), Texts())
         return replace(self, labels=found)

@@ -122,7 +122,7 @@ def evaluate_tasks(
         "dtype": dtype_name(model.dtype),
         "experts": model.experts,
         "checkpoint": str(model.files.shared.parent),
-        "versions": model.versions | {"lm-eval": lm_eval.__version__},
+        "versions": model.versions,
     }
     items = _item_table(found, loaded)
     return TaskResults(_task_table(found, loaded, items), items, harness.tokens, seconds, meta)

@@ -105,6 +105,7 @@ FALLBACK = HOPPER
 # ----------------------------------------------------------------------------------------------------- choosing
 
 
+@functools.lru_cache
 def kind_of(rows: torch.dtype, weights: torch.dtype) -> str:
     """The name of the types in a table: of the rows and of the experts' matrices."""
     if rows == torch.float32:
