@@ -92,7 +92,11 @@ def own_cuts() -> str | None:
     if not path:
         return None
     try:
-        with open(Path(path).expanduser(), "rb") as file:
+        whole = Path(path).expanduser()
+        if whole.exists() and not whole.is_file():
+            # To open a pipe would wait for its other end.
+            raise OSError("no regular file")
+        with open(whole, "rb") as file:
             text = file.read(MOST + 1)
         if len(text) > MOST:
             raise ValueError(f"{CUTS}={path}: has more than {MOST:,} bytes, so it is no table of cuts")

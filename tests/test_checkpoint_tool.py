@@ -315,6 +315,28 @@ def test_a_note_of_other_bytes_is_another_job(source, tmp_path):
     same_files(tmp_path / "made", source)
 
 
+def test_what_stands_beside_the_target_stays(source, tmp_path, capsys):
+    """Where the target is absent, nothing is moved to its old name: what has that name is another's."""
+    (tmp_path / "made.old").mkdir()
+    (tmp_path / "made.old" / "diary.txt").write_text("dear")
+    run("strip", source, tmp_path / "made", "--quiet")
+    assert (tmp_path / "made.old" / "diary.txt").read_text() == "dear"
+    same_weights(tmp_path / "made", source)
+
+    shutil.copytree(source, tmp_path / "copy.old")
+    said = refused(capsys, "strip", str(tmp_path / "copy.old"), str(tmp_path / "copy"), "--quiet")
+    assert "copy.old holds the source's files" in said
+    same_files(tmp_path / "copy.old", source)
+
+    (tmp_path / "third.part").mkdir()
+    (tmp_path / "third.part" / "job.json").write_text("{}")
+    (tmp_path / "third.part" / "precious.txt").write_text("mine")
+    assert "third.part is in the way: it holds precious.txt" in refused(
+        capsys, "strip", str(source), str(tmp_path / "third"), "--quiet"
+    )
+    assert (tmp_path / "third.part" / "precious.txt").read_text() == "mine"
+
+
 def test_the_same_run_at_the_same_time_is_refused(source, tmp_path, monkeypatch, capsys):
     """Each would write over the other's files while it compares them."""
     arguments = ["reshard", str(source), str(tmp_path / "made"), "--files", "2", "--quiet"]

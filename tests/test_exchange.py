@@ -326,6 +326,9 @@ def test_mistakes_are_told(trace, tmp_path):
     ]:
         with pytest.raises(ValueError, match=said):
             exchange.read(**{"path": tmp_path / "v.npy", "layout": "vllm"} | asked)
+    exchange.write(trace.select(samples=0), tmp_path / "v.npz", "vllm")
+    with pytest.raises(ValueError, match=r"v.npz has the layers .*1, 1, 3.*; expected each once"):
+        exchange.read(tmp_path / "v.npz", "vllm", layers=[1, 1, 3])
     with pytest.raises(ValueError, match="trace=5: expected a trace"):
         exchange.write(5, tmp_path / "x", "vllm")
     with pytest.raises(ValueError, match="path=5: expected the path"):

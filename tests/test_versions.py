@@ -1,5 +1,6 @@
 """Results say which moekit made them, from a checkout and from an installed package."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -63,3 +64,16 @@ def test_the_analysis_is_not_imported_with_the_package():
     code = "import sys, moekit; print([n for n in sys.modules if n.startswith(('matplotlib', 'scipy', 'ipywidgets'))])"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
     assert ran.stdout.strip() == "[]", ran.stderr
+
+
+def test_cuts_that_are_a_pipe_do_not_hang(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    code = "from moekit import versions; print(versions.cuts()); versions.own_cuts()"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"MOEKIT_CUTS": str(tmp_path / "pipe")},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stdout == "unknown\n" and "cannot be read (no regular file)" in done.stderr

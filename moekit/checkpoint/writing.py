@@ -38,6 +38,12 @@ JOB = "job.json"
 # What turns text into ids and back goes along with a checkpoint.
 BESIDE = ("dict.txt", "encoder.json", "vocab.bpe")
 OTHERS = re.compile(rf"vocab\.bpe|.*\.(json|md|txt)|{re.escape(BRIDGE)}")
+# What an unfinished run has made.
+MADE = re.compile(
+    rf"({NAME.pattern})(\.part)?|.*\.json|README\.md|merges\.txt|{'|'.join(map(re.escape, (*BESIDE, BRIDGE)))}"
+)
+# Marks a folder that is replaced, so that no other is removed.
+REPLACED = ".moekit-replaced"
 
 File = tuple[str, Callable[[], tuple[Mapping[str, Tensor], Mapping[str, Any]]]]
 
@@ -68,7 +74,7 @@ def write_folder(
     Raises:
         ValueError: ``target`` cannot be written or is there by now, another run makes it, or a file is not what was written.
     """
-    place = target.with_name(target.name + ".part")
+    place = _part(target)
     try:
         with _job_of(place, json.dumps(job, sort_keys=True)):
             for name, text in texts.items():
@@ -113,11 +119,14 @@ def _job_of(place: Path, asked: str) -> Iterator[None]:
             pass
         file.seek(0)
         if file.read() != asked:
-            for other in place.iterdir():
-                if other.is_dir() and not other.is_symlink():
-                    shutil.rmtree(other)
-                elif other != note:
-                    other.unlink()
+            made = [path for path in place.iterdir() if path != note]
+            foreign = [path.name for path in made if path.is_dir() or not MADE.fullmatch(path.name)]
+            if foreign:
+                raise ValueError(
+                    f"{place} is in the way: it holds {clip(foreign[0])}; move it away, the files are made there"
+                )
+            for path in made:
+                path.unlink()
             file.truncate(0)
             file.write(asked)
             file.flush()
@@ -138,6 +147,11 @@ def check_target(source: Files, target: str | Path, force: bool) -> Path:
         raise ValueError(f"{clip(str(target))} cannot be written: {error.strerror}") from None
     if source.shared.parent.resolve() == target:
         raise ValueError(f"{target} is the source: name another folder")
+    for beside in (_old(target), _part(target)):
+        if any(path.resolve().is_relative_to(beside) for path in source.all):
+            raise ValueError(
+                f"{beside} holds the source's files, and is made or removed on the way: name another folder than {target.name}"
+            )
     if not there:
         return target
     if not force:
@@ -148,7 +162,9 @@ def check_target(source: Files, target: str | Path, force: bool) -> Path:
         raise ValueError(f"{target} holds the source's files, as links or folders in it: name another folder")
     held = {path.name: path.is_dir() for path in sorted(target.iterdir())}
     foreign = [
-        name for name, deep in held.items() if deep or not (NAME.fullmatch(name) or OTHERS.fullmatch(name))
+        name
+        for name, deep in held.items()
+        if deep or not (NAME.fullmatch(name) or OTHERS.fullmatch(name) or name == REPLACED)
     ]
     if held and not any(map(NAME.fullmatch, held)):
         foreign = list(held)
@@ -168,16 +184,24 @@ def _old(target: Path) -> Path:
     return target.with_name(target.name + ".old")
 
 
+def _part(target: Path) -> Path:
+    return target.with_name(target.name + ".part")
+
+
 def _move(place: Path, target: Path, force: bool) -> None:
     """Give the folder its name. Its note goes last, so that a run that ends in between can be continued."""
     old = _old(target)
     if target.exists():
         if not force:
             raise ValueError(f"{target} is there by now: move it away, {place} has what was made")
+        if os.path.lexists(old):
+            raise ValueError(f"{old} is in the way by now: move it away, {place} has what was made")
+        (target / REPLACED).touch()
         os.replace(target, old)
     os.replace(place, target)
     (target / JOB).unlink()
-    shutil.rmtree(old, ignore_errors=True)
+    if (old / REPLACED).is_file():
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:

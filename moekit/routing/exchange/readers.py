@@ -297,6 +297,8 @@ def as_trace(
     layers = told if told is not None else tuple(range(depth)) if layers is None else layers
     if len(layers) != depth:
         raise ValueError(f"layers={shown(list(layers))}: expected {depth} layers, as many as {path} has")
+    if len(set(layers)) < depth:
+        raise ValueError(f"{path} has the layers {shown(list(layers))}; expected each once")
     experts = np.concatenate([s["experts"] for s in samples])
     highest = int(experts.max())
     known = num_experts or max((s.get("num_experts") or 0 for s in samples), default=0) or highest + 1
