@@ -660,7 +660,7 @@ def counted(rank, work: worker.Work, look: bool) -> Counter:
 @pytest.mark.parametrize("mode", ["score", "prefill", "decode"])
 def test_the_same_operations_run_under_the_profiler(model, mode):
     ids, vocab = run._tokens(model, "demo", "valid", 2 * 64)
-    work = run._filled(model, worker.Work(mode, 2, 0.2, vocab, 1), ids, 1, 64)
+    work = run._filled(model, worker.Work(mode, 2, 0.2, vocab, 1), ids, 64)
     without, under = (model.ranks.call(counted, work, look) for look in (False, True))
     for one, other in zip(without, under, strict=True):
         assert one - other == other - one == Counter() and one.total() > 100
@@ -835,6 +835,12 @@ def test_a_profile_is_read_as_it_was_written(profile, tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules[Profile.__module__], "MOST_VALUES", 100)
     with pytest.raises(ValueError, match="100 can be read: profile fewer steps"):
         profile.save(tmp_path / "more.json.gz")
+    held = json.loads(gzip.decompress(whole))
+    held["frame"]["part"][0] = "nope"
+    (tmp_path / "bad").write_bytes(gzip.compress(json.dumps(held).encode()))
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="its frame has the part 'nope', expected one of"):
+        Profile.load(tmp_path / "bad")
     os.mkfifo(tmp_path / "fifo")
     for nothing in ("missing", "fifo"):
         with pytest.raises(ValueError, match=f"no file .*{nothing}; expected a profile"):

@@ -17,6 +17,7 @@ from moekit.arguments import Path as PathKind
 from moekit.arguments import check, shown
 from moekit.nn.parts import FETCH
 from moekit.profiling import table
+from moekit.profiling.naming import PARTS
 from moekit.profiling.perfetto import trace_of
 
 if TYPE_CHECKING:
@@ -217,6 +218,8 @@ def _check(profile: Profile) -> None:
     for column in WORDS:
         if column not in frame or not all(type(one) is str for one in frame[column]):
             raise ValueError(f"its frame has no column {column!r} of words")
+    if unknown := set(frame["part"]) - set(PARTS):
+        raise ValueError(f"its frame has the part {shown(min(unknown))}, expected one of {', '.join(PARTS)}")
     for name in ("plain", "profiled"):
         seconds = getattr(profile, name)
         if seconds.ndim != 2 or not seconds.size or not (np.isfinite(seconds) & (seconds > 0)).all():
