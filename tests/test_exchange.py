@@ -326,6 +326,11 @@ def test_mistakes_are_told(trace, tmp_path):
     ]:
         with pytest.raises(ValueError, match=said):
             exchange.read(**{"path": tmp_path / "v.npy", "layout": "vllm"} | asked)
+    exchange.write(trace, tmp_path / "meg", "megatron")
+    exchange.write(trace.select(samples=0), tmp_path / "meg", "megatron")
+    (tmp_path / "meg" / "router_trace_rank1.jsonl").write_text("")
+    with pytest.raises(ValueError, match="meg holds router_trace_rank1.jsonl of another trace"):
+        exchange.write(trace, tmp_path / "meg", "megatron")
     exchange.write(trace.select(samples=0), tmp_path / "v.npz", "vllm")
     with pytest.raises(ValueError, match=r"v.npz has the layers .*1, 1, 3.*; expected each once"):
         exchange.read(tmp_path / "v.npz", "vllm", layers=[1, 1, 3])

@@ -58,6 +58,16 @@ def write(trace: Trace, path: str | Path, layout: str) -> None:
     """
     writer = WRITERS[check("layout", layout, Choice(LAYOUTS))]
     need_layers(trace, f"layout={layout!r}")
+    if layout == "megatron" and path.is_dir():
+        more = sorted(
+            one.name
+            for one in path.glob("router_trace_rank*.jsonl")
+            if one.name != "router_trace_rank0.jsonl"
+        )
+        if more:
+            raise ValueError(
+                f"{path} holds {more[0]} of another trace, which would be read with this one: name another folder"
+            )
     with results.whole(path) as part:
         writer(trace, part)
 
