@@ -34,7 +34,7 @@ from moekit.nn.config import ModelConfig
 from moekit.nn.experts import Assignment, Experts, QuantisedExperts
 from moekit.nn.gates import gate_of
 from moekit.nn.graphs import Graph
-from moekit.nn.kernels import attention, short_step, tiles, vectors
+from moekit.nn.kernels import attention, rounding, short_step, tiles, vectors
 from moekit.nn.kernels import gate as fused_gate
 from moekit.nn.kernels.cuts import ANY, CUTS, ONE_BYTE_CUTS, Blocks, Cut
 from moekit.nn.kernels.grouped import ACTIVATIONS, grouped_ffn
@@ -42,7 +42,7 @@ from moekit.nn.kernels.logprobs import best, target_log_probs
 from moekit.nn.logprobs import log_probs
 from moekit.nn.operations import BACKENDS, choose_backend, use
 from moekit.nn.passes import Pass
-from moekit.nn.quantise import KINDS
+from moekit.nn.quantise import KINDS, plainly
 from moekit.nn.transformer import AddNorm, Transformer
 from moekit.symbols import PAD
 from moekit.worker import decoding as decode
@@ -171,6 +171,36 @@ def test_every_cut_of_one_byte(cut, kind):
     found = grouped_ffn(experts, x, some, cut=cut).double()
     exact = dequantised(experts)(x.double(), replace(some, weights=some.weights.double()))
     assert (found - exact).norm() / exact.norm() < 2e-3
+
+
+@ONE_BYTE
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(1, 1), (6, 24), (40, 300), (3, 768), (7, 5000)])
+def test_rounding_to_one_byte(shape, dtype, kind):
+    """Scales and numbers are those of the plain way, bit for bit: of large and small rows, halves, and what is not finite."""
+    generator = torch.Generator().manual_seed(shape[0])
+    spread = torch.randn(shape[0], 1, generator=generator).mul(3).exp()
+    matrix = torch.randn(shape, generator=generator) * spread
+    if shape[0] > 5:
+        matrix[1, 0], matrix[2, -1], matrix[3] = torch.nan, torch.inf, 0.0
+        matrix[4] *= 1e-30 if dtype != torch.float16 else 1e-6
+        # Halves of an integer, and of the steps of a float8.
+        matrix[5] = torch.arange(shape[1]) % 255 / 2 - 63.5
+        matrix[5, 0] = 127.0
+    matrix = matrix.to(DEVICE, dtype)
+    found = []
+    for way in (plainly, rounding.quantise):
+        numbers = torch.empty(shape, dtype=kind, device=DEVICE)
+        scale = torch.full(shape[:1], -1.0, device=DEVICE)
+        way(matrix, numbers, scale)
+        found.append((numbers.cpu(), scale.cpu()))
+    (numbers, scale), (own, own_scale) = found
+    finite = scale.isfinite()
+    assert finite.sum() == shape[0] - (2 if shape[0] > 5 else 0)
+    assert torch.equal(scale.isnan(), own_scale.isnan()) and torch.equal(scale.isinf(), own_scale.isinf())
+    assert torch.equal(scale[finite], own_scale[finite])
+    assert torch.equal(numbers.view(torch.uint8)[finite], own.view(torch.uint8)[finite])
+    assert not (own.float() * own_scale[:, None])[~finite].isfinite().any()
 
 
 @ONE_BYTE

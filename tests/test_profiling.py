@@ -759,6 +759,47 @@ def test_flows_lanes_and_times_of_a_trace_by_hand():
     assert names[101, "thread_name"] == "stream 0" and names[102, "thread_name"] == "thread 4001"
 
 
+def test_kernels_of_a_stream_that_overlap_have_lanes_of_their_own():
+    """A kernel of a programmatic dependent launch begins before the one in front of it ends; its flow goes with it."""
+
+    def kernel(name, start, end):
+        return {
+            "ph": "X",
+            "cat": "kernel",
+            "name": name,
+            "pid": 0,
+            "tid": 7,
+            "start": start,
+            "end": end,
+            "args": {},
+        }
+
+    call = {"ph": "X", "cat": "user_annotation", "name": "moekit: call", "pid": 40, "tid": 41, "args": {}}
+    flow = {"cat": "ac2g", "name": "ac2g", "bp": "e", "id": 3}
+    own = [
+        call | {"start": 0, "end": 1000},
+        flow | {"ph": "s", "pid": 40, "tid": 41, "start": 10},
+        kernel("a", 100, 200),
+        kernel("b", 180, 300),
+        flow | {"ph": "f", "pid": 0, "tid": 7, "start": 180},
+        kernel("c", 190, 250),
+        kernel("d", 250, 400),
+        kernel("e", 400, 500),
+    ]
+    frame = pd.DataFrame([(0, 0, 1, "attention", "a", 1e-7, 1e-7, 1e-7, 1.0, 2.0)], columns=COLUMNS)
+    found = trace_of(frame, [own], {"mode": "decode"})
+    assert trace_format.problems(found) == []
+    events = found["traceEvents"]
+    names = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    lanes = {e["name"]: (names[e["pid"], e["tid"]], e["tid"]) for e in events if e.get("cat") == "kernel"}
+    assert {name: lane for name, (lane, _) in lanes.items()} == {
+        "a": "stream 7", "b": "stream 7, overlapping", "c": "stream 7, overlapping", "d": "stream 7", "e": "stream 7"
+    }  # fmt: skip
+    assert len({lanes[name][1] for name in "abc"}) == 3
+    [end] = [e for e in events if e["ph"] == "f"]
+    assert end["tid"] == lanes["b"][1]
+
+
 @pytest.mark.parametrize(
     ("phase", "name", "changes", "said"),
     [

@@ -28,7 +28,7 @@ from moekit.nn.operations import PLAIN
 from moekit.nn.parts import FETCH, part
 from moekit.nn.pinning import pin
 from moekit.nn.policies import POLICIES, Hottest, Policy
-from moekit.nn.slots import CHUNK, Slots, transit
+from moekit.nn.slots import CHUNK, Slots, grow_in_place, transit
 from moekit.nn.successors import Successors
 
 if TYPE_CHECKING:
@@ -327,6 +327,8 @@ def install(model: Transformer, residence: Residence, held: range, device: torch
     """Replace the experts of ``model``, which are in host memory, by those that compute in slots on ``device``."""
     moes = [model.layers[layer].moe for layer in model.config.moe_layers]
     homes = [moe.experts for moe in moes]
+    if device.type == "cuda":
+        grow_in_place()
     count = len(homes) * min(residence.count, len(held)) + transit(len(held))
     model.slots = Slots(homes[0], count, device)
     for number, (moe, home) in enumerate(zip(moes, homes, strict=True)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -95,3 +96,13 @@ class Slots:
         for layer in self.layers:
             layer.where, layer.ahead = {}, {}
             layer.policy.clear()
+
+
+def grow_in_place() -> None:
+    """Let torch's memory on GPUs grow and shrink page by page, unless the user has chosen how.
+
+    Otherwise a pass of another size leaves gaps that no tensor fits into: near the limit, 32 blocks of the 15B found no 384 MiB
+    in 439 MiB of gaps.
+    """
+    if not {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & set(os.environ):
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")

@@ -5,12 +5,13 @@ flows ("s" and "f", from a launch to its kernel) and metadata ("M", the names of
 
 Perfetto's reader (src/trace_processor/importers/json in its sources) is stricter than the format. It drops a time below zero, and a
 slice that overlaps another one of its lane without being in it; it takes the numbers of flows from numbers or hexadecimal text;
-and process 0 and thread 0 are the idle ones of a machine.
+and process 0 and thread 0 are the idle ones of a machine. A kernel may begin while the one before it in its stream still runs
+(programmatic dependent launch), so a stream may have several lanes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from moekit.profiling.events import ON_DEVICE
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 PARTS_LANE = 1
 # Numbers of processes of a rank: its parts, its host and its device.
 EACH = 100
+# Numbers of threads from a stream to its next lane; no device has so many streams.
+LANES = 100_000
 Event = dict[str, Any]
 
 
@@ -72,6 +75,7 @@ def _of_rank(rank: int, events: list[Event], zero: int, flows: dict[tuple[int, A
     """The profiler's events, with processes and flows that no other rank has; ``flows`` has the numbers so far."""
     shown = [e for e in events if e["ph"] in "Xsf" and e["start"] >= zero]
     devices = {e["pid"] for e in shown if e.get("cat") in ON_DEVICE}
+    beside = _beside(e for e in shown if e.get("cat") in ON_DEVICE)
     started, ended = ({e["id"] for e in shown if e["ph"] == phase} for phase in "sf")
     processes: dict[Any, int] = {}
     lanes: set[tuple[int, int]] = set()
@@ -85,11 +89,15 @@ def _of_rank(rank: int, events: list[Event], zero: int, flows: dict[tuple[int, A
         if pid not in processes:
             processes[pid] = EACH * (rank + 1) + 1 + len(processes)
             names += _named(processes[pid], f"rank {rank}: {'device' if pid in devices else 'host'}")
-        # A stream may be number 0, and no thread is.
-        lane = processes[pid], tid + 1 if pid in devices else tid
+        name, thread = f"thread {tid}", tid
+        if pid in devices:
+            # A stream may be number 0, and no thread is.
+            further = beside.get((pid, tid, event["start"]), 0)
+            name, thread = f"stream {tid}" + ", overlapping" * (further > 0), tid + 1 + LANES * further
+        lane = processes[pid], thread
         if lane not in lanes:
             lanes.add(lane)
-            names.append(_lane(*lane, f"stream {tid}" if pid in devices else f"thread {tid}"))
+            names.append(_lane(*lane, name))
         copied["pid"], copied["tid"] = lane
         copied["ts"] = (event["start"] - zero) / 1e3
         if event["ph"] == "X":
@@ -98,6 +106,19 @@ def _of_rank(rank: int, events: list[Event], zero: int, flows: dict[tuple[int, A
             copied["id"] = flows.setdefault((rank, event["id"]), len(flows) + 1)
         found.append(copied)
     return names + _in_order(found)
+
+
+def _beside(kernels: Iterable[Event]) -> dict[tuple[Any, Any, int], int]:
+    """By process, stream and start: how many lanes a stream's kernel is away from the first, so that those of a lane are apart."""
+    found: dict[tuple[Any, Any, int], int] = {}
+    ends: dict[tuple[Any, Any], list[int]] = {}
+    for event in sorted(kernels, key=lambda e: (e["start"], e["end"])):
+        stream = event["pid"], event["tid"]
+        own = ends.setdefault(stream, [])
+        further = next((i for i, end in enumerate(own) if end <= event["start"]), len(own))
+        own[further : further + 1] = [event["end"]]
+        found[(*stream, event["start"])] = further
+    return found
 
 
 def _in_order(events: Iterator[Event] | list[Event]) -> list[Event]:
