@@ -6,6 +6,7 @@ A process of its own, since Triton's interpreter replaces its compiler for a who
 import sys
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -165,13 +166,12 @@ def compile_all(target: Target) -> None:
     target.compile(logprobs._best_of_part, types, constants)
     types = {"parts": "*fp32", "found": "*i64", "logprobs": "*fp32", "rows": "i32"}
     target.compile(logprobs._best_of_row, types, {"PARTS": 32}, 1)
-    for own, largest in (("*i8", 127.0), ("*fp8e4nv", 448.0)):
-        if own == "*i8" or target.capability >= 89:
-            types = {"matrix": "*fp16", "numbers": own, "scale": "*fp32", "rows": "i32"}
-            constants = {"C": 3072, "LARGEST": largest, "WHOLE": own == "*i8", "TINY": 1.1754943508222875e-38}
-            target.compile(
-                rounding._quantise, types, constants | {"ROWS": 1, "COLUMNS": 4096}, rounding.WARPS
-            )
+    for kind, largest in ((tl.int8, 127.0), (tl.float8e4nv, 448.0)):
+        if kind == tl.int8 or target.capability >= 89:
+            types = {"table": "*i64", "count": "i32"}
+            constants = {"SOURCE": tl.float16, "KIND": kind, "LARGEST": largest, "WHOLE": kind == tl.int8}
+            constants |= {"TINY": 2.0**-126, "MATRICES": 64, "COLUMNS": 4096}
+            target.compile(rounding._quantise, types, constants, rounding.WARPS)
     for rows, k, n, columns in ((1, 768, 2304, 4), (4, 768, 512, 1), (1, 3072, 768, 4)):
         types = dict.fromkeys(("x", "w", "b", "gain", "shift", "normed", "onto", "out"), "*fp16")
         types |= {"rows": "i32", "eps": "fp32"}

@@ -27,6 +27,7 @@ from moekit import checkpoint
 from moekit.batches import shares
 from moekit.bench.gelu import gelu
 from moekit.bench.score import random_batch
+from moekit.checkpoint import copying
 from moekit.nn import gate, transformer
 from moekit.nn import graphs as graph
 from moekit.nn.cache import Cache
@@ -42,7 +43,7 @@ from moekit.nn.kernels.logprobs import best, target_log_probs
 from moekit.nn.logprobs import log_probs
 from moekit.nn.operations import BACKENDS, choose_backend, use
 from moekit.nn.passes import Pass
-from moekit.nn.quantise import KINDS, plainly
+from moekit.nn.quantise import KINDS, quantise
 from moekit.nn.transformer import AddNorm, Transformer
 from moekit.symbols import PAD
 from moekit.worker import decoding as decode
@@ -175,32 +176,75 @@ def test_every_cut_of_one_byte(cut, kind):
 
 @ONE_BYTE
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("shape", [(1, 1), (6, 24), (40, 300), (3, 768), (7, 5000)])
-def test_rounding_to_one_byte(shape, dtype, kind):
+def test_rounding_many_matrices_to_one_byte(dtype, kind):
     """Scales and numbers are those of the plain way, bit for bit: of large and small rows, halves, and what is not finite."""
-    generator = torch.Generator().manual_seed(shape[0])
-    spread = torch.randn(shape[0], 1, generator=generator).mul(3).exp()
-    matrix = torch.randn(shape, generator=generator) * spread
-    if shape[0] > 5:
-        matrix[1, 0], matrix[2, -1], matrix[3] = torch.nan, torch.inf, 0.0
-        matrix[4] *= 1e-30 if dtype != torch.float16 else 1e-6
-        # Halves of an integer, and of the steps of a float8.
-        matrix[5] = torch.arange(shape[1]) % 255 / 2 - 63.5
-        matrix[5, 0] = 127.0
-    matrix = matrix.to(DEVICE, dtype)
-    found = []
-    for way in (plainly, rounding.quantise):
-        numbers = torch.empty(shape, dtype=kind, device=DEVICE)
-        scale = torch.full(shape[:1], -1.0, device=DEVICE)
-        way(matrix, numbers, scale)
-        found.append((numbers.cpu(), scale.cpu()))
-    (numbers, scale), (own, own_scale) = found
-    finite = scale.isfinite()
-    assert finite.sum() == shape[0] - (2 if shape[0] > 5 else 0)
-    assert torch.equal(scale.isnan(), own_scale.isnan()) and torch.equal(scale.isinf(), own_scale.isinf())
-    assert torch.equal(scale[finite], own_scale[finite])
-    assert torch.equal(numbers.view(torch.uint8)[finite], own.view(torch.uint8)[finite])
-    assert not (own.float() * own_scale[:, None])[~finite].isfinite().any()
+    generator = torch.Generator().manual_seed(0)
+    matrices = []
+    for shape in [(1, 1), (6, 24), (40, 300), (3, 768), (7, 3000)]:
+        spread = torch.randn(shape[0], 1, generator=generator).mul(3).exp()
+        matrices.append(torch.randn(shape, generator=generator) * spread)
+    odd = matrices[1]
+    odd[1, 0], odd[2, -1], odd[3] = torch.nan, torch.inf, 0.0
+    odd[4] *= 1e-30 if dtype != torch.float16 else 1e-6
+    # Halves of an integer, and of the steps of a float8.
+    odd[5] = torch.arange(24) * 10.5 - 120
+    odd[5, 0] = 127.0
+    matrices = [matrix.to(DEVICE, dtype) for matrix in matrices]
+
+    def empty():
+        shapes = [matrix.shape for matrix in matrices]
+        return [
+            (torch.empty(s, dtype=kind, device=DEVICE), torch.full(s[:1], -1.0, device=DEVICE))
+            for s in shapes
+        ]
+
+    wanted, found = empty(), empty()
+    for matrix, (numbers, scale) in zip(matrices, wanted, strict=True):
+        quantise(matrix, numbers, scale)
+    addresses = [matrix.data_ptr() for matrix in matrices]
+    listed = rounding.entries([(a, *into) for a, into in zip(addresses, found, strict=True)])
+    assert [first for first, *_ in listed] == [0, 1, 7, 47, 50]
+    # What is behind the matrices in the table is not read.
+    table = torch.full((8, 5), -1, dtype=torch.int64)
+    table[: len(listed)] = torch.tensor(listed)
+    rounding.quantise(table.to(DEVICE), len(listed), 57, 3000, dtype, kind)
+    for number, ((numbers, scale), (own, own_scale)) in enumerate(zip(wanted, found, strict=True)):
+        finite = scale.isfinite()
+        assert (~finite).sum() == (2 if number == 1 else 0)
+        assert torch.equal(scale.isnan(), own_scale.isnan()) and torch.equal(scale.isinf(), own_scale.isinf())
+        assert torch.equal(scale[finite], own_scale[finite])
+        assert torch.equal(numbers.view(torch.uint8)[finite], own.view(torch.uint8)[finite])
+        assert not (own.float() * own_scale[:, None])[~finite].isfinite().any()
+
+
+@ONE_BYTE
+def test_loads_that_one_kernel_quantises(kind, monkeypatch):
+    """As :class:`moekit.checkpoint.copying.Pinned` does it, and with more matrices than a load may have."""
+    monkeypatch.setattr(copying, "MATRICES", 4)
+    pieces, wanted = [], []
+    for number, shape in enumerate([(7, 300), (5, 24), (40, 24), (1, 300), (64, 100), (3, 7)] * 3):
+        source = torch.randn(shape, generator=torch.Generator().manual_seed(number)).half()
+        target, scale = torch.zeros(shape, dtype=kind, device=DEVICE), torch.zeros(shape[0], device=DEVICE)
+        pieces.append(copying.Piece("w", source, target, scale=scale))
+        pieces.append(copying.Piece("b", source[0], torch.zeros(shape[1], device=DEVICE)))
+        wanted.append((torch.empty(shape, dtype=kind), torch.empty(shape[0])))
+        quantise(source, *wanted[-1])
+    sizes = []
+    for load in copying.packed(pieces, 4096):
+        memory = torch.zeros(4096, dtype=torch.uint8)
+        for start, source in load.sources:
+            memory.numpy()[2 * start : 2 * start + len(source)] = source
+        memory, table = memory.to(DEVICE), None
+        if load.matrices:
+            table = torch.full((4, copying.ENTRIES), -1, dtype=torch.int64)
+            table[: len(load.matrices)] = torch.tensor(copying.entries(memory, load))
+            table = table.to(DEVICE)
+        copying.arrived(memory, load, table)
+        sizes.append(len(load.matrices))
+    assert max(sizes) == 4
+    for piece, other, (numbers, scale) in zip(pieces[::2], pieces[1::2], wanted, strict=True):
+        assert torch.equal(piece.target.cpu().view(torch.uint8), numbers.view(torch.uint8))
+        assert torch.equal(piece.scale.cpu(), scale) and torch.equal(other.target.cpu(), other.source.float())
 
 
 @ONE_BYTE

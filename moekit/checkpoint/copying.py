@@ -13,6 +13,7 @@ load goes to the GPU as a whole, where one call copies its tensors to their plac
 from __future__ import annotations
 
 import collections
+import importlib.util
 import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -31,6 +32,8 @@ from moekit.nn.quantise import quantise
 THREADS = 5
 # Buffers of each thread, and the bytes of each buffer.
 BUFFERS, LOAD_BYTES = 2, 16 << 20
+# The most matrices of a load that are quantised, and what a kernel reads of each (moekit/nn/kernels/rounding.py).
+MATRICES, ENTRIES = 64, 5
 # The alignment, in bytes, of a tensor in a buffer, at which GPU copies are fast.
 ALIGNMENT = 256
 
@@ -255,7 +258,8 @@ def packed(pieces: Iterable[Piece], size: int) -> Iterator[Shared]:
         start, total = 0, numbers.numel()
         unchecked = True
         while start < total:
-            if load is None or load.dtype != numbers.dtype or room - load.used < whole:
+            full = load is not None and (room - load.used < whole or len(load.matrices) == MATRICES)
+            if load is None or load.dtype != numbers.dtype or full:
                 if load is not None:
                     yield load
                 load = Shared(piece.name, numbers.dtype)
@@ -291,14 +295,20 @@ class Pinned:
         self.memory = torch.empty(size, dtype=torch.uint8, pin_memory=True)
         self.room = self.memory.numpy()
         self.landed = torch.empty(size, dtype=torch.uint8, device=device)
+        self.table = torch.empty(MATRICES, ENTRIES, dtype=torch.int64, pin_memory=True)
+        self.tabled = torch.empty_like(self.table, device=device)
         # With a blocking event, a waiting thread does not occupy a core.
         self.fetched = torch.cuda.Event(blocking=True)
 
     def send(self, load: Shared) -> None:
         used = load.used * load.dtype.itemsize
         self.landed[:used].copy_(self.memory[:used], non_blocking=True)
+        rounds = bool(load.matrices) and one_kernel(self.landed.device, load)
+        if rounds:
+            self.table.numpy()[: len(load.matrices)] = entries(self.landed, load)
+            self.tabled.copy_(self.table, non_blocking=True)
         self.fetched.record()
-        arrived(self.landed, load)
+        arrived(self.landed, load, self.tabled if rounds else None)
 
     def wait(self) -> None:
         self.fetched.synchronize()
@@ -313,13 +323,42 @@ def staged(load: Shared, buffer: Buffer) -> None:
     buffer.send(load)
 
 
-def arrived(memory: Tensor, load: Shared) -> None:
-    """Copy and quantise what is in a buffer's memory [bytes] uint8 to its targets."""
+def arrived(memory: Tensor, load: Shared, table: Tensor | None = None) -> None:
+    """Copy and quantise what is in a buffer's memory [bytes] uint8 to its targets.
+
+    Args:
+        table: the matrices for the kernel that quantises all of them; None: they are quantised one by one.
+    """
     if load.parts:
         torch._foreach_copy_([target for _, target in load.parts], dealt(memory, load))
+    if table is not None:
+        # Triton is imported only where it is used.
+        from moekit.nn.kernels import rounding
+
+        shapes = [target.shape for _, target, _ in load.matrices]
+        rows, columns = sum(rows for rows, _ in shapes), max(columns for _, columns in shapes)
+        rounding.quantise(table, len(shapes), rows, columns, load.dtype, load.matrices[0][1].dtype)
+        return
     numbers = memory[: load.used * load.dtype.itemsize].view(load.dtype)
     for start, target, scale in load.matrices:
         quantise(numbers[start : start + target.numel()].view(target.shape), target, scale)
+
+
+def one_kernel(device: torch.device, load: Shared) -> bool:
+    """Whether one kernel can quantise all matrices of ``load`` on ``device``."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return False
+    from moekit.nn.kernels import rounding
+
+    return rounding.able(device, load.dtype, load.matrices[0][1].dtype)
+
+
+def entries(memory: Tensor, load: Shared) -> list[tuple[int, ...]]:
+    """The matrices of ``load`` in a buffer's memory for that kernel."""
+    from moekit.nn.kernels import rounding
+
+    base, each = memory.data_ptr(), load.dtype.itemsize
+    return rounding.entries([(base + start * each, target, scale) for start, target, scale in load.matrices])
 
 
 def dealt(memory: Tensor, load: Shared) -> list[Tensor]:

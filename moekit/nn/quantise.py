@@ -7,8 +7,6 @@ Shape letters: R rows, C columns of a matrix.
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import math
 
 import torch
@@ -32,7 +30,7 @@ def name_of(kind: torch.dtype | None) -> str | None:
 
 @torch.no_grad()
 def quantise(matrix: Tensor, numbers: Tensor, scale: Tensor) -> None:
-    """Round each row to numbers of one byte, in float32; a GPU that can does it in one kernel (moekit/nn/kernels/rounding.py).
+    """Round each row to numbers of one byte, in float32.
 
     A row with NaN or infinity gets a scale that is not finite, and its outputs are NaN.
 
@@ -41,17 +39,6 @@ def quantise(matrix: Tensor, numbers: Tensor, scale: Tensor) -> None:
         numbers: [..., R, C] int8 or float8_e4m3fn, which is written.
         scale: [..., R] float32, which is written.
     """
-    if matrix.dim() == 2 and matrix.is_cuda and _has_kernel(matrix.device, numbers.dtype):
-        # Triton is imported only where it is used.
-        from moekit.nn.kernels import rounding
-
-        rounding.quantise(matrix, numbers, scale)
-    else:
-        plainly(matrix, numbers, scale)
-
-
-def plainly(matrix: Tensor, numbers: Tensor, scale: Tensor) -> None:
-    """:func:`quantise` in plain torch, which the kernel is checked against."""
     largest = torch.linalg.vector_norm(matrix, math.inf, dim=-1, dtype=torch.float32)
     # GPUs divide by a number in another way than CPUs, and multiply in the same way. A row of zeros is zero with any scale.
     scale.copy_(largest.mul_(1 / LARGEST[numbers.dtype]).clamp_(min=torch.finfo(torch.float32).tiny))
@@ -59,14 +46,6 @@ def plainly(matrix: Tensor, numbers: Tensor, scale: Tensor) -> None:
     if numbers.dtype == torch.int8:
         exact = exact.round_().nan_to_num_(0.0)
     numbers.copy_(exact)
-
-
-@functools.lru_cache
-def _has_kernel(device: torch.device, kind: torch.dtype) -> bool:
-    if importlib.util.find_spec("triton") is None:
-        return False
-    # Triton has no float8 on GPUs that have none.
-    return kind == torch.int8 or torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def dequantise(numbers: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
