@@ -13,7 +13,6 @@ from synthetic_traces import synthetic
 import moekit
 from moekit.bench import __main__ as bench
 from moekit.bench import decode, figures, load, measure, moe_layer, network, score, shapes
-from moekit.bench import setting as settings
 from moekit.bench.figures import Figure
 from moekit.bench.measure import Ceilings
 from moekit.bench.setting import Setting
@@ -21,7 +20,7 @@ from moekit.nn import transformer
 from moekit.nn.cost import flop_per_token
 from moekit.nn.memory import Sizes
 from moekit.nn.passes import Pass
-from moekit.ranks import Rank
+from moekit.ranks import Rank, machine
 
 CPU = torch.device("cpu")
 TINY = shapes.SHAPES["tiny"]
@@ -270,8 +269,7 @@ def test_what_is_loaded_in_one_byte_is_checked_too(tmp_path):
 
 
 def test_what_does_not_fit_is_said(tmp_path, monkeypatch):
-    monkeypatch.setattr(settings, "host_memory", lambda what: 10 << 20)
-    monkeypatch.setattr(moe_layer, "host_memory", lambda what: 10 << 20)
+    monkeypatch.setattr(machine, "host_memory", lambda what: 10 << 20)
     (row,) = run(tmp_path, "moe-layer", "--shape", "15b", "--device", "cpu")["moe-layer"]
     assert row["note"].startswith("does not fit: 9.2 GiB of a layer and its rows, 0.0 GiB")
     for name in ("score", "decode", "padded"):

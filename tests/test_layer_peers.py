@@ -15,7 +15,7 @@ from moekit.bench import measure, moe_layer, peers, shapes
 from moekit.bench.measure import Ceilings
 from moekit.bench.setting import Setting
 from moekit.nn.passes import Pass
-from moekit.ranks import Rank
+from moekit.ranks import Rank, machine
 
 CPU = torch.device("cpu")
 TINY = shapes.SHAPES["tiny"]
@@ -356,7 +356,7 @@ def test_transformers_computes_the_same(moe, implementation):
 
 def test_too_many_copies_of_weights_are_not_made(moe, monkeypatch):
     pytest.importorskip("transformers")
-    monkeypatch.setattr(peers, "host_memory", lambda what: 1 << 20)
+    monkeypatch.setattr(machine, "host_memory", lambda what: 1 << 20)
     with pytest.raises(peers.Missing, match="would copy 0 GiB of weights, one matrix for each choice"):
         peers.PEERS["transformers"]["transformers' batched_mm"].call(moe.experts, 100)
 

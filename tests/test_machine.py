@@ -8,7 +8,8 @@ import torch
 
 from moekit import ranks
 from moekit.notebook import report
-from moekit.ranks.machine import gpus
+from moekit.planning.runs import room
+from moekit.ranks.machine import free_memory, gpus
 
 SAID = """GPU-aaaa-1, 1024, 81559
 GPU-bbbb-2, 70000, 81559
@@ -40,6 +41,25 @@ def test_memory_belongs_to_torchs_gpus(made_up):
 def test_a_machine_that_does_not_tell(script, made_up):
     made_up.unlink() if script is None else made_up.write_text(f"#!/bin/sh\n{script}\n")
     assert [math.isnan(gpu.free) for gpu in gpus()] == [True] * 3
+
+
+def test_what_torch_keeps_is_free_and_lent_gpus_count_as_empty(made_up, monkeypatch):
+    """Free memory is decided in one place, for a plan, a profile, a bench and a table."""
+    devices = [torch.device("cuda", index) for index in (1, 0)]
+    assert free_memory(devices) == [1024 * 2**20, 70_000 * 2**20]
+    assert free_memory(devices, lent=True) == [81_559 * 2**20] * 2
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda index: (index + 2) * 2**20)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda index: 2**20)
+    assert free_memory(devices) == [1026 * 2**20, 70_001 * 2**20]
+    assert math.isnan(free_memory([torch.device("cuda", 2)])[0])
+    # A plan may ask for more ranks, so it knows of all GPUs.
+    assert room(devices[:1]).devices[:2] == (70_001 * 2**20, 1026 * 2**20)
+
+
+def test_ranks_on_a_cpu_share_its_memory(monkeypatch):
+    monkeypatch.setattr("moekit.ranks.machine.host_memory", lambda what: {"MemAvailable": 12}[what])
+    assert free_memory([torch.device("cpu")] * 4) == [3.0] * 4
 
 
 def test_tables(made_up, reference, monkeypatch):

@@ -32,10 +32,11 @@ from moekit.nn.resident import Residence, install
 from moekit.nn.slots import CHUNK
 from moekit.nn.transformer import empty
 from moekit.planning.fitting import SPARE, advice, cached_tokens, chosen, fitting, most_resident
-from moekit.planning.runs import CUBLAS, GIB, Room, Run, unknown
+from moekit.planning.runs import CUBLAS, Room, Run, unknown
 from moekit.planning.table import described
 from moekit.ranks import ThisProcess
 from moekit.routing import expert_caches
+from moekit.units import GIB
 
 os.environ.pop(INTERPRET, None)
 

@@ -16,13 +16,14 @@ pytest.importorskip("triton")
 import moekit
 from moekit import checkpoint, versions
 from moekit.bench import __main__ as bench
-from moekit.bench import measure, moe_layer, tune
+from moekit.bench import measure, tune
 from moekit.bench.measure import Ceilings
 from moekit.bench.setting import Setting
 from moekit.handle import describe_run
 from moekit.nn.kernels import cuts
 from moekit.nn.kernels.cuts import ANY, Blocks, Cut, built_in, cut_for, why_not
 from moekit.paths import DEMO_MODEL
+from moekit.ranks import machine
 
 os.environ.pop(INTERPRET, None)  # other tests know nothing of it
 
@@ -234,7 +235,7 @@ def test_a_machine_without_kernels_says_so(tmp_path, monkeypatch, capsys):
 
 
 def test_what_does_not_fit_is_said(tmp_path, monkeypatch):
-    monkeypatch.setattr(moe_layer, "host_memory", lambda what: 1 << 30)
+    monkeypatch.setattr(machine, "host_memory", lambda what: 1 << 30)
     (row,) = run(tmp_path, "--shape", "52b")
     assert row["figure"] is None and row["note"].startswith(
         "does not fit: 8.1 GiB of a layer and its rows, 1.0"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from moekit.bench.figures import GIB
 from moekit.nn.resident import Counts
 from moekit.nn.transformer import Transformer
+from moekit.units import GIB
 
 
 def counts_of(model: Transformer) -> Counts:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-GIB = 2**30
+from moekit.units import GIB
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,16 @@ def goal(shape: str, world_size: int, what: str, gpu: str, dtype: str) -> float 
     if "H200" not in gpu or dtype not in ("float16", "bfloat16"):
         return None
     return GOALS.get((shape, world_size, what))
+
+
+def too_large(needed: float, what: str, free: float, spare: float = 0.0) -> str:
+    """The reason why ``needed`` bytes of ``what`` do not fit and leave ``spare`` bytes; "" if they do.
+
+    Free memory that is unknown, NaN, is taken to be enough.
+    """
+    if not needed + spare >= free:
+        return ""
+    return f"does not fit: {needed / GIB:.1f} GiB of {what}, {free / GIB:.1f} GiB are free"
 
 
 def spread(seconds: Sequence[float]) -> str:

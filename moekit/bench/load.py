@@ -15,11 +15,12 @@ import moekit
 from moekit import checkpoint
 from moekit.api import Model
 from moekit.bench import measure, shapes
-from moekit.bench.figures import GIB, Figure, spread
+from moekit.bench.figures import Figure, spread, too_large
 from moekit.bench.setting import Setting, ceiling_figures
 from moekit.nn.dispatch import owned
 from moekit.ranks import Rank
 from moekit.ranks.machine import host_memory
+from moekit.units import GIB
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,9 +41,8 @@ def run(setting: Setting, args: argparse.Namespace) -> list[Figure]:
         if not there:
             folder.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(folder).free
-            if free < 1.05 * size:
-                note = f"does not fit: {size / GIB:.1f} GiB of files, {free / GIB:.1f} GiB are free"
-                return [Figure("load", None, "s", note=f"{note} in {folder}: give another with --folder")]
+            if why := too_large(size, "files", free, spare=0.05 * size):
+                return [Figure("load", None, "s", note=f"{why} in {folder}: give another with --folder")]
         if why := setting.too_large():
             return [Figure("load", None, "s", note=why)]
         sums = None
@@ -54,7 +54,7 @@ def run(setting: Setting, args: argparse.Namespace) -> list[Figure]:
 
 
 def measured(setting: Setting, folder: Path, sums: shapes.Sums | None) -> list[Figure]:
-    device = torch.device(setting.device, 0) if setting.device == "cuda" else torch.device("cpu")
+    device = setting.devices[0]
     ceilings = measure.ceilings(Rank(0, 1, device), setting.kind)
     measure.give_back(device)
     paths = checkpoint.find(folder).all

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from moekit.bench.figures import GIB
+from moekit.units import GIB
 from moekit.worker.measuring import Ceilings, ceilings, median, seconds, slowest, synchronise
 
 __all__ = [

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moekit.bench import measure, shapes
-from moekit.bench.figures import GIB, Figure, spread
+from moekit.bench.figures import Figure, spread, too_large
 from moekit.bench.measure import Ceilings
 from moekit.bench.peers import PEERS, Missing, Peer, short, version, without_biases
 from moekit.bench.score import FRACTION
@@ -27,7 +27,7 @@ from moekit.nn.operations import use
 from moekit.nn.passes import Pass
 from moekit.nn.transformer import MoE, allocated
 from moekit.ranks import Rank
-from moekit.ranks.machine import host_memory
+from moekit.ranks.machine import free_memory
 
 AGAINST = ("grouped_mm", "loop", *PEERS)
 Layer = Callable[[Tensor, Pass], Tensor]
@@ -71,9 +71,9 @@ def run(setting: Setting, args: argparse.Namespace) -> list[Figure]:
         return [Figure("layer", None, "ms", note=DENSE)]
     block = config.max_positions
     asked = args.tokens or ([block, 32 * block] if setting.device == "cuda" else [block])
-    if why := too_large(setting, config, max(asked)):
+    if why := layer_too_large(setting, config, max(asked)):
         return [Figure("layer", None, "ms", note=why)]
-    device = torch.device(setting.device, 0) if setting.device == "cuda" else torch.device("cpu")
+    device = setting.devices[0]
     ceilings = measure.ceilings(Rank(0, 1, device), setting.kind)
     generator = torch.Generator(device).manual_seed(1)
     moe = random_layer(config, setting, generator)
@@ -86,19 +86,14 @@ def run(setting: Setting, args: argparse.Namespace) -> list[Figure]:
     return rows
 
 
-def too_large(setting: Setting, config: ModelConfig, tokens: int) -> str:
+def layer_too_large(setting: Setting, config: ModelConfig, tokens: int) -> str:
     """The reason why a layer and its rows do not fit into the free memory; "" if they fit.
 
     A choice has its row and its result, of the kernels and of the plain path, and its hidden layer.
     """
     needed = config.experts * Sizes(config, setting.kind, setting.experts is not None).expert
     needed += tokens * top_k_of(config) * (8 * config.dim + 2 * config.ffn_dim) * setting.itemsize
-    on_gpu = setting.device == "cuda"
-    free = torch.cuda.mem_get_info()[0] if on_gpu else host_memory("MemAvailable")
-    # The free memory may be unknown, and then it is NaN.
-    if not needed >= free:
-        return ""
-    return f"does not fit: {needed / GIB:.1f} GiB of a layer and its rows, {free / GIB:.1f} GiB are free"
+    return too_large(needed, "a layer and its rows", free_memory([setting.devices[0]])[0])
 
 
 def random_layer(config: ModelConfig, setting: Setting, generator: torch.Generator) -> MoE:

@@ -21,7 +21,7 @@ from torch import Tensor
 from moekit.api import Model
 from moekit.batches import shares
 from moekit.bench import measure, shapes
-from moekit.bench.figures import GIB, Figure, spread
+from moekit.bench.figures import Figure, spread
 from moekit.bench.score import FRACTION, MOST, random_batch
 from moekit.bench.setting import Setting, number, wholes
 from moekit.nn import gate, graphs
@@ -31,6 +31,7 @@ from moekit.nn.experts import Assignment, Experts, expert_of
 from moekit.nn.ffn import activation_fn
 from moekit.nn.gates import gate_of
 from moekit.ranks import Rank
+from moekit.units import GIB
 from moekit.worker import scoring as worker
 
 # Differences of a log-probability that rounding explains, by the dtype. A token between two experts may go to the other one

@@ -21,11 +21,11 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from moekit.bench.figures import GIB
 from moekit.nn.experts import Experts
 from moekit.nn.ffn import activation_fn
 from moekit.nn.gate import sort_by_expert
-from moekit.ranks.machine import host_memory
+from moekit.ranks.machine import free_memory
+from moekit.units import GIB
 
 # Rows, experts and weights to sums.
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -84,8 +84,7 @@ def transformers(implementation: str) -> Callable[[Experts, int], Call]:
     def make(experts: Experts, choices: int) -> Call:
         w1 = experts.w1
         gathered = choices * w1[0].nbytes
-        free = torch.cuda.mem_get_info()[0] if w1.is_cuda else host_memory("MemAvailable")
-        if implementation == "batched_mm" and gathered > free / 2:
+        if implementation == "batched_mm" and gathered > free_memory([w1.device])[0] / 2:
             raise Missing(f"would copy {gathered / GIB:.0f} GiB of weights, one matrix for each choice")
         try:
             return _transformers(experts, implementation)

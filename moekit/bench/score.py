@@ -19,7 +19,7 @@ from moekit.api import Model
 from moekit.batches import Batch, shares
 from moekit.bench import measure
 from moekit.bench.fetched import counts_of, told
-from moekit.bench.figures import GIB, Figure, spread
+from moekit.bench.figures import Figure, spread
 from moekit.bench.measure import Ceilings
 from moekit.bench.setting import Setting, add_fetching, ceiling_figures, wholes
 from moekit.nn import graphs
@@ -31,6 +31,7 @@ from moekit.nn.resident import Counts
 from moekit.nn.transformer import Transformer
 from moekit.ranks import Rank
 from moekit.scoring import score_batches
+from moekit.units import GIB
 from moekit.worker import scoring as worker
 
 FRACTION = 0.05

@@ -16,7 +16,7 @@ from moekit import checkpoint, ranks
 from moekit.api import Model
 from moekit.arguments import Kind, Number, Whole, check, shown
 from moekit.bench import measure, shapes
-from moekit.bench.figures import GIB, Figure, goal
+from moekit.bench.figures import Figure, goal, too_large
 from moekit.bench.measure import Ceilings
 from moekit.nn.config import ModelConfig
 from moekit.nn.memory import Sizes
@@ -25,7 +25,7 @@ from moekit.nn.quantise import KINDS
 from moekit.nn.resident import Residence
 from moekit.planning.fitting import cached_tokens, fitting
 from moekit.planning.runs import Run, room
-from moekit.ranks.machine import gpus, host_memory
+from moekit.ranks.machine import free_memory
 
 
 @dataclass(frozen=True)
@@ -99,28 +99,25 @@ class Setting:
         run, _ = fitting(run, room(run.devices), resident, gpu_memory)
         return replace(setting, resident=run.resident)
 
+    @property
+    def devices(self) -> list[torch.device]:
+        """The device of each rank."""
+        on_gpu = self.device == "cuda"
+        return [
+            torch.device("cuda", rank) if on_gpu else torch.device("cpu") for rank in range(self.world_size)
+        ]
+
     def run(self) -> Run:
         """The run as :mod:`moekit.planning` sees it."""
-        devices = [
-            torch.device(self.device, rank) if self.device == "cuda" else torch.device("cpu")
-            for rank in range(self.world_size)
-        ]
         one_byte = self.experts is not None
-        found = Run.of(self.config, devices, self.kind, self.backend, None, one_byte=one_byte)
+        found = Run.of(self.config, self.devices, self.kind, self.backend, None, one_byte=one_byte)
         return replace(found, resident=self.resident)
 
     def too_large(self) -> str:
         """The reason why the weights do not fit into the free memory; "" if they fit."""
-        parts = self.run().parts(0)
-        needed = parts["weights"] + parts["slots"]
-        if self.device == "cuda":
-            free = min(gpu.free for gpu in gpus()[: self.world_size])
-        else:
-            free = host_memory("MemAvailable") / self.world_size
-        # The free memory may be unknown, and then it is NaN.
-        if not needed >= free:
-            return ""
-        return f"does not fit: {needed / GIB:.1f} GiB of weights, {free / GIB:.1f} GiB are free"
+        run = self.run()
+        parts = run.parts(0)
+        return too_large(parts["weights"] + parts["slots"], "weights", min(free_memory(run.devices)))
 
     @contextlib.contextmanager
     def model(self) -> Iterator[tuple[Model, Ceilings]]:

@@ -22,7 +22,7 @@ from moekit.arguments import Path as PathKind
 from moekit.arguments import check, reading
 from moekit.bench import measure
 from moekit.bench.figures import Figure
-from moekit.bench.moe_layer import random_layer, same, too_large
+from moekit.bench.moe_layer import layer_too_large, random_layer, same
 from moekit.bench.setting import Setting, add_kind, add_shape, ceiling_figures, whole
 from moekit.nn.config import DENSE, ModelConfig
 from moekit.nn.experts import Assignment, Experts
@@ -69,12 +69,12 @@ def run(setting: Setting, args: argparse.Namespace) -> list[Figure]:
     config = _config(setting, args.checkpoint)
     if not config.moe_layers:
         return [Figure("cuts", None, "ms", note=DENSE)]
-    device = torch.device(setting.device, 0) if setting.device == "cuda" else torch.device("cpu")
+    device = setting.devices[0]
     kind = cuts.kind_of(setting.kind, setting.experts_kind or setting.kind)
     gpu, shared = cuts.gpu_name(device), cuts.shared_memory(device)
     out = check("--out", args.out, PathKind()).resolve()
     tables, made = _old(out)
-    if why := too_large(setting, config, -(-MANY * config.experts // top_k_of(config))):
+    if why := layer_too_large(setting, config, -(-MANY * config.experts // top_k_of(config))):
         return [Figure("cuts", None, "ms", note=why)]
     ceilings = measure.ceilings(Rank(0, 1, device), setting.kind)
     measure.give_back(device)

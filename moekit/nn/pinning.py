@@ -10,6 +10,8 @@ import weakref
 import torch
 from torch import Tensor, nn
 
+from moekit.units import GIB
+
 
 def paged(like: Tensor) -> Tensor:
     """Uninitialised host memory for a tensor like this one, in pages that no other tensor has a part of.
@@ -39,7 +41,7 @@ def pin(module: nn.Module) -> None:
             weakref.finalize(module, cudart.cudaHostUnregister, tensor.data_ptr()).atexit = False
             continue
         warnings.warn(
-            f"{tensor.nbytes / 2**30:.2f} GiB of host memory cannot be pinned ({error}): experts are copied to the GPU "
+            f"{tensor.nbytes / GIB:.2f} GiB of host memory cannot be pinned ({error}): experts are copied to the GPU "
             "more slowly",
             stacklevel=2,
         )

@@ -36,9 +36,9 @@ from moekit.data.settings import KINDS as PREPARING
 from moekit.generation.request import KINDS
 from moekit.nn.quantise import KINDS as QUANTISED
 from moekit.notebook import errors
-from moekit.planning.runs import Memory
 from moekit.profiling.run import MODES
 from moekit.ranks import WHERE
+from moekit.units import Memory
 
 
 @dataclass(frozen=True)

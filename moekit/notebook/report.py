@@ -29,8 +29,9 @@ from moekit.nn.transformer import weight_bytes
 from moekit.notebook.pictures import DPI
 from moekit.notebook.pieces import pieces
 from moekit.notebook.quantisation import quantisation
-from moekit.ranks.machine import gpus, host_memory
+from moekit.ranks.machine import free_memory, gpus, host_memory
 from moekit.scoring import Evaluation
+from moekit.units import GIB
 from moekit.versions import versions
 
 __all__ = [
@@ -54,7 +55,6 @@ __all__ = [
 if TYPE_CHECKING:
     from moekit.api import Model
 
-GIB = 2**30
 EVALUATION = Instance(Evaluation, "what model.evaluate gives")
 PARAMETERS = Instance(Mapping, "parameters by name, as vars(p) has them")
 CODEC = Instance((Codec, Ids), "a model's codec", optional=True)
@@ -102,11 +102,7 @@ def shares(
     files = ckpt.find(checkpoint)
     plan = ckpt.survey(files)
     devices = ranks.devices_to_come(world_size, device, where)
-    if where == "ray":
-        free = [math.nan] * len(devices)
-    else:
-        host = host_memory("MemAvailable") / len(devices)
-        free = [gpu.free for gpu in gpus()] if devices[0].type == "cuda" else [host] * len(devices)
+    free = [math.nan] * len(devices) if where == "ray" else free_memory(devices)
     world_size = len(devices)
     kinds = weights_dtype(dtype, devices[0], plan), experts_dtype(experts, files, plan.config)
     rows = []

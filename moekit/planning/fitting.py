@@ -11,7 +11,8 @@ import torch
 
 from moekit.arguments import Whole, check, shown
 from moekit.nn.config import ModelConfig
-from moekit.planning.runs import Memory, Room, Run
+from moekit.planning.runs import Room, Run
+from moekit.units import Memory
 
 # The share of a GPU's memory that a run leaves free, since the spaces between tensors cannot be used.
 SPARE = 0.03

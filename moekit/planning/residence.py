@@ -12,8 +12,9 @@ from moekit.handle import Handle
 from moekit.nn.config import DENSE
 from moekit.nn.policies import POLICIES
 from moekit.nn.resident import Counts, Residence
-from moekit.planning.runs import GIB, Run
+from moekit.planning.runs import Run
 from moekit.routing.trace import Trace
+from moekit.units import GIB
 from moekit.worker import loading
 
 if TYPE_CHECKING:

@@ -5,55 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from moekit.arguments import Number
 from moekit.nn.config import ModelConfig
 from moekit.nn.dispatch import owned
 from moekit.nn.memory import TOKENS_A_PASS, Sizes
 from moekit.nn.slots import transit
-from moekit.ranks.machine import gpus, host_memory
+from moekit.ranks.machine import free_memory, host_memory
+from moekit.units import GIB
 
-GIB = 2**30
 # What a process has on a GPU beside torch's tensors: CUDA's context, and the workspace of cuBLAS (32 MiB on Hopper).
 CONTEXT, CUBLAS = 0.7 * GIB, GIB // 32
-
-
-# Bytes of each unit that a text may name.
-UNITS = {
-    "b": 1,
-    "kb": 1e3,
-    "mb": 1e6,
-    "gb": 1e9,
-    "tb": 1e12,
-    "kib": 2**10,
-    "mib": 2**20,
-    "gib": 2**30,
-    "tib": 2**40,
-}
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes, as a number or as a text with a unit; or "auto"."""
-
-    optional: bool = False
-    expected = "a text such as '14GiB', a number of bytes of at least a MiB, 'auto'"
-
-    def convert(self, value: Any) -> float | str:
-        if isinstance(value, str):
-            text = value.strip().lower()
-            if text == "auto":
-                return text
-            number = text.rstrip("kmgtib ")
-            unit = text[len(number) :].strip() or "b"
-            value = float(number) * UNITS[unit] if unit in UNITS else math.nan
-        size = Number(above=0).convert(value)
-        if size < UNITS["mib"]:
-            raise ValueError
-        return size
 
 
 @dataclass(frozen=True)
@@ -196,14 +159,8 @@ def room(devices: Sequence[torch.device], lent: bool = False) -> Room:
     if devices[0].type == "cpu":
         # There, the device's memory is the host's, which all ranks share.
         return Room((math.inf,) * len(devices), host)
-    if lent:
-        return Room(tuple(gpu.total for gpu in gpus()), host)
-    free = [gpu.free for gpu in gpus()]
-    if torch.cuda.is_initialized():
-        # What torch keeps in this process for tensors to come is free, too.
-        kept = [torch.cuda.memory_reserved(i) - torch.cuda.memory_allocated(i) for i in range(len(free))]
-        free = [size + more for size, more in zip(free, kept, strict=True)]
-    return Room(tuple(free), host)
+    all_gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    return Room(tuple(free_memory(all_gpus, lent)), host)
 
 
 def unknown(ranks: int) -> Room:

@@ -12,8 +12,9 @@ from moekit.handle import experts_dtype, find_dictionary, weights_dtype
 from moekit.nn.config import ModelConfig
 from moekit.nn.operations import choose_backend
 from moekit.planning.fitting import advice, chosen
-from moekit.planning.runs import GIB, Room, Run, room, unknown
+from moekit.planning.runs import Room, Run, room, unknown
 from moekit.ranks import WHERE, devices_to_come
+from moekit.units import GIB
 
 if TYPE_CHECKING:
     import pandas as pd

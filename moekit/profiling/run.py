@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,12 +22,13 @@ from moekit.profiling.least import Cost, Pass, least, routed
 from moekit.profiling.profile import Profile
 from moekit.profiling.table import table
 from moekit.progress import bar as progress_bar
-from moekit.ranks.machine import gpus, host_memory
+from moekit.ranks.machine import free_memory
 from moekit.routing.placement import contiguous
 from moekit.symbols import PAD
+from moekit.units import GIB
 from moekit.worker import profiling as worker
 from moekit.worker.decoding import Prompt
-from moekit.worker.measuring import GIB, Ceilings, ceilings, slowest
+from moekit.worker.measuring import Ceilings, ceilings, slowest
 from moekit.worker.profiling import Recorded, Work, steps_in_all
 
 if TYPE_CHECKING:
@@ -137,12 +139,9 @@ def _room(model: Handle, mode: str, steps: int, blocks: int, length: int) -> Non
     needed = sizes.workspace(read, model.config.vocab_rows, model.parts[0]["backend"], model.device)
     if mode != "score":
         needed += sizes.cache(blocks, _prompt(length) + steps_in_all(steps) if mode == "decode" else length)
-    if model.device == "cpu":
-        free = host_memory("MemAvailable") / model.world_size
-    else:
-        own = gpus()
-        pairs = zip(model.ranks.devices, model.parts, strict=True)
-        free = min(own[device.index].total - part["bytes"] for device, part in pairs)
+    # The weights lie on a GPU that counts as empty, and not in what is free of the host's memory.
+    held = [part["bytes"] if model.device == "cuda" else 0 for part in model.parts]
+    free = min(map(operator.sub, free_memory(model.ranks.devices, lent=True), held))
     if needed > free:
         raise ValueError(
             f"blocks={blocks}: a step needs {needed / GIB:.3g} GiB on each rank, and {free / GIB:.3g} GiB are free; ask for fewer "

@@ -11,6 +11,7 @@ import csv
 import math
 import os
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +46,27 @@ def gpus() -> list[Gpu]:
     seen = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     memory = (_told_by_library() or _told_by_command()) if seen else {}
     return [Gpu(gpu.name, *memory.get(str(gpu.uuid), (math.nan, math.nan))) for gpu in seen]
+
+
+def free_memory(devices: Sequence[torch.device], lent: bool = False) -> list[float]:
+    """The free bytes on the device of each rank, NaN where they cannot be asked.
+
+    On the CPU the ranks have equal shares of the host's memory. On a GPU, what torch keeps in this process for tensors to
+    come is free, too.
+
+    Args:
+        lent: whether ranks exist on the devices already. An earlier model may still be there, whose memory becomes free, so
+            GPUs count as empty.
+    """
+    if devices[0].type == "cpu":
+        return [host_memory("MemAvailable") / len(devices)] * len(devices)
+    asked = gpus()
+    if lent:
+        return [asked[device.index].total for device in devices]
+    kept = [0] * len(asked)
+    if torch.cuda.is_initialized():
+        kept = [torch.cuda.memory_reserved(i) - torch.cuda.memory_allocated(i) for i in range(len(asked))]
+    return [asked[device.index].free + kept[device.index] for device in devices]
 
 
 def _told_by_library() -> dict[str, tuple[float, float]]:

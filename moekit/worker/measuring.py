@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from moekit.ranks import Rank
-
-GIB = 2**30
+from moekit.units import GIB
 
 
 def synchronise(device: torch.device) -> None:
