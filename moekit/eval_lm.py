@@ -34,6 +34,7 @@ from moekit.arguments import Capacity, check, shown
 from moekit.batches import Batch
 from moekit.checkpoint.options import from_fairseq, options_of
 from moekit.handle import check_size, find_dictionary
+from moekit.headlines import first_line, headline
 from moekit.nn.changes import CHANGEABLE
 from moekit.ranks import Ranks
 from moekit.ranks.joined import Launch
@@ -74,10 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 run(args, pool)
     except (Exception, KeyboardInterrupt) as error:
         logger.debug("the error in full", exc_info=True)
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if not isinstance(error, ValueError | RuntimeError | OSError | KeyboardInterrupt):
-            said = f"{type(error).__name__}: {said}"
-        print(f"python -m moekit.eval_lm: error: {said}", file=sys.stderr)
+        plain = isinstance(error, ValueError | RuntimeError | OSError | KeyboardInterrupt)
+        why = first_line(error) if plain else headline(error)
+        print(f"python -m moekit.eval_lm: error: {why}", file=sys.stderr)
         return 1
     return 0
 

@@ -14,9 +14,10 @@ from torch import Tensor
 from moekit.bench import measure, shapes
 from moekit.bench.figures import Figure, spread, too_large
 from moekit.bench.measure import Ceilings
-from moekit.bench.peers import PEERS, Missing, Peer, short, version, without_biases
+from moekit.bench.peers import PEERS, Missing, Peer, version, without_biases
 from moekit.bench.score import FRACTION
 from moekit.bench.setting import Setting, ceiling_figures, wholes
+from moekit.headlines import headline
 from moekit.nn.config import DENSE, ModelConfig
 from moekit.nn.dispatch import Local
 from moekit.nn.experts import QuantisedExperts
@@ -157,7 +158,7 @@ def of_peer(
     except Missing:
         raise
     except Exception as error:
-        said = f"{peer.package}{version(peer.package)} failed: {type(error).__name__}: {short(error)}"
+        said = f"{peer.package}{version(peer.package)} failed: {headline(error, 160)}"
         return Figure(work, None, "ms", note=said)
     finally:
         moe.experts = own

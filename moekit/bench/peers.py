@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
-import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -21,6 +20,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
+from moekit.headlines import first_line
 from moekit.nn.experts import Experts
 from moekit.nn.ffn import activation_fn
 from moekit.nn.gate import sort_by_expert
@@ -55,7 +55,7 @@ class Peer:
         try:
             return self.make(experts, choices)
         except ImportError as error:
-            said = f"{self.package}{version(self.package)} cannot be imported: {short(error)}"
+            said = f"{self.package}{version(self.package)} cannot be imported: {first_line(error, 160)}"
             raise Missing(said) from None
 
 
@@ -65,11 +65,6 @@ def version(package: str) -> str:
         return f" {importlib.metadata.version(package)}"
     except importlib.metadata.PackageNotFoundError:
         return ""
-
-
-def short(error: Exception) -> str:
-    """The message of an error, in one line."""
-    return textwrap.shorten(str(error), 160, placeholder=" ...")
 
 
 def without_biases(experts: Experts) -> Experts:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moekit.data.progress import bar
+from moekit.headlines import first_line
 
 # The ends of such files' names.
 DOCUMENTS = (".jsonl.zst", ".jsonl")
@@ -81,9 +82,8 @@ def _documents(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
                     yield document, file.tell()
                 number += 1
     except (ValueError, RecursionError) as error:
-        said = " ".join(str(error).split())[:120]
         raise ValueError(
-            f"{path}, line {number}: {said}; expected a JSON object with a text in each line, as in the Pile"
+            f"{path}, line {number}: {first_line(error, 120)}; expected a JSON object with a text in each line, as in the Pile"
         ) from None
 
 

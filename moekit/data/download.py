@@ -21,6 +21,7 @@ from pathlib import Path
 
 from moekit.data import record
 from moekit.data.progress import bar
+from moekit.headlines import first_line
 
 # One mirror refuses clients that do not identify as a browser.
 AGENT = "Mozilla/5.0 (compatible; moekit)"
@@ -316,7 +317,7 @@ def _chunks(answer: HTTPResponse, stall: float) -> Iterator[bytes]:
 def _why(error: Exception, stall: float) -> str:
     if isinstance(error, TimeoutError):
         return f"nothing came for {stall:g} s"
-    return f"the connection broke ({str(error) or type(error).__name__})"
+    return f"the connection broke ({first_line(error)})"
 
 
 def _span(answer: HTTPResponse) -> tuple[int, int]:

@@ -14,7 +14,6 @@ import shutil
 import stat
 import struct
 import tarfile
-import textwrap
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -26,6 +25,7 @@ from typing import Any, BinaryIO
 from moekit.data import record
 from moekit.data.download import NoSpace, human
 from moekit.data.progress import bar
+from moekit.headlines import first_line
 
 # Bytes per read, which is more than any header needs.
 CHUNK = 1 << 20
@@ -121,7 +121,7 @@ def unpack(archive: str | Path, folder: str | Path, limit: int) -> list[Path]:
 
 
 def _damaged(archive: Path, error: Exception) -> CorruptArchive:
-    return CorruptArchive(f"{archive} is cut short or damaged: {textwrap.shorten(str(error), 120)}")
+    return CorruptArchive(f"{archive} is cut short or damaged: {first_line(error, 120)}")
 
 
 class Staging:

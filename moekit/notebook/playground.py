@@ -21,6 +21,7 @@ from IPython.display import display
 
 from moekit.generation.request import Generation, Token
 from moekit.generation.text import Text
+from moekit.headlines import first_line
 from moekit.notebook import coloured_text
 from moekit.notebook.coloured_text import Span
 
@@ -234,7 +235,7 @@ class Playground:
                     drawn = time.monotonic()
         except Exception as error:
             # An error in a thread would be shown nowhere else.
-            run.said = (str(error) or type(error).__name__).splitlines()[0]
+            run.said = first_line(error)
         finally:
             self.runs.append(run)
             self.history.options = [(r.label, number) for number, r in enumerate(self.runs)][::-1]

@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from moekit.checkpoint.options import REFUSED, options_of, to_dict
+from moekit.headlines import first_line
 from moekit.plugin.language_model import CAPACITY, FRACTION, NAME
 
 # The options of cfg["model"] that change what the model computes; any other steers the training.
@@ -119,9 +120,8 @@ def assign(section: DictConfig, options: Mapping[str, Any], where: Path) -> None
         try:
             section[name] = value
         except OmegaConfBaseException as error:
-            reason = str(error).splitlines()[0]
             raise ValueError(
-                f"{where}: the option {name} is {reprlib.repr(value)}, of a wrong kind ({reprlib.repr(reason)})"
+                f"{where}: the option {name} is {reprlib.repr(value)}, of a wrong kind ({reprlib.repr(first_line(error))})"
             ) from None
 
 

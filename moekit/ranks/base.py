@@ -1,7 +1,6 @@
 """What a pool of ranks is: two methods to implement, and what a function that runs on a rank sees."""
 
 import socket
-import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -145,7 +144,3 @@ def forked(owner: int) -> RuntimeError:
     return RuntimeError(
         f"the ranks belong to process {owner}, and this one is its fork: load the model here, too"
     )
-
-
-def headline(error: BaseException) -> str:
-    return "".join(traceback.format_exception_only(error)).strip().split("\n")[0]

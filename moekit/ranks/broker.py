@@ -18,6 +18,7 @@ from typing import Any
 
 import cloudpickle
 
+from moekit.headlines import first_line, folded, headline
 from moekit.processes import channel
 from moekit.ranks import links, supervisor, system
 
@@ -61,7 +62,7 @@ def main() -> None:
                 except Refused as error:
                     broker.say("refused", str(error))
                 except Exception as error:
-                    broker.say("refused", f"{type(error).__name__}: {str(error)[:1000]}")
+                    broker.say("refused", headline(error))
             broker.listen()
     except (EOFError, OSError):
         # The driver is gone.
@@ -140,7 +141,7 @@ class Broker:
                 )
                 return
             except (ConnectionError, RuntimeError, ValueError) as error:
-                why = str(error).splitlines()[0][:300]
+                why = first_line(error, 300)
         at = f"address={address!r}" + (f", which is {known}" if known not in ("", address) else "")
         raise Refused(
             f"no Ray cluster answers at {at} ({why}): start one with `ray start --head`, or give RayRanks(address=...) its "
@@ -306,11 +307,11 @@ class Broker:
                     # A connection of Ray's was reset; whether the node is lost, others tell.
                     self._later.append((time.monotonic() + 1.0, call, then))
                     continue
-                answer, why = None, " ".join(str(error).split())[:600]
+                answer, why = None, folded(error, 600)
             except ray.exceptions.RayTaskError as error:
                 answer, why = None, str(error.cause)[:1000]
             except ray.exceptions.RayError as error:
-                answer, why = None, " ".join(str(error).split())[:600]
+                answer, why = None, folded(error, 600)
             then(answer, why)
 
     # ------------------------------------------------------------------------------------------------ watching

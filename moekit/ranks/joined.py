@@ -25,10 +25,11 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
+from moekit.headlines import headline
 from moekit.interrupts import hold_interrupts
 from moekit.processes import channel
 from moekit.ranks import links
-from moekit.ranks.base import Rank, headline
+from moekit.ranks.base import Rank
 from moekit.ranks.launch import launch
 from moekit.ranks.piped import Member, PipedRanks
 from moekit.ranks.server import serve
@@ -268,7 +269,7 @@ class JoinedRanks(PipedRanks):
         try:
             return store.get(name)
         except RuntimeError as error:
-            raise TimeoutError(f"{name} of the launcher has not come ({headline(error)[:200]})") from error
+            raise TimeoutError(f"{name} of the launcher has not come ({headline(error, 200)})") from error
 
 
 def sharing(words: list[Word]) -> list[int]:

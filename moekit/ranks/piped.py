@@ -18,10 +18,11 @@ from typing import Any
 import cloudpickle
 import torch
 
+from moekit.headlines import first_line, headline
 from moekit.interrupts import hold_interrupts
 from moekit.processes import channel
 from moekit.ranks import watch as watching
-from moekit.ranks.base import Each, RankError, Ranks, Stream, forked, gone, headline, own
+from moekit.ranks.base import Each, RankError, Ranks, Stream, forked, gone, own
 from moekit.ranks.server import join_at, keep_store
 from moekit.ranks.streams import Coming, Feed
 from moekit.ranks.watch import Watch
@@ -228,7 +229,9 @@ class PipedRanks(Ranks):
         for other, member in enumerate(self._members):
             if member.poll() is not None:
                 return self._death(other, watch)
-        if any(words in text for words in ECHOES) and (cause := self._behind(rank, watch, headline_of(text))):
+        if any(words in text for words in ECHOES) and (
+            cause := self._behind(rank, watch, first_line(text, 200))
+        ):
             return cause
         failure = watch.error(rank, f"raised {text}{self._members[rank].log_tail()}")
         failure.__cause__ = error
@@ -282,10 +285,6 @@ class PipedRanks(Ranks):
     def close(self) -> None:
         with hold_interrupts():
             self._end()
-
-
-def headline_of(text: str) -> str:
-    return text.split("\n")[0][:200]
 
 
 def read_tail(text: bytes) -> str:

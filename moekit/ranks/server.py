@@ -21,9 +21,10 @@ import cloudpickle
 import torch
 import torch.distributed as dist
 
+from moekit.headlines import headline
 from moekit.processes import channel
 from moekit.ranks import links
-from moekit.ranks.base import Rank, headline
+from moekit.ranks.base import Rank
 from moekit.ranks.streams import Coming, following
 from moekit.ranks.watch import BEAT
 
@@ -186,7 +187,7 @@ def join_at(me: Rank, host: str, port: int, seconds: float, timeout: float) -> N
     except RuntimeError as error:
         over = os.environ.get("GLOO_SOCKET_IFNAME", "any interface")
         raise RuntimeError(
-            f"node {me.node} cannot reach rank 0 at {host}:{port} over {over} ({headline(error)[:200]}): see what "
+            f"node {me.node} cannot reach rank 0 at {host}:{port} over {over} ({headline(error, 200)}): see what "
             "separates the nodes, or name another network with RayRanks(interface=...)"
         ) from error
     _init(me, store, timeout)

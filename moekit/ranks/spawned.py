@@ -15,10 +15,11 @@ from pathlib import Path
 
 import torch
 
+from moekit.headlines import headline
 from moekit.interrupts import hold_interrupts
 from moekit.processes import channel
 from moekit.processes.forkserver import Forked, Server
-from moekit.ranks.base import Rank, headline
+from moekit.ranks.base import Rank
 from moekit.ranks.launch import await_server, launch
 from moekit.ranks.piped import START_LIMIT, Member, PipedRanks, read_tail
 from moekit.ranks.server import join

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from moekit.ranks.base import Rank, RankError, Ranks, Stream, forked, gone, headline, own
+from moekit.headlines import headline
+from moekit.ranks.base import Rank, RankError, Ranks, Stream, forked, gone, own
 from moekit.ranks.system import usable_cores
 
 

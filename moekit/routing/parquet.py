@@ -21,6 +21,7 @@ import numpy as np
 
 from moekit import results
 from moekit.arguments import reading
+from moekit.headlines import first_line
 from moekit.nn.record import CHOICE_COLUMNS
 from moekit.routing.trace import TOKEN_COLUMNS, Trace
 
@@ -129,7 +130,7 @@ def read(path: Path) -> Trace:
             raise ValueError(
                 f"{path} is not a trace that moekit saved; expected a file that Trace.save wrote"
             ) from None
-        raise _damaged(path, str(error).splitlines()[0]) from None
+        raise _damaged(path, first_line(error)) from None
 
     arrays, checksum = {}, zlib.crc32(found[HEAD])
     for column, name, dtype in columns:

@@ -16,12 +16,13 @@ from lm_eval.api.task import Task
 
 from moekit.api import Model
 from moekit.arguments import Texts, Whole, check, shown
+from moekit.headlines import headline
 from moekit.nn.quantise import dtype_name
 from moekit.ranks import RankError
 from moekit.routing.statistics import holm, paired
 from moekit.tasks.fair import ChoiceTask
 from moekit.tasks.harness import HarnessModel
-from moekit.tasks.loading import known_tasks, load_tasks, need_examples, quiet, said_of
+from moekit.tasks.loading import known_tasks, load_tasks, need_examples, quiet
 from moekit.tasks.rows import Rows
 
 # The harness's own default for the draw of few-shot examples.
@@ -189,7 +190,7 @@ def _evaluated(harness: HarnessModel, tasks: dict[str, Task], limit: int | None)
     except Exception as error:
         # A task's templates, functions and filters may raise anything.
         raise ValueError(
-            f"the tasks {', '.join(tasks)} cannot be evaluated ({said_of(error)}): check the fields of the task file, and those "
+            f"the tasks {', '.join(tasks)} cannot be evaluated ({headline(error, 200)}): check the fields of the task file, and those "
             "of its items"
         ) from error
 

@@ -16,6 +16,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from moekit import arguments
 from moekit.arguments import check, shown
+from moekit.headlines import folded, headline
 from moekit.tasks.rows import Rows, dataset
 
 # The task files of the package.
@@ -97,34 +98,27 @@ def _loaded(
     return loaded
 
 
-def said_of(error: Exception) -> str:
-    """An error of the harness or of a task's own code, in a line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-
-
 def _read(path: Path, **how: Any) -> dict[str, Any]:
     """The content of a task file; a ValueError where it cannot be read."""
     try:
         return load_yaml(path, **how)
     except Exception as error:
         # A task file names Python code, which may raise anything.
-        said = " ".join(str(error).split())
-        raise ValueError(f"the task file {path} cannot be read ({said[:200]})") from None
+        raise ValueError(f"the task file {path} cannot be read ({folded(error, 200)})") from None
 
 
 def _load(manager: TaskManager, name: str, spec: Any) -> dict[str, Task]:
     try:
         return manager.load([spec])["tasks"]
     except (OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        first = str(error).strip().partition("\n")[0]
         raise ValueError(
-            f"the data set of {name} cannot be had ({type(error).__name__}: {first[:200]}); give it as a file with "
+            f"the data set of {name} cannot be had ({headline(error, 200)}); give it as a file with "
             f"data={{{name!r}: 'FILE.jsonl'}} (in the notebook: task_data)"
         ) from None
     except Exception as error:
         # A task's templates and functions, too, may raise anything.
         raise ValueError(
-            f"the task {name} cannot be made ({said_of(error)}): check the fields of the task file, and those of its items"
+            f"the task {name} cannot be made ({headline(error, 200)}): check the fields of the task file, and those of its items"
         ) from error
 
 

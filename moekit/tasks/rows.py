@@ -12,6 +12,7 @@ import pandas as pd
 
 from moekit import arguments
 from moekit.arguments import check, shown
+from moekit.headlines import first_line
 
 Rows = str | Path | Sequence[Mapping[str, Any]]
 
@@ -34,9 +35,8 @@ def dataset(name: str, rows: Rows) -> datasets.Dataset:
     try:
         return datasets.Dataset.from_list([dict(row) for row in found])
     except (ValueError, TypeError) as error:
-        said = " ".join(str(error).split())
         raise ValueError(
-            f"data of {name}: {whose} has items with fields of unlike types ({said[:200]})"
+            f"data of {name}: {whose} has items with fields of unlike types ({first_line(error, 200)})"
         ) from None
 
 
@@ -56,4 +56,4 @@ def _of_file(name: str, path: Path) -> list:
         # JSON's strings may have characters in them at which splitlines would split, too.
         return [json.loads(line) for line in text.split("\n") if line.strip()]
     except (ValueError, OSError, RecursionError) as error:
-        raise ValueError(f"data of {name}: {path} cannot be read ({str(error)[:200]})") from None
+        raise ValueError(f"data of {name}: {path} cannot be read ({first_line(error, 200)})") from None

@@ -10,6 +10,7 @@ import numpy as np
 import traitlets
 
 from moekit.batches import Batch
+from moekit.headlines import headline
 from moekit.notebook import pictures
 from moekit.notebook.explorer import page
 from moekit.notebook.explorer.pack import pack
@@ -66,7 +67,7 @@ class Explorer(anywidget.AnyWidget):
                 self.send({"id": content["id"], "said": said}, [delta])
         except Exception as error:
             # The view shows it: Jupyter drops what the handler of a message raises.
-            self.send({"id": content["id"], "error": f"{type(error).__name__}: {error}"})
+            self.send({"id": content["id"], "error": headline(error)})
 
     def mask(self, rows: slice, layer: int, expert: int) -> tuple[np.ndarray, str]:
         """What the log-probabilities of one sample lose or gain without an expert.

@@ -38,6 +38,7 @@ from moekit import results
 from moekit.arguments import Choice, Whole, Wholes, check, reading
 from moekit.arguments import Path as PathKind
 from moekit.checked import checked
+from moekit.headlines import headline
 from moekit.mapped import whole_files
 from moekit.routing.exchange.readers import MOST_EXPERTS, READERS, as_trace
 from moekit.routing.exchange.writers import WRITERS
@@ -99,7 +100,7 @@ def read(
             samples = list(reader(path, layers))
     except (KeyError, TypeError, AttributeError, IndexError, EOFError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"{path} is not what {layout} writes ({type(error).__name__}: {str(error)[:100]}); expected the file as the tool "
+            f"{path} is not what {layout} writes ({headline(error, 100)}); expected the file as the tool "
             "wrote it"
         ) from None
     return as_trace(samples, num_experts, layers, {"path": str(path), "layout": layout})
