@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -29,7 +28,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from moekit import json_text, moving
+from moekit import json_text, locks, moving
 from moekit.arguments import Path as PathKind
 from moekit.arguments import check
 from moekit.interrupts import hold_interrupts
@@ -70,7 +69,7 @@ def together(folder: str | Path, make: bool = True) -> Iterator[Path]:
     try:
         # The file has its name once it is locked, so that nobody takes the folder for one that was left.
         with open(place / f"{LOCK}.new", "w") as lock:
-            _locked(lock)
+            locks.take(lock)
             os.replace(lock.name, place / LOCK)
             yield place
             _move(place, folder, lock)
@@ -109,7 +108,7 @@ def settle(folder: str | Path) -> None:
         with contextlib.suppress(OSError):
             if (place / LOCK).is_file():
                 with open(place / LOCK) as lock:
-                    if _locked(lock):
+                    if locks.take(lock):
                         _settle(place, folder)
             elif time.time() - place.stat().st_mtime > OLD or _is_orphan(place):
                 shutil.rmtree(place, ignore_errors=True)
@@ -194,7 +193,7 @@ def _alone(folder: Path) -> Iterator[list[int]]:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         end = time.monotonic() + PATIENCE
-        while not _locked(descriptor) and time.monotonic() < end:
+        while locks.take(descriptor) is False and time.monotonic() < end:
             time.sleep(0.01)
         yield [descriptor]
     finally:
@@ -225,15 +224,6 @@ def _is_orphan(place: Path) -> bool:
     except (PermissionError, OverflowError):
         return False
     return False
-
-
-def _locked(lock: IO[str] | int) -> bool:
-    """Take the lock, which ends with the file or the process; False where another has it, or there are no locks."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
 
 
 def _sentence(folder: Path, error: OSError) -> str:

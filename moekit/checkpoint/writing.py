@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -22,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moekit import arguments
+from moekit import arguments, locks
 from moekit.arguments import check
 from moekit.checkpoint import safetensors
 from moekit.checkpoint.contents import Opaque, clip
@@ -108,15 +107,8 @@ def _job_of(place: Path, asked: str) -> Iterator[None]:
         raise ValueError(f"{place} is in the way: move it away, the files are made there")
     place.mkdir(parents=True, exist_ok=True)
     with open(note, "a+", encoding="utf-8", errors="replace") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"another run makes files in {place}: wait for its end, or name another folder"
-            ) from None
-        except OSError:
-            # Some file systems have no locks.
-            pass
+        if locks.take(file) is False:
+            raise ValueError(f"another run makes files in {place}: wait for its end, or name another folder")
         file.seek(0)
         if file.read() != asked:
             made = [path for path in place.iterdir() if path != note]
