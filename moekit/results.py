@@ -52,11 +52,15 @@ class NotWritten(OSError, ValueError):
 def together(folder: str | Path, make: bool = True) -> Iterator[Path]:
     """A temporary folder, whose files move to ``folder`` together when the block ends without an error.
 
+    ``folder`` itself may be a link. A link in it that has the name of one of the files is replaced, and what it leads to stays
+    as it is: in a folder from elsewhere it may lead anywhere.
+
     Args:
         make: make ``folder`` where it is missing.
 
     Raises:
-        NotWritten: (an OSError and a ValueError) the folder is missing or cannot be written to, or its disk is full.
+        NotWritten: (an OSError and a ValueError) the folder is missing or cannot be written to, or its disk is full; or a
+            file's name is that of a folder or a device, or lies behind a link that leads out of ``folder``.
     """
     folder = Path(folder).expanduser().resolve()
     try:
@@ -86,6 +90,8 @@ def together(folder: str | Path, make: bool = True) -> Iterator[Path]:
 def whole(path: str | Path, make: bool = False) -> Iterator[Path]:
     """The temporary path of one file, which moves to ``path`` when the block ends without an error.
 
+    As with :func:`together`, a link of that name is replaced, and what it leads to stays as it is.
+
     Args:
         make: make the folder of ``path`` where it is missing.
 
@@ -93,7 +99,8 @@ def whole(path: str | Path, make: bool = False) -> Iterator[Path]:
         NotWritten: as :func:`together`.
         ValueError: ``path`` is no path.
     """
-    path = check("path", path, PathKind()).resolve()
+    path = check("path", path, PathKind())
+    path = path.parent.resolve() / path.name if path.is_symlink() else path.resolve()
     with together(path.parent, make) as folder:
         yield folder / path.name
 
@@ -146,8 +153,13 @@ def _move(place: Path, folder: Path, lock: IO[str]) -> None:
     for path, target in zip(files, targets, strict=True):
         if target.is_dir():
             raise NotWritten(f"{target} is a folder, expected a file or nothing there: remove or rename it")
-        # Who may write into /dev would lose the device.
-        if target.exists() and not target.is_file():
+        if not target.parent.resolve().is_relative_to(folder):
+            raise NotWritten(
+                f"{target.parent} leads out of {folder}: remove that link or name another folder"
+            )
+        # Who may write into /dev would lose the device. A link into /proc, as /dev/stdout is, is an open file.
+        opened = target.is_symlink() and os.readlink(target).startswith("/proc/")
+        if opened or (target.exists() and not target.is_file()):
             raise NotWritten(
                 f"{target} is a device, a pipe or a socket, which no file replaces: name another path"
             )

@@ -155,11 +155,57 @@ def test_a_device_or_a_pipe_is_not_replaced(tmp_path):
     (tmp_path / "link").symlink_to("pipe")
     for name in ("pipe", "link"):
         with (
-            pytest.raises(results.NotWritten, match="pipe is a device, a pipe or a socket"),
+            pytest.raises(results.NotWritten, match=f"{name} is a device, a pipe or a socket"),
             results.whole(tmp_path / name) as part,
         ):
             part.write_text("new")
     assert (tmp_path / "pipe").is_fifo() and contents_of_files(tmp_path) == []
+
+
+@pytest.mark.parametrize("leads_to", ["kept", "nowhere"])
+def test_a_link_is_replaced_and_what_it_leads_to_stays(tmp_path, leads_to):
+    """By either door; the folder itself may be a link."""
+    (tmp_path / "kept").write_text("kept")
+    (tmp_path / "real").mkdir()
+    (tmp_path / "out").symlink_to("real")
+    out = tmp_path / "out"
+    for name in ("a", "b", "c"):
+        (out / name).symlink_to(f"../{leads_to}")
+    with results.together(out) as place:
+        for name in ("a", "b"):
+            (place / name).write_text("new")
+    with results.whole(out / "c") as part:
+        part.write_text("new")
+    assert contents(tmp_path / "real") == dict.fromkeys("abc", b"new") and out.is_symlink()
+    assert not any(path.is_symlink() for path in (tmp_path / "real").iterdir())
+    assert (tmp_path / "kept").read_text() == "kept" and not (tmp_path / "nowhere").exists()
+
+
+def test_no_file_goes_through_a_link_that_leads_out(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "sub").symlink_to("../elsewhere")
+    with (
+        pytest.raises(results.NotWritten, match="sub leads out of"),
+        results.together(tmp_path / "out") as place,
+    ):
+        (place / "sub").mkdir()
+        (place / "sub" / "a").write_text("new")
+    assert contents(tmp_path / "elsewhere") == {} and [p.name for p in (tmp_path / "out").iterdir()] == [
+        "sub"
+    ]
+
+
+def test_an_open_file_is_not_replaced(tmp_path):
+    """``/dev/stdout`` is such a link, and leads to a file where the output goes to one."""
+    with open(tmp_path / "log", "w") as log:
+        (tmp_path / "stdout").symlink_to(f"/proc/self/fd/{log.fileno()}")
+        with (
+            pytest.raises(results.NotWritten, match="stdout is a device"),
+            results.whole(tmp_path / "stdout") as part,
+        ):
+            part.write_text("new")
+    assert (tmp_path / "stdout").is_symlink() and (tmp_path / "log").read_text() == ""
 
 
 def test_a_limit_on_the_size_of_files(tmp_path):
