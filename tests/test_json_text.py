@@ -11,6 +11,22 @@ def test_what_is_read():
     assert json_text.loads("[1, 2]", most=2) == [1, 2]
 
 
+def test_the_reason_says_where():
+    with pytest.raises(
+        ValueError, match=r"^is no JSON \(Expecting ',' delimiter: line 1 column 9 \(char 8\)\)$"
+    ):
+        json_text.loads('{"a": 1 "b"}')
+
+
+def test_what_a_text_has_is_counted_at_its_bound():
+    """Also where the text is not longer than the bound, as two values take one character."""
+    for text, held in (("[1, [], {}]", 6), ("[[],[],[]]", 6), ("[" * 9 + "]" * 9, 9)):
+        assert json_text.values(text) == held
+        json_text.loads(text, held)
+        with pytest.raises(ValueError, match=f"has more than {held - 1} values"):
+            json_text.loads(text, held - 1)
+
+
 @pytest.mark.parametrize(
     "text, said",
     [

@@ -722,3 +722,19 @@ def test_other_models_lack_the_tokens():
     task = load_tasks(["copa_release", "demo_endings"], {})["demo_endings"]
     with pytest.raises(ValueError, match="which only the model 'moekit' gives"):
         task.process_results(task.eval_docs[0], [(-1.0, False), (-2.0, False)])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"a": 1}\n\n{"a": }', "line 3 is no JSON .Expecting value"),
+        ('{"a": 1}\n{"a": 1, "a": 2}', "line 2 has the key 'a' twice in one object"),
+        ("[" * 100_000, "it is no JSON"),
+        ('[{"a": 1}', "it is no JSON"),
+    ],
+)
+def test_a_damaged_file_of_items_is_named_with_its_line(tmp_path, text, said):
+    path = tmp_path / "items.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"data of x: .*items\.jsonl cannot be read \({said}"):
+        dataset("x", path)

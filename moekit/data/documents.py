@@ -5,11 +5,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from moekit import json_text
 from moekit.data.progress import bar
 from moekit.headlines import first_line
 
@@ -72,7 +72,7 @@ def _documents(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
             pieces = iter(lambda: file.read(PIECE), b"")
             for line in _lines(pieces if unpack is None else unpack(pieces)):
                 if line.strip():
-                    document = json.loads(line.decode())
+                    document = json_text.loads(line)
                     if not isinstance(document, dict) or not isinstance(document.get("text"), str):
                         raise ValueError("no object with a text")
                     # Half a surrogate pair, which JSON can spell, is no text.
@@ -81,7 +81,7 @@ def _documents(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
                     document["domain"].encode()
                     yield document, file.tell()
                 number += 1
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(
             f"{path}, line {number}: {first_line(error, 120)}; expected a JSON object with a text in each line, as in the Pile"
         ) from None

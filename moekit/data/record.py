@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from moekit import json_text
+
 
 def read(path: Path) -> dict[str, Any] | None:
     """The record in ``path``; None if the file is missing or damaged."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = json_text.loads(path.read_bytes())
     except (FileNotFoundError, ValueError):
         return None
     return record if isinstance(record, dict) else None

@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from moekit import results
+from moekit import json_text, results
 from moekit.arguments import reading
-from moekit.headlines import first_line
+from moekit.headlines import first_line, headline
 from moekit.nn.record import CHOICE_COLUMNS
 from moekit.routing.trace import TOKEN_COLUMNS, Trace
 
@@ -208,12 +208,15 @@ def _trace(head: Head, arrays: dict[str, np.ndarray], full: tuple[int, ...]) -> 
 def _head(text: bytes, path: Path) -> tuple[Head, int]:
     """The head and the format of a file."""
     try:
-        said = json.loads(text)
+        said = json_text.loads(text, json_text.MANY_VALUES)
+    except ValueError as error:
+        raise _damaged(path, f"its head {error}") from None
+    try:
         version = said["format"]
         labels = said.get("labels", {})
         head = Head(tuple(said["layers"]), said["top_k"], said["num_experts"], said["meta"], labels)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise _damaged(path, f"its head cannot be read ({type(error).__name__})") from None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _damaged(path, f"its head cannot be read ({headline(error, 100)})") from None
     if version not in FORMATS:
         raise ValueError(
             f"{path} has format {str(version)[:20]}; this moekit reads the formats 1 to {FORMAT}"

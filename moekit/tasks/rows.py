@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import datasets
 import pandas as pd
 
-from moekit import arguments
+from moekit import arguments, json_text
 from moekit.arguments import check, shown
 from moekit.headlines import first_line
 
@@ -50,10 +49,26 @@ def _of_file(name: str, path: Path) -> list:
             # An answer can be "None" or "NA", or nothing.
             table = pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",", keep_default_na=False)
             return table.to_dict(orient="records")
-        text = path.read_text("utf-8-sig")
-        if text.lstrip().startswith("["):
-            return json.loads(text)
-        # JSON's strings may have characters in them at which splitlines would split, too.
-        return [json.loads(line) for line in text.split("\n") if line.strip()]
-    except (ValueError, OSError, RecursionError) as error:
+        return _of_json(path.read_text("utf-8-sig"))
+    except (ValueError, OSError) as error:
         raise ValueError(f"data of {name}: {path} cannot be read ({first_line(error, 200)})") from None
+
+
+def _of_json(text: str) -> list:
+    """The items of a list, or of lines.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    found, where = [], "it"
+    try:
+        if text.lstrip().startswith("["):
+            return json_text.loads(text, json_text.MANY_VALUES)
+        # JSON's strings may have characters in them at which splitlines would split, too.
+        for number, line in enumerate(text.split("\n"), 1):
+            where = f"line {number}"
+            if line.strip():
+                found.append(json_text.loads(line))
+    except ValueError as error:
+        raise ValueError(f"{where} {error}") from None
+    return found

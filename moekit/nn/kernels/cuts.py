@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from moekit import versions
+from moekit import json_text, versions
 from moekit.arguments import shown
 
 ANY = math.inf
@@ -214,8 +214,8 @@ def tables(text: str, where: str) -> dict[str, Table]:
         ValueError: it is no such file, or a cut in it is none.
     """
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError):
+        content = json_text.loads(text)
+    except ValueError:
         content = None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{where}: found no table of cuts, expected JSON with the format {FORMAT!r}; {ANEW}")
@@ -255,7 +255,7 @@ def made(text: str) -> dict[str, dict[str, Any]]:
     """How each table in the text of a file was made, by the GPU's name and the type."""
     return {
         gpu: {kind: entry.get("made") for kind, entry in table.items()}
-        for gpu, table in json.loads(text)["gpus"].items()
+        for gpu, table in json_text.loads(text)["gpus"].items()
     }
 
 

@@ -7,7 +7,6 @@ A reader yields a dict for each sample: ``experts`` [T, L, k], -1 for none, and 
 from __future__ import annotations
 
 import itertools
-import json
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from moekit import checkpoint
+from moekit import checkpoint, json_text
 from moekit.arguments import shown
 from moekit.routing.exchange import objects
 from moekit.routing.parquet import MOST_EXPERTS, MOST_LAYERS
@@ -265,11 +264,11 @@ def _json_lines(path: Path) -> Iterator[dict]:
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             try:
-                record = json.loads(line)
-            except (ValueError, RecursionError):
-                record = None
+                record = json_text.loads(line, json_text.MANY_VALUES)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number} {error}; expected a JSON object") from None
             if not isinstance(record, dict):
-                raise ValueError(f"{path}, line {number}: expected a JSON object")
+                raise ValueError(f"{path}, line {number} is {shown(record)}; expected a JSON object")
             yield record
 
 
