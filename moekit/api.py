@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import reprlib
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,7 +28,7 @@ from moekit.profiling import profile
 from moekit.progress import bar as progress_bar
 from moekit.ranks import WHERE, LentRanks, RankError, Ranks, RayRanks, choose_devices, prepare, ready, start
 from moekit.routing import trace as tracing
-from moekit.scoring import Evaluation, score_batches, summarize, warm_up
+from moekit.scoring import Evaluation, score_batches, summarize, token_table, warm_up
 from moekit.worker import loading
 
 if TYPE_CHECKING:
@@ -141,7 +140,7 @@ class Model(Handle):
         fraction, seed = self.capacity(capacity_token_fraction), check("seed", seed, SEED)
         batches = self._batches(texts, check("batch_size", batch_size, Whole()))
         scores = score_batches(self, batches, fraction=fraction, vocab=self.vocab, seed=seed, progress=False)
-        table = summarize(batches, scores, math.nan, skip_first=False, whose="the text").tokens
+        table = token_table(batches, {"logprob": scores}, whose="the text")
         table.insert(4, "piece", self.codec.pieces(table["target"]))
         return table
 

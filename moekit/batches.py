@@ -137,6 +137,11 @@ def text_batches(
     return batches
 
 
+def count_scored(batches: Iterable[Batch]) -> int:
+    """The targets of all samples that count."""
+    return sum(int(batch.scored(row).sum()) for batch in batches for row in range(len(batch.ids)))
+
+
 def up_to(batches: Iterable[Batch], max_tokens: int) -> Iterator[Batch]:
     """The first batches with at most ``max_tokens`` tokens together, without padding; at least one batch."""
     total = 0

@@ -14,14 +14,14 @@ import numpy as np
 
 from moekit import arguments
 from moekit.arguments import Number, Whole, check, shown
-from moekit.batches import Batch
+from moekit.batches import Batch, count_scored
 from moekit.checked import Instance, checked
 from moekit.fairseq_data import Data
 from moekit.handle import MODEL, Handle
 from moekit.nn.gates import gate_of, top_k_of
 from moekit.routing.domains import lines_of
 from moekit.routing.statistics import Paired, holm, mean_of, paired_sums, units_of
-from moekit.scoring import score_batches, summarize
+from moekit.scoring import perplexity_of, score_batches, token_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -205,7 +205,7 @@ def _difference(pairs: pd.DataFrame) -> Paired:
 
 @dataclass(frozen=True)
 class DomainText:
-    """Batches of one folder, and the domain of each scored token in the order of :func:`moekit.scoring.summarize`."""
+    """Batches of one folder, and the domain of each scored token in the order of :func:`moekit.scoring.token_table`."""
 
     names: list[str]
     batches: list[Batch]
@@ -226,7 +226,7 @@ def _opened(model: Handle, name: str, data: Data, max_batches: int | None) -> Do
         raise ValueError(f"domains has the name {shown(name)}; expected a text other than {WHOLE}")
     opened = model.open_data(data)
     batches = list(itertools.islice(opened, max_batches))
-    count = sum(int(batch.scored(row).sum()) for batch in batches for row in range(len(batch.ids)))
+    count = count_scored(batches)
     count -= model.config.add_bos * sum(len(batch.ids) for batch in batches)
     if not count:
         raise ValueError(f"{data.prefix} has no tokens to score; leave the domain {shown(name)} out")
@@ -246,9 +246,7 @@ def _labelled(model: Handle, data: Data, max_batches: int | None) -> DomainText:
             f"{data.prefix}: a line has the domain {WHOLE}, which is the name of all domains together"
         )
     batches = list(itertools.islice(opened, max_batches))
-    tokens = summarize(
-        batches, {b.index: np.zeros(b.tokens.shape, np.float32) for b in batches}, 1.0, model.config.add_bos
-    ).tokens
+    tokens = token_table(batches, {}, skip_first=model.config.add_bos, whose=str(data.prefix))
     # The target's place in the text: a block has as many targets as it may have tokens.
     block = opened.data.tokens_per_sample
     place = tokens["sample"].to_numpy(np.int64) * block + tokens["position"].to_numpy() - model.config.add_bos
@@ -299,11 +297,10 @@ def _swept(
             progress=progress,
             loads=loads,
         )
-        tokens = summarize(text.batches, scores, 1.0, model.config.add_bos).tokens
-        # The choices that were not dispatched, in the same order as the log-probabilities.
         lost = {index: undispatched for index, (_, undispatched) in loads.items()}
-        lost = summarize(text.batches, lost, 1.0, model.config.add_bos).tokens["logprob"]
-        results[fraction] = Swept(tokens.assign(undispatched=lost.to_numpy()), len(again))
+        columns = {"logprob": scores, "undispatched": lost}
+        tokens = token_table(text.batches, columns, skip_first=model.config.add_bos)
+        results[fraction] = Swept(tokens, len(again))
     return [results[fraction] for fraction in fractions]
 
 
@@ -350,7 +347,7 @@ def _measured(model: Handle, tokens: pd.DataFrame, sizes: np.ndarray | None) -> 
         "bits_per_token": value,
         "low": low,
         "high": high,
-        "perplexity": 2**value if value < 1024 else math.inf,
+        "perplexity": perplexity_of(value),
         "bytes": size,
         "bits_per_byte": math.nan if not size else bits.sum() / size,
         "dropped": float(tokens["undispatched"].sum() / choices) if choices else 0.0,

@@ -31,14 +31,14 @@ import moekit
 from moekit import checkpoint
 from moekit import fairseq_data as data_order
 from moekit.arguments import Capacity, check, shown
-from moekit.batches import Batch
+from moekit.batches import Batch, count_scored
 from moekit.checkpoint.options import from_fairseq, options_of
 from moekit.handle import check_size, find_dictionary
 from moekit.headlines import first_line, headline
 from moekit.nn.changes import CHANGEABLE
 from moekit.ranks import Ranks
 from moekit.ranks.joined import Launch
-from moekit.scoring import score_batches
+from moekit.scoring import perplexity_of, score_batches
 
 # The logger has fairseq's name, since scripts look for it.
 logger = logging.getLogger("fairseq_cli.eval_lm")
@@ -247,7 +247,7 @@ def run(args: Namespace, ranks: Ranks | None = None) -> dict[str, Any]:
         words = found.add(tokens, logprobs)
         if args.output_word_probs:
             logger.info("%d %s", sample, "\t".join(f"{word} [{logprob:2f}]" for word, logprob in words))
-    tokens = sum(int(batch.scored(row).sum()) for batch in chosen for row in range(len(batch.ids)))
+    tokens = count_scored(chosen)
     spent = time.perf_counter() - begun
     logger.info("Evaluated %s tokens in %.1fs (%.2f tokens/s)", f"{tokens:,}", spent, tokens / spent)
     if args.output_word_stats:
@@ -255,7 +255,7 @@ def run(args: Namespace, ranks: Ranks | None = None) -> dict[str, Any]:
             logger.info(line)
     figures = {
         "loss": found.loss_base2,
-        "perplexity": 2**found.loss_base2,
+        "perplexity": perplexity_of(found.loss_base2),
         "r0_tps_step": tokens / seconds / world_size,
         "ntok_total": tokens,
         "gpu_step_seconds": seconds * world_size,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -197,31 +197,54 @@ def plan_steps(batches: Iterable[Batch], world_size: int, tokens: int) -> Iterat
         yield from (alike[i : i + size] for i in range(0, len(alike), size))
 
 
-def summarize(
-    batches: Sequence[Batch], scores: dict, seconds: float, skip_first: bool, whose: str = "the data"
-) -> Evaluation:
-    """Summarize scored batches as fairseq does (``eval_lm`` in fairseq_cli/eval_lm.py).
+def token_table(
+    batches: Sequence[Batch],
+    columns: Mapping[str, Mapping[int, np.ndarray]],
+    *,
+    skip_first: bool = False,
+    whose: str = "the data",
+) -> pd.DataFrame:
+    """The scored tokens of batches, as ``Evaluation.tokens`` has them, with these columns in place of ``logprob``.
 
     Args:
-        whose: the source of the tokens, which the error names if there are no tokens.
+        columns: by their names, the values of each batch by its index, [B, T].
         skip_first: whether the first target of each sample is the begin-of-sentence symbol, which does not count.
+        whose: the source of the tokens, which the error names.
+
+    Raises:
+        ValueError: there are no tokens.
     """
     import pandas as pd
 
-    parts: dict[str, list] = {"sample": [], "position": [], "token": [], "target": [], "logprob": []}
+    parts: dict[str, list] = {name: [] for name in ("sample", "position", "token", "target", *columns)}
     for batch in batches:
         for row, sample in enumerate(batch.ids):
-            real = batch.scored(row)
-            place = np.flatnonzero(real)[skip_first:]
+            place = np.flatnonzero(batch.scored(row))[skip_first:]
             parts["sample"].append(np.full(len(place), sample))
             parts["position"].append(place)
             parts["token"].append(batch.tokens[row][place])
             parts["target"].append(batch.targets[row][place])
-            parts["logprob"].append(scores[batch.index][row][place])
+            for name, values in columns.items():
+                parts[name].append(values[batch.index][row][place])
     if not any(len(part) for part in parts["token"]):
         raise ValueError(f"{whose} has no tokens to score")
     tokens = pd.DataFrame({name: np.concatenate(part) for name, part in parts.items()})
-    tokens = tokens.sort_values(["sample", "position"], kind="stable", ignore_index=True)
+    return tokens.sort_values(["sample", "position"], kind="stable", ignore_index=True)
+
+
+def summarize(
+    batches: Sequence[Batch], scores: Mapping[int, np.ndarray], seconds: float, skip_first: bool, whose: str
+) -> Evaluation:
+    """Summarize scored batches as fairseq does (``eval_lm`` in fairseq_cli/eval_lm.py).
+
+    Args:
+        scores: the log-probabilities of each batch by its index, [B, T]; the other arguments are those of :func:`token_table`.
+    """
+    tokens = token_table(batches, {"logprob": scores}, skip_first=skip_first, whose=whose)
     loss = float(-tokens["logprob"].to_numpy(np.float64).mean() / math.log(2))
-    perplexity = math.inf if loss >= 1024 else 2**loss
-    return Evaluation(loss, perplexity, len(tokens), seconds, len(tokens) / seconds, tokens)
+    return Evaluation(loss, perplexity_of(loss), len(tokens), seconds, len(tokens) / seconds, tokens)
+
+
+def perplexity_of(bits: float) -> float:
+    """The perplexity of so many bits a token; infinity where a float64 has no number for it."""
+    return math.inf if bits >= 1024 else 2**bits

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import moekit
+from moekit.batches import Batch, count_scored
 from moekit.data import Codec, binarise
 from moekit.data.dictionary import Dictionary
 from moekit.domains import OTHER, WHOLE, compare_domains, score_domains
@@ -18,6 +19,8 @@ from moekit.notebook import task_report
 from moekit.paths import DEMO_BPE, DEMO_TEXT
 from moekit.routing.domains import domains_of, lines_of
 from moekit.routing.statistics import holm, paired
+from moekit.scoring import perplexity_of, token_table
+from moekit.symbols import PAD
 
 BATCHES = 12
 
@@ -45,6 +48,39 @@ def of(table, capacity, domain=WHOLE):
     here = table["capacity"].isna() if capacity is None else table["capacity"].eq(capacity)
     [row] = table[here & (table["domain"] == domain)].to_dict("records")
     return row
+
+
+def test_a_table_of_tokens_by_hand():
+    """Sorted by sample; without padding, a context, and the symbol that begins a sentence where one does."""
+    tokens, targets = np.array([[2, 5, 6], [2, 7, PAD]]), np.array([[5, 6, 8], [7, PAD, PAD]])
+    batches = [
+        Batch(4, np.array([3, 1]), tokens, targets, np.array([1, 0])),
+        Batch(9, np.array([0]), tokens[:1] + 10, targets[:1] + 10, np.array([0])),
+    ]
+    columns = {
+        "a": {4: np.arange(6).reshape(2, 3), 9: np.full((1, 3), 7)},
+        "b": {4: -np.ones((2, 3)), 9: np.zeros((1, 3))},
+    }
+    found = token_table(batches, columns)
+    assert found.columns.tolist() == ["sample", "position", "token", "target", "a", "b"]
+    assert found["sample"].tolist() == [0, 0, 0, 1, 3, 3] and found["position"].tolist() == [0, 1, 2, 0, 1, 2]
+    assert found["token"].tolist() == [12, 15, 16, 2, 5, 6] and found["target"].tolist() == [
+        15,
+        16,
+        18,
+        7,
+        6,
+        8,
+    ]
+    assert found["a"].tolist() == [7, 7, 7, 3, 1, 2] and found["b"].tolist() == [0, 0, 0, -1, -1, -1]
+    assert len(found) == count_scored(batches)
+    assert token_table(batches, {}, skip_first=True)["target"].tolist() == [16, 18, 8]
+    with pytest.raises(ValueError, match="^the text has no tokens to score$"):
+        token_table([], {"a": {}}, whose="the text")
+
+
+def test_a_perplexity_that_is_no_float64_is_infinite():
+    assert perplexity_of(3.0) == 8 and perplexity_of(1023.5) < math.inf == perplexity_of(1024.0)
 
 
 def test_the_domains_are_the_whole_by_weight(model, swept):
