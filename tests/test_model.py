@@ -3,6 +3,7 @@
 import pickle
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -23,8 +24,10 @@ from moekit.nn.noise import Noise
 from moekit.nn.operations import use
 from moekit.nn.passes import Pass
 from moekit.nn.transformer import AddNorm, Attention, MoE, Transformer
+from moekit.ranks import Rank
 from moekit.scoring import plan_steps
 from moekit.symbols import PAD
+from moekit.worker.scoring import collected
 
 
 def load(folder) -> Transformer:
@@ -341,3 +344,19 @@ def test_a_share_arrives_as_it_was_sent(count):
             for name in ("ids", "tokens", "targets", "starts"):
                 assert getattr(one, name).tolist() == getattr(other, name).tolist()
                 assert getattr(one, name).dtype == getattr(other, name).dtype
+
+
+def test_a_step_is_collected_while_the_next_one_runs():
+    """In both ways to score: what a step gives is waited for once the next step is launched."""
+    done = []
+
+    def launched():
+        for number in range(3):
+            done.append(f"launch {number}")
+            yield lambda number=number: done.append(f"collect {number}") or number
+
+    checks = SimpleNamespace(dispatch=SimpleNamespace(check=lambda: done.append("check")))
+    rank = Rank(0, 1, torch.device("cpu"), state={"model": checks})
+    assert list(collected(rank, launched())) == [0, 1, 2]
+    assert done == ["launch 0", "launch 1", "collect 0", "launch 2", "collect 1", "collect 2", "check"]
+    assert list(collected(rank, iter(()))) == [] and done[-1] == "check"

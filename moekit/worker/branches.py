@@ -5,7 +5,8 @@ Shape letters: P beginnings, S tokens of the longest one, B texts, T tokens of t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ from moekit.nn.transformer import Transformer
 from moekit.ranks import Rank
 from moekit.symbols import PAD
 from moekit.worker.decoding import SPARE
-from moekit.worker.scoring import GRAPH
+from moekit.worker.scoring import GRAPH, collected
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,20 @@ def score_branches(
     seed: int,
     intervention: Intervention | None,
 ) -> None:
-    """Log-probabilities of the targets of this rank's part of every step; it reports a :class:`Found` for each of them.
+    """Log-probabilities of the targets of this rank's part of every step; it reports a :class:`Found` for each of them."""
+    for found in collected(rank, _launched(rank, steps, fraction, vocab, seed, intervention)):
+        rank.report(found)
+
+
+def _launched(
+    rank: Rank,
+    steps: Iterable[Part],
+    fraction: float | None,
+    vocab: int,
+    seed: int,
+    intervention: Intervention | None,
+) -> Iterator[Callable[[], Found]]:
+    """Launches this rank's part of each step, and gives what collects it.
 
     Args:
         steps: this rank's parts, which arrive while it works; every rank has the same number of them.
@@ -107,8 +121,6 @@ def score_branches(
         rank.state.pop(key, None)
     alone = interacts(model.config, fraction)
     expects = model.dispatch.by_expectation
-    # A GPU runs one step while the host launches the next one.
-    under_way: tuple[np.ndarray, Tensor, Tensor] | None = None
     for step in steps:
         mine, cache = step.mine, None
         if step.beginnings:
@@ -128,13 +140,8 @@ def score_branches(
         _edit(asked, intervention, mine.samples, cache, tokens)
         features = model(tokens, asked)
         real = targets != PAD
-        found = mine.samples, *_scores(model, features[real], targets[real], vocab)
-        if under_way is not None:
-            rank.report(_on_host(*under_way))
-        under_way = found
-    if under_way is not None:
-        rank.report(_on_host(*under_way))
-    model.dispatch.check()
+        logprobs, best = _scores(model, features[real], targets[real], vocab)
+        yield functools.partial(_on_host, mine.samples, logprobs, best)
 
 
 def _on_host(samples: np.ndarray, logprobs: Tensor, best: Tensor) -> Found:

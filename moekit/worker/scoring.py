@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,8 @@ from moekit.nn.transformer import Transformer
 from moekit.ranks import Rank
 from moekit.symbols import PAD
 from moekit.worker.decoding import SPARE
+
+Found = TypeVar("Found")
 
 # Key of the rank's state for a :class:`~moekit.nn.graphs.Repeated`, while one exists.
 GRAPH = "repeated"
@@ -46,21 +48,37 @@ class Scored(NamedTuple):
 def score(rank: Rank, steps: Iterable[Share], **how: Any) -> None:
     """As :func:`scores_of`, for steps that come while the rank works: it reports what it has found of a step, a :class:`Scored`."""
     with torch.inference_mode():
-        for found in _scored(rank, steps, **how):
+        for found in collected(rank, _launched(rank, steps, **how)):
             rank.report(found)
 
 
 @torch.inference_mode()
 def scores_of(rank: Rank, steps: Iterable[Share], **how: Any) -> Scored:
-    """Log-probabilities of the targets of this rank's share of every step; the arguments are those of :func:`_scored`."""
-    all_found = list(_scored(rank, steps, **how))
+    """Log-probabilities of the targets of this rank's share of every step; the arguments are those of :func:`_launched`."""
+    all_found = list(collected(rank, _launched(rank, steps, **how)))
     return Scored(
         [pair for found in all_found for pair in found.scores],
         [part for found in all_found for part in found.parts],
     )
 
 
-def _scored(
+def collected(rank: Rank, launched: Iterable[Callable[[], Found]]) -> Iterator[Found]:
+    """What the steps of a rank give, in their order. A GPU runs one step while the host launches the next one.
+
+    Args:
+        launched: launches a step when it is asked for one, and gives what waits for it and copies what it gives to the host.
+    """
+    under_way: Callable[[], Found] | None = None
+    for collect in launched:
+        if under_way is not None:
+            yield under_way()
+        under_way = collect
+    if under_way is not None:
+        yield under_way()
+    rank.state["model"].dispatch.check()
+
+
+def _launched(
     rank: Rank,
     steps: Iterable[Share],
     *,
@@ -70,8 +88,8 @@ def _scored(
     trace: Options | None = None,
     intervention: Intervention | None = None,
     loads: bool = False,
-) -> Iterator[Scored]:
-    """What is found of this rank's share of each step, step by step.
+) -> Iterator[Callable[[], Scored]]:
+    """Launches this rank's share of each step, step by step, and gives what collects it.
 
     Args:
         steps: this rank's share of each step, which it runs in one forward pass. A rank without batches only runs its
@@ -84,8 +102,6 @@ def _scored(
         loads: count what is not dispatched, and how full experts get; without ``trace``.
     """
     model: Transformer = rank.state["model"]
-    # A GPU runs one step while the host launches the next one.
-    under_way: tuple[Sequence[Batch], Tensor, list[dict[str, np.ndarray]]] | None = None
     for step in steps:
         mine = step.batches
         inputs = Inputs.of(mine, rank.device) if mine else None
@@ -108,9 +124,8 @@ def _scored(
             features = model(inputs.tokens, asked)
             found = log_probs(model, features, inputs.targets, vocab)
         parts: list[dict[str, np.ndarray]] = []
-        if under_way is not None:
-            yield _collected(*under_way)
-        under_way = mine, found, parts
+        # What is recorded waits for this step: the one before it is collected first.
+        yield functools.partial(_on_host, mine, found, parts)
         if trace is not None:
             told = predictions(model, features, vocab) if trace.predicted else None
             parts.append(trace_rows(asked.record, inputs, found, told))
@@ -123,9 +138,6 @@ def _scored(
                     "undispatched": undispatched.reshape(len(mine), *mine[0].tokens.shape),
                 }
             )
-    if under_way is not None:
-        yield _collected(*under_way)
-    model.dispatch.check()
 
 
 @torch.inference_mode()
@@ -233,7 +245,7 @@ def repeated(rank: Rank, asked: Pass, inputs: Inputs, step: Share, vocab: int) -
     return kept(key, functools.partial(scored, model, asked, vocab), inputs.tokens, inputs.targets)
 
 
-def _collected(batches: Sequence[Batch], found: Tensor, parts: list[dict[str, np.ndarray]]) -> Scored:
+def _on_host(batches: Sequence[Batch], found: Tensor, parts: list[dict[str, np.ndarray]]) -> Scored:
     """Copy the batches' log-probabilities ``found`` [B, T] to the host."""
     logprobs = found.cpu().numpy().reshape(len(batches), -1, found.shape[1])
     return Scored(list(zip([b.index for b in batches], logprobs, strict=True)), parts)
