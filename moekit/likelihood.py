@@ -84,7 +84,8 @@ def score_texts(
         intervention.check({number: len(text.ids) for number, text in enumerate(texts)})
     alone = interacts(model.config, fraction)
     forced = intervention is not None and bool(intervention.force)
-    scores: list[Score | None] = [None] * len(texts)
+    # Of a text without ids to score, the ranks are not asked.
+    scores = [Score(np.empty(0, np.float32), np.empty(0, bool))] * len(texts)
     tokens = TOKENS_A_PASS[model.device]
     cached = 0 if alone or forced else model.cached_tokens
     steps = plan_steps(texts, model.world_size, tokens, cached, alone=alone)
@@ -147,6 +148,8 @@ def plan_steps(
 def _families(texts: Sequence[Text], cached: int) -> Iterator[Family]:
     beginnings: dict[tuple[int, ...], list[int]] = {}
     for number, text in enumerate(texts):
+        if text.start >= len(text.ids):
+            continue
         # The last id before the scored ones is read with them, as it predicts the first.
         key = text.ids[: text.start - 1] if cached and text.start > WORTH_SHARING else (-1, number)
         beginnings.setdefault(key, []).append(number)

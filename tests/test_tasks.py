@@ -156,6 +156,22 @@ def test_changes_of_the_routing_hold(model):
         own.changed.__exit__(None, None, None)
 
 
+@pytest.mark.parametrize("fraction", [None, 0.5])
+def test_a_text_without_ids_to_score(model, fraction):
+    """Such as one of the symbol that begins it alone: it has no scores, and changes none of the others'."""
+    how = {"fraction": fraction, "seed": 1, "progress": False}
+    ids = (EOS, *model.codec.encode("Alice was beginning to get very tired"))
+    empty = [Text((EOS,), 1), Text(ids, len(ids)), Text(ids[:3], 3)]
+    for some in ([empty[0]], empty, []):
+        found = score_texts(model, some, **how)
+        assert [(score.logprobs.shape, score.best.shape) for score in found] == [((0,), (0,))] * len(some)
+        assert all(score.logprobs.dtype == np.float32 and score.best.dtype == bool for score in found)
+    [alone] = score_texts(model, [Text(ids, 1)], **how)
+    first, found, *_ = score_texts(model, [empty[0], Text(ids, 1), *empty[1:]], **how)
+    assert not len(first.logprobs)
+    np.testing.assert_array_equal(found.logprobs, alone.logprobs)
+
+
 def test_line_ends(one):
     harness = HarnessModel(one, progress=False)
     kept = HarnessModel(one, blank_lines=True, progress=False)
