@@ -1,5 +1,6 @@
 """Ranks that die, stop or hang in each operation: the right one is named with what it did, and nothing is left."""
 
+import itertools
 import os
 import resource
 import signal
@@ -19,7 +20,8 @@ import torch.distributed as dist
 from processes import gone
 
 import moekit
-from moekit import ranks
+from moekit import likelihood, ranks, scoring
+from moekit.likelihood import Text
 from moekit.ranks import RankError, start
 from moekit.ranks.watch import Process, silence_limit
 
@@ -168,6 +170,39 @@ def test_a_single_rank_goes_on_after_an_error_in_mid_call(monkeypatch, error, co
                     "after which the next call gives the same",
                     kept is not None,
                 )
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_bad_step_costs_no_model(monkeypatch, world_size, counted):
+    """The driver fails while it makes a step, and the ranks work on another one."""
+    texts = [Text((2, *range(10, 20 + n)), 1) for n in range(12)]
+    verbs = {
+        (scoring, "shares"): lambda model: model.evaluate("demo", max_batches=24, progress=False).loss_base2,
+        (likelihood, "parts_of"): lambda model: [
+            one.logprobs.tolist() for one in likelihood.score_texts(model, texts, **how)
+        ],
+    }
+    how = {"fraction": None, "seed": 1, "progress": False}
+    for module in (scoring, likelihood):
+        monkeypatch.setattr(module, "TOKENS_A_PASS", {"cpu": 24})
+    with moekit.load("demo", world_size, "cpu", progress=False) as model:
+        model.cached_tokens, pids = 24, model.ranks.call(pid)
+        for (module, name), call in verbs.items():
+            wanted, before = call(model), getattr(module, name)
+            for bad in (0, 1, 4):
+                steps = itertools.count()
+
+                def make(*args, before=before, steps=steps, bad=bad):
+                    if next(steps) == bad:
+                        raise ValueError("a bad batch")
+                    return before(*args)
+
+                monkeypatch.setattr(module, name, make)
+                with pytest.raises(ValueError, match="^a bad batch$"):
+                    call(model)
+                monkeypatch.setattr(module, name, before)
+                assert call(model) == wanted and model.ranks.call(pid) == pids
+                counted("errors of the driver's own while it makes a step", "after which the ranks go on")
 
 
 @LINUX

@@ -86,6 +86,73 @@ def test_a_rank_that_ends_in_a_stream_is_named():
         pool.call(work, Stream(itertools.count()), timeout=60)
 
 
+def counting(rank, numbers):
+    """Counts the items in its state, with a collective for each of them, and reports each."""
+    for number in numbers:
+        if rank.world_size > 1:
+            dist.barrier()
+        rank.state["count"] = rank.state.get("count", 0) + 1
+        rank.report(number)
+    return "done"
+
+
+class Unpicklable:
+    def __reduce__(self):
+        raise ValueError("bad batch 5")
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("fault", ["while it is made", "while it is pickled", "in a report"])
+def test_an_error_of_the_drivers_own_leaves_the_ranks_usable(world_size, fault):
+    """The stream ends, each rank has done the same steps, and the next call runs."""
+
+    def items():
+        for number in range(50):
+            if number == 5 and fault == "while it is made":
+                raise ValueError("bad batch 5")
+            yield Unpicklable() if number == 5 and fault == "while it is pickled" else number
+
+    def on_report(rank, number):
+        if number == 5 and fault == "in a report":
+            raise ValueError("bad batch 5")
+
+    with start(world_size, "cpu", timeout=60) as pool:
+        asked = Stream(items())
+        if fault == "while it is pickled" and world_size == 1:
+            # Nothing is pickled within a process.
+            assert pool.call(counting, asked) == ["done"]
+            return
+        with pytest.raises(ValueError, match="^bad batch 5$") as caught:
+            pool.call(counting, asked, on_report=on_report)
+        assert caught.value.__cause__ is None
+        counts = pool.call(lambda rank: rank.state.pop("count"))
+        assert len(set(counts)) == 1, "all ranks have done the same steps"
+        assert 5 <= counts[0] <= 6 + streams.AHEAD + (world_size > 1)
+        seen = []
+        assert (
+            pool.call(counting, Stream(range(9)), on_report=lambda rank, n: seen.append(n))
+            == ["done"] * world_size
+        )
+        assert sorted(seen) == sorted([*range(9)] * world_size)
+        assert pool.call(lambda rank: rank.state["count"]) == [9] * world_size
+
+
+def test_an_error_of_a_rank_after_one_of_the_drivers_tells_both():
+    def work(rank, numbers):
+        assert len(list(numbers)) == 9, "too few"
+
+    def items():
+        yield 1
+        raise ValueError("bad batch")
+
+    with start(2, "cpu") as pool, pytest.raises(RankError, match="AssertionError: too few") as caught:
+        pool.call(work, Stream(items()), timeout=60)
+    assert caught.value.__notes__ == ["Before it, in the driver: ValueError: bad batch"]
+    with start(1, "cpu") as pool, pytest.raises(ValueError, match="bad batch") as caught:
+        pool.call(work, Stream(items()))
+    assert isinstance(caught.value.__cause__, AssertionError)
+
+
 def test_results_come_in_rank_order(three):
     def work(rank, base, *, step):
         time.sleep(0.05 * (2 - rank.rank))  # the last rank answers first
@@ -275,6 +342,10 @@ def test_an_error_in_the_listener_ends_the_call():
     with pytest.raises(KeyError, match="listener"):
         pool.call(work, on_report=refuse)
     assert gone(pids)
+    with start(1, "cpu") as alone:
+        with pytest.raises(KeyError, match="listener"):
+            alone.call(work, on_report=refuse)
+        assert alone.call(pid) == [os.getpid()]
 
 
 def test_a_rank_that_dies_at_the_start_is_named(temp, monkeypatch):

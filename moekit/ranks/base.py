@@ -1,8 +1,9 @@
 """What a pool of ranks is: two methods to implement, and what a function that runs on a rank sees."""
 
+import contextlib
 import socket
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -88,6 +89,15 @@ def own(value: Any, rank: int) -> Any:
     return value.parts[rank] if isinstance(value, Each) else value
 
 
+@contextlib.contextmanager
+def noting(failed: list[Exception]) -> Iterator[None]:
+    """Note an error of the driver's own code in this block, so that a call goes on and raises it at its end."""
+    try:
+        yield
+    except Exception as error:
+        failed.append(error)
+
+
 class Ranks(ABC):
     """A pool of ranks. A context manager; closing it twice is fine.
 
@@ -115,6 +125,9 @@ class Ranks(ABC):
         ``on_report(rank_index, message)`` is called here while the ranks run. Results are pickled: move tensors
         to the CPU first, and know that arrays travel faster. Raises RankError when a rank raises, dies or gives no
         sign of life, TimeoutError when ``timeout`` seconds are over, RuntimeError when the pool is closed or busy.
+
+        An error of the driver's own, where an item of a stream is made or in ``on_report``, is raised here as it is. It ends the
+        stream, and leaves the ranks usable: they finish what they were sent first. Without a stream it ends the call at once.
         """
 
     @abstractmethod

@@ -22,7 +22,7 @@ from moekit.headlines import first_line, headline
 from moekit.interrupts import hold_interrupts
 from moekit.processes import channel
 from moekit.ranks import watch as watching
-from moekit.ranks.base import Each, RankError, Ranks, Stream, forked, gone, own
+from moekit.ranks.base import Each, RankError, Ranks, Stream, forked, gone, noting, own
 from moekit.ranks.server import join_at, keep_store
 from moekit.ranks.streams import Coming, Feed
 from moekit.ranks.watch import Watch
@@ -85,21 +85,26 @@ class PipedRanks(Ranks):
         operation = getattr(fn, "__name__", type(fn).__name__)
         feed = next((Feed(arg, self._pipes) for arg in args if isinstance(arg, Stream)), None)
         jobs = self._jobs(fn, args, kwargs)
-        me = object()
+        me, failed = object(), []
         try:
             with self._lock:
                 if self._caller is not None:
                     raise RuntimeError("the ranks are busy with another call: wait for it to end")
                 self._caller = me
             self._await_joined()
-            return self._run(operation, self._outgoing(jobs), timeout, on_report, feed)
+            results = self._run(operation, self._outgoing(jobs), timeout, on_report, feed, failed)
         except BaseException as error:
+            if failed:
+                error.add_note(f"Before it, in the driver: {headline(failed[0])}")
             if self._caller is me:
                 self._give_up(operation, error)
             raise
         finally:
             if self._caller is me:
                 self._caller = None
+        if failed:
+            raise failed[0]
+        return results
 
     def _jobs(self, fn: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> list[bytes]:
         """What is sent to each rank; made once where all get the same."""
@@ -144,13 +149,19 @@ class PipedRanks(Ranks):
         timeout: float | None,
         on_report: Callable[[int, Any], None] | None,
         feed: Feed | None = None,
+        failed: list[Exception] | None = None,
     ) -> list[Any]:
+        """The results. After an error of the driver's own, which goes into ``failed``, the ranks finish what they were sent."""
+        failed = [] if failed is None else failed
         watch = Watch(operation, self._members, self._silence, self._joined)
         results: dict[int, Any] = {}
         while watch.at_work:
             left = self._left(watch, timeout)
             if feed is not None and not unsent:
-                unsent = feed.more()
+                if failed:
+                    feed.end()
+                with noting(failed):
+                    unsent = feed.more()
             for rank, kind, content in self._messages(unsent, watch, min(left, LOOK)):
                 if kind == "result":
                     results[rank] = content
@@ -159,8 +170,9 @@ class PipedRanks(Ranks):
                     raise self._blame(rank, watch, *content)
                 elif kind == "report":
                     watch.report(rank)
-                    if on_report is not None:
-                        on_report(rank, content)
+                    if on_report is not None and not failed:
+                        with noting(failed) if feed is not None else contextlib.nullcontext():
+                            on_report(rank, content)
                 elif kind == "taken":
                     feed.taken(rank)
             if time.monotonic() - watch.looked < LOOK:

@@ -34,12 +34,18 @@ class Feed:
             return {}
         # An item travels as a tuple of one, and the end as an empty tuple.
         item = next(((item,) for item in self._items), ())
-        self._ended = not item
-        self._ahead = [count + 1 for count in self._ahead]
-        return {
+        # All ranks get an item or none does: it is made and pickled for all of them first.
+        unsent = {
             rank: channel.Outgoing(pipe, cloudpickle.dumps(tuple(own(part, rank) for part in item)))
             for rank, pipe in enumerate(self._pipes)
         }
+        self._ended = not item
+        self._ahead = [count + 1 for count in self._ahead]
+        return unsent
+
+    def end(self) -> None:
+        """The ranks get no more items than they were sent."""
+        self._items = iter(())
 
     def taken(self, rank: int) -> None:
         """``rank`` has begun its next item."""

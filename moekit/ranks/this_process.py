@@ -3,12 +3,13 @@
 import contextlib
 import os
 import traceback
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from moekit.headlines import headline
-from moekit.ranks.base import Rank, RankError, Ranks, Stream, forked, gone, own
+from moekit.ranks.base import Rank, RankError, Ranks, Stream, forked, gone, noting, own
 from moekit.ranks.system import usable_cores
 
 
@@ -30,7 +31,26 @@ class ThisProcess(Ranks):
             raise forked(self._owner)
         if self._rank is None:
             raise gone("closed")
-        self._rank.send_report = on_report and (lambda message: on_report(0, message))
+        # As with ranks in processes of their own, an error of the driver's ends a stream, and does not go through the function.
+        streams = any(isinstance(arg, Stream) for arg in args)
+        failed: list[Exception] = []
+
+        def report(message: Any) -> None:
+            if on_report is not None and not failed:
+                with noting(failed):
+                    on_report(0, message)
+                if failed and not streams:
+                    raise failed[0]
+
+        def items(stream: Stream) -> Iterator[Any]:
+            with noting(failed):
+                for item in stream.items:
+                    yield own(item, 0)
+                    if failed:
+                        return
+
+        self._rank.send_report = report
+        args = [items(arg) if isinstance(arg, Stream) else own(arg, 0) for arg in args]
         # The caller's own current GPU may be another one by now.
         here = (
             torch.cuda.device(self._rank.device)
@@ -39,16 +59,17 @@ class ThisProcess(Ranks):
         )
         try:
             with here:
-                return [fn(self._rank, *map(_own, args), **kwargs)]
+                result = fn(self._rank, *args, **kwargs)
         except (Exception, SystemExit) as error:
             if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
                 # A notebook keeps its last error, and the error the call's tensors: the next call would lack their memory.
                 traceback.clear_frames(error.__traceback__)
+            if failed:
+                raise failed[0] from (None if error is failed[0] else error)
             raise RankError(0, f"raised {headline(error)}") from error
+        if failed:
+            raise failed[0]
+        return [result]
 
     def close(self) -> None:
         self._rank = None
-
-
-def _own(value: Any) -> Any:
-    return (own(item, 0) for item in value.items) if isinstance(value, Stream) else own(value, 0)
