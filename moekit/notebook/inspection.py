@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moekit import results
 from moekit.notebook import report
 from moekit.notebook.pictures import capacity_name
 from moekit.notebook.pieces import pieces
@@ -245,19 +244,10 @@ def save(
     tables: Mapping[str, pd.DataFrame | None],
     explorer: Explorer,
 ) -> Path:
-    """Write ``trace.parquet``, ``explorer.html``, ``{name}.png`` of each figure and ``{name}.csv`` of each table.
+    """Write ``trace.parquet``, ``explorer.html``, and the figures and tables, as :func:`moekit.notebook.report.write` does."""
 
-    They appear together, at the end. None stands for a figure or a table that was not made.
-
-    Returns:
-        The folder, absolute.
-
-    Raises:
-        moekit.results.NotWritten: the folder cannot be written to, or its disk is full; earlier files are as they were.
-    """
-    with results.together(output_dir) as folder:
-        report.draw(folder, figures)
+    def more(folder: Path) -> None:
         trace.save(folder / "trace.parquet")
-        report.tabulate(folder, tables)
         explorer.save_html(folder / "explorer.html")
-    return report.absolute(output_dir)
+
+    return report.write(output_dir, figures, tables, more)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from moekit import results
 from moekit.notebook import report
 from moekit.routing import metrics
 
@@ -71,21 +70,12 @@ def save(
     view: Timeline,
 ) -> Path:
     """Write ``profile_{blocks}.json.gz`` of each profile, ``trace.json.gz`` and ``timeline.html`` of the last one,
-    ``{name}.png`` of each figure and ``{name}.csv`` of each table.
+    and the figures and tables, as :func:`moekit.notebook.report.write` does."""
 
-    They appear together, at the end. None stands for a figure or a table that was not made.
-
-    Returns:
-        The folder, absolute.
-
-    Raises:
-        moekit.results.NotWritten: the folder cannot be written to, or its disk is full; earlier files are as they were.
-    """
-    with results.together(output_dir) as folder:
-        report.draw(folder, figures)
+    def more(folder: Path) -> None:
         for blocks, one in profiles.items():
             one.save(folder / f"profile_{blocks}.json.gz")
         view.profile.save_trace(folder / "trace.json.gz")
         view.save_html(folder / "timeline.html")
-        report.tabulate(folder, tables)
-    return report.absolute(output_dir)
+
+    return report.write(output_dir, figures, tables, more)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -35,8 +35,6 @@ from moekit.units import GIB
 from moekit.versions import versions
 
 __all__ = [
-    "absolute",
-    "draw",
     "files",
     "filled",
     "first_tokens",
@@ -48,7 +46,6 @@ __all__ = [
     "save",
     "save_figures",
     "shares",
-    "tabulate",
     "versions",
 ]
 
@@ -140,7 +137,7 @@ def model(model: Model) -> pd.DataFrame:
         "positions": c.max_positions,
         "rows of the embedding": c.vocab_rows,
         "million parameters": round(model.plan.parameters(c.experts) / 1e6, 2),
-        "ranks": f"{model.world_size} on {model.device}, {dtypes(model)}",
+        "ranks": f"{model.world_size} on {model.device}, {_dtypes(model)}",
         "seconds to load": round(model.load_seconds, 2),
     }
     return pd.DataFrame({"": facts})
@@ -149,6 +146,10 @@ def model(model: Model) -> pd.DataFrame:
 @checked(model=MODEL)
 def dtypes(model: Model) -> str:
     """The type of the weights, and of the experts' where it is another."""
+    return _dtypes(model)
+
+
+def _dtypes(model: Model) -> str:
     kind = dtype_name(model.dtype)
     return kind if model.experts is None else f"{kind}, experts in {model.experts}"
 
@@ -260,15 +261,16 @@ def save(
         "versions": model.versions,
         "parameters": parameters,
     }
-    with results.together(output_dir) as folder:
+
+    def more(folder: Path) -> None:
         (folder / "results.json").write_text(json.dumps(found, indent=2) + "\n")
         evaluation.tokens.to_parquet(folder / "tokens.parquet", index=False)
         if written is not None:
             # Empty lines are no JSON.
             lines = written.to_json(orient="records", lines=True, force_ascii=False, double_precision=15)
             (folder / "generations.jsonl").write_text(lines if len(written) else "", "utf-8")
-        draw(folder, figures)
-    return absolute(output_dir)
+
+    return _write(output_dir, figures, {}, more)
 
 
 @checked(output_dir=PathKind(), figures=FIGURES, tables=TABLES)
@@ -278,30 +280,46 @@ def save_figures(
     tables: Mapping[str, pd.DataFrame] = MappingProxyType({}),
 ) -> Path:
     """Write ``{name}.png`` of each figure and ``{name}.csv`` of each table with its index, as :func:`save` does."""
-    with results.together(output_dir) as folder:
-        draw(folder, figures)
+
+    def more(folder: Path) -> None:
         for name, table in tables.items():
-            table.to_csv(folder / f"{name}.csv")
-    return absolute(output_dir)
+            if table is not None:
+                table.to_csv(folder / f"{name}.csv")
+
+    return _write(output_dir, figures, {}, more)
 
 
-@checked(folder=PathKind(), figures=FIGURES)
-def draw(folder: Path, figures: Mapping[str, Figure | None]) -> None:
-    """Write ``{name}.png`` of each figure into ``folder``; None stands for a figure that was not made."""
-    for name, figure in figures.items():
-        if figure is not None:
-            figure.savefig(folder / f"{name}.png", dpi=DPI, bbox_inches="tight")
+@checked(output_dir=PathKind(), figures=FIGURES, tables=TABLES)
+def write(
+    output_dir: str | Path,
+    figures: Mapping[str, Figure | None],
+    tables: Mapping[str, pd.DataFrame | None],
+    more: Callable[[Path], object],
+) -> Path:
+    """Write ``{name}.png`` of each figure and ``{name}.csv`` of each table, without its index, and what ``more`` writes into the
+    folder that it is given. They appear together, at the end; None stands for a figure or a table that was not made.
+
+    Returns:
+        The folder, absolute.
+
+    Raises:
+        moekit.results.NotWritten: the folder cannot be written to, or its disk is full; earlier files are as they were.
+    """
+    return _write(output_dir, figures, tables, more)
 
 
-@checked(folder=PathKind(), tables=TABLES)
-def tabulate(folder: Path, tables: Mapping[str, pd.DataFrame | None]) -> None:
-    """Write ``{name}.csv`` of each table into ``folder``, without its index; None stands for a table that was not made."""
-    for name, table in tables.items():
-        if table is not None:
-            table.to_csv(folder / f"{name}.csv", index=False)
-
-
-@checked(folder=PathKind())
-def absolute(folder: str | Path) -> Path:
-    """The folder as a notebook shows it."""
-    return folder.resolve()
+def _write(
+    output_dir: Path,
+    figures: Mapping[str, Figure | None],
+    tables: Mapping[str, pd.DataFrame | None],
+    more: Callable[[Path], object],
+) -> Path:
+    with results.together(output_dir) as folder:
+        for name, figure in figures.items():
+            if figure is not None:
+                figure.savefig(folder / f"{name}.png", dpi=DPI, bbox_inches="tight")
+        for name, table in tables.items():
+            if table is not None:
+                table.to_csv(folder / f"{name}.csv", index=False)
+        more(folder)
+    return output_dir.resolve()

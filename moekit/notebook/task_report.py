@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from moekit import api, results
+from moekit import api
 from moekit.domains import OTHER, WHOLE, DomainScores, compare_domains, score_domains
 from moekit.fairseq_data import Data
 from moekit.notebook import models
-from moekit.notebook.report import absolute, draw, tabulate
+from moekit.notebook.report import write
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -156,12 +156,7 @@ def save(
 ) -> Path:
     """Write ``tasks.csv``, ``domains.csv``, ``domain_differences.csv``, ``mask.csv`` and ``changed.csv``, ``items.parquet`` with a
     column ``run``, ``run.json`` and the figures ``tasks.png``, ``domains.png`` and ``capacities.png``; what was not made is left out.
-
-    Returns:
-        The folder, absolute.
-
-    Raises:
-        moekit.results.NotWritten: the folder cannot be written to, or its disk is full; earlier files are as they were.
+    Files appear as :func:`moekit.notebook.report.write` says.
     """
     runs = {"checkpoint": found, "baseline": other and other.tasks, "masked": after}
     items = [run.items.assign(run=name) for name, run in runs.items() if run is not None]
@@ -174,9 +169,10 @@ def save(
     if effect is not None:
         tables |= {"mask": effect[0], "changed": effect[1]}
     told = {name: run.meta for name, run in runs.items() if run is not None}
-    with results.together(p.output_dir) as folder:
-        tabulate(folder, tables)
+
+    def more(folder: Path) -> None:
         pd.concat(items, ignore_index=True).to_parquet(folder / "items.parquet", index=False)
         (folder / "run.json").write_text(json.dumps({"parameters": vars(p), "runs": told}, indent=2) + "\n")
-        draw(folder, dict(zip(("tasks", "domains", "capacities"), figures, strict=True)))
-    return absolute(p.output_dir)
+
+    drawn = dict(zip(("tasks", "domains", "capacities"), figures, strict=True))
+    return write(p.output_dir, drawn, tables, more)

@@ -10,7 +10,7 @@ import numpy as np
 
 from moekit.arguments import Number
 from moekit.checked import checked
-from moekit.routing.pairs import align, kept_by_expert
+from moekit.routing.pairs import aligned, kept_by_expert
 from moekit.routing.statistics import BLOCK, Paired, holm, paired, unit_of
 from moekit.routing.trace import TRACE, Trace
 from moekit.symbols import PAD
@@ -69,29 +69,11 @@ def compare(
     """
     import pandas as pd
 
-    before, after = align(before, after)
-    sets = np.sort(before.experts, axis=2) != np.sort(after.experts, axis=2)
-    changed = sets.any(axis=2)
-    first = np.full(len(before), -1)
-    if before.layers:
-        first = np.where(changed.any(axis=1), np.array(before.layers)[changed.argmax(axis=1)], -1)
+    before, after = aligned(before, after)
+    changed = _changed(before, after)
+    tokens = _tokens(before, after, changed)
     best = (before.experts[:, :, :1] != after.experts[:, :, :1]).any(axis=2)
-    delta = after.logprob - before.logprob
-    tokens = pd.DataFrame(
-        {
-            "sample": before.sample,
-            "position": before.position,
-            "token": np.where(before.token >= 0, before.token, after.token),
-            "target": np.where(before.target != PAD, before.target, after.target),
-            "logprob_before": before.logprob,
-            "logprob_after": after.logprob,
-            "delta": delta,
-            "layers_changed": changed.sum(axis=1),
-            "first_changed": first,
-            "drops_before": (~before.kept).sum(axis=(1, 2)),
-            "drops_after": (~after.kept).sum(axis=(1, 2)),
-        }
-    )
+    delta = tokens["delta"].to_numpy()
     kept = kept_by_expert(before) != kept_by_expert(after)
     layers = pd.DataFrame(
         {
@@ -101,7 +83,7 @@ def compare(
             "kept_changed": kept.any(axis=2).mean(axis=0),
             "dropped_before": _dropped(before),
             "dropped_after": _dropped(after),
-            "weight_change": weight_change(before, after).mean(axis=0),
+            "weight_change": _weight_change(before, after).mean(axis=0),
         }
     )
     known = ~np.isnan(delta)
@@ -111,6 +93,35 @@ def compare(
     by_unit = by_unit.groupby("unit")["delta"].agg(["size", "mean"]).reset_index()
     by_unit.columns = ["unit", "tokens", "delta"]
     return Comparison(tokens, layers, mean, by_unit, paired(delta, unit))
+
+
+def _changed(before: Trace, after: Trace) -> np.ndarray:
+    """[T, L] bool, whether a token has other experts; of traces of the same tokens."""
+    return (np.sort(before.experts, axis=2) != np.sort(after.experts, axis=2)).any(axis=2)
+
+
+def _tokens(before: Trace, after: Trace, changed: np.ndarray) -> pd.DataFrame:
+    """``Comparison.tokens`` of traces of the same tokens."""
+    import pandas as pd
+
+    first = np.full(len(before), -1)
+    if before.layers:
+        first = np.where(changed.any(axis=1), np.array(before.layers)[changed.argmax(axis=1)], -1)
+    return pd.DataFrame(
+        {
+            "sample": before.sample,
+            "position": before.position,
+            "token": np.where(before.token >= 0, before.token, after.token),
+            "target": np.where(before.target != PAD, before.target, after.target),
+            "logprob_before": before.logprob,
+            "logprob_after": after.logprob,
+            "delta": after.logprob - before.logprob,
+            "layers_changed": changed.sum(axis=1),
+            "first_changed": first,
+            "drops_before": (~before.kept).sum(axis=(1, 2)),
+            "drops_after": (~after.kept).sum(axis=(1, 2)),
+        }
+    )
 
 
 def _dropped(trace: Trace) -> np.ndarray:
@@ -146,14 +157,14 @@ def change_by_domain(
     """
     import pandas as pd
 
-    found = compare(before, after).tokens
-    if len(found) != len(before):
+    own, other = aligned(before, after)
+    if len(own) != len(before):
         raise ValueError(
-            f"the traces share {len(found)} of {len(before)} tokens: they are not of the same text"
+            f"the traces share {len(own)} of {len(before)} tokens: they are not of the same text"
         )
     labels = np.full(len(before), "all") if labels is None else before.labels_of(labels, "labels")
-    unit, delta = unit_of(before, by, size), found["delta"].to_numpy(np.float64)
-    moved = found["layers_changed"].to_numpy() > 0
+    unit, delta = unit_of(before, by, size), (other.logprob - own.logprob).astype(np.float64)
+    moved = _changed(own, other).any(axis=1)
     rows = []
     for domain in np.unique(labels):
         here = (labels == domain) & ~np.isnan(delta)
@@ -190,6 +201,10 @@ def change_by_domain(
 @checked(before=TRACE, after=TRACE)
 def weight_change(before: Trace, after: Trace) -> np.ndarray:
     """[T, L]: half the L1 distance of the combine weights, taken over all experts."""
+    return _weight_change(before, after)
+
+
+def _weight_change(before: Trace, after: Trace) -> np.ndarray:
     # [T, L, K, K]: whether a choice before and a choice after are the same expert
     same = before.experts[..., :, None] == after.experts[..., None, :]
     met_before = (same * after.weights[..., None, :]).sum(axis=-1)
