@@ -332,7 +332,7 @@ def load(
             pool = RayRanks(world_size, device=device)
             devices = pool.devices
         world_size = len(devices)
-        plan = replace(plan, slots=ckpt.slots_of(placement, plan.config, world_size))
+        plan = replace(plan, physical=ckpt.physical_of(placement, plan.config, world_size))
         weights = weights_dtype(dtype, devices[0], plan)
         kind = experts_dtype(experts, files, plan.config)
         backend = choose_backend(backend, devices[0], weights, kind)

@@ -8,7 +8,7 @@ from test_project import ROOT
 import moekit
 from moekit.arguments import Choice, Flag, Number, ParameterError, Text, Texts, Whole
 from moekit.notebook import models, parameters
-from moekit.notebook.parameters import Numbers, Pairs, Place, Places, check
+from moekit.notebook.parameters import Location, Locations, Numbers, Pairs, check
 
 
 @pytest.mark.parametrize(
@@ -116,13 +116,13 @@ def test_experts_by_layer_and_lists_of_numbers():
 
 
 def test_a_path_for_each_name():
-    kinds = {"data": Places(optional=True), "domains": Places(optional=True, one=True)}
+    kinds = {"data": Locations(optional=True), "domains": Locations(optional=True, one=True)}
     named = {"a": "~/x", "b": "demo"}
     for given in (named, str(named)):
         found = check({"data": given, "domains": given}, kinds)
         assert found.data == found.domains == {"a": str(Path("~/x").expanduser()), "b": "demo"}
     assert check({"data": None, "domains": "demo"}, kinds).domains == "demo"
-    for wrong in ("demo", {}, {"a": "file:///x"}, ["x"], {"a": 1.5j}):
+    for wrong in ("demo", {}, ["x"], {"a": 1.5j}):
         with pytest.raises(ParameterError, match="data=.*: expected a path for each name"):
             check({"data": wrong, "domains": None}, kinds)
     with pytest.raises(
@@ -139,12 +139,18 @@ def test_labels_are_domains():
 
 def test_paths_are_expanded():
     home = Path.home()
-    assert check({"bpe": "~/x"}, {"bpe": Place()}).bpe == str(home / "x")
-    assert check({"bpe": Path("~/x")}, {"bpe": Place()}).bpe == str(home / "x")
-    assert check({"bpe": "demo"}, {"bpe": Place()}).bpe == "demo"
-    for wrong in ("", " ", "file:///x", "a\0b", True, ["x"]):
+    assert check({"bpe": "~/x"}, {"bpe": Location()}).bpe == str(home / "x")
+    assert check({"bpe": Path("~/x")}, {"bpe": Location()}).bpe == str(home / "x")
+    assert check({"bpe": "demo"}, {"bpe": Location()}).bpe == "demo"
+    assert check({"bpe": 7}, {"bpe": Location()}).bpe == "7"
+    assert check({"bpe": "~/x/*.pt"}, {"bpe": Location()}).bpe == str(home / "x" / "*.pt")
+    with pytest.raises(
+        ParameterError, match="bpe='file:///x': an address; expected the path of a file or folder"
+    ):
+        check({"bpe": "file:///x"}, {"bpe": Location()})
+    for wrong in ("", " ", "a\0b", True, ["x"]):
         with pytest.raises(ParameterError, match="bpe=.*: expected the path of a file or folder"):
-            check({"bpe": wrong}, {"bpe": Place()})
+            check({"bpe": wrong}, {"bpe": Location()})
 
 
 def test_the_tables_are_those_of_the_notebooks():

@@ -17,7 +17,7 @@ from moekit.checkpoint.describing import describe
 from moekit.checkpoint.files import Files, find
 from moekit.checkpoint.inspection import NonFinite, warn_nonfinite
 from moekit.checkpoint.keys import KEYS, Place, places
-from moekit.checkpoint.placement import slots_of
+from moekit.checkpoint.placement import physical_of
 from moekit.checkpoint.plan import Plan, fill, inspect, survey
 from moekit.checkpoint.reading import Source, Weights, content, read, stamp
 from moekit.checkpoint.shards import tensors
@@ -35,9 +35,9 @@ __all__ = [
     "fill",
     "find",
     "inspect",
+    "physical_of",
     "places",
     "read",
-    "slots_of",
     "stamp",
     "survey",
     "tensors",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moekit.checkpoint.joining import joined
 from moekit.checkpoint.keys import places
-from moekit.checkpoint.placement import slotted
+from moekit.checkpoint.placement import placed
 from moekit.checkpoint.plan import Plan
 from moekit.nn.experts import Expert
 
@@ -27,16 +27,16 @@ class Mapped:
 
 
 def mapped(plan: Plan, held: range) -> dict[int, list[dict[str, Mapped]]]:
-    """By layer, for the expert in each of the slots ``held`` its tensors by the names of :class:`moekit.nn.experts.Expert`."""
+    """By layer, for each of the physical experts ``held`` its tensors by the names of :class:`moekit.nn.experts.Expert`."""
     found = {
         layer: [{name: Mapped() for name in Expert._fields} for _ in held] for layer in plan.config.moe_layers
     }
     for source in plan.needed(held):
         weights = plan.open(source)
         for key, tensor, target in places(source, weights, plan.config):
-            slot = slotted(target, plan.slots)
-            if slot.where is not None and slot.expert in held:
-                layer, expert = slot.where
+            there = placed(target, plan.physical)
+            if there.where is not None and there.expert in held:
+                layer, expert = there.where
                 begin = weights.cut.get(key, (0,))[0]
                 name = target.name.rpartition(".")[-1]
                 found[layer][expert - held.start][name].parts.append((begin, tensor))

@@ -1,4 +1,8 @@
-"""Where the experts of each layer go: ``load(placement=...)``, checked and as slots."""
+"""Where the experts of each layer go: ``load(placement=...)``, checked and as physical numbers.
+
+As in DeepSeek's EPLB, a physical expert is a place for one: rank r holds consecutive physical experts, those that
+:func:`moekit.nn.dispatch.owned` deals to it, and a placement says which of the model's experts, the logical ones, is in which.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +16,10 @@ from moekit.nn.config import ModelConfig
 from moekit.nn.dispatch import owned
 
 
-def slots_of(
+def physical_of(
     placement: Mapping[int, Sequence[int]] | None, config: ModelConfig, world_size: int
 ) -> dict[int, tuple[int, ...]]:
-    """The slot of each expert, by layer, where rank r holds the slots that :func:`moekit.nn.dispatch.owned` deals to it.
+    """The physical number of each expert, by layer.
 
     Args:
         placement: for each MoE layer, the rank of each expert; layers that it does not name keep their order. None: all do.
@@ -37,33 +41,33 @@ def slots_of(
         ranks = check(
             f"placement[{layer}]", placement.get(layer, _in_order(config, world_size)), Wholes(ordered=True)
         )
-        found[layer] = _slots(layer, ranks, config.experts, world_size)
+        found[layer] = _numbers(layer, ranks, config.experts, world_size)
     return found
 
 
-def slotted(target: Place, slots: Mapping[int, Sequence[int]]) -> Place:
-    """``target`` with the slot of its expert in place of the expert; without ``slots`` it is the same."""
-    if target.where is None or not slots:
+def placed(target: Place, physical: Mapping[int, Sequence[int]]) -> Place:
+    """``target`` with the physical number of its expert; without ``physical`` numbers it is the same."""
+    if target.where is None or not physical:
         return target
     layer, expert = target.where
-    return replace(target, expert=slots[layer][expert])
+    return replace(target, expert=physical[layer][expert])
 
 
-def reached(experts: range, held: range, slots: Mapping[int, Sequence[int]]) -> bool:
-    """Whether a rank with the slots ``held`` holds one of ``experts`` in any layer."""
-    if not slots:
+def reached(experts: range, held: range, physical: Mapping[int, Sequence[int]]) -> bool:
+    """Whether a rank with the physical experts ``held`` holds one of ``experts`` in any layer."""
+    if not physical:
         return any(expert in experts for expert in held)
-    return any(own[expert] in held for own in slots.values() for expert in experts)
+    return any(own[expert] in held for own in physical.values() for expert in experts)
 
 
 def _in_order(config: ModelConfig, world_size: int) -> list[int]:
     return [rank for rank in range(world_size) for _ in owned(config.experts, world_size, rank)]
 
 
-def _slots(layer: int, ranks: list[int], experts: int, world_size: int) -> tuple[int, ...]:
+def _numbers(layer: int, ranks: list[int], experts: int, world_size: int) -> tuple[int, ...]:
     if len(ranks) != experts:
         raise ValueError(f"placement[{layer}] names a rank for {len(ranks)} experts; expected {experts}")
-    slots: list[Any] = [None] * experts
+    numbers: list[Any] = [None] * experts
     for rank in range(world_size):
         own = [expert for expert, of in enumerate(ranks) if of == rank]
         room = owned(experts, world_size, rank)
@@ -72,6 +76,6 @@ def _slots(layer: int, ranks: list[int], experts: int, world_size: int) -> tuple
                 f"placement[{layer}] gives rank {rank} {len(own)} experts; expected {len(room)} of {experts} on each of "
                 f"{world_size} ranks"
             )
-        for slot, expert in zip(room, own, strict=True):
-            slots[expert] = slot
-    return tuple(slots)
+        for number, expert in zip(room, own, strict=True):
+            numbers[expert] = number
+    return tuple(numbers)

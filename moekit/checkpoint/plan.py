@@ -21,7 +21,7 @@ from moekit.checkpoint.files import Files
 from moekit.checkpoint.inspection import Inspection, NonFinite, Wanted, warn_unchecked
 from moekit.checkpoint.joining import Joining
 from moekit.checkpoint.keys import NUMBER, SHARED_KEY, Place, key_of, name_of, places
-from moekit.checkpoint.placement import reached, slotted
+from moekit.checkpoint.placement import placed, reached
 from moekit.checkpoint.reading import Source, Weights, read, stamp
 from moekit.checkpoint.shards import EXPERT, tensors
 from moekit.checkpoint.threads import pool
@@ -40,8 +40,8 @@ class Plan:
     # Files that `survey` has mapped already, so that `fill` in the same process need not parse them again (a few ms
     # each). `fill` takes them out. They are not pickled.
     opened: dict[Path, Weights] = field(default_factory=dict, repr=False, compare=False)
-    # For each MoE layer, the slot [E] of each expert; without it, expert e has slot e. Ranks hold consecutive slots.
-    slots: dict[int, tuple[int, ...]] = field(default_factory=dict, repr=False)
+    # For each MoE layer, the physical number [E] of each expert (placement.py); without it, expert e has number e.
+    physical: dict[int, tuple[int, ...]] = field(default_factory=dict, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"opened": {}}
@@ -61,7 +61,7 @@ class Plan:
 
     def needed(self, held: range) -> list[Source]:
         """The files a rank with the experts ``held`` opens: what is shared, and those with an expert of its own."""
-        return [s for s in self.sources if s.common or reached(s.experts, held, self.slots)]
+        return [s for s in self.sources if s.common or reached(s.experts, held, self.physical)]
 
 
 def survey(files: Files, dictionary: int | None = None) -> Plan:
@@ -252,10 +252,10 @@ def fill(
     def wanted(source: Source, weights: Weights) -> Iterator[tuple[Wanted, Tensor]]:
         """What is read of each tensor, and where it goes."""
         for key, tensor, target in places(source, weights, plan.config):
-            slot = slotted(target, plan.slots)
-            if slot.part == "expert" and slot.expert not in held:
+            there = placed(target, plan.physical)
+            if there.part == "expert" and there.expert not in held:
                 continue
-            view = slot.of(parameters[target.name].data, held.start)
+            view = there.of(parameters[target.name].data, held.start)
             begin = 0
             if key in weights.cut:
                 begin = weights.cut[key][0]
@@ -286,12 +286,12 @@ def fill(
                 if (scale := scales.get(f"{target.name}_scale")) is None:
                     yield piece
                     continue
-                local = slotted(target, plan.slots).expert - held.start
+                local = placed(target, plan.physical).expert - held.start
                 whole, begin = parameters[target.name].data[local], weights.cut.get(key, (0,))[0]
                 yield from joining.joined(piece, begin, whole, scale[local])
 
     copying.copy(pieces(), next(iter(parameters.values())).device, threads, progress)
-    numbers = {slotted(at, plan.slots): sum(len(some) for some, _ in by) for at, by in filled.items()}
+    numbers = {placed(at, plan.physical): sum(len(some) for some, _ in by) for at, by in filled.items()}
     for name, parameter in parameters.items():
         for part in _parts(name, parameter):
             count = part.count(parameter)

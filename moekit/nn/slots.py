@@ -1,4 +1,7 @@
-"""Places for experts on a device, which all layers of a rank share, and the copies from host memory to them."""
+"""Slots: places for experts on a device, which all layers of a rank share, and the copies from host memory to them.
+
+A slot of a cache (cache.py) is another thing: it holds the key and the value of a token.
+"""
 
 from __future__ import annotations
 

@@ -15,7 +15,6 @@ import difflib
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,6 +24,7 @@ from moekit.arguments import (
     Kind,
     Number,
     ParameterError,
+    Path,
     Text,
     Texts,
     Whole,
@@ -42,19 +42,18 @@ from moekit.units import Memory
 
 
 @dataclass(frozen=True)
-class Place:
-    """The path of a file or folder, a glob, or a name such as "demo"; ``~`` is the home folder."""
+class Location:
+    """What can be opened, as text: a path, a glob, or a name such as "demo", which what opens it knows.
+
+    Beside a :class:`moekit.arguments.Path`, it may be a number that papermill made of a name.
+    """
 
     optional: bool = False
-    expected = "the path of a file or folder"
+    expected = Path.expected
 
     def convert(self, value: Any) -> str:
-        if isinstance(value, bool) or not isinstance(value, str | int | float | os.PathLike):
-            raise ValueError
-        text = os.path.expanduser(str(value))
-        if not text.strip() or "\0" in text or "://" in text:
-            raise ValueError
-        return text
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return str(Path().convert(str(value) if number else value))
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ class Pairs:
 
 
 @dataclass(frozen=True)
-class Places:
+class Locations:
     """A path for each name; where ``one`` says so, one path alone stands for itself."""
 
     optional: bool = False
@@ -99,27 +98,27 @@ class Places:
 
     def convert(self, value: Any) -> str | dict[str, str]:
         if isinstance(value, Mapping) and value:
-            return {Text().convert(name): Place().convert(path) for name, path in value.items()}
+            return {Text().convert(name): Location().convert(path) for name, path in value.items()}
         if not self.one:
             raise ValueError
-        return Place().convert(value)
+        return Location().convert(value)
 
 
-Table = Mapping[str, Kind | Memory | Place | Numbers | Pairs | Places]
+Table = Mapping[str, Kind | Memory | Location | Numbers | Pairs | Locations]
 
 MODEL: Table = {
-    "checkpoint": Place(),
-    "bpe": Place(optional=True),
+    "checkpoint": Location(),
+    "bpe": Location(optional=True),
     "world_size": Whole(optional=True),
     "device": Choice(("auto", "cuda", "cpu")),
     "dtype": Choice(("auto", "float32", "float16", "bfloat16")),
-    "output_dir": Place(),
+    "output_dir": Location(),
 }
 EXPERTS: Table = {"experts": Choice(tuple(QUANTISED), optional=True)}
 RANKS: Table = {"ranks": Choice(WHERE)}
 FETCHED: Table = {"resident": Whole(optional=True), "gpu_memory": Memory(optional=True)}
 DATA: Table = {
-    "data": Place(),
+    "data": Location(),
     "subset": Text(),
     "tokens_per_sample": Whole(optional=True),
     "batch_size": Whole(),
@@ -140,7 +139,7 @@ GENERATION: Table = {"prompts": Texts()} | {
 }
 
 README: Table = {"prompt": Text()}
-PREPARE_DATA: Table = {"source": Place(), "data_dir": Place(), **PREPARING}
+PREPARE_DATA: Table = {"source": Location(), "data_dir": Location(), **PREPARING}
 LOAD_SHARDS: Table = {**MODEL, **EXPERTS, **RANKS, **FETCHED}
 RUN_INFERENCE: Table = {
     **MODEL,
@@ -163,16 +162,16 @@ INSPECT_ROUTING: Table = {
     "domains": Texts(optional=True),
     "layers": Wholes(optional=True),
     "max_tokens": Whole(optional=True),
-    "compare_with": Place(optional=True),
+    "compare_with": Location(optional=True),
 }
 STUDY_ROUTING: Table = {
     **MODEL,
     **EXPERTS,
     **RANKS,
     **FETCHED,
-    "data": Place(),
+    "data": Location(),
     "subset": Text(),
-    "domains": Place(optional=True),
+    "domains": Location(optional=True),
     "tokens_per_sample": Whole(optional=True),
     "batch_size": Whole(),
     "capacity_token_fractions": Numbers(),
@@ -189,12 +188,12 @@ EVALUATE_TASKS: Table = {
     **EXPERTS,
     **RANKS,
     **FETCHED,
-    "baseline": Place(optional=True),
+    "baseline": Location(optional=True),
     "tasks": Texts(),
-    "task_data": Places(optional=True),
+    "task_data": Locations(optional=True),
     "limit": Whole(optional=True),
     "num_fewshot": Whole(0, optional=True),
-    "domains": Places(optional=True, one=True),
+    "domains": Locations(optional=True, one=True),
     "subset": Text(),
     "tokens_per_sample": Whole(optional=True),
     "max_batches": Whole(optional=True),
@@ -207,7 +206,7 @@ PROFILE_INFERENCE: Table = {
     **EXPERTS,
     **RANKS,
     **FETCHED,
-    "data": Place(),
+    "data": Location(),
     "mode": Choice(MODES),
     "batch_blocks": Wholes(),
     "steps": Whole(),
@@ -251,7 +250,7 @@ def check(variables: Mapping[str, Any], kinds: Table) -> Checked:
         if name not in variables:
             raise ParameterError(f"{name} is missing: expected {kind.expected}")
         given = variables[name]
-        value = literal(given, "[{") if isinstance(kind, Numbers | Pairs | Places) else given
+        value = literal(given, "[{") if isinstance(kind, Numbers | Pairs | Locations) else given
         setattr(checked, name, parameter(name, value, kind))
     return checked
 
@@ -280,7 +279,7 @@ def _strange(variables: Mapping[str, Any], kinds: Table) -> list[str]:
 
 def _plain(value: Any) -> bool:
     """Whether a parameter could have this value."""
-    return value is None or isinstance(value, str | int | float | bool | list | tuple | dict | Path)
+    return value is None or isinstance(value, str | int | float | bool | list | tuple | dict | os.PathLike)
 
 
 def _assigned(cell: str) -> Iterator[str]:

@@ -206,9 +206,9 @@ def _profile(model: Handle, work: Work, blocks: int, chip: Ceilings, found: Sequ
 def holders(model: Handle) -> list[np.ndarray]:
     """For each MoE layer [E], the rank that holds each expert."""
     config, ranks = model.config, model.world_size
-    rank_of_slot = contiguous(config.experts, ranks)
+    rank_of = contiguous(config.experts, ranks)
     every = range(config.experts)
-    return [rank_of_slot[list(model.plan.slots.get(layer, every))] for layer in config.moe_layers]
+    return [rank_of[list(model.plan.physical.get(layer, every))] for layer in config.moe_layers]
 
 
 def _length(work: Work) -> int:

@@ -1,6 +1,6 @@
 """Ways to place a layer's experts on ranks, from how many rows each expert gets.
 
-Shape letters: E experts, W ranks, S slots: places for an expert, E and one for each redundant copy.
+Shape letters: E experts, W ranks, P physical experts (EPLB's word): E and one for each redundant copy.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import numpy as np
 from moekit.nn.dispatch import owned
 
 
-def sizes(slots: int, ranks: int) -> np.ndarray:
-    """[W] int64, how many slots each rank has: as even as possible, as :func:`moekit.nn.dispatch.owned` deals."""
-    return np.array([len(owned(slots, ranks, rank)) for rank in range(ranks)])
+def sizes(physical: int, ranks: int) -> np.ndarray:
+    """[W] int64, how many physical experts each rank has: as even as possible, as :func:`moekit.nn.dispatch.owned` deals."""
+    return np.array([len(owned(physical, ranks, rank)) for rank in range(ranks)])
 
 
 def contiguous(experts: int, ranks: int) -> np.ndarray:
@@ -21,27 +21,27 @@ def contiguous(experts: int, ranks: int) -> np.ndarray:
 
 
 def packed(load: np.ndarray, ranks: int) -> np.ndarray:
-    """[S] int64, the rank of each slot: the heaviest first, each to the rank with the least so far that has a slot free.
+    """[P] int64, the rank of each physical expert: the heaviest first, each to the rank with the least so far that has room.
 
     That is the packing of DeepSeek's expert-parallel load balancer (EPLB; "balanced packing" in its description,
     github.com/deepseek-ai/EPLB), and the greedy rule for scheduling of Graham (1969) with as many jobs on each machine.
 
     Args:
-        load: [S], rows of each slot.
+        load: [P], rows of each physical expert.
     """
     free = sizes(len(load), ranks)
     so_far = np.zeros(ranks)
     found = np.zeros(len(load), dtype=np.int64)
-    for slot in np.argsort(-load, kind="stable"):
+    for expert in np.argsort(-load, kind="stable"):
         rank = int(np.where(free > 0, so_far, np.inf).argmin())
-        found[slot] = rank
-        so_far[rank] += load[slot]
+        found[expert] = rank
+        so_far[rank] += load[expert]
         free[rank] -= 1
     return found
 
 
 def replicated(load: np.ndarray, redundant: int) -> np.ndarray:
-    """[S] int64, the expert of each slot, where ``redundant`` slots hold a second (third, ...) copy of an expert.
+    """[P] int64, which expert each physical one is, where ``redundant`` of them are a second (third, ...) copy of an expert.
 
     Each goes to the expert with most rows a copy, as in EPLB's description ("redundant experts", DeepSeek-V3, arXiv
     2412.19437, section 3.4); copies share an expert's rows evenly. No choice of copies has a smaller maximum of rows a copy.
@@ -59,8 +59,8 @@ def loads(count: np.ndarray, of: np.ndarray, rank: np.ndarray, ranks: int) -> np
     """[..., E] rows of the experts -> [..., W] rows of the ranks.
 
     Args:
-        of: [S], the expert of each slot.
-        rank: [S], its rank.
+        of: [P], which expert each physical one is.
+        rank: [P], its rank.
     """
     share = np.zeros((count.shape[-1], ranks))
     np.add.at(share, (of, rank), 1 / np.bincount(of, minlength=count.shape[-1])[of])

@@ -52,7 +52,7 @@ def load(
     model = empty(rank, plan.config, dtype, backend, kind, residence is not None)
     share = (rank.rank, rank.world_size)
     filled = checkpoint.fill(model, plan, held, rank.report, rank.cores, verify, share)
-    for layer, numbers in plan.slots.items():
+    for layer, numbers in plan.physical.items():
         model.layers[layer].moe.numbers = torch.tensor(numbers, device=rank.device)
     if residence is not None:
         resident.install(model, residence, held, rank.device)

@@ -50,9 +50,9 @@ def paths(
                         int(part.experts[row, layer_index, n]),
                         bool(part.kept[row, layer_index, n]),
                     )
-                    slot = 0.92 / k
-                    wide = slot * float(part.weights[row, layer_index, n])
-                    ax.add_patch(Rectangle((left, row - 0.42), slot - 0.03, 0.84, fc="#F3F3F3", ec="none"))
+                    share = 0.92 / k
+                    wide = share * float(part.weights[row, layer_index, n])
+                    ax.add_patch(Rectangle((left, row - 0.42), share - 0.03, 0.84, fc="#F3F3F3", ec="none"))
                     ax.add_patch(
                         Rectangle(
                             (left, row - 0.42),
@@ -63,7 +63,7 @@ def paths(
                         )
                     )
                     ax.text(
-                        left + (slot - 0.03) / 2,
+                        left + (share - 0.03) / 2,
                         row,
                         f"{expert}",
                         ha="center",
@@ -72,8 +72,8 @@ def paths(
                         color=INK if kept else "#999999",
                     )
                     if not kept:
-                        ax.plot([left + 0.06, left + slot - 0.09], [row, row], color="#D55E00", lw=1.1)
-                    left += slot
+                        ax.plot([left + 0.06, left + share - 0.09], [row, row], color="#D55E00", lw=1.1)
+                    left += share
         ax.set(xlim=(0, depth), ylim=(count - 0.4, -0.6))
         ax.set_xticks(np.arange(depth) + 0.48, [f"layer {n}" for n in trace.layers])
         ax.xaxis.tick_top()

@@ -46,7 +46,7 @@ def placement(
 
     Args:
         ranks: W, up to the number of experts.
-        redundant: slots for copies in "replicated", a layer; None: one a rank.
+        redundant: more physical experts in "replicated", for copies, a layer; None: one a rank.
         share: for each layer, the share of a step in which the busiest rank's experts compute
             (:meth:`moekit.profiling.Profile.busiest`). Then ``saved`` is the share of the step that the placement would save if
             the time is proportional to the rows: ``share * (1 - value / value of contiguous)``. Without it, NaN.
