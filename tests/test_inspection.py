@@ -157,12 +157,25 @@ def test_wide_tables_end_with_chance():
     assert table.loc["random routing", "confidence"] == pytest.approx(1 / 16)
 
 
+def test_the_price_of_drops_by_hand():
+    free, _ = synthetic(tokens=8)
+    tight = dataclasses.replace(free, kept=free.kept.copy(), logprob=np.full(8, -np.log(8), np.float32))
+    free = dataclasses.replace(free, kept=np.ones_like(free.kept), logprob=np.full(8, -np.log(2), np.float32))
+    tight.kept[:] = True
+    tight.kept[:4, 1] = False
+    tight.meta["capacity_token_fraction"] = 0.2
+    first, second, *_ = tight.layers
+    said = inspection.price_of_drops(free, tight)
+    assert said.startswith(f"A capacity of 0.2 drops 0.0% in layer {first}, 50.0% in layer {second}")
+    assert said.endswith(" of the choices. The text takes 3.000 bits a token with it, 1.000 without a limit.")
+
+
 @pytest.mark.slow
 def test_the_notebook_on_four_ranks_equals_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with moekit.load("demo", 1, "cpu", progress=False) as model:
         one = model.trace(
-            "demo", capacity_token_fraction=0.2, max_tokens=3000, predicted=True, progress=False
+            "demo", capacity_token_fraction=None, max_tokens=3000, predicted=True, progress=False
         )
     one.save(tmp_path / "one.parquet")
     papermill.execute_notebook(
@@ -186,5 +199,7 @@ def test_the_notebook_on_four_ranks_equals_one(tmp_path, monkeypatch):
     np.testing.assert_allclose(four.logprob, one.logprob, atol=1e-4)
     agreement = pd.read_csv(results / "agreement.csv").set_index("statistic")["value"]
     assert (agreement == 1).all()
+    # The model is looked at as it computes by itself; the part on drops alone has a limit.
+    assert four.kept.all() and (pd.read_csv(results / "drops.csv")["dropped"] > 0).any()
     names = {path.name for path in results.iterdir()}
     assert {"explorer.html", "load.png", "domains.png", "text_by_expert.png", "favourites.csv"} <= names

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,14 +21,19 @@ from moekit.routing.trace import join
 # What a notebook shows of a table of ``change_by_domain``; the files hold all of it.
 CHANGES = "domain units change low high p effect perplexity_ratio ratio_low ratio_high".split()
 
+# A capacity at which there are drops to see, for a text that is read without one.
+TIGHT = {"capacity_token_fraction": 0.2}
+
 __all__ = [
     "CHANGES",
+    "TIGHT",
     "change_by_domain",
     "continued",
     "favourites",
     "labels_of",
     "masked_by_domain",
     "masked_name",
+    "price_of_drops",
     "save",
     "stacked",
     "wide",
@@ -235,6 +241,19 @@ def wide(table: pd.DataFrame) -> pd.DataFrame:
     values = table.pivot(index="layer", columns="statistic", values="value")
     chance = table.groupby("statistic")["chance"].first().rename("random routing")
     return pd.concat([values, chance.to_frame().T]).rename_axis(index="layer", columns=None)
+
+
+def price_of_drops(free: Trace, tight: Trace) -> str:
+    """What the capacity of ``tight`` drops in each layer, and what it costs beside ``free`` without one, in a sentence."""
+    dropped = (~tight.kept).mean(axis=(0, 2))
+    shares = ", ".join(
+        f"{share:.1%} in layer {layer}" for layer, share in zip(tight.layers, dropped, strict=True)
+    )
+    bits = [-float(np.nanmean(one.logprob, dtype=np.float64)) / math.log(2) for one in (free, tight)]
+    return (
+        f"A capacity of {capacity_name(tight.meta['capacity_token_fraction'])} drops {shares} of the choices. "
+        f"The text takes {bits[1]:.3f} bits a token with it, {bits[0]:.3f} without a limit."
+    )
 
 
 def save(
