@@ -100,7 +100,8 @@ def whole(path: str | Path, make: bool = False) -> Iterator[Path]:
         ValueError: ``path`` is no path.
     """
     path = check("path", path, PathKind())
-    path = path.parent.resolve() / path.name if path.is_symlink() else path.resolve()
+    # A folder that may not be looked into tells of no link.
+    path = path.parent.resolve() / path.name if os.path.islink(path) else path.resolve()
     with together(path.parent, make) as folder:
         yield folder / path.name
 
