@@ -36,8 +36,8 @@ lab: env ## JupyterLab with the notebooks, on this machine only
 	$(BIN)/jupyter lab --ip=127.0.0.1 --notebook-dir=notebooks \
 		--LabApp.app_settings_dir="$(CURDIR)/docker/jupyter" --LabApp.default_url=/lab/tree/README.ipynb
 
-test: env lint ## all tests
-	$(BIN)/python -m pytest --durations=10
+test: env lint ## all tests, in two runs beside one another
+	@.ci/test $(BIN)/python
 
 quick: env ## the tests that start no browser and few processes
 	$(BIN)/python -m pytest -m "not slow"

@@ -1,5 +1,6 @@
 import os
 import shutil
+import signal
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -11,6 +12,10 @@ DATA = Path(__file__).parent / "data"
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Whatever ends a run, fixtures take down what they have started. Shells start a program in the background with the interrupt
+    # key ignored.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     # Pictures depend on no list of fonts that an earlier run on this machine left behind.
     os.environ["MPLCONFIGDIR"] = tempfile.mkdtemp(prefix="moekit-matplotlib-")
 

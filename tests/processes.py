@@ -1,5 +1,6 @@
-"""Whether processes have ended."""
+"""Whether processes have ended, and what they have left."""
 
+import os
 import time
 from collections.abc import Collection
 
@@ -21,3 +22,11 @@ def _there(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def left_in_shared_memory(before: Collection[str], within: float = 2.0) -> set[str]:
+    """The names in /dev/shm that are new and stay. What another program has there for a moment is gone after ``within`` seconds."""
+    end = time.monotonic() + within
+    while (left := set(os.listdir("/dev/shm")) - set(before)) and time.monotonic() < end:
+        time.sleep(0.02)
+    return left

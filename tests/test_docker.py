@@ -23,7 +23,7 @@ DOCKERFILE = ROOT / "docker" / "Dockerfile"
 CLUSTER_DOCKERFILE = ROOT / "docker" / "cluster" / "Dockerfile"
 README = ROOT / "docker" / "README.md"
 SCRIPTS = sorted((ROOT / "docker").glob("*.sh")) + [
-    ROOT / ".ci" / "run",
+    *(ROOT / ".ci" / name for name in ("run", "stages", "test")),
     ROOT / "tests" / "docker" / "ci.sh",
     ROOT / "tests" / "docker" / "offline_docker",
 ]

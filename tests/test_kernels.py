@@ -833,6 +833,7 @@ def test_ranks_that_compute_a_dense_model_with_kernels(tmp_path):
     assert found["loop"][1] == found["triton"][1]
 
 
+@pytest.mark.slow
 def test_they_compile_for_all_gpus_since_turing(tmp_path):
     """No GPU is needed for that. Large tiles have to become the matrix instructions of Hopper and of Blackwell."""
     env = {k: v for k, v in os.environ.items() if k != INTERPRET} | {"TRITON_CACHE_DIR": str(tmp_path)}

@@ -22,7 +22,7 @@ from moekit.checkpoint import copying
 from moekit.fairseq_data import Batches
 from moekit.mapped import whole_files
 
-pytestmark = pytest.mark.skipif(not mapped.SUPPORTED, reason="of 64-bit Linux")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not mapped.SUPPORTED, reason="of 64-bit Linux")]
 SIZE = 8 << 20
 
 

@@ -16,6 +16,7 @@ from moekit.nn.passes import Pass
 from moekit.nn.quantise import KINDS
 from moekit.nn.transformer import Transformer
 
+pytestmark = pytest.mark.slow
 E, D, F, K = 10, 24, 40, 2
 ONE_BYTE = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 

@@ -25,6 +25,7 @@ from moekit.ranks.joined import Word, sharing
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # as if these functions stood in a notebook
 HERE = Path(ranks.__file__).parents[2]
+pytestmark = pytest.mark.slow
 
 
 def pid(rank):

@@ -15,6 +15,7 @@ from moekit import moving, results
 from moekit.routing.trace import Trace
 
 HERE = Path(__file__).parent
+pytestmark = pytest.mark.slow
 
 
 class Killed(BaseException):
@@ -124,7 +125,6 @@ def test_files_of_notebooks_are_whole_after_kills(tmp_path, counted):
     )
 
 
-@pytest.mark.slow
 def test_files_of_notebooks_are_whole_after_200_kills(tmp_path, counted):
     found = kills(tmp_path, 200, counted)
     assert found["killed"] >= 150 and found["moved"] >= 80
