@@ -117,14 +117,18 @@ def test_load_can_leave_the_checksums_out(folder):
         moekit.load(folder, 1, "cpu", progress=False, verify="no")
 
 
-def test_ranks_share_the_checks_of_the_shared_file(folder, counted):
-    """Each of its members is checked by one rank, and each rank checks its own experts."""
+def four_ranks_check_what_one_does(folder, counted):
     fill(folder)
     alone = sorted(counted)
     counted.clear()
     for rank in range(4):
         fill(folder, range(2 * rank, 2 * rank + 2), share=(rank, 4))
     assert sorted(counted) == alone
+
+
+def test_ranks_share_the_checks_of_the_shared_file(folder, counted):
+    """Each of its members is checked by one rank, and each rank checks its own experts."""
+    four_ranks_check_what_one_does(folder, counted)
     flip(folder / "model-shared.pt", "decoder.layers.0.fc1.weight")
     refused = 0
     for rank in range(4):
@@ -155,12 +159,7 @@ def test_ranks_that_read_one_file_check_all_of_it(folder, monkeypatch):
     monkeypatch.setattr(
         inspection.Inspection, "check", lambda self, part: counted.append(part[0]) or check(self, part)
     )
-    fill(folder)
-    alone = sorted(counted)
-    counted.clear()
-    for rank in range(4):
-        fill(folder, range(2 * rank, 2 * rank + 2), share=(rank, 4))
-    assert sorted(counted) == alone
+    four_ranks_check_what_one_does(folder, counted)
 
 
 def test_rows_beyond_the_dictionary_are_part_of_what_is_checked(folder):

@@ -102,12 +102,7 @@ def run_inference(p: SimpleNamespace) -> ModelConfig:
 
 def inspect_routing(p: SimpleNamespace) -> ModelConfig:
     """As :func:`load_shards`; the model has experts, and the data or texts, the layers and the other trace fit it."""
-    config = load_shards(p)
-    if not config.moe_layers:
-        raise ParameterError(
-            f"checkpoint={p.checkpoint!r}: {DENSE} whose routing could be inspected; name one with experts, or use "
-            "run_inference.ipynb"
-        )
+    config = _with_experts(p, "whose routing could be inspected")
     if p.texts is None:
         _data(p, config)
     else:
@@ -119,13 +114,19 @@ def inspect_routing(p: SimpleNamespace) -> ModelConfig:
     return config
 
 
-def study_routing(p: SimpleNamespace) -> ModelConfig:
-    """As :func:`load_shards`; the data has domains, and the capacities and the mask make sense for the model."""
+def _with_experts(p: SimpleNamespace, what: str) -> ModelConfig:
+    """As :func:`load_shards`; a model without experts ``what`` is an error."""
     config = load_shards(p)
     if not config.moe_layers:
         raise ParameterError(
-            f"checkpoint={p.checkpoint!r}: {DENSE} to study; name one with experts, or use run_inference.ipynb"
+            f"checkpoint={p.checkpoint!r}: {DENSE} {what}; name one with experts, or use run_inference.ipynb"
         )
+    return config
+
+
+def study_routing(p: SimpleNamespace) -> ModelConfig:
+    """As :func:`load_shards`; the data has domains, and the capacities and the mask make sense for the model."""
+    config = _with_experts(p, "to study")
     _data(p, config)
     _said(lines_of, p.data, p.subset, p.domains)
     if not p.capacity_token_fractions:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -86,23 +86,20 @@ def parts_of(step: Sequence[Branches | None]) -> list[Part]:
 
 
 @torch.inference_mode()
-def score_branches(
-    rank: Rank,
-    steps: Iterable[Part],
-    *,
-    fraction: float | None,
-    vocab: int,
-    seed: int,
-    intervention: Intervention | None,
-) -> None:
-    """Log-probabilities of the targets of this rank's part of every step; it reports a :class:`Found` for each of them."""
-    for found in collected(rank, _launched(rank, steps, fraction, vocab, seed, intervention)):
+def score_branches(rank: Rank, steps: Iterable[Part], **how: Any) -> None:
+    """Log-probabilities of the targets of this rank's part of every step; it reports a :class:`Found` for each of them.
+
+    Args:
+        how: the arguments of :func:`_launched`.
+    """
+    for found in collected(rank, _launched(rank, steps, **how)):
         rank.report(found)
 
 
 def _launched(
     rank: Rank,
     steps: Iterable[Part],
+    *,
     fraction: float | None,
     vocab: int,
     seed: int,
