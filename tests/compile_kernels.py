@@ -3,6 +3,7 @@
 A process of its own, since Triton's interpreter replaces its compiler for a whole process.
 """
 
+import itertools
 import sys
 
 import triton
@@ -13,6 +14,7 @@ from triton.compiler import ASTSource
 from moekit.nn.kernels import (
     attention,
     cuts,
+    flash,
     gate,
     grouped,
     logprobs,
@@ -114,7 +116,7 @@ def weights_of(one_byte: int) -> dict:
 
 
 def compile_all(target: Target) -> None:
-    """All kernels; of those of the experts some variants for Hopper only, since compiling takes its time."""
+    """All kernels; of those of the experts and of attention some variants for Hopper only, since compiling takes its time."""
     most = target.capability == 90
     for cut in cuts.built_in("", "float16", target.shared):
         target.grouped("fp16", cut)
@@ -158,6 +160,11 @@ def compile_all(target: Target) -> None:
     for slots, warps in (attention.ALONE, attention.IN_COMPANY):
         constants = {"H": 12, "C": 64, "BLOCK": 64, "SLOTS": slots} | target.overlap
         target.compile(attention._attend_one, types, constants, warps)
+    for dim, kind in itertools.product(flash.DIMS, ("fp16", "bf16")) if most else [(64, "fp16")]:
+        types = {"qkv": f"tensordesc<{kind}[1,{flash.BLOCK},{dim}]>", "out": f"*{kind}"}
+        types |= {"tokens": "i32", "tiles": "i32", "scale": "fp32"}
+        constants = {"H": 768 // dim, "C": dim, "BLOCK": flash.BLOCK}
+        target.compile(flash._attend_blocks, types, constants, flash.WARPS, flash.STAGES)
     types = dict.fromkeys(("x", "pending", "weight", "bias", "total", "normed"), "*fp16")
     types |= {"rows": "i32", "eps": "fp32"}
     target.compile(norm._add_norm, types, {"PARTS": 2, "D": 768, "ROWS": norm.ROWS, "BLOCK": 1024})

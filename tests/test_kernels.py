@@ -35,13 +35,13 @@ from moekit.nn.config import ModelConfig
 from moekit.nn.experts import Assignment, Experts, QuantisedExperts
 from moekit.nn.gates import gate_of
 from moekit.nn.graphs import Graph
-from moekit.nn.kernels import attention, rounding, short_step, tiles, vectors
+from moekit.nn.kernels import attention, flash, rounding, short_step, tiles, vectors
 from moekit.nn.kernels import gate as fused_gate
 from moekit.nn.kernels.cuts import ANY, CUTS, ONE_BYTE_CUTS, Blocks, Cut
 from moekit.nn.kernels.grouped import ACTIVATIONS, grouped_ffn
 from moekit.nn.kernels.logprobs import best, target_log_probs
 from moekit.nn.logprobs import log_probs
-from moekit.nn.operations import BACKENDS, choose_backend, use
+from moekit.nn.operations import BACKENDS, attend, choose_backend, use
 from moekit.nn.passes import Pass
 from moekit.nn.quantise import KINDS, quantise
 from moekit.nn.transformer import AddNorm, Transformer
@@ -69,6 +69,10 @@ def interpreted(monkeypatch):
 BFLOAT = pytest.param(
     torch.bfloat16,
     marks=pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter cannot multiply bfloat16"),
+)
+# Where a kernel is for numbers of two bytes on a GPU, the interpreter checks its arithmetic.
+FLOAT = pytest.param(
+    torch.float32, marks=pytest.mark.skipif(DEVICE == "cuda", reason="GPUs take torch's attention")
 )
 KEY = -1  # of a generation that is none of the driver's
 ONE_BYTE = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
@@ -463,6 +467,80 @@ def test_attention_of_one_token(few_programs, dim, dtype, monkeypatch):
         assert kv[:, b, :, length].equal(qkv[b, 1:]), "the new key and value are kept"
 
 
+# Lengths of less than a block, of a block and a token, and of many blocks.
+@pytest.mark.parametrize("tokens", [1, 7, 129, 2048])
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dtype", [FLOAT, torch.float16, BFLOAT])
+def test_attention_over_blocks(tokens, dim, dtype):
+    """Memory behind the sequences is not read: a NaN there would show."""
+    batch, heads = (1, 1) if tokens == 2048 else (3, 2)
+    memory = torch.full((batch + 1, tokens, 3, heads, dim), torch.nan, dtype=dtype, device=DEVICE)
+    generator = torch.Generator().manual_seed(tokens)
+    memory[:batch] = torch.randn(batch, tokens, 3, heads, dim, generator=generator).to(dtype)
+    found = flash.attend_blocks(memory[:batch]).double()
+    wanted = attend(memory[:batch].double(), None, None, 0)
+    assert found.shape == wanted.shape == (batch, tokens, heads * dim)
+    limit = {torch.float32: 1e-5, torch.float16: 5e-4, torch.bfloat16: 4e-3}[dtype]
+    assert (found - wanted).norm() < limit * wanted.norm()
+    torch.testing.assert_close(found, wanted, rtol=8 * limit, atol=4 * limit)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
+@pytest.mark.parametrize("dim", [64, 128])
+def test_a_sequence_attends_to_itself_alone(dim, monkeypatch):
+    """Bit for bit the same, alone and between sequences of NaN; 70 tokens leave the second block of keys half full."""
+    qkv = torch.full((3, 70, 3, 2, dim), torch.nan, dtype=torch.float16)
+    qkv[1] = torch.randn(70, 3, 2, dim, generator=torch.Generator().manual_seed(1))
+    qkv = qkv.to(DEVICE)
+    alone = flash.attend_blocks(qkv[1:2].clone())
+    room = torch.full((4, 70, 2 * dim), 7.0, dtype=torch.float16, device=DEVICE)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "empty", lambda *shape, **how: room[:3])
+        together = flash.attend_blocks(qkv)
+    assert together[1].equal(alone[0]) and not alone.isnan().any()
+    assert together[[0, 2]].isnan().all()
+    assert (room[3] == 7).all(), "nothing is written behind the output"
+    # Tokens do not look ahead.
+    later = qkv[1:2].clone()
+    later[:, 40:] = 3.0
+    assert flash.attend_blocks(later)[0, :40].equal(alone[0, :40])
+
+
+def test_no_sequences_and_no_tokens():
+    for shape in ((0, 5), (2, 0)):
+        qkv = torch.empty(*shape, 3, 2, 64, dtype=torch.float16, device=DEVICE)
+        assert flash.attend_blocks(qkv).shape == (*shape, 128)
+
+
+def test_where_blocks_take_the_kernel(monkeypatch):
+    """Whole sequences do, and prompts, whose keys and values also go to the cache; torch has the rest."""
+    config = replace(CASES["before_dropping"].config, heads=1, dim=64)
+    qkv = torch.randn(2, 9, 3, 1, 64, generator=torch.Generator().manual_seed(1)).half().to(DEVICE)
+    table, plain, kernel = BACKENDS["triton"](), BACKENDS["loop"](), flash.attend_blocks
+    taken = []
+    monkeypatch.setattr(flash, "attend_blocks", lambda x: taken.append(x) or kernel(x))
+    monkeypatch.setattr(flash, "_measured", lambda device: True)
+    found, caches = [], []
+    for operations in (plain, table):
+        cache = Cache(config, 2, 64, torch.device(DEVICE), torch.float16)
+        found.append(operations.attend(qkv, cache.open(9), cache, 0))
+        caches.append(cache)
+    assert len(taken) == 1 and caches[0].kv.equal(caches[1].kv) and caches[0].kv[0, :, :, :, :9].any()
+    torch.testing.assert_close(found[0], found[1], rtol=2e-3, atol=2e-3)
+    assert table.attend(qkv, None, None, 0).equal(found[1]) and len(taken) == 2
+    caches[1].advance(9)
+    padding = torch.zeros(2, 9, dtype=torch.bool, device=DEVICE)
+    table.attend(qkv[:, :2].contiguous(), caches[1].open(2), caches[1], 0)
+    table.attend(qkv, transformer.attention_mask(padding), None, 0)
+    table.attend(qkv.float(), None, None, 0)
+    table.attend(qkv[..., :32].contiguous(), None, None, 0)
+    table.attend(qkv.transpose(0, 1), None, None, 0)
+    assert len(taken) == 2
+    monkeypatch.setattr(flash, "_measured", lambda device: False)
+    table.attend(qkv, None, None, 0)
+    assert len(taken) == 2
+
+
 @pytest.mark.parametrize("name", ["before_dropping", "odd_dim", "learned_positions", "alternate_ffn"])
 def test_the_fast_model_reads_on_as_the_slow_one(name, tmp_path):
     model = load(name, tmp_path)
@@ -630,6 +708,7 @@ def test_no_pass_asks_the_device_for_a_number(name, monkeypatch):
         "gate._choose",
         "logprobs._target_log_probs",
         "attention._attend_one",
+        "flash._attend_blocks",
         "norm._add_norm",
         "vectors._linear",
         "vectors._experts_up",
@@ -871,6 +950,8 @@ def test_they_compile_for_all_gpus_since_turing(tmp_path):
         assert set().union(*units[gpu].values()) == {"mma.sync"}
     assert units["90"] == {n: {"mma.sync" if n < 64 else "wgmma.mma_async"} for n in (16, 32, 64, 128)}
     assert units["100"][128] == {"tcgen05.mma"}
+    attends = {line.rsplit(" ", 1)[1] for line in lines if line.startswith("90 _attend_blocks ")}
+    assert attends == {"wgmma.mma_async"}
 
 
 def test_kernels_that_are_not_there(reference, monkeypatch):

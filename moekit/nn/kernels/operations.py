@@ -6,7 +6,7 @@ from torch import Tensor
 
 from moekit.nn import operations as plain
 from moekit.nn.cache import Cache
-from moekit.nn.kernels import short_step
+from moekit.nn.kernels import flash, short_step
 from moekit.nn.kernels.attention import attend_one
 from moekit.nn.kernels.gate import choose
 from moekit.nn.kernels.grouped import grouped_ffn
@@ -18,10 +18,14 @@ from moekit.nn.transformer import Transformer
 
 
 def attend(qkv: Tensor, visible: Tensor | None, cache: Cache | None, layer: int) -> Tensor:
-    """Compute :func:`moekit.nn.operations.attend`, with the kernel for one new token of sequences that have a cache."""
-    if cache is None or cache.empty or qkv.shape[1] != 1:
+    """Compute :func:`moekit.nn.operations.attend`, with a kernel for whole sequences, and one for one new token of each."""
+    if cache is not None and not cache.empty and qkv.shape[1] == 1:
+        return attend_one(qkv[:, 0], cache.kv[layer], cache.lengths)[:, None]
+    if visible is not None or not flash.fits(qkv):
         return plain.attend(qkv, visible, cache, layer)
-    return attend_one(qkv[:, 0], cache.kv[layer], cache.lengths)[:, None]
+    if cache is not None:
+        cache.extend(layer, qkv[:, :, 1:].permute(2, 0, 3, 1, 4))
+    return flash.attend_blocks(qkv)
 
 
 def read_on(model: Transformer, tokens: Tensor, asked: Pass, vocab: int) -> Tensor | None:

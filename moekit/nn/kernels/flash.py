@@ -1,0 +1,107 @@
+"""Causal attention of whole sequences: the keys pass by in blocks, and no matrix of scores is stored.
+
+The softmax is online, as in FlashAttention-2 (Dao 2023, arXiv 2307.08691). Queries, keys and values are read where the
+projection wrote them, and the output is written as the next projection reads it.
+
+Shape letters: B sequences, T tokens of a sequence, H heads, C head dim.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+# The head dims that this is measured for, and the tile of a program: BLOCK queries, with BLOCK keys at a time. Three programs
+# fit on a multiprocessor (two with heads of 128), and some multiply while others are at their exponentials.
+DIMS, BLOCK, WARPS, STAGES = (64, 128), 64, 4, 3
+
+
+def fits(qkv: Tensor) -> bool:
+    """Whether the kernel takes ``qkv`` [B, T, 3, H, C] here, which is where it is measured to be faster than torch's."""
+    return qkv.itemsize == 2 and qkv.shape[-1] in DIMS and qkv.is_contiguous() and _measured(qkv.device)
+
+
+@functools.lru_cache
+def _measured(device: torch.device) -> bool:
+    """Whether ``device`` is of the generation that the blocks are measured on: Hopper."""
+    return (
+        device.type == "cuda"
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(device) == (9, 0)
+    )
+
+
+def attend_blocks(qkv: Tensor) -> Tensor:
+    """Attend from each token to the tokens up to its own; for inference.
+
+    Args:
+        qkv: [B, T, 3, H, C], queries, keys and values of whole sequences.
+
+    Returns:
+        [B, T, H C]. A sequence's numbers do not depend on the other sequences.
+    """
+    batch, tokens, _, heads, dim = qkv.shape
+    out = torch.empty(batch, tokens, heads * dim, dtype=qkv.dtype, device=qkv.device)
+    tiles = triton.cdiv(tokens, BLOCK)
+    if out.numel():
+        _attend_blocks[(batch * tiles * heads,)](
+            # Hopper's copy engine takes blocks of one head's tokens from it, with zeros beyond the end of a sequence.
+            TensorDescriptor.from_tensor(qkv.flatten(2), [1, BLOCK, dim]),
+            out,
+            tokens,
+            tiles,
+            # The exponentials are powers of two, which the hardware has.
+            dim**-0.5 * math.log2(math.e),
+            H=heads,
+            C=dim,
+            BLOCK=BLOCK,
+            num_warps=WARPS,
+            num_stages=STAGES,
+        )
+    return out
+
+
+# qkv: a descriptor of [B, T, 3 H C]; out [B, T, H C].
+@triton.jit(do_not_specialize=["tokens", "tiles"])
+def _attend_blocks(
+    qkv,
+    out,
+    tokens,
+    tiles,
+    scale,
+    H: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # The heads of a sequence run side by side, and the programs with the most keys begin.
+    program = tl.program_id(0)
+    h, tile, b = program % H, tiles - 1 - program // H % tiles, program // H // tiles
+    first = tile * BLOCK
+    q = qkv.load([b, first, h * C]).reshape(BLOCK, C)
+    # The softmax is online: it keeps the greatest score so far and sums relative to that score.
+    top = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    found = tl.zeros((BLOCK, C), dtype=tl.float32)
+    for start in range(0, first + BLOCK, BLOCK):
+        k = qkv.load([b, start, (H + h) * C]).reshape(BLOCK, C)
+        score = tl.dot(q, k.T)
+        # Only the last block has keys that come after a query.
+        if start == first:
+            score = tl.where(
+                tl.arange(0, BLOCK)[:, None] >= tl.arange(0, BLOCK)[None, :], score, float("-inf")
+            )
+        greatest = tl.maximum(top, tl.max(score, axis=1) * scale)
+        share, fade = tl.exp2(score * scale - greatest[:, None]), tl.exp2(top - greatest)
+        total = total * fade + tl.sum(share, axis=1)
+        v = qkv.load([b, start, (2 * H + h) * C]).reshape(BLOCK, C)
+        found = tl.dot(share.to(v.dtype), v, found * fade[:, None])
+        top = greatest
+    row = first + tl.arange(0, BLOCK)
+    at = b.to(tl.int64) * tokens * (H * C) + (row[:, None] * H + h) * C + tl.arange(0, C)[None, :]
+    tl.store(out + at, (found * (1 / total)[:, None]).to(out.dtype.element_ty), mask=(row < tokens)[:, None])
