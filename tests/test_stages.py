@@ -71,9 +71,7 @@ def test_the_other_stage_runs_on(script, tmp_path):
 
 
 # It ends in its own time; it does not end by itself, and has a child in the background; it has stages of its own.
-ENDS = (
-    "bash -c 'trap \"sleep 0.5; touch ended; exit 1\" TERM; echo $$ >>pids; sleep 60 & echo $! >>pids; wait'"
-)
+ENDS = "bash -c 'trap \"sleep 0.5; touch ended; exit 1\" TERM; echo begun; echo $$ >>pids; sleep 60 & echo $! >>pids; wait'"
 STAYS = "bash -c 'trap \"\" INT TERM; echo $$ >>pids; sleep 60 & echo $! >>pids; wait; sleep 60'"
 
 
@@ -81,7 +79,7 @@ STAYS = "bash -c 'trap \"\" INT TERM; echo $$ >>pids; sleep 60 & echo $! >>pids;
 @pytest.mark.parametrize("which", ["stages", "stages within a stage"])
 def test_an_end_leaves_no_process(tmp_path, how, which):
     inner = tmp_path / "inner"
-    inner.write_text(HEAD + f"PATIENCE=1\nbeside a {STAYS}\nstage b {ENDS}\nshown a\nfinish ''\n")
+    inner.write_text(HEAD + f"echo begun\nPATIENCE=1\nbeside a {STAYS}\nstage b {ENDS}\nshown a\nfinish ''\n")
     inner.chmod(0o755)
     one, two = (ENDS, STAYS) if which == "stages" else (str(inner), ENDS)
     (tmp_path / "script").write_text(BOTH.format(one=one, two=two).replace(HEAD, HEAD + "PATIENCE=2\n"))
@@ -101,6 +99,7 @@ def test_an_end_leaves_no_process(tmp_path, how, which):
     os.kill(script.pid, how)
     said, _ = script.communicate(timeout=30)
     assert script.returncode == {signal.SIGINT: 130}.get(how, 143) and "total" not in said
+    assert "The end of the output of one:\nbegun\n" in said
     assert gone(pids) and (tmp_path / "ended").exists()
 
 
