@@ -12,9 +12,10 @@ from torch import Tensor
 
 from moekit.nn.kernels.overlap import overlapped, start, wait
 
-# (slots read at a time, warps). With few programs, each reads more slots at a time, so that it does not wait for each
-# load.
-FEW_PROGRAMS, ALONE, IN_COMPANY = 264, (256, 8), (128, 4)
+# Up to so many programs -> the slots that a program reads at a time, and its warps. The fewer programs there are, the more
+# slots each has under way; many small ones share the multiprocessors evenly.
+BLOCKS = {132: (256, 8), 264: (128, 4), 396: (64, 2)}
+MANY = (32, 1)
 
 
 def attend_one(qkv: Tensor, kv: Tensor, lengths: Tensor) -> Tensor:
@@ -31,7 +32,7 @@ def attend_one(qkv: Tensor, kv: Tensor, lengths: Tensor) -> Tensor:
     batch, _, heads, dim = qkv.shape
     assert qkv.is_contiguous() and kv.is_contiguous()
     out = torch.empty(batch, heads * dim, dtype=qkv.dtype, device=qkv.device)
-    slots, warps = ALONE if batch * heads <= FEW_PROGRAMS else IN_COMPANY
+    slots, warps = next((found for most, found in BLOCKS.items() if batch * heads <= most), MANY)
     _attend_one[(batch, heads)](
         qkv,
         kv,
@@ -64,35 +65,47 @@ def _attend_one(
     OVERLAP: tl.constexpr,
 ):
     start(OVERLAP)
-    wait(OVERLAP)
     b, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     c = tl.arange(0, BLOCK)
     real = c < C
+    length = tl.load(lengths + b)
+    keys = kv + (b * H + h) * slots * C
+    values = keys + tl.num_programs(0).to(tl.int64) * H * slots * C
+    slot = tl.arange(0, SLOTS)
+    at = slot[:, None] * C + c[None, :]
+    # Earlier steps wrote these, so they are read before the wait for the earlier kernels of this step.
+    here = (slot < length)[:, None] & real[None, :]
+    k = tl.load(keys + at, mask=here, other=0.0)
+    v = tl.load(values + at, mask=here, other=0.0)
+    wait(OVERLAP)
     new = qkv + (b * 3 * H + h) * C + c
     q = tl.load(new, mask=real, other=0.0).to(tl.float32) * scale
     key = tl.load(new + H * C, mask=real, other=0.0)
     value = tl.load(new + 2 * H * C, mask=real, other=0.0)
-    length = tl.load(lengths + b)
-    keys = kv + (b * H + h) * slots * C
-    values = keys + tl.num_programs(0).to(tl.int64) * H * slots * C
     tl.store(keys + length * C + c, key, mask=real)
     tl.store(values + length * C + c, value, mask=real)
 
-    # The softmax is online: it keeps the greatest score so far and sums relative to that score. The new token comes first.
-    top = tl.sum(q * key.to(tl.float32), axis=0)
-    total = top * 0.0 + 1.0
-    found = value.to(tl.float32)
+    # The softmax is online: it keeps the greatest score so far and sums relative to that score.
+    top = float("-inf")
+    total = 0.0
+    found = tl.zeros((BLOCK,), dtype=tl.float32)
     for done in range(0, length, SLOTS):
-        slot = done + tl.arange(0, SLOTS)
-        there = slot < length
-        at = slot[:, None] * C + c[None, :]
-        here = there[:, None] & real[None, :]
-        k = tl.load(keys + at, mask=here, other=0.0).to(tl.float32)
-        score = tl.where(there, tl.sum(k * q[None, :], axis=1), float("-inf"))
+        # The next slots are on their way while these are computed with.
+        ahead = done + SLOTS
+        here = (ahead + slot < length)[:, None] & real[None, :]
+        next_k = tl.load(keys + ahead * C + at, mask=here, other=0.0)
+        next_v = tl.load(values + ahead * C + at, mask=here, other=0.0)
+        score = tl.sum(k.to(tl.float32) * q[None, :], axis=1)
+        score = tl.where(done + slot < length, score, float("-inf"))
         greatest = tl.maximum(top, tl.max(score, axis=0))
         share, fade = tl.exp(score - greatest), tl.exp(top - greatest)
-        v = tl.load(values + at, mask=here, other=0.0).to(tl.float32)
-        found = found * fade + tl.sum(share[:, None] * v, axis=0)
+        found = found * fade + tl.sum(share[:, None] * v.to(tl.float32), axis=0)
         total = total * fade + tl.sum(share, axis=0)
-        top = greatest
+        top, k, v = greatest, next_k, next_v
+    # The new token comes last.
+    own = tl.sum(q * key.to(tl.float32), axis=0)
+    greatest = tl.maximum(top, own)
+    share, fade = tl.exp(own - greatest), tl.exp(top - greatest)
+    found = found * fade + share * value.to(tl.float32)
+    total = total * fade + share
     tl.store(out + (b * H + h) * C + c, (found / total).to(out.dtype.element_ty), mask=real)
