@@ -69,6 +69,7 @@ class Cut:
 FEW_ROWS, MANY_ROWS = Blocks(16, 128, 64, 4, 3), Blocks(64, 64, 64, 4, 3)
 # The first one that fits is taken.
 CUTS = (
+    Cut(128, 8, Blocks(16, 64, 128, 4, 4), Blocks(16, 64, 128, 4, 4)),
     Cut(16, ANY, Blocks(16, 32, 128, 4, 4), Blocks(16, 16, 256, 2, 4)),
     Cut(ANY, 8, Blocks(16, 128, 128, 4, 3), Blocks(16, 128, 128, 4, 3)),
     Cut(ANY, 16, Blocks(32, 128, 128, 8, 3), Blocks(32, 128, 128, 8, 3)),
@@ -80,6 +81,7 @@ CUTS = (
 )
 # Weights of one byte are half as many bytes under way, and they are converted between memory and multiplication.
 ONE_BYTE_CUTS = (
+    Cut(16, 4, Blocks(16, 64, 256, 4, 3), Blocks(16, 32, 512, 4, 3)),
     Cut(ANY, 4, Blocks(16, 64, 128, 4, 3), Blocks(16, 64, 256, 4, 3)),
     Cut(ANY, 8, Blocks(16, 128, 128, 4, 3), Blocks(16, 64, 256, 4, 3)),
     Cut(ANY, 8, FEW_ROWS, FEW_ROWS),
@@ -171,7 +173,7 @@ def gpu_name(device: torch.device) -> str:
 # ----------------------------------------------------------------------------------------------- what is possible
 
 # The fewest and the most of each number of Blocks. Products of tensor cores have 16 rows, columns and terms at least.
-BOUNDS = {"rows": (16, 256), "columns": (16, 256), "inner": (16, 256), "warps": (1, 16)}
+BOUNDS = {"rows": (16, 256), "columns": (16, 256), "inner": (16, 512), "warps": (1, 16)}
 STAGES = 8
 # Sums of a program that a thread may hold, of 255 registers.
 SUMS = 128

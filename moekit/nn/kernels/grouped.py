@@ -20,6 +20,7 @@ from torch import Tensor
 from moekit.nn.kernels import one_byte, peers
 from moekit.nn.kernels.cuts import Blocks, Cut, cut_for, cuts_of, kind_of
 from moekit.nn.kernels.one_byte import Layer, numbers, scaled
+from moekit.nn.kernels.overlap import overlapped, start, wait
 from moekit.nn.kernels.peers import Mailbox
 from moekit.nn.kernels.tiles import tiles
 
@@ -40,12 +41,29 @@ def grouped_ffn(experts: Experts, x: Tensor, assignment: Assignment, cut: Cut | 
     cut = cut or cut_for(*size, cuts_of(x.device, kind_of(x.dtype, experts.w1.dtype)))
     weights = None if weights is None else weights.contiguous()
     plan = order, tiles(assignment.counts, made, cut.up.rows)
-    hidden = x.new_empty(made, experts.width)
+    planned_ffn(experts, x.contiguous(), plan, choices, weights, cut, out)
+    return out
+
+
+def planned_ffn(
+    experts: Experts,
+    x: Tensor,
+    plan: tuple[Tensor, Tensor],
+    choices: int,
+    weights: Tensor | None,
+    cut: Cut,
+    out: Tensor,
+) -> None:
+    """Write into ``out`` [N K, D] what :func:`grouped_ffn` makes of the choices in the tiles of ``plan``, for inference.
+
+    Args:
+        plan: the choices sorted by expert [P], and their tiles (tiles.py).
+    """
+    hidden = x.new_empty(len(plan[0]), experts.width)
     up, down = one_byte.layers(experts)
     act = ACTIVATIONS[experts.activation]
-    _linear(x.contiguous(), up, hidden, plan, None, choices, cut.up, first=True, act=act)
+    _linear(x, up, hidden, plan, None, choices, cut.up, first=True, act=act)
     _linear(hidden, down, out, plan, weights, choices, cut.down, first=False, act=0)
-    return out
 
 
 def gathered_ffn(
@@ -117,6 +135,7 @@ def _linear(
         **options,
         num_warps=blocks.warps,
         num_stages=blocks.stages,
+        **overlapped(x.device),
     )
 
 
@@ -157,16 +176,24 @@ def _grouped_linear(
     SWAPPED: tl.constexpr,
     ONE_BYTE: tl.constexpr,
     PTX: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    # The second product starts when all programs of the first one know that the plan is there, so it reads the plan before it
+    # waits for the first one.
+    if FIRST:
+        wait(OVERLAP)
+    start(OVERLAP)
     # Neighbouring programs read the same rows of a tile; programs of the next tile read the same matrix of an expert.
     across: tl.constexpr = (N + COLUMNS - 1) // COLUMNS
     tile = tl.program_id(0) // across
     column = (tl.program_id(0) % across) * COLUMNS + tl.arange(0, COLUMNS)
-    expert = tl.load(table + tile)
+    expert = tl.load(table + tile, cache_modifier=".cg")
+    row = tl.load(table + tiles + tile, cache_modifier=".cg") + tl.arange(0, ROWS)
+    live = row < tl.load(table + 2 * tiles + tile, cache_modifier=".cg")
+    choice = tl.load(order + row, mask=live, other=0, cache_modifier=".cg")
+    if not FIRST:
+        wait(OVERLAP)
     if expert < experts:
-        row = tl.load(table + tiles + tile) + tl.arange(0, ROWS)
-        live = row < tl.load(table + 2 * tiles + tile)
-        choice = tl.load(order + row, mask=live, other=0)
         source = (choice // CHOICES if FIRST and not SORTED else row).to(tl.int64)
 
         inner = tl.arange(0, INNER)

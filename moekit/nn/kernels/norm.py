@@ -10,8 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-# Tokens per program.
-ROWS = 4
+from moekit.nn.kernels.overlap import overlapped, start, wait
+
+# Tokens per program; one where they are few, as in a decode step.
+ROWS, FEW = 4, 256
 
 
 def add_norm(x: Tensor, pending: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
@@ -21,7 +23,8 @@ def add_norm(x: Tensor, pending: Tensor | None, norm: nn.LayerNorm) -> tuple[Ten
     normed = torch.empty_like(x)
     total = x if pending is None else torch.empty_like(x)
     if rows:
-        _add_norm[(triton.cdiv(rows, ROWS),)](
+        each = 1 if rows <= FEW else ROWS
+        _add_norm[(triton.cdiv(rows, each),)](
             x,
             None if pending is None else pending.contiguous(),
             norm.weight,
@@ -32,9 +35,10 @@ def add_norm(x: Tensor, pending: Tensor | None, norm: nn.LayerNorm) -> tuple[Ten
             norm.eps,
             PARTS=0 if pending is None else pending.numel() // x.numel(),
             D=dim,
-            ROWS=ROWS,
+            ROWS=each,
             BLOCK=triton.next_power_of_2(dim),
             num_warps=4,
+            **overlapped(x.device),
         )
     return total, normed
 
@@ -54,13 +58,19 @@ def _add_norm(
     D: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    start(OVERLAP)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     real = column < D
     here = (row < rows)[:, None] & real[None, :]
     at = row[:, None] * D + column[None, :]
     kind: tl.constexpr = x.dtype.element_ty
+    # No kernel writes the norm's weights, so they are read before the wait for earlier kernels.
+    w = tl.load(weight + column, mask=real, other=0.0).to(tl.float32)
+    b = tl.load(bias + column, mask=real, other=0.0).to(tl.float32)
+    wait(OVERLAP)
     mine = tl.load(x + at, mask=here, other=0.0).to(tl.float32)
     if PARTS > 0:
         part = row[:, None] * (PARTS * D) + column[None, :]
@@ -73,7 +83,5 @@ def _add_norm(
     mean = tl.sum(mine, axis=1) / D
     off = tl.where(real[None, :], mine - mean[:, None], 0.0)
     scale = tl.rsqrt(tl.sum(off * off, axis=1) / D + eps)
-    w = tl.load(weight + column, mask=real, other=0.0).to(tl.float32)
-    b = tl.load(bias + column, mask=real, other=0.0).to(tl.float32)
     found = off * scale[:, None] * w[None, :] + b[None, :]
     tl.store(normed + at, found.to(kind), mask=here)

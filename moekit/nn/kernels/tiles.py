@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moekit.nn import gate
+from moekit.nn.kernels.overlap import overlapped, start, wait
 
 # Up to this number, one kernel compares all choices with one another instead of sorting them.
 FEW = 128
@@ -94,8 +95,8 @@ def _tiles(counts, table, experts, width, ROWS: tl.constexpr, EXPERTS: tl.conste
     own = tl.sum(tl.where(expert == mine, count, 0), axis=0)
     end = position + own
     last = tl.where(mine == experts, width, tile + (own + ROWS - 1) // ROWS)
-    for start in range(tile, last, 64):
-        at = start + tl.arange(0, 64)
+    for done in range(tile, last, 64):
+        at = done + tl.arange(0, 64)
         here = at < last
         first = position + (at - tile) * ROWS
         tl.store(table + at, tl.zeros_like(at) + mine, mask=here)
@@ -103,3 +104,71 @@ def _tiles(counts, table, experts, width, ROWS: tl.constexpr, EXPERTS: tl.conste
         tl.store(
             table + 2 * width + at, tl.where(mine == experts, 0, tl.minimum(first + ROWS, end)), mask=here
         )
+
+
+def planned(
+    chosen: Tensor, weights: Tensor, experts: int, rows: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sort a few choices by expert, make their tiles and round their weights, in one kernel; for inference.
+
+    Args:
+        chosen: [N, K] int64; N K is at most :data:`FEW`.
+        weights: [N, K].
+        rows: the most choices of a tile.
+
+    Returns:
+        The choices sorted by expert, [P] int64; their tiles, [3, P] as in :func:`tiles`, but not sorted; and their weights, [P].
+    """
+    choices = chosen.numel()
+    assert 0 < choices <= FEW and chosen.is_contiguous() and weights.is_contiguous()
+    order = torch.empty(choices, dtype=torch.long, device=chosen.device)
+    rounded = torch.empty(choices, dtype=dtype, device=chosen.device)
+    table = torch.empty(3, choices, dtype=torch.int32, device=chosen.device)
+    _planned[(choices,)](
+        chosen,
+        weights,
+        order,
+        rounded,
+        table,
+        choices,
+        experts,
+        CHOICES=max(16, triton.next_power_of_2(choices)),
+        ROWS=rows,
+        num_warps=1,
+        **overlapped(chosen.device),
+    )
+    return order, table, rounded
+
+
+# chosen, weights, order and rounded [choices]; table [3, choices].
+@triton.jit(do_not_specialize=["choices", "experts"])
+def _planned(
+    chosen,
+    weights,
+    order,
+    rounded,
+    table,
+    choices,
+    experts,
+    CHOICES: tl.constexpr,
+    ROWS: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """Find the position of one choice in the order per program, and write a tile if the choice is the first one of a tile."""
+    start(OVERLAP)
+    wait(OVERLAP)
+    me = tl.program_id(0)
+    i = tl.arange(0, CHOICES)
+    expert = tl.load(chosen + i, mask=i < choices, other=experts).to(tl.int32)
+    mine = tl.load(chosen + me).to(tl.int32)
+    tl.store(rounded + me, tl.load(weights + me).to(rounded.dtype.element_ty))
+    # The place of the choice among those of its expert, and of its expert's first choice among all.
+    place = tl.sum(((expert == mine) & (i < me)).to(tl.int32), axis=0)
+    begin = tl.sum((expert < mine).to(tl.int32), axis=0)
+    end = begin + tl.sum((expert == mine).to(tl.int32), axis=0)
+    at = begin + place
+    tl.store(order + at, me.to(tl.int64))
+    first = place % ROWS == 0
+    tl.store(table + me, tl.where(first, mine, experts))
+    tl.store(table + choices + me, tl.where(first, at, 0))
+    tl.store(table + 2 * choices + me, tl.where(first, tl.minimum(at + ROWS, end), 0))
