@@ -13,11 +13,14 @@ from triton.compiler import ASTSource
 
 from moekit.nn.kernels import (
     attention,
+    batch_step,
     cuts,
     flash,
+    embedding,
     gate,
     grouped,
     logprobs,
+    narrow,
     norm,
     peers,
     rounding,
@@ -82,7 +85,7 @@ class Target:
             }
             constants |= {"ACTIVATION": 2 if first else 0} | weights_of(one_byte)
             constants |= {"ROWS": blocks.rows, "COLUMNS": blocks.columns, "INNER": blocks.inner}
-            constants |= {"weights": None} if first else {}
+            constants |= ({"weights": None} if first else {}) | self.overlap
             constants |= {} if constants["HOME"] else {"reach": None}
             self.compile(grouped._grouped_linear, types, constants, blocks.warps, blocks.stages)
 
@@ -97,6 +100,17 @@ class Target:
         constants = {"CHOICES": 2, "N": 768, "K": 3072, "COLUMNS": 2, "INNER": 1024}
         constants |= weights_of(one_byte) | self.overlap
         self.compile(vectors._experts_down, types, constants, vectors.WARPS)
+
+    def narrow(self, rows: int, n: int, k: int, split: bool) -> None:
+        """A linear layer of ``rows`` sequences."""
+        cut = narrow.cut_for(rows, n, k, split)
+        types = dict.fromkeys(("x", "w", "b"), "*fp16")
+        types |= {"out": "*fp32" if cut.parts > 1 else "*fp16", "rows": "i32"}
+        constants = {"N": n, "K": k, "TERMS": k // cut.parts, "PARTS": cut.parts, "INNER": cut.inner}
+        constants |= {"ACTIVATION": 2 * (not split), "EXACT": False, "ROWS": rows, "COLUMNS": cut.columns}
+        shares = min(cut.warps, cut.inner // 16) if cut.shared else 1
+        constants |= {"SHARES": shares, "LINES": 16 * cut.ahead} | self.overlap
+        self.compile(narrow._linear, types, constants, cut.warps, cut.stages)
 
     def few_rows_over_peers(self, one_byte: int = 0) -> None:
         w = "*i8" if one_byte else "*fp16"
@@ -157,7 +171,7 @@ def compile_all(target: Target) -> None:
         "slots": "i32",
         "scale": "fp32",
     }
-    for slots, warps in (attention.ALONE, attention.IN_COMPANY):
+    for slots, warps in (*attention.BLOCKS.values(), attention.MANY):
         constants = {"H": 12, "C": 64, "BLOCK": 64, "SLOTS": slots} | target.overlap
         target.compile(attention._attend_one, types, constants, warps)
     for dim, kind in itertools.product(flash.DIMS, ("fp16", "bf16")) if most else [(64, "fp16")]:
@@ -167,7 +181,8 @@ def compile_all(target: Target) -> None:
         target.compile(flash._attend_blocks, types, constants, flash.WARPS, flash.STAGES)
     types = dict.fromkeys(("x", "pending", "weight", "bias", "total", "normed"), "*fp16")
     types |= {"rows": "i32", "eps": "fp32"}
-    target.compile(norm._add_norm, types, {"PARTS": 2, "D": 768, "ROWS": norm.ROWS, "BLOCK": 1024})
+    constants = {"PARTS": 2, "D": 768, "ROWS": norm.ROWS, "BLOCK": 1024} | target.overlap
+    target.compile(norm._add_norm, types, constants)
     types = {"logits": "*fp16", "parts": "*fp32", "rows": "i32"}
     constants = {"VOCAB": 50_264, "STRIDE": 50_264, "PAD": 1, "PART": 1571, "BLOCK": 2048, "PARTS": 32}
     target.compile(logprobs._best_of_part, types, constants)
@@ -179,6 +194,15 @@ def compile_all(target: Target) -> None:
             constants = {"SOURCE": tl.float16, "KIND": kind, "LARGEST": largest, "WHOLE": kind == tl.int8}
             constants |= {"TINY": 2.0**-126, "MATRICES": 64, "COLUMNS": 4096}
             target.compile(rounding._quantise, types, constants, rounding.WARPS)
+    types = {"tokens": "*i64", "table": "*fp16", "places": "*fp32", "lengths": "*i64", "out": "*fp16"}
+    types |= {"scale": "fp32", "first": "i32"}
+    target.compile(embedding._embedded, types, {"D": 768, "BLOCK": 1024} | target.overlap)
+    types = {"chosen": "*i64", "weights": "*fp32", "order": "*i64", "rounded": "*fp16", "table": "*i32"}
+    types |= dict.fromkeys(("choices", "experts"), "i32")
+    target.compile(tiles._planned, types, {"CHOICES": 128, "ROWS": 16} | target.overlap, 1)
+    if target.capability >= 90 and target.shared >= batch_step.SHARED:
+        for rows, n, k, split in ((8, 2304, 768, False), (64, 768, 3072, True), (64, 50_264, 768, False)):
+            target.narrow(rows, n, k, split)
     for rows, k, n, columns in ((1, 768, 2304, 4), (4, 768, 512, 1), (1, 3072, 768, 4)):
         types = dict.fromkeys(("x", "w", "b", "gain", "shift", "normed", "onto", "out"), "*fp16")
         types |= {"rows": "i32", "eps": "fp32"}

@@ -35,7 +35,7 @@ from moekit.nn.config import ModelConfig
 from moekit.nn.experts import Assignment, Experts, QuantisedExperts
 from moekit.nn.gates import gate_of
 from moekit.nn.graphs import Graph
-from moekit.nn.kernels import attention, flash, rounding, short_step, tiles, vectors
+from moekit.nn.kernels import attention, batch_step, flash, narrow, rounding, short_step, tiles, vectors
 from moekit.nn.kernels import gate as fused_gate
 from moekit.nn.kernels.cuts import ANY, CUTS, ONE_BYTE_CUTS, Blocks, Cut
 from moekit.nn.kernels.grouped import ACTIVATIONS, grouped_ffn
@@ -443,12 +443,12 @@ def test_a_norm_takes_in_what_is_pending(parts, dim, dtype):
     torch.testing.assert_close(slow[1], fast[1], rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("few_programs", [0, 264], ids=["in company", "alone"])
+@pytest.mark.parametrize("blocks", [attention.MANY, *attention.BLOCKS.values()][:2], ids=["many", "few"])
 @pytest.mark.parametrize("dim", [11, 16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_attention_of_one_token(few_programs, dim, dtype, monkeypatch):
+def test_attention_of_one_token(blocks, dim, dtype, monkeypatch):
     """Sequences without, with a few and with more past tokens than fit at a time; slots beyond hold rubbish."""
-    monkeypatch.setattr(attention, "FEW_PROGRAMS", few_programs)
+    monkeypatch.setattr(attention, "BLOCKS", {8: blocks})
     generator = torch.Generator().manual_seed(dim)
     lengths = torch.tensor([0, 5, 600, 256])
     qkv = torch.randn(4, 3, 2, dim, generator=generator).to(dtype)
@@ -607,11 +607,40 @@ def test_a_few_sequences_with_experts_of_one_byte(name, sequences, kind, tmp_pat
     few_against_slow(load(name, tmp_path, KINDS[kind]), sequences, 1e-5)
 
 
+@pytest.mark.parametrize(
+    "name, sequences",
+    [
+        ("before_dropping", 7),
+        ("odd_dim", 13),
+        ("projections", 5),
+        ("no_final_norm", 5),
+        ("top1", 20),
+        ("alternate_ffn", 9),
+    ],
+)
+def test_many_sequences_read_on_with_fewer_kernels(name, sequences, tmp_path):
+    few_against_slow(load(name, tmp_path), sequences, 1e-5)
+
+
+@pytest.mark.parametrize("name, kind", [("odd_dim", "int8"), ("every_layer", "fp8")])
+def test_many_sequences_with_experts_of_one_byte(name, kind, tmp_path):
+    few_against_slow(load(name, tmp_path, KINDS[kind]), 6, 1e-5)
+
+
+def test_many_sequences_with_parts_of_sums_and_few_terms_at_a_time(tmp_path, monkeypatch):
+    """What the sizes of real models take: parts of sums, and rounding in between."""
+    cut = narrow.Cut(16, 16, 2)
+    monkeypatch.setattr(narrow, "cut_for", lambda rows, n, k, split: replace(cut, parts=2) if split else cut)
+    few_against_slow(load("before_dropping", tmp_path).half(), 6, 1e-2)
+
+
 def few_against_slow(model: Transformer, sequences: int, tolerance: float) -> None:
-    tokens = torch.randint(4, 190, (4, 9), generator=torch.Generator().manual_seed(7)).to(DEVICE)[:sequences]
-    lengths = torch.tensor([5, 2, 3, 1], device=DEVICE)[:sequences]
+    generator = torch.Generator().manual_seed(7)
+    tokens = torch.randint(4, 190, (max(4, sequences), 9), generator=generator).to(DEVICE)[:sequences]
+    lengths = torch.tensor([5, 2, 3, 1], device=DEVICE).repeat(sequences)[:sequences]
     dtype = model.embed.weight.dtype
-    assert short_step.fits(model, sequences)
+    short = sequences <= 4
+    assert (short_step if short else batch_step).fits(model, sequences)
     found = {}
     for backend in ("loop", "triton"):
         cache = Cache(model.config, sequences, 16, torch.device(DEVICE), dtype)
@@ -622,7 +651,12 @@ def few_against_slow(model: Transformer, sequences: int, tolerance: float) -> No
             logits = []
             for step in range(5, 8):
                 if backend == "triton":
-                    logits.append(short_step.read_on(model, tokens[:, step], cache, 150))
+                    read, asked = tokens[:, step], Pass(groups=sequences, cache=cache)
+                    logits.append(
+                        short_step.read_on(model, read, cache, 150)
+                        if short
+                        else batch_step.read_on(model, read, asked, 150)
+                    )
                 else:
                     features = model(tokens[:, step, None], Pass(cache=cache, groups=sequences))
                     logits.append(model.logits(features[:, 0], 150))
@@ -631,6 +665,63 @@ def few_against_slow(model: Transformer, sequences: int, tolerance: float) -> No
         found[backend] = torch.stack(logits), *kept
     for slow, fast in zip(found["loop"], found["triton"], strict=True):
         assert (slow.float() - fast.float()).norm() < tolerance * slow.float().norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    "cut",
+    [
+        narrow.Cut(16, 64, 4),
+        narrow.Cut(32, 16, 2),
+        narrow.Cut(16, 32, 2, shared=False),
+        narrow.Cut(16, 16, 1, parts=3),
+        narrow.Cut(32, 32, 4, parts=2),
+    ],
+)
+@pytest.mark.parametrize("rows, n, k", [(5, 150, 48), (16, 64, 64), (40, 48, 40)])
+def test_linear_layers_of_few_rows(rows, n, k, cut, dtype):
+    """Whole sums and parts of them, with bias and activation; columns, rows and terms that do not fill a block."""
+    torch.manual_seed(k)
+    x, weight, bias = torch.randn(rows, k), torch.randn(n, k) / k**0.5, torch.randn(n)
+    x, weight, bias = (tensor.to(DEVICE, dtype) for tensor in (x, weight, bias))
+    near = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
+    if cut.parts > 1:
+        parts = narrow.linear(x, weight, bias, split=True, cut=cut)
+        assert parts.shape == (rows, cut.parts, n) and parts.dtype == torch.float32
+        torch.testing.assert_close(parts.sum(dim=1), F.linear(x, weight, bias).float(), **near)
+        return
+    found = narrow.linear(x, weight, bias, activation="gelu", cut=cut)
+    torch.testing.assert_close(found, F.gelu(F.linear(x, weight, bias)), **near)
+    found = narrow.linear(x, weight, split=True, cut=cut)
+    torch.testing.assert_close(found[:, 0], F.linear(x, weight), **near)
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 16, 37, 64])
+@pytest.mark.parametrize(
+    "name, experts", [("before_dropping", 3), ("top1", 5), ("gate_in_weights_dtype", 40)]
+)
+def test_choices_in_tiles(name, experts, tokens):
+    """One kernel for the sorting and the tiles against the ones for each; experts have more than a tile."""
+    rule = gate_of(replace(CASES[name].config, experts=experts))
+    logits = torch.randn(tokens, experts, generator=torch.Generator().manual_seed(tokens)).to(DEVICE)
+    logits[0] = 0.5
+    routing = rule.route(logits[:, None], fraction=None)
+    order, counts = gate.by_expert(routing, experts)
+    found, table, weights = tiles.planned(routing.experts, routing.weights, experts, 16, torch.float32)
+    assert found.equal(order) and weights.equal(routing.weights.flatten())
+    table = table[:, table[1].argsort(stable=True)]
+    table = table[:, table[0] < experts]
+    wanted = tiles.tiles(counts, len(order), 16)
+    assert table.equal(wanted[:, wanted[0] < experts])
+
+
+def test_how_many_sequences_take_fewer_kernels():
+    with torch.device("meta"):
+        pre, post = (Transformer(CASES[name].config) for name in ("relu", "post_norm"))
+    assert [batch_step.fits(pre, count) for count in (1, 2, 64, 65)] == [False, True, True, False]
+    assert not batch_step.fits(post, 8)
+    pre.config = replace(pre.config, dim=2048)
+    assert not batch_step.fits(pre, 8), "torch's products are faster"
 
 
 def test_who_is_too_many_too_wide_or_normalised_afterwards_takes_the_general_path():
@@ -711,6 +802,9 @@ def test_no_pass_asks_the_device_for_a_number(name, monkeypatch):
         "flash._attend_blocks",
         "norm._add_norm",
         "vectors._linear",
+        "narrow._linear",
+        "tiles._planned",
+        "embedding._embedded",
         "vectors._experts_up",
         "vectors._experts_down",
         "logprobs._best_of_part",
@@ -728,6 +822,10 @@ def test_no_pass_asks_the_device_for_a_number(name, monkeypatch):
         assert model(tokens[:1, :1], Pass(cache=cache)).shape == (1, 1, 32)
         if short_step.fits(model, 1):
             assert best(short_step.read_on(model, tokens[0, :1], cache, 190))[0].shape == (1,)
+        if batch_step.fits(model, 4):
+            cache = Cache(model.config, 4, 16, torch.device("meta"), torch.float32)
+            logits = batch_step.read_on(model, tokens[:, 0], Pass(groups=4, cache=cache), 190)
+            assert best(logits)[0].shape == (4,)
         assert model(tokens, Pass(0.05, groups=2, padding=tokens == PAD)).shape == (4, 16, 32)
         if model.config.moe_layers:
             with pytest.raises((RuntimeError, NotImplementedError), match="meta"):

@@ -357,21 +357,21 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor, asked: Pass) -> Tensor:
         """[B, T, D] -> [B, T, K, D], the weighted output of each choice's expert, zero where it was dropped."""
-        # [N, D]
         rows = x.flatten(0, 1)
         routing = self.route(rows, asked)
         if asked.record is not None:
             asked.record(self.index, routing)
-        top_k = self.rule.top_k
+        return self.dispatched(rows, routing, asked.rows_expected).view(*x.shape[:-1], -1, x.shape[-1])
+
+    def dispatched(self, rows: Tensor, routing: gate.Routing, rows_expected: int | None) -> Tensor:
+        """What :meth:`forward` makes of ``rows`` [N, D] with this routing of them: [N K, D]."""
         with part("plan"):
             if self.numbers is not None:
                 routing = replace(routing, experts=self.numbers[routing.experts])
             order, counts = self.operations.by_expert(routing, self.config.experts)
-            assignment = Assignment(order, counts, top_k, routing.weights.flatten())
+            assignment = Assignment(order, counts, self.rule.top_k, routing.weights.flatten())
         with part("dispatch"):
-            # [N K, D]
-            done = self.dispatch(self.experts, rows, assignment, asked.rows_expected)
-        return done.view(*x.shape[:-1], top_k, x.shape[-1])
+            return self.dispatch(self.experts, rows, assignment, rows_expected)
 
     def serve(self, like: Tensor, rows_expected: int | None) -> None:
         """Dispatch no row, while other ranks dispatch theirs; ``like`` has the dtype and the device of rows."""

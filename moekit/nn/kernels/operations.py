@@ -6,7 +6,7 @@ from torch import Tensor
 
 from moekit.nn import operations as plain
 from moekit.nn.cache import Cache
-from moekit.nn.kernels import flash, short_step
+from moekit.nn.kernels import batch_step, flash, short_step
 from moekit.nn.kernels.attention import attend_one
 from moekit.nn.kernels.gate import choose
 from moekit.nn.kernels.grouped import grouped_ffn
@@ -32,6 +32,8 @@ def read_on(model: Transformer, tokens: Tensor, asked: Pass, vocab: int) -> Tens
     """Compute :func:`moekit.nn.operations.read_on`, with fewer, fused kernels for a few sequences."""
     # This number is the same on every rank.
     rows = len(tokens) if asked.rows_expected is None else asked.rows_expected
+    if batch_step.fits(model, rows):
+        return batch_step.read_on(model, tokens, asked, vocab)
     if short_step.fits(model, rows):
         return short_step.read_on(model, tokens, asked.cache, vocab, rows)
     return plain.read_on(model, tokens, asked, vocab)

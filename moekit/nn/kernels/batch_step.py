@@ -1,0 +1,105 @@
+"""A decode step of 2 to 64 sequences through the whole model: ``Transformer.forward`` with fewer kernels, which overlap.
+
+Linear layers are those of narrow.py. As in the general path, what attention and experts make stays pending until the next
+norm adds it. One kernel sorts the choices by expert and makes their tiles.
+
+Shape letters: B sequences, D model dim, V dictionary, E experts, K choices a token.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moekit.nn.dispatch import Local
+from moekit.nn.kernels import short_step
+from moekit.nn.kernels.attention import attend_one
+from moekit.nn.kernels.cuts import cut_for, cuts_of, kind_of, shared_memory
+from moekit.nn.kernels.embedding import embedded
+from moekit.nn.kernels.gate import choose
+from moekit.nn.kernels.grouped import planned_ffn
+from moekit.nn.kernels.narrow import linear
+from moekit.nn.kernels.overlap import overlapped
+from moekit.nn.kernels.tiles import FEW, planned
+from moekit.nn.kernels.vectors import experts_linear
+from moekit.nn.parts import part
+from moekit.nn.passes import Pass
+from moekit.nn.transformer import MoE, Transformer
+
+# From so many sequences, up to so many, of models with up to so many dims. With 2,048 dims, torch's products were 1 % faster.
+LEAST, MOST, DIM = 2, 64, 1024
+# The bytes of shared memory that the linear layers take.
+SHARED = 128 * 1024
+# The most choices of which each reads the weights of its own expert, without tiles.
+APART = 12
+
+
+def fits(model: Transformer, sequences: int) -> bool:
+    """Whether :func:`read_on` supports this model and ``sequences`` sequences per rank, and is the fastest."""
+    device = model.embed.weight.device
+    # It was measured where kernels overlap; other GPUs take the general path.
+    apt = device.type != "cuda" or (overlapped(device)["OVERLAP"] and shared_memory(device) >= SHARED)
+    if not apt or model.slots is not None or not model.config.pre_norm or model.config.dim > DIM:
+        return False
+    # Over ranks, a few sequences have faster exchanges of their own.
+    few = not isinstance(model.dispatch, Local) and short_step.fits(model, sequences)
+    return LEAST <= sequences <= MOST and not few
+
+
+def read_on(model: Transformer, tokens: Tensor, asked: Pass, vocab: int) -> Tensor | None:
+    """Compute :func:`moekit.nn.operations.read_on`; for inference.
+
+    With several ranks it is a collective, also for a rank where B is 0.
+    """
+    if len(tokens) == 0:
+        return model.serve(asked.rows_expected)
+    config, cache = model.config, asked.cache
+    with part("embedding"):
+        x = embedded(model, tokens, cache)
+    pending = None
+    for number, layer in enumerate(model.layers):
+        with part(f"layer {number}"):
+            with part("attention"):
+                attn = layer.attn
+                x, h = layer.attn_norm(x, pending)
+                qkv = linear(h, attn.qkv.weight, attn.qkv.bias).view(len(x), 3, config.heads, -1)
+                seen = attend_one(qkv, cache.kv[attn.index], cache.lengths)
+                x, h = layer.ffn_norm(x, linear(seen, attn.out.weight, attn.out.bias, split=True))
+            if layer.moe is not None:
+                x, pending = _experts(model, layer.moe, x, h, asked.rows_expected)
+                continue
+            with part("dense"):
+                fc1, fc2 = layer.ffn.fc1, layer.ffn.fc2
+                h = linear(h, fc1.weight, fc1.bias, activation=config.activation)
+                pending = linear(h, fc2.weight, fc2.bias, split=True)
+    if model.norm is None and pending is not None:
+        # The norm adds parts up in float32.
+        pending = pending.sum(dim=1, dtype=torch.float32).to(x.dtype)
+    x = model.features(x, pending)
+    with part("output"):
+        return linear(x, model.output_weight[:vocab])
+
+
+def _experts(
+    model: Transformer, moe: MoE, onto: Tensor, x: Tensor, rows_expected: int | None
+) -> tuple[Tensor, Tensor | None]:
+    """``onto`` [B, D], and what is pending: the weighted outputs [B, K, D] for ``x`` [B, D] of the experts that the gate chooses."""
+    rule, experts, choices = moe.rule, moe.experts, len(x) * moe.rule.top_k
+    with part("gate"):
+        logits = linear(x, moe.gate.weight)
+    if not isinstance(model.dispatch, Local) or choices > FEW:
+        with part("gate"):
+            routing = rule.route(logits[:, None], fraction=None, choose=choose)
+        return onto, moe.dispatched(x, routing, rows_expected).view(len(x), rule.top_k, -1)
+    with part("gate"):
+        _, chosen, _, weights = choose(rule, logits)
+    if choices <= APART:
+        with part("experts"):
+            return experts_linear(experts, x, chosen, weights, onto), None
+    cut = cut_for(choices, experts.held, cuts_of(x.device, kind_of(x.dtype, experts.w1.dtype)))
+    with part("plan"):
+        order, table, weights = planned(chosen, weights, experts.held, cut.up.rows, x.dtype)
+    with part("experts"):
+        out = torch.empty(choices, x.shape[1], dtype=x.dtype, device=x.device)
+        planned_ffn(experts, x, (order, table), rule.top_k, weights, cut, out)
+        return onto, out.view(len(x), rule.top_k, -1)
