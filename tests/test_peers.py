@@ -162,7 +162,7 @@ def stepped(rank: ranks.Rank, sequences: list[int], kind: torch.dtype | None = N
     return worst
 
 
-@pytest.mark.parametrize("sequences", [[1, 1, 1], [1, 0, 0], [2, 4, 1], [5, 0, 7]])
+@pytest.mark.parametrize("sequences", [[1, 1, 1], [1, 0, 0], [2, 4, 1], [5, 0, 1]])
 def test_a_step_of_few_sequences_over_ranks(pool, sequences):
     for worst in pool.call(stepped, sequences[: pool.world_size], timeout=240):
         assert worst < 1e-5
