@@ -22,6 +22,7 @@ from moekit.nn.kernels import (
     logprobs,
     narrow,
     norm,
+    one_launch,
     peers,
     rounding,
     short_peers,
@@ -124,6 +125,19 @@ class Target:
         constants |= weights_of(one_byte) | self.overlap
         self.compile(short_peers._down, types | own, constants, vectors.WARPS)
 
+    def whole_step(self, kind: str, one_byte: int = 0) -> None:
+        """A decode step in one launch, of the 15B's shape."""
+        types = dict.fromkeys(("embed", "out", "kv", "qkv", "logits", "gain", "shift", "output"), f"*{kind}")
+        types |= dict.fromkeys(("tokens", "table", "count", "lengths", "residual"), "*i64")
+        types |= {"positions": "*fp32"} | dict.fromkeys(("slots", "first", "last"), "i32")
+        types |= dict.fromkeys(("embed_scale", "eps", "gate_eps", "scale"), "fp32")
+        sizes = one_launch.Sizes(
+            b=1, d=768, h=12, c=64, f=3072, e=512, v=50_264, k=2, activation=2, exact=False, half=False, brain=False,
+            one_byte=one_byte, ptx=one_byte > 0, programs=132, meeting=132, **one_launch.FORM,
+        )  # fmt: skip
+        constants = {"ONLY": -1, "DENSE": True, "MOE": True, "AHEAD": sizes.fetch, "s": sizes}
+        self.compile(one_launch._step, types, constants, sizes.warps)
+
 
 def weights_of(one_byte: int) -> dict:
     return {"ONE_BYTE": one_byte, "PTX": one_byte > 0} | ({} if one_byte else {"scale": None})
@@ -146,6 +160,10 @@ def compile_all(target: Target) -> None:
     for one_byte in (0, 1, 2) if most else (0, 1):
         target.few_rows(one_byte)
         target.few_rows_over_peers(one_byte)
+    if target.capability >= 90:
+        target.whole_step("fp16")
+    if most:
+        target.whole_step("bf16", 1)
     for probs in ("fp32", "fp16"):
         types = {"logits": "*fp16", "chosen": "*i64", "eps": "fp32"}
         types |= dict.fromkeys(("probs", "gate_probs", "weights"), f"*{probs}")

@@ -47,6 +47,7 @@ class Operations:
     target_log_probs: Callable[[Tensor, Tensor], Tensor]
     best: Callable[[Tensor], tuple[Tensor, Tensor]]
     read_on: Callable[[Transformer, Tensor, Pass, int], Tensor]
+    check: Callable[[Transformer], None]
 
 
 def attend(qkv: Tensor, visible: Tensor | None, cache: Cache | None, layer: int) -> Tensor:
@@ -116,6 +117,11 @@ def read_on(model: Transformer, tokens: Tensor, asked: Pass, vocab: int) -> Tens
     return model.logits(model(tokens[:, None], asked)[:, 0], vocab)
 
 
+def check_work(model: Transformer) -> None:
+    """Raise an error if work of ``model`` since the last check failed silently; it may wait for the device."""
+    model.dispatch.check()
+
+
 PLAIN = Operations(
     backend="loop",
     attend=attend,
@@ -126,6 +132,7 @@ PLAIN = Operations(
     target_log_probs=target_log_probs,
     best=best,
     read_on=read_on,
+    check=check_work,
 )
 GROUPED_MM = replace(PLAIN, backend="grouped_mm", experts_ffn=grouped_mm)
 

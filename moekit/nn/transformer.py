@@ -229,9 +229,7 @@ class Positions(nn.Module):
 
     def forward(self, length: int, device: torch.device, asked: Pass) -> Tensor:
         """The positions of ``length`` tokens a sample: [B, T, D], or [T, D] where all samples have the same."""
-        table = self.weight
-        if table is None:
-            table = self.table(length if asked.cache is None else asked.cache.slots, device)
+        table = self.rows(length if asked.cache is None else asked.cache.slots, device)
         if asked.cache is not None:
             position = asked.cache.positions(length) + PAD + 1
         elif asked.padding is not None:
@@ -240,6 +238,10 @@ class Positions(nn.Module):
         else:
             return table[PAD + 1 : PAD + 1 + length]
         return table[position]
+
+    def rows(self, positions: int, device: torch.device) -> Tensor:
+        """[rows, D], of so many positions or more: that of position p, counted from 0, has the number p + PAD + 1."""
+        return self.table(positions, device) if self.weight is None else self.weight
 
     def table(self, positions: int, device: torch.device) -> Tensor:
         """Sinusoids [rows, D] of so many positions or more: the number of rows is a power of two, so tables are few."""

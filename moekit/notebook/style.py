@@ -31,6 +31,7 @@ PART_COLOURS = {
     "experts down": "#AAAA00",
     "combine": "#F5B48F",
     "output": "#A48BD0",
+    "whole step": "#7E6BB0",
     "log-probabilities": "#CDB8EA",
     "sampling": "#B5E0C8",
     "other": "#C9B79C",

@@ -30,6 +30,8 @@ PARTS = (
     "experts down",
     "combine",
     "output",
+    # A decode step that is one kernel.
+    "whole step",
     "log-probabilities",
     "sampling",
     "other",

@@ -125,7 +125,7 @@ def begin(
     ]
     for rows in expected[len(mine) :]:
         model.serve(rows)
-    model.dispatch.check()
+    model.operations.check(model)
     if not read:
         cache = _cache(model, 0, slots) if cache is None else cache
         rank.state[key] = Sequences(settings, [], on_ranks, cache, None, alike, spare)
@@ -175,7 +175,7 @@ def run(
                 found.append(_choose_next(model, sequences, logits))
                 read = found[-1].tokens
     chosen = on_host(found) if found else None
-    model.dispatch.check()
+    model.operations.check(model)
     return chosen
 
 
@@ -201,7 +201,7 @@ def grow(
     sequences.select(rows, rank.rank)
     read = torch.tensor(tokens[rank.rank], device=rank.device, dtype=torch.long)
     logits = _read_on(model, sequences, read, 1)
-    model.dispatch.check()
+    model.operations.check(model)
     if logits is None:
         return None
     scores = torch.tensor(scores[rank.rank], device=rank.device)

@@ -75,7 +75,7 @@ def collected(rank: Rank, launched: Iterable[Callable[[], Found]]) -> Iterator[F
         under_way = collect
     if under_way is not None:
         yield under_way()
-    rank.state["model"].dispatch.check()
+    rank.state["model"].operations.check(rank.state["model"])
 
 
 def _launched(

@@ -1,8 +1,9 @@
 """Triton kernels for GPUs; README.md describes the design, and operations.py has the table of the operations.
 
-Every pass uses kernels for the experts (grouped.py, tiles.py, cuts.py, one_byte.py), the gate's choice (gate.py), sums and
-norms (norm.py) and log-probabilities (logprobs.py), and on Hopper for attention over whole sequences (flash.py). Decoding also
-uses kernels for attention of one token (attention.py), the embedding (embedding.py) and all linear layers: of a few sequences
-(vectors.py, short_step.py) and of up to 64 (narrow.py, batch_step.py). Loading uses one that quantises (rounding.py). The tests
+Every pass uses kernels for the experts (grouped.py, specialised.py, tiles.py, cuts.py, one_byte.py), the gate's choice
+(gate.py), activations (activations.py), sums and norms (norm.py) and log-probabilities (logprobs.py), and on Hopper for
+attention over whole sequences (flash.py). Decoding also uses kernels for attention of one token (attention.py), the embedding
+(embedding.py) and all linear layers: of a few sequences (vectors.py, short_step.py) and of up to 64 (narrow.py, batch_step.py);
+one sequence on a Hopper GPU takes one kernel a step (one_launch.py). Loading uses one that quantises (rounding.py). The tests
 compare each kernel with its slow, obvious counterpart in moekit/nn/operations.py.
 """

@@ -92,12 +92,14 @@ def top(x, eps, E: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, BRAIN: tl.
     computes in float16 if HALF, in bfloat16 if BRAIN, else in float32.
     """
     expert = tl.arange(0, x.shape[1])[None, :]
-    p = tl.exp(x - tl.max(x, axis=1)[:, None])
-    p = _rounded(p / tl.sum(p, axis=1)[:, None], HALF, BRAIN)
-    p = tl.where(expert < E, p, -1.0)
+    most = tl.max(x, axis=1)
+    p = tl.exp(x - most[:, None])
+    whole = tl.sum(p, axis=1)
+    p = tl.where(expert < E, _rounded(p / whole[:, None], HALF, BRAIN), -1.0)
     # Among NaNs, a GPU may return the last lane.
     first = tl.minimum(tl.argmax(p, axis=1, tie_break_left=True), E - 1)
-    greatest = tl.max(p, axis=1)
+    # Each reduction takes its time, so the probabilities of the choices are computed again, by the same formula.
+    greatest = _rounded(tl.exp(most - most) / whole, HALF, BRAIN)
     second = first
     other = greatest
     one = greatest
@@ -105,8 +107,9 @@ def top(x, eps, E: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, BRAIN: tl.
     if K == 2:
         # The logits decide here, as in moekit/nn/gates.py, because two probabilities may round to the same number.
         rest = tl.where(expert == first[:, None], float("-inf"), x)
-        second = tl.minimum(tl.argmax(rest, axis=1, tie_break_left=True), E - 1)
-        other = tl.sum(tl.where(expert == second[:, None], p, 0.0), axis=1)
+        best, second = tl.max(rest, axis=1, return_indices=True, return_indices_tie_break_left=True)
+        second = tl.minimum(second, E - 1)
+        other = _rounded(tl.exp(best - most) / whole, HALF, BRAIN)
         total = tl.maximum(_rounded(greatest + other, HALF, BRAIN), eps)
         one = greatest / total
         two = other / total

@@ -6,13 +6,14 @@ from torch import Tensor
 
 from moekit.nn import operations as plain
 from moekit.nn.cache import Cache
-from moekit.nn.kernels import batch_step, flash, short_step
+from moekit.nn.kernels import batch_step, flash, one_launch, short_step
 from moekit.nn.kernels.attention import attend_one
 from moekit.nn.kernels.gate import choose
 from moekit.nn.kernels.grouped import grouped_ffn
 from moekit.nn.kernels.logprobs import best, target_log_probs
 from moekit.nn.kernels.norm import add_norm
 from moekit.nn.kernels.tiles import by_expert
+from moekit.nn.parts import part
 from moekit.nn.passes import Pass
 from moekit.nn.transformer import Transformer
 
@@ -29,14 +30,23 @@ def attend(qkv: Tensor, visible: Tensor | None, cache: Cache | None, layer: int)
 
 
 def read_on(model: Transformer, tokens: Tensor, asked: Pass, vocab: int) -> Tensor | None:
-    """Compute :func:`moekit.nn.operations.read_on`, with fewer, fused kernels for a few sequences."""
+    """Compute :func:`moekit.nn.operations.read_on`, for a few sequences in one launch or with fewer, fused kernels."""
     # This number is the same on every rank.
     rows = len(tokens) if asked.rows_expected is None else asked.rows_expected
+    if one_launch.fits(model, rows):
+        with part("whole step"):
+            return one_launch.read_on(model, tokens, asked.cache, vocab)
     if batch_step.fits(model, rows):
         return batch_step.read_on(model, tokens, asked, vocab)
     if short_step.fits(model, rows):
         return short_step.read_on(model, tokens, asked.cache, vocab, rows)
     return plain.read_on(model, tokens, asked, vocab)
+
+
+def check(model: Transformer) -> None:
+    """Compute :func:`moekit.nn.operations.check_work`, of steps in one launch, too."""
+    plain.check_work(model)
+    one_launch.check(model)
 
 
 TRITON = plain.Operations(
@@ -49,4 +59,5 @@ TRITON = plain.Operations(
     target_log_probs=target_log_probs,
     best=best,
     read_on=read_on,
+    check=check,
 )

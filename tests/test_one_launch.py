@@ -1,0 +1,222 @@
+"""A decode step in one launch, under Triton's interpreter: its arithmetic, and how programs divide the work.
+
+The interpreter runs one program after the other, so there each phase is a launch of its own, and no barrier is tested.
+"""
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INTERPRET = "TRITON_INTERPRET"
+if DEVICE == "cpu":
+    os.environ[INTERPRET] = "1"  # read when a kernel is defined: by the imports that follow
+
+triton = pytest.importorskip("triton")
+import triton.language as tl
+from branch_cases import BASE, CASES
+
+from moekit.nn.cache import Cache
+from moekit.nn.experts import QuantisedExperts
+from moekit.nn.kernels import grid_barrier, one_launch, operations
+from moekit.nn.kernels.fixed_point import fixed, floating
+from moekit.nn.passes import Pass
+from moekit.nn.quantise import KINDS
+from moekit.nn.transformer import Transformer, empty
+
+
+@triton.jit
+def _fix(x, out, N: tl.constexpr):
+    at = tl.arange(0, N)
+    tl.store(out + at, fixed(tl.load(x + at)))
+
+
+@triton.jit
+def _float(units, out, N: tl.constexpr):
+    at = tl.arange(0, N)
+    tl.store(out + at, floating(tl.load(units + at)))
+
+
+os.environ.pop(INTERPRET, None)  # other tests know nothing of it
+on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    if DEVICE == "cpu":
+        monkeypatch.setenv(INTERPRET, "1")
+
+
+def model_of(config, kind: torch.dtype | None = None) -> Transformer:
+    """A model whose biases, norms and gates matter."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.device("cpu"):
+        model = empty(config, torch.device("cpu"), torch.float32)
+    for name, p in model.named_parameters():
+        std = 0.3 if p.dim() == 1 else 1.5 * p.shape[-1] ** -0.5
+        p.data.normal_(float(name.endswith("norm.weight")), std, generator=generator)
+    for layer in model.layers:
+        if layer.moe is not None and kind is not None:
+            layer.moe.experts = QuantisedExperts.of(layer.moe.experts, kind)
+    return model.to(DEVICE)
+
+
+def in_one_launch_against_slow(
+    model: Transformer, sequences: int, programs: int | None, tolerance: float = 1e-5, steps: int = 2
+) -> None:
+    """Logits, and what the cache keeps, of sequences of different lengths."""
+    tokens = torch.randint(4, 190, (4, 9), generator=torch.Generator().manual_seed(7))[:sequences].to(DEVICE)
+    lengths = torch.tensor([5, 2, 3, 1])[:sequences].to(DEVICE)
+    found = {}
+    for fast in (False, True):
+        cache = Cache(model.config, sequences, 64, tokens.device, model.embed.weight.dtype)
+        with torch.inference_mode():
+            model.use("loop")(tokens[:, :5], Pass(cache=cache))
+            cache.advance(lengths)
+            logits = []
+            for step in range(5, 5 + steps):
+                read = tokens[:, step].contiguous()
+                if fast:
+                    logits.append(one_launch.read_on(model, read, cache, 150, programs))
+                else:
+                    features = model(read[:, None], Pass(cache=cache, groups=sequences))
+                    logits.append(model.logits(features[:, 0], 150))
+                cache.advance(1)
+        one_launch.check(model)
+        kept = [cache.kv[:, :, b, :, :length] for b, length in enumerate(cache.lengths.tolist())]
+        found[fast] = torch.stack(logits), *kept
+    for slow, fast in zip(found[False], found[True], strict=True):
+        assert (slow.float() - fast.float()).norm() < tolerance * slow.float().norm()
+
+
+@pytest.mark.parametrize(
+    "name, sequences, programs",
+    [
+        ("before_dropping", 1, 1),
+        ("before_dropping", 4, 3),
+        ("top1", 2, 7),
+        ("every_layer", 1, 5),
+        ("every_third_layer", 1, 2),
+        ("twelve_experts", 3, 4),
+        ("gate_in_weights_dtype", 1, 11),
+        ("relu", 1, 3),
+        ("tanh", 1, 4),
+        ("no_final_norm", 2, 2),
+        ("learned_positions", 2, 3),
+        ("no_positions", 1, 4),
+        ("own_output", 1, 2),
+    ],
+)
+def test_programs_together_are_the_slow_model(name, sequences, programs):
+    config = CASES[name].config
+    # With four layers, each buffer of the residual stream is used again.
+    config = replace(config, layers=4 if sequences == 4 else max(2, config.moe_freq))
+    in_one_launch_against_slow(model_of(config), sequences, programs)
+
+
+def test_a_dense_model_and_more_chunks_and_slots_than_one(monkeypatch):
+    monkeypatch.setattr(
+        one_launch, "FORM", one_launch.FORM | {"chunk": 16, "slots": 2, "outputs": 8, "rows": 2}
+    )
+    in_one_launch_against_slow(model_of(replace(BASE, layers=2, moe_freq=0, experts=0)), 3, 5)
+
+
+@pytest.mark.parametrize("kind, sequences, programs", [("int8", 2, 3), ("fp8", 1, 4)])
+def test_experts_of_one_byte(kind, sequences, programs):
+    in_one_launch_against_slow(model_of(replace(BASE, layers=2), KINDS[kind]), sequences, programs)
+
+
+def test_half_precision():
+    in_one_launch_against_slow(model_of(replace(BASE, layers=2)).half(), 1, 3, 2e-3)
+
+
+def test_a_sum_is_the_same_in_any_order():
+    x = torch.randn(4096, generator=torch.Generator().manual_seed(3)).to(DEVICE) * 100
+    units = torch.empty(4096, dtype=torch.long, device=DEVICE)
+    _fix[(1,)](x, units, N=4096)
+    assert (units.double() / 2**32 - x.double()).abs().max() <= 2**-32
+    back = torch.empty_like(x)
+    _float[(1,)](units, back, N=4096)
+    assert torch.allclose(back, x, rtol=2e-7, atol=2**-31)
+    total, exact = units.sum().item() / 2**32, x.double().sum().item()
+    assert abs(total - exact) < 4096 * 2**-32
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf"), 6e5, -6e5])
+@pytest.mark.parametrize("times", [1, 2, 256, 2000])
+def test_what_is_not_finite_or_too_large_makes_a_sum_nan(bad, times):
+    x = torch.tensor([bad, 65504.0], device=DEVICE)
+    units = torch.empty(2, dtype=torch.long, device=DEVICE)
+    _fix[(1,)](x, units, N=2)
+    sums = torch.stack([units[0] * times + units[1] * 3, units[1] * 3])
+    back = torch.empty(2, device=DEVICE)
+    _float[(1,)](sums, back, N=2)
+    assert back[0].isnan() and back[1] == 3 * 65504
+
+
+def test_a_wait_that_gave_up_is_an_error_once():
+    count = grid_barrier.counter(torch.device(DEVICE))
+    grid_barrier.check(count)
+    count += grid_barrier.GAVE_UP + 17
+    with pytest.raises(RuntimeError, match="did not all run at the same time"):
+        grid_barrier.check(count)
+    grid_barrier.check(count)
+    assert count.item() == 0
+
+
+def test_what_the_kernel_is_not_made_for_takes_the_others(monkeypatch):
+    monkeypatch.setattr(one_launch, "on_hopper", lambda device: True)
+    monkeypatch.setattr(one_launch, "programs_on", lambda device: 132)
+
+    def fits(sequences: int = 1, **options) -> bool:
+        with torch.device("meta"):
+            return one_launch.fits(Transformer(replace(BASE, **options)).half(), sequences)
+
+    assert fits() and fits(one_launch.FEW) and fits(gate="top1") and fits(moe_freq=0, experts=0)
+    assert not fits(one_launch.FEW + 1)
+    for options in (
+        {"pre_norm": False},
+        {"embedding_norm": True},
+        {"input_dim": 16},
+        {"output_dim": 16},
+        {"alternate_ffn_dim": 24},
+        {"second_expert": "sampling"},
+        {"ffn_dim": 40},
+        {"ffn_dim": 100_000},
+        {"dim": 36, "input_dim": 36, "output_dim": 36},
+    ):
+        assert not fits(**options), options
+    with torch.device("meta"):
+        assert not one_launch.fits(Transformer(BASE), 1)
+        monkeypatch.undo()
+        assert not one_launch.fits(Transformer(BASE).half(), 1)
+
+
+def test_a_model_whose_tensors_move_gets_a_new_table():
+    model = model_of(replace(BASE, layers=2))
+    first = one_launch.plan_of(model)
+    assert one_launch.plan_of(model) is first
+    weight = model.layers[1].attn.out.weight
+    weight.data = weight.data.clone()
+    assert one_launch.plan_of(model).addresses != first.addresses
+    in_one_launch_against_slow(model, 1, 2, steps=1)
+
+
+@on_gpu
+def test_all_programs_of_a_gpu_and_the_same_bits_again():
+    from moekit.nn.graphs import Graph
+
+    model = model_of(replace(BASE, dim=256, input_dim=256, output_dim=256, ffn_dim=512)).half()
+    assert one_launch.fits(model, 1)
+    in_one_launch_against_slow(model, 1, None, 1e-2)
+    model.use("triton")
+    cache = Cache(model.config, 1, 64, torch.device(DEVICE), torch.float16)
+    cache.advance(20)
+    with torch.inference_mode():
+        tokens = torch.tensor([4], device=DEVICE)
+        first = operations.read_on(model, tokens, Pass(cache=cache), 150).clone()
+        graph = Graph(lambda read: operations.read_on(model, read, Pass(cache=cache), 150), tokens)
+        assert all(graph(tokens).equal(first) for _ in range(50))
+    model.operations.check(model)
