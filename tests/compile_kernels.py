@@ -177,7 +177,9 @@ def compile_all(target: Target) -> None:
     types = dict.fromkeys(("x", "found", "out"), "*fp16") | {"order": "*i64", "counts": "*i64"}
     types |= {"made": "i32", "experts": "i32"}
     constants = {"CHOICES": 2, "D": 768, "ROWS": 4, "BLOCK": 1024, "EXPERTS": 512}
-    target.compile(specialised._in_order, types, constants)
+    target.compile(specialised._in_order, {k: v for k, v in types.items() if k != "out"}, constants)
+    del types["x"], types["found"], constants["CHOICES"]
+    target.compile(specialised._clear, types, constants)
     types = {"counts": "*i64", "table": "*i32", "experts": "i32", "width": "i32"}
     target.compile(tiles._tiles, types, {"ROWS": 16, "EXPERTS": 512})
     types = dict.fromkeys(("qkv", "kv", "out"), "*fp16") | {

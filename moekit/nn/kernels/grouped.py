@@ -43,10 +43,11 @@ def grouped_ffn(experts: Experts, x: Tensor, assignment: Assignment, cut: Cut | 
     up, down = one_byte.layers(experts)
     act = ACTIVATIONS[experts.activation]
     if cut.up.specialised:
-        out = x.new_empty(len(x) * choices, x.shape[1])
-        rows = specialised.in_order(x.contiguous(), order, assignment.counts, choices, out)
-        specialised.linear(rows, up, hidden, *plan, None, cut.up, first=True, act=act)
+        out = specialised.in_order(x.contiguous(), order, assignment.counts, choices)
+        specialised.linear(out, up, hidden, *plan, None, cut.up, first=True, act=act)
+        # The first product is done with the rows, and their memory takes the results.
         specialised.linear(hidden, down, out, *plan, weights, cut.down, first=False, act=0)
+        specialised.clear(out, order, assignment.counts)
     else:
         out = x.new_zeros(len(x) * choices, x.shape[1])
         _linear(x.contiguous(), up, hidden, plan, None, choices, cut.up, first=True, act=act)

@@ -38,28 +38,34 @@ REGISTERS, LOADER = 65_536, 24
 # --------------------------------------------------------------------------------------------------- before the kernel
 
 
-def in_order(x: Tensor, order: Tensor, counts: Tensor, choices: int, out: Tensor) -> Tensor:
-    """[P, D], the row of each choice in the order of ``order``; rows of choices of no expert are not written.
-
-    The results of those choices in ``out`` [N K, D] become zero.
-    """
+def in_order(x: Tensor, order: Tensor, counts: Tensor, choices: int) -> Tensor:
+    """[P, D], the row of each choice in the order of ``order``; rows of choices of no expert are not written."""
     found = x.new_empty(len(order), x.shape[1])
-    rows = 4
-    _in_order[(triton.cdiv(len(order), rows),)](
-        x,
+    _launch(_in_order, 4, x, order, counts, found, CHOICES=choices)
+    return found
+
+
+def clear(out: Tensor, order: Tensor, counts: Tensor) -> None:
+    """Write zeros to the results in ``out`` [P, D] of choices of no expert."""
+    _launch(_clear, 16, out, order, counts)
+
+
+def _launch(
+    kernel, rows: int, wide: Tensor, order: Tensor, counts: Tensor, *to: Tensor, **options: int
+) -> None:
+    kernel[(triton.cdiv(len(order), rows),)](
+        wide,
         order,
         counts,
-        found,
-        out,
+        *to,
         len(order),
         len(counts),
-        CHOICES=choices,
-        D=x.shape[1],
+        D=wide.shape[1],
         ROWS=rows,
-        BLOCK=triton.next_power_of_2(x.shape[1]),
+        BLOCK=triton.next_power_of_2(wide.shape[1]),
         EXPERTS=triton.next_power_of_2(len(counts)),
+        **options,
     )
-    return found
 
 
 @triton.jit(do_not_specialize=["made", "experts"])
@@ -68,7 +74,6 @@ def _in_order(
     order,
     counts,
     found,
-    out,
     made,
     experts,
     CHOICES: tl.constexpr,
@@ -77,17 +82,41 @@ def _in_order(
     BLOCK: tl.constexpr,
     EXPERTS: tl.constexpr,
 ):
-    expert = tl.arange(0, EXPERTS)
-    assigned = tl.sum(tl.load(counts + expert, mask=expert < experts, other=0), axis=0)
     place = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    choice = tl.load(order + place, mask=place < made, other=0)
+    assigned = place < _assigned(counts, experts, EXPERTS)
+    choice = tl.load(order + place, mask=assigned, other=0)
     column = tl.arange(0, BLOCK)
-    fits = (column < D)[None, :]
-    live = (place < assigned)[:, None] & fits
+    live = assigned[:, None] & (column < D)[None, :]
     row = tl.load(x + (choice // CHOICES)[:, None] * D + column[None, :], mask=live)
     tl.store(found + place[:, None] * D + column[None, :], row, mask=live)
-    dropped = ((place >= assigned) & (place < made))[:, None] & fits
-    tl.store(out + choice[:, None] * D + column[None, :], tl.zeros_like(row), mask=dropped)
+
+
+@triton.jit(do_not_specialize=["made", "experts"])
+def _clear(
+    out,
+    order,
+    counts,
+    made,
+    experts,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EXPERTS: tl.constexpr,
+):
+    place = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    dropped = (place >= _assigned(counts, experts, EXPERTS)) & (place < made)
+    choice = tl.load(order + place, mask=dropped, other=0)
+    column = tl.arange(0, BLOCK)
+    zeros = tl.zeros((ROWS, BLOCK), out.dtype.element_ty)
+    live = dropped[:, None] & (column < D)[None, :]
+    tl.store(out + choice[:, None] * D + column[None, :], zeros, mask=live)
+
+
+@triton.jit
+def _assigned(counts, experts, EXPERTS: tl.constexpr):
+    """The number of choices that are an expert's. They come first in the order."""
+    expert = tl.arange(0, EXPERTS)
+    return tl.sum(tl.load(counts + expert, mask=expert < experts, other=0), axis=0)
 
 
 def linear(
