@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 from moekit.nn.kernels import (
     attention,
@@ -26,6 +28,7 @@ from moekit.nn.kernels import (
     peers,
     rounding,
     short_peers,
+    specialised,
     tiles,
     vectors,
 )
@@ -44,11 +47,11 @@ class Target:
         self.overlap = {"OVERLAP": capability >= 90}
 
     def compile(
-        self, kernel, types: dict[str, str], constants: dict, warps: int = 4, stages: int = 3
+        self, kernel, types: dict[str, str], constants: dict, warps: int = 4, stages: int = 3, **options
     ) -> None:
         types = types | dict.fromkeys(constants, "constexpr")
         where = {name: (kernel.arg_names.index(name),) for name in types}
-        source = ASTSource(
+        source = (GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource)(
             fn=kernel,
             signature={name: types[name] for name in kernel.arg_names},
             constexprs={where[name]: value for name, value in constants.items()},
@@ -57,7 +60,8 @@ class Target:
             },
         )
         target = GPUTarget("cuda", self.capability, 32)
-        built = triton.compile(source, target=target, options={"num_warps": warps, "num_stages": stages})
+        options = {"num_warps": warps, "num_stages": stages} | options
+        built = triton.compile(source, target=target, options=options)
         assert built.metadata.shared <= self.shared, f"{kernel} takes {built.metadata.shared} bytes"
         ptx = built.asm["ptx"]
         units = [name for name in ("wgmma.mma_async", "tcgen05.mma", "mma.sync") if name in ptx]
@@ -89,6 +93,24 @@ class Target:
             constants |= ({"weights": None} if first else {}) | self.overlap
             constants |= {} if constants["HOME"] else {"reach": None}
             self.compile(grouped._grouped_linear, types, constants, blocks.warps, blocks.stages)
+
+    def specialised(self, kind: str, cut: cuts.Cut) -> None:
+        rows, columns = specialised.block_layouts(cut.up, gl.float16 if kind == "fp16" else gl.bfloat16)
+        for first, blocks in ((True, cut.up), (False, cut.down)):
+            n, k = (3072, 768) if first else (768, 3072)
+            types = dict.fromkeys(("b", "out", "weights"), f"*{kind}") | {"order": "*i64", "table": "*i32"}
+            types |= dict.fromkeys(("tiles", "experts"), "i32")
+            types["rows"] = f"tensordesc<{kind}[64, {blocks.inner}],{rows!r}>"
+            block = f"{blocks.columns // 32}, 4, 4, 2, {blocks.inner}"
+            types["columns"] = f"tensordesc<{kind}[{block}],{columns!r}>"
+            options, registers = specialised.launch(blocks)
+            constants = {"N": n, "K": k, "FIRST": first, "WEIGHTED": not first, "REGISTERS": registers}
+            constants |= {"COLUMNS": blocks.columns, "INNER": blocks.inner, "STAGES": blocks.stages}
+            constants |= {"ACTIVATION": 2 if first else 0} | ({"weights": None} if first else {})
+            constants["OUT"] = specialised.layout(blocks.rows, blocks.columns, blocks.warps)
+            self.compile(
+                specialised._specialised_linear, types, constants, blocks.warps, maxnreg=options["maxnreg"]
+            )
 
     def few_rows(self, one_byte: int = 0) -> None:
         """The experts of a few sequences, and what they take over peers."""
@@ -152,6 +174,8 @@ def compile_all(target: Target) -> None:
         target.grouped("fp16", cut, 1)
     target.grouped("fp16", cuts.built_in("", "fp8", target.shared)[0], 2)
     if most:
+        for kind in ("fp16", "bf16"):
+            target.specialised(kind, cuts.Cut(cuts.ANY, cuts.ANY, cuts.SPECIALISED, cuts.SPECIALISED))
         target.grouped("fp16", cuts.CUTS[-1], over_peers=True)
         target.grouped("fp16", cuts.ONE_BYTE_CUTS[-1], 1, over_peers=True)
         target.grouped("bf16", cuts.CUTS[-1])
@@ -182,6 +206,12 @@ def compile_all(target: Target) -> None:
         "experts": "i32",
     }
     target.compile(tiles._by_expert, types, {"CHOICES": 128}, 1)
+    types = dict.fromkeys(("x", "found", "out"), "*fp16") | {"order": "*i64", "counts": "*i64"}
+    types |= {"made": "i32", "experts": "i32"}
+    constants = {"CHOICES": 2, "D": 768, "ROWS": 4, "BLOCK": 1024, "EXPERTS": 512}
+    target.compile(specialised._in_order, {k: v for k, v in types.items() if k != "out"}, constants)
+    del types["x"], types["found"], constants["CHOICES"]
+    target.compile(specialised._clear, types, constants)
     types = {"counts": "*i64", "table": "*i32", "experts": "i32", "width": "i32"}
     target.compile(tiles._tiles, types, {"ROWS": 16, "EXPERTS": 512})
     types = dict.fromkeys(("qkv", "kv", "out"), "*fp16") | {

@@ -47,9 +47,10 @@ def test_the_cut_follows_the_rows_an_expert():
     assert [cut.up.rows for cut in taken] == [16, 16, 16, 128]
     assert [cut.up.columns for cut in taken[:3]] == [64, 64, 128]
     assert cut_for(8192, 512, hopper).up.rows == 32
-    assert cut_for(131_072, 512, hopper) == Cut(
-        ANY, ANY, Blocks(128, 128, 64, 8, 3), Blocks(128, 256, 64, 8, 4)
-    )
+    many = Cut(ANY, ANY, Blocks(128, 128, 64, 8, 3), Blocks(128, 256, 64, 8, 4))
+    assert cut_for(131_072, 512, hopper, (768, 3072)).up.specialised
+    assert cut_for(131_072, 512, hopper, (768, 3000)) == many == cut_for(131_072, 512, hopper, (1, 1))
+    assert cut_for(131_072, 512, built_in("NVIDIA B200", "float16", 227 * 1024)) == many
     small = built_in("NVIDIA L40S", "float16", 99 * 1024)
     assert cut_for(131_072, 512, small).up.rows == 64, "a GPU with less shared memory"
     assert cut_for(128, 512, built_in("NVIDIA T4", "float16", 64 * 1024)).up == FEW_ROWS
@@ -95,6 +96,34 @@ def test_what_the_kernel_cannot_do(change, said):
     assert said in cuts.why_not(replace(SMALL, up=up, down=down), "float16")
 
 
+@pytest.mark.parametrize(
+    ("change", "kind", "said"),
+    [
+        ({}, "float16", ""),
+        ({"warps": 8}, "bfloat16", ""),
+        ({"rows": 64, "columns": 256, "stages": 5}, "float16", ""),
+        ({"columns": 256, "warps": 8}, "float16", "expected 32 to 128 columns"),
+        ({"rows": 256, "warps": 8}, "float16", "at most 64 sums a thread"),
+        ({"rows": 64, "warps": 8}, "float16", "expected at least 128 rows"),
+        ({"warps": 16}, "float16", "expected teams of 4 or 8 warps"),
+        ({"inner": 128, "stages": 3}, "float16", "expected 32 or 64 terms"),
+        ({"swapped": True}, "float16", "expected no swapped operands"),
+        ({"stages": 17}, "float16", "stages is 17, expected 1 to 16"),
+        ({"stages": 8}, "float16", "takes 262144 bytes of shared memory"),
+        ({}, "int8", "expected float16 or bfloat16 with specialised warps, found int8"),
+        ({}, "float32", "expected float16 or bfloat16"),
+    ],
+)
+def test_what_specialised_warps_cannot_do(change, kind, said):
+    blocks = replace(cuts.SPECIALISED, **change)
+    why = cuts.why_not(Cut(ANY, ANY, blocks, blocks), kind, 227 * 1024)
+    assert said in why if said else why == ""
+    one = Cut(ANY, ANY, cuts.SPECIALISED, replace(cuts.SPECIALISED, specialised=False))
+    assert "expected both or neither" in cuts.why_not(one, "float16")
+    both = Cut(ANY, ANY, cuts.SPECIALISED, cuts.SPECIALISED)
+    assert "this GPU is not of Hopper" in cuts.why_not(both, "float16", hopper=False)
+
+
 def test_shared_memory_by_hand():
     cut = Cut(ANY, ANY, Blocks(16, 32, 64, 4, 3), Blocks(16, 32, 64, 4, 3))
     for kind, needed in (("float16", 3 * 64 * 96), ("int8", 3 * 64 * 64), ("float32", 3 * 64 * 192)):
@@ -138,6 +167,12 @@ def test_another_gpus_table_is_refused(use):
         cuts.cuts_of(CPU, "float16")
 
 
+def test_specialised_warps_are_refused_elsewhere_than_on_hopper(use):
+    use(text(own=(Cut(ANY, ANY, cuts.SPECIALISED, cuts.SPECIALISED), SMALL)))
+    with pytest.raises(ValueError, match="specialised warps, and this GPU is not of Hopper; make them"):
+        cuts.cuts_of(CPU, "float16")
+
+
 def test_what_is_too_large_for_the_gpu_is_refused(use, monkeypatch):
     use(text())
     monkeypatch.setattr(cuts, "shared_memory", lambda device: 16 * 1024)
@@ -170,6 +205,10 @@ DAMAGED = {
     "NaN": (changed(mean=math.nan), "mean is nan"),
     "no bound": (changed(choices=0), "choices is 0"),
     "more": (changed(extra=1), "a cut has ['choices', 'down', 'extra', 'mean', 'up']"),
+    "only specialised": (
+        text(own=(Cut(ANY, ANY, cuts.SPECIALISED, cuts.SPECIALISED),)),
+        "expected the last cut, and no other, to take any number of choices of any shape",
+    ),
     "two that take anything": (changed(choices=None), "expected the last cut, and no other"),
     "other tiles": (changed(up={**UP, "rows": 64}), "up has 64 rows and down 32"),
     "no text": (b"\xff\xfe\x00", "is no text"),

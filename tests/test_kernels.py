@@ -35,10 +35,21 @@ from moekit.nn.config import ModelConfig
 from moekit.nn.experts import Assignment, Experts, QuantisedExperts
 from moekit.nn.gates import gate_of
 from moekit.nn.graphs import Graph
-from moekit.nn.kernels import attention, batch_step, flash, narrow, rounding, short_step, tiles, vectors
+from moekit.nn.kernels import (
+    attention,
+    batch_step,
+    flash,
+    narrow,
+    rounding,
+    short_step,
+    specialised,
+    tiles,
+    vectors,
+)
 from moekit.nn.kernels import gate as fused_gate
-from moekit.nn.kernels.cuts import ANY, CUTS, ONE_BYTE_CUTS, Blocks, Cut
-from moekit.nn.kernels.grouped import ACTIVATIONS, grouped_ffn
+from moekit.nn.kernels.activations import ACTIVATIONS
+from moekit.nn.kernels.cuts import ANY, CUTS, ONE_BYTE_CUTS, SPECIALISED, Blocks, Cut, is_hopper
+from moekit.nn.kernels.grouped import grouped_ffn
 from moekit.nn.kernels.logprobs import best, target_log_probs
 from moekit.nn.logprobs import log_probs
 from moekit.nn.operations import BACKENDS, attend, choose_backend, use
@@ -73,6 +84,9 @@ BFLOAT = pytest.param(
 # Where a kernel is for numbers of two bytes on a GPU, the interpreter checks its arithmetic.
 FLOAT = pytest.param(
     torch.float32, marks=pytest.mark.skipif(DEVICE == "cuda", reason="GPUs take torch's attention")
+)
+on_hopper = pytest.mark.skipif(
+    DEVICE == "cpu" or not is_hopper(torch.device("cuda")), reason="needs a GPU of Hopper"
 )
 KEY = -1  # of a generation that is none of the driver's
 ONE_BYTE = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
@@ -138,6 +152,59 @@ def test_every_cut(cut):
     found = grouped_ffn(experts, x, some, cut=cut).float()
     exact = experts.float()(x.float(), replace(some, weights=some.weights.float()))
     assert (found - exact).norm() / exact.norm() < 2e-3
+
+
+@pytest.mark.parametrize("choices", [1, 2])
+@pytest.mark.parametrize("spread", [0.2, 1.0])
+def test_rows_in_the_order_of_their_choices(choices, spread):
+    x = torch.randn(33, 24, device=DEVICE)
+    some = choices_of(33, choices, 5, spread=spread)
+    found = specialised.in_order(x, some.order, some.counts, choices)
+    held = int(some.counts.sum())
+    assert found.shape == (33 * choices, 24) and found[:held].equal(x[some.order[:held] // choices])
+    out = torch.full_like(found, torch.nan)
+    specialised.clear(out, some.order, some.counts)
+    assert not out[some.order[held:]].any(), "choices of no expert are zero"
+    assert out[some.order[:held]].isnan().all(), "the others are the kernel's"
+
+
+def test_every_thread_holds_eight_neighbouring_columns():
+    """The layout of a tile has each number once, and what a thread stores at a time is 16 bytes."""
+    for rows, columns, warps in ((128, 128, 4), (128, 128, 8), (64, 256, 4), (128, 32, 8)):
+        layout = specialised.layout(rows, columns, warps)
+        assert layout.reg_bases[:3] == [[0, 1], [0, 2], [0, 4]]
+        bases = layout.reg_bases + layout.lane_bases + layout.warp_bases
+        assert 2 ** len(layout.warp_bases) == warps and len(layout.lane_bases) == 5
+        bits = {(2**bit, 0) for bit in range(rows.bit_length() - 1)}
+        bits |= {(0, 2**bit) for bit in range(columns.bit_length() - 1)}
+        assert len(bases) == len(bits) and {tuple(base) for base in bases} == bits
+
+
+@pytest.mark.parametrize("warps, registers, each", [(4, 240, 168), (8, 112, 96)])
+def test_registers_of_specialised_warps_by_hand(warps, registers, each):
+    options, given = specialised.launch(replace(SPECIALISED, warps=warps))
+    assert (given, options["maxnreg"]) == (registers, each)
+    threads = 32 * (2 * warps + 4)
+    assert threads * each <= 65_536 and 2 * warps * 32 * given + 128 * specialised.LOADER <= threads * each
+
+
+@on_hopper
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("warps", [4, 8])
+@pytest.mark.parametrize("rows, choices", [(1, 1), (333, 2), (2000, 2)])
+def test_specialised_warps(rows, choices, warps, dtype):
+    """Full and part tiles, experts without rows, choices of no expert, more tiles than programs."""
+    experts = experts_of(9, 256, 512, dtype=dtype)
+    x = torch.randn(rows, 256, device=DEVICE).to(dtype)
+    some = choices_of(rows, choices, 9, seed=rows)
+    some = replace(some, weights=torch.rand(rows * choices, device=DEVICE).to(dtype))
+    blocks = replace(SPECIALISED, warps=warps)
+    found = grouped_ffn(experts, x, some, cut=Cut(ANY, ANY, blocks, blocks))
+    assert found.equal(grouped_ffn(experts, x, some, cut=Cut(ANY, ANY, blocks, blocks)))
+    assert not found[some.order[int(some.counts.sum()) :]].any(), "choices of no expert are zero"
+    exact = experts.float()(x.float(), replace(some, weights=some.weights.float()))
+    error = (found.float() - exact).norm() / exact.norm().clamp(min=1e-9)
+    assert error < {torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
 
 
 @ONE_BYTE
@@ -1039,9 +1106,12 @@ def test_they_compile_for_all_gpus_since_turing(tmp_path):
     units: dict[str, dict[int, set[str]]] = {gpu: {} for part in parts for gpu in part}
     for line in lines:
         gpu, kernel, *_ = line.split(" ", 2)
+        if kernel == "_specialised_linear":
+            assert line.endswith("wgmma.mma_async"), line
         if kernel == "_grouped_linear" and "'EXACT': False" in line:
             rows = int(line.split("'ROWS': ")[1].split(",")[0])
             units[gpu].setdefault(rows, set()).add(line.rsplit(" ", 1)[1])
+    assert sum("_specialised_linear" in line for line in lines) == 4
     # Triton has no matrix instructions for Turing.
     assert set().union(*units["75"].values()) == {"-"}
     for gpu in ("80", "86", "89", "120"):

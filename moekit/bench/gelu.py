@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from moekit.nn.kernels.grouped import activate
+from moekit.nn.kernels.activations import activate
 
 
 @triton.jit

@@ -71,7 +71,7 @@ def run(setting: Setting, args: argparse.Namespace) -> list[Figure]:
         return [Figure("cuts", None, "ms", note=DENSE)]
     device = setting.devices[0]
     kind = cuts.kind_of(setting.kind, setting.experts_kind or setting.kind)
-    gpu, shared = cuts.gpu_name(device), cuts.shared_memory(device)
+    gpu, shared, hopper = cuts.gpu_name(device), cuts.shared_memory(device), cuts.is_hopper(device)
     out = check("--out", args.out, PathKind()).resolve()
     tables, made = _old(out)
     if why := layer_too_large(setting, config, -(-MANY * config.experts // top_k_of(config))):
@@ -82,20 +82,24 @@ def run(setting: Setting, args: argparse.Namespace) -> list[Figure]:
     experts = random_layer(config, setting, generator).experts
 
     rows, found = ceiling_figures(ceilings, setting.dtype), []
+    built_in, dims = cuts.built_in(gpu, kind, shared), (config.dim, config.ffn_dim)
     ends = time.monotonic() + args.seconds
     with progress_bar(f"tuning {kind}", len(BANDS) * args.tries, " cuts") as bar:
         for number, (choices, mean) in enumerate(BANDS):
             places = choices or (mean or MANY) * config.experts
-            start = cuts.cut_for(places, config.experts, cuts.built_in(gpu, kind, shared))
+            start = cuts.cut_for(places, config.experts, built_in, dims)
             band = Band(experts, places, top_k_of(config), setting, generator)
             left = (ends - time.monotonic()) / (len(BANDS) - number)
-            best = search(start, band.seconds, kind, shared, args.tries, left, bar.update)
+            best = search(start, band.seconds, kind, shared, args.tries, left, bar.update, hopper)
             bar.update((number + 1) * args.tries - bar.n)
             bounds = {"choices": choices or cuts.ANY, "mean": mean or cuts.ANY}
             found.append(replace(best.cut, **bounds))
             sizes = Sizes(config, setting.kind, setting.experts is not None)
             least = ceilings.seconds(band.bytes(sizes), 4 * places * config.dim * config.ffn_dim)
             rows.append(best.figure(_named(choices, mean), least))
+    if found[-1].up.specialised:
+        # The last cut of a table takes any shape.
+        found.append(built_in[-1])
     table = tables.setdefault(gpu, {})
     table[kind] = tuple(found)
     made.setdefault(gpu, {})[kind] = _about(args.checkpoint or setting.shape)
@@ -167,6 +171,7 @@ def search(
     tries: int,
     seconds: float,
     told: Callable[[], object] = lambda: None,
+    hopper: bool = False,
 ) -> Found:
     """From ``start`` to a faster neighbour, again and again.
 
@@ -175,6 +180,7 @@ def search(
         shared: bytes of shared memory.
         tries, seconds: the most of both.
         told: called after each cut.
+        hopper: whether specialised warps are possible.
 
     Raises:
         ValueError: the result of ``start`` is wrong.
@@ -182,7 +188,7 @@ def search(
     ends = time.monotonic() + seconds
     first = clock(start)
     found = Found(start, first, first)
-    seen, waiting = {start}, list(neighbours(start, kind, shared))
+    seen, waiting = {start}, list(neighbours(start, kind, shared, hopper))
     while waiting and found.tried < tries and time.monotonic() < ends:
         cut = waiting.pop(0)
         if cut in seen:
@@ -199,7 +205,7 @@ def search(
         else:
             if taken < found.seconds * (1 - GAIN):
                 found.cut, found.seconds = cut, taken
-                waiting = list(neighbours(cut, kind, shared))
+                waiting = list(neighbours(cut, kind, shared, hopper))
         told()
     if found.cut != start:
         # Side by side: the clock of a GPU changes with the time.
@@ -209,7 +215,7 @@ def search(
     return found
 
 
-def neighbours(cut: Cut, kind: str, shared: float) -> Iterator[Cut]:
+def neighbours(cut: Cut, kind: str, shared: float, hopper: bool = False) -> Iterator[Cut]:
     """The cuts one step from ``cut`` that are possible with ``shared`` bytes of shared memory."""
 
     def changed(blocks: Blocks, **factors: float) -> Blocks:
@@ -224,7 +230,10 @@ def neighbours(cut: Cut, kind: str, shared: float) -> Iterator[Cut]:
         for name in ("columns", "inner", "warps"):
             near += [replace(cut, **{product: changed(blocks, **{name: by})}) for by in (2, 0.5)]
         near += [replace(cut, **{product: replace(blocks, stages=blocks.stages + by)}) for by in (1, -1)]
-    return (one for one in near if not why_not(one, kind, shared))
+    if hopper:
+        other = {"specialised": not cut.up.specialised}
+        near.append(replace(cut, up=replace(cut.up, **other), down=replace(cut.down, **other)))
+    return (one for one in near if not why_not(one, kind, shared, hopper))
 
 
 class Band:

@@ -96,7 +96,7 @@ def _experts(
     if choices <= APART:
         with part("experts"):
             return experts_linear(experts, x, chosen, weights, onto), None
-    cut = cut_for(choices, experts.held, cuts_of(x.device, kind_of(x.dtype, experts.w1.dtype)))
+    cut = cut_for(choices, experts.held, cuts_of(x.device, kind_of(x.dtype, experts.w1.dtype)), (1, 1))
     with part("plan"):
         order, table, weights = planned(chosen, weights, experts.held, cut.up.rows, x.dtype)
     with part("experts"):

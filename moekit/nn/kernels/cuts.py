@@ -29,7 +29,10 @@ KINDS = ("float16", "bfloat16", "int8", "fp8", "float32")
 
 @dataclass(frozen=True)
 class Blocks:
-    """The blocks of a product: a program computes ``rows`` x ``columns`` of the output, ``inner`` terms at a time."""
+    """The blocks of a product: a program computes ``rows`` x ``columns`` of the output, ``inner`` terms at a time.
+
+    With ``specialised`` warps, for Hopper alone, two teams of ``warps`` warps compute one such tile each (specialised.py).
+    """
 
     rows: int
     columns: int
@@ -37,23 +40,26 @@ class Blocks:
     warps: int
     stages: int
     swapped: bool = False
+    specialised: bool = False
 
     def shared(self, itemsize: int = 2, rows: int = 2) -> int:
         """The most bytes of shared memory that a program takes, with ``itemsize`` bytes a weight and ``rows`` a number of a row."""
         return self.stages * (rows * self.rows + itemsize * self.columns) * self.inner
 
     def __str__(self) -> str:
-        swapped = ", swapped" if self.swapped else ""
-        return (
-            f"{self.rows} x {self.columns} x {self.inner}, {self.warps} warps, {self.stages} stages{swapped}"
-        )
+        flags = "".join(f", {name}" for name in FLAGS if getattr(self, name))
+        return f"{self.rows} x {self.columns} x {self.inner}, {self.warps} warps, {self.stages} stages{flags}"
+
+
+# The fields of Blocks that are true or false.
+FLAGS = ("swapped", "specialised")
 
 
 @dataclass(frozen=True)
 class Cut:
     """The blocks of both products, for up to ``choices`` choices and up to ``mean`` choices per expert.
 
-    Both products have the same ``rows``, since they use the same tiles.
+    Both products have the same ``rows``, since they use the same tiles. Both have specialised warps or neither has them.
     """
 
     choices: float
@@ -79,6 +85,9 @@ CUTS = (
     Cut(ANY, ANY, Blocks(64, 128, 64, 4, 3), Blocks(64, 128, 64, 4, 3)),
     Cut(ANY, ANY, MANY_ROWS, MANY_ROWS),
 )
+# With many rows on Hopper, specialised warps keep the tensor cores busier. These cuts take only some shapes.
+SPECIALISED = Blocks(128, 128, 64, 4, 6, specialised=True)
+HOPPER_CUTS = (*CUTS[:5], Cut(ANY, ANY, SPECIALISED, SPECIALISED), *CUTS[5:])
 # Weights of one byte are half as many bytes under way, and they are converted between memory and multiplication.
 ONE_BYTE_CUTS = (
     Cut(16, 4, Blocks(16, 64, 256, 4, 3), Blocks(16, 32, 512, 4, 3)),
@@ -93,7 +102,7 @@ ONE_BYTE_CUTS = (
 PLAIN = Cut(ANY, ANY, Blocks(32, 64, 32, 4, 2), Blocks(32, 64, 32, 4, 2))
 
 Table = dict[str, tuple[Cut, ...]]
-HOPPER: Table = {
+FALLBACK: Table = {
     "float16": CUTS,
     "bfloat16": CUTS,
     "int8": ONE_BYTE_CUTS,
@@ -101,8 +110,8 @@ HOPPER: Table = {
     "float32": (PLAIN,),
 }
 # By a part of the GPU's name, as measured. Other GPUs fall back on FALLBACK, of whose cuts they take those that fit.
+HOPPER = FALLBACK | {"float16": HOPPER_CUTS, "bfloat16": HOPPER_CUTS}
 MEASURED: dict[str, Table] = {"H100": HOPPER, "H200": HOPPER}
-FALLBACK = HOPPER
 
 # ----------------------------------------------------------------------------------------------------- choosing
 
@@ -116,9 +125,19 @@ def kind_of(rows: torch.dtype, weights: torch.dtype) -> str:
     return names.get(weights) or str(rows).removeprefix("torch.")
 
 
-def cut_for(choices: int, experts: int, cuts: Sequence[Cut]) -> Cut:
-    """The first of ``cuts`` for ``choices`` choices of ``experts`` experts, numbers that the host knows."""
-    return next(cut for cut in cuts if choices <= cut.choices and choices <= cut.mean * experts)
+def cut_for(choices: int, experts: int, cuts: Sequence[Cut], dims: tuple[int, int] = (0, 0)) -> Cut:
+    """The first of ``cuts`` for ``choices`` choices of ``experts`` experts, numbers that the host knows.
+
+    Args:
+        dims: model dim and expert width. Specialised warps need multiples of their columns; (1, 1) takes none of them.
+    """
+    return next(
+        cut
+        for cut in cuts
+        if choices <= cut.choices
+        and choices <= cut.mean * experts
+        and not (cut.up.specialised and any(dim % b.columns for dim in dims for b in (cut.up, cut.down)))
+    )
 
 
 @functools.lru_cache
@@ -139,7 +158,7 @@ def cuts_of(device: torch.device, kind: str) -> tuple[Cut, ...]:
             f"{where}: has cuts of {shown(', '.join(own))}, and this is {gpu}; {ANEW}, or unset {versions.CUTS}"
         )
     found = own[gpu].get(kind) or built_in(gpu, kind, shared)
-    if why := next((why for cut in found if (why := too_large(cut, kind, shared))), ""):
+    if why := next((why for cut in found if (why := not_here(cut, kind, shared, is_hopper(device)))), ""):
         raise ValueError(f"{where}: {gpu}, {kind}: {why}; {ANEW}")
     return found
 
@@ -151,7 +170,7 @@ def built_in(gpu: str, kind: str, shared: float = ANY) -> tuple[Cut, ...]:
     for cut in table[kind]:
         if not too_large(cut, kind, shared):
             found.append(cut)
-            if cut.choices == cut.mean == ANY:
+            if takes_all(cut):
                 break
     return tuple(found)
 
@@ -166,6 +185,12 @@ def shared_memory(device: torch.device) -> float:
     )
 
 
+@functools.lru_cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether kernels with specialised warps run on ``device``."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
 def gpu_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
 
@@ -174,25 +199,62 @@ def gpu_name(device: torch.device) -> str:
 
 # The fewest and the most of each number of Blocks. Products of tensor cores have 16 rows, columns and terms at least.
 BOUNDS = {"rows": (16, 256), "columns": (16, 256), "inner": (16, 512), "warps": (1, 16)}
-STAGES = 8
+STAGES, SPECIALISED_STAGES = 8, 16
 # Sums of a program that a thread may hold, of 255 registers.
 SUMS = 128
 
 
-def why_not(cut: Cut, kind: str, shared: float = ANY) -> str:
-    """What the kernel cannot do with ``cut``; "" if it can."""
+def why_not(cut: Cut, kind: str, shared: float = ANY, hopper: bool = True) -> str:
+    """What the kernel cannot do with ``cut`` on a GPU like this; "" if it can."""
     if cut.up.rows != cut.down.rows:
         return f"up has {cut.up.rows} rows and down {cut.down.rows}, expected the same"
+    if cut.up.specialised != cut.down.specialised:
+        return "one product has specialised warps, expected both or neither"
     for blocks in (cut.up, cut.down):
         for name, (least, most) in BOUNDS.items():
             value = getattr(blocks, name)
             if not least <= value <= most or value & (value - 1):
                 return f"{name} is {shown(value)}, expected a power of two from {least} to {most}"
-        if not 1 <= blocks.stages <= STAGES:
-            return f"stages is {shown(blocks.stages)}, expected 1 to {STAGES}"
+        most = SPECIALISED_STAGES if blocks.specialised else STAGES
+        if not 1 <= blocks.stages <= most:
+            return f"stages is {shown(blocks.stages)}, expected 1 to {most}"
         if (sums := blocks.rows * blocks.columns // (32 * blocks.warps)) > SUMS:
             return f"{blocks}: a thread would hold {sums} sums, expected at most {SUMS}"
+        if blocks.specialised and (why := _not_specialised(blocks, kind)):
+            return f"{blocks}: {why}"
+    return not_here(cut, kind, shared, hopper)
+
+
+def _not_specialised(blocks: Blocks, kind: str) -> str:
+    """What the kernel with specialised warps cannot do. Its loader copies 64 rows at a time, of 64 or 128 bytes."""
+    if kind not in ("float16", "bfloat16"):
+        return f"expected float16 or bfloat16 with specialised warps, found {kind}"
+    if blocks.swapped:
+        return "expected no swapped operands with specialised warps"
+    if blocks.inner not in (32, 64):
+        return "expected 32 or 64 terms at a time with specialised warps"
+    if blocks.warps not in (4, 8):
+        return "expected teams of 4 or 8 warps"
+    if blocks.rows < 16 * blocks.warps:
+        return f"expected at least {16 * blocks.warps} rows for {blocks.warps} specialised warps"
+    # A thread has 240 registers in teams of four warps, and 112 in teams of eight.
+    most = 1024 // blocks.warps
+    sums = blocks.rows * blocks.columns // (32 * blocks.warps)
+    if not 32 <= blocks.columns <= most or sums > most // 2:
+        return f"expected 32 to {most} columns and at most {most // 2} sums a thread"
+    return ""
+
+
+def not_here(cut: Cut, kind: str, shared: float, hopper: bool) -> str:
+    """Why a GPU with ``shared`` bytes of shared memory, which is of Hopper or not, does not run ``cut``; "" if it does."""
+    if cut.up.specialised and not hopper:
+        return "a cut has specialised warps, and this GPU is not of Hopper"
     return too_large(cut, kind, shared)
+
+
+def takes_all(cut: Cut) -> bool:
+    """Whether ``cut`` takes any number of choices, of any shape."""
+    return cut.choices == cut.mean == ANY and not cut.up.specialised
 
 
 def too_large(cut: Cut, kind: str, shared: float) -> str:
@@ -281,8 +343,8 @@ def _cuts(kind: str, entry: Any) -> tuple[Cut, ...]:
     for cut in cuts:
         if why := why_not(cut, kind):
             raise _Bad(f"{kind}: {why}")
-    if [cut.choices == cut.mean == ANY for cut in cuts] != [False] * (len(cuts) - 1) + [True]:
-        raise _Bad(f"{kind}: expected the last cut, and no other, to take any number of choices")
+    if [takes_all(cut) for cut in cuts] != [False] * (len(cuts) - 1) + [True]:
+        raise _Bad(f"{kind}: expected the last cut, and no other, to take any number of choices of any shape")
     return cuts
 
 
@@ -304,8 +366,8 @@ def _blocks(part: Any) -> Blocks:
     if set(part) != {field.name for field in fields(Blocks)}:
         raise _Bad(f"blocks have {shown(sorted(part))}, expected {', '.join(f.name for f in fields(Blocks))}")
     for name, value in part.items():
-        if type(value) is not (bool if name == "swapped" else int):
+        if type(value) is not (bool if name in FLAGS else int):
             raise _Bad(
-                f"{name} is {shown(value)}, expected {'true or false' if name == 'swapped' else 'a whole number'}"
+                f"{name} is {shown(value)}, expected {'true or false' if name in FLAGS else 'a whole number'}"
             )
     return Blocks(**part)

@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moekit.nn.kernels import one_byte, peers
+from moekit.nn.kernels import one_byte, peers, specialised
+from moekit.nn.kernels.activations import ACTIVATIONS, activate
 from moekit.nn.kernels.cuts import Blocks, Cut, cut_for, cuts_of, kind_of
 from moekit.nn.kernels.one_byte import Layer, numbers, scaled
 from moekit.nn.kernels.overlap import overlapped, start, wait
@@ -27,21 +28,44 @@ from moekit.nn.kernels.tiles import tiles
 if TYPE_CHECKING:
     from moekit.nn.experts import Assignment, Experts
 
-ACTIVATIONS = {"linear": 0, "relu": 1, "gelu": 2, "gelu_fast": 3, "gelu_accurate": 3, "tanh": 4}
-
 
 def grouped_ffn(experts: Experts, x: Tensor, assignment: Assignment, cut: Cut | None = None) -> Tensor:
     """Compute :meth:`moekit.nn.experts.Experts.forward`; for inference. ``cut`` is for tuning."""
     order, choices, weights = assignment.order.contiguous(), assignment.choices, assignment.weights
-    out = x.new_zeros(len(x) * choices, x.shape[1])
     made = len(order)
     if made == 0 or experts.held == 0:
-        return out
+        return x.new_zeros(len(x) * choices, x.shape[1])
     size = assignment.whole or (made, experts.held)
-    cut = cut or cut_for(*size, cuts_of(x.device, kind_of(x.dtype, experts.w1.dtype)))
+    dims = x.shape[1], experts.width
+    cut = cut or cut_for(*size, cuts_of(x.device, kind_of(x.dtype, experts.w1.dtype)), dims)
     weights = None if weights is None else weights.contiguous()
     plan = order, tiles(assignment.counts, made, cut.up.rows)
+    if cut.up.specialised:
+        return specialised_ffn(experts, x.contiguous(), plan, assignment.counts, choices, weights, cut)
+    out = x.new_zeros(len(x) * choices, x.shape[1])
     planned_ffn(experts, x.contiguous(), plan, choices, weights, cut, out)
+    return out
+
+
+def specialised_ffn(
+    experts: Experts,
+    x: Tensor,
+    plan: tuple[Tensor, Tensor],
+    counts: Tensor,
+    choices: int,
+    weights: Tensor | None,
+    cut: Cut,
+) -> Tensor:
+    """:func:`grouped_ffn` with warps of two kinds (specialised.py)."""
+    order, _ = plan
+    hidden = x.new_empty(len(order), experts.width)
+    up, down = one_byte.layers(experts)
+    out = specialised.in_order(x, order, counts, choices)
+    act = ACTIVATIONS[experts.activation]
+    specialised.linear(out, up, hidden, *plan, None, cut.up, first=True, act=act)
+    # The first product is done with the rows, and their memory takes the results.
+    specialised.linear(hidden, down, out, *plan, weights, cut.down, first=False, act=0)
+    specialised.clear(out, order, counts)
     return out
 
 
@@ -79,7 +103,8 @@ def gathered_ffn(
     made = len(order)
     # About as many choices arrive here as one rank makes.
     cuts = cuts_of(rows.device, kind_of(rows.dtype, experts.w1.dtype))
-    cut = cut or cut_for(made // box.world_size, experts.held, cuts)
+    # Specialised warps do not write to other ranks.
+    cut = cut or cut_for(made // box.world_size, experts.held, cuts, (1, 1))
     plan = order, tiles(counts, made, cut.up.rows)
     hidden = rows.new_empty(made, experts.width)
     up, down = one_byte.layers(experts)
@@ -243,26 +268,3 @@ def _grouped_linear(
             total.to(out.dtype.element_ty),
             mask=live[:, None] & fits[None, :],
         )
-
-
-@triton.jit
-def activate(x, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
-    if ACTIVATION == 1:
-        x = tl.maximum(x, 0.0)
-    elif ACTIVATION == 2 and EXACT:
-        x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    elif ACTIVATION == 2:
-        # The formula is 7.1.26 of Abramowitz and Stegun: within 1.5e-7 of erf, with fewer instructions and registers.
-        size = tl.abs(x)
-        # 0.23164189 is 0.3275911 / sqrt(2).
-        t = 1.0 / (1.0 + 0.23164189 * size)
-        tail = 1.061405429 * t - 1.453152027
-        tail = tail * t + 1.421413741
-        tail = tail * t - 0.284496736
-        tail = (tail * t + 0.254829592) * t * (0.5 * tl.exp(-0.5 * size * size))
-        x = x * tl.where(x < 0.0, tail, 1.0 - tail)
-    elif ACTIVATION == 3:
-        x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-    elif ACTIVATION == 4:
-        x = 2.0 * tl.sigmoid(2.0 * x) - 1.0
-    return x

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moekit.nn.kernels.grouped import ACTIVATIONS, activate
+from moekit.nn.kernels.activations import ACTIVATIONS, activate
 from moekit.nn.kernels.overlap import overlapped, start, to_cache, wait
 
 # The most rows of which warps share the terms.

@@ -29,8 +29,8 @@ from moekit.nn.cache import Cache
 from moekit.nn.dispatch import Local
 from moekit.nn.gates import gate_of
 from moekit.nn.kernels import grid_barrier, one_byte
+from moekit.nn.kernels.activations import ACTIVATIONS
 from moekit.nn.kernels.grid_barrier import arrive, begun, wait
-from moekit.nn.kernels.grouped import ACTIVATIONS
 from moekit.nn.kernels.one_parts import COLUMNS, FFN_GAIN, OUT, Sizes, addresses
 from moekit.nn.kernels.one_phases import (
     ask_gate,

@@ -11,10 +11,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from moekit.nn.kernels.activations import activate
 from moekit.nn.kernels.fetch import fetch, fetch_share
 from moekit.nn.kernels.fixed_point import fixed
 from moekit.nn.kernels.gate import top
-from moekit.nn.kernels.grouped import activate
 from moekit.nn.kernels.one_byte import numbers, scaled
 from moekit.nn.kernels.one_parts import (
     GATE,

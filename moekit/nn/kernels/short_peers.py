@@ -18,8 +18,8 @@ from torch import Tensor
 
 from moekit.nn.experts import Experts
 from moekit.nn.kernels import one_byte
+from moekit.nn.kernels.activations import ACTIVATIONS, activate
 from moekit.nn.kernels.gate import top
-from moekit.nn.kernels.grouped import ACTIVATIONS, activate
 from moekit.nn.kernels.one_byte import numbers, scaled
 from moekit.nn.kernels.overlap import overlapped, start, wait
 from moekit.nn.kernels.peers import Mailbox, wait_for_peers

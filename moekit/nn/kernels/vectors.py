@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from moekit.nn.experts import Experts
 from moekit.nn.kernels import one_byte
-from moekit.nn.kernels.grouped import ACTIVATIONS, activate
+from moekit.nn.kernels.activations import ACTIVATIONS, activate
 from moekit.nn.kernels.one_byte import numbers, scaled
 from moekit.nn.kernels.overlap import overlapped, start, wait
 

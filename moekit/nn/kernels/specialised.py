@@ -1,0 +1,394 @@
+"""Grouped linear layers of many rows an expert, with specialised warps, for Hopper: one warp loads, two teams multiply.
+
+The kernel computes what the kernel of grouped.py computes, from rows in the order of the choices. A program stays for many
+tiles. Its loader lets the copy engine fill a ring of blocks in shared memory, ahead of the teams and across tiles. The teams
+have one tile each and take turns: while one multiplies, the other one is at its bias, activation and stores.
+
+Shape letters: N rows, K choices per row, P choices sorted by expert, E experts, T tiles. D model dim, F expert width.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from moekit.nn.kernels.activations import activate as _activate
+from moekit.nn.kernels.cuts import Blocks
+from moekit.nn.kernels.one_byte import Layer
+
+activate = gluon.jit(_activate.fn)
+TEAMS = 2
+# Registers of a multiprocessor, and those that a thread of the loader keeps.
+REGISTERS, LOADER = 65_536, 24
+
+
+# --------------------------------------------------------------------------------------------------- before the kernel
+
+
+def in_order(x: Tensor, order: Tensor, counts: Tensor, choices: int) -> Tensor:
+    """[P, D], the row of each choice in the order of ``order``; rows of choices of no expert are not written."""
+    found = x.new_empty(len(order), x.shape[1])
+    _launch(_in_order, 4, x, order, counts, found, CHOICES=choices)
+    return found
+
+
+def clear(out: Tensor, order: Tensor, counts: Tensor) -> None:
+    """Write zeros to the results in ``out`` [P, D] of choices of no expert."""
+    _launch(_clear, 16, out, order, counts)
+
+
+def _launch(
+    kernel, rows: int, wide: Tensor, order: Tensor, counts: Tensor, *to: Tensor, **options: int
+) -> None:
+    kernel[(triton.cdiv(len(order), rows),)](
+        wide,
+        order,
+        counts,
+        *to,
+        len(order),
+        len(counts),
+        D=wide.shape[1],
+        ROWS=rows,
+        BLOCK=triton.next_power_of_2(wide.shape[1]),
+        EXPERTS=triton.next_power_of_2(len(counts)),
+        **options,
+    )
+
+
+@triton.jit(do_not_specialize=["made", "experts"])
+def _in_order(
+    x,
+    order,
+    counts,
+    found,
+    made,
+    experts,
+    CHOICES: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EXPERTS: tl.constexpr,
+):
+    place = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    assigned = place < _assigned(counts, experts, EXPERTS)
+    choice = tl.load(order + place, mask=assigned, other=0)
+    column = tl.arange(0, BLOCK)
+    live = assigned[:, None] & (column < D)[None, :]
+    row = tl.load(x + (choice // CHOICES)[:, None] * D + column[None, :], mask=live)
+    tl.store(found + place[:, None] * D + column[None, :], row, mask=live)
+
+
+@triton.jit(do_not_specialize=["made", "experts"])
+def _clear(
+    out,
+    order,
+    counts,
+    made,
+    experts,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EXPERTS: tl.constexpr,
+):
+    place = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    dropped = (place >= _assigned(counts, experts, EXPERTS)) & (place < made)
+    choice = tl.load(order + place, mask=dropped, other=0)
+    column = tl.arange(0, BLOCK)
+    zeros = tl.zeros((ROWS, BLOCK), out.dtype.element_ty)
+    live = dropped[:, None] & (column < D)[None, :]
+    tl.store(out + choice[:, None] * D + column[None, :], zeros, mask=live)
+
+
+@triton.jit
+def _assigned(counts, experts, EXPERTS: tl.constexpr):
+    """The number of choices that are an expert's. They come first in the order."""
+    expert = tl.arange(0, EXPERTS)
+    return tl.sum(tl.load(counts + expert, mask=expert < experts, other=0), axis=0)
+
+
+def linear(
+    x: Tensor,
+    layer: Layer,
+    out: Tensor,
+    order: Tensor,
+    table: Tensor,
+    weights: Tensor | None,
+    blocks: Blocks,
+    *,
+    first: bool,
+    act: int,
+) -> None:
+    """Launch the kernel. ``x`` has a row for each place in ``order``, in both products."""
+    w, b, _, _ = layer
+    held, n, k = w.shape
+    rows, columns = descriptors(x, w, blocks)
+    options, registers = launch(blocks)
+    _specialised_linear[(multiprocessors(x.device),)](
+        rows,
+        columns,
+        b,
+        out,
+        order,
+        table,
+        weights,
+        table.shape[1],
+        held,
+        N=n,
+        K=k,
+        FIRST=first,
+        WEIGHTED=weights is not None,
+        ACTIVATION=act,
+        COLUMNS=blocks.columns,
+        INNER=blocks.inner,
+        STAGES=blocks.stages,
+        OUT=layout(blocks.rows, blocks.columns, blocks.warps),
+        REGISTERS=registers,
+        **options,
+    )
+
+
+def launch(blocks: Blocks) -> tuple[dict[str, int], int]:
+    """Options of the compiler, and the registers of a thread that multiplies.
+
+    All threads start with the same number of registers. The loader gives most of its own to the teams. Four warps at a
+    time change their number, so the loader counts as four.
+    """
+    warps = TEAMS * blocks.warps + 4
+    each = REGISTERS // (32 * warps) // 8 * 8
+    registers = (each * warps - LOADER * 4) // (TEAMS * blocks.warps) // 8 * 8
+    return {"num_warps": blocks.warps, "maxnreg": each}, registers
+
+
+@functools.lru_cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def descriptors(x: Tensor, w: Tensor, blocks: Blocks) -> tuple[TensorDescriptor, TensorDescriptor]:
+    """What the copy engine has to know of the rows and of the weights.
+
+    A thread holds two neighbouring columns of each eight columns of a product, and could only store four bytes at a time.
+    So the copy engine brings the columns of each 32 in another order: column 8 j + 2 q + e comes to place 8 q + 2 j + e.
+    Then a thread holds eight neighbouring columns, which are 16 bytes.
+    """
+    k = w.shape[2]
+    rows, columns = block_layouts(blocks, gl.float16 if x.dtype == torch.float16 else gl.bfloat16)
+    return (
+        TensorDescriptor(x, list(x.shape), [k, 1], [64, blocks.inner], rows),
+        TensorDescriptor(
+            w,
+            [w.shape[0] * w.shape[1] // 32, 4, 4, 2, k],
+            [32 * k, 2 * k, 8 * k, k, 1],
+            [blocks.columns // 32, 4, 4, 2, blocks.inner],
+            columns,
+        ),
+    )
+
+
+def block_layouts(blocks: Blocks, kind: gl.dtype) -> tuple[gl.NVMMASharedLayout, gl.NVMMASharedLayout]:
+    """How a block of rows and a block of weights lie in shared memory, as ``wgmma`` reads them."""
+    rows = gl.NVMMASharedLayout.get_default_for([64, blocks.inner], kind)
+    return rows, gl.NVMMASharedLayout(rows.swizzle_byte_width, rows.element_bitwidth, rank=5)
+
+
+@functools.lru_cache
+def layout(rows: int, columns: int, warps: int) -> gl.DistributedLinearLayout:
+    """Which numbers of a tile a thread holds, after the columns have their names back: each base doubles a row or a column."""
+    registers = [[0, 1], [0, 2], [0, 4], [8, 0]]
+    registers += [[0, 2**bit] for bit in range(5, columns.bit_length() - 1)]
+    lanes = [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]]
+    high = [[2**bit, 0] for bit in range(4, rows.bit_length() - 1)]
+    by_warp = warps.bit_length() - 1
+    return gl.DistributedLinearLayout(registers + high[by_warp:], lanes, high[:by_warp], [], [rows, columns])
+
+
+# ---------------------------------------------------------------------------------------------------------- the kernel
+# rows: descriptor of [P, K]. columns: descriptor of the weights [E, N, K], with their columns in the order of ``descriptors``.
+# b: [E, N]. out: [P, N] in the order of ``order`` if FIRST, else [N K, N] by choice.
+# order: [P]; table: [3, T], each tile's expert, first index into ``order``, and end. weights: [N K] or None.
+# N: columns of the output. K: terms of the sum. OUT: the layout of a tile.
+
+
+@gluon.jit(do_not_specialize=["tiles", "experts"])
+def _specialised_linear(
+    rows,
+    columns,
+    b,
+    out,
+    order,
+    table,
+    weights,
+    tiles,
+    experts,
+    N: gl.constexpr,
+    K: gl.constexpr,
+    FIRST: gl.constexpr,
+    WEIGHTED: gl.constexpr,
+    ACTIVATION: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    INNER: gl.constexpr,
+    STAGES: gl.constexpr,
+    OUT: gl.constexpr,
+    REGISTERS: gl.constexpr,
+):
+    ROWS: gl.constexpr = OUT.shape[0]
+    x_ring = gl.allocate_shared_memory(rows.dtype, [STAGES, ROWS, INNER], rows.layout)
+    w_ring = gl.allocate_shared_memory(columns.dtype, [STAGES, COLUMNS // 32, 4, 4, 2, INNER], columns.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=ROWS // 64)
+        mbarrier.init(empty.index(stage), count=1)
+    for team in gl.static_range(2):
+        mbarrier.init(turn.index(team), count=1)
+    ring = x_ring, w_ring, full, empty
+    plan = table, tiles, experts
+    to = b, out, order, weights
+    gl.warp_specialize(
+        [
+            (
+                _multiply,
+                (0, plan, ring, turn, to, N, K, FIRST, WEIGHTED, ACTIVATION, COLUMNS, INNER, STAGES, OUT),
+            ),
+            (
+                _multiply,
+                (1, plan, ring, turn, to, N, K, FIRST, WEIGHTED, ACTIVATION, COLUMNS, INNER, STAGES, OUT),
+            ),
+            (_load, (plan, ring, rows, columns, N, K, COLUMNS, INNER, STAGES, ROWS)),
+        ],
+        [gl.num_warps(), 1],
+        [REGISTERS, 24],
+    )
+
+
+@gluon.jit
+def _tile(work, plan, ACROSS: gl.constexpr):
+    """Expert, first place and end of a tile; an expert that is none after the last tile."""
+    table, tiles, experts = plan
+    there = work < tiles * ACROSS
+    at = table + work // ACROSS
+    expert = gl.load(at, mask=there, other=experts)
+    return expert, gl.load(at + tiles, mask=there, other=0), gl.load(at + 2 * tiles, mask=there, other=0)
+
+
+@gluon.jit
+def _load(
+    plan,
+    ring,
+    rows,
+    columns,
+    N: gl.constexpr,
+    K: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    INNER: gl.constexpr,
+    STAGES: gl.constexpr,
+    ROWS: gl.constexpr,
+):
+    x_ring, w_ring, full, empty = ring
+    ACROSS: gl.constexpr = N // COLUMNS
+    block = 0
+    work = gl.program_id(0)
+    expert, first, end = _tile(work, plan, ACROSS)
+    while expert < plan[2]:
+        column = expert * N + work % ACROSS * COLUMNS
+        for k in range(0, K, INNER):
+            stage = block % STAGES
+            mbarrier.wait(empty.index(stage), block // STAGES & 1 ^ 1)
+            arrived = full.index(stage)
+            mbarrier.expect(arrived, (COLUMNS + 64) * INNER * 2)
+            tma.async_copy_global_to_shared(columns, [column // 32, 0, 0, 0, k], arrived, w_ring.index(stage))
+            tma.async_copy_global_to_shared(rows, [first, k], arrived, x_ring.index(stage).slice(0, 64))
+            for part in gl.static_range(64, ROWS, 64):
+                # Rows after the end of the tile are not loaded.
+                there = first + part < end
+                mbarrier.expect(arrived, 64 * INNER * 2, pred=there)
+                mbarrier.arrive(arrived, pred=first + part >= end)
+                tma.async_copy_global_to_shared(
+                    rows, [first + part, k], arrived, x_ring.index(stage).slice(part, 64), pred=there
+                )
+            block += 1
+        work += gl.num_programs(0)
+        expert, first, end = _tile(work, plan, ACROSS)
+
+
+@gluon.jit
+def _multiply(
+    team: gl.constexpr,
+    plan,
+    ring,
+    turn,
+    to,
+    N: gl.constexpr,
+    K: gl.constexpr,
+    FIRST: gl.constexpr,
+    WEIGHTED: gl.constexpr,
+    ACTIVATION: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    INNER: gl.constexpr,
+    STAGES: gl.constexpr,
+    OUT: gl.constexpr,
+):
+    x_ring, w_ring, full, empty = ring
+    b, out, order, weights = to
+    ROWS: gl.constexpr = OUT.shape[0]
+    ACROSS: gl.constexpr = N // COLUMNS
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, COLUMNS, 16])
+    # Every second tile of this program is this team's, and the blocks of the others are the other team's.
+    block = team * (K // INNER)
+    turns = 0
+    work = gl.program_id(0) + team * gl.num_programs(0)
+    expert, first, end = _tile(work, plan, ACROSS)
+    while expert < plan[2]:
+        # What comes from memory is under way while the team multiplies: the end of this tile, and the next one's place.
+        row = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, OUT))
+        column = work % ACROSS * COLUMNS + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, OUT))
+        live = row < end
+        bias = gl.load(b + expert * N + column)
+        target = row.to(gl.int64)
+        if not FIRST:
+            target = gl.load(order + row, mask=live, other=0)
+        if WEIGHTED:
+            weight = gl.load(weights + target, mask=live, other=0.0)
+        work += 2 * gl.num_programs(0)
+        expert, first, end = _tile(work, plan, ACROSS)
+
+        sums = gl.zeros((ROWS, COLUMNS), gl.float32, SUMS)
+        mbarrier.wait(turn.index(team), turns & 1 ^ (1 - team))
+        for k in range(0, K, INNER):
+            stage = block % STAGES
+            mbarrier.wait(full.index(stage), block // STAGES & 1)
+            w = w_ring.index(stage).reshape((COLUMNS, INNER)).permute((1, 0))
+            sums = warpgroup_mma(x_ring.index(stage), w, sums, is_async=True)
+            # The product before this one is done, and its block may be filled again.
+            sums = warpgroup_mma_wait(1, deps=(sums,))
+            mbarrier.arrive(empty.index((block + STAGES - 1) % STAGES), pred=k > 0)
+            block += 1
+        mbarrier.arrive(turn.index(1 - team))
+        sums = warpgroup_mma_wait(0, deps=(sums,))
+        mbarrier.arrive(empty.index((block + STAGES - 1) % STAGES))
+        block += K // INNER
+        turns += 1
+
+        # The columns get their names back, which moves nothing.
+        total = sums.reshape((ROWS, COLUMNS // 32, 4, 4, 2)).permute((0, 1, 3, 2, 4)).reshape((ROWS, COLUMNS))
+        total = gl.convert_layout(total, OUT, assert_trivial=True)
+        total = activate(total + bias.to(gl.float32)[None, :], ACTIVATION, False)
+        if WEIGHTED:
+            total *= weight.to(gl.float32)[:, None]
+        gl.store(
+            out + target[:, None] * N + column[None, :], total.to(out.dtype.element_ty), mask=live[:, None]
+        )
