@@ -13,6 +13,7 @@ from moekit.nn.kernels.grouped import grouped_ffn
 from moekit.nn.kernels.logprobs import best, target_log_probs
 from moekit.nn.kernels.norm import add_norm
 from moekit.nn.kernels.tiles import by_expert
+from moekit.nn.kernels.trust import trusted
 from moekit.nn.parts import part
 from moekit.nn.passes import Pass
 from moekit.nn.transformer import Transformer
@@ -33,14 +34,23 @@ def read_on(model: Transformer, tokens: Tensor, asked: Pass, vocab: int) -> Tens
     """Compute :func:`moekit.nn.operations.read_on`, for a few sequences in one launch or with fewer, fused kernels."""
     # This number is the same on every rank.
     rows = len(tokens) if asked.rows_expected is None else asked.rows_expected
-    if one_launch.fits(model, rows):
+
+    def ordinary() -> Tensor | None:
+        return plain.read_on(model, tokens, asked, vocab)
+
+    def in_one_launch() -> Tensor:
         with part("whole step"):
             return one_launch.read_on(model, tokens, asked.cache, vocab)
-    if batch_step.fits(model, rows):
-        return batch_step.read_on(model, tokens, asked, vocab)
-    if short_step.fits(model, rows):
-        return short_step.read_on(model, tokens, asked.cache, vocab, rows)
-    return plain.read_on(model, tokens, asked, vocab)
+
+    fused = {
+        "one launch": (one_launch, in_one_launch),
+        "kernels for many": (batch_step, lambda: batch_step.read_on(model, tokens, asked, vocab)),
+        "kernels for few": (short_step, lambda: short_step.read_on(model, tokens, asked.cache, vocab, rows)),
+    }
+    for name, (kernels, step) in fused.items():
+        if kernels.fits(model, rows) and trusted(model, name, rows, step, ordinary):
+            return step()
+    return ordinary()
 
 
 def check(model: Transformer) -> None:
