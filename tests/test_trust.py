@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from branch_cases import build
 
 from moekit import checkpoint
 from moekit.nn.cache import Cache
+from moekit.nn.dispatch import Local
 from moekit.nn.kernels import batch_step, operations, short_step, trust
 from moekit.nn.passes import Pass
 
@@ -78,6 +80,18 @@ def test_logits_that_are_all_alike_or_nan_are_no_reason(pretended):
         assert not trust.trusted(
             Model(), "one launch", 1, lambda: torch.arange(4.0)[None], lambda: torch.ones(1, 4)
         )
+
+
+def test_what_is_compared():
+    """Only where one process decides, and where a comparison changes no count."""
+    gpu, cpu = (
+        SimpleNamespace(weight=SimpleNamespace(is_cuda=True)),
+        SimpleNamespace(weight=SimpleNamespace(is_cuda=False)),
+    )
+    model = SimpleNamespace(embed=gpu, dispatch=Local(), slots=None)
+    assert trust.compares(model)
+    for other in ({"embed": cpu}, {"dispatch": object()}, {"slots": object()}):
+        assert not trust.compares(SimpleNamespace(**vars(model) | other))
 
 
 def test_a_lack_of_memory_is_no_wrong_step(pretended):

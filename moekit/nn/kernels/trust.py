@@ -33,7 +33,8 @@ def trusted(
 ) -> bool:
     """Whether ``step`` may be used for ``rows`` sequences; the first question of a model compares it with ``slow``.
 
-    Ranks that exchange rows decide together which kernels they use, so there nothing is compared; nor is it on the CPU.
+    Ranks that exchange rows decide together which kernels they use, so there nothing is compared; nor is it on the CPU, or with
+    experts that are fetched.
 
     Args:
         name: what warnings call the step.
@@ -56,7 +57,8 @@ def trusted(
 
 
 def compares(model: Transformer) -> bool:
-    return model.embed.weight.is_cuda and isinstance(model.dispatch, Local)
+    # Experts that are fetched are counted, and a comparison would ask for them twice.
+    return model.embed.weight.is_cuda and isinstance(model.dispatch, Local) and model.slots is None
 
 
 def apart(step: Callable[[], Tensor], slow: Callable[[], Tensor]) -> str:
