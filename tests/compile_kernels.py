@@ -157,7 +157,7 @@ class Target:
             b=1, d=768, h=12, c=64, f=3072, e=512, v=50_264, k=2, activation=2, exact=False, half=False, brain=False,
             one_byte=one_byte, ptx=one_byte > 0, programs=132, meeting=132, **one_launch.FORM,
         )  # fmt: skip
-        constants = {"ONLY": -1, "DENSE": True, "MOE": True, "AHEAD": sizes.fetch, "s": sizes}
+        constants = {"ONLY": -1, "DENSE": True, "MOE": True, "AHEAD": True, "s": sizes}
         self.compile(one_launch._step, types, constants, sizes.warps)
 
 

@@ -355,7 +355,7 @@ def test_a_step_is_collected_while_the_next_one_runs():
             done.append(f"launch {number}")
             yield lambda number=number: done.append(f"collect {number}") or number
 
-    checks = SimpleNamespace(dispatch=SimpleNamespace(check=lambda: done.append("check")))
+    checks = SimpleNamespace(operations=SimpleNamespace(check=lambda model: done.append("check")))
     rank = Rank(0, 1, torch.device("cpu"), state={"model": checks})
     assert list(collected(rank, launched())) == [0, 1, 2]
     assert done == ["launch 0", "launch 1", "collect 0", "launch 2", "collect 1", "collect 2", "check"]

@@ -55,7 +55,7 @@ def test_a_step_is_compared_once_a_size(pretended):
     ("wrong", "said"),
     [
         (lambda logits: logits.roll(1, dims=-1), r"is off by 1\.\d"),
-        (lambda logits: logits * torch.nan, "is off by nan"),
+        (lambda logits: logits * torch.nan, "is off by inf"),
         (lambda logits: torch.zeros_like(logits), "is off by 1 "),
         (lambda logits: 1 / 0, r"fails on this GPU \(ZeroDivisionError: division by zero\)"),
     ],
@@ -71,6 +71,14 @@ def test_a_wrong_step_is_said_once_and_not_used(pretended, wrong, said):
         assert not trust.trusted(model, "one launch", 3, lambda: wrong(logits), lambda: logits)
 
 
+def test_one_wrong_sequence_among_many_is_seen(pretended):
+    logits = torch.randn(64, 500, generator=torch.Generator().manual_seed(0))
+    other = logits.clone()
+    other[5] = logits[6]
+    with pytest.warns(UserWarning, match=r"64 sequences in kernels for many is off by 1\.\d"):
+        assert not trust.trusted(Model(), "kernels for many", 64, lambda: other, lambda: logits)
+
+
 def test_logits_that_are_all_alike_or_nan_are_no_reason(pretended):
     for logits in (torch.ones(2, 4), torch.full((2, 4), torch.nan)):
         assert trust.trusted(
@@ -80,6 +88,13 @@ def test_logits_that_are_all_alike_or_nan_are_no_reason(pretended):
         assert not trust.trusted(
             Model(), "one launch", 1, lambda: torch.arange(4.0)[None], lambda: torch.ones(1, 4)
         )
+
+
+def test_a_rank_without_sequences_has_nothing_to_compare(pretended):
+    """Each rank has the whole of a dense model, and a rank may have no sequence."""
+    model = SimpleNamespace(dispatch=Local())
+    asked = Pass(groups=0, rows_expected=1)
+    assert operations.read_on(model, torch.zeros(0, dtype=torch.long), asked, 50) is None
 
 
 def test_what_is_compared():

@@ -13,7 +13,6 @@ load goes to the GPU as a whole, where one call copies its tensors to their plac
 from __future__ import annotations
 
 import collections
-import importlib.util
 import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -59,6 +58,7 @@ def copy(
     device: torch.device,
     threads: int,
     progress: Callable[[int], None] | None = None,
+    kernels: bool = False,
 ) -> None:
     """Copy all pieces, and return when all copies are complete.
 
@@ -67,12 +67,13 @@ def copy(
         device: the device of the targets, but for those on the CPU.
         threads: the most threads; ``THREADS`` is a limit, too.
         progress: called in this thread with the bytes copied since the last call.
+        kernels: whether the device may compute with Triton's kernels.
 
     Raises:
         Any error of ``pieces`` or of a check. RuntimeError if the shapes differ, with the name of the piece, or if a load
         cannot be copied, with the name of its first piece.
     """
-    carrier = Straight() if device.type == "cpu" else OntoGpu(device)
+    carrier = Straight() if device.type == "cpu" else OntoGpu(device, kernels)
     threads = max(1, min(threads, THREADS))
     waiting: collections.deque[Future[int]] = collections.deque()
 
@@ -202,7 +203,8 @@ class Straight:
 class OntoGpu:
     """Copies to a GPU, with a separate stream for each thread."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, kernels: bool = False):
+        self.kernels = kernels
         self.device, self.caller = device, torch.cuda.current_stream(device)
         self.mine = threading.local()
         # The streams of all threads: the GPU may still read a buffer after its thread has ended.
@@ -222,7 +224,7 @@ class OntoGpu:
             mine.stream.wait_stream(self.caller)
         with torch.cuda.device(self.device), torch.cuda.stream(mine.stream):
             if not hasattr(mine, "ring"):
-                buffers = [Pinned(LOAD_BYTES, self.device) for _ in range(BUFFERS)]
+                buffers = [Pinned(LOAD_BYTES, self.device, self.kernels) for _ in range(BUFFERS)]
                 self.buffers += buffers
                 mine.ring = itertools.cycle(buffers)
             staged(load, next(mine.ring))
@@ -291,7 +293,8 @@ class Buffer(Protocol):
 class Pinned:
     """A :class:`Buffer` in pinned memory, which the GPU reads in the order of the current stream."""
 
-    def __init__(self, size: int, device: torch.device):
+    def __init__(self, size: int, device: torch.device, kernels: bool = False):
+        self.kernels = kernels
         self.memory = torch.empty(size, dtype=torch.uint8, pin_memory=True)
         self.room = self.memory.numpy()
         self.landed = torch.empty(size, dtype=torch.uint8, device=device)
@@ -303,7 +306,7 @@ class Pinned:
     def send(self, load: Shared) -> None:
         used = load.used * load.dtype.itemsize
         self.landed[:used].copy_(self.memory[:used], non_blocking=True)
-        rounds = bool(load.matrices) and one_kernel(self.landed.device, load)
+        rounds = self.kernels and bool(load.matrices) and one_kernel(self.landed.device, load)
         if rounds:
             self.table.numpy()[: len(load.matrices)] = entries(self.landed, load)
             self.tabled.copy_(self.table, non_blocking=True)
@@ -346,8 +349,6 @@ def arrived(memory: Tensor, load: Shared, table: Tensor | None = None) -> None:
 
 def one_kernel(device: torch.device, load: Shared) -> bool:
     """Whether one kernel can quantise all matrices of ``load`` on ``device``."""
-    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
-        return False
     from moekit.nn.kernels import rounding
 
     return rounding.able(device, load.dtype, load.matrices[0][1].dtype)

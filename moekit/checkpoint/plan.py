@@ -290,7 +290,8 @@ def fill(
                 whole, begin = parameters[target.name].data[local], weights.cut.get(key, (0,))[0]
                 yield from joining.joined(piece, begin, whole, scale[local])
 
-    copying.copy(pieces(), next(iter(parameters.values())).device, threads, progress)
+    device = next(iter(parameters.values())).device
+    copying.copy(pieces(), device, threads, progress, kernels=model.backend == "triton")
     numbers = {placed(at, plan.physical): sum(len(some) for some, _ in by) for at, by in filled.items()}
     for name, parameter in parameters.items():
         for part in _parts(name, parameter):

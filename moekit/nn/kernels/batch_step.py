@@ -38,7 +38,12 @@ def fits(model: Transformer, sequences: int) -> bool:
     """Whether :func:`read_on` supports this model and ``sequences`` sequences per rank, and is the fastest."""
     device = model.embed.weight.device
     # It was measured where kernels overlap; other GPUs take the general path.
-    apt = device.type != "cuda" or (overlapped(device)["OVERLAP"] and shared_memory(device) >= SHARED)
+    apt = device.type != "cuda" or (
+        overlapped(device)["OVERLAP"]
+        and shared_memory(device) >= SHARED
+        # Numbers of four bytes would take twice the memory.
+        and model.embed.weight.dtype.itemsize == 2
+    )
     if not apt or model.slots is not None or not model.config.pre_norm or model.config.dim > DIM:
         return False
     # Over ranks, a few sequences have faster exchanges of their own.

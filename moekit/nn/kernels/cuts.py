@@ -129,14 +129,17 @@ def cut_for(choices: int, experts: int, cuts: Sequence[Cut], dims: tuple[int, in
     """The first of ``cuts`` for ``choices`` choices of ``experts`` experts, numbers that the host knows.
 
     Args:
-        dims: model dim and expert width. Specialised warps need multiples of their columns; (1, 1) takes none of them.
+        dims: model dim and expert width. Specialised warps need multiples of their columns and terms; (1, 1) takes none of them.
     """
     return next(
         cut
         for cut in cuts
         if choices <= cut.choices
         and choices <= cut.mean * experts
-        and not (cut.up.specialised and any(dim % b.columns for dim in dims for b in (cut.up, cut.down)))
+        and not (
+            cut.up.specialised
+            and any(dim % b.columns or dim % b.inner for dim in dims for b in (cut.up, cut.down))
+        )
     )
 
 

@@ -25,11 +25,3 @@ ASK = tl.constexpr(
 def fetch(at, size):
     """Ask for ``size`` bytes at ``at``, both multiples of 16."""
     tl.inline_asm_elementwise(ASK, "=r,l,r", [at.to(tl.int64), size], dtype=tl.int32, is_pure=False, pack=1)
-
-
-@triton.jit
-def fetch_share(at, program, size: tl.constexpr, programs: tl.constexpr):
-    """Ask for the share of ``program`` of the ``size`` bytes at ``at``."""
-    share: tl.constexpr = (size + programs * 128 - 1) // (programs * 128) * 128
-    first = program * share
-    fetch(at.to(tl.int64) + first, tl.maximum(tl.minimum(size - first, share), 0))

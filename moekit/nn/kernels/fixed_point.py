@@ -19,7 +19,7 @@ def fixed(x):
     whole = x.to(tl.int32)
     rest = (x - whole.to(tl.float32)) * 2147483648.0
     units = (whole.to(tl.int64) << 32) + (rest.to(tl.int32).to(tl.int64) << 1)
-    # Any sum of fewer than 4,096 terms, one or more of them 2**52, is far from zero modulo 2**64.
+    # A sum is far from zero modulo 2**64 unless 4,096 terms, or a multiple of that, are 2**52.
     return tl.where(sound, units, 4503599627370496)
 
 

@@ -7,8 +7,8 @@ Each multiprocessor has one program. A layer has three or four phases, and a bar
     gate       norm and logits, in layers with experts
     ffn        norm, some units of the hidden layer, and their part of the result; of a chosen expert in place of a dense layer
 
-Programs add their parts to the residual stream, whose numbers are integers (fixed_point.py). Matrices come into the
-cache a layer ahead (fetch.py), and into registers before a program waits. Only experts have to wait for their choice.
+Programs add their parts to the residual stream, whose numbers are integers (fixed_point.py). The first rows
+of the output matrix come into the cache ahead of time (fetch.py), and matrices into registers before a program waits. Only experts have to wait for their choice.
 
 Shape letters: B sequences, D model dim, H heads, C head dim, M slots, F width, E experts, V dictionary.
 """
@@ -40,7 +40,6 @@ from moekit.nn.kernels.one_phases import (
     feed,
     feed_experts,
     feed_weights,
-    fetch_layer,
     fetch_output,
     finish,
     finish_weights,
@@ -64,7 +63,6 @@ FORM = {
     "outputs": 128,
     "rows": 4,
     "ahead": 96,
-    "fetch": 1,
 }
 # All phases in one launch.
 ALL = tl.constexpr(-1)
@@ -130,6 +128,11 @@ def check(model: Transformer) -> None:
         grid_barrier.check(_plans[model].count)
 
 
+def forget(model: Transformer) -> None:
+    """Begin with another counter, which knows of no barrier that gave up."""
+    _plans.pop(model, None)
+
+
 def read_on(
     model: Transformer,
     tokens: Tensor,
@@ -189,7 +192,7 @@ def read_on(
             ONLY=only,
             DENSE=len(moe) < config.layers,
             MOE=bool(moe),
-            AHEAD=sizes.fetch if on_gpu else 0,
+            AHEAD=on_gpu,
             s=sizes,
             num_warps=sizes.warps,
             **({"launch_cooperative_grid": True} if on_gpu else {}),
@@ -296,14 +299,11 @@ def _step(
             seen = attend_weights(tl.program_id(0), length, of_out, kv, slots, layer, s)
             target = wait(count, target, meeting)
         of_ffn = addresses(table, layer, FFN_GAIN, 9)
-        following = addresses(table, layer + 1, 0, COLUMNS if AHEAD > 1 else 4)
+        following = addresses(table, layer + 1, 0, 4)
         if ONLY == ALL or ONLY == 2:
             attend(seen, of_out, here, qkv, kv, lengths, slots, layer, scale, s)
             arrive(count, meeting)
-        if AHEAD > 1:
-            if layer + 1 < last:
-                fetch_layer(following, kind, s)
-        if AHEAD > 0:
+        if AHEAD:
             if layer + 1 == last:
                 fetch_output(output, s)
         moe = MOE
@@ -330,5 +330,5 @@ def _step(
     if ONLY == ALL or ONLY == 5:
         done = finish_weights(gain, shift, output, s)
         target = wait(count, target, meeting)
-        finish(done, residual + last % 2 * stream, output, out, eps, AHEAD > 0, s)
+        finish(done, residual + last % 2 * stream, output, out, eps, AHEAD, s)
         arrive(count, meeting)

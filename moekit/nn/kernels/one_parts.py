@@ -24,7 +24,7 @@ class Sizes:
     Attributes:
         b, d, h, c, f, e, v: B, D, H, C, F, E, V.
         k: choices a token.
-        activation: the activation's number in grouped.py.
+        activation: the activation's number in activations.py.
         exact: the activation is computed as in float32.
         half, brain: the gate computes in float16, in bfloat16.
         one_byte, ptx: of the experts' weights, see one_byte.py.
@@ -36,7 +36,6 @@ class Sizes:
         outputs: rows of the output projection for one head.
         rows: of the output matrix that a warp treats at a time.
         ahead: rows of the output matrix that each program fetches ahead.
-        fetch: 0: nothing is fetched ahead; 1: the second matrix of chosen experts, and the output matrix; 2: all of the next layer.
     """
 
     b: int
@@ -61,7 +60,6 @@ class Sizes:
     outputs: int
     rows: int
     ahead: int
-    fetch: int
 
     def each(self, n: int) -> int:
         """The most rows of ``n`` that a program treats."""

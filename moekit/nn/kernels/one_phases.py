@@ -12,16 +12,11 @@ import triton
 import triton.language as tl
 
 from moekit.nn.kernels.activations import activate
-from moekit.nn.kernels.fetch import fetch, fetch_share
+from moekit.nn.kernels.fetch import fetch
 from moekit.nn.kernels.fixed_point import fixed
 from moekit.nn.kernels.gate import top
 from moekit.nn.kernels.one_byte import numbers, scaled
 from moekit.nn.kernels.one_parts import (
-    GATE,
-    OUT,
-    QKV,
-    W1,
-    W2,
     add,
     first_vector,
     normed,
@@ -336,20 +331,6 @@ def _fed(
             total = scaled(total, scales[len(ups) + i], one_byte)
         found = found + (total + last[i].to(tl.float32),)
     return found
-
-
-@triton.jit
-def fetch_layer(at, kind: tl.constexpr, s: tl.constexpr):
-    """Fetch the weights that a layer will read, whatever its gate chooses."""
-    square: tl.constexpr = s.d * s.d * kind.primitive_bitwidth // 8
-    fetch_share(at[QKV], tl.program_id(0), 3 * square, s.programs)
-    fetch_share(at[OUT], tl.program_id(0), square, s.programs)
-    if at[GATE] != 0:
-        fetch_share(at[GATE], tl.program_id(0), s.e * s.d * kind.primitive_bitwidth // 8, s.programs)
-    else:
-        wide: tl.constexpr = s.f * s.d * kind.primitive_bitwidth // 8
-        fetch_share(at[W1], tl.program_id(0), wide, s.programs)
-        fetch_share(at[W2], tl.program_id(0), wide, s.programs)
 
 
 @triton.jit

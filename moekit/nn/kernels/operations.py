@@ -6,6 +6,7 @@ from torch import Tensor
 
 from moekit.nn import operations as plain
 from moekit.nn.cache import Cache
+from moekit.nn.dispatch import Local
 from moekit.nn.kernels import batch_step, flash, one_launch, short_step
 from moekit.nn.kernels.attention import attend_one
 from moekit.nn.kernels.gate import choose
@@ -32,6 +33,9 @@ def attend(qkv: Tensor, visible: Tensor | None, cache: Cache | None, layer: int)
 
 def read_on(model: Transformer, tokens: Tensor, asked: Pass, vocab: int) -> Tensor | None:
     """Compute :func:`moekit.nn.operations.read_on`, for a few sequences in one launch or with fewer, fused kernels."""
+    if len(tokens) == 0 and isinstance(model.dispatch, Local):
+        # Nobody else's rows come here.
+        return None
     # This number is the same on every rank.
     rows = len(tokens) if asked.rows_expected is None else asked.rows_expected
 
@@ -48,8 +52,11 @@ def read_on(model: Transformer, tokens: Tensor, asked: Pass, vocab: int) -> Tens
         "kernels for few": (short_step, lambda: short_step.read_on(model, tokens, asked.cache, vocab, rows)),
     }
     for name, (kernels, step) in fused.items():
-        if kernels.fits(model, rows) and trusted(model, name, rows, step, ordinary):
-            return step()
+        if kernels.fits(model, rows):
+            if trusted(model, name, rows, step, ordinary):
+                return step()
+            # A barrier that gave up in the comparison is no failure of what comes now.
+            one_launch.forget(model)
     return ordinary()
 
 

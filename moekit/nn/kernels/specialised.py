@@ -134,6 +134,8 @@ def linear(
     """Launch the kernel. ``x`` has a row for each place in ``order``, in both products."""
     w, b, _, _ = layer
     held, n, k = w.shape
+    # Else the loading warp and the teams would count different blocks, and wait for one another.
+    assert n % blocks.columns == 0 and k % blocks.inner == 0
     rows, columns = descriptors(x, w, blocks)
     options, registers = launch(blocks)
     _specialised_linear[(multiprocessors(x.device),)](
