@@ -129,8 +129,8 @@ def run_all(browser, lab, name):
     address, token = lab
     page = browser.new_page()
     page.goto(f"{address}/lab/tree/{name}?token={token}&reset")
-    page.locator(".jp-Notebook .jp-Cell").first.wait_for(timeout=90_000)
-    page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=120_000)  # else it asks for a kernel
+    page.locator(".jp-Notebook .jp-Cell").first.wait_for(timeout=180_000)
+    page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=300_000)  # else it asks for a kernel
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
     return page
