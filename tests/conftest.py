@@ -11,6 +11,11 @@ import pytest
 DATA = Path(__file__).parent / "data"
 
 
+def pytest_collection_modifyitems(items):
+    """The browser comes last, when the run beside this one is over: a kernel that starts while three programs compute takes minutes."""
+    items.sort(key=lambda item: "browser" in item.path.parts)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     # Whatever ends a run, fixtures take down what they have started. Shells start a program in the background with the interrupt
     # key ignored.
