@@ -142,12 +142,12 @@ def test_a_shard_that_is_cut_during_the_load(folder, tmp_path, monkeypatch, worl
     def late(rank):
         before = copying.copy
 
-        def copy(pieces, *rest):
+        def copy(pieces, *rest, **how):
             pieces = list(pieces)
             done.with_name(f"ready-{rank.rank}").touch()
             while not done.exists():
                 time.sleep(0.01)
-            before(pieces, *rest)
+            before(pieces, *rest, **how)
             copying.copy = before
 
         copying.copy = copy
