@@ -19,6 +19,7 @@ import torch
 
 from moekit import json_text, versions
 from moekit.arguments import shown
+from moekit.nn.kernels.gpu import capability
 
 ANY = math.inf
 FORMAT = "moekit cuts 1"
@@ -188,10 +189,9 @@ def shared_memory(device: torch.device) -> float:
     )
 
 
-@functools.lru_cache
 def is_hopper(device: torch.device) -> bool:
     """Whether kernels with specialised warps run on ``device``."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+    return capability(device) == (9, 0)
 
 
 def gpu_name(device: torch.device) -> str:

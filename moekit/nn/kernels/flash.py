@@ -8,7 +8,6 @@ Shape letters: B sequences, T tokens of a sequence, H heads, C head dim.
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -16,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from moekit.nn.kernels.gpu import capability
 
 # The head dims that this is measured for, and the tile of a program: BLOCK queries, with BLOCK keys at a time. Three programs
 # fit on a multiprocessor (two with heads of 128), and some multiply while others are at their exponentials.
@@ -27,14 +28,9 @@ def fits(qkv: Tensor) -> bool:
     return qkv.itemsize == 2 and qkv.shape[-1] in DIMS and qkv.is_contiguous() and _measured(qkv.device)
 
 
-@functools.lru_cache
 def _measured(device: torch.device) -> bool:
     """Whether ``device`` is of the generation that the blocks are measured on: Hopper."""
-    return (
-        device.type == "cuda"
-        and torch.version.hip is None
-        and torch.cuda.get_device_capability(device) == (9, 0)
-    )
+    return capability(device) == (9, 0)
 
 
 def attend_blocks(qkv: Tensor) -> Tensor:

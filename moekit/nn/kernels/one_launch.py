@@ -15,7 +15,6 @@ Shape letters: B sequences, D model dim, H heads, C head dim, M slots, F width, 
 
 from __future__ import annotations
 
-import functools
 import math
 import weakref
 from typing import NamedTuple
@@ -30,6 +29,7 @@ from moekit.nn.dispatch import Local
 from moekit.nn.gates import gate_of
 from moekit.nn.kernels import grid_barrier, one_byte
 from moekit.nn.kernels.activations import ACTIVATIONS
+from moekit.nn.kernels.gpu import capability, multiprocessors
 from moekit.nn.kernels.grid_barrier import arrive, begun, wait
 from moekit.nn.kernels.one_parts import COLUMNS, FFN_GAIN, OUT, Sizes, addresses
 from moekit.nn.kernels.one_phases import (
@@ -99,27 +99,16 @@ def fits(model: Transformer, sequences: int) -> bool:
     )
     if not supported or not on_hopper(embed.device):
         return False
-    programs = programs_on(embed.device)
+    programs = multiprocessors(embed.device)
     of_a_matrix = max(
         3 * config.dim / programs, config.ffn_dim / (programs // (1 if config.dense else gate.top_k))
     )
     return of_a_matrix * config.dim <= MOST
 
 
-@functools.lru_cache
 def on_hopper(device: torch.device) -> bool:
     """Whether ``device`` has what the kernel uses: Hopper's instructions."""
-    return (
-        device.type == "cuda"
-        and torch.version.hip is None
-        and torch.cuda.get_device_capability(device) >= (9, 0)
-    )
-
-
-@functools.lru_cache
-def programs_on(device: torch.device) -> int:
-    """A program for each multiprocessor; where a GPU is pretended, one."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    return capability(device) >= (9, 0)
 
 
 def check(model: Transformer) -> None:
@@ -154,7 +143,7 @@ def read_on(
     on_gpu = device.type == "cuda"
     # The counter of the barrier is for as many programs as there are.
     assert programs is None or not on_gpu
-    programs = programs or programs_on(device)
+    programs = programs or multiprocessors(device)
     sizes = sizes_of(model, len(tokens), vocab, kind, programs, programs if on_gpu else 1, FORM)
     plan = plan_of(model)
     out = torch.empty(len(tokens), vocab, dtype=kind, device=device)

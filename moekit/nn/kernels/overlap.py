@@ -7,25 +7,16 @@ kernel calls both, a kernel that has waited can rely on all earlier ones being c
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 
+from moekit.nn.kernels.gpu import capability
+
 
 def overlapped(device: torch.device) -> dict[str, bool]:
     """The launch options of such a kernel on ``device``."""
-    return {"OVERLAP": True, "launch_pdl": True} if _can(device) else {"OVERLAP": False}
-
-
-@functools.lru_cache
-def _can(device: torch.device) -> bool:
-    return (
-        device.type == "cuda"
-        and torch.version.hip is None
-        and torch.cuda.get_device_capability(device) >= (9, 0)
-    )
+    return {"OVERLAP": True, "launch_pdl": True} if capability(device) >= (9, 0) else {"OVERLAP": False}
 
 
 @triton.jit

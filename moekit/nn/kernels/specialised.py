@@ -27,6 +27,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from moekit.nn.kernels.activations import activate as _activate
 from moekit.nn.kernels.cuts import Blocks
+from moekit.nn.kernels.gpu import multiprocessors
 from moekit.nn.kernels.one_byte import Layer
 
 activate = gluon.jit(_activate.fn)
@@ -172,11 +173,6 @@ def launch(blocks: Blocks) -> tuple[dict[str, int], int]:
     each = REGISTERS // (32 * warps) // 8 * 8
     registers = (each * warps - LOADER * 4) // (TEAMS * blocks.warps) // 8 * 8
     return {"num_warps": blocks.warps, "maxnreg": each}, registers
-
-
-@functools.lru_cache
-def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def descriptors(x: Tensor, w: Tensor, blocks: Blocks) -> tuple[TensorDescriptor, TensorDescriptor]:

@@ -9,8 +9,6 @@ row p // C), E experts.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 from moekit.nn.experts import Experts
 from moekit.nn.kernels import one_byte
 from moekit.nn.kernels.activations import ACTIVATIONS, activate
+from moekit.nn.kernels.gpu import multiprocessors
 from moekit.nn.kernels.one_byte import numbers, scaled
 from moekit.nn.kernels.overlap import overlapped, start, wait
 
@@ -148,14 +147,9 @@ def experts_linear(experts: Experts, x: Tensor, chosen: Tensor, weights: Tensor,
 def columns_of(n: int, each: int, device: torch.device, others: int = 1) -> int:
     """The columns per program: as many as fit, but few enough that every multiprocessor has a program."""
     fit = max(1, NUMBERS // each)
-    while fit > 1 and triton.cdiv(n, fit) * others < _multiprocessors(device):
+    while fit > 1 and triton.cdiv(n, fit) * others < multiprocessors(device):
         fit //= 2
     return fit
-
-
-@functools.lru_cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 # x and normed [B, K]; w [N, K]; b [N] or None; out, and onto or None, [B, N].

@@ -1,0 +1,20 @@
+"""What a GPU is, for the choice of kernels and of their grids."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+
+@functools.lru_cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability of an NVIDIA GPU, such as (9, 0) of Hopper; (0, 0) elsewhere."""
+    known = device.type == "cuda" and torch.version.hip is None
+    return torch.cuda.get_device_capability(device) if known else (0, 0)
+
+
+@functools.lru_cache
+def multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors ``device`` has; the CPU counts as one."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
