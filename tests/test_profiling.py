@@ -81,6 +81,12 @@ def test_a_layer_on_one_gpu_by_hand():
     ]
 
 
+def test_experts_of_specialised_warps_by_hand():
+    inside = [("_tiles", "plan"), ("_in_order", "experts up"), ("_specialised_linear", "experts up")]
+    inside += [("_specialised_linear", "experts down"), ("_clear", "experts down")]
+    assert parts_of(*((name, ("dispatch", "experts")) for name, _ in inside)) == [part for _, part in inside]
+
+
 def test_a_layer_through_the_peers_memory_by_hand():
     names = [
         "_publish",
@@ -155,8 +161,8 @@ def test_the_kernels_that_are_known_by_name_are_there():
     """A kernel that gets another name would be told as another part."""
     # They are not imported: how Triton runs is decided then, for all tests.
     sources = [path.read_text() for path in (ROOT / "moekit/nn/kernels").glob("*.py")]
-    there = {name for text in sources for name in re.findall(r"@triton\.jit.*\ndef (\w+)", text)}
-    assert {*naming.BY_NAME, naming.GROUPED, *run.HOMEWARD, *naming.EXCHANGES[2:]} <= there
+    there = {name for text in sources for name in re.findall(r"@(?:triton|gluon)\.jit.*\ndef (\w+)", text)}
+    assert {*naming.BY_NAME, *naming.GROUPED, *run.HOMEWARD, *naming.EXCHANGES[2:]} <= there
 
 
 def test_kernels_of_a_graph_are_named_by_their_order():
@@ -272,6 +278,15 @@ def test_kernels_share_the_cost_of_their_part():
     assert frame["bytes"].tolist() == [100, 300] and frame["flop"].tolist() == [2000, 6000]
     [row] = by_part(frame, copy=100e9, matmul=400e9).itertuples()
     assert row.least == pytest.approx(20e-9) and row.of_limit == pytest.approx(0.5) and row.share == 1
+
+
+def test_a_step_in_one_kernel_costs_what_its_parts_do():
+    own = kernels(("_step", "whole step", 30), ("_best_of_row", "sampling", 10), ranges=("call", "step 0"))
+    parts = {(0, "attention"): Cost(300.0, 10.0), (1, "experts up"): Cost(500.0, 20.0)}
+    parts |= {(-1, "output"): Cost(200.0, 30.0), (-1, "sampling"): Cost(70.0)}
+    frame = table([Seen([(0, 40)], own, [])], True, [{0: parts}])
+    assert frame["part"].tolist() == ["whole step", "sampling"]
+    assert frame["bytes"].tolist() == [1000, 70] and frame["flop"].tolist() == [60, 0]
 
 
 def copy_of(start: int, end: int, nbytes: int, layer: int = 1, launched: int = 0) -> Kernel:

@@ -18,6 +18,8 @@ import torch
 
 # The range of copies of experts to the device; the number of bytes follows.
 FETCH = "fetch"
+# The range of a decode step that is one kernel.
+WHOLE = "whole step"
 P, R = ParamSpec("P"), TypeVar("R")
 PREFIX = "moekit: "
 NOTHING = contextlib.nullcontext()

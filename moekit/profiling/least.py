@@ -9,6 +9,7 @@ Shape letters: N tokens, D model dim, F expert width, V dictionary, H dense widt
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,6 +21,8 @@ from moekit.profiling.naming import OUTSIDE
 
 # Bytes of an index and of a float32.
 INDEX, FLOAT = 8, 4
+# What is done with the logits of a decode step.
+SAMPLING = "sampling"
 
 
 class Cost(NamedTuple):
@@ -111,9 +114,15 @@ def least(config: ModelConfig, one: Pass) -> dict[tuple[int, str], Cost]:
         (one.vocab * config.output_dim + project) * s + one.outputs * config.output_dim * s + logits,
         2 * one.outputs * one.vocab * config.output_dim + 2 * n * project,
     )
-    last = "log-probabilities" if one.scored else "sampling"
+    last = "log-probabilities" if one.scored else SAMPLING
     found[OUTSIDE, last] = Cost(logits + one.outputs * (INDEX + FLOAT))
     return found
+
+
+def of_whole_step(costs: Mapping[tuple[int, str], Cost]) -> Cost:
+    """The least cost of a decode step that is one kernel: of all parts but the choice of the next token."""
+    inside = [cost for (_, part), cost in costs.items() if part != SAMPLING]
+    return Cost(sum(cost.bytes for cost in inside), sum(cost.flop for cost in inside))
 
 
 def routed(

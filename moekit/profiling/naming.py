@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from moekit.nn.parts import FETCH
+from moekit.nn.parts import FETCH, WHOLE
 from moekit.profiling.events import Kernel
 from moekit.worker.profiling import CALL
 
@@ -30,8 +30,7 @@ PARTS = (
     "experts down",
     "combine",
     "output",
-    # A decode step that is one kernel.
-    "whole step",
+    WHOLE,
     "log-probabilities",
     "sampling",
     "other",
@@ -56,8 +55,10 @@ BY_NAME = {
 }
 # Kernels in which a rank waits for the others.
 EXCHANGES = ("exchange", "nccl", "_meet", "_hand_out", "_collect")
-GROUPED = "_grouped_linear"
-PRODUCT = re.compile(rf"{GROUPED}|gemm|gemv|cutlass|nvjet|aten::(linear|addmm|mm|bmm|_?grouped_mm)$")
+GROUPED = ("_grouped_linear", "_specialised_linear")
+PRODUCT = re.compile(
+    rf"{'|'.join(GROUPED)}|gemm|gemv|cutlass|nvjet|aten::(linear|addmm|mm|bmm|_?grouped_mm)$"
+)
 OUTSIDE = -1
 CALLED = (CALL,)
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moekit.nn.parts import FETCH
+from moekit.nn.parts import FETCH, WHOLE
 from moekit.profiling.events import Row, Seen, rows_of
-from moekit.profiling.least import Cost
+from moekit.profiling.least import Cost, of_whole_step
 from moekit.profiling.naming import NO_WORK, OUTSIDE, PARTS, Name, is_exchange, named_of_graphs, placed
 
 if TYPE_CHECKING:
@@ -53,9 +53,12 @@ def table(
     records = []
     for rank, rows in enumerate(found):
         for (row, name), share in zip(rows, _shares(rows), strict=True):
-            cost = costs[rank].get(name.step, {}).get((name.layer, name.part), Cost())
+            of_step = costs[rank].get(name.step, {})
+            cost = of_step.get((name.layer, name.part), Cost())
             if name.part == FETCH:
                 cost = Cost(fetched[rank][name])
+            elif name.part == WHOLE:
+                cost = of_whole_step(of_step)
             records.append(
                 (
                     rank,

@@ -15,7 +15,7 @@ from moekit.nn.kernels.logprobs import best, target_log_probs
 from moekit.nn.kernels.norm import add_norm
 from moekit.nn.kernels.tiles import by_expert
 from moekit.nn.kernels.trust import trusted
-from moekit.nn.parts import part
+from moekit.nn.parts import WHOLE, part
 from moekit.nn.passes import Pass
 from moekit.nn.transformer import Transformer
 
@@ -43,7 +43,7 @@ def read_on(model: Transformer, tokens: Tensor, asked: Pass, vocab: int) -> Tens
         return plain.read_on(model, tokens, asked, vocab)
 
     def in_one_launch() -> Tensor:
-        with part("whole step"):
+        with part(WHOLE):
             return one_launch.read_on(model, tokens, asked.cache, vocab)
 
     fused = {
