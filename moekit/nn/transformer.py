@@ -240,7 +240,7 @@ class Positions(nn.Module):
         return table[position]
 
     def rows(self, positions: int, device: torch.device) -> Tensor:
-        """[rows, D], of so many positions or more: that of position p, counted from 0, has the number p + PAD + 1."""
+        """The table [rows, D] of at least so many positions; position p, counted from 0, is row p + PAD + 1."""
         return self.table(positions, device) if self.weight is None else self.weight
 
     def table(self, positions: int, device: torch.device) -> Tensor:
@@ -363,7 +363,8 @@ class MoE(nn.Module):
         routing = self.route(rows, asked)
         if asked.record is not None:
             asked.record(self.index, routing)
-        return self.dispatched(rows, routing, asked.rows_expected).view(*x.shape[:-1], -1, x.shape[-1])
+        done = self.dispatched(rows, routing, asked.rows_expected)
+        return done.view(*x.shape[:-1], self.rule.top_k, x.shape[-1])
 
     def dispatched(self, rows: Tensor, routing: gate.Routing, rows_expected: int | None) -> Tensor:
         """What :meth:`forward` makes of ``rows`` [N, D] with this routing of them: [N K, D]."""

@@ -37,7 +37,7 @@ APART = 12
 def fits(model: Transformer, sequences: int) -> bool:
     """Whether :func:`read_on` supports this model and ``sequences`` sequences per rank, and is the fastest."""
     device = model.embed.weight.device
-    # It was measured where kernels overlap; other GPUs take the general path.
+    # It was measured where kernels overlap; other GPUs do without.
     apt = device.type != "cuda" or (
         overlapped(device)["OVERLAP"]
         and shared_memory(device) >= SHARED
@@ -101,7 +101,7 @@ def _experts(
     if choices <= APART:
         with part("experts"):
             return experts_linear(experts, x, chosen, weights, onto), None
-    cut = cut_for(choices, experts.held, cuts_of(x.device, kind_of(x.dtype, experts.w1.dtype)), (1, 1))
+    cut = cut_for(choices, experts.held, cuts_of(x.device, kind_of(x.dtype, experts.w1.dtype)))
     with part("plan"):
         order, table, weights = planned(chosen, weights, experts.held, cut.up.rows, x.dtype)
     with part("experts"):

@@ -75,20 +75,23 @@ class Cut:
 # For GPUs with less shared memory than Hopper has.
 FEW_ROWS, MANY_ROWS = Blocks(16, 128, 64, 4, 3), Blocks(64, 64, 64, 4, 3)
 # The first one that fits is taken.
-CUTS = (
+UP_TO_16 = (
     Cut(128, 8, Blocks(16, 64, 128, 4, 4), Blocks(16, 64, 128, 4, 4)),
     Cut(16, ANY, Blocks(16, 32, 128, 4, 4), Blocks(16, 16, 256, 2, 4)),
     Cut(ANY, 8, Blocks(16, 128, 128, 4, 3), Blocks(16, 128, 128, 4, 3)),
     Cut(ANY, 16, Blocks(32, 128, 128, 8, 3), Blocks(32, 128, 128, 8, 3)),
     Cut(ANY, 16, FEW_ROWS, FEW_ROWS),
+)
+MORE = (
     Cut(ANY, 128, Blocks(64, 128, 64, 4, 3), Blocks(64, 128, 64, 4, 3)),
     Cut(ANY, ANY, Blocks(128, 128, 64, 8, 3), Blocks(128, 256, 64, 8, 4)),
     Cut(ANY, ANY, Blocks(64, 128, 64, 4, 3), Blocks(64, 128, 64, 4, 3)),
     Cut(ANY, ANY, MANY_ROWS, MANY_ROWS),
 )
+CUTS = UP_TO_16 + MORE
 # With many rows on Hopper, specialised warps keep the tensor cores busier. These cuts take only some shapes.
 SPECIALISED = Blocks(128, 128, 64, 4, 6, specialised=True)
-HOPPER_CUTS = (*CUTS[:5], Cut(ANY, ANY, SPECIALISED, SPECIALISED), *CUTS[5:])
+HOPPER_CUTS = (*UP_TO_16, Cut(ANY, ANY, SPECIALISED, SPECIALISED), *MORE)
 # Weights of one byte are half as many bytes under way, and they are converted between memory and multiplication.
 ONE_BYTE_CUTS = (
     Cut(16, 4, Blocks(16, 64, 256, 4, 3), Blocks(16, 32, 512, 4, 3)),
@@ -110,8 +113,8 @@ FALLBACK: Table = {
     "fp8": ONE_BYTE_CUTS,
     "float32": (PLAIN,),
 }
-# By a part of the GPU's name, as measured. Other GPUs fall back on FALLBACK, of whose cuts they take those that fit.
 HOPPER = FALLBACK | {"float16": HOPPER_CUTS, "bfloat16": HOPPER_CUTS}
+# By a part of the GPU's name, as measured. Other GPUs fall back on FALLBACK, of whose cuts they take those that fit.
 MEASURED: dict[str, Table] = {"H100": HOPPER, "H200": HOPPER}
 
 # ----------------------------------------------------------------------------------------------------- choosing
@@ -126,21 +129,22 @@ def kind_of(rows: torch.dtype, weights: torch.dtype) -> str:
     return names.get(weights) or str(rows).removeprefix("torch.")
 
 
-def cut_for(choices: int, experts: int, cuts: Sequence[Cut], dims: tuple[int, int] = (0, 0)) -> Cut:
+def cut_for(choices: int, experts: int, cuts: Sequence[Cut], dims: tuple[int, int] | None = None) -> Cut:
     """The first of ``cuts`` for ``choices`` choices of ``experts`` experts, numbers that the host knows.
 
     Args:
-        dims: model dim and expert width. Specialised warps need multiples of their columns and terms; (1, 1) takes none of them.
+        dims: model dim and expert width, for a cut with specialised warps, which need multiples of their columns and terms; None
+            takes none of them.
     """
-    return next(
-        cut
-        for cut in cuts
-        if choices <= cut.choices
-        and choices <= cut.mean * experts
-        and not (
-            cut.up.specialised
-            and any(dim % b.columns or dim % b.inner for dim in dims for b in (cut.up, cut.down))
+
+    def possible(cut: Cut) -> bool:
+        blocks = (cut.up, cut.down)
+        return not cut.up.specialised or (
+            dims is not None and not any(dim % b.columns or dim % b.inner for dim in dims for b in blocks)
         )
+
+    return next(
+        cut for cut in cuts if choices <= cut.choices and choices <= cut.mean * experts and possible(cut)
     )
 
 

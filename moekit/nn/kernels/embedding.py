@@ -32,9 +32,7 @@ def embedded(model: Transformer, tokens: Tensor, cache: Cache) -> Tensor:
     if model.project_in is not None or model.embed_norm is not None or positions is None:
         return model.embedded(tokens[:, None], Pass(cache=cache))[:, 0].contiguous()
     dim = model.config.dim
-    places = positions.weight
-    if places is None:
-        places = positions.table(cache.slots, tokens.device)
+    places = positions.rows(cache.slots, tokens.device)
     out = torch.empty(len(tokens), dim, dtype=table.dtype, device=table.device)
     _embedded[(len(tokens),)](
         tokens.contiguous(),

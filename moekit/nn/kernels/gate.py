@@ -98,7 +98,8 @@ def top(x, eps, E: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, BRAIN: tl.
     p = tl.where(expert < E, _rounded(p / whole[:, None], HALF, BRAIN), -1.0)
     # Among NaNs, a GPU may return the last lane.
     first = tl.minimum(tl.argmax(p, axis=1, tie_break_left=True), E - 1)
-    # Each reduction takes its time, so the probabilities of the choices are computed again, by the same formula.
+    # Each reduction takes its time, so the probabilities of the choices are computed again, by the same formula. exp(most - most) is 1,
+    # and NaN where the greatest logit is not finite.
     greatest = _rounded(tl.exp(most - most) / whole, HALF, BRAIN)
     second = first
     other = greatest

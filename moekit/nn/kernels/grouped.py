@@ -104,7 +104,7 @@ def gathered_ffn(
     # About as many choices arrive here as one rank makes.
     cuts = cuts_of(rows.device, kind_of(rows.dtype, experts.w1.dtype))
     # Specialised warps do not write to other ranks.
-    cut = cut or cut_for(made // box.world_size, experts.held, cuts, (1, 1))
+    cut = cut or cut_for(made // box.world_size, experts.held, cuts)
     plan = order, tiles(counts, made, cut.up.rows)
     hidden = rows.new_empty(made, experts.width)
     up, down = one_byte.layers(experts)

@@ -1,4 +1,4 @@
-"""A decode step of a few sequences in one launch: a kernel whose programs walk through all layers together.
+"""A decode step of one sequence in one launch: a kernel whose programs walk through all layers together.
 
 Each multiprocessor has one program. A layer has three or four phases, and a barrier of all programs between any two:
 
@@ -51,7 +51,7 @@ from moekit.nn.kernels.one_phases import (
 )
 from moekit.nn.transformer import Block, Transformer
 
-# More sequences take more time here than with a kernel a layer.
+# The kernels are written for B sequences; from two on, batch_step.py is faster.
 FEW = 1
 # The most numbers of a matrix that a program has in its registers, those of the 15B on 132 multiprocessors: more would spill.
 MOST = 48 * 768
@@ -155,7 +155,7 @@ def read_on(
     norm, moe = model.norm, config.moe_layers
     gate_dtype = torch.float32 if config.gate_fp32 else kind
 
-    def launch(only: int, first: int, last: int, sizes: Sizes) -> None:
+    def launch(only: int, first: int, last: int) -> None:
         _step[(programs,)](
             tokens,
             model.embed.weight,
@@ -188,14 +188,14 @@ def read_on(
         )
 
     if on_gpu:
-        launch(-1, 0, config.layers, sizes)
+        launch(-1, 0, config.layers)
         return out
     # The interpreter runs one program after the other, so each phase is a launch.
-    launch(0, 0, 0, sizes)
+    launch(0, 0, 0)
     for layer in range(config.layers):
         for phase in (1, 2, 3, 4) if layer in moe else (1, 2, 4):
-            launch(phase, layer, layer + 1, sizes)
-    launch(5, config.layers, config.layers, sizes)
+            launch(phase, layer, layer + 1)
+    launch(5, config.layers, config.layers)
     return out
 
 

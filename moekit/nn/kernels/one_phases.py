@@ -137,7 +137,7 @@ def _attend_item(item, ready, here, qkv, kv, slots, layer, scale, s: tl.constexp
     value = tl.load(new + 2 * s.h * s.c, mask=real, other=0.0)
     keys = kv + slots * ((layer * 2 * s.b + b) * s.h + h) * s.c
     values = keys + slots * (s.b * s.h * s.c)
-    # An online softmax, as in attention.py; the new token comes first.
+    # An online softmax; other than in attention.py, the new token comes first.
     best = tl.sum(q * key.to(tl.float32), axis=0)
     total = best * 0.0 + 1.0
     found = value.to(tl.float32)

@@ -32,7 +32,7 @@ def attend(qkv: Tensor, visible: Tensor | None, cache: Cache | None, layer: int)
 
 
 def read_on(model: Transformer, tokens: Tensor, asked: Pass, vocab: int) -> Tensor | None:
-    """Compute :func:`moekit.nn.operations.read_on`, for a few sequences in one launch or with fewer, fused kernels."""
+    """Compute :func:`moekit.nn.operations.read_on`, for one sequence in one launch, and for some with fewer, fused kernels."""
     if len(tokens) == 0 and isinstance(model.dispatch, Local):
         # Nobody else's rows come here.
         return None
@@ -55,8 +55,9 @@ def read_on(model: Transformer, tokens: Tensor, asked: Pass, vocab: int) -> Tens
         if kernels.fits(model, rows):
             if trusted(model, name, rows, step, ordinary):
                 return step()
-            # A barrier that gave up in the comparison is no failure of what comes now.
-            one_launch.forget(model)
+            if kernels is one_launch:
+                # A barrier that gave up in the comparison is no failure of what comes now.
+                one_launch.forget(model)
     return ordinary()
 
 

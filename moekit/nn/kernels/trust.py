@@ -1,8 +1,8 @@
 """Whether a fused decode step computes on this GPU what the ordinary kernels compute: each is compared once before it is used.
 
-The tests compare every kernel with the plain path, and most machines that run them have no GPU. A GPU, a driver or a compiler that
-no test has seen must not make a generation silently wrong: where a step is far off or fails, a warning says so and the ordinary
-kernels are used.
+The tests compare every kernel with the plain path, and most machines that run them have no GPU. A GPU, a driver or a
+compiler that no test has seen must not make a generation silently wrong: where a step is far off or fails, a warning says
+so and the ordinary kernels are used.
 
 Shape letters: B sequences, V dictionary.
 """
@@ -21,8 +21,9 @@ from moekit.headlines import headline
 from moekit.nn.dispatch import Local
 from moekit.nn.transformer import Transformer
 
-# The most that a row of logits may differ, as the norm of the difference over the norm, without the mean of the row. Rounding makes 0.001 in
-# float16 and ten times as much in bfloat16, and a choice of experts near a tie a few hundredths; logits of another text differ by 1.4.
+# The most that a row of logits may differ, as the norm of the difference over the norm, without the mean of the row.
+# Rounding makes 0.001 in float16 and ten times as much in bfloat16, and a choice of experts near a tie a few hundredths;
+# logits of another text differ by 1.4.
 FAR = 0.2
 
 _trusted: weakref.WeakKeyDictionary[Transformer, dict[tuple[str, int], bool]] = weakref.WeakKeyDictionary()
