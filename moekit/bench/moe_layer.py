@@ -18,6 +18,7 @@ from moekit.bench.peers import PEERS, Missing, Peer, version, without_biases
 from moekit.bench.score import FRACTION
 from moekit.bench.setting import Setting, ceiling_figures, wholes
 from moekit.headlines import headline
+from moekit.nn import graphs
 from moekit.nn.config import DENSE, ModelConfig
 from moekit.nn.dispatch import Local
 from moekit.nn.experts import QuantisedExperts
@@ -38,6 +39,8 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 TIES = 1e-3
 # Tokens of a call.
 MOST = 2**20
+# Seconds of a measurement, of as many calls as it takes.
+LEAST = 0.02
 NO_BYTES = "{} has no product with these weights of one byte"
 
 
@@ -174,11 +177,17 @@ def plain(moe: MoE, x: Tensor, asked: Pass) -> Tensor:
 def timed(
     work: str, name: str, layer: Layer, x: Tensor, asked: Pass, expected: Tensor, setting: Setting
 ) -> Figure:
+    """The row of ``layer``: its time in a CUDA graph, as in a pass of so many tokens, where it can be captured."""
     note = same(name, layer(x, asked), expected)
+    call = functools.partial(layer, x, asked)
     with measure.memory(x.device) as peak:
-        seconds = measure.seconds(
-            functools.partial(layer, x, asked), x.device, repeats=setting.repeats, least=0.02
+        seconds = measure.seconds(call, x.device, repeats=setting.repeats, least=LEAST)
+    graph = captured(layer, x, asked)
+    if graph is not None:
+        note = (
+            f"{same(name, graph(x), expected)}; {statistics.median(seconds) * 1e3:.3g} ms with its launches"
         )
+        seconds = measure.seconds(graph.graph.replay, x.device, repeats=setting.repeats, least=LEAST)
     return Figure(
         work,
         statistics.median(seconds) * 1e3,
@@ -188,6 +197,18 @@ def timed(
         host_gib=peak.host_gib,
         note=f"{spread(seconds)}; {note}",
     )
+
+
+def captured(layer: Layer, x: Tensor, asked: Pass) -> graphs.Graph | None:
+    """A graph of ``layer``; None where passes are not captured, or the layer asks the device for a number."""
+    if not x.is_cuda or x.shape[0] * x.shape[1] > graphs.MOST_TOKENS:
+        return None
+    try:
+        return graphs.Graph(lambda rows: layer(rows, asked), x)
+    except Exception:
+        # Libraries say in many ways that they cannot be captured.
+        torch.cuda.synchronize(x.device)
+        return None
 
 
 def limit(setting: Setting, ceilings: Ceilings, routing: Routing, x: Tensor) -> float:

@@ -3,7 +3,7 @@
 A function here makes a layer of a MoE layer's experts: the rows [N, D], the experts [N, K] and their weights [N, K] go in,
 and the sums over each row's choices [N, D] come out. A dropped choice has the weight 0, but it is computed, too.
 
-Versions that these calls were written for: transformers 5.24, triton_kernels of Triton 3.4 to 3.6, vLLM 0.11 to 0.16, ScatterMoE
+Versions that these calls were written for: transformers 5.24, triton_kernels of Triton 3.4 to 3.7, vLLM 0.11 to 0.16, ScatterMoE
 of 2025-10, MegaBlocks 0.10.
 """
 
@@ -115,15 +115,42 @@ def _transformers(experts: Experts, implementation: str) -> nn.Module:
 
 
 def triton_kernels(experts: Experts, choices: int) -> Call:
-    """Two calls of ``matmul_ogs``: the first gathers rows and ends with GELU, the second scatters, weights and sums."""
+    """Two products: the first gathers rows and ends with GELU, the second scatters and weights."""
+    _only_gelu(experts, "triton_kernels")
+    newer = importlib.util.find_spec("triton_kernels.matmul") is not None
+    return (_by_matmul if newer else _by_matmul_ogs)(experts)
+
+
+def _by_matmul(experts: Experts) -> Call:
+    """By ``matmul``, of Triton 3.6 and newer; the choices of a row are added afterwards."""
+    from triton_kernels.matmul import FnSpecs, FusedActivation, matmul
+    from triton_kernels.tensor_details.ragged_tensor import make_ragged_tensor_metadata
+
+    from moekit.bench.gelu import gelu
+
+    w1, b1, w2, b2 = _transposed(experts)
+    activation = FusedActivation(FnSpecs("gelu", gelu, ()), ())
+
+    def call(rows: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        order, counts = sort_by_expert(chosen.flatten(), experts.held)
+        where = make_ragged_tensor_metadata(counts.int(), len(order))
+        read, order = (order // chosen.shape[1]).int(), order.int()
+        gathered = weights.flatten()[order]
+        hidden = matmul(rows, w1, b1, where, gather_indx=read, fused_activation=activation)
+        done = matmul(hidden, w2, b2, where, scatter_indx=order, gammas=gathered)
+        return done.view(len(rows), chosen.shape[1], -1).sum(dim=1)
+
+    return call
+
+
+def _by_matmul_ogs(experts: Experts) -> Call:
+    """By ``matmul_ogs``, of Triton 3.4 and 3.5, which also adds up the choices of a row."""
     from triton_kernels import routing
     from triton_kernels.matmul_ogs import FnSpecs, FusedActivation, matmul_ogs
 
-    _only_gelu(experts, "triton_kernels")
     from moekit.bench.gelu import gelu
 
-    w1, b1, w2, b2 = experts.tensors.values()
-    w1, w2, b1, b2 = w1.transpose(1, 2), w2.transpose(1, 2), b1.float(), b2.float()
+    w1, b1, w2, b2 = _transposed(experts)
     activation = FusedActivation(FnSpecs("gelu", gelu, ()), (), **_where(FusedActivation, reduction_n=1))
 
     def call(rows: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
@@ -142,6 +169,12 @@ def triton_kernels(experts: Experts, choices: int) -> Call:
         return matmul_ogs(hidden, w2, b2, plan, scatter_indx=scatter, gammas=gathered).view_as(rows)
 
     return call
+
+
+def _transposed(experts: Experts) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Matrices with the terms of the sums first, and biases in float32."""
+    w1, b1, w2, b2 = experts.tensors.values()
+    return w1.transpose(1, 2), b1.float(), w2.transpose(1, 2), b2.float()
 
 
 def _where(kind: type, **named: object) -> dict[str, object]:
