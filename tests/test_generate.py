@@ -430,6 +430,48 @@ def test_a_step_that_is_replayed_changes_nothing(text_model, monkeypatch):
         np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
 
 
+def test_prompts_of_one_shape_are_read_with_one_graph(text_model, monkeypatch):
+    """A stand-in for what a GPU captures: it is valid for one shape and one cache, and writes to the cache when it is made."""
+    how = {"max_new_tokens": 30, "progress": False}
+    prompts, others = ["The cat", "A dog ran", "It"], ["The cats", "A dog", "In"]
+    wanted, wanted_others = text_model.generate(prompts, **how), text_model.generate(others, **how)
+    made, replayed = [], []
+
+    class Step:
+        def __init__(self, model, cache, vocab, rows_expected):
+            self.model, self.cache, self.vocab = model, cache, vocab
+
+        def __call__(self, read):
+            step = Pass(groups=len(read), cache=self.cache)
+            return self.model.logits(self.model(read[:, None], step)[:, 0], self.vocab)
+
+    class Captured:
+        def __init__(self, work, *inputs):
+            self.work, self.shapes = work, [given.shape for given in inputs]
+            made.append(self.shapes)
+            # Other numbers than those that are replayed.
+            work(*map(torch.ones_like, inputs))
+
+        def __call__(self, *inputs):
+            assert [given.shape for given in inputs] == self.shapes
+            replayed.append(self)
+            return self.work(*inputs)
+
+    graphs = session.decode.graphs
+    monkeypatch.setattr(graphs, "of_step", Step)
+    monkeypatch.setattr(graphs, "Graph", Captured)
+    monkeypatch.setattr(graphs, "fits", lambda *args: True)
+    text_model.ranks.call(lambda rank: rank.state.pop(session.decode.SPARE, None))
+    for turn in range(1, graphs.AFTER + 4):
+        same(text_model.generate(prompts, **how), wanted)
+        assert (len(made), len(replayed)) == ((0, 0) if turn <= graphs.AFTER else (1, turn - graphs.AFTER))
+    # Another shape, and a trace, do without it.
+    same(text_model.generate(others, **how), wanted_others)
+    traced = text_model.generate(prompts, trace=True, **how)
+    assert [one.ids for one in traced] == [one.ids for one in wanted]
+    assert len(made) == 1 and len(replayed) == 3
+
+
 def test_what_is_traced_ends_with_its_sequence(text_model, monkeypatch):
     """As on a GPU, where finished sequences keep their rows: they do not while somebody records."""
     how = {"max_new_tokens": 12, "stop": ["e", "a"], "trace": True, "progress": False, "temperature": 1.0}

@@ -10,7 +10,9 @@ Shape letters: B sequences of this rank, T tokens of the longest prompt, V dicti
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import functools
+import math
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import NamedTuple
@@ -22,6 +24,7 @@ from torch import Tensor
 
 from moekit.nn import graphs
 from moekit.nn.cache import Cache, slots_for
+from moekit.nn.dispatch import Local
 from moekit.nn.logprobs import log_probs
 from moekit.nn.noise import Noise
 from moekit.nn.parts import is_part, part
@@ -41,8 +44,11 @@ class Prompt:
     ids: Sequence[int] | np.ndarray
 
 
-# Key of the rank's state for the cache of the last finished generation, with the graph of a decode step on it.
+# Key of the rank's state for the :class:`Spare` of the last finished generation.
 SPARE = "spare step"
+# Prompts are read with a graph up to a READ-th of the tokens that a pass with a graph may have: above, launches take no time
+# beside the kernels, and the graph keeps memory while sequences grow.
+READ = 2
 
 
 class Sequences:
@@ -59,7 +65,7 @@ class Sequences:
         cache: Cache,
         seen: Tensor | None,
         alike: Hashable,
-        spare: Spare | None,
+        spare: Spare,
     ):
         self.settings, self.numbers, self.on_ranks = settings, numbers, on_ranks
         self.cache, self.seen = cache, seen
@@ -68,7 +74,7 @@ class Sequences:
         # The parts of a trace.
         self.parts: list[dict[str, np.ndarray]] = []
         # The graph of a step with the current rows, and the steps since the rows of any rank changed.
-        self.graph: graphs.Graph | graphs.InParts | None = None if spare is None else spare.graph
+        self.graph, self.prefill = spare.graph, spare.prefill
         self.unchanged = 0
         self.alike: Hashable = alike
 
@@ -118,10 +124,15 @@ def begin(
     plain = settings.beam_size == 1 and settings.fraction is None
     # What cannot be taken over is dropped: the memory is needed.
     spare = _take_spare(rank, alike if plain else None)
-    expected = _expected(passes) if model.dispatch.by_expectation else [None] * max(map(len, passes))
-    cache = None if spare is None else spare.cache
+    expected, kept = _expected(passes), None
+    if plain and _worth_capturing(model, settings, prompts, max(expected)):
+        kept = functools.partial(spare.prefill, tuple(map(_shape, prompts)))
+    elif not model.dispatch.by_expectation:
+        expected = [None] * len(expected)
+    cache = spare.cache
     read = [
-        _read(model, part, settings, slots, rows, cache) for part, rows in zip(mine, expected, strict=False)
+        _read(model, part, settings, slots, rows, cache, kept)
+        for part, rows in zip(mine, expected, strict=False)
     ]
     for rows in expected[len(mine) :]:
         model.serve(rows)
@@ -221,25 +232,40 @@ def end(rank: Rank, key: int) -> list[dict[str, np.ndarray]]:
     if sequences is None:
         return []
     if sequences.graph is not None and sequences.alike is not None:
-        rank.state[SPARE] = Spare(sequences.alike, sequences.cache, sequences.graph)
+        rank.state[SPARE] = Spare(sequences.alike, sequences.prefill, sequences.cache, sequences.graph)
     return sequences.parts
 
 
 class Spare(NamedTuple):
-    """The cache and graph of a finished generation, for reuse by one with an equal ``alike``, which all ranks share."""
+    """What a finished generation leaves for one with an equal ``alike``, which all ranks share.
+
+    Attributes:
+        prefill: runs the forward pass over the prompts on ``cache``, with a graph after enough prompts of one shape.
+        cache, graph: the cache, and the graph of a decode step on it; None where nothing is left.
+    """
 
     alike: Hashable
-    cache: Cache
-    graph: graphs.Graph | graphs.InParts
+    prefill: graphs.Repeated
+    cache: Cache | None = None
+    graph: graphs.Graph | graphs.InParts | None = None
 
 
-def _take_spare(rank: Rank, alike: Hashable) -> Spare | None:
-    """The spare cache, cleared, and its graph if their ``alike`` is equal; otherwise both are dropped."""
+def _take_spare(rank: Rank, alike: Hashable) -> Spare:
+    """The spare, with its cache cleared, if its ``alike`` is equal; otherwise it is dropped, and the result is empty."""
     spare: Spare | None = rank.state.pop(SPARE, None)
     if spare is None or spare.alike != alike:
-        return None
+        return Spare(alike, graphs.Repeated(isinstance(rank.state["model"].dispatch, Local)))
     spare.cache.clear()
     return spare
+
+
+def _worth_capturing(
+    model: Transformer, settings: Settings, prompts: Sequence[Sequence[Prompt]], rows: int
+) -> bool:
+    """Whether the ranks, with at most ``rows`` tokens each, read prompts with a graph once enough had one shape."""
+    told = (settings.record, settings.trace, settings.intervention)
+    few = graphs.few(model, READ * rows, len(prompts))
+    return all(prompts) and few and told == (None, None, None) and graphs.fits(model, Pass())
 
 
 def _passes(prompts: Sequence[Prompt], settings: Settings) -> list[Sequence[Prompt]]:
@@ -249,13 +275,15 @@ def _passes(prompts: Sequence[Prompt], settings: Settings) -> list[Sequence[Prom
     return [prompts] if prompts else []
 
 
+def _shape(prompts: Sequence[Prompt]) -> tuple[int, int]:
+    """(B, T) of prompts that are read together."""
+    return len(prompts), max(len(prompt.ids) for prompt in prompts)
+
+
 def _expected(passes: Sequence[Sequence[Sequence[Prompt]]]) -> list[int]:
     """The most tokens, including padding, that any rank brings to each pass; ``passes`` holds the passes of each rank."""
-
-    def rows(prompts: Sequence[Prompt]) -> int:
-        return len(prompts) * max(len(prompt.ids) for prompt in prompts)
-
-    return [max(rows(part) for part in ranks if part) for ranks in zip_longest(*passes, fillvalue=())]
+    together = zip_longest(*passes, fillvalue=())
+    return [max(math.prod(_shape(part)) for part in ranks if part) for ranks in together]
 
 
 def _read(
@@ -265,8 +293,12 @@ def _read(
     slots: int,
     rows_expected: int | None,
     cache: Cache | None,
+    kept: Callable[..., Tensor] | None,
 ) -> tuple[Cache, Tensor, Tensor, list[dict[str, np.ndarray]]]:
-    """Prefill ``prompts``: a cache, the features [B, D] of the last tokens, the log-probabilities [B], and the trace."""
+    """Prefill ``prompts``: a cache, the features [B, D] of the last tokens, the log-probabilities [B], and the trace.
+
+    ``kept`` runs the forward pass; None runs it as it is.
+    """
     device = model.embed.weight.device
     lengths = torch.tensor([len(prompt.ids) for prompt in prompts])
     tokens = torch.full((len(prompts), int(lengths.max())), PAD)
@@ -277,7 +309,7 @@ def _read(
     numbers = [prompt.number for prompt in prompts]
     asked = _asked(settings, numbers, 0, cache, tokens.shape[1])
     asked.rows_expected = rows_expected
-    features = model(tokens, asked)
+    features = model(tokens, asked) if kept is None else kept(lambda read: model(read, asked), tokens)
     parts = _traced(asked, numbers, torch.arange(tokens.shape[1], device=device) < lengths[:, None])
     cache.advance(lengths)
     last = features[torch.arange(len(prompts), device=device), lengths - 1]
