@@ -1,5 +1,6 @@
 """Experts that are fetched: no policy changes a result, hits are those of the simulator, and a plan is what is measured."""
 
+import copy
 import mmap
 import os
 import re
@@ -24,8 +25,9 @@ from moekit.likelihood import Text, score_texts
 from moekit.nn import resident
 from moekit.nn.cache import Cache
 from moekit.nn.dispatch import owned
-from moekit.nn.kernels import short_step
+from moekit.nn.kernels import batch_step, short_step
 from moekit.nn.memory import Sizes
+from moekit.nn.passes import Pass
 from moekit.nn.pinning import paged
 from moekit.nn.policies import POLICIES, Hottest
 from moekit.nn.resident import Residence, install
@@ -192,6 +194,43 @@ def test_with_the_kernels(interpreted):
     # All choices of a step have slots at once.
     most = max(short_step.FEW.values())
     assert most * 2 <= CHUNK and short_step.fits(models[1], most)
+
+
+@pytest.mark.parametrize("sequences", [5, 9])
+@torch.inference_mode()
+def test_a_step_of_many_sequences_asks_for_the_experts_of_a_few_at_a_time(interpreted, sequences):
+    """Against a model with all experts; the policies see the requests in the order of the sequences."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = replace(TINY, layers=4, dim=32, ffn_dim=16, input_dim=32, output_dim=32, vocab_rows=64)
+    models = []
+    for residence in (None, Residence(2, "lru"), Residence(7, "lfu")):
+        rank = ranks.Rank(0, 1, device)
+        shapes.build(rank, config, torch.float16, "triton", residence=residence, zipf=1.0)
+        models.append(rank.state["model"])
+    tokens = torch.randint(4, 64, (sequences, 3), generator=torch.Generator().manual_seed(1)).to(device)
+    caches = [Cache(config, sequences, 64, device, torch.float16) for _ in models]
+    seen: dict[int, list[int]] = {layer: [] for layer in config.moe_layers}
+
+    def note(layer, routing):
+        seen[layer] += routing.experts.flatten().tolist()
+
+    for token in tokens.T:
+        models[0](token[:, None], Pass(groups=sequences, cache=copy.deepcopy(caches[0]), record=note))
+        asked = [Pass(groups=sequences, cache=cache) for cache in caches]
+        assert batch_step.fits(models[1], sequences) and not short_step.fits(models[1], sequences)
+        whole, *fetched = [
+            batch_step.read_on(model, token, one, 64) for model, one in zip(models, asked, strict=True)
+        ]
+        assert torch.equal(*fetched)
+        torch.testing.assert_close(fetched[0], whole, rtol=1e-2, atol=1e-2)
+        for cache in caches:
+            cache.advance(1)
+    for model in models[1:]:
+        model.slots.settle()
+        for layer, requests in zip(model.slots.layers, seen.values(), strict=True):
+            policy = type(layer.policy)(config.experts, layer.policy.slots)
+            assert (layer.counts.requests, layer.counts.hits) == (len(requests), policy.take(requests))
+            assert 0 < layer.counts.copied < len(requests)
 
 
 # ---------------------------------------------------------------------------------------------------- hits

@@ -38,7 +38,7 @@ def few(model: Transformer, rows: int, world_size: int) -> bool:
 def fits(model: Transformer, asked: Pass, sequences: int | None = None) -> bool:
     """Whether a pass can be captured: it runs on the device alone, with the same kernels every time.
 
-    Where experts are fetched, the host takes part: only a decode step of few ``sequences`` is captured, in parts.
+    Where experts are fetched, the host takes part: only a decode step of some ``sequences`` is captured, in parts.
 
     With several ranks, the number of expected rows has to be known (:attr:`moekit.nn.passes.Pass.rows_expected`). All ranks
     capture at the same time, because a capture runs the work several times.
@@ -54,9 +54,9 @@ def _in_parts(model: Transformer, sequences: int | None) -> bool:
     if sequences is None:
         return False
     # Triton is imported only if its back end is selected.
-    from moekit.nn.kernels import short_step
+    from moekit.nn.kernels import batch_step, short_step
 
-    return short_step.fits(model, sequences)
+    return short_step.fits(model, sequences) or batch_step.fits(model, sequences)
 
 
 @functools.lru_cache
@@ -188,6 +188,7 @@ def of_step(model: Transformer, cache: Cache, vocab: int, rows_expected: int | N
     tokens = torch.zeros(len(cache.lengths), dtype=torch.long, device=cache.lengths.device)
     if model.slots is None:
         return Graph(step, tokens)
-    from moekit.nn.kernels import short_step
+    from moekit.nn.kernels import batch_step, short_step
 
-    return InParts(lambda read: short_step.in_parts(model, read, cache, vocab, len(read)), tokens)
+    kernels = short_step if short_step.fits(model, len(tokens)) else batch_step
+    return InParts(lambda read: kernels.in_parts(model, read, cache, vocab, len(read)), tokens)

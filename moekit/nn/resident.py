@@ -126,8 +126,11 @@ class Resident(nn.Module):
             out.index_copy_(0, mine, done)
         return out
 
-    def rounds(self, requests: list[int] | np.ndarray) -> Iterator[dict[int, int]]:
+    def rounds(self, requests: list[int] | np.ndarray, ahead: bool = True) -> Iterator[dict[int, int]]:
         """Bring the experts of ``requests`` into slots, some of them in each round.
+
+        Args:
+            ahead: whether few of them foretell the experts of the next layer.
 
         Yields:
             The experts of a round with their slots, in the order of slots. The caller launches what it computes with them
@@ -135,14 +138,14 @@ class Resident(nn.Module):
         """
         complete = False
         try:
-            yield from self._rounds(requests)
+            yield from self._rounds(requests, ahead)
             complete = True
         finally:
             if not complete:
                 # An error or an interrupt came between a policy and what it decided.
                 self.slots.forget()
 
-    def _rounds(self, requests: list[int] | np.ndarray) -> Iterator[dict[int, int]]:
+    def _rounds(self, requests: list[int] | np.ndarray, ahead: bool) -> Iterator[dict[int, int]]:
         slots, many = self.slots, len(requests) > MANY
         if many:
             needed = dict(
@@ -156,7 +159,7 @@ class Resident(nn.Module):
         self.counts.hits += hits
 
         here = {expert: self.where[expert] for expert in needed if expert in self.where}
-        self._note(needed, here)
+        self._note(needed, here, ahead)
         if self.ahead:
             here |= self._foreseen(needed)
         if hits < len(requests):
@@ -225,14 +228,15 @@ class Resident(nn.Module):
                 leave.append(slot)
         self.slots.release(leave)
 
-    def _note(self, requested: Collection[int], here: Container[int]) -> None:
+    def _note(self, requested: Collection[int], here: Container[int], ahead: bool) -> None:
         """Count, for each expert that the layer before requested, which of ``requested`` were in no slot here.
 
         Args:
             here: those of ``requested`` that are in slots.
+            ahead: as in :meth:`rounds`.
         """
         before, self.slots.previous = self.slots.previous, None
-        if not self.prefetch or len(requested) > CHUNK:
+        if not self.prefetch or not ahead or len(requested) > CHUNK:
             return
         if before is not None and before[0].following == [self]:
             missed = [expert for expert in requested if expert not in here]
@@ -257,25 +261,28 @@ class Resident(nn.Module):
 
     # --------------------------------------------------------------------------------- a step in parts
 
-    def ask(self, chosen: Tensor) -> Callable[[], None]:
+    def ask(self, chosen: Tensor, ahead: bool = True) -> Callable[[], None]:
         """Send the experts of ``chosen`` [B, K] to the host; B K is at most ``CHUNK``.
 
         Neither this nor :meth:`places` reads a number back from the device, as a CUDA graph requires.
+
+        Args:
+            ahead: whether they foretell experts of the next layer, which are then fetched, too.
 
         Returns:
             What the host has to call before :meth:`places`: it brings the experts into slots.
         """
         count = chosen.numel()
         self.asked[:count].view(chosen.shape).copy_(chosen, non_blocking=True)
-        return functools.partial(self._bring, count)
+        return functools.partial(self._bring, count, ahead)
 
-    def _bring(self, count: int) -> None:
+    def _bring(self, count: int, ahead: bool) -> None:
         """Have the experts asked for in slots; they stay there until the next layer's are asked for."""
         self.slots.settle()
         if self.slots.stream is not None:
             torch.cuda.current_stream(self.slots.device).synchronize()
         experts = self.asked[:count].tolist()
-        self.slots.open = self.rounds(experts)
+        self.slots.open = self.rounds(experts, ahead)
         found = next(self.slots.open)
         self.told.numpy()[:count] = [found[expert] for expert in experts]
 

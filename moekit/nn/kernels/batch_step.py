@@ -8,10 +8,14 @@ Shape letters: B sequences, D model dim, V dictionary, E experts, K choices a to
 
 from __future__ import annotations
 
+from collections.abc import Callable, Generator
+
 import torch
 from torch import Tensor
 
+from moekit.nn.cache import Cache
 from moekit.nn.dispatch import Local
+from moekit.nn.graphs import whole
 from moekit.nn.kernels import short_step
 from moekit.nn.kernels.attention import attend_one
 from moekit.nn.kernels.cuts import cut_for, cuts_of, kind_of, shared_memory
@@ -24,6 +28,7 @@ from moekit.nn.kernels.tiles import FEW, planned
 from moekit.nn.kernels.vectors import experts_linear
 from moekit.nn.parts import part
 from moekit.nn.passes import Pass
+from moekit.nn.slots import CHUNK
 from moekit.nn.transformer import MoE, Transformer
 
 # From so many sequences, up to so many, of models with up to so many dims. With 2,048 dims, torch's products were 1 % faster.
@@ -44,11 +49,12 @@ def fits(model: Transformer, sequences: int) -> bool:
         # Numbers of four bytes would take twice the memory.
         and model.embed.weight.dtype.itemsize == 2
     )
-    if not apt or model.slots is not None or not model.config.pre_norm or model.config.dim > DIM:
+    if not apt or not model.config.pre_norm or model.config.dim > DIM:
         return False
-    # Over ranks, a few sequences have faster exchanges of their own.
-    few = not isinstance(model.dispatch, Local) and short_step.fits(model, sequences)
-    return LEAST <= sequences <= MOST and not few
+    one_place = isinstance(model.dispatch, Local)
+    # A few sequences over ranks have faster exchanges of their own, and with experts that are fetched, one request of the host.
+    few = (not one_place or model.slots is not None) and short_step.fits(model, sequences)
+    return LEAST <= sequences <= MOST and not few and (one_place or model.slots is None)
 
 
 def read_on(model: Transformer, tokens: Tensor, asked: Pass, vocab: int) -> Tensor | None:
@@ -58,7 +64,17 @@ def read_on(model: Transformer, tokens: Tensor, asked: Pass, vocab: int) -> Tens
     """
     if len(tokens) == 0:
         return model.serve(asked.rows_expected)
-    config, cache = model.config, asked.cache
+    return whole(lambda: in_parts(model, tokens, asked.cache, vocab, asked.rows_expected))
+
+
+def in_parts(
+    model: Transformer, tokens: Tensor, cache: Cache, vocab: int, rows: int | None
+) -> Generator[Callable[[], None], None, Tensor]:
+    """:func:`read_on` for B above 0, in parts, as :func:`moekit.nn.kernels.short_step.in_parts` has them.
+
+    With slots, the host brings the experts of a few sequences at a time.
+    """
+    config = model.config
     with part("embedding"):
         x = embedded(model, tokens, cache)
     pending = None
@@ -70,13 +86,15 @@ def read_on(model: Transformer, tokens: Tensor, asked: Pass, vocab: int) -> Tens
                 qkv = linear(h, attn.qkv.weight, attn.qkv.bias).view(len(x), 3, config.heads, -1)
                 seen = attend_one(qkv, cache.kv[attn.index], cache.lengths)
                 x, h = layer.ffn_norm(x, linear(seen, attn.out.weight, attn.out.bias, split=True))
-            if layer.moe is not None:
-                x, pending = _experts(model, layer.moe, x, h, asked.rows_expected)
-                continue
-            with part("dense"):
-                fc1, fc2 = layer.ffn.fc1, layer.ffn.fc2
-                h = linear(h, fc1.weight, fc1.bias, activation=config.activation)
-                pending = linear(h, fc2.weight, fc2.bias, split=True)
+            if layer.moe is None:
+                with part("dense"):
+                    fc1, fc2 = layer.ffn.fc1, layer.ffn.fc2
+                    h = linear(h, fc1.weight, fc1.bias, activation=config.activation)
+                    pending = linear(h, fc2.weight, fc2.bias, split=True)
+            elif model.slots is None:
+                x, pending = _experts(model, layer.moe, x, h, rows)
+            else:
+                x, pending = (yield from _fetched(model, layer.moe, x, h)), None
     if model.norm is None and pending is not None:
         # The norm adds parts up in float32.
         pending = pending.sum(dim=1, dtype=torch.float32).to(x.dtype)
@@ -108,3 +126,22 @@ def _experts(
         out = torch.empty(choices, x.shape[1], dtype=x.dtype, device=x.device)
         planned_ffn(experts, x, (order, table), rule.top_k, weights, cut, out)
         return onto, out.view(len(x), rule.top_k, -1)
+
+
+def _fetched(
+    model: Transformer, moe: MoE, onto: Tensor, x: Tensor
+) -> Generator[Callable[[], None], None, Tensor]:
+    """``onto`` [B, D] plus the weighted outputs for ``x`` [B, D] of experts that the host brings, for some sequences at a time."""
+    with part("gate"):
+        _, chosen, _, weights = choose(moe.rule, linear(x, moe.gate.weight))
+    found = []
+    for some in torch.arange(len(x)).split(CHUNK // moe.rule.top_k):
+        some = slice(int(some[0]), int(some[-1]) + 1)
+        with part("gate"):
+            # What these sequences choose says nothing of what others choose in the next layer.
+            ask = moe.experts.ask(chosen[some], ahead=len(chosen[some]) == len(x))
+        yield ask
+        with part("experts"):
+            places = moe.experts.places(chosen[some])
+            found.append(experts_linear(model.slots.experts, x[some], places, weights[some], onto[some]))
+    return torch.cat(found)
