@@ -292,6 +292,11 @@ def test_rounding_many_matrices_to_one_byte(dtype, kind):
 def test_loads_that_one_kernel_quantises(kind, monkeypatch):
     """As :class:`moekit.checkpoint.copying.Pinned` does it, and with more matrices than a load may have."""
     monkeypatch.setattr(copying, "MATRICES", 2)
+    monkeypatch.setattr(rounding, "able", lambda *_: True)
+    rounded = []
+    monkeypatch.setattr(
+        rounding, "quantise", lambda *args, own=rounding.quantise: rounded.append(args[1]) or own(*args)
+    )
     pieces, wanted = [], []
     for number, shape in enumerate([(7, 300), (5, 24), (40, 24), (1, 300), (64, 100), (3, 7)] * 3):
         source = torch.randn(shape, generator=torch.Generator().manual_seed(number)).half()
@@ -305,14 +310,11 @@ def test_loads_that_one_kernel_quantises(kind, monkeypatch):
         memory = torch.zeros(4096, dtype=torch.uint8)
         for start, source in load.sources:
             memory.numpy()[2 * start : 2 * start + len(source)] = source
-        memory, table = memory.to(DEVICE), None
-        if load.matrices:
-            table = torch.full((2, copying.ENTRIES), -1, dtype=torch.int64)
-            table[: len(load.matrices)] = torch.tensor(copying.entries(memory, load))
-            table = table.to(DEVICE)
-        copying.arrived(memory, load, table)
+        landed = copying.Landed(memory.to(DEVICE), kernels=True)
+        landed.expect(load)
+        landed.arrived(load)
         sizes.append(len(load.matrices))
-    assert max(sizes) == 2
+    assert max(sizes) == 2 and rounded == [size for size in sizes if size]
     for piece, other, (numbers, scale) in zip(pieces[::2], pieces[1::2], wanted, strict=True):
         assert torch.equal(piece.target.cpu().view(torch.uint8), numbers.view(torch.uint8))
         assert torch.equal(piece.scale.cpu(), scale) and torch.equal(other.target.cpu(), other.source.float())

@@ -31,8 +31,8 @@ from moekit.nn.quantise import quantise
 THREADS = 5
 # Buffers of each thread, and the bytes of each buffer.
 BUFFERS, LOAD_BYTES = 2, 16 << 20
-# The most matrices of a load that are quantised, and what a kernel reads of each (moekit/nn/kernels/rounding.py).
-MATRICES, ENTRIES = 64, 5
+# The most matrices of a load that are quantised.
+MATRICES = 64
 # The alignment, in bytes, of a tensor in a buffer, at which GPU copies are fast.
 ALIGNMENT = 256
 
@@ -203,7 +203,7 @@ class Straight:
 class OntoGpu:
     """Copies to a GPU, with a separate stream for each thread."""
 
-    def __init__(self, device: torch.device, kernels: bool = False):
+    def __init__(self, device: torch.device, kernels: bool):
         self.kernels = kernels
         self.device, self.caller = device, torch.cuda.current_stream(device)
         self.mine = threading.local()
@@ -293,25 +293,19 @@ class Buffer(Protocol):
 class Pinned:
     """A :class:`Buffer` in pinned memory, which the GPU reads in the order of the current stream."""
 
-    def __init__(self, size: int, device: torch.device, kernels: bool = False):
-        self.kernels = kernels
+    def __init__(self, size: int, device: torch.device, kernels: bool):
         self.memory = torch.empty(size, dtype=torch.uint8, pin_memory=True)
         self.room = self.memory.numpy()
-        self.landed = torch.empty(size, dtype=torch.uint8, device=device)
-        self.table = torch.empty(MATRICES, ENTRIES, dtype=torch.int64, pin_memory=True)
-        self.tabled = torch.empty_like(self.table, device=device)
+        self.landed = Landed(torch.empty(size, dtype=torch.uint8, device=device), kernels)
         # With a blocking event, a waiting thread does not occupy a core.
         self.fetched = torch.cuda.Event(blocking=True)
 
     def send(self, load: Shared) -> None:
         used = load.used * load.dtype.itemsize
-        self.landed[:used].copy_(self.memory[:used], non_blocking=True)
-        rounds = self.kernels and bool(load.matrices) and one_kernel(self.landed.device, load)
-        if rounds:
-            self.table.numpy()[: len(load.matrices)] = entries(self.landed, load)
-            self.tabled.copy_(self.table, non_blocking=True)
+        self.landed.memory[:used].copy_(self.memory[:used], non_blocking=True)
+        self.landed.expect(load)
         self.fetched.record()
-        arrived(self.landed, load, self.tabled if rounds else None)
+        self.landed.arrived(load)
 
     def wait(self) -> None:
         self.fetched.synchronize()
@@ -326,40 +320,53 @@ def staged(load: Shared, buffer: Buffer) -> None:
     buffer.send(load)
 
 
-def arrived(memory: Tensor, load: Shared, table: Tensor | None = None) -> None:
-    """Copy and quantise what is in a buffer's memory [bytes] uint8 to its targets.
+class Landed:
+    """A buffer's memory on the device of the targets, from which loads go to their targets.
 
-    Args:
-        table: the matrices for the kernel that quantises all of them; None: they are quantised one by one.
+    Matrices are quantised one by one, or all of a load at once in one kernel (moekit/nn/kernels/rounding.py).
+
+    Attributes:
+        memory: [bytes] uint8.
     """
-    if load.parts:
-        torch._foreach_copy_([target for _, target in load.parts], dealt(memory, load))
-    if table is not None:
-        # Triton is imported only where it is used.
-        from moekit.nn.kernels import rounding
 
-        shapes = [target.shape for _, target, _ in load.matrices]
-        rows, columns = sum(rows for rows, _ in shapes), max(columns for _, columns in shapes)
-        rounding.quantise(table, len(shapes), rows, columns, load.dtype, load.matrices[0][1].dtype)
-        return
-    numbers = memory[: load.used * load.dtype.itemsize].view(load.dtype)
-    for start, target, scale in load.matrices:
-        quantise(numbers[start : start + target.numel()].view(target.shape), target, scale)
+    def __init__(self, memory: Tensor, kernels: bool = False):
+        self.memory, self.kernels = memory, kernels
+        if kernels:
+            # Triton is imported only where it is used.
+            from moekit.nn.kernels import rounding
 
+            self.rounding = rounding
+            width = rounding.ENTRIES.value
+            self.table = torch.empty(MATRICES, width, dtype=torch.int64, pin_memory=memory.is_cuda)
+            self.sent = torch.empty_like(self.table, device=memory.device)
 
-def one_kernel(device: torch.device, load: Shared) -> bool:
-    """Whether one kernel can quantise all matrices of ``load`` on ``device``."""
-    from moekit.nn.kernels import rounding
+    def at_once(self, load: Shared) -> bool:
+        """Whether one kernel quantises all matrices of ``load``."""
+        if not (self.kernels and load.matrices):
+            return False
+        return self.rounding.able(self.memory.device, load.dtype, load.matrices[0][1].dtype)
 
-    return rounding.able(device, load.dtype, load.matrices[0][1].dtype)
+    def expect(self, load: Shared) -> None:
+        """Send what that kernel reads of each matrix."""
+        if self.at_once(load):
+            base, each = self.memory.data_ptr(), load.dtype.itemsize
+            matrices = [(base + start * each, target, scale) for start, target, scale in load.matrices]
+            self.table.numpy()[: len(matrices)] = self.rounding.entries(matrices)
+            self.sent.copy_(self.table, non_blocking=True)
 
-
-def entries(memory: Tensor, load: Shared) -> list[tuple[int, ...]]:
-    """The matrices of ``load`` in a buffer's memory for that kernel."""
-    from moekit.nn.kernels import rounding
-
-    base, each = memory.data_ptr(), load.dtype.itemsize
-    return rounding.entries([(base + start * each, target, scale) for start, target, scale in load.matrices])
+    def arrived(self, load: Shared) -> None:
+        """Copy and quantise ``load``, which is in the memory and was expected, to its targets."""
+        if load.parts:
+            torch._foreach_copy_([target for _, target in load.parts], dealt(self.memory, load))
+        if self.at_once(load):
+            shapes = [target.shape for _, target, _ in load.matrices]
+            rows, columns = sum(rows for rows, _ in shapes), max(columns for _, columns in shapes)
+            kind = load.matrices[0][1].dtype
+            self.rounding.quantise(self.sent, len(shapes), rows, columns, load.dtype, kind)
+            return
+        numbers = self.memory[: load.used * load.dtype.itemsize].view(load.dtype)
+        for start, target, scale in load.matrices:
+            quantise(numbers[start : start + target.numel()].view(target.shape), target, scale)
 
 
 def dealt(memory: Tensor, load: Shared) -> list[Tensor]:
