@@ -104,7 +104,7 @@ class Target:
             block = f"{blocks.columns // 32}, 4, 4, 2, {blocks.inner}"
             types["columns"] = f"tensordesc<{kind}[{block}],{columns!r}>"
             options, registers = specialised.launch(blocks)
-            constants = {"N": n, "K": k, "FIRST": first, "WEIGHTED": not first, "REGISTERS": registers}
+            constants = {"N": n, "K": k, "FIRST": first, "WEIGHTED": not first, "TEAM_REGISTERS": registers}
             constants |= {"COLUMNS": blocks.columns, "INNER": blocks.inner, "STAGES": blocks.stages}
             constants |= {"ACTIVATION": 2 if first else 0} | ({"weights": None} if first else {})
             constants["OUT"] = specialised.layout(blocks.rows, blocks.columns, blocks.warps)

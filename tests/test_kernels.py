@@ -185,7 +185,10 @@ def test_registers_of_specialised_warps_by_hand(warps, registers, each):
     options, given = specialised.launch(replace(SPECIALISED, warps=warps))
     assert (given, options["maxnreg"]) == (registers, each)
     threads = 32 * (2 * warps + 4)
-    assert threads * each <= 65_536 and 2 * warps * 32 * given + 128 * specialised.LOADER <= threads * each
+    assert (
+        threads * each <= 65_536
+        and 2 * warps * 32 * given + 128 * specialised.LOADER_REGISTERS.value <= threads * each
+    )
 
 
 @on_hopper

@@ -31,9 +31,10 @@ from moekit.nn.kernels.gpu import multiprocessors
 from moekit.nn.kernels.one_byte import Layer
 
 activate = gluon.jit(_activate.fn)
-TEAMS = 2
-# Registers of a multiprocessor, and those that a thread of the loader keeps.
-REGISTERS, LOADER = 65_536, 24
+# The turns of the kernel are those of two teams.
+TEAMS = gl.constexpr(2)
+# The registers of a multiprocessor, and those that a thread of the loader keeps.
+ALL_REGISTERS, LOADER_REGISTERS = 65_536, gl.constexpr(24)
 
 
 # --------------------------------------------------------------------------------------------------- before the kernel
@@ -158,7 +159,7 @@ def linear(
         INNER=blocks.inner,
         STAGES=blocks.stages,
         OUT=layout(blocks.rows, blocks.columns, blocks.warps),
-        REGISTERS=registers,
+        TEAM_REGISTERS=registers,
         **options,
     )
 
@@ -169,9 +170,10 @@ def launch(blocks: Blocks) -> tuple[dict[str, int], int]:
     All threads start with the same number of registers. The loader gives most of its own to the teams. Four warps at a
     time change their number, so the loader counts as four.
     """
-    warps = TEAMS * blocks.warps + 4
-    each = REGISTERS // (32 * warps) // 8 * 8
-    registers = (each * warps - LOADER * 4) // (TEAMS * blocks.warps) // 8 * 8
+    multiplying = TEAMS.value * blocks.warps
+    warps = multiplying + 4
+    each = ALL_REGISTERS // (32 * warps) // 8 * 8
+    registers = (each * warps - LOADER_REGISTERS.value * 4) // multiplying // 8 * 8
     return {"num_warps": blocks.warps, "maxnreg": each}, registers
 
 
@@ -217,7 +219,7 @@ def layout(rows: int, columns: int, warps: int) -> gl.DistributedLinearLayout:
 # rows: descriptor of [P, K]. columns: descriptor of the weights [E, N, K], with their columns in the order of ``descriptors``.
 # b: [E, N]. out: [P, N] in the order of ``order`` if FIRST, else [N K, N] by choice.
 # order: [P]; table: [3, T], each tile's expert, first index into ``order``, and end. weights: [N K] or None.
-# N: columns of the output. K: terms of the sum. OUT: the layout of a tile.
+# N: columns of the output. K: terms of the sum. OUT: the layout of a tile. TEAM_REGISTERS: of a thread that multiplies.
 
 
 @gluon.jit(do_not_specialize=["tiles", "experts"])
@@ -240,18 +242,18 @@ def _specialised_linear(
     INNER: gl.constexpr,
     STAGES: gl.constexpr,
     OUT: gl.constexpr,
-    REGISTERS: gl.constexpr,
+    TEAM_REGISTERS: gl.constexpr,
 ):
     ROWS: gl.constexpr = OUT.shape[0]
     x_ring = gl.allocate_shared_memory(rows.dtype, [STAGES, ROWS, INNER], rows.layout)
     w_ring = gl.allocate_shared_memory(columns.dtype, [STAGES, COLUMNS // 32, 4, 4, 2, INNER], columns.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    turn = gl.allocate_shared_memory(gl.int64, [TEAMS, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=ROWS // 64)
         mbarrier.init(empty.index(stage), count=1)
-    for team in gl.static_range(2):
+    for team in gl.static_range(TEAMS):
         mbarrier.init(turn.index(team), count=1)
     ring = x_ring, w_ring, full, empty
     plan = table, tiles, experts
@@ -269,7 +271,7 @@ def _specialised_linear(
             (_load, (plan, ring, rows, columns, N, K, COLUMNS, INNER, STAGES, ROWS)),
         ],
         [gl.num_warps(), 1],
-        [REGISTERS, 24],
+        [TEAM_REGISTERS, LOADER_REGISTERS],
     )
 
 
@@ -361,7 +363,7 @@ def _multiply(
             target = gl.load(order + row, mask=live, other=0)
         if WEIGHTED:
             weight = gl.load(weights + target, mask=live, other=0.0)
-        work += 2 * gl.num_programs(0)
+        work += TEAMS * gl.num_programs(0)
         expert, first, end = _tile(work, plan, ACROSS)
 
         sums = gl.zeros((ROWS, COLUMNS), gl.float32, SUMS)
