@@ -7,8 +7,9 @@ Each multiprocessor has one program. A layer has three or four phases, and a bar
     gate       norm and logits, in layers with experts
     ffn        norm, some units of the hidden layer, and their part of the result; of a chosen expert in place of a dense layer
 
-Programs add their parts to the residual stream, whose numbers are integers (fixed_point.py). The first rows
-of the output matrix come into the cache ahead of time (fetch.py), and matrices into registers before a program waits. Only experts have to wait for their choice.
+Programs add their parts to the residual stream, whose numbers are integers (fixed_point.py). The first rows of the output
+matrix come into the cache ahead of time (fetch.py), and matrices into registers before a program waits. Only experts have
+to wait for their choice.
 
 Shape letters: B sequences, D model dim, H heads, C head dim, M slots, F width, E experts, V dictionary.
 """
@@ -31,7 +32,7 @@ from moekit.nn.kernels import grid_barrier, one_byte
 from moekit.nn.kernels.activations import ACTIVATIONS
 from moekit.nn.kernels.gpu import capability, multiprocessors
 from moekit.nn.kernels.grid_barrier import arrive, begun, wait
-from moekit.nn.kernels.one_parts import COLUMNS, FFN_GAIN, OUT, Sizes, addresses
+from moekit.nn.kernels.one_parts import COLUMNS, FFN, OUT, PROJECT, Sizes, addresses
 from moekit.nn.kernels.one_phases import (
     ask_gate,
     attend,
@@ -53,7 +54,8 @@ from moekit.nn.transformer import Block, Transformer
 
 # The kernels are written for B sequences; from two on, batch_step.py is faster.
 FEW = 1
-# The most numbers of a matrix that a program has in its registers, those of the 15B on 132 multiprocessors: more would spill.
+# The most numbers of a matrix that a program has in its registers, those of the 15B on 132 multiprocessors: more would
+# spill.
 MOST = 48 * 768
 # How the work is cut, see Sizes: what was fastest on an H200.
 FORM = {
@@ -69,7 +71,13 @@ ALL = tl.constexpr(-1)
 
 
 class Plan(NamedTuple):
-    """What the kernel keeps between steps: the table of addresses [layers, COLUMNS] int64, and the counter of its barrier."""
+    """What the kernel keeps between steps.
+
+    Attributes:
+        addresses: those that ``table`` was made of.
+        table: [layers + 1, COLUMNS] int64, the addresses of each layer's tensors.
+        count: the counter of the kernel's barrier.
+    """
 
     addresses: tuple[int, ...]
     table: Tensor
@@ -144,7 +152,7 @@ def read_on(
     # The counter of the barrier is for as many programs as there are.
     assert programs is None or not on_gpu
     programs = programs or multiprocessors(device)
-    sizes = sizes_of(model, len(tokens), vocab, kind, programs, programs if on_gpu else 1, FORM)
+    sizes = sizes_of(model, len(tokens), vocab, programs, programs if on_gpu else 1)
     plan = plan_of(model)
     out = torch.empty(len(tokens), vocab, dtype=kind, device=device)
     residual = torch.empty(2, len(tokens), config.dim, dtype=torch.long, device=device)
@@ -199,11 +207,9 @@ def read_on(
     return out
 
 
-def sizes_of(
-    model: Transformer, rows: int, vocab: int, kind: torch.dtype, programs: int, meeting: int, form: dict
-) -> Sizes:
+def sizes_of(model: Transformer, rows: int, vocab: int, programs: int, meeting: int) -> Sizes:
     config, gate = model.config, gate_of(model.config)
-    moe = config.moe_layers
+    moe, kind = config.moe_layers, model.embed.weight.dtype
     experts = model.layers[moe[0]].moe.experts if moe else None
     bytes_of = {"ONE_BYTE": 0, "PTX": False} if experts is None else one_byte.layers(experts)[0].options
     gate_dtype = torch.float32 if config.gate_fp32 else kind
@@ -224,8 +230,8 @@ def sizes_of(
         ptx=bytes_of["PTX"],
         programs=programs,
         meeting=meeting,
-        **form
-        | {"chunk": math.gcd(form["chunk"], config.dim), "outputs": math.gcd(form["outputs"], config.dim)},
+        # Chunks, and rows of the output projection, have to divide D.
+        **FORM | {name: math.gcd(FORM[name], config.dim) for name in ("chunk", "outputs")},
     )
 
 
@@ -242,7 +248,7 @@ def plan_of(model: Transformer) -> Plan:
 
 
 def _addresses(layer: Block) -> list[int]:
-    """The addresses of a layer's tensors, as :data:`COLUMNS` has them."""
+    """The addresses of a layer's tensors, in the order of the table (one_parts.py)."""
     attn, ffn = layer.attn, layer.ffn
     tensors = [layer.attn_norm.weight, layer.attn_norm.bias, attn.qkv.weight, attn.qkv.bias, attn.out.weight]
     tensors += [attn.out.bias, layer.ffn_norm.weight, layer.ffn_norm.bias]
@@ -256,7 +262,8 @@ def _addresses(layer: Block) -> list[int]:
     return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
-# tokens [B]; embed [V or more, D]; positions [M + 2 or more, D] or None; out [B, V]; table [layers, COLUMNS]; count [1]; kv [layers, 2, B, H, M, C]; lengths [B].
+# tokens [B]; embed [V or more, D]; positions [M + 2 or more, D] or None; out [B, V].
+# table [layers + 1, COLUMNS]; count [1]; kv [layers, 2, B, H, M, C]; lengths [B].
 # residual [2, B, D] int64; qkv [B, 3 D]; logits [B, E]: room for what programs tell each other.
 # gain and shift: the last norm's weight and bias, [D] or None; output [V or more, D].
 @triton.jit(do_not_specialize=["slots", "first", "last"])
@@ -273,7 +280,7 @@ def _step(
     if ONLY == ALL or ONLY == 0:
         begin(tokens, embed, positions, lengths, residual, embed_scale, s)
         arrive(count, meeting)
-    at = addresses(table, first, 0, 4)
+    at = addresses(table, first, PROJECT, 4)
     length = length_of(tl.program_id(0), lengths, s)
     for layer in range(first, last):
         here, there = residual + layer % 2 * stream, residual + (1 - layer % 2) * stream
@@ -287,8 +294,8 @@ def _step(
         if ONLY == ALL or ONLY == 2:
             seen = attend_weights(tl.program_id(0), length, of_out, kv, slots, layer, s)
             target = wait(count, target, meeting)
-        of_ffn = addresses(table, layer, FFN_GAIN, 9)
-        following = addresses(table, layer + 1, 0, 4)
+        of_ffn = addresses(table, layer, FFN, 9)
+        following = addresses(table, layer + 1, PROJECT, 4)
         if ONLY == ALL or ONLY == 2:
             attend(seen, of_out, here, qkv, kv, lengths, slots, layer, scale, s)
             arrive(count, meeting)

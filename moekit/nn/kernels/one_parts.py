@@ -75,9 +75,9 @@ class Sizes:
         return max(16 // self.warps, 1)
 
 
-# The columns of the table of addresses.
-ATTN_GAIN, ATTN_SHIFT, QKV, QKV_BIAS, OUT, OUT_BIAS, FFN_GAIN, FFN_SHIFT = map(tl.constexpr, range(8))
-GATE, W1, B1, SCALE1, W2, B2, SCALE2, COLUMNS = map(tl.constexpr, range(8, 16))
+# The columns of the table of addresses, and where those of a phase begin: gain, shift, matrix and bias of queries, keys and
+# values; matrix and bias of the output projection; gain, shift, the gate's matrix, and matrix, bias and scale of both products.
+PROJECT, OUT, FFN, COLUMNS = map(tl.constexpr, (0, 4, 6, 15))
 
 
 @triton.jit
@@ -201,7 +201,7 @@ def first_vector(v, program, s: tl.constexpr):
     chunks = ()
     for done in tl.static_range(0, tl.constexpr(s.d), tl.constexpr(s.chunk)):
         at = done + tl.arange(0, s.chunk)
-        chunks = chunks + (tl.load(v + at, mask=(at < s.d) & (program == 0), other=0),)
+        chunks = chunks + (tl.load(v + at, mask=program == 0, other=0),)
     return chunks
 
 

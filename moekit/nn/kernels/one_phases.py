@@ -98,7 +98,7 @@ def attend_weights(item, length, at, kv, slots, layer, s: tl.constexpr):
     row = item % parts * s.outputs + tl.arange(0, s.outputs)
     place = row[:, None] * s.d + (h * s.c + c)[None, :]
     m = tl.load(pointer(w, kind) + place, mask=((c < s.c) & there_is)[None, :], other=0.0)
-    bias = tl.load(pointer(bias, kind) + row, mask=there_is & (h == 0) & (row < s.d), other=0.0)
+    bias = tl.load(pointer(bias, kind) + row, mask=there_is & (h == 0), other=0.0)
     keys = kv + slots * ((layer * 2 * s.b + b) * s.h + h) * s.c
     filled = tl.where(there_is, length, 0)
     k, v = _filled(keys, 0, filled, s), _filled(keys + slots * (s.b * s.h * s.c), 0, filled, s)
