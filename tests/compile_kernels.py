@@ -129,10 +129,8 @@ class Target:
         cut = narrow.cut_for(rows, n, k, split)
         types = dict.fromkeys(("x", "w", "b"), "*fp16")
         types |= {"out": "*fp32" if cut.parts > 1 else "*fp16", "rows": "i32"}
-        constants = {"N": n, "K": k, "TERMS": k // cut.parts, "PARTS": cut.parts, "INNER": cut.inner}
-        constants |= {"ACTIVATION": 2 * (not split), "EXACT": False, "ROWS": rows, "COLUMNS": cut.columns}
-        shares = min(cut.warps, cut.inner // 16) if cut.shared else 1
-        constants |= {"SHARES": shares, "LINES": 16 * cut.ahead} | self.overlap
+        constants = narrow.constants(cut, rows, n, k, itemsize=2) | self.overlap
+        constants |= {"ACTIVATION": 2 * (not split), "EXACT": False}
         self.compile(narrow._linear, types, constants, cut.warps, cut.stages)
 
     def few_rows_over_peers(self, one_byte: int = 0) -> None:

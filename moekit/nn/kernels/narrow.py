@@ -83,8 +83,6 @@ def linear(
     cut = cut or cut_for(rows, n, k, split)
     assert x.is_contiguous() and weight.is_contiguous()
     assert activation == "linear" if split else cut.parts == 1
-    # A multiple of 16 numbers, so that loads are of 16 bytes.
-    terms = triton.cdiv(k, 16 * cut.parts) * 16
     shape = (rows, cut.parts, n) if split else (rows, n)
     out = torch.empty(shape, dtype=torch.float32 if cut.parts > 1 else x.dtype, device=x.device)
     _linear[(triton.cdiv(n, cut.columns), cut.parts)](
@@ -93,23 +91,32 @@ def linear(
         bias,
         out,
         rows,
-        N=n,
-        K=k,
-        TERMS=terms,
-        PARTS=cut.parts,
         ACTIVATION=ACTIVATIONS[activation],
         EXACT=x.dtype == torch.float32,
-        ROWS=max(8, triton.next_power_of_2(rows)),
-        COLUMNS=cut.columns,
-        INNER=cut.inner,
-        # Tensor cores multiply 16 terms at a time.
-        SHARES=min(cut.warps, cut.inner // 16) if cut.shared else 1,
-        LINES=triton.next_power_of_2(triton.cdiv(terms * x.itemsize, 128)) if cut.ahead else 0,
         num_warps=cut.warps,
         num_stages=cut.stages,
+        **constants(cut, rows, n, k, x.itemsize),
         **overlapped(x.device),
     )
     return out
+
+
+def constants(cut: Cut, rows: int, n: int, k: int, itemsize: int) -> dict[str, int]:
+    """What the kernel is compiled for, of a layer of ``n`` columns and ``k`` terms with ``itemsize`` bytes a weight."""
+    # A multiple of 16 numbers, so that loads are of 16 bytes.
+    terms = triton.cdiv(k, 16 * cut.parts) * 16
+    return {
+        "N": n,
+        "K": k,
+        "TERMS": terms,
+        "PARTS": cut.parts,
+        "ROWS": max(8, triton.next_power_of_2(rows)),
+        "COLUMNS": cut.columns,
+        "INNER": cut.inner,
+        # Tensor cores multiply 16 terms at a time.
+        "SHARES": min(cut.warps, cut.inner // 16) if cut.shared else 1,
+        "LINES": triton.next_power_of_2(triton.cdiv(terms * itemsize, 128)) if cut.ahead else 0,
+    }
 
 
 # x [B, K]; w [N, K]; b [N] or None; out [B, PARTS, N]. A program computes TERMS terms. LINES: those of the cache, 128 bytes each,
