@@ -126,12 +126,12 @@ class Target:
 
     def narrow(self, rows: int, n: int, k: int, split: bool) -> None:
         """A linear layer of ``rows`` sequences."""
-        cut = narrow.cut_for(rows, n, k, split)
+        division = narrow.division_for(rows, n, k, split)
         types = dict.fromkeys(("x", "w", "b"), "*fp16")
-        types |= {"out": "*fp32" if cut.parts > 1 else "*fp16", "rows": "i32"}
-        constants = narrow.constants(cut, rows, n, k, itemsize=2) | self.overlap
+        types |= {"out": "*fp32" if division.parts > 1 else "*fp16", "rows": "i32"}
+        constants = narrow.constants(division, rows, n, k, itemsize=2) | self.overlap
         constants |= {"ACTIVATION": 2 * (not split), "EXACT": False}
-        self.compile(narrow._linear, types, constants, cut.warps, cut.stages)
+        self.compile(narrow._linear, types, constants, division.warps, division.stages)
 
     def few_rows_over_peers(self, one_byte: int = 0) -> None:
         w = "*i8" if one_byte else "*fp16"

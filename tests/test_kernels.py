@@ -701,8 +701,10 @@ def test_many_sequences_with_experts_of_one_byte(name, kind, tmp_path):
 
 def test_many_sequences_with_parts_of_sums_and_few_terms_at_a_time(tmp_path, monkeypatch):
     """What the sizes of real models take: parts of sums, and rounding in between."""
-    cut = narrow.Cut(16, 16, 2)
-    monkeypatch.setattr(narrow, "cut_for", lambda rows, n, k, split: replace(cut, parts=2) if split else cut)
+    own = narrow.Division(16, 16, 2)
+    monkeypatch.setattr(
+        narrow, "division_for", lambda rows, n, k, split: replace(own, parts=2) if split else own
+    )
     few_against_slow(load("before_dropping", tmp_path).half(), 6, 1e-2)
 
 
@@ -741,30 +743,30 @@ def few_against_slow(model: Transformer, sequences: int, tolerance: float) -> No
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(
-    "cut",
+    "division",
     [
-        narrow.Cut(16, 64, 4),
-        narrow.Cut(32, 16, 2),
-        narrow.Cut(16, 32, 2, shared=False),
-        narrow.Cut(16, 16, 1, parts=3),
-        narrow.Cut(32, 32, 4, parts=2),
+        narrow.Division(16, 64, 4),
+        narrow.Division(32, 16, 2),
+        narrow.Division(16, 32, 2, shared=False),
+        narrow.Division(16, 16, 1, parts=3),
+        narrow.Division(32, 32, 4, parts=2),
     ],
 )
 @pytest.mark.parametrize("rows, n, k", [(5, 150, 48), (16, 64, 64), (40, 48, 40)])
-def test_linear_layers_of_few_rows(rows, n, k, cut, dtype):
+def test_linear_layers_of_few_rows(rows, n, k, division, dtype):
     """Whole sums and parts of them, with bias and activation; columns, rows and terms that do not fill a block."""
     torch.manual_seed(k)
     x, weight, bias = torch.randn(rows, k), torch.randn(n, k) / k**0.5, torch.randn(n)
     x, weight, bias = (tensor.to(DEVICE, dtype) for tensor in (x, weight, bias))
     near = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
-    if cut.parts > 1:
-        parts = narrow.linear(x, weight, bias, split=True, cut=cut)
-        assert parts.shape == (rows, cut.parts, n) and parts.dtype == torch.float32
+    if division.parts > 1:
+        parts = narrow.linear(x, weight, bias, split=True, division=division)
+        assert parts.shape == (rows, division.parts, n) and parts.dtype == torch.float32
         torch.testing.assert_close(parts.sum(dim=1), F.linear(x, weight, bias).float(), **near)
         return
-    found = narrow.linear(x, weight, bias, activation="gelu", cut=cut)
+    found = narrow.linear(x, weight, bias, activation="gelu", division=division)
     torch.testing.assert_close(found, F.gelu(F.linear(x, weight, bias)), **near)
-    found = narrow.linear(x, weight, split=True, cut=cut)
+    found = narrow.linear(x, weight, split=True, division=division)
     torch.testing.assert_close(found[:, 0], F.linear(x, weight), **near)
 
 

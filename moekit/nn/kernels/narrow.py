@@ -26,8 +26,8 @@ PART, WHOLE = 512, 1024
 
 
 @dataclass(frozen=True)
-class Cut:
-    """How a layer is cut: a program computes ``columns`` columns of a ``parts``-th of the terms, ``inner`` at a time.
+class Division:
+    """How a layer is divided: a program computes ``columns`` columns of a ``parts``-th of the terms, ``inner`` at a time.
 
     If these are all of its terms, a program keeps its weights in registers while it waits for earlier kernels. Else it only
     has them brought into the cache of the GPU if ``ahead``, and then loads rows and weights in ``stages``. Warps share the
@@ -43,18 +43,19 @@ class Cut:
     ahead: bool = True
 
 
-def cut_for(rows: int, n: int, k: int, split: bool) -> Cut:
-    """The cut of a layer of ``n`` columns and ``k`` terms; ``split``: its result may come in parts."""
+def division_for(rows: int, n: int, k: int, split: bool) -> Division:
+    """The division of a layer of ``n`` columns and ``k`` terms; ``split``: its result may come in parts."""
     if n > 16 * k:
-        return Cut(64, 128, 4, shared=False, ahead=False)
+        return Division(64, 128, 4, shared=False, ahead=False)
     if rows > FEW:
         if n < 2048 and not split:
-            return Cut(16, 256, 8)
-        return Cut(64, 128, 4, triton.cdiv(k, PART if k > WHOLE else 128) if split else 1, 4, shared=False)
+            return Division(16, 256, 8)
+        parts = triton.cdiv(k, PART if k > WHOLE else 128) if split else 1
+        return Division(64, 128, 4, parts, 4, shared=False)
     if split:
         inner = PART if k > WHOLE else 256
-        return Cut(32, inner, 8 if k > WHOLE else 4, triton.cdiv(k, inner))
-    return Cut(32 if n >= 2048 else 16, min(WHOLE, triton.next_power_of_2(k)))
+        return Division(32, inner, 8 if k > WHOLE else 4, triton.cdiv(k, inner))
+    return Division(32 if n >= 2048 else 16, min(WHOLE, triton.next_power_of_2(k)))
 
 
 def linear(
@@ -64,7 +65,7 @@ def linear(
     *,
     activation: str = "linear",
     split: bool = False,
-    cut: Cut | None = None,
+    division: Division | None = None,
 ) -> Tensor:
     """Compute ``activation(x weight^T + bias)``; for inference.
 
@@ -73,19 +74,19 @@ def linear(
         weight: [N, K]; it may be the first N rows of a larger matrix.
         bias: [N] or None.
         split: the result comes in parts; without an activation.
-        cut: for tuning.
+        division: for tuning.
 
     Returns:
         [B, N]; or if ``split`` [B, S, N], in float32 unless S is 1, whose sum over S is the result.
     """
     rows, k = x.shape
     n = len(weight)
-    cut = cut or cut_for(rows, n, k, split)
+    division = division or division_for(rows, n, k, split)
     assert x.is_contiguous() and weight.is_contiguous()
-    assert activation == "linear" if split else cut.parts == 1
-    shape = (rows, cut.parts, n) if split else (rows, n)
-    out = torch.empty(shape, dtype=torch.float32 if cut.parts > 1 else x.dtype, device=x.device)
-    _linear[(triton.cdiv(n, cut.columns), cut.parts)](
+    assert activation == "linear" if split else division.parts == 1
+    shape = (rows, division.parts, n) if split else (rows, n)
+    out = torch.empty(shape, dtype=torch.float32 if division.parts > 1 else x.dtype, device=x.device)
+    _linear[(triton.cdiv(n, division.columns), division.parts)](
         x,
         weight,
         bias,
@@ -93,29 +94,29 @@ def linear(
         rows,
         ACTIVATION=ACTIVATIONS[activation],
         EXACT=x.dtype == torch.float32,
-        num_warps=cut.warps,
-        num_stages=cut.stages,
-        **constants(cut, rows, n, k, x.itemsize),
+        num_warps=division.warps,
+        num_stages=division.stages,
+        **constants(division, rows, n, k, x.itemsize),
         **overlapped(x.device),
     )
     return out
 
 
-def constants(cut: Cut, rows: int, n: int, k: int, itemsize: int) -> dict[str, int]:
+def constants(division: Division, rows: int, n: int, k: int, itemsize: int) -> dict[str, int]:
     """What the kernel is compiled for, of a layer of ``n`` columns and ``k`` terms with ``itemsize`` bytes a weight."""
     # A multiple of 16 numbers, so that loads are of 16 bytes.
-    terms = triton.cdiv(k, 16 * cut.parts) * 16
+    terms = triton.cdiv(k, 16 * division.parts) * 16
     return {
         "N": n,
         "K": k,
         "TERMS": terms,
-        "PARTS": cut.parts,
+        "PARTS": division.parts,
         "ROWS": max(8, triton.next_power_of_2(rows)),
-        "COLUMNS": cut.columns,
-        "INNER": cut.inner,
+        "COLUMNS": division.columns,
+        "INNER": division.inner,
         # Tensor cores multiply 16 terms at a time.
-        "SHARES": min(cut.warps, cut.inner // 16) if cut.shared else 1,
-        "LINES": triton.next_power_of_2(triton.cdiv(terms * itemsize, 128)) if cut.ahead else 0,
+        "SHARES": min(division.warps, division.inner // 16) if division.shared else 1,
+        "LINES": triton.next_power_of_2(triton.cdiv(terms * itemsize, 128)) if division.ahead else 0,
     }
 
 
