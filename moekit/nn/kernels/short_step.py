@@ -18,11 +18,11 @@ from moekit.nn.gates import gate_of
 from moekit.nn.graphs import whole
 from moekit.nn.kernels import short_peers
 from moekit.nn.kernels.attention import attend_one
+from moekit.nn.kernels.embedding import embedded
 from moekit.nn.kernels.gate import choose
 from moekit.nn.kernels.peer_dispatch import PeerDispatch
 from moekit.nn.kernels.vectors import experts_linear, linear
 from moekit.nn.parts import part
-from moekit.nn.passes import Pass
 from moekit.nn.slots import CHUNK
 from moekit.nn.transformer import Block, MoE, Transformer
 
@@ -86,7 +86,8 @@ def in_parts(
         [B, V] logits.
     """
     heads = model.config.heads
-    x = model.embedded(tokens[:, None], Pass(cache=cache))[:, 0].contiguous()
+    with part("embedding"):
+        x = embedded(model, tokens, cache)
     for number, layer in enumerate(model.layers):
         with part(f"layer {number}"):
             with part("attention"):
