@@ -21,6 +21,7 @@ triton = pytest.importorskip("triton")
 import torch.nn.functional as F
 import triton.language as tl
 from branch_cases import BASE, CASES, build
+from steps import VOCAB, against_slow
 
 import moekit
 from moekit import checkpoint
@@ -709,36 +710,13 @@ def test_many_sequences_with_parts_of_sums_and_few_terms_at_a_time(tmp_path, mon
 
 
 def few_against_slow(model: Transformer, sequences: int, tolerance: float) -> None:
-    generator = torch.Generator().manual_seed(7)
-    tokens = torch.randint(4, 190, (max(4, sequences), 9), generator=generator).to(DEVICE)[:sequences]
-    lengths = torch.tensor([5, 2, 3, 1], device=DEVICE).repeat(sequences)[:sequences]
-    dtype = model.embed.weight.dtype
-    short = sequences <= 4
-    assert (short_step if short else batch_step).fits(model, sequences)
-    found = {}
-    for backend in ("loop", "triton"):
-        cache = Cache(model.config, sequences, 16, torch.device(DEVICE), dtype)
-        model.use(backend)
-        with torch.inference_mode():
-            model(tokens[:, :5], Pass(cache=cache))
-            cache.advance(lengths)
-            logits = []
-            for step in range(5, 8):
-                if backend == "triton":
-                    read, asked = tokens[:, step], Pass(groups=sequences, cache=cache)
-                    logits.append(
-                        short_step.read_on(model, read, cache, 150)
-                        if short
-                        else batch_step.read_on(model, read, asked, 150)
-                    )
-                else:
-                    features = model(tokens[:, step, None], Pass(cache=cache, groups=sequences))
-                    logits.append(model.logits(features[:, 0], 150))
-                cache.advance(1)
-        kept = [cache.kv[:, :, b, :, :length] for b, length in enumerate(cache.lengths.tolist())]
-        found[backend] = torch.stack(logits), *kept
-    for slow, fast in zip(found["loop"], found["triton"], strict=True):
-        assert (slow.float() - fast.float()).norm() < tolerance * slow.float().norm()
+    kernels = short_step if sequences <= 4 else batch_step
+    assert kernels.fits(model, sequences)
+
+    def read_on(read, asked):
+        return kernels.read_on(model, read, asked.cache if kernels is short_step else asked, VOCAB)
+
+    against_slow(model, sequences, read_on, tolerance, "triton", 3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

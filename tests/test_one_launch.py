@@ -17,6 +17,7 @@ if DEVICE == "cpu":
 triton = pytest.importorskip("triton")
 import triton.language as tl
 from branch_cases import BASE, CASES
+from steps import VOCAB, against_slow
 
 from moekit.nn.cache import Cache
 from moekit.nn.experts import QuantisedExperts
@@ -66,29 +67,11 @@ def model_of(config, kind: torch.dtype | None = None) -> Transformer:
 def in_one_launch_against_slow(
     model: Transformer, sequences: int, programs: int | None, tolerance: float = 1e-5, steps: int = 2
 ) -> None:
-    """Logits, and what the cache keeps, of sequences of different lengths."""
-    tokens = torch.randint(4, 190, (4, 9), generator=torch.Generator().manual_seed(7))[:sequences].to(DEVICE)
-    lengths = torch.tensor([5, 2, 3, 1])[:sequences].to(DEVICE)
-    found = {}
-    for fast in (False, True):
-        cache = Cache(model.config, sequences, 64, tokens.device, model.embed.weight.dtype)
-        with torch.inference_mode():
-            model.use("loop")(tokens[:, :5], Pass(cache=cache))
-            cache.advance(lengths)
-            logits = []
-            for step in range(5, 5 + steps):
-                read = tokens[:, step].contiguous()
-                if fast:
-                    logits.append(one_launch.read_on(model, read, cache, 150, programs))
-                else:
-                    features = model(read[:, None], Pass(cache=cache, groups=sequences))
-                    logits.append(model.logits(features[:, 0], 150))
-                cache.advance(1)
-        one_launch.check(model)
-        kept = [cache.kv[:, :, b, :, :length] for b, length in enumerate(cache.lengths.tolist())]
-        found[fast] = torch.stack(logits), *kept
-    for slow, fast in zip(found[False], found[True], strict=True):
-        assert (slow.float() - fast.float()).norm() < tolerance * slow.float().norm()
+    def read_on(read, asked):
+        return one_launch.read_on(model, read.contiguous(), asked.cache, VOCAB, programs)
+
+    against_slow(model, sequences, read_on, tolerance, "loop", steps)
+    one_launch.check(model)
 
 
 @pytest.mark.parametrize(
