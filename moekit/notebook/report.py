@@ -137,7 +137,7 @@ def model(model: Model) -> pd.DataFrame:
         "positions": c.max_positions,
         "rows of the embedding": c.vocab_rows,
         "million parameters": round(model.plan.parameters(c.experts) / 1e6, 2),
-        "ranks": f"{model.world_size} on {model.device}, {_dtypes(model)}",
+        "ranks": f"{model.world_size} on {model.device}, {dtypes(model)}",
         "seconds to load": round(model.load_seconds, 2),
     }
     return pd.DataFrame({"": facts})
@@ -146,10 +146,6 @@ def model(model: Model) -> pd.DataFrame:
 @checked(model=MODEL)
 def dtypes(model: Model) -> str:
     """The type of the weights, and of the experts' where it is another."""
-    return _dtypes(model)
-
-
-def _dtypes(model: Model) -> str:
     kind = dtype_name(model.dtype)
     return kind if model.experts is None else f"{kind}, experts in {model.experts}"
 
@@ -270,7 +266,7 @@ def save(
             lines = written.to_json(orient="records", lines=True, force_ascii=False, double_precision=15)
             (folder / "generations.jsonl").write_text(lines if len(written) else "", "utf-8")
 
-    return _write(output_dir, figures, {}, more)
+    return write(output_dir, figures, {}, more)
 
 
 @checked(output_dir=PathKind(), figures=FIGURES, tables=TABLES)
@@ -286,7 +282,7 @@ def save_figures(
             if table is not None:
                 table.to_csv(folder / f"{name}.csv")
 
-    return _write(output_dir, figures, {}, more)
+    return write(output_dir, figures, {}, more)
 
 
 @checked(output_dir=PathKind(), figures=FIGURES, tables=TABLES)
@@ -305,15 +301,6 @@ def write(
     Raises:
         moekit.results.NotWritten: the folder cannot be written to, or its disk is full; earlier files are as they were.
     """
-    return _write(output_dir, figures, tables, more)
-
-
-def _write(
-    output_dir: Path,
-    figures: Mapping[str, Figure | None],
-    tables: Mapping[str, pd.DataFrame | None],
-    more: Callable[[Path], object],
-) -> Path:
     with results.together(output_dir) as folder:
         for name, figure in figures.items():
             if figure is not None:

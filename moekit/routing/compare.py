@@ -10,7 +10,7 @@ import numpy as np
 
 from moekit.arguments import Number
 from moekit.checked import checked
-from moekit.routing.pairs import aligned, kept_by_expert
+from moekit.routing.pairs import align, kept_by_expert
 from moekit.routing.statistics import BLOCK, Paired, holm, paired, unit_of
 from moekit.routing.trace import TRACE, Trace
 from moekit.symbols import PAD
@@ -69,7 +69,7 @@ def compare(
     """
     import pandas as pd
 
-    before, after = aligned(before, after)
+    before, after = align(before, after)
     changed = _changed(before, after)
     tokens = _tokens(before, after, changed)
     best = (before.experts[:, :, :1] != after.experts[:, :, :1]).any(axis=2)
@@ -83,7 +83,7 @@ def compare(
             "kept_changed": kept.any(axis=2).mean(axis=0),
             "dropped_before": _dropped(before),
             "dropped_after": _dropped(after),
-            "weight_change": _weight_change(before, after).mean(axis=0),
+            "weight_change": weight_change(before, after).mean(axis=0),
         }
     )
     known = ~np.isnan(delta)
@@ -157,7 +157,7 @@ def change_by_domain(
     """
     import pandas as pd
 
-    own, other = aligned(before, after)
+    own, other = align(before, after)
     if len(own) != len(before):
         raise ValueError(
             f"the traces share {len(own)} of {len(before)} tokens: they are not of the same text"
@@ -201,10 +201,6 @@ def change_by_domain(
 @checked(before=TRACE, after=TRACE)
 def weight_change(before: Trace, after: Trace) -> np.ndarray:
     """[T, L]: half the L1 distance of the combine weights, taken over all experts."""
-    return _weight_change(before, after)
-
-
-def _weight_change(before: Trace, after: Trace) -> np.ndarray:
     # [T, L, K, K]: whether a choice before and a choice after are the same expert
     same = before.experts[..., :, None] == after.experts[..., None, :]
     met_before = (same * after.weights[..., None, :]).sum(axis=-1)

@@ -17,11 +17,6 @@ def align(one: Trace, other: Trace) -> tuple[Trace, Trace]:
     Raises:
         ValueError: they share no token, differ in a token's id, or are of other layers or another number of experts.
     """
-    return aligned(one, other)
-
-
-def aligned(one: Trace, other: Trace) -> tuple[Trace, Trace]:
-    """:func:`align`, of traces that are known to be some."""
     for name in ("layers", "num_experts", "top_k"):
         if getattr(one, name) != getattr(other, name):
             raise ValueError(

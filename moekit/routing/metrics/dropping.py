@@ -69,7 +69,7 @@ def drops(trace: Trace, by: str = "layer", *, bins: int = 64) -> pd.DataFrame:
     found = {name: np.stack([part[name] for part in parts]) for name in parts[0]}
     made, dropped = made.sum(axis=1), dropped.sum(axis=1)
 
-    chance = _chance(trace)
+    chance = drop_chance(trace)
     if chance is None:
         expected = np.full(size, np.nan)
     elif by == "choice":
@@ -99,10 +99,6 @@ def drop_chance(trace: Trace) -> np.ndarray | None:
         [P, K] float64, P the largest position of the trace plus one; None where the trace's meta tells no capacity or
         no groups, or for K > 2.
     """
-    return _chance(trace)
-
-
-def _chance(trace: Trace) -> np.ndarray | None:
     from moekit.nn.gate import capacity
 
     groups, k = trace.meta.get("groups"), trace.top_k
@@ -113,7 +109,7 @@ def _chance(trace: Trace) -> np.ndarray | None:
     total, weight = np.zeros((last, k)), np.zeros((last, 1))
     for samples, tokens, number in groups:
         room = capacity(samples * tokens, fraction, k, trace.num_experts)
-        queue = _probability(samples * tokens, trace.num_experts, k, room).reshape(samples, tokens, k)
+        queue = drop_probability(samples * tokens, trace.num_experts, k, room).reshape(samples, tokens, k)
         upto = min(last, tokens)
         total[:upto] += number * queue[:, :upto].sum(axis=0)
         weight[:upto] += number * samples
@@ -131,10 +127,6 @@ def drop_probability(tokens: int, experts: int, k: int, room: int | None) -> np.
     Returns:
         [S, K] float64, K 1 or 2; the formula stands at :func:`drops`.
     """
-    return _probability(tokens, experts, k, room)
-
-
-def _probability(tokens: int, experts: int, k: int, room: int | None) -> np.ndarray:
     from scipy.stats import binom
 
     if room is None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from moekit.routing.metrics.registry import measured
 from moekit.routing.metrics.tables import table_of_rows
-from moekit.routing.pairs import aligned, kept_by_expert
+from moekit.routing.pairs import align, kept_by_expert
 from moekit.routing.statistics import mean_of, units
 from moekit.routing.trace import Trace
 
@@ -62,7 +62,7 @@ def agreement(before: Trace, after: Trace) -> pd.DataFrame:
     Raises:
         ValueError: as :func:`moekit.routing.pairs.align`.
     """
-    before, after = aligned(before, after)
+    before, after = align(before, after)
     experts, k = before.num_experts, before.top_k
     drawn = units(before)
     same_kept = (kept_by_expert(before) == kept_by_expert(after)).all(axis=2)

@@ -49,7 +49,7 @@ def measured(metric: Callable[..., Any]) -> Callable[..., Any]:
         first = traces[0]
         check_bound(bound, {"choice": Whole(0, most=first.top_k - 1)})
         args, options = bound.args, bound.kwargs
-        if not check("prompt", prompt, Flag()) and (new := _new(first)) is not None:
+        if not check("prompt", prompt, Flag()) and (new := new_tokens(first)) is not None:
             tokens = len(first)
             args = tuple(_cut(value, new, tokens) for value in args)
             options = {name: _cut(value, new, tokens) for name, value in options.items()}
@@ -64,17 +64,13 @@ def measured(metric: Callable[..., Any]) -> Callable[..., Any]:
 @checked(trace=TRACE)
 def new_tokens(trace: Trace) -> np.ndarray | None:
     """[T] bool, the generated tokens of a trace that also holds others; None where all count."""
-    return _new(trace)
-
-
-def _new(trace: Trace) -> np.ndarray | None:
     return trace.generated if trace.generated.any() and not trace.generated.all() else None
 
 
 def _cut(value: Any, new: np.ndarray, tokens: int) -> Any:
     """A metric's argument, cut to the new tokens if it is a trace or has an item for each token."""
     if isinstance(value, Trace):
-        own = _new(value)
+        own = new_tokens(value)
         return value if own is None else value.select(mask=own)
     if isinstance(value, dict):
         return {name: _cut(part, new, tokens) for name, part in value.items()}
