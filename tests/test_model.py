@@ -316,7 +316,7 @@ def test_a_gpu_is_warmed_up_once_for_what_is_alike(reference, monkeypatch):
 
 
 def test_tables_of_positions_are_as_long_as_a_pass_needs_and_stay_where_they_are():
-    from moekit.nn.transformer import Positions, sinusoids
+    from moekit.nn.positions import Positions, sinusoids
 
     positions = Positions(ModelConfig(2, 8, 8, 2, 10, 8, 8, max_positions=1_000_000))
     whole = sinusoids(5000, 8, torch.device("cpu"))

@@ -21,7 +21,8 @@ from moekit.nn.gate import Routing, balance_loss
 from moekit.nn.noise import from_torch
 from moekit.nn.operations import added, choose_backend
 from moekit.nn.passes import Pass
-from moekit.nn.transformer import ATTENTION, Positions, Transformer
+from moekit.nn.positions import Positions
+from moekit.nn.transformer import ATTENTION, Transformer
 
 
 class FairseqMoePreTrainedModel(PreTrainedModel):
