@@ -9,7 +9,6 @@ A kind says what an argument may be. NumPy's numbers, arrays of one number and t
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import errno
 import math
@@ -24,13 +23,6 @@ from typing import Any
 
 # The greatest number of the ranks' int64; the characters of a path, on Linux.
 MOST, LONGEST_PATH = 2**63 - 1, 4096
-
-
-class ParameterError(ValueError):
-    """A parameter of a notebook that makes no sense. Jupyter shows its one sentence instead of a traceback."""
-
-    def _render_traceback_(self) -> list[str]:
-        return [f"ParameterError: {self}"]
 
 
 _short = reprlib.Repr()
@@ -88,23 +80,6 @@ def check(name: str, value: Any, kind: Kind) -> Any:
     except (ValueError, OverflowError, TypeError):
         or_none = " or None" if kind.optional else ""
         raise ValueError(f"{name}={shown(value)}: expected {kind.expected}{or_none}") from None
-
-
-def parameter(name: str, value: Any, kind: Kind) -> Any:
-    """A notebook's parameter as ``kind`` has it; papermill spells None as a word, and a list as a text.
-
-    Raises:
-        ParameterError: it is something else.
-    """
-    if kind.optional and isinstance(value, str) and value.lower() in ("none", ""):
-        return None
-    if isinstance(kind, Texts | Wholes):
-        spelled, each = literal(value), str if isinstance(kind, Texts) else int
-        value = spelled if isinstance(spelled, list) and all(isinstance(x, each) for x in spelled) else value
-    try:
-        return check(name, value, kind)
-    except ValueError as error:
-        raise ParameterError(str(error)) from None
 
 
 class _Why(ValueError):
@@ -313,18 +288,6 @@ class Wholes:
 
 
 Kind = Text | Path | Choice | Whole | Number | Capacity | Flag | Texts | Wholes
-
-
-def literal(value: Any, begins: str = "[") -> Any:
-    """What a text that papermill passes spells, as ``-p prompts '["a", "b"]'`` does a list; any other text stays one.
-
-    Args:
-        begins: the characters of which one has to begin the text.
-    """
-    if isinstance(value, str) and value.strip() and value.strip()[0] in begins:
-        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
-            return ast.literal_eval(value.strip())
-    return value
 
 
 def _items(value: Any) -> list:

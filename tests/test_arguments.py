@@ -14,16 +14,15 @@ from moekit.arguments import (
     Choice,
     Flag,
     Number,
-    ParameterError,
     Path,
     Text,
     Texts,
     Whole,
     Wholes,
     check,
-    parameter,
     sequences,
 )
+from moekit.notebook.parameters import ParameterError, parameter
 from moekit.progress import bar
 
 DEEP: list = []

@@ -9,8 +9,8 @@ from synthetic_traces import synthetic
 from test_project import ROOT
 
 import moekit
-from moekit.arguments import ParameterError
 from moekit.notebook import inspection, parameters, routing_plots
+from moekit.notebook.parameters import ParameterError
 from moekit.routing import metrics
 from moekit.routing.domains import domains_of
 from moekit.routing.trace import Trace

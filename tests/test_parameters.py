@@ -6,9 +6,9 @@ import pytest
 from test_project import ROOT
 
 import moekit
-from moekit.arguments import Choice, Flag, Number, ParameterError, Text, Texts, Whole
+from moekit.arguments import Choice, Flag, Number, Text, Texts, Whole
 from moekit.notebook import models, parameters
-from moekit.notebook.parameters import Location, Locations, Numbers, Pairs, check
+from moekit.notebook.parameters import Location, Locations, Numbers, Pairs, ParameterError, check
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 from synthetic_traces import synthetic
 
-from moekit.arguments import ParameterError
 from moekit.notebook import parameters, preflight
+from moekit.notebook.parameters import ParameterError
 from moekit.paths import DEMO_BPE
 
 # of this run alone: others on the machine write into its temporary folder, too

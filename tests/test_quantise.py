@@ -11,13 +11,13 @@ from test_preflight import given
 
 import moekit
 from moekit import checkpoint
-from moekit.arguments import ParameterError
 from moekit.checkpoint import export
 from moekit.checkpoint.copying import Piece
 from moekit.nn import transformer
 from moekit.nn.experts import Assignment, Experts, QuantisedExperts
 from moekit.nn.quantise import KINDS, LARGEST, dequantise, name_of, quantise
 from moekit.notebook import preflight, report
+from moekit.notebook.parameters import ParameterError
 
 CPU = torch.device("cpu")
 QUIET = {"progress": False}

@@ -21,13 +21,13 @@ from test_preflight import given as inference
 
 import moekit
 from moekit import checkpoint, eval_lm, metrics, paths
-from moekit.arguments import ParameterError
 from moekit.checkpoint import export
 from moekit.data.codec import Codec
 from moekit.fairseq_data import data_folder, importing_fairseq, is_data
 from moekit.nn.record import Options
 from moekit.nn.transformer import Transformer
 from moekit.notebook import preflight, routing_plots
+from moekit.notebook.parameters import ParameterError
 from moekit.paths import DEMO_BPE
 from moekit.routing import exchange
 from moekit.routing.domains import domains_of

@@ -18,19 +18,17 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+from moekit import arguments
 from moekit.arguments import (
     Capacity,
     Choice,
     Kind,
     Number,
-    ParameterError,
     Path,
     Text,
     Texts,
     Whole,
     Wholes,
-    literal,
-    parameter,
 )
 from moekit.data.settings import KINDS as PREPARING
 from moekit.generation.request import KINDS
@@ -39,6 +37,13 @@ from moekit.notebook import errors
 from moekit.profiling.run import MODES
 from moekit.ranks import WHERE
 from moekit.units import Memory
+
+
+class ParameterError(ValueError):
+    """A parameter of a notebook that makes no sense. Jupyter shows its one sentence instead of a traceback."""
+
+    def _render_traceback_(self) -> list[str]:
+        return [f"ParameterError: {self}"]
 
 
 @dataclass(frozen=True)
@@ -249,10 +254,39 @@ def check(variables: Mapping[str, Any], kinds: Table) -> Checked:
     for name, kind in kinds.items():
         if name not in variables:
             raise ParameterError(f"{name} is missing: expected {kind.expected}")
-        given = variables[name]
-        value = literal(given, "[{") if isinstance(kind, Numbers | Pairs | Locations) else given
-        setattr(checked, name, parameter(name, value, kind))
+        setattr(checked, name, parameter(name, variables[name], kind))
     return checked
+
+
+def parameter(name: str, value: Any, kind: Kind) -> Any:
+    """A parameter as ``kind`` has it; papermill spells None as a word, and a list as a text.
+
+    Raises:
+        ParameterError: it is something else.
+    """
+    if kind.optional and isinstance(value, str) and value.lower() in ("none", ""):
+        return None
+    if isinstance(kind, Numbers | Pairs | Locations):
+        value = literal(value, "[{")
+    if isinstance(kind, Texts | Wholes):
+        spelled, each = literal(value), str if isinstance(kind, Texts) else int
+        value = spelled if isinstance(spelled, list) and all(isinstance(x, each) for x in spelled) else value
+    try:
+        return arguments.check(name, value, kind)
+    except ValueError as error:
+        raise ParameterError(str(error)) from None
+
+
+def literal(value: Any, begins: str = "[") -> Any:
+    """What a text that papermill passes spells, as ``-p prompts '["a", "b"]'`` does a list; any other text stays one.
+
+    Args:
+        begins: the characters of which one has to begin the text.
+    """
+    if isinstance(value, str) and value.strip() and value.strip()[0] in begins:
+        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            return ast.literal_eval(value.strip())
+    return value
 
 
 def _strange(variables: Mapping[str, Any], kinds: Table) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 from moekit import checkpoint as ckpt
 from moekit import data, handle, ranks
 from moekit import fairseq_data as batches
-from moekit.arguments import ParameterError, shown
+from moekit.arguments import shown
 from moekit.data import Codec, corpus
 from moekit.data.dictionary import Dictionary
 from moekit.generation.request import KINDS, rules
@@ -21,7 +21,7 @@ from moekit.generation.run import generate
 from moekit.nn import intervene
 from moekit.nn.config import DENSE, ModelConfig
 from moekit.nn.record import Options
-from moekit.notebook.parameters import GENERATION
+from moekit.notebook.parameters import GENERATION, ParameterError
 from moekit.planning.fitting import asked
 from moekit.profiling.run import positions
 from moekit.routing.domains import lines_of
