@@ -1,4 +1,4 @@
-"""The accepted contents of a checkpoint's pickle, and their meaning: storages, plain data, and refused names."""
+"""The accepted contents of a checkpoint's pickle: names, calls and storages; all others are refused."""
 
 from __future__ import annotations
 
@@ -8,18 +8,11 @@ import re
 import reprlib
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import PurePosixPath
 from typing import Any
 
-import numpy as np
 import torch
 
 from moekit.checkpoint.pickles import Call, Group, Name, Pairs, Reference, Unreadable
-
-# The deepest config that is read, in levels; fairseq's have four.
-DEEPEST = 50
-# The longest config that is read, in values.
-LONGEST = 200_000
 
 _cut = reprlib.Repr()
 _cut.maxlevel, _cut.maxstring, _cut.maxother, _cut.maxlong = 2, 60, 60, 40
@@ -85,7 +78,8 @@ def _content(arguments: tuple) -> bool:
     return not arguments or of_bytes or (len(arguments) == 2 and arguments[1] in OLD_CODECS)
 
 
-def _one_value(arguments: tuple) -> bool:
+def one_value(arguments: tuple) -> bool:
+    """Whether a call has one number or text as its argument, as those of enumerations have."""
     return len(arguments) == 1 and isinstance(arguments[0], (str, int, float))
 
 
@@ -103,7 +97,7 @@ CALLS: dict[str, Callable[[tuple], bool]] = {
     r"omegaconf\.(dictconfig\.DictConfig|listconfig\.ListConfig|nodes\.\w+Node)": _any,
     r"omegaconf\.base\.(Container)?Metadata": _any,
     # fairseq's options contain enumerations.
-    r"fairseq\.dataclass\.\w+\.\w+": _one_value,
+    r"fairseq\.dataclass\.\w+\.\w+": one_value,
     r"numpy\.(ndarray|dtype|dtypes\.\w+)": _any,
     r"numpy\.(_core|core)\.(multiarray\.(scalar|_reconstruct)|numeric\._frombuffer)": _any,
     r"torch\._utils\._rebuild_(tensor|tensor_v2|tensor_v3|parameter|parameter_with_state)": _any,
@@ -127,7 +121,8 @@ def _known(name: str) -> Any:
     return getattr(sys.modules.get(module), "__dict__", {}).get(attribute)
 
 
-def _is_enumeration(name: str) -> bool:
+def is_enumeration(name: str) -> bool:
+    """Whether an enumeration of this name is imported in this process."""
     return isinstance(_known(name), enum.EnumMeta)
 
 
@@ -159,7 +154,7 @@ def refused(node: Any) -> str | None:
         return f"asks to load the class or function {clip(str(name))}"
     fits = isinstance(arguments, tuple) and (
         any(pattern.fullmatch(name) and fits(arguments) for pattern, fits in _calls.items())
-        or (_is_enumeration(name) and _one_value(arguments))
+        or (is_enumeration(name) and one_value(arguments))
     )
     return None if fits else f"asks to call {clip(str(name))} with arguments that no checkpoint needs"
 
@@ -215,125 +210,6 @@ def _spelled(place: tuple) -> str:
             )
     text = "".join(reversed(steps)).lstrip(".")
     return text if len(text) <= 100 else "..." + text[-97:]
-
-
-# ------------------------------------------------------------------------------------------------ plain data
-
-
-class Opaque:
-    """A value that is neither a tensor nor plain data, and that is therefore not built."""
-
-    def __init__(self, name: str):
-        self.name = name
-
-    def __repr__(self) -> str:
-        return f"<{self.name}>"
-
-
-def pairs(node: Any) -> list[tuple[Any, Any]] | None:
-    """The (key, value) pairs of a dictionary, ordered or not; None if ``node`` is not a dictionary."""
-    if isinstance(node, Pairs):
-        return node
-    if isinstance(node, Call) and str(called(node)[0]).startswith("collections."):
-        first = node.arguments[0] if len(node.arguments) == 1 else []
-        begun = first if isinstance(first, (list, Pairs)) else []
-        found = [*begun, *node.items]
-        return found if all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in found) else None
-    return None
-
-
-def plain(node: Any, tensor: Callable[[Call], Any] = lambda call: None, most: int = LONGEST) -> Any:
-    """A node as plain data: dicts, lists, numbers, text; configs of omegaconf and argparse as dicts; else ``Opaque``.
-
-    Args:
-        tensor: converts a call that makes a tensor; returns None for any other call.
-        most: the most values.
-
-    Raises:
-        Unreadable: the node is nested too deeply, or has too many values.
-    """
-    return _Plain(tensor, most).of(node, 0)
-
-
-class _Plain:
-    def __init__(self, tensor: Callable[[Call], Any], most: int) -> None:
-        self.count, self.tensor, self.most = 0, tensor, most
-
-    def of(self, node: Any, depth: int) -> Any:
-        self.count += 1
-        if depth > DEEPEST or self.count > self.most:
-            raise Unreadable(
-                f"has settings that are nested deeper than {DEEPEST} levels, or of more than {self.most:,} values"
-            )
-        found = pairs(node)
-        if found is not None:
-            return self.dict(found, depth)
-        if isinstance(node, Call):
-            made = self.tensor(node)
-            return self.result(node, depth) if made is None else made
-        if isinstance(node, (Name, Reference)):
-            return Opaque(str(node) if isinstance(node, Name) else "tensor")
-        if type(node) is int and node.bit_length() > 1024:
-            return Opaque(f"a whole number of {node.bit_length():,} bits")
-        if isinstance(node, tuple):
-            return tuple(self.of(part, depth + 1) for part in node)
-        return [self.of(part, depth + 1) for part in node] if isinstance(node, list) else node
-
-    def dict(self, found: list[tuple[Any, Any]], depth: int) -> dict:
-        made: dict = {}
-        for key, value in found:
-            key = self.of(key, depth + 1)
-            if not isinstance(key, (str, bytes, int, float, type(None))):
-                key = Opaque(f"a {type(key).__name__} as key")
-            if isinstance(key, int) and key.bit_length() > 64:
-                raise Unreadable(f"has {short(key)} as a key; expected a name")
-            made[key] = self.of(value, depth + 1)
-        return made
-
-    def result(self, call: Call, depth: int) -> Any:
-        name, arguments = called(call)
-        state = dict_of_text(call.state)
-        if str(name) == "argparse.Namespace":
-            return {key: self.of(value, depth + 1) for key, value in state.items()}
-        if str(name).startswith("omegaconf."):
-            for part in ("_content", "_val"):
-                if part in state:
-                    return self.of(state[part], depth + 1)
-        if re.fullmatch(r"pathlib(\._local)?\.\w+", str(name)):
-            return str(PurePosixPath(*arguments))
-        if str(name) == "torch.Size" and len(arguments) == 1:
-            return self.of(arguments[0], depth + 1)
-        if str(name).endswith("multiarray.scalar") and len(arguments) == 2:
-            return _number(*arguments)
-        if str(name).endswith((".set", ".frozenset")) and arguments:
-            return [self.of(part, depth + 1) for part in arguments[0]]
-        if _one_value(arguments) and (str(name).startswith("fairseq.") or _is_enumeration(str(name))):
-            return arguments[0]
-        return Opaque(str(name))
-
-
-def dict_of_text(node: Any) -> dict[str, Any]:
-    """The entries of a dictionary whose keys are text, unchanged."""
-    return {key: value for key, value in pairs(node) or [] if type(key) is str}
-
-
-def _number(kind: Any, content: Any) -> Any:
-    """A NumPy scalar of a plain type as a Python number."""
-    if isinstance(content, Call) and str(content.function) == "_codecs.encode":
-        content = content.arguments[0].encode("latin-1", "replace")
-    code = kind.arguments[0] if isinstance(kind, Call) and kind.arguments else None
-    if (
-        not isinstance(code, str)
-        or not re.fullmatch(r"[fiu][1248]|b1", code)
-        or not isinstance(content, bytes)
-    ):
-        return Opaque("numpy scalar")
-    dtype = np.dtype(code)
-    if isinstance(kind.state, tuple) and len(kind.state) > 1 and kind.state[1] == ">":
-        dtype = dtype.newbyteorder(">")
-    return (
-        np.frombuffer(content, dtype)[0].item() if len(content) == dtype.itemsize else Opaque("numpy scalar")
-    )
 
 
 # ------------------------------------------------------------------------------------------------ tensors

@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from moekit.checkpoint.contents import Opaque, clip, short
+from moekit.checkpoint.contents import clip, short
+from moekit.checkpoint.plain_data import Opaque
 from moekit.nn.config import ACTIVATIONS, SECOND_EXPERT, ModelConfig
 
 

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from moekit.checkpoint import safetensors
 from moekit.checkpoint.archive import START, Layout, Record, layout
-from moekit.checkpoint.contents import Stored, clip, is_known, layout_of, pairs, plain, refused, short, walk
+from moekit.checkpoint.contents import Stored, clip, is_known, layout_of, refused, short, walk
 from moekit.checkpoint.hugging.config import described, same_model
 from moekit.checkpoint.pickles import EACH, Call, Unreadable
+from moekit.checkpoint.plain_data import pairs, plain
 from moekit.mapped import whole_files
 
 # What is read besides the weights: the config, and what tells one training from another. The state of the optimizer

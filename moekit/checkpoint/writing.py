@@ -24,10 +24,11 @@ from torch import Tensor
 from moekit import arguments, locks
 from moekit.arguments import check
 from moekit.checkpoint import safetensors
-from moekit.checkpoint.contents import Opaque, clip
+from moekit.checkpoint.contents import clip
 from moekit.checkpoint.files import NAME, Files
 from moekit.checkpoint.hugging.config import BRIDGE
 from moekit.checkpoint.inspection import crc32
+from moekit.checkpoint.plain_data import Opaque
 from moekit.checkpoint.reading import read
 from moekit.checkpoint.threads import pool
 from moekit.mapped import whole_files
@@ -245,7 +246,7 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 
 def _known(value: Any) -> Any:
-    """Settings without what was not read (see ``contents.Opaque``)."""
+    """Settings without what was not read (see ``plain_data.Opaque``)."""
     if isinstance(value, dict):
         return {
             k: _known(v) for k, v in value.items() if not isinstance(v, Opaque) and not isinstance(k, Opaque)
