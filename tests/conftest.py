@@ -1,3 +1,5 @@
+import contextlib
+import importlib
 import os
 import shutil
 import signal
@@ -23,6 +25,21 @@ def pytest_configure(config: pytest.Config) -> None:
         signal.signal(number, signal.default_int_handler)
     # Pictures depend on no list of fonts that an earlier run on this machine left behind.
     os.environ["MPLCONFIGDIR"] = tempfile.mkdtemp(prefix="moekit-matplotlib-")
+    _import_triton()
+
+
+def _import_triton() -> None:
+    """Import Triton, where it is installed; without a GPU, for its interpreter.
+
+    A variable says for each kernel whether it is interpreted, at the kernel's definition. Triton's own functions, which kernels
+    call, are defined when Triton is first imported: by any test file, or by another package.
+    """
+    import torch
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(ImportError):
+        if not torch.cuda.is_available():
+            patch.setenv("TRITON_INTERPRET", "1")
+        importlib.import_module("triton.language")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
