@@ -25,6 +25,13 @@ STEPS = {
 }
 
 
+def test_a_token_takes_two_bytes_on_its_way():
+    """Its target is the next token, and ids of a dictionary of that size fit."""
+    ids = np.random.default_rng(1).integers(4, 50_000, 2049)
+    step = [batch(0, [ids[:-1]], [ids[1:]])]
+    assert len(pickle.dumps(shares(step, 1)[0])) < 2.5 * 2048
+
+
 @pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
 def test_a_share_arrives_as_it_left(step):
     # A rank without batches, too.

@@ -122,3 +122,20 @@ def test_generation(world_size):
                 assert one.ids == other.ids
                 # One or two threads add up in another order: numbers of 10 are off by a unit or two in their last place.
                 np.testing.assert_allclose(one.logprobs, other.logprobs, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("new", [2, 20])
+def test_prompts_of_one_shape(new):
+    """Ranks whose prompts have other lengths capture together; with a rank that has none, no rank does. Few tokens count, too."""
+    with loaded("demo", 2) as (alone, together):
+        for prompts, captured in ((PROMPTS[:3], 1), (PROMPTS[:1], 0)):
+            wanted, counts = alone.generate(prompts, max_new_tokens=new, **QUIET), []
+            for _ in range(graph.AFTER + 3):
+                found = together.generate(prompts, max_new_tokens=new, **QUIET)
+                assert [one.ids for one in found] == [one.ids for one in wanted]
+                one, other = together.ranks.call(made)
+                assert one == other
+                counts.append(one)
+            # A graph of a step, if there is one, is made by the first of these generations.
+            assert counts[: graph.AFTER] == [counts[0]] * graph.AFTER
+            assert counts[graph.AFTER :] == [counts[0] + captured] * 3

@@ -303,6 +303,39 @@ def test_all_of_them_are_timed(install, tmp_path):
     assert all(row["figure"] > 0 and row["limit"] > 0 and "error" in row["note"] for row in found.values())
 
 
+def test_a_layer_is_timed_in_a_graph_where_it_can_be_captured(install, tmp_path, monkeypatch):
+    install(SCATTERMOE)
+
+    class Graph:
+        """A stand-in for a CUDA graph of the first layer, which is moekit's; the other one cannot be captured."""
+
+        made = 0
+
+        def __init__(self, work, *inputs):
+            Graph.made += 1
+            if Graph.made > 1:
+                raise RuntimeError("operation not permitted when stream is capturing\nand more")
+            self.work, self.inputs, self.graph, self.replayed = work, inputs, self, 0
+
+        def __call__(self, *inputs):
+            return self.work(*inputs)
+
+        def replay(self):
+            return "replayed"
+
+    def seconds(work, device, **how):
+        return [0.002 if work() == "replayed" else 0.001]
+
+    monkeypatch.setattr(measure, "seconds", seconds)
+    monkeypatch.setattr(moe_layer.graphs, "Graph", Graph)
+    monkeypatch.setattr(moe_layer, "has_graph", lambda x: True)
+    found = rows_of(tmp_path, "--against", "scattermoe")
+    assert found["moekit's (loop)"]["figure"] == 2 and found["ScatterMoE"]["figure"] == 1
+    assert re.search(r"; error \S+; 1 ms with its launches$", found["moekit's (loop)"]["note"])
+    said = "1 ms with its launches, since it cannot be captured: RuntimeError: operation not permitted when stream is capturing"
+    assert found["ScatterMoE"]["note"].endswith(said)
+
+
 def test_what_is_absent_is_a_line_each(tmp_path, monkeypatch):
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
     found = rows_of(tmp_path)

@@ -6,6 +6,7 @@ import os
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ import moekit
 from moekit import ranks
 from moekit.bench import shapes
 from moekit.likelihood import Text, score_texts
-from moekit.nn import resident
+from moekit.nn import graphs, resident
 from moekit.nn.cache import Cache
 from moekit.nn.dispatch import owned
 from moekit.nn.kernels import batch_step, short_step
@@ -196,12 +197,15 @@ def test_with_the_kernels(interpreted):
     assert most * 2 <= CHUNK and short_step.fits(models[1], most)
 
 
-@pytest.mark.parametrize("sequences", [5, 9])
+@pytest.mark.parametrize(("sequences", "top_k"), [(5, 2), (9, 2), (9, 1)])
 @torch.inference_mode()
-def test_a_step_of_many_sequences_asks_for_the_experts_of_a_few_at_a_time(interpreted, sequences):
+def test_a_step_of_many_sequences_asks_for_the_experts_of_a_few_at_a_time(
+    interpreted, monkeypatch, sequences, top_k
+):
     """Against a model with all experts; the policies see the requests in the order of the sequences."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = replace(TINY, layers=4, dim=32, ffn_dim=16, input_dim=32, output_dim=32, vocab_rows=64)
+    sizes = {"layers": 4, "dim": 32, "ffn_dim": 16, "input_dim": 32, "output_dim": 32, "vocab_rows": 64}
+    config = replace(TINY, gate="top2" if top_k == 2 else "top1", **sizes)
     models = []
     for residence in (None, Residence(2, "lru"), Residence(7, "lfu")):
         rank = ranks.Rank(0, 1, device)
@@ -210,27 +214,79 @@ def test_a_step_of_many_sequences_asks_for_the_experts_of_a_few_at_a_time(interp
     tokens = torch.randint(4, 64, (sequences, 3), generator=torch.Generator().manual_seed(1)).to(device)
     caches = [Cache(config, sequences, 64, device, torch.float16) for _ in models]
     seen: dict[int, list[int]] = {layer: [] for layer in config.moe_layers}
+    asked: list[tuple[int, int]] = []
+    ask = resident.Resident.ask
+
+    def noted(self, chosen, *how, **more):
+        asked.append((self.layer, chosen.numel()))
+        return ask(self, chosen, *how, **more)
+
+    monkeypatch.setattr(resident.Resident, "ask", noted)
 
     def note(layer, routing):
+        assert routing.experts.shape[-1] == top_k
         seen[layer] += routing.experts.flatten().tolist()
 
     for token in tokens.T:
         models[0](token[:, None], Pass(groups=sequences, cache=copy.deepcopy(caches[0]), record=note))
-        asked = [Pass(groups=sequences, cache=cache) for cache in caches]
-        assert batch_step.fits(models[1], sequences) and not short_step.fits(models[1], sequences)
+        passes = [Pass(groups=sequences, cache=cache) for cache in caches]
+        assert batch_step.fits(models[1], sequences)
+        assert short_step.fits(models[1], sequences) is False
         whole, *fetched = [
-            batch_step.read_on(model, token, one, 64) for model, one in zip(models, asked, strict=True)
+            batch_step.read_on(model, token, one, 64) for model, one in zip(models, passes, strict=True)
         ]
         assert torch.equal(*fetched)
         torch.testing.assert_close(fetched[0], whole, rtol=1e-2, atol=1e-2)
         for cache in caches:
             cache.advance(1)
+    few = CHUNK // top_k
+    rest = [few * top_k] * (sequences // few) + [sequences % few * top_k] * (sequences % few > 0)
+    assert asked == [(layer, count) for layer in config.moe_layers for count in rest] * len(tokens.T) * 2
     for model in models[1:]:
         model.slots.settle()
         for layer, requests in zip(model.slots.layers, seen.values(), strict=True):
             policy = type(layer.policy)(config.experts, layer.policy.slots)
             assert (layer.counts.requests, layer.counts.hits) == (len(requests), policy.take(requests))
-            assert 0 < layer.counts.copied < len(requests)
+            assert 0 < layer.counts.copied < len(requests) and layer.counts.ahead == 0
+
+
+@torch.inference_mode()
+def test_steps_take_only_as_many_choices_as_their_kernels(interpreted):
+    """Three of a row are no power of two, and nine experts are more than the host brings at a time."""
+    config = replace(TINY, layers=2, dim=32, ffn_dim=16, input_dim=32, output_dim=32, vocab_rows=64)
+    rank = ranks.Rank(0, 1, CPU)
+    shapes.build(rank, config, torch.float16, "triton", residence=Residence(2, "lru"))
+    model = rank.state["model"]
+    for sequences in (1, 4, 5, 64):
+        with pytest.MonkeyPatch.context() as changed:
+            assert short_step.fits(model, sequences) or batch_step.fits(model, sequences)
+            for top_k in (3, 9, 16):
+                gate = SimpleNamespace(top_k=top_k, softmax_top_k=False, draws=False)
+                for kernels in (short_step, batch_step):
+                    changed.setattr(kernels, "gate_of", lambda config, gate=gate: gate)
+                    assert not kernels.fits(model, sequences)
+
+
+def test_a_step_in_parts_takes_the_kernels_that_fit(interpreted, monkeypatch):
+    config = replace(TINY, layers=2, dim=32, ffn_dim=16, input_dim=32, output_dim=32, vocab_rows=64)
+    rank = ranks.Rank(0, 1, CPU)
+    shapes.build(rank, config, torch.float16, "triton", residence=Residence(2, "lru"))
+    model = rank.state["model"]
+    monkeypatch.setattr(graphs, "InParts", lambda work, tokens: graphs.whole(work, tokens))
+    taken = []
+    for kernels in (short_step, batch_step):
+        whole = kernels.in_parts
+
+        def noted(*args, kernels=kernels, whole=whole):
+            taken.append(kernels)
+            return whole(*args)
+
+        monkeypatch.setattr(kernels, "in_parts", noted)
+    with torch.inference_mode():
+        for sequences in (1, 4, 5):
+            cache = Cache(config, sequences, 64, CPU, torch.float16)
+            assert graphs.of_step(model, cache, 64, None).shape == (sequences, 64)
+    assert taken == [short_step, short_step, batch_step]
 
 
 # ---------------------------------------------------------------------------------------------------- hits

@@ -105,7 +105,7 @@ def measured(model: Model, setting: Setting, ceilings: Ceilings, batch: int) -> 
     def work() -> None:
         model.generate(prompts, max_new_tokens=tokens, progress=False)
 
-    # The ranks have a graph of a pass over prompts after as many of one shape.
+    # After this many prompts of one shape, the ranks have a graph of the pass that reads them.
     warm_up = graphs.AFTER + 1 if setting.device == "cuda" else 1
     whole = measure.median(work, torch.device("cpu"), repeats=max(2, setting.repeats // 3), warm_up=warm_up)
     rate = len(prompts) * tokens / whole

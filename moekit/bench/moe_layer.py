@@ -182,12 +182,17 @@ def timed(
     call = functools.partial(layer, x, asked)
     with measure.memory(x.device) as peak:
         seconds = measure.seconds(call, x.device, repeats=setting.repeats, least=LEAST)
-    graph = captured(layer, x, asked)
-    if graph is not None:
-        note = (
-            f"{same(name, graph(x), expected)}; {statistics.median(seconds) * 1e3:.3g} ms with its launches"
-        )
-        seconds = measure.seconds(graph.graph.replay, x.device, repeats=setting.repeats, least=LEAST)
+    if has_graph(x):
+        launched = f"{statistics.median(seconds) * 1e3:.3g} ms with its launches"
+        try:
+            graph = graphs.Graph(lambda rows: layer(rows, asked), x)
+        except Exception as error:
+            # Libraries say in many ways that they cannot be captured.
+            measure.synchronise(x.device)
+            note += f"; {launched}, since it cannot be captured: {headline(error, 80)}"
+        else:
+            note = f"{same(name, graph(x), expected)}; {launched}"
+            seconds = measure.seconds(graph.graph.replay, x.device, repeats=setting.repeats, least=LEAST)
     return Figure(
         work,
         statistics.median(seconds) * 1e3,
@@ -199,16 +204,9 @@ def timed(
     )
 
 
-def captured(layer: Layer, x: Tensor, asked: Pass) -> graphs.Graph | None:
-    """A graph of ``layer``; None where passes are not captured, or the layer asks the device for a number."""
-    if not x.is_cuda or x.shape[0] * x.shape[1] > graphs.MOST_TOKENS:
-        return None
-    try:
-        return graphs.Graph(lambda rows: layer(rows, asked), x)
-    except Exception:
-        # Libraries say in many ways that they cannot be captured.
-        torch.cuda.synchronize(x.device)
-        return None
+def has_graph(x: Tensor) -> bool:
+    """Whether a pass of the tokens x [G, S, D] has a graph."""
+    return x.is_cuda and x.shape[0] * x.shape[1] <= graphs.MOST_TOKENS
 
 
 def limit(setting: Setting, ceilings: Ceilings, routing: Routing, x: Tensor) -> float:

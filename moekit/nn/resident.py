@@ -5,7 +5,7 @@ share. What stays in them is up to a policy (policies.py); this file carries it 
 
 A pass goes over a layer in rounds. A round computes with experts that are all in slots: first with those that were there
 before, then with those fetched meanwhile, a few at a time, so that copies and products overlap. Each expert that a pass
-needs is fetched once at most. A round is an ordinary assignment to the experts of an ordinary :class:`Experts`, the slots.
+needs, or a request of a step in parts, is fetched once at most. A round is an ordinary assignment to the experts of an ordinary :class:`Experts`, the slots.
 
 Shape letters: N rows, K choices a row, P choices, E experts held here, D model dim, B sequences.
 """
@@ -47,8 +47,8 @@ class Counts:
     Attributes:
         requests: choices of tokens, of experts held here.
         hits: those whose expert was in a slot, in the order of the text (:class:`~moekit.nn.policies.Policy`).
-        copied: experts copied to the device, ahead of time or not. A pass copies an expert that is not there once, for all of
-            its tokens, and needs no copy of one that is there when it begins.
+        copied: experts copied to the device, ahead of time or not. A pass, or a request of a step in parts, copies an expert
+            that is not there once, for all of its tokens, and needs no copy of one that is there when it begins.
         ahead: of those, copied for the next pass of the layer before its requests were known.
         used: of those, requested by it.
         nbytes: of what was copied.
@@ -130,7 +130,7 @@ class Resident(nn.Module):
         """Bring the experts of ``requests`` into slots, some of them in each round.
 
         Args:
-            ahead: whether few of them foretell the experts of the next layer.
+            ahead: whether they foretell experts of the next layer, where they are few.
 
         Yields:
             The experts of a round with their slots, in the order of slots. The caller launches what it computes with them

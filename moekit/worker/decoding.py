@@ -46,8 +46,8 @@ class Prompt:
 
 # Key of the rank's state for the :class:`Spare` of the last finished generation.
 SPARE = "spare step"
-# Prompts are read with a graph up to a READ-th of the tokens that a pass with a graph may have: above, launches take no time
-# beside the kernels, and the graph keeps memory while sequences grow.
+# Prompts are read with a graph up to half of the tokens that other passes with a graph may have: its memory is kept while
+# sequences grow, and with more tokens launches take a small part of the time.
 READ = 2
 
 
@@ -84,7 +84,8 @@ class Sequences:
         if all(same):
             return
         self.on_ranks = [len(kept) for kept in rows]
-        self.graph, self.unchanged, self.alike = None, 0, None
+        self.graph = self.prefill = self.alike = None
+        self.unchanged = 0
         if same[rank]:
             return
         index = torch.tensor(rows[rank], device=self.cache.lengths.device, dtype=torch.long)
@@ -231,17 +232,18 @@ def end(rank: Rank, key: int) -> list[dict[str, np.ndarray]]:
     sequences = rank.state.pop(key, None)
     if sequences is None:
         return []
-    if sequences.graph is not None and sequences.alike is not None:
-        rank.state[SPARE] = Spare(sequences.alike, sequences.prefill, sequences.cache, sequences.graph)
+    spare = Spare(sequences.alike, sequences.prefill, sequences.cache, sequences.graph)
+    # A short generation has no graph of a step, and its prompts count all the same.
+    if spare.alike is not None and (spare.graph is not None or spare.prefill.times > 0):
+        rank.state[SPARE] = spare
     return sequences.parts
 
 
 class Spare(NamedTuple):
     """What a finished generation leaves for one with an equal ``alike``, which all ranks share.
 
-    Attributes:
-        prefill: runs the forward pass over the prompts on ``cache``, with a graph after enough prompts of one shape.
-        cache, graph: the cache, and the graph of a decode step on it; None where nothing is left.
+    ``prefill`` runs the pass over the prompts on ``cache``, with a graph after enough of one shape. ``graph`` is of a decode
+    step on it. Both are None where nothing is left.
     """
 
     alike: Hashable

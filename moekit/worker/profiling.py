@@ -291,7 +291,7 @@ class Prefill(Generation):
         return timed(self.begin, self.rank.device)
 
     def graph(self) -> None:
-        """Prompts are read without a graph."""
+        """Prompts that are new have no graph: only those of one shape do, from the fifth time on."""
 
     def counts(self) -> np.ndarray:
         if (options := self.options()) is None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moekit.nn.cache import Cache
 from moekit.nn.dispatch import Local
+from moekit.nn.gates import gate_of
 from moekit.nn.graphs import whole
 from moekit.nn.kernels import short_step
 from moekit.nn.kernels.attention import attend_one
@@ -25,7 +26,7 @@ from moekit.nn.kernels.grouped import planned_ffn
 from moekit.nn.kernels.narrow import linear
 from moekit.nn.kernels.overlap import overlapped
 from moekit.nn.kernels.tiles import FEW, planned
-from moekit.nn.kernels.vectors import experts_linear
+from moekit.nn.kernels.vectors import experts_linear, takes
 from moekit.nn.parts import part
 from moekit.nn.passes import Pass
 from moekit.nn.slots import CHUNK
@@ -51,10 +52,12 @@ def fits(model: Transformer, sequences: int) -> bool:
     )
     if not apt or not model.config.pre_norm or model.config.dim > DIM:
         return False
-    one_place = isinstance(model.dispatch, Local)
+    one_place, choices = isinstance(model.dispatch, Local), gate_of(model.config).top_k
+    if model.slots is not None and not (one_place and takes(choices) and choices <= CHUNK):
+        return False
     # A few sequences over ranks have faster exchanges of their own, and with experts that are fetched, one request of the host.
     few = (not one_place or model.slots is not None) and short_step.fits(model, sequences)
-    return LEAST <= sequences <= MOST and not few and (one_place or model.slots is None)
+    return LEAST <= sequences <= MOST and not few
 
 
 def read_on(model: Transformer, tokens: Tensor, asked: Pass, vocab: int) -> Tensor | None:
@@ -116,7 +119,7 @@ def _experts(
         return onto, moe.dispatched(x, routing, rows_expected).view(len(x), rule.top_k, -1)
     with part("gate"):
         _, chosen, _, weights = choose(rule, logits)
-    if choices <= APART:
+    if choices <= APART and takes(rule.top_k):
         with part("experts"):
             return experts_linear(experts, x, chosen, weights, onto), None
     cut = cut_for(choices, experts.held, cuts_of(x.device, kind_of(x.dtype, experts.w1.dtype)))
@@ -134,12 +137,12 @@ def _fetched(
     """``onto`` [B, D] plus the weighted outputs for ``x`` [B, D] of experts that the host brings, for some sequences at a time."""
     with part("gate"):
         _, chosen, _, weights = choose(moe.rule, linear(x, moe.gate.weight))
-    found = []
-    for some in torch.arange(len(x)).split(CHUNK // moe.rule.top_k):
-        some = slice(int(some[0]), int(some[-1]) + 1)
+    found, few = [], CHUNK // moe.rule.top_k
+    for start in range(0, len(x), few):
+        some = slice(start, start + few)
         with part("gate"):
-            # What these sequences choose says nothing of what others choose in the next layer.
-            ask = moe.experts.ask(chosen[some], ahead=len(chosen[some]) == len(x))
+            # What some sequences choose says nothing of what others choose in the next layer.
+            ask = moe.experts.ask(chosen[some], ahead=len(x) <= few)
         yield ask
         with part("experts"):
             places = moe.experts.places(chosen[some])

@@ -21,7 +21,7 @@ from moekit.nn.kernels.attention import attend_one
 from moekit.nn.kernels.embedding import embedded
 from moekit.nn.kernels.gate import choose
 from moekit.nn.kernels.peer_dispatch import PeerDispatch
-from moekit.nn.kernels.vectors import experts_linear, linear
+from moekit.nn.kernels.vectors import experts_linear, linear, takes
 from moekit.nn.parts import part
 from moekit.nn.slots import CHUNK
 from moekit.nn.transformer import Block, MoE, Transformer
@@ -41,7 +41,7 @@ def fits(model: Transformer, sequences: int) -> bool:
     """Whether :func:`read_on` supports this model and ``sequences`` sequences per rank."""
     # With peers, the gate's choice is part of a kernel that supports only softmax and top-k.
     gate = gate_of(model.config)
-    if model.slots is not None and sequences * gate.top_k > CHUNK:
+    if not takes(gate.top_k) or (model.slots is not None and sequences * gate.top_k > CHUNK):
         return False
     through_peers = isinstance(model.dispatch, PeerDispatch) and gate.softmax_top_k and gate.top_k <= 2
     one_place = isinstance(model.dispatch, Local)

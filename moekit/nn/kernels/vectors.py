@@ -81,12 +81,17 @@ def linear(
     return out, normed
 
 
+def takes(choices: int) -> bool:
+    """Whether :func:`experts_linear` takes so many choices a row: a program has all of a row's, and a power of two."""
+    return choices.bit_count() == 1
+
+
 def experts_linear(experts: Experts, x: Tensor, chosen: Tensor, weights: Tensor, onto: Tensor) -> Tensor:
     """Add the weighted outputs of the chosen experts to ``onto``; for inference.
 
     Args:
         x: [B, D].
-        chosen: [B, C] int64.
+        chosen: [B, C] int64, where :func:`takes` C.
         weights: [B, C], rounded to the dtype of ``x``.
         onto: [B, D].
 
