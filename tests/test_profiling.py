@@ -930,6 +930,7 @@ def test_a_profile_from_elsewhere_has_every_part_of_its_kind(tmp_path):
     [
         ({"mode": "train"}, "mode='train': expected one of score, prefill, decode"),
         ({"steps": 0}, "steps=0"),
+        ({"steps": 10**9}, "steps=1000000000: expected at most 1000"),
         ({"blocks": 1.5}, "blocks=1.5"),
         ({"tokens_per_sample": 1}, "tokens_per_sample=1: expected 2 to the model's 256"),
         (

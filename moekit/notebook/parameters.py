@@ -34,7 +34,7 @@ from moekit.data.settings import KINDS as PREPARING
 from moekit.generation.request import KINDS
 from moekit.nn.quantise import KINDS as QUANTISED
 from moekit.notebook import errors
-from moekit.profiling.run import MODES
+from moekit.profiling.run import MODES, STEPS
 from moekit.ranks import WHERE
 from moekit.units import Memory
 
@@ -214,7 +214,7 @@ PROFILE_INFERENCE: Table = {
     "data": Location(),
     "mode": Choice(MODES),
     "batch_blocks": Wholes(),
-    "steps": Whole(),
+    "steps": STEPS,
     "capacity_token_fraction": Capacity(),
 }
 

@@ -41,6 +41,8 @@ MODES = ("score", "prefill", "decode")
 HOMEWARD = ("_meet", "_collect")
 # Tokens of a prompt that is read before decode steps, if the model has twice as many positions.
 PROMPT = 128
+# A profile of more steps takes minutes and gigabytes, and could not be saved.
+STEPS = Whole(most=1000)
 
 
 def profile(
@@ -65,7 +67,7 @@ def profile(
             are cut into blocks of one length, and repeated if there are too few.
         mode: "score": a step scores ``blocks`` blocks on each rank. "prefill": a step reads as many prompts of a block's
             length into a cache. "decode": a step writes one token of as many sequences, after prompts of 128 tokens.
-        steps: how many steps; those of "decode" take least time, and more of them are worth looking at.
+        steps: how many steps, up to 1,000; those of "decode" take least time, and more of them are worth looking at.
         blocks: blocks or sequences on each rank.
         tokens_per_sample: tokens of a block; None: as many as the model has positions.
 
@@ -80,7 +82,7 @@ def profile(
     """
     import_whole("pandas")
     mode = check("mode", mode, Choice(MODES))
-    steps, blocks = check("steps", steps, Whole()), check("blocks", blocks, Whole())
+    steps, blocks = check("steps", steps, STEPS), check("blocks", blocks, Whole())
     length = check("tokens_per_sample", tokens_per_sample, Whole(optional=True)) or self.config.max_positions
     if not 2 <= length <= self.config.max_positions:
         raise ValueError(
