@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -280,6 +282,18 @@ def test_a_stream_closed_while_the_ranks_are_busy_is_ended_by_the_next_generatio
         assert model.ranks.call(kept) != before
         model.generate([[5, 6]], max_new_tokens=2, **QUIET)
         assert model.ranks.call(kept) == before and not model.abandoned
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_stream_that_is_not_read_to_its_end_says_nothing_when_the_interpreter_ends(reference, world_size):
+    script = f"""
+import moekit
+model = moekit.load({str(reference / "checkpoint")!r}, {world_size}, "cpu", progress=False)
+tokens = model.stream([[5, 6]], max_new_tokens=20)
+next(tokens)
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100)
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 # ------------------------------------------------------------------------------------------------------- choosing

@@ -213,6 +213,32 @@ def test_a_call_inside_a_call_is_refused(three):
     assert sorted(refused) == [0, 1, 2]
 
 
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["inside", "in another thread"])
+def test_one_rank_runs_one_call_at_a_time(elsewhere):
+    """Two threads that asked one rank mixed up its experts in slots, and all later results with them."""
+
+    def second():
+        with pytest.raises(RuntimeError, match="busy with another call: wait for it to end"):
+            one.call(pid)
+        refused.append(True)
+
+    def on_report(rank, message):
+        thread = threading.Thread(target=second) if elsewhere else None
+        if thread is None:
+            second()
+        else:
+            thread.start()
+            thread.join()
+
+    refused = []
+    with ranks.start(1, "cpu") as one:
+        one.call(lambda rank: rank.report("hello"), on_report=on_report)
+        assert refused == [True] and one.call(pid) == [os.getpid()]
+        with pytest.raises(ranks.RankError):
+            one.call(lambda rank: 1 / 0)
+        assert one.call(pid) == [os.getpid()]
+
+
 def test_a_bad_argument_harms_no_rank(three):
     before = three.call(pid)
     with pytest.raises(TypeError, match="pickle"):

@@ -153,6 +153,10 @@ def gone(why: str) -> Gone:
     return Gone(why)
 
 
+def busy() -> RuntimeError:
+    return RuntimeError("the ranks are busy with another call: wait for it to end")
+
+
 def forked(owner: int) -> RuntimeError:
     return RuntimeError(
         f"the ranks belong to process {owner}, and this one is its fork: load the model here, too"

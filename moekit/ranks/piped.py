@@ -22,7 +22,7 @@ from moekit.headlines import first_line, headline
 from moekit.interrupts import hold_interrupts
 from moekit.processes import channel
 from moekit.ranks import watch as watching
-from moekit.ranks.base import Each, RankError, Ranks, Stream, forked, gone, noting, own
+from moekit.ranks.base import Each, RankError, Ranks, Stream, busy, forked, gone, noting, own
 from moekit.ranks.server import join_at, keep_store
 from moekit.ranks.streams import Coming, Feed
 from moekit.ranks.watch import Watch
@@ -89,7 +89,7 @@ class PipedRanks(Ranks):
         try:
             with self._lock:
                 if self._caller is not None:
-                    raise RuntimeError("the ranks are busy with another call: wait for it to end")
+                    raise busy()
                 self._caller = me
             self._await_joined()
             results = self._run(operation, self._outgoing(jobs), timeout, on_report, feed, failed)

@@ -2,14 +2,16 @@
 
 import contextlib
 import os
+import threading
 import traceback
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from moekit.headlines import headline
-from moekit.ranks.base import Rank, RankError, Ranks, Stream, forked, gone, noting, own
+from moekit.ranks.base import Rank, RankError, Ranks, Stream, busy, forked, gone, noting, own
 from moekit.ranks.system import usable_cores
 
 
@@ -23,14 +25,36 @@ class ThisProcess(Ranks):
         super().__init__(devices)
         self._owner = os.getpid()
         self._rank: Rank | None = Rank(0, 1, devices[0])
+        self._lock, self._caller = threading.Lock(), None
+        # The interpreter's exit closes the pool before it takes modules apart. An abandoned stream has nothing to end then.
+        self._end = weakref.finalize(self, int)
         torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
 
     def call(self, fn, *args, timeout=None, on_report=None, **kwargs):
         if os.getpid() != self._owner:
             # A fork does not have the threads of the process that made the pool.
             raise forked(self._owner)
-        if self._rank is None:
+        if self._rank is None or not self._end.alive:
             raise gone("closed")
+        me = object()
+        try:
+            with self._lock:
+                if self._caller is not None:
+                    # This call would change under the other one what both use: experts that are fetched, caches, graphs.
+                    raise busy()
+                self._caller = me
+            return self._call(fn, args, kwargs, on_report)
+        finally:
+            if self._caller is me:
+                self._caller = None
+
+    def _call(
+        self,
+        fn: Callable[..., Any],
+        args: tuple,
+        kwargs: dict[str, Any],
+        on_report: Callable[[int, Any], None] | None,
+    ) -> list[Any]:
         # As with ranks in processes of their own, an error of the driver's ends a stream, and does not go through the function.
         streams = any(isinstance(arg, Stream) for arg in args)
         failed: list[Exception] = []
