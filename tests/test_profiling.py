@@ -926,6 +926,42 @@ def test_a_profile_from_elsewhere_has_every_part_of_its_kind(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"frame": {"exclusive": 0}}, "the steps in its frame take no time"),
+        ({"frame": {"exclusive": 1e308}}, "no column 'exclusive' of numbers up to 1e\\+30"),
+        ({"frame": {"duration": 1e308}}, "no column 'duration' of numbers up to 1e\\+30"),
+        ({"plain": [[1e308]]}, "plain holds something else than seconds"),
+    ],
+)
+def test_numbers_that_no_picture_can_show_are_refused_with_the_file(change, said, tmp_path):
+    made_up().save(tmp_path / "p.json.gz")
+    held = json.loads(gzip.decompress((tmp_path / "p.json.gz").read_bytes()))
+    for name, value in change.items():
+        held[name] = held[name] | value if isinstance(value, dict) else value
+    (tmp_path / "bad").write_bytes(gzip.compress(json.dumps(held).encode()))
+    with pytest.raises(ValueError, match=f"{said}.*; name one, or profile anew"):
+        Profile.load(tmp_path / "bad")
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        (b'{"traceEvents": []}', "it has no 'frame'"),
+        (b"[]", r"it is \[\]"),
+        (b"null", "it is None"),
+        (b"[", "it is no JSON"),
+        (b'{"meta": 1, "meta": 2}', "it has the key 'meta' twice"),
+    ],
+)
+def test_other_files_are_no_profiles_and_the_sentence_says_why(text, said, tmp_path):
+    """A trace for Perfetto, say, which was named in place of the profile."""
+    (tmp_path / "t.json.gz").write_bytes(gzip.compress(text))
+    with pytest.raises(ValueError, match=f"no profile that Profile.save wrote: {said}"):
+        Profile.load(tmp_path / "t.json.gz")
+
+
+@pytest.mark.parametrize(
     ("asked", "said"),
     [
         ({"mode": "train"}, "mode='train': expected one of score, prefill, decode"),

@@ -158,7 +158,7 @@ class Profile:
                 text = file.read(MOST + 1)
             if len(text) > MOST:
                 raise ValueError(f"it unpacks to more than {MOST:,} bytes")
-            held = json_text.loads(text, most=MOST_VALUES)
+            held = _held(text)
             plain, profiled = (np.array(held[name], dtype=float) for name in ("plain", "profiled"))
             found = cls(
                 pd.DataFrame(held["frame"]), plain, profiled, pd.DataFrame(held["rows"]), held["meta"]
@@ -166,7 +166,9 @@ class Profile:
             _check(found)
             return found
         except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, OverflowError) as error:
-            raise ValueError(f"{path} is no profile that Profile.save wrote: {error}") from error
+            raise ValueError(
+                f"{path} is no profile that Profile.save wrote: {error}; name one, or profile anew"
+            ) from error
 
     def save_trace(self, path: str | Path) -> None:
         """Write the events of all ranks as one file for Perfetto's and Chrome's viewers: JSON, with gzip.
@@ -189,6 +191,9 @@ class Profile:
 # The kinds of what a profile holds: of a table's columns, and of the meta. Dense models have no rows of experts.
 WORDS, NUMBERS = ("part", "kernel"), ("start", "duration", "exclusive", "bytes", "flop")
 COUNTS = {"frame": ("rank", "step", "layer"), "rows": ("rank", "step", "layer", "rows", "experts")}
+# What a file has, and the greatest number in it: with more, sums and times in nanoseconds would not be finite.
+HELD = {"meta", "plain", "profiled", "frame", "rows"}
+LARGEST = 1e30
 META = {
     "mode": str,
     "chip": str,
@@ -198,6 +203,19 @@ META = {
     "copy": float,
     "matmul": float,
 }
+
+
+def _held(text: bytes) -> dict[str, Any]:
+    """What the text of a file holds, by its names; the ValueError ends a sentence."""
+    try:
+        held = json_text.loads(text, most=MOST_VALUES)
+    except ValueError as error:
+        raise ValueError(f"it {error}") from None
+    if not isinstance(held, dict):
+        raise ValueError(f"it is {shown(held)}")
+    if missing := HELD - held.keys():
+        raise ValueError(f"it has no {min(missing)!r}")
+    return held
 
 
 def _check(profile: Profile) -> None:
@@ -212,9 +230,9 @@ def _check(profile: Profile) -> None:
         if (
             column not in frame
             or frame[column].dtype.kind not in "iuf"
-            or not np.isfinite(frame[column]).all()
+            or not (frame[column].abs() <= LARGEST).all()
         ):
-            raise ValueError(f"its frame has no column {column!r} of finite numbers")
+            raise ValueError(f"its frame has no column {column!r} of numbers up to {LARGEST:g}")
     for column in WORDS:
         if column not in frame or not all(type(one) is str for one in frame[column]):
             raise ValueError(f"its frame has no column {column!r} of words")
@@ -222,7 +240,7 @@ def _check(profile: Profile) -> None:
         raise ValueError(f"its frame has the part {shown(min(unknown))}, expected one of {', '.join(PARTS)}")
     for name in ("plain", "profiled"):
         seconds = getattr(profile, name)
-        if seconds.ndim != 2 or not seconds.size or not (np.isfinite(seconds) & (seconds > 0)).all():
+        if seconds.ndim != 2 or not seconds.size or not ((seconds > 0) & (seconds <= LARGEST)).all():
             raise ValueError(f"{name} holds something else than seconds by rank and step")
     for name, kind in META.items():
         value = meta.get(name) if isinstance(meta, dict) else None
@@ -233,5 +251,5 @@ def _check(profile: Profile) -> None:
             )
     if not isinstance(meta.get("link", math.nan), int | float):
         raise ValueError(f"its meta has link={shown(meta['link'])}, expected a number")
-    if not len(frame):
-        raise ValueError("its frame is empty")
+    if not frame["exclusive"].sum() > 0:
+        raise ValueError("the steps in its frame take no time")
