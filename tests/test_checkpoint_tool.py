@@ -181,13 +181,15 @@ def test_to_keep_all_experts_changes_nothing(source, tmp_path):
         ("1:0,1:1", r"names the layers [1]; expected all that have experts: [1, 3]"),
         ("1:0-2,3:0-1", "keeps 3 in layer 1, 2 in layer 3: expected the same number"),
         ("*:0-8", "--experts 1:8: expected an expert from 0 to 7"),
-        ("*:0", "keeps 1 experts a layer; each token goes to 2"),
+        ("*:0", "keeps 1 of each layer; expected at least 2, as many as a token goes to"),
+        ("1:" + "9" * 5000, "9...9"),
         ("1-0", "expected LAYER:EXPERT or LAYER:FIRST-LAST"),
         ("0:0-1,1:0-1,3:0-1", "names the layers [0, 1, 3]"),
     ],
 )
 def test_what_cannot_be_kept_is_named(source, tmp_path, capsys, experts, said):
-    assert said in refused(capsys, "keep", source, tmp_path / "kept", "--experts", experts)
+    found = refused(capsys, "keep", source, tmp_path / "kept", "--experts", experts)
+    assert said in found and len(found) < 300
     assert not (tmp_path / "kept").exists()
 
 
@@ -290,10 +292,10 @@ def test_a_link_as_target_is_followed(source, tmp_path):
     assert [path.name for path in (tmp_path / "other-disk").iterdir()] == ["made"]
 
 
-@pytest.mark.parametrize("name", ["loop", "x" * 300, "~nobody-of-this-name/made", "a\0b"])
+@pytest.mark.parametrize("name", ["loop", "x" * 300, "~nobody-of-this-name/made", "a\0b", "/"])
 def test_a_target_that_cannot_be_is_one_sentence(source, tmp_path, capsys, name):
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    target = name if name[0] == "~" else f"{tmp_path}/{name}"
+    target = name if name[0] in "~/" else f"{tmp_path}/{name}"
     said = refused(capsys, "strip", source, target)
     assert any(
         one in said
@@ -303,6 +305,7 @@ def test_a_target_that_cannot_be_is_one_sentence(source, tmp_path, capsys, name)
             "no such home folder",
             "round in a circle",
             "too long",
+            "/ is the root of the file system: name a folder below it",
         )
     )
 

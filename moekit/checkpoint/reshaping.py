@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moekit.arguments import shown
 from moekit.checkpoint.files import NAME, Files, find
 from moekit.checkpoint.hugging import writing
 from moekit.checkpoint.hugging.names import packed
@@ -297,7 +298,7 @@ def _check_kept(kept: dict[int, list[int]], config: ModelConfig) -> int:
         )
     if min(counts) < top_k_of(config):
         raise ValueError(
-            f"--experts keeps {min(counts)} experts a layer; each token goes to {top_k_of(config)}"
+            f"--experts keeps {min(counts)} of each layer; expected at least {top_k_of(config)}, as many as a token goes to"
         )
     return counts.pop()
 
@@ -320,7 +321,7 @@ def experts_of(text: str, layers: Sequence[int]) -> dict[int, list[int]]:
         match = re.fullmatch(r"\s*(\d{1,5}|\*):(\d{1,5})(?:-(\d{1,5}))?\s*", one)
         if match is None:
             raise ValueError(
-                f"--experts {one!r}: expected LAYER:EXPERT or LAYER:FIRST-LAST, from 0, as in 1:0,1:4-6"
+                f"--experts {shown(one)}: expected LAYER:EXPERT or LAYER:FIRST-LAST, from 0, as in 1:0,1:4-6"
             )
         first, last = int(match[2]), int(match[3] or match[2])
         for layer in layers if match[1] == "*" else [int(match[1])]:

@@ -138,6 +138,8 @@ def check_target(source: Files, target: str | Path, force: bool) -> Path:
         there = target.exists()
     except OSError as error:
         raise ValueError(f"{clip(str(target))} cannot be written: {error.strerror}") from None
+    if not target.name:
+        raise ValueError(f"{target} is the root of the file system: name a folder below it")
     if source.shared.parent.resolve() == target:
         raise ValueError(f"{target} is the source: name another folder")
     for beside in (_old(target), _part(target)):
