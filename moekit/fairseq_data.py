@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from moekit import paths
-from moekit.arguments import Choice, Text, Whole, check, reading
+from moekit.arguments import Choice, Text, Whole, check, reading, shown
 from moekit.arguments import Path as PathKind
 from moekit.batches import Batch
 from moekit.data import verify
@@ -31,6 +31,8 @@ MAX_TOKENS = 36_000
 BREAK_MODES = ("none", "complete", "complete_doc", "eos")
 # The greatest number that fairseq's Cython code takes.
 INT32 = 2**31 - 1
+# The characters of a subset's name; its files have four more.
+LONGEST_NAME = 251
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,9 @@ class Data:
         data_folder(self.data)
         for name, kind in kinds.items():
             object.__setattr__(self, name, check(name, getattr(self, name), kind))
-        if not Path(self.subset).name:
-            raise ValueError(f"subset={self.subset!r}: expected the name of a subset, such as 'valid'")
+        name = Path(self.subset)
+        if not name.name or name.is_absolute() or "\0" in self.subset or len(self.subset) > LONGEST_NAME:
+            raise ValueError(f"subset={shown(self.subset)}: expected the name of a subset, such as 'valid'")
 
     @property
     def prefix(self) -> Path:
