@@ -200,7 +200,7 @@ class Handle:
         data = data if isinstance(data, Data) else Data(data, *options, **more)
         if (data.tokens_per_sample or 1) > self.config.max_positions:
             raise ValueError(
-                f"tokens_per_sample={data.tokens_per_sample} is more than the model's {self.config.max_positions} positions"
+                f"tokens_per_sample={data.tokens_per_sample}: expected at most the model's {self.config.max_positions} positions"
             )
         limits = {"max_positions": self.config.max_positions, "add_bos": self.config.add_bos}
         batches = open_data(data, **limits, dictionary=self.dictionary)

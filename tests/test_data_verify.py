@@ -254,6 +254,10 @@ def test_a_folder_that_is_none_is_named(tmp_path, data):
             check_files(folder, "valid")
     with pytest.raises(ValueError, match=r"has no other\.bin; its subsets are test, train, valid: name one"):
         check_files(data, "other")
+    for number in range(100):
+        (tmp_path / "empty" / f"{number:03}").touch()
+    with pytest.raises(ValueError, match=r"it holds 000, 001, 002, 003, 004, \.\.\.: prepare_data"):
+        check_files(tmp_path / "empty", "valid")
 
 
 def test_a_dictionary_of_many_bytes_is_not_read(model, data):

@@ -258,7 +258,7 @@ def test_from_python_too_long_samples_are_a_mistake(reference, tmp_path):
     with moekit.load(reference / "checkpoint", device="cpu", progress=False) as model:
         for call in (model.evaluate, model.trace):
             with pytest.raises(
-                ValueError, match="tokens_per_sample=65 is more than the model's 64 positions"
+                ValueError, match="tokens_per_sample=65: expected at most the model's 64 positions"
             ):
                 call(data, tokens_per_sample=65)
     learned = Transformer(ModelConfig(**(vars(BASE) | {"learned_positions": True, "add_bos": True})))

@@ -252,7 +252,7 @@ def test_half_precision_is_close(dtype, reference):
         ({"batch_size": 0}, "batch_size=0: expected a whole number of at least 1"),
         ({"batch_size": True}, "batch_size=True"),
         ({"max_batches": 0}, "max_batches=0"),
-        ({"tokens_per_sample": 65}, "tokens_per_sample=65 is more than the model's 64 positions"),
+        ({"tokens_per_sample": 65}, "tokens_per_sample=65: expected at most the model's 64 positions"),
         ({"context_window": 64}, "context_window=64 leaves no room"),
         ({"sample_break_mode": "some"}, "sample_break_mode='some': expected one of none, complete"),
         ({"capacity_token_fraction": "0.1"}, "capacity_token_fraction='0.1'"),

@@ -110,8 +110,8 @@ def _missing(folder: Path, name: str) -> ValueError:
         return ValueError(
             f"{folder} has no {name}; its subsets are {first_few(subsets)}: name one of them as subset"
         )
-    there = ", ".join(sorted(path.name for path in folder.iterdir()))
-    there = "is empty" if not there else f"holds {there if len(there) < 500 else there[:500] + ', ...'}"
+    names = sorted(path.name for path in folder.iterdir())
+    there = f"holds {first_few(names)}" if names else "is empty"
     return ValueError(f"{folder} has no {name}, it {there}: prepare_data.ipynb makes such a folder")
 
 

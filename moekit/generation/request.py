@@ -184,10 +184,12 @@ class Request:
         if asked["stop"] and not model.reads_text:
             # This call raises an error that explains why text needs a codec.
             model.codec.encode("")
-        if max(asked["alternatives"], 2 * asked["beam_size"] + 2) > model.vocab:
-            raise ValueError(
-                f"alternatives={asked['alternatives']} or beam_size={asked['beam_size']} is too many for {model.vocab} types"
-            )
+        # Each step of a search looks at twice as many tokens as it has beams, and two more.
+        for name, most in (("alternatives", model.vocab), ("beam_size", max(1, model.vocab // 2 - 1))):
+            if asked[name] > most:
+                raise ValueError(
+                    f"{name}={asked[name]}: expected at most {most}, as the dictionary has {model.vocab} types"
+                )
         read = [[model.first, *ids] for ids in model.ids("prompts", prompts)]
         check_room(read, asked["max_new_tokens"], model.config.max_positions)
         copies = asked["num_return_sequences"]
