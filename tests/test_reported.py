@@ -21,7 +21,7 @@ from test_preflight import given as inference
 
 import moekit
 from moekit import checkpoint, eval_lm, metrics, paths
-from moekit.checkpoint import export
+from moekit.checkpoint import export, reshaping
 from moekit.data.codec import Codec
 from moekit.fairseq_data import data_folder, importing_fairseq, is_data
 from moekit.nn.record import Options
@@ -493,3 +493,35 @@ def test_what_looks_like_a_list_or_a_function_is_refused_before_the_ranks_are_as
     for config in (0, False, "", []):
         with pytest.raises(ValueError, match="expected a dict of some of"):
             moekit.load("demo", 1, "cpu", progress=False, config=config)
+
+
+def test_defaults_of_the_notebook_change_nothing(tmp_path):
+    """``torch.set_default_device("cuda")`` and ``torch.set_default_dtype(torch.bfloat16)`` at the top of a notebook.
+
+    "meta" stands for the GPU. With the latter, the scores of beams were rounded.
+    """
+    reshaping.convert("demo", tmp_path / "made", "safetensors", show=False)
+    quiet = {"progress": False}
+
+    def results(source, **how):
+        with moekit.load(source, 1, "cpu", bpe="demo", **how, **quiet) as model:
+            generations = model.generate(["On the", ""], max_new_tokens=3, temperature=0.5, **quiet)
+            generations += model.generate("On the", max_new_tokens=3, beam_size=2, **quiet)
+            trace = model.trace(["def main():"], **quiet)
+            scores = model.evaluate("demo", max_batches=1, **quiet).tokens["logprob"]
+            return (
+                [(one.ids, one.score) for one in generations],
+                trace.experts.tolist(),
+                scores.tolist(),
+            )
+
+    for source, how in (("demo", {}), ("demo", {"resident": 2}), (tmp_path / "made", {})):
+        wanted = results(source, **how)
+        torch.set_default_device("meta")
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            assert results(source, **how) == wanted
+            assert torch.get_default_dtype() == torch.bfloat16 and torch.empty(1).is_meta
+        finally:
+            torch.set_default_device(None)
+            torch.set_default_dtype(torch.float32)

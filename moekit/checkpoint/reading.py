@@ -121,7 +121,7 @@ def _mapped(path: Path, what: str) -> Iterator[tuple[np.ndarray, torch.UntypedSt
         storage = torch.UntypedStorage.from_file(str(path), False, size)
     except (RuntimeError, OSError) as error:
         raise ValueError(f"{path} cannot be mapped into memory: {_reason(error)}") from error
-    memory = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
+    memory = torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage).numpy()
     try:
         with whole_files():
             yield memory, storage
@@ -220,7 +220,7 @@ def _of_safetensors(path: Path, memory: np.ndarray, storage: torch.UntypedStorag
     weights = Weights(path, memory, None)
     for key, (dtype, shape, record) in entries.items():
         part = storage[record.start : record.start + record.size]
-        weights[key] = torch.empty(0, dtype=dtype).set_(part).view(shape)
+        weights[key] = torch.empty(0, dtype=dtype, device="cpu").set_(part).view(shape)
         weights.records[key] = record
     return {"model": weights} | {name: settings[name] for name in (*SETTINGS, *HUGGING) if name in settings}
 
@@ -281,7 +281,7 @@ def _tensor(call: Call, storage: torch.UntypedStorage, found: Layout) -> tuple[T
     stored, offset, shape, strides, dtype = where
     record = _record(stored, found)
     part = storage[record.start : record.start + stored.bytes]
-    return torch.empty(0, dtype=dtype).set_(part, offset, shape, strides), record
+    return torch.empty(0, dtype=dtype, device="cpu").set_(part, offset, shape, strides), record
 
 
 def _named(path: Path, node: Any, where: str) -> dict[str, Any] | None:

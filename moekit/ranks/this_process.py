@@ -82,7 +82,7 @@ class ThisProcess(Ranks):
             else contextlib.nullcontext()
         )
         try:
-            with here:
+            with here, _torchs_defaults():
                 result = fn(self._rank, *args, **kwargs)
         except (Exception, SystemExit) as error:
             if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
@@ -97,3 +97,15 @@ class ThisProcess(Ranks):
 
     def close(self) -> None:
         self._rank = None
+
+
+@contextlib.contextmanager
+def _torchs_defaults() -> Iterator[None]:
+    """The device and type of tensors for which none is named, as in a new process: a notebook may have chosen others."""
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with contextlib.nullcontext() if device.type == "cpu" else torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
