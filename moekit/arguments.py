@@ -143,6 +143,8 @@ class Path:
         except OSError as error:
             if error.errno == errno.ENAMETOOLONG:
                 raise _Why("a name in it is too long for its file system; expected a shorter one") from None
+            if error.errno == errno.ENOENT:
+                raise _Why("the current folder is gone; os.chdir to one that is there") from None
         return path
 
 

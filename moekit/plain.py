@@ -86,12 +86,13 @@ def module(
     kind = DTYPES[check("dtype", dtype, Choice(tuple(DTYPES)))]
     place = _device(device)
     plan = ckpt.survey(ckpt.find(checkpoint))
-    with torch.device("meta"):
-        model = LanguageModel(plan.config)
-    model = model.to(kind).to_empty(device=place)
-    ckpt.warn_nonfinite(
-        ckpt.fill(model, plan, range(plan.config.experts), threads=torch.get_num_threads()).nonfinite
-    )
+    # Parameters that were made in a mode for inference could be neither filled nor trained.
+    with torch.inference_mode(False):
+        with torch.device("meta"):
+            model = LanguageModel(plan.config)
+        model = model.to(kind).to_empty(device=place)
+        filled = ckpt.fill(model, plan, range(plan.config.experts), threads=torch.get_num_threads())
+    ckpt.warn_nonfinite(filled.nonfinite)
     return model
 
 

@@ -236,3 +236,12 @@ def test_links_that_lead_round_in_a_circle_are_one_sentence(tmp_path):
 def test_a_name_that_no_file_can_have_is_one_sentence(tmp_path):
     with pytest.raises(ValueError, match="a name in it is too long for its file system"):
         check("x", tmp_path / ("a" * 300), Path())
+
+
+def test_a_path_from_a_folder_that_is_gone(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(ValueError, match="path='x': the current folder is gone; os.chdir to one"):
+        check("path", "x", Path())
+    assert check("path", tmp_path, Path()) == tmp_path

@@ -42,6 +42,13 @@ def test_it_computes_what_score_computes(model, folder):
     )
 
 
+def test_it_can_be_loaded_and_trained_where_a_notebook_is_in_inference_mode(model, folder):
+    with torch.inference_mode():
+        again = moekit.module(folder)
+    assert not any(p.is_inference() for p in again.parameters())
+    torch.testing.assert_close(again.state_dict(), model.state_dict())
+
+
 def test_every_submodule_has_a_documented_name(model):
     inner = re.compile(r".*\.(activation|rule)$")
     found = {re.sub(r"^layers\.\d+", "layers.N", n) for n, _ in model.named_modules()} - {"", "layers"}

@@ -496,9 +496,9 @@ def test_what_looks_like_a_list_or_a_function_is_refused_before_the_ranks_are_as
 
 
 def test_defaults_of_the_notebook_change_nothing(tmp_path):
-    """``torch.set_default_device("cuda")`` and ``torch.set_default_dtype(torch.bfloat16)`` at the top of a notebook.
+    """``torch.set_default_device("cuda")`` and ``torch.set_default_dtype(torch.bfloat16)`` at its top, autocast or inference mode around calls.
 
-    "meta" stands for the GPU. With the latter, the scores of beams were rounded.
+    "meta" stands for the GPU. With the second one, the scores of beams were rounded; with the third one, all of scoring was.
     """
     reshaping.convert("demo", tmp_path / "made", "safetensors", show=False)
     quiet = {"progress": False}
@@ -520,7 +520,9 @@ def test_defaults_of_the_notebook_change_nothing(tmp_path):
         torch.set_default_device("meta")
         torch.set_default_dtype(torch.bfloat16)
         try:
-            assert results(source, **how) == wanted
+            with torch.autocast("cpu", dtype=torch.bfloat16), torch.inference_mode():
+                assert results(source, **how) == wanted
+                assert torch.is_autocast_enabled("cpu")
             assert torch.get_default_dtype() == torch.bfloat16 and torch.empty(1).is_meta
         finally:
             torch.set_default_device(None)

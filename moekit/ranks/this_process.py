@@ -101,11 +101,18 @@ class ThisProcess(Ranks):
 
 @contextlib.contextmanager
 def _torchs_defaults() -> Iterator[None]:
-    """The device and type of tensors for which none is named, as in a new process: a notebook may have chosen others."""
+    """What a new process has, where a notebook may have chosen otherwise: the device and type of tensors for which none is named,
+    no autocast, and no mode for inference, in which no checkpoint can be loaded."""
     dtype, device = torch.get_default_dtype(), torch.get_default_device()
     torch.set_default_dtype(torch.float32)
     try:
-        with contextlib.nullcontext() if device.type == "cpu" else torch.device("cpu"):
+        with contextlib.ExitStack() as chosen:
+            if device.type != "cpu":
+                chosen.enter_context(torch.device("cpu"))
+            for kind in filter(torch.is_autocast_enabled, ("cpu", "cuda")):
+                chosen.enter_context(torch.autocast(kind, enabled=False))
+            if torch.is_inference_mode_enabled():
+                chosen.enter_context(torch.inference_mode(False))
             yield
     finally:
         torch.set_default_dtype(dtype)
