@@ -984,6 +984,16 @@ def test_what_cannot_be_profiled(model, asked, said):
     assert model.score("It still runs.") is not None
 
 
+def test_a_profiler_of_the_users_own_sees_all_that_it_looks_at():
+    with moekit.load("demo", 1, "cpu", progress=False) as model:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as own:
+            with pytest.raises(moekit.ranks.RankError, match="profiler runs in this process already: end it"):
+                model.profile("demo", steps=1, tokens_per_sample=16, progress=False)
+            model.score("It still runs.")
+        assert any(event.key == "aten::linear" for event in own.key_averages())
+        assert model.profile("demo", steps=1, tokens_per_sample=16, progress=False).step > 0
+
+
 def test_a_step_that_fails_leaves_no_profiler_running(monkeypatch):
     with moekit.load("demo", 1, "cpu", progress=False) as alone:
         work = {"steps": 1, "tokens_per_sample": 32, "progress": False}
