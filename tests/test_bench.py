@@ -141,6 +141,12 @@ def test_memory_beyond_mapped_files_is_seen(tmp_path):
     assert held.host_gib - before.host_gib > 0.04 and len(kept)
 
 
+def test_ceilings_leave_torchs_draws_as_they_are():
+    before = torch.get_rng_state()
+    found = measure.ceilings(Rank(0, 1, torch.device("cpu")), torch.float32)
+    assert found.matmul > 0 and torch.equal(torch.get_rng_state(), before)
+
+
 def test_ceilings_are_the_slowest_ranks():
     found = measure.slowest([Ceilings(3, 5, 7, "x"), Ceilings(4, 4, 4, "x")])
     assert found == Ceilings(3, 4, 4, "2 x x")

@@ -92,7 +92,9 @@ def ceilings(rank: Rank, dtype: torch.dtype) -> Ceilings:
         part = target[: len(pinned)]
         fetch = len(pinned) / min(seconds(lambda: part.copy_(pinned, non_blocking=True), device, **how))
     n = 8192 if on_gpu else 1024
-    a, b = (torch.rand(n, n, device=device).to(dtype) for _ in range(2))
+    # A profile leaves a notebook's own draws as they are.
+    drawn = torch.Generator(device).manual_seed(1)
+    a, b = (torch.rand(n, n, device=device, generator=drawn).to(dtype) for _ in range(2))
     product = torch.empty(n, n, device=device, dtype=dtype)
     matmul = 2 * n**3 / min(seconds(lambda: torch.mm(a, b, out=product), device, **how))
     name = (
