@@ -116,7 +116,18 @@ MEGABLOCKS = {
                 return out, None
         """,
 }
-TRITON_KERNELS = {
+SPECIALIZE = {
+    "triton_kernels/specialize.py": """
+        import dataclasses
+
+        @dataclasses.dataclass(frozen=True)
+        class FnSpecs:
+            name: str
+            fn: object
+            fn_arg_names: tuple
+        """,
+}
+TRITON_KERNELS = SPECIALIZE | {
     "triton_kernels/routing.py": """
         import dataclasses
 
@@ -144,12 +155,7 @@ TRITON_KERNELS = {
         """,
     "triton_kernels/matmul_ogs.py": """
         import dataclasses, torch, torch.nn.functional as F
-
-        @dataclasses.dataclass(frozen=True)
-        class FnSpecs:
-            name: str
-            fn: object
-            fn_arg_names: tuple
+        from triton_kernels.specialize import FnSpecs
 
         @dataclasses.dataclass(frozen=True)
         class FusedActivation:
@@ -177,7 +183,7 @@ TRITON_KERNELS = {
             return torch.zeros_like(y).index_copy(0, scatter_indx.dst_indx.long(), y).view(-1, act, y.shape[1]).sum(dim=1)
         """,
 }
-NEWER_TRITON_KERNELS = {
+NEWER_TRITON_KERNELS = SPECIALIZE | {
     "triton_kernels/tensor_details/ragged_tensor.py": """
         def make_ragged_tensor_metadata(slice_sizes, n_total_rows):
             assert int(slice_sizes.sum()) == n_total_rows and str(slice_sizes.dtype) == "torch.int32"
@@ -185,12 +191,7 @@ NEWER_TRITON_KERNELS = {
         """,
     "triton_kernels/matmul.py": """
         import dataclasses, torch, torch.nn.functional as F
-
-        @dataclasses.dataclass(frozen=True)
-        class FnSpecs:
-            name: str
-            fn: object
-            fn_arg_names: tuple
+        from triton_kernels.specialize import FnSpecs
 
         @dataclasses.dataclass(frozen=True)
         class FusedActivation:

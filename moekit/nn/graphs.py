@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Generator, Hashable
+from types import ModuleType
 from typing import TypeVar
 
 import torch
@@ -47,16 +48,17 @@ def fits(model: Transformer, asked: Pass, sequences: int | None = None) -> bool:
     draws = bool(model.config.moe_layers) and gate_of(model.config).draws
     on_gpu = model.embed.weight.is_cuda and model.backend == "triton"
     plain = asked.record is None and asked.edit is None and asked.padding is None
-    return on_gpu and plain and not draws and (model.slots is None or _in_parts(model, sequences))
+    return on_gpu and plain and not draws and (model.slots is None or _in_parts(model, sequences) is not None)
 
 
-def _in_parts(model: Transformer, sequences: int | None) -> bool:
+def _in_parts(model: Transformer, sequences: int | None) -> ModuleType | None:
+    """The kernels of a decode step of so many sequences with experts that are fetched; None where it is not captured."""
     if sequences is None:
-        return False
+        return None
     # Triton is imported only if its back end is selected.
     from moekit.nn.kernels import batch_step, short_step
 
-    return short_step.fits(model, sequences) or batch_step.fits(model, sequences)
+    return next((kernels for kernels in (short_step, batch_step) if kernels.fits(model, sequences)), None)
 
 
 @functools.lru_cache
@@ -188,7 +190,5 @@ def of_step(model: Transformer, cache: Cache, vocab: int, rows_expected: int | N
     tokens = torch.zeros(len(cache.lengths), dtype=torch.long, device=cache.lengths.device)
     if model.slots is None:
         return Graph(step, tokens)
-    from moekit.nn.kernels import batch_step, short_step
-
-    kernels = short_step if short_step.fits(model, len(tokens)) else batch_step
+    kernels = _in_parts(model, len(tokens))
     return InParts(lambda read: kernels.in_parts(model, read, cache, vocab, len(read)), tokens)

@@ -97,7 +97,9 @@ def in_parts(
             elif model.slots is None:
                 x, pending = _experts(model, layer.moe, x, h, rows)
             else:
-                x, pending = (yield from _fetched(model, layer.moe, x, h)), None
+                with part("gate"):
+                    _, chosen, _, weights = choose(layer.moe.rule, linear(h, layer.moe.gate.weight))
+                x, pending = (yield from short_step.fetched(layer.moe.experts, h, chosen, weights, x)), None
     if model.norm is None and pending is not None:
         # The norm adds parts up in float32.
         pending = pending.sum(dim=1, dtype=torch.float32).to(x.dtype)
@@ -129,22 +131,3 @@ def _experts(
         out = torch.empty(choices, x.shape[1], dtype=x.dtype, device=x.device)
         planned_ffn(experts, x, (order, table), rule.top_k, weights, cut, out)
         return onto, out.view(len(x), rule.top_k, -1)
-
-
-def _fetched(
-    model: Transformer, moe: MoE, onto: Tensor, x: Tensor
-) -> Generator[Callable[[], None], None, Tensor]:
-    """``onto`` [B, D] plus the weighted outputs for ``x`` [B, D] of experts that the host brings, for some sequences at a time."""
-    with part("gate"):
-        _, chosen, _, weights = choose(moe.rule, linear(x, moe.gate.weight))
-    found, few = [], CHUNK // moe.rule.top_k
-    for start in range(0, len(x), few):
-        some = slice(start, start + few)
-        with part("gate"):
-            # What some sequences choose says nothing of what others choose in the next layer.
-            ask = moe.experts.ask(chosen[some], ahead=len(x) <= few)
-        yield ask
-        with part("experts"):
-            places = moe.experts.places(chosen[some])
-            found.append(experts_linear(model.slots.experts, x[some], places, weights[some], onto[some]))
-    return torch.cat(found)

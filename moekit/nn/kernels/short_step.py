@@ -9,7 +9,9 @@ Shape letters: B sequences, D model dim, V dictionary.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from moekit.nn.cache import Cache
@@ -25,6 +27,9 @@ from moekit.nn.kernels.vectors import experts_linear, linear, takes
 from moekit.nn.parts import part
 from moekit.nn.slots import CHUNK
 from moekit.nn.transformer import Block, MoE, Transformer
+
+if TYPE_CHECKING:
+    from moekit.nn.resident import Resident
 
 # The most sequences of a model with up to so many dims, and none of a wider one: each program normalises all rows again.
 # Steps of four sequences of the 15B took 0.65 ms, and 0.76 with the ordinary kernels (H100). Of dense models (H200), with
@@ -101,17 +106,34 @@ def in_parts(
             with part("gate"):
                 logits, h = linear(x, layer.moe.gate.weight, norm=layer.ffn_norm)
                 _, chosen, _, weights = choose(layer.moe.rule, logits)
-                ask = layer.moe.experts.ask(chosen)
-            yield ask
-            with part("experts"):
-                places = layer.moe.experts.places(chosen)
-                x = experts_linear(model.slots.experts, h, places, weights, x)
+            x = yield from fetched(layer.moe.experts, h, chosen, weights, x)
     norm = model.norm
     if model.project_out is not None:
         x, norm = model.features(x), None
     with part("output"):
         logits, _ = linear(x, model.output_weight[:vocab], norm=norm)
     return logits
+
+
+def fetched(
+    experts: Resident, x: Tensor, chosen: Tensor, weights: Tensor, onto: Tensor
+) -> Generator[Callable[[], None], None, Tensor]:
+    """Compute :func:`experts_linear` with experts that the host brings, for as many rows at a time as it has room for.
+
+    Yields:
+        As :func:`in_parts`.
+    """
+    found, few = [], CHUNK // chosen.shape[1]
+    for start in range(0, len(x), few):
+        some = slice(start, start + few)
+        with part("gate"):
+            # What some sequences choose says nothing of what others choose in the next layer.
+            ask = experts.ask(chosen[some], ahead=len(x) <= few)
+        yield ask
+        with part("experts"):
+            places = experts.places(chosen[some])
+            found.append(experts_linear(experts.slots.experts, x[some], places, weights[some], onto[some]))
+    return torch.cat(found) if len(found) > 1 else found[0]
 
 
 def _feed_forward(model: Transformer, layer: Block, x: Tensor, rows: int) -> Tensor:
