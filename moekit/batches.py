@@ -103,7 +103,7 @@ def _unpickled(
     padded: bool,
     trailing: bool,
 ) -> Share:
-    tokens, targets = tokens.astype(np.int32), targets.astype(np.int32)
+    tokens, targets = (array.astype(np.int32, copy=False) for array in (tokens, targets))
     if follows:
         targets = np.concatenate([tokens[:, 1:], targets], axis=1)
     at = range(0, shape[0] * len(index), shape[0])

@@ -153,9 +153,9 @@ class Target:
         types |= dict.fromkeys(("embed_scale", "eps", "gate_eps", "scale"), "fp32")
         sizes = one_launch.Sizes(
             b=1, d=768, h=12, c=64, f=3072, e=512, v=50_264, k=2, activation=2, exact=False, half=False, brain=False,
-            one_byte=one_byte, ptx=one_byte > 0, programs=132, meeting=132, **one_launch.FORM,
+            one_byte=one_byte, ptx=one_byte > 0, programs=132, **one_launch.FORM,
         )  # fmt: skip
-        constants = {"ONLY": -1, "DENSE": True, "MOE": True, "AHEAD": True, "s": sizes}
+        constants = {"ONLY": -1, "DENSE": True, "MOE": True, "s": sizes}
         self.compile(one_launch._step, types, constants, sizes.warps)
 
 

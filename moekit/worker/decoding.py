@@ -137,7 +137,7 @@ def begin(
     ]
     for rows in expected[len(mine) :]:
         model.serve(rows)
-    model.operations.check(model)
+    model.dispatch.check()
     if not read:
         cache = _cache(model, 0, slots) if cache is None else cache
         rank.state[key] = Sequences(settings, [], on_ranks, cache, None, alike, spare)
@@ -213,7 +213,7 @@ def grow(
     sequences.select(rows, rank.rank)
     read = torch.tensor(tokens[rank.rank], device=rank.device, dtype=torch.long)
     logits = _read_on(model, sequences, read, 1)
-    model.operations.check(model)
+    model.dispatch.check()
     if logits is None:
         return None
     scores = torch.tensor(scores[rank.rank], device=rank.device)

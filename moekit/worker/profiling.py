@@ -104,6 +104,9 @@ class Recorded:
 @torch.inference_mode()
 def profile(rank: Rank, work: Work) -> Recorded:
     """Do the work: to warm up, timed, under the profiler, and once more to count the rows of each expert."""
+    if torch.autograd._profiler_enabled():
+        # It would end, and lose what it saw.
+        raise RuntimeError("torch's profiler runs in this process already: end it before model.profile")
     doing = DOING[work.mode](rank, work)
     try:
         doing.warm_up()
@@ -118,9 +121,6 @@ def profile(rank: Rank, work: Work) -> Recorded:
 
 def looked_at(rank: Rank, doing: Score | Prefill | Decode) -> tuple[bytes, int, int, list[float]]:
     """The calls under the profiler: its events, their base, the clock's offset to that of this machine, and seconds."""
-    if torch.autograd._profiler_enabled():
-        # It would end here, and lose what it saw.
-        raise RuntimeError("torch's profiler runs in this process already: end it before model.profile")
     activities = [ProfilerActivity.CPU]
     if rank.device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)

@@ -25,3 +25,17 @@ ASK = tl.constexpr(
 def fetch(at, size):
     """Ask for ``size`` bytes at ``at``, both multiples of 16."""
     tl.inline_asm_elementwise(ASK, "=r,l,r", [at.to(tl.int64), size], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def to_cache(at, OVERLAP: tl.constexpr):
+    """Have the lines of the addresses ``at`` brought into the cache of the GPU, on the GPUs whose kernels overlap."""
+    if OVERLAP:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+            "=r,l",
+            [at.to(tl.int64)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )

@@ -77,17 +77,22 @@ def planned_ffn(
     weights: Tensor | None,
     cut: Cut,
     out: Tensor,
+    box: Mailbox | None = None,
 ) -> None:
     """Write into ``out`` [N K, D] what :func:`grouped_ffn` makes of the choices in the tiles of ``plan``, for inference.
 
     Args:
         plan: the choices sorted by expert [P], and their tiles (tiles.py).
+        box: rows and weights come in this order, and results go to the mailboxes of the ranks that asked for them.
     """
     hidden = x.new_empty(len(plan[0]), experts.width)
     up, down = one_byte.layers(experts)
     act = ACTIVATIONS[experts.activation]
-    _linear(x, up, hidden, plan, None, choices, cut.up, first=True, act=act)
-    _linear(hidden, down, out, plan, weights, choices, cut.down, first=False, act=0)
+    ordered = box is not None
+    _linear(x, up, hidden, plan, None, choices, cut.up, first=True, act=act, sorted_rows=ordered)
+    _linear(
+        hidden, down, out, plan, weights, choices, cut.down, first=False, act=0, sorted_rows=ordered, box=box
+    )
 
 
 def gathered_ffn(
@@ -106,11 +111,7 @@ def gathered_ffn(
     # Specialised warps do not write to other ranks.
     cut = cut or cut_for(made // box.world_size, experts.held, cuts)
     plan = order, tiles(counts, made, cut.up.rows)
-    hidden = rows.new_empty(made, experts.width)
-    up, down = one_byte.layers(experts)
-    act = ACTIVATIONS[experts.activation]
-    _linear(rows, up, hidden, plan, None, 1, cut.up, first=True, act=act, sorted_rows=True)
-    _linear(hidden, down, box.home, plan, weights, 1, cut.down, first=False, act=0, sorted_rows=True, box=box)
+    planned_ffn(experts, rows, plan, 1, weights, cut, box.home, box)
 
 
 def _linear(

@@ -17,7 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from moekit.nn.kernels.activations import ACTIVATIONS, activate
-from moekit.nn.kernels.overlap import overlapped, start, to_cache, wait
+from moekit.nn.kernels.fetch import to_cache
+from moekit.nn.kernels.overlap import overlapped, start, wait
 
 # The most rows of which warps share the terms.
 FEW = 32

@@ -152,7 +152,7 @@ def read_on(
     # The counter of the barrier is for as many programs as there are.
     assert programs is None or not on_gpu
     programs = programs or multiprocessors(device)
-    sizes = sizes_of(model, len(tokens), vocab, programs, programs if on_gpu else 1)
+    sizes = sizes_of(model, len(tokens), vocab, programs)
     plan = plan_of(model)
     out = torch.empty(len(tokens), vocab, dtype=kind, device=device)
     residual = torch.empty(2, len(tokens), config.dim, dtype=torch.long, device=device)
@@ -189,7 +189,6 @@ def read_on(
             ONLY=only,
             DENSE=len(moe) < config.layers,
             MOE=bool(moe),
-            AHEAD=on_gpu,
             s=sizes,
             num_warps=sizes.warps,
             **({"launch_cooperative_grid": True} if on_gpu else {}),
@@ -207,7 +206,7 @@ def read_on(
     return out
 
 
-def sizes_of(model: Transformer, rows: int, vocab: int, programs: int, meeting: int) -> Sizes:
+def sizes_of(model: Transformer, rows: int, vocab: int, programs: int) -> Sizes:
     config, gate = model.config, gate_of(model.config)
     moe, kind = config.moe_layers, model.embed.weight.dtype
     experts = model.layers[moe[0]].moe.experts if moe else None
@@ -229,7 +228,6 @@ def sizes_of(model: Transformer, rows: int, vocab: int, programs: int, meeting: 
         one_byte=bytes_of["ONE_BYTE"],
         ptx=bytes_of["PTX"],
         programs=programs,
-        meeting=meeting,
         # Chunks, and rows of the output projection, have to divide D.
         **FORM | {name: math.gcd(FORM[name], config.dim) for name in ("chunk", "outputs")},
     )
@@ -270,11 +268,12 @@ def _addresses(layer: Block) -> list[int]:
 def _step(
     tokens, embed, positions, out, table, count, kv, lengths, residual, qkv, logits, gain, shift, output,
     slots, first, last, embed_scale, eps, gate_eps, scale,
-    ONLY: tl.constexpr, DENSE: tl.constexpr, MOE: tl.constexpr, AHEAD: tl.constexpr, s: tl.constexpr,
+    ONLY: tl.constexpr, DENSE: tl.constexpr, MOE: tl.constexpr, s: tl.constexpr,
 ):  # fmt: skip
     slots = slots.to(tl.int64)
     kind: tl.constexpr = embed.dtype.element_ty
-    meeting: tl.constexpr = s.meeting
+    # Where each phase is a launch of its own, no program waits for another one, and nothing comes ahead of time.
+    meeting: tl.constexpr = s.programs if ONLY == ALL else 1
     stream: tl.constexpr = s.b * s.d
     target = begun(count, meeting)
     if ONLY == ALL or ONLY == 0:
@@ -299,7 +298,7 @@ def _step(
         if ONLY == ALL or ONLY == 2:
             attend(seen, of_out, here, qkv, kv, lengths, slots, layer, scale, s)
             arrive(count, meeting)
-        if AHEAD:
+        if ONLY == ALL:
             if layer + 1 == last:
                 fetch_output(output, s)
         moe = MOE
@@ -326,5 +325,5 @@ def _step(
     if ONLY == ALL or ONLY == 5:
         done = finish_weights(gain, shift, output, s)
         target = wait(count, target, meeting)
-        finish(done, residual + last % 2 * stream, output, out, eps, AHEAD, s)
+        finish(done, residual + last % 2 * stream, output, out, eps, ONLY == ALL, s)
         arrive(count, meeting)

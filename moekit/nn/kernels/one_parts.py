@@ -29,7 +29,6 @@ class Sizes:
         half, brain: the gate computes in float16, in bfloat16.
         one_byte, ptx: of the experts' weights, see one_byte.py.
         programs: the number of programs.
-        meeting: those that meet at a barrier: all, or 1 where each phase is a launch of its own.
         warps: of a program.
         chunk: numbers of a row that a program treats at a time.
         slots: keys that a program looks at at a time.
@@ -53,7 +52,6 @@ class Sizes:
     one_byte: int
     ptx: bool
     programs: int
-    meeting: int
     warps: int
     chunk: int
     slots: int

@@ -29,17 +29,3 @@ def start(OVERLAP: tl.constexpr):
 def wait(OVERLAP: tl.constexpr):
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
-
-
-@triton.jit
-def to_cache(at, OVERLAP: tl.constexpr):
-    """Have the lines of the addresses ``at`` brought into the cache of the GPU, on the GPUs whose kernels overlap."""
-    if OVERLAP:
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-            "=r,l",
-            [at.to(tl.int64)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
