@@ -295,6 +295,11 @@ def test_a_wrong_layer_is_an_error():
     for wrong in (expected * 1.01, expected.roll(1, 1), torch.full_like(expected, math.nan)):
         with pytest.raises(ValueError, match="x computes something else than the loop: 2000 of 2000 tokens"):
             moe_layer.same("x", wrong, expected)
+    # One token alone is no tie, and a tie is finite.
+    tie[0, 5] = math.nan
+    for wrong, right in ((expected[:1, :1] * 100, expected[:1, :1]), (tie, expected)):
+        with pytest.raises(ValueError, match="x computes something else than the loop: 1 of"):
+            moe_layer.same("x", wrong, right)
 
 
 @pytest.mark.parametrize(

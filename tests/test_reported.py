@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import threading
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from moekit.nn.transformer import Transformer
 from moekit.notebook import preflight, routing_plots
 from moekit.notebook.parameters import ParameterError
 from moekit.paths import DEMO_BPE
+from moekit.ranks import start
 from moekit.routing import exchange
 from moekit.routing.domains import domains_of
 
@@ -527,3 +529,29 @@ def test_defaults_of_the_notebook_change_nothing(tmp_path):
         finally:
             torch.set_default_device(None)
             torch.set_default_dtype(torch.float32)
+
+
+def test_two_models_in_two_threads_leave_a_notebooks_own_type_as_it_is():
+    """The first call ends while the second one runs."""
+    begun, second_runs = threading.Event(), threading.Event()
+    pools = [start(1, "cpu"), start(1, "cpu")]
+
+    def first(rank):
+        begun.set()
+        second_runs.wait(20)
+        return torch.get_default_dtype()
+
+    def second(rank):
+        second_runs.set()
+        other.join(20)
+        return torch.get_default_dtype()
+
+    torch.set_default_dtype(torch.float64)
+    try:
+        other = threading.Thread(target=pools[0].call, args=(first,))
+        other.start()
+        assert begun.wait(20)
+        assert pools[1].call(second) == [torch.float32]
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -99,12 +99,20 @@ class ThisProcess(Ranks):
         self._rank = None
 
 
+# The notebook's own default type, once for each call that runs, and the lock of that list.
+_noted: list[torch.dtype] = []
+_sharing = threading.Lock()
+
+
 @contextlib.contextmanager
 def _torchs_defaults() -> Iterator[None]:
     """What a new process has, where a notebook may have chosen otherwise: the device and type of tensors for which none is named,
     no autocast, and no mode for inference, in which no checkpoint can be loaded."""
-    dtype, device = torch.get_default_dtype(), torch.get_default_device()
-    torch.set_default_dtype(torch.float32)
+    device = torch.get_default_device()
+    # Torch has one default type for all threads: the first call that runs notes the notebook's, and the last one restores it.
+    with _sharing:
+        _noted.append(_noted[0] if _noted else torch.get_default_dtype())
+        torch.set_default_dtype(torch.float32)
     try:
         with contextlib.ExitStack() as chosen:
             if device.type != "cpu":
@@ -115,4 +123,7 @@ def _torchs_defaults() -> Iterator[None]:
                 chosen.enter_context(torch.inference_mode(False))
             yield
     finally:
-        torch.set_default_dtype(dtype)
+        with _sharing:
+            dtype = _noted.pop()
+            if not _noted:
+                torch.set_default_dtype(dtype)
