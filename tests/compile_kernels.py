@@ -24,6 +24,7 @@ from moekit.nn.kernels import (
     logprobs,
     narrow,
     norm,
+    one_kernel,
     one_launch,
     peers,
     rounding,
@@ -145,18 +146,25 @@ class Target:
         constants |= weights_of(one_byte) | self.overlap
         self.compile(short_peers._down, types | own, constants, vectors.WARPS)
 
-    def whole_step(self, kind: str, one_byte: int = 0) -> None:
+    def whole_step(self, kind: str, one_byte: int = 0, ranks: int = 1) -> None:
         """A decode step in one launch, of the 15B's shape."""
         types = dict.fromkeys(("embed", "out", "kv", "qkv", "logits", "gain", "shift", "output"), f"*{kind}")
         types |= dict.fromkeys(("tokens", "table", "count", "lengths", "residual"), "*i64")
         types |= {"positions": "*fp32"} | dict.fromkeys(("slots", "first", "last"), "i32")
         types |= dict.fromkeys(("embed_scale", "eps", "gate_eps", "scale"), "fp32")
+        types |= dict.fromkeys(("rank", "expert", "held"), "i32")
         sizes = one_launch.Sizes(
-            b=1, d=768, h=12, c=64, f=3072, e=512, v=50_264, k=2, activation=2, exact=False, half=False, brain=False,
-            one_byte=one_byte, ptx=one_byte > 0, programs=132, **one_launch.FORM,
+            d=768, h=12, c=64, f=3072, e=512, v=50_264, k=2, activation=2, exact=False, half=False, brain=False,
+            one_byte=one_byte, ptx=one_byte > 0, ranks=ranks, programs=132, **one_launch.FORM,
         )  # fmt: skip
         constants = {"ONLY": -1, "DENSE": True, "MOE": True, "s": sizes}
-        self.compile(one_launch._step, types, constants, sizes.warps)
+        if ranks == 1:
+            constants["post"] = None
+        else:
+            types["post"] = "*i64"
+            given = ("table", "count", "embed", "post", "rank", "expert", "held", "first", "last")
+            self.compile(one_kernel.serve, {name: types[name] for name in given}, constants, sizes.warps)
+        self.compile(one_kernel.step, types, constants, sizes.warps)
 
 
 def weights_of(one_byte: int) -> dict:
@@ -184,6 +192,7 @@ def compile_all(target: Target) -> None:
         target.few_rows_over_peers(one_byte)
     if target.capability >= 90:
         target.whole_step("fp16")
+        target.whole_step("fp16", ranks=8)
     if most:
         target.whole_step("bf16", 1)
     for probs in ("fp32", "fp16"):

@@ -65,54 +65,56 @@ def model_of(config, kind: torch.dtype | None = None) -> Transformer:
 
 
 def in_one_launch_against_slow(
-    model: Transformer, sequences: int, programs: int | None, tolerance: float = 1e-5, steps: int = 2
+    model: Transformer, programs: int | None, tolerance: float = 1e-5, steps: int = 2
 ) -> None:
     def read_on(read, asked):
         return one_launch.read_on(model, read.contiguous(), asked.cache, VOCAB, programs)
 
-    against_slow(model, sequences, read_on, tolerance, "loop", steps)
+    against_slow(model, 1, read_on, tolerance, "loop", steps)
     one_launch.check(model)
 
 
 @pytest.mark.parametrize(
-    "name, sequences, programs",
+    "name, programs",
     [
-        ("before_dropping", 1, 1),
-        ("before_dropping", 4, 3),
-        ("top1", 2, 7),
-        ("every_layer", 1, 5),
-        ("every_third_layer", 1, 2),
-        ("twelve_experts", 3, 4),
-        ("gate_in_weights_dtype", 1, 11),
-        ("relu", 1, 3),
-        ("tanh", 1, 4),
-        ("no_final_norm", 2, 2),
-        ("learned_positions", 2, 3),
-        ("no_positions", 1, 4),
-        ("own_output", 1, 2),
+        ("before_dropping", 1),
+        ("before_dropping", 3),
+        ("top1", 7),
+        ("every_layer", 5),
+        ("every_third_layer", 2),
+        ("twelve_experts", 4),
+        ("gate_in_weights_dtype", 11),
+        ("relu", 3),
+        ("tanh", 4),
+        ("no_final_norm", 2),
+        ("learned_positions", 3),
+        ("no_positions", 4),
+        ("own_output", 2),
     ],
 )
-def test_programs_together_are_the_slow_model(name, sequences, programs):
+def test_programs_together_are_the_slow_model(name, programs):
     config = CASES[name].config
     # With four layers, each buffer of the residual stream is used again.
-    config = replace(config, layers=4 if sequences == 4 else max(2, config.moe_freq))
-    in_one_launch_against_slow(model_of(config), sequences, programs)
+    config = replace(
+        config, layers=4 if name == "before_dropping" and programs == 3 else max(2, config.moe_freq)
+    )
+    in_one_launch_against_slow(model_of(config), programs)
 
 
 def test_a_dense_model_and_more_chunks_and_slots_than_one(monkeypatch):
     monkeypatch.setattr(
         one_launch, "FORM", one_launch.FORM | {"chunk": 16, "slots": 2, "outputs": 8, "rows": 2}
     )
-    in_one_launch_against_slow(model_of(replace(BASE, layers=2, moe_freq=0, experts=0)), 3, 5)
+    in_one_launch_against_slow(model_of(replace(BASE, layers=2, moe_freq=0, experts=0)), 5)
 
 
-@pytest.mark.parametrize("kind, sequences, programs", [("int8", 2, 3), ("fp8", 1, 4)])
-def test_experts_of_one_byte(kind, sequences, programs):
-    in_one_launch_against_slow(model_of(replace(BASE, layers=2), KINDS[kind]), sequences, programs)
+@pytest.mark.parametrize("kind, programs", [("int8", 3), ("fp8", 4)])
+def test_experts_of_one_byte(kind, programs):
+    in_one_launch_against_slow(model_of(replace(BASE, layers=2), KINDS[kind]), programs)
 
 
 def test_half_precision():
-    in_one_launch_against_slow(model_of(replace(BASE, layers=2)).half(), 1, 3, 2e-3)
+    in_one_launch_against_slow(model_of(replace(BASE, layers=2)).half(), 3, 2e-3)
 
 
 def test_a_sum_is_the_same_in_any_order():
@@ -184,7 +186,7 @@ def test_a_model_whose_tensors_move_gets_a_new_table():
     weight = model.layers[1].attn.out.weight
     weight.data = weight.data.clone()
     assert one_launch.plan_of(model).addresses != first.addresses
-    in_one_launch_against_slow(model, 1, 2, steps=1)
+    in_one_launch_against_slow(model, 2, steps=1)
 
 
 @on_gpu
@@ -193,7 +195,7 @@ def test_all_programs_of_a_gpu_and_the_same_bits_again():
 
     model = model_of(replace(BASE, dim=256, input_dim=256, output_dim=256, ffn_dim=512)).half()
     assert one_launch.fits(model, 1)
-    in_one_launch_against_slow(model, 1, None, 1e-2)
+    in_one_launch_against_slow(model, None, 1e-2)
     model.use("triton")
     cache = Cache(model.config, 1, 64, torch.device(DEVICE), torch.float16)
     cache.advance(20)

@@ -122,10 +122,16 @@ def whole() -> Transformer:
     return model.requires_grad_(False)
 
 
-def stepped(rank: ranks.Rank, sequences: list[int], kind: torch.dtype | None = None) -> float:
-    """The largest difference of a few decode steps in the fused kernels over ranks from the plain model alone."""
+def stepped(
+    rank: ranks.Rank, sequences: list[int], kind: torch.dtype | None = None, programs: int | None = None
+) -> float:
+    """The largest difference of a few decode steps in the fused kernels over ranks from the plain model alone.
+
+    Args:
+        programs: of the kernel that makes a step in one launch; None: other kernels make it.
+    """
     from moekit.nn.experts import QuantisedExperts
-    from moekit.nn.kernels import batch_step, short_step
+    from moekit.nn.kernels import batch_step, one_launch, short_step
     from moekit.nn.kernels.peer_dispatch import PeerDispatch
 
     plain, held = whole(), owned(E, rank.world_size, rank.rank)
@@ -150,16 +156,29 @@ def stepped(rank: ranks.Rank, sequences: list[int], kind: torch.dtype | None = N
             # Something has to be in the cache, as after a prompt.
             found = model(read[:, None], asked) if count else model.serve(most)
             found = None if found is None else model.logits(found[:, 0])
-        else:
+        elif programs is None:
             found = model.operations.read_on(model, read, asked, 50)
+        else:
+            found = one_launch.read_on(model, read.contiguous(), caches[0], 50, programs)
         caches[0].advance(1)
         assert (found is None) == (count == 0)
         if count:
             wanted = plain(read[:, None], Pass(groups=count, cache=caches[1]))
             caches[1].advance(1)
             worst = max(worst, (found - plain.logits(wanted[:, 0])).abs().max().item())
-    model.dispatch.check()
+    model.operations.check(model)
     return worst
+
+
+@pytest.mark.parametrize("sequences, programs", [([1, 1, 1], 5), ([0, 1, 0], 2), ([1, 0, 1], 1)])
+def test_a_step_in_one_launch_over_ranks(pool, sequences, programs):
+    for worst in pool.call(stepped, sequences[: pool.world_size], None, programs, timeout=240):
+        assert worst < 1e-5
+
+
+def test_a_step_in_one_launch_over_ranks_with_experts_of_one_byte(pool):
+    for worst in pool.call(stepped, [1, 0, 1][: pool.world_size], torch.int8, 3, timeout=240):
+        assert worst < 1e-5
 
 
 @pytest.mark.parametrize("sequences", [[1, 1, 1], [1, 0, 0], [2, 4, 1], [5, 0, 1]])

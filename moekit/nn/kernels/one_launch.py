@@ -7,11 +7,14 @@ Each multiprocessor has one program. A layer has three or four phases, and a bar
     gate       norm and logits, in layers with experts
     ffn        norm, some units of the hidden layer, and their part of the result; of a chosen expert in place of a dense layer
 
+Where several ranks share the experts, all of them run the kernel, and an exchange takes the place of the last phase of a layer
+with experts (one_peers.py). A rank without a sequence takes part in these exchanges only.
+
 Programs add their parts to the residual stream, whose numbers are integers (fixed_point.py). The first rows of the output
 matrix come into the cache ahead of time (fetch.py), and matrices into registers before a program waits. Only experts have
 to wait for their choice.
 
-Shape letters: B sequences, D model dim, H heads, C head dim, M slots, F width, E experts, V dictionary.
+Shape letters: B sequences (0 or 1), D model dim, H heads, C head dim, M slots, F width, E experts, V dictionary.
 """
 
 from __future__ import annotations
@@ -22,37 +25,34 @@ from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from moekit.nn.cache import Cache
+from moekit.nn.config import ModelConfig
 from moekit.nn.dispatch import Local
 from moekit.nn.gates import gate_of
-from moekit.nn.kernels import grid_barrier, one_byte
+from moekit.nn.kernels import grid_barrier, one_byte, one_peers, peers
 from moekit.nn.kernels.activations import ACTIVATIONS
 from moekit.nn.kernels.gpu import capability, multiprocessors
-from moekit.nn.kernels.grid_barrier import arrive, begun, wait
-from moekit.nn.kernels.one_parts import COLUMNS, FFN, OUT, PROJECT, Sizes, addresses
-from moekit.nn.kernels.one_phases import (
-    ask_gate,
-    attend,
-    attend_weights,
-    begin,
-    feed,
-    feed_experts,
-    feed_weights,
-    fetch_output,
-    finish,
-    finish_weights,
-    gate_weights,
-    length_of,
-    normed_rows,
-    project,
-    project_weights,
+from moekit.nn.kernels.one_kernel import (
+    ALL,
+    ATTENTION,
+    BEGIN,
+    CHOICES,
+    FEED,
+    FINISH,
+    GATE,
+    HAND_OUT,
+    HOME,
+    PROJECTION,
+    serve,
+    step,
 )
+from moekit.nn.kernels.one_parts import COLUMNS, Sizes
+from moekit.nn.kernels.peer_dispatch import PeerDispatch
 from moekit.nn.transformer import Block, Transformer
 
-# The kernels are written for B sequences; from two on, batch_step.py is faster.
+# Sequences of a rank; more of them would share weights, but each has its own norms, sums and experts.
 FEW = 1
 # The most numbers of a matrix that a program has in its registers, those of the 15B on 132 multiprocessors: more would
 # spill.
@@ -66,8 +66,17 @@ FORM = {
     "rows": 4,
     "ahead": 96,
 }
-# All phases in one launch.
-ALL = tl.constexpr(-1)
+# What the interpreter launches, one phase after the other; at MEETING the ranks meet.
+MEETING = "meeting"
+EXCHANGE = (HAND_OUT, MEETING, CHOICES, HOME, MEETING)
+PHASES = {
+    "begin": (BEGIN,),
+    "dense": (PROJECTION, ATTENTION, FEED),
+    "experts": (PROJECTION, ATTENTION, GATE, FEED),
+    "peers": (PROJECTION, ATTENTION, GATE, *EXCHANGE),
+    "end": (FINISH,),
+}
+SERVED = {"begin": (), "dense": (), "peers": EXCHANGE, "end": ()}
 
 
 class Plan(NamedTuple):
@@ -77,24 +86,30 @@ class Plan(NamedTuple):
         addresses: those that ``table`` was made of.
         table: [layers + 1, COLUMNS] int64, the addresses of each layer's tensors.
         count: the counter of the kernel's barrier.
+        box: the mailbox, if there are several ranks.
+        post: the addresses that :mod:`one_peers` needs of it.
+        sums: what these addresses belong to, besides.
     """
 
     addresses: tuple[int, ...]
     table: Tensor
     count: Tensor
+    box: peers.Mailbox | None
+    post: Tensor | None
+    sums: Tensor | None
 
 
 _plans: weakref.WeakKeyDictionary[Transformer, Plan] = weakref.WeakKeyDictionary()
 
 
 def fits(model: Transformer, sequences: int) -> bool:
-    """Whether :func:`read_on` supports this model and ``sequences`` sequences."""
+    """Whether :func:`read_on` supports this model, with at most ``sequences`` sequences on each rank."""
     config, embed = model.config, model.embed.weight
     gate = gate_of(config)
     widths = {config.dense_dim(layer) for layer in range(config.layers) if not config.is_moe(layer)}
     supported = (
         0 < sequences <= FEW
-        and isinstance(model.dispatch, Local)
+        and (isinstance(model.dispatch, Local) or _through_peers(model))
         and model.slots is None
         and config.pre_norm
         and config.input_dim == config.dim == config.output_dim
@@ -112,6 +127,12 @@ def fits(model: Transformer, sequences: int) -> bool:
         3 * config.dim / programs, config.ffn_dim / (programs // (1 if config.dense else gate.top_k))
     )
     return of_a_matrix * config.dim <= MOST
+
+
+def _through_peers(model: Transformer) -> bool:
+    """Whether the ranks reach one another's memory, and experts are found by the numbers that the gate gives them."""
+    in_order = all(layer.moe is None or layer.moe.numbers is None for layer in model.layers)
+    return isinstance(model.dispatch, PeerDispatch) and in_order
 
 
 def on_hopper(device: torch.device) -> bool:
@@ -136,8 +157,10 @@ def read_on(
     cache: Cache,
     vocab: int,
     programs: int | None = None,
-) -> Tensor:
-    """Run one token of each sequence after the tokens in the cache; for inference.
+) -> Tensor | None:
+    """Run one token of a sequence after the tokens in the cache; for inference.
+
+    With several ranks it is a collective, also for a rank where B is 0.
 
     Args:
         tokens: [B] int64.
@@ -145,75 +168,89 @@ def read_on(
         programs: for tests under the interpreter.
 
     Returns:
-        [B, V] logits.
+        [B, V] logits; None if B is 0.
     """
     config, device, kind = model.config, tokens.device, model.embed.weight.dtype
-    on_gpu = device.type == "cuda"
     # The counter of the barrier is for as many programs as there are.
-    assert programs is None or not on_gpu
-    programs = programs or multiprocessors(device)
-    sizes = sizes_of(model, len(tokens), vocab, programs)
-    plan = plan_of(model)
+    assert len(tokens) <= FEW and (programs is None or device.type != "cuda")
+    sizes = sizes_of(model, vocab, programs or multiprocessors(device))
+    plan, moe = plan_of(model), config.moe_layers
+    exchange = (None, 0, 0, 0)
+    if plan.box is not None:
+        held = model.layers[moe[0]].moe.experts.held
+        exchange = (plan.post, plan.box.rank, model.dispatch.first, held)
+    if len(tokens) == 0:
+        serving = (plan.table, plan.count, model.embed.weight, *exchange)
+        _launched(serve, serving, SERVED, plan.box, config, sizes, device)
+        return None
     out = torch.empty(len(tokens), vocab, dtype=kind, device=device)
-    residual = torch.empty(2, len(tokens), config.dim, dtype=torch.long, device=device)
-    qkv = out.new_empty(len(tokens), 3 * config.dim)
-    logits = out.new_empty(len(tokens), max(config.experts, 1))
     assert tokens.is_contiguous() and cache.kv.is_contiguous() and model.output_weight.is_contiguous()
-    positions = None if model.positions is None else model.positions.rows(cache.slots, device)
-    norm, moe = model.norm, config.moe_layers
-    gate_dtype = torch.float32 if config.gate_fp32 else kind
-
-    def launch(only: int, first: int, last: int) -> None:
-        _step[(programs,)](
-            tokens,
-            model.embed.weight,
-            positions,
-            out,
-            plan.table,
-            plan.count,
-            cache.kv,
-            cache.lengths,
-            residual,
-            qkv,
-            logits,
-            None if norm is None else norm.weight,
-            None if norm is None else norm.bias,
-            model.output_weight,
-            cache.slots,
-            first,
-            last,
-            math.sqrt(config.dim) if config.scale_embedding else 1.0,
-            model.layers[0].attn_norm.eps,
-            torch.finfo(gate_dtype).eps,
-            (config.dim // config.heads) ** -0.5,
-            ONLY=only,
-            DENSE=len(moe) < config.layers,
-            MOE=bool(moe),
-            s=sizes,
-            num_warps=sizes.warps,
-            **({"launch_cooperative_grid": True} if on_gpu else {}),
-        )
-
-    if on_gpu:
-        launch(-1, 0, config.layers)
-        return out
-    # The interpreter runs one program after the other, so each phase is a launch.
-    launch(0, 0, 0)
-    for layer in range(config.layers):
-        for phase in (1, 2, 3, 4) if layer in moe else (1, 2, 4):
-            launch(phase, layer, layer + 1)
-    launch(5, config.layers, config.layers)
+    norm = model.norm
+    given = (
+        tokens,
+        model.embed.weight,
+        None if model.positions is None else model.positions.rows(cache.slots, device),
+        out,
+        plan.table,
+        plan.count,
+        cache.kv,
+        cache.lengths,
+        torch.empty(2, config.dim, dtype=torch.long, device=device),
+        out.new_empty(3 * config.dim),
+        out.new_empty(max(config.experts, 1)),
+        None if norm is None else norm.weight,
+        None if norm is None else norm.bias,
+        model.output_weight,
+        *exchange,
+        cache.slots,
+        math.sqrt(config.dim) if config.scale_embedding else 1.0,
+        model.layers[0].attn_norm.eps,
+        torch.finfo(torch.float32 if config.gate_fp32 else kind).eps,
+        (config.dim // config.heads) ** -0.5,
+    )
+    _launched(step, given, PHASES, plan.box, config, sizes, device)
     return out
 
 
-def sizes_of(model: Transformer, rows: int, vocab: int, programs: int) -> Sizes:
+def _launched(
+    kernel: triton.JITFunction,
+    given: tuple,
+    phases: dict[str, tuple[int, ...]],
+    box: peers.Mailbox | None,
+    config: ModelConfig,
+    sizes: Sizes,
+    device: torch.device,
+) -> None:
+    """Launch a kernel for all layers, or under the interpreter, which runs one program after the other, for each phase."""
+    moe = config.moe_layers
+    how = {"DENSE": len(moe) < config.layers, "MOE": bool(moe), "s": sizes, "num_warps": sizes.warps}
+    if device.type == "cuda":
+        kernel[(sizes.programs,)](
+            *given, 0, config.layers, ONLY=ALL.value, launch_cooperative_grid=True, **how
+        )
+        return
+    with_experts = "experts" if box is None else "peers"
+    kinds = {layer: with_experts if layer in moe else "dense" for layer in range(config.layers)}
+    turns = [
+        (0, 0, "begin"),
+        *((n, n + 1, kind) for n, kind in kinds.items()),
+        (config.layers, config.layers, "end"),
+    ]
+    for first, last, kind in turns:
+        for phase in phases[kind]:
+            if phase is MEETING:
+                peers.meet(box)
+            else:
+                kernel[(sizes.programs,)](*given, first, last, ONLY=phase.value, **how)
+
+
+def sizes_of(model: Transformer, vocab: int, programs: int) -> Sizes:
     config, gate = model.config, gate_of(model.config)
     moe, kind = config.moe_layers, model.embed.weight.dtype
     experts = model.layers[moe[0]].moe.experts if moe else None
     bytes_of = {"ONE_BYTE": 0, "PTX": False} if experts is None else one_byte.layers(experts)[0].options
     gate_dtype = torch.float32 if config.gate_fp32 else kind
     return Sizes(
-        b=rows,
         d=config.dim,
         h=config.heads,
         c=config.dim // config.heads,
@@ -227,6 +264,7 @@ def sizes_of(model: Transformer, rows: int, vocab: int, programs: int) -> Sizes:
         brain=gate_dtype == torch.bfloat16,
         one_byte=bytes_of["ONE_BYTE"],
         ptx=bytes_of["PTX"],
+        ranks=model.dispatch.world_size if isinstance(model.dispatch, PeerDispatch) else 1,
         programs=programs,
         # Chunks, and rows of the output projection, have to divide D.
         **FORM | {name: math.gcd(FORM[name], config.dim) for name in ("chunk", "outputs")},
@@ -234,14 +272,20 @@ def sizes_of(model: Transformer, rows: int, vocab: int, programs: int) -> Sizes:
 
 
 def plan_of(model: Transformer) -> Plan:
-    """The plan of the model; a new one if its tensors have moved."""
+    """The plan of the model; a new one if its tensors have moved. With several ranks, the first one is a collective."""
+    dispatch = model.dispatch
+    box = dispatch.mailbox(FEW) if isinstance(dispatch, PeerDispatch) else None
     addresses = tuple(address for layer in model.layers for address in _addresses(layer))
     plan = _plans.get(model)
-    if plan is None or plan.addresses != addresses:
+    if plan is None or plan.addresses != addresses or plan.box is not box:
         device = model.embed.weight.device
         # The kernel looks at the addresses of one more layer, and does not use them.
         table = torch.tensor(addresses + (0,) * COLUMNS.value, dtype=torch.long, device=device)
-        plan = _plans[model] = Plan(addresses, table, grid_barrier.counter(device))
+        sums = post = None
+        if box is not None:
+            sums = one_peers.room(box)
+            post = torch.tensor(one_peers.addresses(box, sums), dtype=torch.long, device=device)
+        plan = _plans[model] = Plan(addresses, table, grid_barrier.counter(device), box, post, sums)
     return plan
 
 
@@ -258,72 +302,3 @@ def _addresses(layer: Block) -> list[int]:
             tensors += [linear.weights, linear.bias, linear.scale]
     assert all(tensor is None or tensor.is_contiguous() for tensor in tensors)
     return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-
-
-# tokens [B]; embed [V or more, D]; positions [M + 2 or more, D] or None; out [B, V].
-# table [layers + 1, COLUMNS]; count [1]; kv [layers, 2, B, H, M, C]; lengths [B].
-# residual [2, B, D] int64; qkv [B, 3 D]; logits [B, E]: room for what programs tell each other.
-# gain and shift: the last norm's weight and bias, [D] or None; output [V or more, D].
-@triton.jit(do_not_specialize=["slots", "first", "last"])
-def _step(
-    tokens, embed, positions, out, table, count, kv, lengths, residual, qkv, logits, gain, shift, output,
-    slots, first, last, embed_scale, eps, gate_eps, scale,
-    ONLY: tl.constexpr, DENSE: tl.constexpr, MOE: tl.constexpr, s: tl.constexpr,
-):  # fmt: skip
-    slots = slots.to(tl.int64)
-    kind: tl.constexpr = embed.dtype.element_ty
-    # Where each phase is a launch of its own, no program waits for another one, and nothing comes ahead of time.
-    meeting: tl.constexpr = s.programs if ONLY == ALL else 1
-    stream: tl.constexpr = s.b * s.d
-    target = begun(count, meeting)
-    if ONLY == ALL or ONLY == 0:
-        begin(tokens, embed, positions, lengths, residual, embed_scale, s)
-        arrive(count, meeting)
-    at = addresses(table, first, PROJECT, 4)
-    length = length_of(tl.program_id(0), lengths, s)
-    for layer in range(first, last):
-        here, there = residual + layer % 2 * stream, residual + (1 - layer % 2) * stream
-        if ONLY == ALL or ONLY == 1:
-            ready = project_weights(at, kind, s)
-            target = wait(count, target, meeting)
-        of_out = addresses(table, layer, OUT, 2)
-        if ONLY == ALL or ONLY == 1:
-            project(ready, here, there, qkv, eps, s)
-            arrive(count, meeting)
-        if ONLY == ALL or ONLY == 2:
-            seen = attend_weights(tl.program_id(0), length, of_out, kv, slots, layer, s)
-            target = wait(count, target, meeting)
-        of_ffn = addresses(table, layer, FFN, 9)
-        following = addresses(table, layer + 1, PROJECT, 4)
-        if ONLY == ALL or ONLY == 2:
-            attend(seen, of_out, here, qkv, kv, lengths, slots, layer, scale, s)
-            arrive(count, meeting)
-        if ONLY == ALL:
-            if layer + 1 == last:
-                fetch_output(output, s)
-        moe = MOE
-        if MOE and DENSE:
-            moe = of_ffn[2] != 0
-        if moe:
-            if ONLY == ALL or ONLY == 3:
-                gate = gate_weights(of_ffn, kind, s)
-                target = wait(count, target, meeting)
-                rows = ask_gate(gate, here, logits, eps, s)
-                arrive(count, meeting)
-            if ONLY == ALL or ONLY == 4:
-                if ONLY != ALL:
-                    rows = normed_rows(of_ffn, here, eps, kind, s)
-                target = wait(count, target, meeting)
-                feed_experts(of_ffn, rows, here, there, logits, gate_eps, s)
-                arrive(count, meeting)
-        elif ONLY == ALL or ONLY == 4:
-            fed = feed_weights(of_ffn, kind, s)
-            target = wait(count, target, meeting)
-            feed(fed, here, there, eps, kind, s)
-            arrive(count, meeting)
-        at = (following[0], following[1], following[2], following[3])
-    if ONLY == ALL or ONLY == 5:
-        done = finish_weights(gain, shift, output, s)
-        target = wait(count, target, meeting)
-        finish(done, residual + last % 2 * stream, output, out, eps, ONLY == ALL, s)
-        arrive(count, meeting)

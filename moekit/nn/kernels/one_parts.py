@@ -3,7 +3,7 @@
 Each warp computes rows of a matrix of its own, so that sums over a row need no other warp. Vectors of D numbers are tuples
 of chunks, and so are rows of matrices.
 
-Shape letters: B sequences, D model dim, H heads, C head dim, F width, E experts, V dictionary.
+Shape letters: D model dim, H heads, C head dim, F width, E experts, V dictionary.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ class Sizes:
     """What the kernel is compiled for: the model and how its work is cut.
 
     Attributes:
-        b, d, h, c, f, e, v: B, D, H, C, F, E, V.
+        d, h, c, f, e, v: D, H, C, F, E, V.
         k: choices a token.
         activation: the activation's number in activations.py.
         exact: the activation is computed as in float32.
         half, brain: the gate computes in float16, in bfloat16.
         one_byte, ptx: of the experts' weights, see one_byte.py.
+        ranks: that share the experts, each with one sequence at most.
         programs: the number of programs.
         warps: of a program.
         chunk: numbers of a row that a program treats at a time.
@@ -37,7 +38,6 @@ class Sizes:
         ahead: rows of the output matrix that each program fetches ahead.
     """
 
-    b: int
     d: int
     h: int
     c: int
@@ -51,6 +51,7 @@ class Sizes:
     brain: bool
     one_byte: int
     ptx: bool
+    ranks: int
     programs: int
     warps: int
     chunk: int
@@ -66,6 +67,11 @@ class Sizes:
     def units(self, programs: int) -> int:
         """Units of a hidden layer that each of ``programs`` treats, so many that 16 bytes are read at a time."""
         return -(-self.f // (programs * 8)) * 8
+
+    @property
+    def of_a_choice(self) -> int:
+        """Programs that compute one of the K choices of a token."""
+        return max(self.programs // self.k, 1)
 
     @property
     def group(self) -> int:
@@ -132,9 +138,8 @@ def vector(v, s: tl.constexpr):
 
 
 @triton.jit
-def normed(x, gains, shifts, eps, kind: tl.constexpr, s: tl.constexpr):
-    """The norm of x [D] int64 as chunks [chunk] float32, rounded to ``kind``; x itself without gains."""
-    units = vector(x, s)
+def normed(units, gains, shifts, eps, kind: tl.constexpr, s: tl.constexpr):
+    """The norm of x [D], chunks [chunk] int64, as chunks [1, chunk] float32, rounded to ``kind``; x itself without gains."""
     chunks = ()
     total = tl.zeros((tl.constexpr(s.chunk),), dtype=tl.float32)
     for i in tl.static_range(len(units)):
@@ -168,12 +173,11 @@ def tile_of_rows(w, row, fits, s: tl.constexpr):
 
 
 @triton.jit
-def products(tiles, rows, b: tl.constexpr, one_byte: tl.constexpr, ptx: tl.constexpr, s: tl.constexpr):
-    """Dot products [rounds, warps] of a matrix's rows, ``tiles``, with the row b of ``rows``."""
-    of: tl.constexpr = len(tiles) * b
-    total = numbers(tiles[0], one_byte, ptx).to(tl.float32) * tl.expand_dims(rows[of], 0)
+def products(tiles, row, one_byte: tl.constexpr, ptx: tl.constexpr, s: tl.constexpr):
+    """Dot products [rounds, warps] of a matrix's rows, ``tiles``, with ``row``, chunks [1, chunk]."""
+    total = numbers(tiles[0], one_byte, ptx).to(tl.float32) * tl.expand_dims(row[0], 0)
     for i in tl.static_range(1, len(tiles)):
-        total += numbers(tiles[i], one_byte, ptx).to(tl.float32) * tl.expand_dims(rows[of + i], 0)
+        total += numbers(tiles[i], one_byte, ptx).to(tl.float32) * tl.expand_dims(row[i], 0)
     return tl.sum(total, axis=2)
 
 
@@ -205,7 +209,10 @@ def first_vector(v, program, s: tl.constexpr):
 
 @triton.jit
 def add(x, start, sums, weight, s: tl.constexpr):
-    """Add ``sums``, times ``weight``, and the integers ``start`` to x [D] int64."""
+    """Add ``sums``, times ``weight``, and the integers ``start``, if there are any, to x [D] int64."""
     for i in tl.static_range(len(sums)):
         row = i * s.chunk + tl.arange(0, s.chunk)
-        tl.atomic_add(x + row, start[i] + fixed(sums[i] * weight), sem="relaxed")
+        units = fixed(sums[i] * weight)
+        if len(start) > 0:
+            units += start[i]
+        tl.atomic_add(x + row, units, sem="relaxed")

@@ -3,7 +3,7 @@
 A phase is two functions. One loads the weights of the program's part, which no program writes, before the program waits for
 the phase before; the other one computes.
 
-Shape letters: B sequences, D model dim, H heads, C head dim, M slots, F width, E experts, V dictionary.
+Shape letters: D model dim, H heads, C head dim, M slots, F width, E experts, V dictionary.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ FIRST = tl.constexpr(PAD + 1)
 
 @triton.jit
 def begin(tokens, embed, positions, lengths, residual, embed_scale, s: tl.constexpr):
-    """Tokens [B] with their positions, written to the residual stream; a program does a sequence."""
+    """The token with its position, written to the residual stream by one program."""
     kind: tl.constexpr = embed.dtype.element_ty
-    for b in range(tl.program_id(0), s.b, s.programs):
-        token, position = tl.load(tokens + b), tl.load(lengths + b) + FIRST
+    if tl.program_id(0) == 0:
+        token, position = tl.load(tokens), tl.load(lengths) + FIRST
         for done in tl.static_range(0, tl.constexpr(s.d), tl.constexpr(s.chunk)):
             at = done + tl.arange(0, s.chunk)
             row = tl.load(embed + token * s.d + at).to(tl.float32) * embed_scale
@@ -48,7 +48,7 @@ def begin(tokens, embed, positions, lengths, residual, embed_scale, s: tl.conste
                 # Rounded after each step, as the plain operations are.
                 place = tl.load(positions + position * s.d + at).to(kind)
                 row = row.to(kind).to(tl.float32) + place.to(tl.float32)
-            tl.store(residual + b * s.d + at, fixed(row.to(kind).to(tl.float32)))
+            tl.store(residual + at, fixed(row.to(kind).to(tl.float32)))
 
 
 @triton.jit
@@ -61,82 +61,74 @@ def project_weights(at, kind: tl.constexpr, s: tl.constexpr):
 
 
 @triton.jit
-def project(ready, here, there, qkv, eps, s: tl.constexpr):
-    """Norm, queries, keys and values [B, 3 D]. The last program sets ``there`` to zero."""
+def project(ready, units, qkv, eps, s: tl.constexpr):
+    """Norm of the residual stream, chunks [chunk] int64, and queries, keys and values [3 D]."""
     kind: tl.constexpr = qkv.dtype.element_ty
     tiles, biases, gains, shifts = ready
-    for b in tl.static_range(tl.constexpr(s.b)):
-        h = normed(here + b * s.d, gains, shifts, eps, kind, s)
-        for group in tl.static_range(len(tiles)):
-            column, fits = place_of(tl.program_id(0), s.each(3 * s.d), 3 * s.d, group, 1, s)
-            total = products(tiles[group], h, 0, 0, False, s) + biases[group].to(tl.float32)
-            tl.store(qkv + b * 3 * s.d + column, total.to(kind), mask=fits)
-    if tl.program_id(0) == s.programs - 1:
-        for done in range(0, s.b * s.d, s.chunk):
-            tl.store(there + done + tl.arange(0, s.chunk), tl.zeros((tl.constexpr(s.chunk),), dtype=tl.int64))
-
-
-@triton.jit
-def length_of(item, lengths, s: tl.constexpr):
-    """The number of tokens in the cache of the sequence of an item of :func:`attend`."""
-    return tl.load(lengths + tl.minimum(item // (s.h * (s.d // s.outputs)), s.b - 1))
+    h = normed(units, gains, shifts, eps, kind, s)
+    for group in tl.static_range(len(tiles)):
+        column, fits = place_of(tl.program_id(0), s.each(3 * s.d), 3 * s.d, group, 1, s)
+        total = products(tiles[group], h, 0, False, s) + biases[group].to(tl.float32)
+        tl.store(qkv + column, total.to(kind), mask=fits)
 
 
 @triton.jit
 def attend_weights(item, length, at, kv, slots, layer, s: tl.constexpr):
     """What an item of :func:`attend` begins with: its weights, and the first keys and values; zeros where it is none.
 
-    ``length`` is the number of tokens in the cache of the item's sequence (:func:`length_of`).
+    ``length`` is the number of tokens in the cache.
     """
     kind: tl.constexpr = kv.dtype.element_ty
     w, bias = at
     parts: tl.constexpr = s.d // s.outputs
-    there_is = item < s.b * s.h * parts
-    b = tl.minimum(item // (s.h * parts), s.b - 1)
+    there_is = item < s.h * parts
     h = item // parts % s.h
     c = tl.arange(0, triton.next_power_of_2(s.c))
     row = item % parts * s.outputs + tl.arange(0, s.outputs)
     place = row[:, None] * s.d + (h * s.c + c)[None, :]
     m = tl.load(pointer(w, kind) + place, mask=((c < s.c) & there_is)[None, :], other=0.0)
     bias = tl.load(pointer(bias, kind) + row, mask=there_is & (h == 0), other=0.0)
-    keys = kv + slots * ((layer * 2 * s.b + b) * s.h + h) * s.c
+    keys = kv + slots * (layer * 2 * s.h + h) * s.c
     filled = tl.where(there_is, length, 0)
-    k, v = _filled(keys, 0, filled, s), _filled(keys + slots * (s.b * s.h * s.c), 0, filled, s)
+    k, v = _filled(keys, 0, filled, s), _filled(keys + slots * (s.h * s.c), 0, filled, s)
     return m, bias, k, v, length
 
 
 @triton.jit
-def attend(ready, at, here, qkv, kv, lengths, slots, layer, scale, s: tl.constexpr):
-    """Attention of the new tokens, and the output projection of what each head has seen, added to ``here``.
+def attend(ready, at, here, there, qkv, kv, slots, layer, scale, s: tl.constexpr):
+    """Attention of the new token, and the output projection of what each head has seen, added to ``here``.
 
     An item is one head and some rows of the projection. The first item of a head writes the token's key and value into the
-    cache.
+    cache. The last program, which often has no item, sets ``there`` to zero for the sums that follow.
     """
-    items: tl.constexpr = s.b * s.h * (s.d // s.outputs)
+    items: tl.constexpr = s.h * (s.d // s.outputs)
     if tl.program_id(0) < items:
         _attend_item(tl.program_id(0), ready, here, qkv, kv, slots, layer, scale, s)
     if items > s.programs:
+        length = ready[4]
         for item in range(tl.program_id(0) + s.programs, items, s.programs):
-            ready = attend_weights(item, length_of(item, lengths, s), at, kv, slots, layer, s)
+            ready = attend_weights(item, length, at, kv, slots, layer, s)
             _attend_item(item, ready, here, qkv, kv, slots, layer, scale, s)
+    if tl.program_id(0) == s.programs - 1:
+        for done in range(0, s.d, s.chunk):
+            tl.store(there + done + tl.arange(0, s.chunk), tl.zeros((tl.constexpr(s.chunk),), dtype=tl.int64))
 
 
 @triton.jit
 def _attend_item(item, ready, here, qkv, kv, slots, layer, scale, s: tl.constexpr):
     kind: tl.constexpr = qkv.dtype.element_ty
     parts: tl.constexpr = s.d // s.outputs
-    b = item // (s.h * parts)
-    h = item // parts % s.h
+    h = item // parts
     part = item % parts
     m, bias, k, v, length = ready
     c = tl.arange(0, triton.next_power_of_2(s.c))
     real = c < s.c
-    new = qkv + (b * 3 * s.h + h) * s.c + c
+    new = qkv + h * s.c + c
     q = tl.load(new, mask=real, other=0.0).to(tl.float32) * scale
     key = tl.load(new + s.h * s.c, mask=real, other=0.0)
     value = tl.load(new + 2 * s.h * s.c, mask=real, other=0.0)
-    keys = kv + slots * ((layer * 2 * s.b + b) * s.h + h) * s.c
-    values = keys + slots * (s.b * s.h * s.c)
+    keys = kv + slots * (layer * 2 * s.h + h) * s.c
+    values = keys + slots * (s.h * s.c)
     # An online softmax; other than in attention.py, the new token comes first.
     best = tl.sum(q * key.to(tl.float32), axis=0)
     total = best * 0.0 + 1.0
@@ -148,7 +140,7 @@ def _attend_item(item, ready, here, qkv, kv, slots, layer, scale, s: tl.constexp
     seen = (found / total).to(kind).to(tl.float32)
     row = part * s.outputs + tl.arange(0, s.outputs)
     result = tl.sum(m.to(tl.float32) * seen[None, :], axis=1) + bias.to(tl.float32)
-    tl.atomic_add(here + b * s.d + row, fixed(result), sem="relaxed")
+    tl.atomic_add(here + row, fixed(result), sem="relaxed")
     if part == 0:
         tl.store(keys + length * s.c + c, key, mask=real)
         tl.store(values + length * s.c + c, value, mask=real)
@@ -182,27 +174,33 @@ def gate_weights(at, kind: tl.constexpr, s: tl.constexpr):
 
 @triton.jit
 def ask_gate(ready, here, logits, eps, s: tl.constexpr):
-    """Norm and the gate's logits [B, E]; returns the normed rows as chunks, for the experts."""
+    """Norm and the gate's logits [E]; returns the normed row as chunks, for the experts."""
     kind: tl.constexpr = logits.dtype.element_ty
     tiles, gains, shifts = ready
-    rows = ()
-    for b in tl.static_range(tl.constexpr(s.b)):
-        rows = rows + normed(here + b * s.d, gains, shifts, eps, kind, s)
-        for group in tl.static_range(len(tiles)):
-            expert, fits = place_of(tl.program_id(0), s.each(s.e), s.e, group, 1, s)
-            total = products(tiles[group], rows, b, 0, False, s)
-            tl.store(logits + b * s.e + expert, total.to(kind), mask=fits)
-    return rows
+    row = normed(vector(here, s), gains, shifts, eps, kind, s)
+    for group in tl.static_range(len(tiles)):
+        expert, fits = place_of(tl.program_id(0), s.each(s.e), s.e, group, 1, s)
+        total = products(tiles[group], row, 0, False, s)
+        tl.store(logits + expert, total.to(kind), mask=fits)
+    return row
 
 
 @triton.jit
-def normed_rows(at, here, eps, kind: tl.constexpr, s: tl.constexpr):
+def normed_row(at, here, eps, kind: tl.constexpr, s: tl.constexpr):
     """What :func:`ask_gate` returns, where each phase is a launch of its own."""
-    rows = ()
-    for b in tl.static_range(tl.constexpr(s.b)):
-        gains, shifts = vector(pointer(at[0], kind), s), vector(pointer(at[1], kind), s)
-        rows = rows + normed(here + b * s.d, gains, shifts, eps, kind, s)
-    return rows
+    gains, shifts = vector(pointer(at[0], kind), s), vector(pointer(at[1], kind), s)
+    return normed(vector(here, s), gains, shifts, eps, kind, s)
+
+
+@triton.jit
+def chosen(logits, gate_eps, s: tl.constexpr):
+    """The gate's choice by the logits [E]: both experts, and their weights, rounded as the logits are, in float32."""
+    kind: tl.constexpr = logits.dtype.element_ty
+    expert = tl.arange(0, triton.next_power_of_2(s.e))[None, :]
+    asked = tl.load(logits + expert, mask=expert < s.e, other=float("-inf")).to(tl.float32)
+    _, first, second, _, _, one, two = top(asked, gate_eps, s.e, s.k, s.half, s.brain)
+    one, two = one.to(kind).to(tl.float32), two.to(kind).to(tl.float32)
+    return tl.sum(first, axis=0), tl.sum(second, axis=0), tl.sum(one, axis=0), tl.sum(two, axis=0)
 
 
 @triton.jit
@@ -222,47 +220,45 @@ def feed(ready, here, there, eps, kind: tl.constexpr, s: tl.constexpr):
     """A dense layer: ``there`` is ``here`` and the result. A program computes some units and their part of the result."""
     ups, biases, downs, last, gains, shifts = ready
     if tl.program_id(0) * s.units(s.programs) < s.f:
-        for b in tl.static_range(tl.constexpr(s.b)):
-            start = first_vector(here + b * s.d, tl.program_id(0), s)
-            h = normed(here + b * s.d, gains, shifts, eps, kind, s)
-            sums = _fed(ups, biases, biases, downs, last, h, 0, 0, False, kind, s)
-            add(there + b * s.d, start, sums, 1.0, s)
+        start = first_vector(here, tl.program_id(0), s)
+        row = normed(vector(here, s), gains, shifts, eps, kind, s)
+        sums = fed(ups, biases, biases, downs, last, row, 0, False, kind, s)
+        add(there, start, sums, 1.0, s)
 
 
 @triton.jit
-def feed_experts(at, rows, here, there, logits, gate_eps, s: tl.constexpr):
+def feed_experts(at, row, here, there, logits, gate_eps, s: tl.constexpr):
     """The same with the experts that the logits choose. Each program makes the whole choice; of two, it computes one."""
     kind: tl.constexpr = logits.dtype.element_ty
-    stored: tl.constexpr = tl.int8 if s.one_byte > 0 else kind
-    _, _, _, w1, b1, scale1, w2, b2, scale2 = at
+    first, second, one, two = chosen(logits, gate_eps, s)
     # Of K choices, each has its programs; with a single program, one choice follows the other.
-    together: tl.constexpr = s.programs // s.k if s.programs >= s.k else 1
-    each: tl.constexpr = s.units(together)
-    row = tl.arange(0, triton.next_power_of_2(s.b))
-    expert = tl.arange(0, triton.next_power_of_2(s.e))[None, :]
-    place = tl.minimum(row, s.b - 1)[:, None] * s.e + expert
-    asked = tl.load(logits + place, mask=expert < s.e, other=float("-inf")).to(tl.float32)
-    _, first, second, _, _, one, two = top(asked, gate_eps, s.e, s.k, s.half, s.brain)
+    together: tl.constexpr = s.of_a_choice
+    each: tl.constexpr = s.units(s.of_a_choice)
     for turn in range(tl.program_id(0), together * s.k, s.programs):
         program = turn % together
-        experts = tl.where(turn < together, first, second)
-        weights = tl.where(turn < together, one, two).to(kind).to(tl.float32)
         if program * each < s.f:
-            for b in tl.static_range(tl.constexpr(s.b)):
-                e = tl.sum(tl.where(row == b, experts, 0), axis=0).to(tl.int64)
-                weight = tl.sum(tl.where(row == b, weights, 0.0), axis=0)
-                ups = tiles_of_rows(pointer(w1, stored) + e * (s.f * s.d), program, each, s.f, s.group, s)
-                downs = tiles_of_columns(pointer(w2, stored) + e * (s.f * s.d), program, each, s)
-                biases = numbers_of_rows(pointer(b1, kind) + e * s.f, program, each, s.f, s.group, s)
-                scales = biases
-                if s.one_byte > 0:
-                    scales = numbers_of_rows(
-                        pointer(scale1, tl.float32) + e * s.f, program, each, s.f, s.group, s
-                    ) + vector(pointer(scale2, tl.float32) + e * s.d, s)
-                last = first_vector(pointer(b2, kind) + e * s.d, program, s)
-                start = first_vector(here + b * s.d, turn, s)
-                sums = _fed(ups, biases, scales, downs, last, rows, b, s.one_byte, s.ptx, kind, s)
-                add(there + b * s.d, start, sums, weight, s)
+            expert, weight = tl.where(turn < together, first, second), tl.where(turn < together, one, two)
+            start = first_vector(here, turn, s)
+            sums = feed_expert(at, expert.to(tl.int64), row, program, kind, s)
+            add(there, start, sums, weight, s)
+
+
+@triton.jit
+def feed_expert(at, expert, row, program, kind: tl.constexpr, s: tl.constexpr):
+    """What some units of ``expert`` make of ``row``, as chunks [chunk]: those of ``program`` among the programs of a choice."""
+    stored: tl.constexpr = tl.int8 if s.one_byte > 0 else kind
+    _, _, _, w1, b1, scale1, w2, b2, scale2 = at
+    each: tl.constexpr = s.units(s.of_a_choice)
+    ups = tiles_of_rows(pointer(w1, stored) + expert * (s.f * s.d), program, each, s.f, s.group, s)
+    downs = tiles_of_columns(pointer(w2, stored) + expert * (s.f * s.d), program, each, s)
+    biases = numbers_of_rows(pointer(b1, kind) + expert * s.f, program, each, s.f, s.group, s)
+    scales = biases
+    if s.one_byte > 0:
+        scales = numbers_of_rows(
+            pointer(scale1, tl.float32) + expert * s.f, program, each, s.f, s.group, s
+        ) + vector(pointer(scale2, tl.float32) + expert * s.d, s)
+    last = first_vector(pointer(b2, kind) + expert * s.d, program, s)
+    return fed(ups, biases, scales, downs, last, row, s.one_byte, s.ptx, kind, s)
 
 
 @triton.jit
@@ -275,13 +271,11 @@ def finish_weights(gain, shift, output, s: tl.constexpr):
 
 
 @triton.jit
-def finish(ready, here, output, out, eps, ahead: tl.constexpr, s: tl.constexpr):
-    """The last norm, if there is one, and the logits [B, V] of the dictionary."""
+def finish(ready, units, output, out, eps, ahead: tl.constexpr, s: tl.constexpr):
+    """The last norm, if there is one, of the residual stream, chunks [chunk] int64, and the logits [V] of the dictionary."""
     kind: tl.constexpr = out.dtype.element_ty
     gains, shifts, tiles = ready
-    rows = ()
-    for b in tl.static_range(tl.constexpr(s.b)):
-        rows = rows + normed(here + b * s.d, gains, shifts, eps, kind, s)
+    row = normed(units, gains, shifts, eps, kind, s)
     together: tl.constexpr = s.rows * s.warps
     begin = tl.program_id(0) * s.each(s.v)
     end = tl.minimum(begin + s.each(s.v), s.v)
@@ -290,9 +284,8 @@ def finish(ready, here, output, out, eps, ahead: tl.constexpr, s: tl.constexpr):
             _fetch_rows(output, first + s.ahead, tl.minimum(first + s.ahead + together, end), s)
         following = _output_rows(output, first + together, s)
         column = first + tl.arange(0, s.rows)[:, None] * s.warps + tl.arange(0, s.warps)[None, :]
-        for b in tl.static_range(tl.constexpr(s.b)):
-            total = products(tiles, rows, b, 0, False, s)
-            tl.store(out + b * s.v + column, total.to(kind), mask=column < end)
+        total = products(tiles, row, 0, False, s)
+        tl.store(out + column, total.to(kind), mask=column < end)
         tiles = following
 
 
@@ -305,14 +298,14 @@ def _output_rows(output, first, s: tl.constexpr):
 
 
 @triton.jit
-def _fed(
-    ups, biases, scales, downs, last, rows,
-    b: tl.constexpr, one_byte: tl.constexpr, ptx: tl.constexpr, kind: tl.constexpr, s: tl.constexpr,
+def fed(
+    ups, biases, scales, downs, last, row,
+    one_byte: tl.constexpr, ptx: tl.constexpr, kind: tl.constexpr, s: tl.constexpr,
 ):  # fmt: skip
-    """What the program's units make of row b, as chunks [chunk]. ``scales``, if one_byte: of the units, then those of D."""
+    """What the program's units make of a row, as chunks [chunk]. ``scales``, if one_byte: of the units, then those of D."""
     sums = ()
     for group in tl.static_range(len(ups)):
-        hidden = products(ups[group], rows, b, one_byte, ptx, s)
+        hidden = products(ups[group], row, one_byte, ptx, s)
         if one_byte > 0:
             hidden = scaled(hidden, scales[group], one_byte)
         hidden = activate(hidden + biases[group].to(tl.float32), s.activation, s.exact).to(kind)
