@@ -11,13 +11,12 @@ import triton.language as tl
 from moekit.nn.kernels.grid_barrier import arrive, begun, wait
 from moekit.nn.kernels.one_parts import FFN, OUT, PROJECT, addresses
 from moekit.nn.kernels.one_peers import (
+    addresses_of,
     arrived,
+    exchanges,
     feed_choices,
     hand_out,
     hand_out_nothing,
-    mailbox,
-    meet,
-    met,
     note,
     send_home,
     settle,
@@ -49,7 +48,7 @@ ALL, BEGIN, PROJECTION, ATTENTION, GATE, FEED, FINISH, HAND_OUT, CHOICES, HOME =
 # table [layers + 1, COLUMNS]; count [1]; kv [layers, 2, 1, H, M, C]; lengths [1].
 # residual [2, D] int64; qkv [3 D]; logits [E]: room for what programs tell each other.
 # gain and shift: the last norm's weight and bias, [D] or None; output [V or more, D].
-# post: the addresses of the mailbox, or None; rank, expert and held: this rank, its first expert, and their number.
+# post: the table of addresses for exchanges, or None; rank, expert and held: this rank, its first expert, and their number.
 @triton.jit(do_not_specialize=["rank", "expert", "held", "slots", "first", "last"])
 def step(
     tokens, embed, positions, out, table, count, kv, lengths, residual, qkv, logits, gain, shift, output,
@@ -68,11 +67,10 @@ def step(
         arrive(count, meeting)
     # Whether sums of the layer before come home, which belong to the residual stream.
     coming = tl.zeros((), dtype=tl.int32)
-    box = None
-    times = coming
+    box, stamp = None, coming
     if together:
-        box = mailbox(post)
-        times = met(box)
+        box = addresses_of(post)
+        stamp = exchanges(box)
         if apart and MOE:
             before = addresses(table, tl.maximum(first - 1, 0), FFN, 3)
             coming = ((first > 0) & (before[2] != 0)).to(tl.int32)
@@ -82,10 +80,11 @@ def step(
         here, there = residual + layer % 2 * s.d, residual + (1 - layer % 2) * s.d
         if ONLY == ALL or ONLY == PROJECTION:
             ready = project_weights(at, kind, s)
-            target = _begin_layer(count, target, box, times, coming, meeting, apart, s)
+            if coming == 0:
+                target = wait(count, target, meeting)
         of_out = addresses(table, layer, OUT, 2)
         if ONLY == ALL or ONLY == PROJECTION:
-            units = arrived(residual + (layer + coming) % 2 * s.d, box, coming, s)
+            units = arrived(residual + (layer + coming) % 2 * s.d, box, coming, stamp, s)
             if together:
                 settle(here, units, coming, s)
             project(ready, units, qkv, eps, s)
@@ -119,14 +118,17 @@ def step(
                     feed_experts(of_ffn, row, here, there, logits, gate_eps, s)
                     arrive(count, meeting)
             else:
+                coming += 1
+                stamp += 1
                 if ONLY == ALL or ONLY == HAND_OUT:
                     target = wait(count, target, meeting)
-                    hand_out(box, row, logits, gate_eps, rank, times + 1, apart, s)
-                target = _exchange(
-                    of_ffn, count, target, box, rank, expert, held, times, kind, meeting, ONLY, s
-                )
-                times += 2
-                coming += 1
+                    hand_out(box, row, logits, gate_eps, rank, stamp, s)
+                if ONLY == ALL or ONLY == CHOICES:
+                    feed_choices(of_ffn, box, expert, held, stamp, kind, s)
+                    arrive(count, meeting)
+                if ONLY == ALL or ONLY == HOME:
+                    target = wait(count, target, meeting)
+                    send_home(box, expert, held, rank, stamp, False, s)
         elif ONLY == ALL or ONLY == FEED:
             fed = feed_weights(of_ffn, kind, s)
             target = wait(count, target, meeting)
@@ -135,12 +137,13 @@ def step(
         at = (following[0], following[1], following[2], following[3])
     if ONLY == ALL or ONLY == FINISH:
         done = finish_weights(gain, shift, output, s)
-        target = _begin_layer(count, target, box, times, coming, meeting, apart, s)
-        units = arrived(residual + (last + coming) % 2 * s.d, box, coming, s)
+        if coming == 0:
+            target = wait(count, target, meeting)
+        units = arrived(residual + (last + coming) % 2 * s.d, box, coming, stamp, s)
         finish(done, units, output, out, eps, ONLY == ALL, s)
         arrive(count, meeting)
-    if together and ONLY == ALL:
-        note(box, times)
+    if together and (ONLY == ALL or ONLY == HOME):
+        note(box, stamp)
 
 
 # The same arguments, and ``embed`` for the type of its numbers.
@@ -154,51 +157,22 @@ def serve(
     apart: tl.constexpr = ONLY != ALL
     meeting: tl.constexpr = 1 if apart else s.programs
     target = begun(count, meeting)
-    box = mailbox(post)
-    times = met(box)
+    box = addresses_of(post)
+    stamp = exchanges(box)
     for layer in range(first, last):
         of_ffn = addresses(table, layer, FFN, 9)
         moe = MOE
         if MOE and DENSE:
             moe = of_ffn[2] != 0
         if moe:
+            stamp += 1
             if ONLY == ALL or ONLY == HAND_OUT:
-                hand_out_nothing(box, rank, times + 1, apart, s)
-            target = _exchange(of_ffn, count, target, box, rank, expert, held, times, kind, meeting, ONLY, s)
-            times += 2
-            if ONLY == ALL:
-                # The next row, or the next step's, must not come before the others have read this one.
-                meet(box, times, s)
-    if ONLY == ALL:
-        note(box, times)
-
-
-@triton.jit
-def _begin_layer(
-    count, target, box, times, coming, meeting: tl.constexpr, apart: tl.constexpr, s: tl.constexpr
-):
-    """Wait for the layer before: for the ranks if sums of it come home, else for the programs of this one."""
-    if box is None or apart:
-        target = wait(count, target, meeting)
-    elif coming != 0:
-        meet(box, times, s)
-    else:
-        target = wait(count, target, meeting)
-    return target
-
-
-@triton.jit
-def _exchange(
-    at, count, target, box, rank, expert, held, times,
-    kind: tl.constexpr, meeting: tl.constexpr, ONLY: tl.constexpr, s: tl.constexpr,
-):  # fmt: skip
-    """What follows when a rank has handed out its row; returns what ``target`` is then."""
-    if ONLY == ALL or ONLY == CHOICES:
-        if ONLY == ALL:
-            meet(box, times + 1, s)
-        feed_choices(at, box, expert, held, kind, s)
-        arrive(count, meeting)
+                hand_out_nothing(box, rank, stamp, s)
+            if ONLY == ALL or ONLY == CHOICES:
+                feed_choices(of_ffn, box, expert, held, stamp, kind, s)
+                arrive(count, meeting)
+            if ONLY == ALL or ONLY == HOME:
+                target = wait(count, target, meeting)
+                send_home(box, expert, held, rank, stamp, True, s)
     if ONLY == ALL or ONLY == HOME:
-        target = wait(count, target, meeting)
-        send_home(box, expert, held, rank, times + 2, ONLY != ALL, s)
-    return target
+        note(box, stamp)

@@ -31,7 +31,7 @@ from moekit.nn.cache import Cache
 from moekit.nn.config import ModelConfig
 from moekit.nn.dispatch import Local
 from moekit.nn.gates import gate_of
-from moekit.nn.kernels import grid_barrier, one_byte, one_peers, peers
+from moekit.nn.kernels import grid_barrier, one_byte
 from moekit.nn.kernels.activations import ACTIVATIONS
 from moekit.nn.kernels.gpu import capability, multiprocessors
 from moekit.nn.kernels.one_kernel import (
@@ -49,11 +49,13 @@ from moekit.nn.kernels.one_kernel import (
     step,
 )
 from moekit.nn.kernels.one_parts import COLUMNS, Sizes
+from moekit.nn.kernels.one_peers import Post, post_of
 from moekit.nn.kernels.peer_dispatch import PeerDispatch
 from moekit.nn.transformer import Block, Transformer
 
 # Sequences of a rank; more of them would share weights, but each has its own norms, sums and experts.
 FEW = 1
+ROUNDS, SMALL = False, True
 # The most numbers of a matrix that a program has in its registers, those of the 15B on 132 multiprocessors: more would
 # spill.
 MOST = 48 * 768
@@ -66,9 +68,8 @@ FORM = {
     "rows": 4,
     "ahead": 96,
 }
-# What the interpreter launches, one phase after the other; at MEETING the ranks meet.
-MEETING = "meeting"
-EXCHANGE = (HAND_OUT, MEETING, CHOICES, HOME, MEETING)
+# What the interpreter launches for a layer, one phase after the other.
+EXCHANGE = (HAND_OUT, CHOICES, HOME)
 PHASES = {
     "begin": (BEGIN,),
     "dense": (PROJECTION, ATTENTION, FEED),
@@ -86,17 +87,13 @@ class Plan(NamedTuple):
         addresses: those that ``table`` was made of.
         table: [layers + 1, COLUMNS] int64, the addresses of each layer's tensors.
         count: the counter of the kernel's barrier.
-        box: the mailbox, if there are several ranks.
-        post: the addresses that :mod:`one_peers` needs of it.
-        sums: what these addresses belong to, besides.
+        post: what ranks exchange through, if there are several.
     """
 
     addresses: tuple[int, ...]
     table: Tensor
     count: Tensor
-    box: peers.Mailbox | None
-    post: Tensor | None
-    sums: Tensor | None
+    post: Post | None
 
 
 _plans: weakref.WeakKeyDictionary[Transformer, Plan] = weakref.WeakKeyDictionary()
@@ -176,12 +173,12 @@ def read_on(
     sizes = sizes_of(model, vocab, programs or multiprocessors(device))
     plan, moe = plan_of(model), config.moe_layers
     exchange = (None, 0, 0, 0)
-    if plan.box is not None:
+    if plan.post is not None:
         held = model.layers[moe[0]].moe.experts.held
-        exchange = (plan.post, plan.box.rank, model.dispatch.first, held)
+        exchange = (plan.post.table, model.dispatch.rank, model.dispatch.first, held)
     if len(tokens) == 0:
         serving = (plan.table, plan.count, model.embed.weight, *exchange)
-        _launched(serve, serving, SERVED, plan.box, config, sizes, device)
+        _launched(serve, serving, SERVED, config, sizes, device)
         return None
     out = torch.empty(len(tokens), vocab, dtype=kind, device=device)
     assert tokens.is_contiguous() and cache.kv.is_contiguous() and model.output_weight.is_contiguous()
@@ -208,7 +205,7 @@ def read_on(
         torch.finfo(torch.float32 if config.gate_fp32 else kind).eps,
         (config.dim // config.heads) ** -0.5,
     )
-    _launched(step, given, PHASES, plan.box, config, sizes, device)
+    _launched(step, given, PHASES, config, sizes, device)
     return out
 
 
@@ -216,7 +213,6 @@ def _launched(
     kernel: triton.JITFunction,
     given: tuple,
     phases: dict[str, tuple[int, ...]],
-    box: peers.Mailbox | None,
     config: ModelConfig,
     sizes: Sizes,
     device: torch.device,
@@ -229,7 +225,7 @@ def _launched(
             *given, 0, config.layers, ONLY=ALL.value, launch_cooperative_grid=True, **how
         )
         return
-    with_experts = "experts" if box is None else "peers"
+    with_experts = "experts" if sizes.ranks == 1 else "peers"
     kinds = {layer: with_experts if layer in moe else "dense" for layer in range(config.layers)}
     turns = [
         (0, 0, "begin"),
@@ -238,10 +234,7 @@ def _launched(
     ]
     for first, last, kind in turns:
         for phase in phases[kind]:
-            if phase is MEETING:
-                peers.meet(box)
-            else:
-                kernel[(sizes.programs,)](*given, first, last, ONLY=phase.value, **how)
+            kernel[(sizes.programs,)](*given, first, last, ONLY=phase.value, **how)
 
 
 def sizes_of(model: Transformer, vocab: int, programs: int) -> Sizes:
@@ -250,6 +243,7 @@ def sizes_of(model: Transformer, vocab: int, programs: int) -> Sizes:
     experts = model.layers[moe[0]].moe.experts if moe else None
     bytes_of = {"ONE_BYTE": 0, "PTX": False} if experts is None else one_byte.layers(experts)[0].options
     gate_dtype = torch.float32 if config.gate_fp32 else kind
+    ranks = model.dispatch.world_size if isinstance(model.dispatch, PeerDispatch) else 1
     return Sizes(
         d=config.dim,
         h=config.heads,
@@ -264,7 +258,9 @@ def sizes_of(model: Transformer, vocab: int, programs: int) -> Sizes:
         brain=gate_dtype == torch.bfloat16,
         one_byte=bytes_of["ONE_BYTE"],
         ptx=bytes_of["PTX"],
-        ranks=model.dispatch.world_size if isinstance(model.dispatch, PeerDispatch) else 1,
+        ranks=ranks,
+        rounds=ROUNDS or ranks > 1,
+        small=SMALL,
         programs=programs,
         # Chunks, and rows of the output projection, have to divide D.
         **FORM | {name: math.gcd(FORM[name], config.dim) for name in ("chunk", "outputs")},
@@ -273,19 +269,14 @@ def sizes_of(model: Transformer, vocab: int, programs: int) -> Sizes:
 
 def plan_of(model: Transformer) -> Plan:
     """The plan of the model; a new one if its tensors have moved. With several ranks, the first one is a collective."""
-    dispatch = model.dispatch
-    box = dispatch.mailbox(FEW) if isinstance(dispatch, PeerDispatch) else None
     addresses = tuple(address for layer in model.layers for address in _addresses(layer))
     plan = _plans.get(model)
-    if plan is None or plan.addresses != addresses or plan.box is not box:
-        device = model.embed.weight.device
+    if plan is None or plan.addresses != addresses:
+        device, dispatch = model.embed.weight.device, model.dispatch
         # The kernel looks at the addresses of one more layer, and does not use them.
         table = torch.tensor(addresses + (0,) * COLUMNS.value, dtype=torch.long, device=device)
-        sums = post = None
-        if box is not None:
-            sums = one_peers.room(box)
-            post = torch.tensor(one_peers.addresses(box, sums), dtype=torch.long, device=device)
-        plan = _plans[model] = Plan(addresses, table, grid_barrier.counter(device), box, post, sums)
+        shared = post_of(dispatch) if isinstance(dispatch, PeerDispatch) else None
+        plan = _plans[model] = Plan(addresses, table, grid_barrier.counter(device), shared)
     return plan
 
 

@@ -1,228 +1,327 @@
 """A layer of experts in a decode step in one launch (one_launch.py) where several ranks share the experts.
 
-Each rank has one sequence or none, and all run the kernel at the same time. A mailbox is that of peers.py, and a write to a
-peer's mailbox does not wait for its way there and back, as a read does. In place of the experts' phase, and of the barrier
-behind it, a layer has:
+Each rank has one sequence or none, and all ranks run the kernel at the same time. In place of the experts' phase a layer has:
 
-    hand out   for each peer a program writes the row, its choices and their weights to the peer, and raises its flag there
-    meet       each program waits for the flags of all ranks
-    experts    the programs compute the choices that fall on the rank's experts, whose sequences are any rank's
-    barrier    of the rank's programs
-    send home  for each peer a program writes the sums of the peer's choices to the peer, and raises its flag there
-    meet       each program waits again; it then finds the sums of its own rank's choices in the mailbox
+    hand out   for each peer a program writes the row, its choices and their weights to the peer
+    experts    the programs wait for the choices of all ranks, and compute those that fall on the rank's experts
+    send home  for each peer a program writes the sums of the peer's choices to the peer
 
-No program of a rank overwrites what a peer may still read: it hands out a row after the peer has sent home the sums of the row
-before, and sends sums home after the peer has handed out the next row.
+The next phase waits for the sums of the rank's own choices. No signal follows what is written: a number travels in a word of 64
+bits whose other half is the number of the exchange, the *stamp*, and a program looks at a word until it has the right stamp. So
+nothing waits for a write to arrive before a signal may be sent, which takes as long as the way itself.
 
-Shape letters: W ranks, K choices a token, D model dim, F width, E experts.
+No program overwrites what a peer may still read. Behind the barrier of its programs, a rank acknowledges the exchange to all
+others, and none of them hands out its next row before. The sums go home after the next row came, so the sums before them have
+been read.
+
+Shape letters: W ranks, K choices a token, D model dim, E experts.
 """
 
 from __future__ import annotations
+
+import weakref
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from moekit.nn.kernels.fixed_point import fixed, floating
 from moekit.nn.kernels.grid_barrier import LOOKS
 from moekit.nn.kernels.one_parts import add, pointer, vector
-from moekit.nn.kernels.one_phases import chosen, feed_expert
-from moekit.nn.kernels.peers import Mailbox
+from moekit.nn.kernels.one_phases import chosen, expert_part, fed
+from moekit.nn.kernels.peer_dispatch import PeerDispatch
+from moekit.nn.peer_memory import symmetric
 
-# Each of the first $3 threads looks at its flag, of those at $1, until it is $2 or later, $4 times at most; then it sets the
-# number at $5, which ends all later waits. Flags are compared by their difference, since the count may wrap around.
-MEET = tl.constexpr(
+# The columns of the table of addresses: parts of a rank's buffer, which peers write, and what no peer knows.
+CHOICES, WEIGHTS, ROWS, HOME, SEEN, REACH, SUMS, STAMP, GAVE_UP, COLUMNS = map(tl.constexpr, range(10))
+
+# Looks from one question whether a wait has given up to the next; each takes as long as a look.
+BETWEEN = tl.constexpr(64)
+
+
+class Post(NamedTuple):
+    """What ranks exchange through, on the device of one rank.
+
+    Attributes:
+        table: [COLUMNS] int64, the addresses of the columns.
+        buffer: those of choices and weights [W, K], rows [W, D], sums that came home [K, D], all words of 64 bits, and of the
+            last exchange [W] int32 that each rank has acknowledged.
+        reach: [W] int64, bytes from this rank's buffer to the buffer of each rank.
+        sums: [W K, D] int64, of the choices of all ranks; zeros between two exchanges.
+        stamp: [1] int32, the number of exchanges so far.
     """
-    {
-    .reg .pred ends;
-    .reg .b32 thread, looks, flag, stuck;
-    .reg .b64 at;
-    mov.u32 thread, %tid.x;
-    setp.ge.u32 ends, thread, $3;
-    @ends bra done;
-    mul.wide.u32 at, thread, 4;
-    add.u64 at, at, $1;
-    mov.u32 looks, 0;
-    look:
-    ld.relaxed.gpu.global.b32 stuck, [$5];
-    ld.acquire.sys.global.b32 flag, [at];
-    sub.s32 flag, flag, $2;
-    setp.ge.s32 ends, flag, 0;
-    @ends bra done;
-    setp.ne.b32 ends, stuck, 0;
-    @ends bra done;
-    add.u32 looks, looks, 1;
-    setp.lt.u32 ends, looks, $4;
-    @ends bra look;
-    red.relaxed.gpu.global.or.b32 [$5], 1;
-    done:
-    bar.warp.sync 0xffffffff;
-    mov.u32 $0, 0;
-    }
-    """
-)
 
-# The columns of a table of addresses: those of the mailbox's parts, of the sums of all choices, and of what a wait needs.
-X, CHOSEN, WEIGHTS, HOME, FLAGS, REACH, TIMES, GAVE_UP, SUMS, PARTS = map(tl.constexpr, range(10))
+    table: Tensor
+    buffer: Tensor
+    reach: Tensor
+    sums: Tensor
+    stamp: Tensor
 
 
-def addresses(box: Mailbox, sums: Tensor) -> list[int]:
-    """The columns; ``sums`` is [W K, D] int64, zeros, as they are again after each layer."""
-    parts = (
-        box.all_x,
-        box.all_chosen,
-        box.all_weights,
-        box.home_sums,
-        box.flags,
-        box.reach,
-        box.times,
-        box.gave_up,
-        sums,
-    )
-    return [part.data_ptr() for part in parts]
+_posts: weakref.WeakKeyDictionary[PeerDispatch, Post] = weakref.WeakKeyDictionary()
 
 
-def room(box: Mailbox) -> Tensor:
-    return torch.zeros(box.world_size * box.choices, box.dim, dtype=torch.long, device=box.x.device)
+def post_of(dispatch: PeerDispatch) -> Post:
+    """The ranks' :class:`Post`; the first call is a collective."""
+    if dispatch not in _posts:
+        choices, _, dim, _, ranks = dispatch.of
+        device, words = dispatch.device, [ranks * choices] * 2 + [ranks * dim, choices * dim]
+        buffer, reach = symmetric(8 * sum(words) + 4 * ranks, device)
+        sums = torch.zeros(ranks * choices, dim, dtype=torch.long, device=device)
+        stamp = torch.zeros(1, dtype=torch.int32, device=device)
+        starts = [buffer.data_ptr() + 8 * sum(words[:part]) for part in range(len(words) + 1)]
+        others = [one.data_ptr() for one in (reach, sums, stamp, dispatch.gave_up)]
+        table = torch.tensor(starts + others, device=device)
+        _posts[dispatch] = Post(table, buffer, reach, sums, stamp)
+    return _posts[dispatch]
 
 
 @triton.jit
-def mailbox(table):
-    """The addresses; asked for long before they are used."""
+def addresses_of(table):
+    """The columns; asked for long before they are used."""
     found = ()
-    for i in tl.static_range(PARTS):
+    for i in tl.static_range(COLUMNS):
         found = found + (tl.load(table + i),)
     return found
 
 
 @triton.jit
-def met(box):
-    """How often the ranks have met before this kernel."""
-    return tl.load(pointer(box[TIMES], tl.int32))
+def exchanges(box):
+    """The number of exchanges before this kernel."""
+    return tl.load(pointer(box[STAMP], tl.int32))
 
 
 @triton.jit
-def note(box, times):
-    """Write down how often they have met; every program has called :func:`met`."""
-    if tl.program_id(0) == 0:
-        tl.store(pointer(box[TIMES], tl.int32), times)
+def note(box, stamp):
+    """Write down the number of exchanges; every program has asked for it before."""
+    if tl.program_id(0) == tl.num_programs(0) - 1:
+        tl.store(pointer(box[STAMP], tl.int32), stamp)
 
 
 @triton.jit
-def hand_out(box, row, logits, gate_eps, rank, times, alone: tl.constexpr, s: tl.constexpr):
-    """Write the row, chunks [1, chunk], and what the gate chooses by ``logits`` [E], to all ranks.
+def _words(bits, stamp):
+    """Words of 64 bits with numbers of 32 bits, and the stamp."""
+    return (stamp.to(tl.int64) << 32) | (bits.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF)
 
-    ``alone``: programs only write, and the ranks meet between two launches.
-    """
-    kind: tl.constexpr = logits.dtype.element_ty
+
+@triton.jit
+def _bits(words):
+    return (words & 0xFFFFFFFF).to(tl.int32)
+
+
+@triton.jit
+def _floats(words):
+    return _bits(words).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _late(words, stamp):
+    """1 for each word that has another stamp, else 0."""
+    return ((words >> 32).to(tl.int32) != stamp).to(tl.int32)
+
+
+@triton.jit
+def _goes_on(looks, late, box):
+    """Whether to look again: something is late, and neither this wait nor an earlier one has lasted too long."""
+    waiting = late != 0
+    if waiting & (looks % BETWEEN == BETWEEN - 1):
+        if looks >= LOOKS:
+            tl.store(pointer(box[GAVE_UP], tl.int32), 1)
+        waiting = tl.load(pointer(box[GAVE_UP], tl.int32), volatile=True) == 0
+    return waiting
+
+
+@triton.jit
+def hand_out(box, row, logits, gate_eps, rank, stamp, s: tl.constexpr):
+    """Write the row, chunks [1, chunk], and what the gate chooses by ``logits`` [E], to all ranks."""
     if tl.program_id(0) < s.ranks:
-        first, second, one, two = chosen(logits, gate_eps, s)
+        _await_acknowledged(box, stamp - 1, s)
         for peer in range(tl.program_id(0), s.ranks, s.programs):
             far = tl.load(pointer(box[REACH], tl.int64) + peer)
             for i in tl.static_range(len(row)):
                 column = i * s.chunk + tl.arange(0, s.chunk)[None, :]
-                tl.store(pointer(box[X] + far, kind) + rank * s.d + column, row[i].to(kind))
-            own = rank * s.k
-            tl.store(pointer(box[CHOSEN] + far, tl.int32) + own, first.to(tl.int32))
-            tl.store(pointer(box[WEIGHTS] + far, tl.float32) + own, one)
+                tl.store(pointer(box[ROWS] + far, tl.int64) + rank * s.d + column, _words(row[i], stamp))
+        first, second, one, two = chosen(logits, gate_eps, s)
+        for peer in range(tl.program_id(0), s.ranks, s.programs):
+            far = tl.load(pointer(box[REACH], tl.int64) + peer)
+            choices = pointer(box[CHOICES] + far, tl.int64) + rank * s.k
+            weights = pointer(box[WEIGHTS] + far, tl.int64) + rank * s.k
+            tl.store(choices, _words(first.to(tl.int32), stamp))
+            tl.store(weights, _words(one, stamp))
             if s.k == 2:
-                tl.store(pointer(box[CHOSEN] + far, tl.int32) + own + 1, second.to(tl.int32))
-                tl.store(pointer(box[WEIGHTS] + far, tl.float32) + own + 1, two)
-            if not alone:
-                _raise_flag(box, far, rank, times)
+                tl.store(choices + 1, _words(second.to(tl.int32), stamp))
+                tl.store(weights + 1, _words(two, stamp))
 
 
 @triton.jit
-def hand_out_nothing(box, rank, times, alone: tl.constexpr, s: tl.constexpr):
+def hand_out_nothing(box, rank, stamp, s: tl.constexpr):
     """Tell all ranks that this one has no sequence."""
-    for peer in range(tl.program_id(0), s.ranks, s.programs):
-        far = tl.load(pointer(box[REACH], tl.int64) + peer)
-        for k in tl.static_range(tl.constexpr(s.k)):
-            tl.store(pointer(box[CHOSEN] + far, tl.int32) + rank * s.k + k, s.e)
-        if not alone:
-            _raise_flag(box, far, rank, times)
+    if tl.program_id(0) < s.ranks:
+        _await_acknowledged(box, stamp - 1, s)
+        nothing = tl.zeros((), dtype=tl.int32) + s.e
+        for peer in range(tl.program_id(0), s.ranks, s.programs):
+            far = tl.load(pointer(box[REACH], tl.int64) + peer)
+            for k in tl.static_range(tl.constexpr(s.k)):
+                tl.store(pointer(box[CHOICES] + far, tl.int64) + rank * s.k + k, _words(nothing, stamp))
+                tl.store(pointer(box[WEIGHTS] + far, tl.int64) + rank * s.k + k, _words(nothing, stamp))
 
 
 @triton.jit
-def _raise_flag(box, far, rank, times):
-    """Say at a peer that this program has written all that it had for the peer."""
-    tl.debug_barrier()
-    flag = pointer(box[FLAGS] + far, tl.int32) + rank
-    tl.atomic_xchg(flag, times, sem="release", scope="sys")
+def _await_acknowledged(box, stamp, s: tl.constexpr):
+    """Wait until all ranks have read what came with ``stamp``."""
+    peer = tl.arange(0, triton.next_power_of_2(s.ranks))
+    at = pointer(box[SEEN], tl.int32) + peer
+    looks, waiting = tl.zeros((), dtype=tl.int32), stamp == stamp
+    while waiting:
+        seen = tl.load(at, mask=peer < s.ranks, other=0, volatile=True)
+        # The difference is compared, since the count may wrap around.
+        late = tl.max(tl.where((peer < s.ranks) & (seen - stamp < 0), 1, 0), axis=0)
+        waiting = _goes_on(looks, late, box)
+        looks += 1
 
 
 @triton.jit
-def meet(box, times, s: tl.constexpr):
-    """Wait until all ranks have raised their flags ``times`` times; what they wrote before can then be read."""
-    tl.inline_asm_elementwise(
-        MEET,
-        "=r,l,r,r,r,l",
-        [box[FLAGS], times, tl.constexpr(s.ranks), LOOKS, box[GAVE_UP]],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-    tl.debug_barrier()
-
-
-@triton.jit
-def feed_choices(at, box, first, held, kind: tl.constexpr, s: tl.constexpr):
+def feed_choices(at, box, first, held, stamp, kind: tl.constexpr, s: tl.constexpr):
     """Add up what the ``held`` experts here, from number ``first`` on, make of the rows that chose them.
 
-    A program takes the same units of an expert as with one rank, so that each sum has the same parts.
+    All programs compute one choice after the other. The weights of the next one are under way meanwhile.
     """
     number = tl.arange(0, triton.next_power_of_2(s.ranks * s.k))
-    asked = tl.load(
-        pointer(box[CHOSEN], tl.int32) + number, mask=number < s.ranks * s.k, other=tl.constexpr(s.e)
-    )
-    mine = (asked >= first) & (asked < first + held)
+    there, other = number < s.ranks * s.k, _words(tl.zeros((), dtype=tl.int32) + s.e, stamp)
+    choices, weights = pointer(box[CHOICES], tl.int64) + number, pointer(box[WEIGHTS], tl.int64) + number
+    asked, weight = number.to(tl.int64), number.to(tl.int64)
+    looks, waiting = tl.zeros((), dtype=tl.int32), stamp == stamp
+    while waiting:
+        asked = tl.load(choices, mask=there, other=other, volatile=True)
+        weight = tl.load(weights, mask=there, other=other, volatile=True)
+        late = tl.max(_late(asked, stamp) | _late(weight, stamp), axis=0)
+        waiting = _goes_on(looks, late, box)
+        looks += 1
+    asked, weight = _bits(asked) - first, _floats(weight)
+    mine = (asked >= 0) & (asked < held)
     place = tl.cumsum(mine.to(tl.int32), axis=0) - 1
-    programs: tl.constexpr = s.of_a_choice
-    for turn in range(tl.program_id(0), tl.sum(mine.to(tl.int32), axis=0) * programs, s.programs):
-        program = turn % programs
-        if program * s.units(s.of_a_choice) < s.f:
-            this = mine & (place == turn // programs)
-            choice = tl.sum(tl.where(this, number, 0), axis=0)
-            expert = tl.sum(tl.where(this, asked, 0), axis=0) - first
-            weight = tl.load(pointer(box[WEIGHTS], tl.float32) + choice)
-            row = ()
-            for i in tl.static_range(0, tl.constexpr(s.d), tl.constexpr(s.chunk)):
-                x = pointer(box[X], kind) + choice // s.k * s.d + i + tl.arange(0, s.chunk)
-                row = row + (tl.load(x).to(tl.float32)[None, :],)
-            sums = feed_expert(at, expert.to(tl.int64), row, program, kind, s)
-            add(pointer(box[SUMS], tl.int64) + choice * s.d, (), sums, weight, s)
+    turns = tl.sum(mine.to(tl.int32), axis=0)
+    ready = _choice(0, turns, number, asked, mine & (place == 0), weight, at, box, kind, s)
+    for turn in range(turns):
+        following = _choice(
+            turn + 1, turns, number, asked, mine & (place == turn + 1), weight, at, box, kind, s
+        )
+        choice, share, words, part = ready
+        row = _row(words, box, choice, stamp, s)
+        if tl.program_id(0) * s.units(s.of_a_choice) < s.f:
+            add(pointer(box[SUMS], tl.int64) + choice * s.d, (), fed(part, row, kind, s), share, s)
+        ready = following
 
 
 @triton.jit
-def send_home(box, first, held, rank, times, alone: tl.constexpr, s: tl.constexpr):
-    """Write the sums of this rank's experts to the ranks of their sequences, and set them to zero."""
+def _choice(turn, turns, number, asked, this, weight, at, box, kind: tl.constexpr, s: tl.constexpr):
+    """``this`` of the choices: its number, its weight, the words of its row, and the program's part of its expert.
+
+    Beyond the last turn nothing is read of an expert.
+    """
+    choice = tl.sum(tl.where(this, number, 0), axis=0)
+    expert = tl.sum(tl.where(this, asked, 0), axis=0).to(tl.int64)
+    share = tl.sum(tl.where(this, weight, 0.0), axis=0)
+    words = _look(pointer(box[ROWS], tl.int64) + choice // s.k * s.d, s)
+    program = tl.where(turn < turns, tl.program_id(0), tl.constexpr(s.f))
+    return choice, share, words, expert_part(at, expert, program, kind, s)
+
+
+@triton.jit
+def _look(at, s: tl.constexpr):
+    """D words as chunks [chunk], as they are now."""
+    found = ()
+    for done in tl.static_range(0, tl.constexpr(s.d), tl.constexpr(s.chunk)):
+        found = found + (tl.load(at + done + tl.arange(0, s.chunk), volatile=True),)
+    return found
+
+
+@triton.jit
+def _row(words, box, choice, stamp, s: tl.constexpr):
+    """The row of a choice as chunks [1, chunk] float32; looks again while ``words`` are those of another exchange."""
+    looks, waiting = (
+        tl.zeros((), dtype=tl.int32),
+        _goes_on(tl.zeros((), dtype=tl.int32), _any_late(words, stamp), box),
+    )
+    while waiting:
+        words = _look(pointer(box[ROWS], tl.int64) + choice // s.k * s.d, s)
+        waiting = _goes_on(looks, _any_late(words, stamp), box)
+        looks += 1
+    row = ()
+    for i in tl.static_range(len(words)):
+        row = row + (_floats(words[i])[None, :],)
+    return row
+
+
+@triton.jit
+def _any_late(words, stamp):
+    late = _late(words[0], stamp)
+    for i in tl.static_range(1, len(words)):
+        late = late | _late(words[i], stamp)
+    return tl.max(late, axis=0)
+
+
+@triton.jit
+def send_home(box, first, held, rank, stamp, fenced: tl.constexpr, s: tl.constexpr):
+    """Write the sums of this rank's experts to the ranks of their sequences, set them to zero, and acknowledge the exchange.
+
+    ``fenced``: no barrier follows before the next exchange, so the zeros have to be seen before the peer goes on.
+    """
     for peer in range(tl.program_id(0), s.ranks, s.programs):
         far = tl.load(pointer(box[REACH], tl.int64) + peer)
         for k in tl.static_range(tl.constexpr(s.k)):
             choice = peer * s.k + k
-            asked = tl.load(pointer(box[CHOSEN], tl.int32) + choice)
-            if (asked >= first) & (asked < first + held):
+            asked = _bits(tl.load(pointer(box[CHOICES], tl.int64) + choice, volatile=True)) - first
+            if (asked >= 0) & (asked < held):
                 for done in tl.static_range(0, tl.constexpr(s.d), tl.constexpr(s.chunk)):
                     column = done + tl.arange(0, s.chunk)
                     mine = pointer(box[SUMS], tl.int64) + choice * s.d + column
-                    tl.store(pointer(box[HOME] + far, tl.int64) + k * s.d + column, tl.load(mine))
+                    total = floating(tl.load(mine))
+                    tl.store(pointer(box[HOME] + far, tl.int64) + k * s.d + column, _words(total, stamp))
                     tl.store(mine, tl.zeros((tl.constexpr(s.chunk),), dtype=tl.int64))
-        if not alone:
-            _raise_flag(box, far, rank, times)
+        # All programs here have read what the peer handed out: they are behind a barrier.
+        tl.debug_barrier()
+        seen = pointer(box[SEEN] + far, tl.int32) + rank
+        if fenced:
+            tl.atomic_xchg(seen, stamp, sem="release", scope="sys")
+        else:
+            tl.store(seen, stamp)
 
 
 @triton.jit
-def arrived(x, box, coming, s: tl.constexpr):
-    """x [D] int64, and the sums that have come home if ``coming`` is not 0, as chunks [chunk]."""
+def arrived(x, box, coming, stamp, s: tl.constexpr):
+    """x [D] int64, and the sums that come home if ``coming`` is not 0, as chunks [chunk]."""
     units = vector(x, s)
     if box is not None:
-        for k in tl.static_range(tl.constexpr(s.k)):
-            found = ()
-            for i in tl.static_range(len(units)):
-                more = pointer(box[HOME], tl.int64) + k * s.d + i * s.chunk + tl.arange(0, s.chunk)
-                found = found + (units[i] + tl.load(more, mask=coming != 0, other=0),)
-            units = found
+        words = _look_home(box, coming, stamp, s)
+        looks, waiting = (
+            tl.zeros((), dtype=tl.int32),
+            _goes_on(tl.zeros((), dtype=tl.int32), _any_late(words, stamp), box),
+        )
+        while waiting:
+            words = _look_home(box, coming, stamp, s)
+            waiting = _goes_on(looks, _any_late(words, stamp), box)
+            looks += 1
+        found = ()
+        for i in tl.static_range(len(units)):
+            total = units[i]
+            for k in tl.static_range(tl.constexpr(s.k)):
+                total += fixed(_floats(words[k * len(units) + i]))
+            found = found + (total,)
+        units = found
     return units
+
+
+@triton.jit
+def _look_home(box, coming, stamp, s: tl.constexpr):
+    """The K D words of this rank's sums as chunks [chunk], as they are now; zeros with the right stamp if nothing comes."""
+    found = ()
+    for done in tl.static_range(0, tl.constexpr(s.k * s.d), tl.constexpr(s.chunk)):
+        at = pointer(box[HOME], tl.int64) + done + tl.arange(0, s.chunk)
+        found = found + (tl.load(at, mask=coming != 0, other=stamp.to(tl.int64) << 32, volatile=True),)
+    return found
 
 
 @triton.jit

@@ -208,8 +208,8 @@ def feed_weights(at, kind: tl.constexpr, s: tl.constexpr):
     gain, shift, _, w1, b1, _, w2, b2, _ = at
     program = tl.program_id(0)
     each: tl.constexpr = s.units(s.programs)
-    ups = tiles_of_rows(pointer(w1, kind), program, each, s.f, s.group, s)
-    biases = numbers_of_rows(pointer(b1, kind), program, each, s.f, s.group, s)
+    ups = tiles_of_rows(pointer(w1, kind), program, each, s.f, s.group(each), s)
+    biases = numbers_of_rows(pointer(b1, kind), program, each, s.f, s.group(each), s)
     downs = tiles_of_columns(pointer(w2, kind), program, each, s)
     gains, shifts = vector(pointer(gain, kind), s), vector(pointer(shift, kind), s)
     return ups, biases, downs, first_vector(pointer(b2, kind), program, s), gains, shifts
@@ -222,7 +222,7 @@ def feed(ready, here, there, eps, kind: tl.constexpr, s: tl.constexpr):
     if tl.program_id(0) * s.units(s.programs) < s.f:
         start = first_vector(here, tl.program_id(0), s)
         row = normed(vector(here, s), gains, shifts, eps, kind, s)
-        sums = fed(ups, biases, biases, downs, last, row, 0, False, kind, s)
+        sums = _made((ups, biases, biases, downs, last), row, 0, False, kind, s)
         add(there, start, sums, 1.0, s)
 
 
@@ -234,31 +234,42 @@ def feed_experts(at, row, here, there, logits, gate_eps, s: tl.constexpr):
     # Of K choices, each has its programs; with a single program, one choice follows the other.
     together: tl.constexpr = s.of_a_choice
     each: tl.constexpr = s.units(s.of_a_choice)
-    for turn in range(tl.program_id(0), together * s.k, s.programs):
-        program = turn % together
-        if program * each < s.f:
-            expert, weight = tl.where(turn < together, first, second), tl.where(turn < together, one, two)
-            start = first_vector(here, turn, s)
-            sums = feed_expert(at, expert.to(tl.int64), row, program, kind, s)
-            add(there, start, sums, weight, s)
+    if s.rounds:
+        ready = expert_part(at, first.to(tl.int64), tl.program_id(0), kind, s)
+        following = ready
+        if s.k == 2:
+            following = expert_part(at, second.to(tl.int64), tl.program_id(0), kind, s)
+        if tl.program_id(0) * each < s.f:
+            start = first_vector(here, tl.program_id(0), s)
+            add(there, start, fed(ready, row, kind, s), one, s)
+            if s.k == 2:
+                add(there, (), fed(following, row, kind, s), two, s)
+    else:
+        for turn in range(tl.program_id(0), together * s.k, s.programs):
+            program = turn % together
+            if program * each < s.f:
+                expert, weight = tl.where(turn < together, first, second), tl.where(turn < together, one, two)
+                ready = expert_part(at, expert.to(tl.int64), program, kind, s)
+                start = first_vector(here, turn, s)
+                add(there, start, fed(ready, row, kind, s), weight, s)
 
 
 @triton.jit
-def feed_expert(at, expert, row, program, kind: tl.constexpr, s: tl.constexpr):
-    """What some units of ``expert`` make of ``row``, as chunks [chunk]: those of ``program`` among the programs of a choice."""
+def expert_part(at, expert, program, kind: tl.constexpr, s: tl.constexpr):
+    """What :func:`fed` needs of an expert: the part of ``program`` among the programs of a choice; zeros beyond the last unit."""
     stored: tl.constexpr = tl.int8 if s.one_byte > 0 else kind
     _, _, _, w1, b1, scale1, w2, b2, scale2 = at
     each: tl.constexpr = s.units(s.of_a_choice)
-    ups = tiles_of_rows(pointer(w1, stored) + expert * (s.f * s.d), program, each, s.f, s.group, s)
+    ups = tiles_of_rows(pointer(w1, stored) + expert * (s.f * s.d), program, each, s.f, s.group(each), s)
     downs = tiles_of_columns(pointer(w2, stored) + expert * (s.f * s.d), program, each, s)
-    biases = numbers_of_rows(pointer(b1, kind) + expert * s.f, program, each, s.f, s.group, s)
+    biases = numbers_of_rows(pointer(b1, kind) + expert * s.f, program, each, s.f, s.group(each), s)
     scales = biases
     if s.one_byte > 0:
         scales = numbers_of_rows(
-            pointer(scale1, tl.float32) + expert * s.f, program, each, s.f, s.group, s
+            pointer(scale1, tl.float32) + expert * s.f, program, each, s.f, s.group(each), s
         ) + vector(pointer(scale2, tl.float32) + expert * s.d, s)
     last = first_vector(pointer(b2, kind) + expert * s.d, program, s)
-    return fed(ups, biases, scales, downs, last, row, s.one_byte, s.ptx, kind, s)
+    return ups, biases, scales, downs, last
 
 
 @triton.jit
@@ -298,11 +309,11 @@ def _output_rows(output, first, s: tl.constexpr):
 
 
 @triton.jit
-def fed(
-    ups, biases, scales, downs, last, row,
-    one_byte: tl.constexpr, ptx: tl.constexpr, kind: tl.constexpr, s: tl.constexpr,
+def _made(
+    ready, row, one_byte: tl.constexpr, ptx: tl.constexpr, kind: tl.constexpr, s: tl.constexpr,
 ):  # fmt: skip
     """What the program's units make of a row, as chunks [chunk]. ``scales``, if one_byte: of the units, then those of D."""
+    ups, biases, scales, downs, last = ready
     sums = ()
     for group in tl.static_range(len(ups)):
         hidden = products(ups[group], row, one_byte, ptx, s)
@@ -324,6 +335,12 @@ def fed(
             total = scaled(total, scales[len(ups) + i], one_byte)
         found = found + (total + last[i].to(tl.float32),)
     return found
+
+
+@triton.jit
+def fed(ready, row, kind: tl.constexpr, s: tl.constexpr):
+    """What an expert's units make of a row."""
+    return _made(ready, row, s.one_byte, s.ptx, kind, s)
 
 
 @triton.jit

@@ -45,8 +45,6 @@ class Mailbox:
         all_x, all_chosen, all_weights: [W, M, D], [W, M K] int32 and [W, M K] float32: the rows of all ranks, and the expert
             (E for none) and the weight of each choice. Where rows are few, each rank writes its own into the buffers of
             all ranks; a larger mailbox has none of these.
-        home_sums: [K, D] int64, where experts write the results of the only row of a rank (one_peers.py); a larger mailbox has
-            none.
         flags: [W] int32, the number of times that each peer has reached :func:`meet`.
         reach: [W] int64, bytes from this rank's buffer to the buffer of each rank.
         times: [1] int32, the number of times that this rank has reached :func:`meet`.
@@ -68,7 +66,6 @@ class Mailbox:
             ("all_x", (all_rows, dim), dtype),
             ("all_chosen", (all_rows * choices,), torch.int32),
             ("all_weights", (all_rows * choices,), torch.float32),
-            ("home_sums", (choices if all_rows else 0, dim), torch.int64),
         )
 
     @classmethod
