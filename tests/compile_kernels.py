@@ -39,9 +39,6 @@ SHARED = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 SHARED = {capability: kib * 1024 for capability, kib in SHARED.items()}
 
 
-ROUNDS = False
-
-
 class Target:
     """A GPU to compile for."""
 
@@ -158,7 +155,7 @@ class Target:
         types |= dict.fromkeys(("rank", "expert", "held"), "i32")
         sizes = one_launch.Sizes(
             d=768, h=12, c=64, f=3072, e=512, v=50_264, k=2, activation=2, exact=False, half=False, brain=False,
-            one_byte=one_byte, ptx=one_byte > 0, ranks=ranks, programs=132, rounds=ranks > 1 or ROUNDS, small=True, **one_launch.FORM,
+            one_byte=one_byte, ptx=one_byte > 0, ranks=ranks, programs=132, **one_launch.FORM,
         )  # fmt: skip
         constants = {"ONLY": -1, "DENSE": True, "MOE": True, "s": sizes}
         if ranks == 1:

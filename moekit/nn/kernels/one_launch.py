@@ -55,7 +55,6 @@ from moekit.nn.transformer import Block, Transformer
 
 # Sequences of a rank; more of them would share weights, but each has its own norms, sums and experts.
 FEW = 1
-ROUNDS, SMALL = False, True
 # The most numbers of a matrix that a program has in its registers, those of the 15B on 132 multiprocessors: more would
 # spill.
 MOST = 48 * 768
@@ -259,8 +258,6 @@ def sizes_of(model: Transformer, vocab: int, programs: int) -> Sizes:
         one_byte=bytes_of["ONE_BYTE"],
         ptx=bytes_of["PTX"],
         ranks=ranks,
-        rounds=ROUNDS or ranks > 1,
-        small=SMALL,
         programs=programs,
         # Chunks, and rows of the output projection, have to divide D.
         **FORM | {name: math.gcd(FORM[name], config.dim) for name in ("chunk", "outputs")},

@@ -59,8 +59,6 @@ class Sizes:
     outputs: int
     rows: int
     ahead: int
-    rounds: bool = False
-    small: bool = False
 
     def each(self, n: int) -> int:
         """The most rows of ``n`` that a program treats."""
@@ -73,15 +71,12 @@ class Sizes:
     @property
     def of_a_choice(self) -> int:
         """Programs that compute one of the K choices of a token."""
-        return self.programs if self.rounds else max(self.programs // self.k, 1)
+        return max(self.programs // self.k, 1)
 
-    def group(self, each: int) -> int:
-        """Units that a warp treats at a time, of ``each`` of a program.
-
-        16 in all are the 32 bytes that memory gives at least. Fewer are better than units that there are not.
-        """
-        group = max(16 // self.warps, 1)
-        return group if each % (group * self.warps) == 0 or each % self.warps or not self.small else 1
+    @property
+    def group(self) -> int:
+        """Units that a warp treats at a time: 16 in all, which are the 32 bytes that memory gives at least."""
+        return max(16 // self.warps, 1)
 
 
 # The columns of the table of addresses, and where those of a phase begin: gain, shift, matrix and bias of queries, keys and
@@ -189,7 +184,7 @@ def products(tiles, row, one_byte: tl.constexpr, ptx: tl.constexpr, s: tl.conste
 @triton.jit
 def tiles_of_columns(w, program, each: tl.constexpr, s: tl.constexpr):
     """The columns of w [D, F] for the program's units, a tuple a group: as chunks [chunk, size of a group] of its rows."""
-    units: tl.constexpr = s.group(each) * s.warps
+    units: tl.constexpr = s.group * s.warps
     groups = ()
     for group in tl.static_range((each + units - 1) // units):
         place = group * units + tl.arange(0, units)[None, :]

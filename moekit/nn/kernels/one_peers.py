@@ -186,7 +186,7 @@ def _await_acknowledged(box, stamp, s: tl.constexpr):
 def feed_choices(at, box, first, held, stamp, kind: tl.constexpr, s: tl.constexpr):
     """Add up what the ``held`` experts here, from number ``first`` on, make of the rows that chose them.
 
-    All programs compute one choice after the other. The weights of the next one are under way meanwhile.
+    A program takes the same units of an expert as with one rank, so that each sum has the same parts.
     """
     number = tl.arange(0, triton.next_power_of_2(s.ranks * s.k))
     there, other = number < s.ranks * s.k, _words(tl.zeros((), dtype=tl.int32) + s.e, stamp)
@@ -202,31 +202,18 @@ def feed_choices(at, box, first, held, stamp, kind: tl.constexpr, s: tl.constexp
     asked, weight = _bits(asked) - first, _floats(weight)
     mine = (asked >= 0) & (asked < held)
     place = tl.cumsum(mine.to(tl.int32), axis=0) - 1
-    turns = tl.sum(mine.to(tl.int32), axis=0)
-    ready = _choice(0, turns, number, asked, mine & (place == 0), weight, at, box, kind, s)
-    for turn in range(turns):
-        following = _choice(
-            turn + 1, turns, number, asked, mine & (place == turn + 1), weight, at, box, kind, s
-        )
-        choice, share, words, part = ready
-        row = _row(words, box, choice, stamp, s)
-        if tl.program_id(0) * s.units(s.of_a_choice) < s.f:
+    together: tl.constexpr = s.of_a_choice
+    for turn in range(tl.program_id(0), tl.sum(mine.to(tl.int32), axis=0) * together, s.programs):
+        program = turn % together
+        if program * s.units(s.of_a_choice) < s.f:
+            this = mine & (place == turn // together)
+            choice = tl.sum(tl.where(this, number, 0), axis=0)
+            expert = tl.sum(tl.where(this, asked, 0), axis=0).to(tl.int64)
+            share = tl.sum(tl.where(this, weight, 0.0), axis=0)
+            # The row comes after the choices, and may come while the weights are read.
+            part = expert_part(at, expert, program, kind, s)
+            row = _row(box, choice // s.k, stamp, s)
             add(pointer(box[SUMS], tl.int64) + choice * s.d, (), fed(part, row, kind, s), share, s)
-        ready = following
-
-
-@triton.jit
-def _choice(turn, turns, number, asked, this, weight, at, box, kind: tl.constexpr, s: tl.constexpr):
-    """``this`` of the choices: its number, its weight, the words of its row, and the program's part of its expert.
-
-    Beyond the last turn nothing is read of an expert.
-    """
-    choice = tl.sum(tl.where(this, number, 0), axis=0)
-    expert = tl.sum(tl.where(this, asked, 0), axis=0).to(tl.int64)
-    share = tl.sum(tl.where(this, weight, 0.0), axis=0)
-    words = _look(pointer(box[ROWS], tl.int64) + choice // s.k * s.d, s)
-    program = tl.where(turn < turns, tl.program_id(0), tl.constexpr(s.f))
-    return choice, share, words, expert_part(at, expert, program, kind, s)
 
 
 @triton.jit
@@ -239,16 +226,16 @@ def _look(at, s: tl.constexpr):
 
 
 @triton.jit
-def _row(words, box, choice, stamp, s: tl.constexpr):
-    """The row of a choice as chunks [1, chunk] float32; looks again while ``words`` are those of another exchange."""
-    looks, waiting = (
-        tl.zeros((), dtype=tl.int32),
-        _goes_on(tl.zeros((), dtype=tl.int32), _any_late(words, stamp), box),
-    )
+def _row(box, rank, stamp, s: tl.constexpr):
+    """The row of a rank as chunks [1, chunk] float32."""
+    at = pointer(box[ROWS], tl.int64) + rank * s.d
+    words = _look(at, s)
+    looks = tl.zeros((), dtype=tl.int32)
+    waiting = _goes_on(looks, _any_late(words, stamp), box)
     while waiting:
-        words = _look(pointer(box[ROWS], tl.int64) + choice // s.k * s.d, s)
-        waiting = _goes_on(looks, _any_late(words, stamp), box)
         looks += 1
+        words = _look(at, s)
+        waiting = _goes_on(looks, _any_late(words, stamp), box)
     row = ()
     for i in tl.static_range(len(words)):
         row = row + (_floats(words[i])[None, :],)
@@ -296,14 +283,12 @@ def arrived(x, box, coming, stamp, s: tl.constexpr):
     units = vector(x, s)
     if box is not None:
         words = _look_home(box, coming, stamp, s)
-        looks, waiting = (
-            tl.zeros((), dtype=tl.int32),
-            _goes_on(tl.zeros((), dtype=tl.int32), _any_late(words, stamp), box),
-        )
+        looks = tl.zeros((), dtype=tl.int32)
+        waiting = _goes_on(looks, _any_late(words, stamp), box)
         while waiting:
+            looks += 1
             words = _look_home(box, coming, stamp, s)
             waiting = _goes_on(looks, _any_late(words, stamp), box)
-            looks += 1
         found = ()
         for i in tl.static_range(len(units)):
             total = units[i]

@@ -208,8 +208,8 @@ def feed_weights(at, kind: tl.constexpr, s: tl.constexpr):
     gain, shift, _, w1, b1, _, w2, b2, _ = at
     program = tl.program_id(0)
     each: tl.constexpr = s.units(s.programs)
-    ups = tiles_of_rows(pointer(w1, kind), program, each, s.f, s.group(each), s)
-    biases = numbers_of_rows(pointer(b1, kind), program, each, s.f, s.group(each), s)
+    ups = tiles_of_rows(pointer(w1, kind), program, each, s.f, s.group, s)
+    biases = numbers_of_rows(pointer(b1, kind), program, each, s.f, s.group, s)
     downs = tiles_of_columns(pointer(w2, kind), program, each, s)
     gains, shifts = vector(pointer(gain, kind), s), vector(pointer(shift, kind), s)
     return ups, biases, downs, first_vector(pointer(b2, kind), program, s), gains, shifts
@@ -233,40 +233,28 @@ def feed_experts(at, row, here, there, logits, gate_eps, s: tl.constexpr):
     first, second, one, two = chosen(logits, gate_eps, s)
     # Of K choices, each has its programs; with a single program, one choice follows the other.
     together: tl.constexpr = s.of_a_choice
-    each: tl.constexpr = s.units(s.of_a_choice)
-    if s.rounds:
-        ready = expert_part(at, first.to(tl.int64), tl.program_id(0), kind, s)
-        following = ready
-        if s.k == 2:
-            following = expert_part(at, second.to(tl.int64), tl.program_id(0), kind, s)
-        if tl.program_id(0) * each < s.f:
-            start = first_vector(here, tl.program_id(0), s)
-            add(there, start, fed(ready, row, kind, s), one, s)
-            if s.k == 2:
-                add(there, (), fed(following, row, kind, s), two, s)
-    else:
-        for turn in range(tl.program_id(0), together * s.k, s.programs):
-            program = turn % together
-            if program * each < s.f:
-                expert, weight = tl.where(turn < together, first, second), tl.where(turn < together, one, two)
-                ready = expert_part(at, expert.to(tl.int64), program, kind, s)
-                start = first_vector(here, turn, s)
-                add(there, start, fed(ready, row, kind, s), weight, s)
+    for turn in range(tl.program_id(0), together * s.k, s.programs):
+        program = turn % together
+        if program * s.units(s.of_a_choice) < s.f:
+            expert, weight = tl.where(turn < together, first, second), tl.where(turn < together, one, two)
+            part = expert_part(at, expert.to(tl.int64), program, kind, s)
+            start = first_vector(here, turn, s)
+            add(there, start, fed(part, row, kind, s), weight, s)
 
 
 @triton.jit
 def expert_part(at, expert, program, kind: tl.constexpr, s: tl.constexpr):
-    """What :func:`fed` needs of an expert: the part of ``program`` among the programs of a choice; zeros beyond the last unit."""
+    """What :func:`fed` needs of an expert: the part of ``program`` among the programs of a choice."""
     stored: tl.constexpr = tl.int8 if s.one_byte > 0 else kind
     _, _, _, w1, b1, scale1, w2, b2, scale2 = at
     each: tl.constexpr = s.units(s.of_a_choice)
-    ups = tiles_of_rows(pointer(w1, stored) + expert * (s.f * s.d), program, each, s.f, s.group(each), s)
+    ups = tiles_of_rows(pointer(w1, stored) + expert * (s.f * s.d), program, each, s.f, s.group, s)
     downs = tiles_of_columns(pointer(w2, stored) + expert * (s.f * s.d), program, each, s)
-    biases = numbers_of_rows(pointer(b1, kind) + expert * s.f, program, each, s.f, s.group(each), s)
+    biases = numbers_of_rows(pointer(b1, kind) + expert * s.f, program, each, s.f, s.group, s)
     scales = biases
     if s.one_byte > 0:
         scales = numbers_of_rows(
-            pointer(scale1, tl.float32) + expert * s.f, program, each, s.f, s.group(each), s
+            pointer(scale1, tl.float32) + expert * s.f, program, each, s.f, s.group, s
         ) + vector(pointer(scale2, tl.float32) + expert * s.d, s)
     last = first_vector(pointer(b2, kind) + expert * s.d, program, s)
     return ups, biases, scales, downs, last
