@@ -205,3 +205,54 @@ def test_all_programs_of_a_gpu_and_the_same_bits_again():
         graph = Graph(lambda read: operations.read_on(model, read, Pass(cache=cache), 150), tokens)
         assert all(graph(tokens).equal(first) for _ in range(50))
     model.operations.check(model)
+
+
+@torch.inference_mode()
+def compared(rank, sequences: list[int]) -> tuple[bool, list[tuple[float, bool]]]:
+    """Whether a step in one launch is for this model, and of some steps the distance from the one in several kernels.
+
+    Besides, whether the same step gives the same bits again. ``sequences`` of each rank: 1 or 0.
+    """
+    from moekit.nn.dispatch import owned
+    from moekit.nn.kernels import short_step
+    from moekit.nn.kernels.peer_dispatch import PeerDispatch
+
+    config = replace(BASE, dim=256, input_dim=256, output_dim=256, ffn_dim=512, heads=4, experts=16, layers=4)
+    held, count, device = owned(16, rank.world_size, rank.rank), sequences[rank.rank], rank.device
+    dispatch = PeerDispatch(16, 2, 256, torch.float16, device)
+    model = Transformer(config, len(held), dispatch)
+    for n, (name, p) in enumerate(model.named_parameters()):
+        # Each rank draws what the others draw, and takes its own experts.
+        whole = (16, *p.shape[1:]) if ".experts." in name else p.shape
+        drawn = torch.randn(whole, generator=torch.Generator().manual_seed(n)) * 1.5 * p.shape[-1] ** -0.5
+        p.data.copy_(drawn[held.start : held.stop] if ".experts." in name else drawn)
+    model = model.requires_grad_(False).to(device).half().use("triton")
+    cache, found = Cache(config, count, 64, device, torch.float16), []
+    cache.advance(7)
+    fits = one_launch.fits(model, 1)
+    for step in range(5):
+        tokens = torch.full((count,), 5 + step, device=device)
+        kept = cache.kv.clone()
+        slow = short_step.read_on(model, tokens, cache, VOCAB, 1)
+        cache.kv.copy_(kept)
+        fast = one_launch.read_on(model, tokens, cache, VOCAB)
+        again = one_launch.read_on(model, tokens, cache, VOCAB)
+        cache.advance(1)
+        if count:
+            off = (fast.float() - slow.float()).norm() / slow.float().norm()
+            found.append((off.item(), torch.equal(fast, again)))
+    model.operations.check(model)
+    return fits, found
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+def test_several_gpus(world_size):
+    if torch.cuda.device_count() < world_size:
+        pytest.skip(f"needs {world_size} GPUs")
+    from moekit import ranks
+
+    with ranks.start(world_size, "cuda") as pool:
+        for sequences in ([1] * world_size, [0] * (world_size - 1) + [1], [1, 0] * (world_size // 2)):
+            for (fits, found), count in zip(pool.call(compared, sequences), sequences, strict=True):
+                assert fits and len(found) == 5 * count
+                assert all(off < 1e-2 and same for off, same in found)

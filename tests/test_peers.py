@@ -215,6 +215,35 @@ def test_waiting_for_a_peer_has_an_end(pool):
     assert "a peer did not come to an exchange" in found[0]
 
 
+def absent_from_a_step(rank: ranks.Rank) -> list[str]:
+    """What a rank says, step by step, whose peer does not come to a step in one launch."""
+    import triton.language as tl
+
+    from moekit.nn.kernels import one_launch, one_peers
+    from moekit.nn.kernels.peer_dispatch import PeerDispatch
+
+    one_peers.LOOKS, one_peers.BETWEEN = tl.constexpr(8), tl.constexpr(4)
+    held = owned(E, rank.world_size, rank.rank)
+    model = Transformer(CONFIG, len(held), PeerDispatch(E, K, D, torch.float32, rank.device))
+    model.requires_grad_(False).use("triton")
+    one_launch.plan_of(model)
+    said = []
+    for _ in range(0 if rank.rank == 1 else 2):
+        cache = Cache(CONFIG, 1, 64, rank.device, torch.float32)
+        one_launch.read_on(model, torch.tensor([5]), cache, 50, 2)
+        try:
+            model.operations.check(model)
+        except RuntimeError as error:
+            said.append(str(error))
+    return said
+
+
+def test_waiting_for_a_peer_in_one_launch_has_an_end(pool):
+    found = pool.call(absent_from_a_step, timeout=120)
+    assert len(found[0]) == 2 and all("a peer did not come to an exchange" in said for said in found[0])
+    assert found[1] == []
+
+
 def gave_up(rank: ranks.Rank) -> str:
     """What scoring says on a rank that has given up waiting for a peer."""
     from moekit.batches import shares, text_batches
