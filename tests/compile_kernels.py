@@ -146,15 +146,15 @@ class Target:
         constants |= weights_of(one_byte) | self.overlap
         self.compile(short_peers._down, types | own, constants, vectors.WARPS)
 
-    def whole_step(self, kind: str, one_byte: int = 0, ranks: int = 1) -> None:
-        """A decode step in one launch, of the 15B's shape."""
+    def whole_step(self, kind: str, one_byte: int = 0, ranks: int = 1, dim: int = 768) -> None:
+        """A decode step in one launch, of the 15B's shape, or with 1,024 dims of the 52B's."""
         types = dict.fromkeys(("embed", "out", "kv", "qkv", "logits", "gain", "shift", "output"), f"*{kind}")
         types |= dict.fromkeys(("tokens", "table", "count", "lengths", "residual"), "*i64")
         types |= {"positions": "*fp32"} | dict.fromkeys(("slots", "first", "last"), "i32")
         types |= dict.fromkeys(("embed_scale", "eps", "gate_eps", "scale"), "fp32")
         types |= dict.fromkeys(("rank", "expert", "held"), "i32")
         sizes = one_launch.Sizes(
-            d=768, h=12, c=64, f=3072, e=512, v=50_264, k=2, activation=2, exact=False, half=False, brain=False,
+            d=dim, h=dim // 64, c=64, f=4 * dim, e=512, v=50_264, k=2, activation=2, exact=False, half=False, brain=False,
             one_byte=one_byte, ptx=one_byte > 0, ranks=ranks, programs=132, **one_launch.FORM,
         )  # fmt: skip
         constants = {"ONLY": -1, "DENSE": True, "MOE": True, "s": sizes}
@@ -193,6 +193,7 @@ def compile_all(target: Target) -> None:
     if target.capability >= 90:
         target.whole_step("fp16")
         target.whole_step("fp16", ranks=8)
+        target.whole_step("fp16", ranks=8, dim=1024)
     if most:
         target.whole_step("bf16", 1)
     for probs in ("fp32", "fp16"):

@@ -21,7 +21,7 @@ from steps import VOCAB, against_slow
 
 from moekit.nn.cache import Cache
 from moekit.nn.experts import QuantisedExperts
-from moekit.nn.kernels import grid_barrier, one_launch, operations
+from moekit.nn.kernels import grid_barrier, one_launch, one_parts, operations
 from moekit.nn.kernels.fixed_point import fixed, floating
 from moekit.nn.passes import Pass
 from moekit.nn.quantise import KINDS
@@ -108,6 +108,13 @@ def test_a_dense_model_and_more_chunks_and_slots_than_one(monkeypatch):
     in_one_launch_against_slow(model_of(replace(BASE, layers=2, moe_freq=0, experts=0)), 5)
 
 
+@pytest.mark.parametrize("name, programs", [("every_layer", 3), ("top1", 4)])
+def test_all_programs_take_turns_at_each_choice(name, programs, monkeypatch):
+    """So it is in models that are too wide for half of the programs."""
+    monkeypatch.setattr(one_parts, "MOST", 1)
+    in_one_launch_against_slow(model_of(replace(CASES[name].config, layers=2)), programs)
+
+
 @pytest.mark.parametrize("kind, programs", [("int8", 3), ("fp8", 4)])
 def test_experts_of_one_byte(kind, programs):
     in_one_launch_against_slow(model_of(replace(BASE, layers=2), KINDS[kind]), programs)
@@ -169,7 +176,7 @@ def test_what_the_kernel_is_not_made_for_takes_the_others(monkeypatch):
         {"alternate_ffn_dim": 24},
         {"second_expert": "sampling"},
         {"ffn_dim": 40},
-        {"ffn_dim": 100_000},
+        {"ffn_dim": 200_000},
         {"dim": 36, "input_dim": 36, "output_dim": 36},
     ):
         assert not fits(**options), options

@@ -123,17 +123,23 @@ def whole() -> Transformer:
 
 
 def stepped(
-    rank: ranks.Rank, sequences: list[int], kind: torch.dtype | None = None, programs: int | None = None
+    rank: ranks.Rank,
+    sequences: list[int],
+    kind: torch.dtype | None = None,
+    programs: int | None = None,
+    most: int = 36_864,
 ) -> float:
     """The largest difference of a few decode steps in the fused kernels over ranks from the plain model alone.
 
     Args:
         programs: of the kernel that makes a step in one launch; None: other kernels make it.
+        most: numbers of a matrix that a program of it takes; with fewer, all programs take turns at each choice.
     """
     from moekit.nn.experts import QuantisedExperts
-    from moekit.nn.kernels import batch_step, one_launch, short_step
+    from moekit.nn.kernels import batch_step, one_launch, one_parts, short_step
     from moekit.nn.kernels.peer_dispatch import PeerDispatch
 
+    one_parts.MOST = most
     plain, held = whole(), owned(E, rank.world_size, rank.rank)
     model = Transformer(CONFIG, len(held), PeerDispatch(E, K, D, torch.float32, rank.device))
     given = dict(plain.named_parameters())
@@ -170,9 +176,11 @@ def stepped(
     return worst
 
 
-@pytest.mark.parametrize("sequences, programs", [([1, 1, 1], 5), ([0, 1, 0], 2), ([1, 0, 1], 1)])
-def test_a_step_in_one_launch_over_ranks(pool, sequences, programs):
-    for worst in pool.call(stepped, sequences[: pool.world_size], None, programs, timeout=240):
+@pytest.mark.parametrize(
+    "sequences, programs, most", [([1, 1, 1], 5, 1), ([0, 1, 0], 2, 36_864), ([1, 0, 1], 5, 36_864)]
+)
+def test_a_step_in_one_launch_over_ranks(pool, sequences, programs, most):
+    for worst in pool.call(stepped, sequences[: pool.world_size], None, programs, most, timeout=240):
         assert worst < 1e-5
 
 

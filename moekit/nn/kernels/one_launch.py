@@ -48,16 +48,13 @@ from moekit.nn.kernels.one_kernel import (
     serve,
     step,
 )
-from moekit.nn.kernels.one_parts import COLUMNS, Sizes
+from moekit.nn.kernels.one_parts import COLUMNS, MOST, Sizes
 from moekit.nn.kernels.one_peers import Post, post_of
 from moekit.nn.kernels.peer_dispatch import PeerDispatch
 from moekit.nn.transformer import Block, Transformer
 
 # Sequences of a rank; more of them would share weights, but each has its own norms, sums and experts.
 FEW = 1
-# The most numbers of a matrix that a program has in its registers, those of the 15B on 132 multiprocessors: more would
-# spill.
-MOST = 48 * 768
 # How the work is cut, see Sizes: what was fastest on an H200.
 FORM = {
     "warps": 8,
@@ -119,9 +116,7 @@ def fits(model: Transformer, sequences: int) -> bool:
     if not supported or not on_hopper(embed.device):
         return False
     programs = multiprocessors(embed.device)
-    of_a_matrix = max(
-        3 * config.dim / programs, config.ffn_dim / (programs // (1 if config.dense else gate.top_k))
-    )
+    of_a_matrix = max(3 * config.dim, config.ffn_dim) / programs
     return of_a_matrix * config.dim <= MOST
 
 

@@ -16,6 +16,10 @@ import triton.language as tl
 from moekit.nn.kernels.fixed_point import fixed, floating
 from moekit.nn.kernels.one_byte import numbers
 
+# The most numbers of a matrix that a program has in its registers, those of the 15B on 132 multiprocessors: more would
+# spill.
+MOST = 48 * 768
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -70,8 +74,9 @@ class Sizes:
 
     @property
     def of_a_choice(self) -> int:
-        """Programs that compute one of the K choices of a token."""
-        return max(self.programs // self.k, 1)
+        """Programs that compute one of the K choices of a token: all take their turns at each, or each choice has its own."""
+        own = max(self.programs // self.k, 1)
+        return own if self.units(own) * self.d <= MOST else self.programs
 
     @property
     def group(self) -> int:
