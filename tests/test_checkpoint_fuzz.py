@@ -9,6 +9,7 @@ import collections
 import gzip
 import io
 import os
+import pickletools
 import random
 import shutil
 import socket
@@ -23,6 +24,7 @@ import pytest
 import torch
 
 from moekit import checkpoint
+from moekit.checkpoint import contents, pickles
 from moekit.checkpoint.inspection import NonFinite
 from moekit.nn.changes import changed
 from moekit.nn.transformer import Transformer
@@ -782,6 +784,44 @@ def test_pickles_with_a_right_checksum_are_read_as_torch_reads_them(reference, t
         assert list(mine) == list(theirs)
         assert all(mine[key].view(torch.uint8).equal(theirs[key].view(torch.uint8)) for key in mine), seed
         counts["pickles with a right checksum"]["as torch reads them"] += 1
+
+
+def test_what_is_harmless_at_once_is_so_node_by_node(reference):
+    """The fast look at all calls and names finds whatever the slow walk from object to object refuses."""
+    data = members(reference / "checkpoint" / "model-rank-0.pt")["archive/data.pkl"]
+    starts = [at for _, _, at in pickletools.genops(data)]
+    odd = [
+        b"cos\nsystem\n",
+        b"cbuiltins\nlist\n",
+        b"cargparse\nNamespace\n",
+        b"K\1\x85R",
+        b"(K\1tR",
+        b")",
+        b"0",
+        b"Q",
+        b"R",
+    ]
+
+    def refused_slowly(found) -> bool:
+        try:
+            return any(map(contents.refused, (node for node, _ in contents.walk(found.value))))
+        except pickles.Unreadable:
+            return True
+
+    seen = collections.Counter()
+    for seed in range(1500):
+        rng = random.Random(seed)
+        at = rng.choice(starts)
+        mutated = data[:at] + b"".join(rng.choices(odd, k=rng.choice([1, 2, 3]))) + data[at:]
+        try:
+            harmless, refused = (
+                contents.harmless(pickles.parse(mutated)),
+                refused_slowly(pickles.parse(mutated)),
+            )
+        except pickles.Unreadable:
+            continue
+        seen[harmless, refused] += 1
+    assert not seen[True, True] and seen[True, False] > 10 and seen[False, True] > 100, seen
 
 
 def test_what_was_tried(counted):

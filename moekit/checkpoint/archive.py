@@ -5,12 +5,12 @@ from __future__ import annotations
 import struct
 import zlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from moekit.checkpoint.contents import short, storage_sizes
-from moekit.checkpoint.pickles import EACH, MOST_BYTES, Name, Pairs, Unreadable, parse
+from moekit.checkpoint.pickles import EACH, MOST_BYTES, Pairs, Parsed, Unreadable, parse
 
 # The records of a zip archive (section 4.3 of PKWARE's APPNOTE.TXT).
 END = struct.Struct("<4s4H2LH")
@@ -24,8 +24,7 @@ START = b"PK\x03\x04"
 MAGIC = 0x1950A86A20F9469CFC6C
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(NamedTuple):
     """A range of bytes in a file: a member of an archive, or a storage of an old file.
 
     Attributes:
@@ -42,10 +41,9 @@ class Record:
 
 @dataclass(frozen=True)
 class Layout:
-    """The pickle of a file, the functions and classes that it names, and the records of the storages in the file."""
+    """What the pickle of a file makes, and the records of the storages in the file."""
 
-    content: Any
-    names: set[Name]
+    pickle: Parsed
     storages: dict[str, Record]
     # The folder in which all members of an archive lie.
     folder: str | None = None
@@ -76,10 +74,10 @@ def _of_archive(memory: np.ndarray, each: int) -> Layout:
     order = records.get(f"{folder}/byteorder")
     if order is not None and _content(memory, order) != b"little":
         raise Unreadable("was written on a big-endian machine, which is not supported")
-    content, _, names = parse(_content(memory, records[pickles[0]]), each=each)
+    pickle = parse(_content(memory, records[pickles[0]]), each=each)
     data = f"{folder}/data/"
-    storages = {name.removeprefix(data): r for name, r in records.items() if name.startswith(data)}
-    return Layout(content, names, storages, folder)
+    storages = {name[len(data) :]: r for name, r in records.items() if name.startswith(data)}
+    return Layout(pickle, storages, folder)
 
 
 def _content(memory: np.ndarray, record: Record) -> memoryview:
@@ -96,18 +94,21 @@ def _content(memory: np.ndarray, record: Record) -> memoryview:
 def _members(memory: np.ndarray) -> dict[str, Record]:
     """All members of a zip archive whose members are stored without compression."""
     entries, at, end = _directory(memory)
+    data = memory.data
     records: dict[str, Record] = {}
     for _ in range(entries):
-        fields = _unpack(ENTRY, memory, at, b"PK\x01\x02")
+        fields = _unpack(ENTRY, data, at, b"PK\x01\x02")
         flags, method, checksum, packed, size = fields[3], fields[4], *fields[7:10]
         name_size, extra_size, note_size, header = *fields[10:13], fields[16]
-        spelled = memory[at + ENTRY.size : at + ENTRY.size + name_size].tobytes()
-        name = spelled.decode("utf-8", "replace")
-        extra = memory[at + ENTRY.size + name_size : at + ENTRY.size + name_size + extra_size].tobytes()
-        size, packed, header = _of_64_bits(extra, size, packed, header)
-        at += ENTRY.size + name_size + extra_size + note_size
+        at += ENTRY.size
+        spelled = data[at : at + name_size].tobytes()
+        at += name_size + extra_size
+        if 0xFFFFFFFF in (size, packed, header):
+            size, packed, header = _of_64_bits(data[at - extra_size : at].tobytes(), size, packed, header)
+        at += note_size
         if at > end:
             raise Unreadable("is damaged: the directory of its zip archive is longer than told")
+        name = spelled.decode("utf-8", "replace")
         if name in records:
             raise Unreadable(f"is a zip archive with two members of the name {short(name)}")
         if method != 0 or packed != size or flags & 1:
@@ -116,14 +117,15 @@ def _members(memory: np.ndarray) -> dict[str, Record]:
             )
         # The header before a member repeats these fields; it is read for its length. Its name shows whether the entry of
         # the directory belongs to this member.
-        fields = _unpack(HEADER, memory, header, START)
-        start = header + HEADER.size + fields[9] + fields[10]
-        if memory[header + HEADER.size : header + HEADER.size + fields[9]].tobytes() != spelled:
+        fields = _unpack(HEADER, data, header, START)
+        begin = header + HEADER.size + fields[9]
+        if data[begin - fields[9] : begin] != spelled:
             raise Unreadable(f"is damaged: its {short(name)} lies where another member should")
-        if start + size > len(memory):
+        begin += fields[10]
+        if begin + size > len(data):
             raise Unreadable(f"is damaged or cut short: its {short(name)} ends behind the end of the file")
         # torch writes 0 if checksums are switched off.
-        records[name] = Record(name, start, size, checksum if checksum or not size else None)
+        records[name] = Record(name, begin, size, checksum if checksum or not size else None)
     return records
 
 
@@ -137,11 +139,12 @@ def _directory(memory: np.ndarray) -> tuple[int, int, int]:
             "end is missing"
         )
     end = tail_start + where
-    _, _, _, _, entries, size, start, _ = _unpack(END, memory, end, b"PK\x05\x06")
+    data = memory.data
+    _, _, _, _, entries, size, start, _ = _unpack(END, data, end, b"PK\x05\x06")
     pointer = end - END_64_POINTER.size
     if pointer >= 0 and memory[pointer : pointer + 4].tobytes() == b"PK\x06\x07":
-        end = _unpack(END_64_POINTER, memory, pointer, b"PK\x06\x07")[2]
-        entries, size, start = _unpack(END_64, memory, end, b"PK\x06\x06")[7:10]
+        end = _unpack(END_64_POINTER, data, pointer, b"PK\x06\x07")[2]
+        entries, size, start = _unpack(END_64, data, end, b"PK\x06\x06")[7:10]
     if start + size > end or entries * ENTRY.size > size:
         raise Unreadable("is damaged: the directory of its zip archive does not fit into the file")
     return entries, start, start + size
@@ -149,8 +152,6 @@ def _directory(memory: np.ndarray) -> tuple[int, int, int]:
 
 def _of_64_bits(extra: bytes, *values: int) -> tuple[int, ...]:
     """``values``, in which values that do not fit into 32 bits are replaced from the extra field with number 1."""
-    if 0xFFFFFFFF not in values:
-        return values
     at = 0
     while at + 4 <= len(extra):
         number, size = struct.unpack_from("<2H", extra, at)
@@ -164,11 +165,15 @@ def _of_64_bits(extra: bytes, *values: int) -> tuple[int, ...]:
     raise Unreadable("is damaged: a size in the directory of its zip archive is missing")
 
 
-def _unpack(form: struct.Struct, memory: np.ndarray, at: int, signature: bytes) -> tuple[Any, ...]:
-    record = memory[at : at + form.size].tobytes() if at >= 0 else b""
-    if len(record) < form.size or not record.startswith(signature):
+def _unpack(form: struct.Struct, data: memoryview, at: int, signature: bytes) -> tuple[Any, ...]:
+    try:
+        # A number below zero would count from the end.
+        found = form.unpack_from(data, at) if at >= 0 else (b"",)
+    except (struct.error, OverflowError):
+        found = (b"",)
+    if found[0] != signature:
         raise Unreadable("is damaged: the parts of its zip archive are not where its directory says")
-    return form.unpack(record)
+    return found
 
 
 def _of_old_file(memory: np.ndarray, each: int) -> Layout:
@@ -202,4 +207,4 @@ def _of_old_file(memory: np.ndarray, each: int) -> Layout:
             )
         storages[name] = Record(name, at, count * size, None)
         at += count * size
-    return Layout(content.value, content.names, storages)
+    return Layout(content, storages)

@@ -11,7 +11,7 @@ from typing import Any
 
 from moekit.checkpoint.contents import clip, short
 from moekit.checkpoint.files import Files
-from moekit.checkpoint.keys import NUMBER
+from moekit.checkpoint.keys import split
 from moekit.checkpoint.options import READ
 from moekit.checkpoint.reading import Weights
 from moekit.checkpoint.shards import FLAT as FLAT_TENSOR
@@ -81,23 +81,23 @@ def _numbers(name: str) -> dict[str, str | int]:
 
 def _check_copies(opened: dict[Path, Weights]) -> None:
     """Files that hold the same experts. Where all experts are the same, as before a training, that says nothing."""
-    experts: dict[Path, dict[tuple[str, ...], list]] = {}
+    experts: dict[Path, dict[tuple[int, ...], list]] = {}
     for path, weights in opened.items():
         experts[path] = defaultdict(list)
         for key, record in weights.records.items():
-            numbers = NUMBER.findall(key)
+            pattern, numbers = split(key)
             if len(numbers) == 2 and record.checksum is not None:
-                pattern = NUMBER.sub("{}", key)
-                experts[path][tuple(numbers)].append((pattern, weights[key].shape, record.checksum))
-    layers: dict[str, set[str]] = defaultdict(set)
-    seen: dict[str, Path] = {}
+                experts[path][numbers].append((pattern, tuple(weights.header(key).shape), record.checksum))
+    layers: dict[int, set[tuple]] = defaultdict(set)
+    seen: dict[tuple, Path] = {}
     for found in experts.values():
         for (layer, _), tensors in found.items():
-            layers[layer].add(repr(sorted(tensors)))
+            tensors.sort()
+            layers[layer].add(tuple(tensors))
     if all(len(kinds) < 2 for kinds in layers.values()):
         return
     for path, found in experts.items():
-        told = repr(sorted((numbers, sorted(tensors)) for numbers, tensors in found.items()))
+        told = tuple((numbers, *found[numbers]) for numbers in sorted(found))
         if found and told in seen:
             raise ValueError(
                 f"{path} holds the same experts as {seen[told].name}: one was copied over the other; fetch both again"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import math
 import re
 import reprlib
 import sys
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 
-from moekit.checkpoint.pickles import Call, Group, Name, Pairs, Reference, Unreadable
+from moekit.checkpoint.pickles import Call, Group, Name, Pairs, Parsed, Reference, Unreadable
 
 _cut = reprlib.Repr()
 _cut.maxlevel, _cut.maxstring, _cut.maxother, _cut.maxlong = 2, 60, 60, 40
@@ -144,7 +143,7 @@ def refused(node: Any) -> str | None:
     if isinstance(node, Name) and not is_known(node):
         return f"asks to load the class or function {clip(str(node))}"
     if isinstance(node, Reference):
-        Stored(node)
+        stored(node)
     if not isinstance(node, Call):
         return None
     name, arguments = called(node)
@@ -157,6 +156,27 @@ def refused(node: Any) -> str | None:
         or (is_enumeration(name) and one_value(arguments))
     )
     return None if fits else f"asks to call {clip(str(name))} with arguments that no checkpoint needs"
+
+
+def harmless(found: Parsed) -> bool:
+    """Whether :func:`refused` accepts all that a pickle has made.
+
+    If not, :func:`walk` finds what is refused, and where it is, unless the pickle has discarded it.
+    """
+    if not all(map(is_known, found.names)):
+        return False
+    # Most calls are of a few functions that take any arguments.
+    free = {n for n in found.names if any(p.fullmatch(n) and fits is _any for p, fits in _calls.items())}
+    for call in found.calls:
+        plainly = type(call.function) is Name and type(call.arguments) is tuple and call.function in free
+        if not plainly and refused(call):
+            return False
+    try:
+        for reference in found.references:
+            stored(reference)
+    except Unreadable:
+        return False
+    return True
 
 
 def called(call: Call) -> tuple[Any, Any]:
@@ -172,7 +192,7 @@ def walk(root: Any) -> Iterator[tuple[Any, Callable[[], str]]]:
     waiting: list[tuple[Any, tuple]] = [(root, ())]
     while waiting:
         node, place = waiting.pop()
-        if isinstance(node, (list, tuple, Call)):
+        if isinstance(node, (list, tuple, Call, Reference)):
             if id(node) in seen:
                 continue
             seen.add(id(node))
@@ -216,34 +236,50 @@ def _spelled(place: tuple) -> str:
 
 
 class Stored:
-    """A storage that a pickle refers to: its name in the file, its dtype, and its length in numbers."""
+    """A storage that a pickle refers to: its name in the file, its dtype, its length in numbers and its bytes."""
 
-    __slots__ = ("count", "dtype", "name")
+    __slots__ = ("bytes", "count", "dtype", "name")
 
     def __init__(self, reference: Reference):
         parts = reference.name
         if not isinstance(parts, tuple) or len(parts) not in (5, 6) or parts[0] != "storage":
             raise Unreadable("is damaged: it refers to something outside that is no storage")
-        _, kind, self.name, _, self.count = parts[:5]
+        kind, name, count = parts[1], parts[2], parts[4]
         if len(parts) == 6 and parts[5] is not None:
             raise Unreadable("has storages that are parts of others, as torch before version 0.4 wrote them")
-        dtype = STORAGES.get(str(kind).rpartition(".")[2]) if isinstance(kind, Name) else None
-        if dtype is None or type(self.name) is not str or type(self.count) is not int or self.count < 0:
+        dtype = STORAGES.get(kind.rpartition(".")[2]) if type(kind) is Name else None
+        if dtype is None or type(name) is not str or type(count) is not int or count < 0:
             raise Unreadable(f"is damaged, or has a storage of an unknown kind: {short(kind)}")
-        self.dtype: torch.dtype = dtype
+        self.name, self.count, self.dtype = name, count, dtype
+        self.bytes: int = count * dtype.itemsize
 
-    @property
-    def bytes(self) -> int:
-        return self.count * self.dtype.itemsize
+
+def stored(reference: Reference) -> Stored:
+    """The storage that ``reference`` refers to.
+
+    Raises:
+        Unreadable: it refers to something else.
+    """
+    if reference.meaning is None:
+        reference.meaning = Stored(reference)
+    return reference.meaning
 
 
 def is_shape(shape: tuple | list) -> bool:
     """Whether a tensor can have this shape: torch counts its numbers in 64 bits, and takes a dimension of 0 for 1 at times."""
-    return (
-        len(shape) <= 8
-        and all(type(n) is int and 0 <= n < 2**48 for n in shape)
-        and math.prod(max(n, 1) for n in shape) < 2**63
-    )
+    if len(shape) > 8:
+        return False
+    numbers = 1
+    for n in shape:
+        if type(n) is not int or not 0 <= n < 2**48:
+            return False
+        numbers *= n or 1
+    return numbers < 2**63
+
+
+# The functions that rebuild a tensor, and that put one into a parameter.
+_TENSORS = ("tensor", "tensor_v2", "tensor_v3")
+_PARAMETERS = ("parameter", "parameter_with_state")
 
 
 def layout_of(call: Call) -> tuple[Stored, int, tuple[int, ...], tuple[int, ...], torch.dtype] | None:
@@ -254,20 +290,16 @@ def layout_of(call: Call) -> tuple[Stored, int, tuple[int, ...], tuple[int, ...]
     """
     name, arguments = called(call)
     kind = str(name).rpartition("_rebuild_")[2]
-    if kind in ("parameter", "parameter_with_state") and arguments and isinstance(arguments[0], Call):
+    if kind in _PARAMETERS and arguments and isinstance(arguments[0], Call):
         name, arguments = called(arguments[0])
         kind = str(name).rpartition("_rebuild_")[2]
-    if (
-        kind not in ("tensor", "tensor_v2", "tensor_v3")
-        or not isinstance(arguments, tuple)
-        or len(arguments) < 4
-    ):
+    if kind not in _TENSORS or not isinstance(arguments, tuple) or len(arguments) < 4:
         return None
     storage, offset, shape, strides = arguments[:4]
     if not isinstance(storage, Reference):
         return None
-    stored = Stored(storage)
-    dtype = stored.dtype
+    there = stored(storage)
+    dtype = there.dtype
     if kind == "tensor_v3":
         word = str(arguments[6]).removeprefix("torch.") if len(arguments) > 6 else None
         if word not in DTYPES:
@@ -275,17 +307,21 @@ def layout_of(call: Call) -> tuple[Stored, int, tuple[int, ...], tuple[int, ...]
         dtype = DTYPES[word]
     if not isinstance(shape, tuple) or not isinstance(strides, tuple) or len(shape) != len(strides):
         raise Unreadable("is damaged: a tensor has no shape")
-    if not is_shape(shape) or any(type(n) is not int or not 0 <= n < 2**48 for n in (offset, *strides)):
+    if not is_shape(shape) or type(offset) is not int or not 0 <= offset < 2**48:
         raise Unreadable("is damaged: a tensor's shape is not made of whole numbers")
-    last = offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
-    if 0 not in shape and (last + 1) * dtype.itemsize > stored.bytes:
+    last = offset
+    for n, step in zip(shape, strides, strict=True):
+        if type(step) is not int or not 0 <= step < 2**48:
+            raise Unreadable("is damaged: a tensor's shape is not made of whole numbers")
+        last += (n - 1) * step
+    if (last + 1) * dtype.itemsize > there.bytes and 0 not in shape:
         raise Unreadable(
-            f"is damaged: a tensor of shape {short(list(shape))} is larger than its storage of {stored.count:,} numbers"
+            f"is damaged: a tensor of shape {short(list(shape))} is larger than its storage of {there.count:,} numbers"
         )
-    return stored, offset, shape, strides, dtype
+    return there, offset, shape, strides, dtype
 
 
 def storage_sizes(root: Any) -> dict[str, int]:
     """The bytes per number of each storage that ``root`` refers to."""
-    found = (Stored(node) for node, _ in walk(root) if isinstance(node, Reference))
-    return {stored.name: stored.dtype.itemsize for stored in found}
+    found = (stored(node) for node, _ in walk(root) if isinstance(node, Reference))
+    return {one.name: one.dtype.itemsize for one in found}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -76,8 +77,7 @@ _LAYER = re.compile(r"(?<=^layers\.)\d+")
 NUMBER = re.compile(rf"(?<=\.layers\.){_NUMBER}|(?<=\.experts\.){_NUMBER}")
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Where a key's tensor goes: our parameter, and the part of it (see ``KEYS``); ``expert`` counts from 0 overall."""
 
     name: str
@@ -97,44 +97,67 @@ class Place:
             return parameter.chunk(3)["qkv".index(self.part)]
         return parameter
 
-    def count(self, parameter: Tensor) -> int:
-        """How many numbers of ``parameter`` belong here."""
-        parts = len(parameter) if self.part == "expert" else 3 if self.part in ("q", "k", "v") else 1
-        return parameter.numel() // parts
+    def shape(self, parameter: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of what belongs here of a parameter of the shape ``parameter``."""
+        if self.part == "expert":
+            return parameter[1:]
+        return (parameter[0] // 3, *parameter[1:]) if self.part in ("q", "k", "v") else parameter
+
+    def size(self, parameter: tuple[int, ...]) -> int:
+        """How many numbers of a parameter of the shape ``parameter`` belong here."""
+        return math.prod(self.shape(parameter))
 
 
-def places(
-    source: Source, found: dict[str, Tensor], config: ModelConfig
-) -> Iterator[tuple[str, Tensor, Place]]:
-    """Each (key, tensor) of a file and where it goes; without the keys that are dropped on purpose.
+def places(source: Source, found: Iterable[str], config: ModelConfig) -> Iterator[tuple[str, Place]]:
+    """Each key of a file and where its tensor goes; without the keys that are dropped on purpose.
+
+    Args:
+        found: the keys, of which it can be asked whether one is there.
 
     Raises:
         ValueError: a key is not in the table.
     """
-    for key, tensor in found.items():
-        pattern, numbers = _split(key)
-        if pattern not in KEYS and pattern not in OLD_KEYS:
+    first, shared = source.experts.start, config.share_output
+    for key in found:
+        place = _place(key)
+        if place is None:
+            if split(key)[0] in KEYS:
+                continue
             raise ValueError(
                 f"{source.path}: unknown key {clip(key)}; expected a key of moekit.checkpoint.KEYS"
             )
-        target = KEYS[pattern] if pattern in KEYS else OLD_KEYS[pattern]
-        if config.share_output and target == "output.weight[rows]":
+        name, part, expert = place
+        if part == "expert":
+            yield key, Place(name, part, first + expert)
+            continue
+        if shared and name == "output.weight":
             # Files hold this matrix twice, and fairseq reads this one last.
-            target = "embed.weight[rows]"
-        elif config.share_output and key == SHARED_KEY and not OUTPUT_KEYS.isdisjoint(found):
+            place = Place("embed.weight", part)
+        elif shared and key == SHARED_KEY and not OUTPUT_KEYS.isdisjoint(found):
             continue
-        if target is None or (target.startswith("norm.") and config.before_final_norm):
-            continue
-        name, _, part = target.rstrip("]").partition("[")
-        expert = source.experts.start + numbers[-1] if part == "expert" else 0
-        yield key, tensor, Place(name.format(*numbers), part, expert)
+        if not (config.before_final_norm and name.startswith("norm.")):
+            yield key, place
 
 
-# The files of a checkpoint share most keys.
-@functools.lru_cache(maxsize=4096)
-def _split(key: str) -> tuple[str, tuple[int, ...]]:
-    """A key without its numbers, and the numbers."""
+# The files of a checkpoint share most keys; those of 512 experts in one file are 12,500.
+MOST_KEYS = 1 << 14
+
+
+@functools.lru_cache(maxsize=MOST_KEYS)
+def split(key: str) -> tuple[str, tuple[int, ...]]:
+    """A key without its numbers, and the numbers: its layer, and its expert's number within its file."""
     return NUMBER.sub("{}", key), tuple(int(n) for n in NUMBER.findall(key))
+
+
+@functools.lru_cache(maxsize=MOST_KEYS)
+def _place(key: str) -> Place | None:
+    """The place of a key's tensor, with the expert's number within its file; None without one."""
+    pattern, numbers = split(key)
+    target = KEYS.get(pattern) or OLD_KEYS.get(pattern)
+    if target is None:
+        return None
+    name, _, part = target.rstrip("]").partition("[")
+    return Place(name.format(*numbers), part, numbers[-1] if part == "expert" else 0)
 
 
 def fairseq_parts(name: str, parameter: Tensor) -> Iterator[tuple[str, Tensor]]:

@@ -33,11 +33,11 @@ def mapped(plan: Plan, held: range) -> dict[int, list[dict[str, Mapped]]]:
     }
     for source in plan.needed(held):
         weights = plan.open(source)
-        for key, tensor, target in places(source, weights, plan.config):
+        for key, target in places(source, weights, plan.config):
             there = placed(target, plan.physical)
             if there.where is not None and there.expert in held:
                 layer, expert = there.where
                 begin = weights.cut.get(key, (0,))[0]
                 name = target.name.rpartition(".")[-1]
-                found[layer][expert - held.start][name].parts.append((begin, tensor))
+                found[layer][expert - held.start][name].parts.append((begin, weights[key]))
     return found

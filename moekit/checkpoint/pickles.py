@@ -10,15 +10,18 @@ Dictionaries become :class:`Pairs`, since a key may be any object, and hashing i
 
 from __future__ import annotations
 
-import gc
 import struct
 from collections.abc import Callable
 from typing import Any, NamedTuple
+
+from moekit.checkpoint.collecting import no_collector
 
 # The most bytes of a pickle; the pickle of a file with 25,000 tensors has 5 MB.
 MOST_BYTES = 64 << 20
 # A pickle of n bytes may have FEW + n / EACH instructions, and make half as many objects.
 FEW, EACH = 350_000, 40
+# The most bytes that are copied to be read, as bytes are read faster than a view of a file.
+COPIED = 4 << 20
 
 
 class Unreadable(Exception):
@@ -54,20 +57,33 @@ class Call:
         self.items: list[Any] = []
 
 
-class Reference(NamedTuple):
-    """A reference to an object outside the pickle; ``name`` is the tuple that names it."""
+class Reference:
+    """A reference to an object outside the pickle; ``name`` is the tuple that names it.
 
-    name: Any
+    ``meaning`` is what the reader makes of the name (:class:`moekit.checkpoint.contents.Stored`), once it has.
+    """
+
+    __slots__ = ("meaning", "name")
+
+    def __init__(self, name: Any):
+        self.name, self.meaning = name, None
+
+    def __repr__(self) -> str:
+        return f"Reference(name={self.name!r})"
 
 
 class Parsed(NamedTuple):
+    """What a pickle makes, and everything in it that a reader may refuse, discarded by later instructions or not."""
+
     value: Any
     # The first byte after the pickle.
     end: int
-    # All names in the pickle, including those that later instructions discard.
     names: set[Name]
+    calls: list[Call]
+    references: list[Reference]
 
 
+@no_collector()
 def parse(data: bytes | memoryview, start: int = 0, each: int = EACH) -> Parsed:
     """Read the pickle of protocol 2 to 5 that begins at ``start``.
 
@@ -77,17 +93,11 @@ def parse(data: bytes | memoryview, start: int = 0, each: int = EACH) -> Parsed:
     Raises:
         Unreadable: the pickle is damaged, too long or too large, or has another protocol.
     """
-    machine = _Machine(data, start, each)
-    collects = gc.isenabled()
-    # The garbage collector would scan these objects repeatedly, although all of them are kept.
-    gc.disable()
+    machine = _Machine(bytes(data) if len(data) <= COPIED else data, start, each)
     try:
-        return Parsed(machine.run(), machine.at, machine.names)
-    except (IndexError, struct.error):
+        return Parsed(machine.run(), machine.at, machine.names, machine.calls, machine.references)
+    except (IndexError, KeyError, struct.error):
         raise Unreadable(f"has a damaged pickle (byte {machine.at:,})") from None
-    finally:
-        if collects:
-            gc.enable()
 
 
 class _Machine:
@@ -97,23 +107,108 @@ class _Machine:
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
         self.names: set[Name] = set()
+        self.calls: list[Call] = []
+        self.references: list[Reference] = []
 
     def run(self) -> Any:
-        data, stack, act = self.data, self.stack, ACTIONS
-        most = FEW + len(data) // self.each
-        for _ in range(most):
-            code = data[self.at]
-            self.at += 1
-            if code == STOP:
-                return stack.pop()
-            action = act[code]
-            if action is None:
-                raise Unreadable(
-                    f"has a pickle with the instruction {bytes([code])!r}, which is damaged or not of protocol 2 to 5"
-                )
-            action(self)
-            if len(self.memo) + len(self.marks) > most // 2:
-                break
+        """Carry out all instructions; returns the object that the pickle makes.
+
+        A file of many tensors has a million instructions of these few kinds, so they stand here in a loop without calls. All
+        others are in ``ACTIONS``.
+        """
+        data, size, stack, marks, memo, act = (
+            self.data,
+            len(self.data),
+            self.stack,
+            self.marks,
+            self.memo,
+            ACTIONS,
+        )
+        push, pop, u16, u32 = stack.append, stack.pop, U16.unpack_from, U32.unpack_from
+        note_call, note_reference = self.calls.append, self.references.append
+        most = FEW + size // self.each
+        made, at = most // 2, self.at
+        try:
+            for _ in range(most):
+                code = data[at]
+                at += 1
+                if code == LONG_PUT:
+                    index = u32(data, at)[0]
+                    at += 4
+                    memo[index] = stack[-1]
+                    if len(memo) + len(marks) > made:
+                        break
+                elif code == LONG_GET:
+                    index = u32(data, at)[0]
+                    at += 4
+                    push(memo[index])
+                elif code == BYTE:
+                    push(data[at])
+                    at += 1
+                elif code == TEXT:
+                    length = u32(data, at)[0]
+                    at += 4
+                    if length > size - at:
+                        raise IndexError
+                    at += length
+                    push(decoded(data[at - length : at]))
+                elif code == MARK:
+                    marks.append(len(stack))
+                    if len(memo) + len(marks) > made:
+                        break
+                elif code == TUPLE:
+                    start = marks.pop()
+                    if len(stack) < start:
+                        raise IndexError
+                    items = tuple(stack[start:])
+                    del stack[start:]
+                    push(items)
+                elif code == CALL:
+                    arguments = pop()
+                    call = Call(pop(), arguments)
+                    note_call(call)
+                    push(call)
+                elif code == FALSE:
+                    push(False)
+                elif code == PUT:
+                    index = data[at]
+                    at += 1
+                    memo[index] = stack[-1]
+                    if len(memo) + len(marks) > made:
+                        break
+                elif code == REFERENCE:
+                    reference = Reference(pop())
+                    note_reference(reference)
+                    push(reference)
+                elif code == TUPLE_1:
+                    push((pop(),))
+                elif code == TUPLE_2:
+                    second = pop()
+                    push((pop(), second))
+                elif code == EMPTY_TUPLE:
+                    push(())
+                elif code == SHORT:
+                    push(u16(data, at)[0])
+                    at += 2
+                elif code == GET:
+                    index = data[at]
+                    at += 1
+                    push(memo[index])
+                elif code == STOP:
+                    return pop()
+                else:
+                    self.at = at
+                    action = act[code]
+                    if action is None:
+                        raise Unreadable(
+                            f"has a pickle with the instruction {bytes([code])!r}, which is damaged or not of protocol 2 to 5"
+                        )
+                    action(self)
+                    at = self.at
+                    if len(memo) + len(marks) > made:
+                        break
+        finally:
+            self.at = max(self.at, at)
         raise Unreadable(
             f"has a pickle of more than {most:,} instructions, more than a file of its size needs"
         )
@@ -154,9 +249,9 @@ class _Machine:
         return found.items if isinstance(found, Call) else found
 
 
-def decoded(text: bytes) -> str:
+def decoded(text: bytes | memoryview) -> str:
     try:
-        return text.decode("utf-8", "surrogatepass")
+        return str(text, "utf-8", "surrogatepass")
     except UnicodeDecodeError:
         raise Unreadable("has a damaged text in its pickle") from None
 
@@ -169,10 +264,6 @@ def _take(machine: _Machine, count: int) -> tuple[Any, ...]:
     return items
 
 
-def _mark(machine: _Machine) -> None:
-    machine.marks.append(len(machine.stack))
-
-
 def _pop(machine: _Machine) -> None:
     if machine.marks and machine.marks[-1] == len(machine.stack):
         machine.marks.pop()
@@ -180,14 +271,8 @@ def _pop(machine: _Machine) -> None:
         machine.stack.pop()
 
 
-def _put(machine: _Machine, index: int) -> None:
-    machine.memo[index] = machine.stack[-1]
-
-
-def _get(machine: _Machine, index: int) -> None:
-    if index not in machine.memo:
-        raise IndexError
-    machine.stack.append(machine.memo[index])
+def _memoize(machine: _Machine) -> None:
+    machine.memo[len(machine.memo)] = machine.stack[-1]
 
 
 def _append(machine: _Machine) -> None:
@@ -232,13 +317,19 @@ def _stack_global(machine: _Machine) -> None:
     _name(machine, *_take(machine, 2))
 
 
-def _call(machine: _Machine) -> None:
-    machine.stack.append(Call(*_take(machine, 2)))
+def _note_call(machine: _Machine, function: Any, arguments: Any) -> None:
+    call = Call(function, arguments)
+    machine.calls.append(call)
+    machine.stack.append(call)
+
+
+def _new(machine: _Machine) -> None:
+    _note_call(machine, *_take(machine, 2))
 
 
 def _call_with_names(machine: _Machine) -> None:
     function, arguments, named = _take(machine, 3)
-    machine.stack.append(Call(function, (arguments, named)))
+    _note_call(machine, function, (arguments, named))
 
 
 def _build(machine: _Machine) -> None:
@@ -262,8 +353,14 @@ def _pickled_text(text: bytes) -> str:
 
 U8, U16, U32, U64 = (struct.Struct("<" + letter) for letter in "BHIQ")
 I32, F64 = struct.Struct("<i"), struct.Struct(">d")
-STOP = ord(".")
 
+# The instructions that a file of torch.save consists of, for the most part.
+LONG_PUT, LONG_GET, PUT, GET = b"rjqh"
+BYTE, SHORT, TEXT, FALSE = b"KMX\x89"
+MARK, TUPLE, EMPTY_TUPLE, TUPLE_1, TUPLE_2 = b"(t)\x85\x86"
+CALL, REFERENCE, STOP = b"RQ."
+
+# The others.
 ACTIONS: list[Callable[[_Machine], None] | None] = [None] * 256
 for _code, _action in {
     # The number of the protocol.
@@ -272,14 +369,10 @@ for _code, _action in {
     b"\x95": lambda m: m.number(U64),
     b"N": _push(lambda m: None),
     b"\x88": _push(lambda m: True),
-    b"\x89": _push(lambda m: False),
     b"J": _push(lambda m: m.number(I32)),
-    b"K": _push(lambda m: m.number(U8)),
-    b"M": _push(lambda m: m.number(U16)),
     b"G": _push(lambda m: m.number(F64)),
     b"\x8a": _push(lambda m: int.from_bytes(m.counted(U8), "little", signed=True)),
     b"\x8b": _push(lambda m: int.from_bytes(m.counted(I32), "little", signed=True)),
-    b"X": _push(lambda m: decoded(m.counted(U32))),
     b"\x8c": _push(lambda m: decoded(m.counted(U8))),
     b"\x8d": _push(lambda m: decoded(m.counted(U64))),
     b"B": _push(lambda m: m.counted(U32)),
@@ -292,25 +385,15 @@ for _code, _action in {
     b"]": _push(lambda m: []),
     b"}": _push(lambda m: Pairs()),
     b"\x8f": _push(lambda m: Group()),
-    b")": _push(lambda m: ()),
-    b"t": _push(lambda m: tuple(m.marked())),
     b"l": _push(lambda m: m.marked()),
     b"d": _push(lambda m: _pairs(m.marked())),
     # A frozenset.
     b"\x91": _push(lambda m: Group(m.marked())),
-    b"\x85": _push(lambda m: _take(m, 1)),
-    b"\x86": _push(lambda m: _take(m, 2)),
     b"\x87": _push(lambda m: _take(m, 3)),
     b"2": _push(lambda m: m.stack[-1]),
-    b"Q": _push(lambda m: Reference(m.stack.pop())),
-    b"(": _mark,
     b"0": _pop,
     b"1": lambda m: m.marked() and None,
-    b"q": lambda m: _put(m, m.number(U8)),
-    b"r": lambda m: _put(m, m.number(U32)),
-    b"\x94": lambda m: _put(m, len(m.memo)),
-    b"h": lambda m: _get(m, m.number(U8)),
-    b"j": lambda m: _get(m, m.number(U32)),
+    b"\x94": _memoize,
     b"a": _append,
     b"e": _appends,
     # The members of a set.
@@ -319,9 +402,8 @@ for _code, _action in {
     b"u": _set_items,
     b"c": _global,
     b"\x93": _stack_global,
-    b"R": _call,
     # A new object of a class.
-    b"\x81": _call,
+    b"\x81": _new,
     b"\x92": _call_with_names,
     b"b": _build,
 }.items():

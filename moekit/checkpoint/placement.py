@@ -7,7 +7,6 @@ As in DeepSeek's EPLB, a physical expert is a place for one: rank r holds consec
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from moekit.arguments import Wholes, check, shown
@@ -50,7 +49,7 @@ def placed(target: Place, physical: Mapping[int, Sequence[int]]) -> Place:
     if target.where is None or not physical:
         return target
     layer, expert = target.where
-    return replace(target, expert=physical[layer][expert])
+    return target._replace(expert=physical[layer][expert])
 
 
 def reached(experts: range, held: range, physical: Mapping[int, Sequence[int]]) -> bool:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,13 @@ from torch import Tensor
 from moekit.checkpoint import copying
 from moekit.checkpoint import options as cfg
 from moekit.checkpoint.belonging import check_belongs
+from moekit.checkpoint.collecting import no_collector
 from moekit.checkpoint.config import config_of
 from moekit.checkpoint.contents import clip
 from moekit.checkpoint.files import Files
 from moekit.checkpoint.inspection import Inspection, NonFinite, Wanted, warn_unchecked
 from moekit.checkpoint.joining import Joining
-from moekit.checkpoint.keys import NUMBER, SHARED_KEY, Place, key_of, name_of, places
+from moekit.checkpoint.keys import SHARED_KEY, Place, key_of, name_of, places, split
 from moekit.checkpoint.placement import placed, reached
 from moekit.checkpoint.reading import Source, Weights, read, stamp
 from moekit.checkpoint.shards import EXPERT, tensors
@@ -75,58 +75,80 @@ def survey(files: Files, dictionary: int | None = None) -> Plan:
         ValueError: an unknown or missing key, a wrong shape, an expert that no file or that two files fill; it names
             the file, the key, what was found and what was expected.
     """
-    first = read(files.first)
-    files, copies = _once(files, first)
-    stamps = {path: stamp(path) for path in files.all}
-    states = {path: first if path == files.first else read(path) for path in files.all}
-    opened = {path: tensors(state, path) for path, state in states.items()}
-    config = config_of(files, states, opened, dictionary)
-    expected = _expected(files, config)
+    with no_collector():
+        first = read(files.first)
+        files, copies = _once(files, first)
+        stamps = {path: stamp(path) for path in files.all}
+        states = {path: first if path == files.first else read(path) for path in files.all}
+        opened = {path: tensors(state, path) for path, state in states.items()}
+        config = config_of(files, states, opened, dictionary)
+        expected = _expected(files, config)
+        sources, filled = _sources(files, opened, stamps, copies, config, expected)
+        _check_filled(files, sources, filled, expected, config)
+        check_belongs(files, states)
+        warn_unchecked(opened)
+        dtype = next(found.header(SHARED_KEY).dtype for found in opened.values() if SHARED_KEY in found)
+    return Plan(config, dtype, tuple(sources), opened)
 
+
+def _sources(
+    files: Files,
+    opened: Mapping[Path, Weights],
+    stamps: Mapping[Path, tuple[int, ...]],
+    copies: bool,
+    config: ModelConfig,
+    expected: Mapping[str, tuple[int, ...]],
+) -> tuple[list[Source], Filling]:
+    """The files with their experts, and what their tensors fill."""
     sources: list[Source] = []
     filled = Filling()
     offset = 0
     for path, found in opened.items():
-        held = 1 + max((int(n) for key in found for n in NUMBER.findall(key)[1:]), default=-1)
+        held = 1 + max((n for key in found for n in split(key)[1][1:]), default=-1)
         common = path in files.common
         start = 0 if common else offset % config.experts if copies else offset
         source = Source(
             path, range(start, start + held), path.stat().st_size, len(found), stamps[path], common
         )
-        for key, _, target in places(source, found, config):
+        for key, target in places(source, found, config):
             numbers = _check(path, found, key, target, expected, config)
             for part in _unfold(target):
-                before = filled.add(part, numbers, f"{path.name}: {key}")
+                before = filled.add(part, numbers, (path, key))
                 if before is not None:
+                    there = f"{before[0].name}: {before[1]}"
                     raise ValueError(
-                        f"{path}: {clip(key)} fills {name_of(part)} for the second time, after {before}"
+                        f"{path}: {clip(key)} fills {name_of(part)} for the second time, after {there}"
                     )
         sources.append(source)
         offset = source.experts.stop if not common else 0
+    return sources, filled
 
-    missing = next(
-        (t for n, p in expected.items() for t in _parts(n, p) if filled.missing(t, t.count(p)) is not None),
-        None,
+
+def _check_filled(
+    files: Files,
+    sources: Sequence[Source],
+    filled: Filling,
+    expected: Mapping[str, tuple[int, ...]],
+    config: ModelConfig,
+) -> None:
+    """Raise a ValueError that names the first place that no file fills."""
+    places_to_fill = ((part, part.size(p)) for name, p in expected.items() for part in _parts(name, p))
+    missing, count = next(
+        ((part, n) for part, n in places_to_fill if filled.missing(part, n) is not None), (None, 0)
     )
-    if missing is not None:
-        where, hint = files.shared, ""
-        if filled[missing]:
-            count = missing.count(expected[missing.name])
-            raise ValueError(
-                f"{files.shared.parent}: of the {count:,} numbers of {name_of(missing)} no file fills those from "
-                f"{filled.missing(missing, count):,}: is a shard missing?"
-            )
-        if missing.part == "expert":
-            holders = ", ".join(f"{s.path.name} ({len(s.experts)})" for s in sources if len(s.experts))
-            where = files.shared.parent
-            hint = f"; experts a layer in the files: {holders or 'none'}, expected {config.experts} in all"
+    if missing is None:
+        return
+    if missing in filled:
         raise ValueError(
-            f"{where}: no file fills {name_of(missing)}: expected the key {key_of(missing)}{hint}"
+            f"{files.shared.parent}: of the {count:,} numbers of {name_of(missing)} no file fills those from "
+            f"{filled.missing(missing, count):,}: is a shard missing?"
         )
-    check_belongs(files, states)
-    warn_unchecked(opened)
-    dtype = next(found[SHARED_KEY].dtype for found in opened.values() if SHARED_KEY in found)
-    return Plan(config, dtype, tuple(sources), opened)
+    where, hint = files.shared, ""
+    if missing.part == "expert":
+        holders = ", ".join(f"{s.path.name} ({len(s.experts)})" for s in sources if len(s.experts))
+        where = files.shared.parent
+        hint = f"; experts a layer in the files: {holders or 'none'}, expected {config.experts} in all"
+    raise ValueError(f"{where}: no file fills {name_of(missing)}: expected the key {key_of(missing)}{hint}")
 
 
 def _once(files: Files, first: dict[str, Any]) -> tuple[Files, bool]:
@@ -140,70 +162,87 @@ def _once(files: Files, first: dict[str, Any]) -> tuple[Files, bool]:
     return replace(files, ranks=files.ranks[:experts]), True
 
 
-class Filling(defaultdict[Place, list[tuple[range, str]]]):
+# The file and the key of a tensor.
+Written = tuple[Path, str]
+
+
+class Filling(dict[Place, list[tuple[range, Written]]]):
     """Which numbers of each place are filled, and by what."""
 
-    def __init__(self) -> None:
-        super().__init__(list)
-
-    def add(self, place: Place, numbers: range, by: str) -> str | None:
+    def add(self, place: Place, numbers: range, by: Written) -> Written | None:
         """What has filled one of ``numbers`` before, if something has."""
-        before = next(
-            (told for r, told in self[place] if r.start < numbers.stop and numbers.start < r.stop), None
-        )
-        self[place].append((numbers, by))
+        # Most places are filled by one tensor.
+        others = self.setdefault(place, [])
+        before = None
+        if others:
+            before = next((by for r, by in others if r.start < numbers.stop and numbers.start < r.stop), None)
+        others.append((numbers, by))
         return before
 
     def missing(self, place: Place, count: int) -> int | None:
         """The first of ``count`` numbers that nothing fills."""
+        found = self.get(place, [])
+        if len(found) == 1 and found[0][0].start == 0:
+            end = found[0][0].stop
+            return end if end < count else None
         end = 0
-        for numbers, _ in sorted(self.get(place, []), key=lambda one: one[0].start):
+        for numbers, _ in sorted(found, key=lambda one: one[0].start):
             if numbers.start > end:
                 break
             end = max(end, numbers.stop)
         return end if end < count or place not in self else None
 
 
-def _expected(files: Files, config: ModelConfig) -> dict[str, Tensor]:
-    """The parameters to fill, by their names; on no device."""
+def _expected(files: Files, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shapes of the parameters to fill, by their names."""
     from moekit.nn.transformer import Transformer
 
     try:
         with torch.device("meta"):
-            return dict(Transformer(config).named_parameters())
+            return {name: tuple(p.shape) for name, p in Transformer(config).named_parameters()}
     except RuntimeError as error:
         raise ValueError(f"{files.first}: its cfg describes a model that cannot be built") from error
 
 
-def _check(path: Path, found: Weights, key: str, target: Place, expected: dict, config: ModelConfig) -> range:
+def _check(
+    path: Path,
+    found: Weights,
+    key: str,
+    target: Place,
+    expected: Mapping[str, tuple[int, ...]],
+    config: ModelConfig,
+) -> range:
     """Compare a tensor with the parameter that it fills; returns the numbers of its place that it holds."""
-    tensor, got, parameter = found[key], list(found.shape(key)), expected.get(target.name)
+    header, got, parameter = found.header(key), found.shape(key), expected.get(target.name)
     if parameter is None:
-        raise ValueError(f"{path}: {clip(key)} (shape {got}) has no place in the model that cfg describes")
+        raise ValueError(
+            f"{path}: {clip(key)} (shape {list(got)}) has no place in the model that cfg describes"
+        )
     if target.part == "expert" and target.expert >= config.experts:
         raise ValueError(
             f"{path}: {clip(key)} would be expert {target.expert} (from 0), but cfg says moe_expert_count={config.experts}: "
             "a file too many, or files of two checkpoints"
         )
-    wanted = list(target.of(parameter).shape)
+    wanted = target.shape(parameter)
     if target.part == "rows":
         fits = got[1:] == wanted[1:] and got[0] >= wanted[0]
     else:
         fits = got == wanted and not (target.part == "qkv" and key in found.cut)
     if not fits:
-        raise ValueError(f"{path}: {clip(key)} has shape {got}, expected {wanted}")
-    if not tensor.is_floating_point():
-        raise ValueError(f"{path}: {clip(key)} has dtype {tensor.dtype}, expected a floating-point one")
+        raise ValueError(f"{path}: {clip(key)} has shape {list(got)}, expected {list(wanted)}")
+    if not header.dtype.is_floating_point:
+        raise ValueError(f"{path}: {clip(key)} has dtype {header.dtype}, expected a floating-point one")
     begin = found.cut[key][0] if key in found.cut else 0
+    count = math.prod(header.shape)
     if target.part == "qkv":
-        return range(tensor.numel() // 3)
-    return range(begin, min(begin + tensor.numel(), math.prod(wanted)))
+        return range(count // 3)
+    return range(begin, min(begin + count, math.prod(wanted)))
 
 
-def _parts(name: str, parameter: Tensor) -> Iterator[Place]:
-    """Everything that has to fill ``parameter``."""
+def _parts(name: str, parameter: tuple[int, ...]) -> Iterator[Place]:
+    """Everything that has to fill a parameter of the shape ``parameter``."""
     if ".moe.experts." in name:
-        yield from (Place(name, "expert", e) for e in range(len(parameter)))
+        yield from (Place(name, "expert", e) for e in range(parameter[0]))
     elif ".attn.qkv." in name:
         yield from (Place(name, part) for part in "qkv")
     else:
@@ -251,10 +290,11 @@ def fill(
 
     def wanted(source: Source, weights: Weights) -> Iterator[tuple[Wanted, Tensor]]:
         """What is read of each tensor, and where it goes."""
-        for key, tensor, target in places(source, weights, plan.config):
+        for key, target in places(source, weights, plan.config):
             there = placed(target, plan.physical)
             if there.part == "expert" and there.expert not in held:
                 continue
+            tensor = weights[key]
             view = there.of(parameters[target.name].data, held.start)
             begin = 0
             if key in weights.cut:
@@ -264,7 +304,7 @@ def fill(
             elif target.part == "rows":
                 tensor = tensor[: len(view)]
             for part in (unfolded := _unfold(target)):
-                filled.add(part, range(begin, begin + view.numel() // len(unfolded)), "")
+                filled.add(part, range(begin, begin + view.numel() // len(unfolded)), (source.path, key))
             yield (key, tensor, target), view
 
     def pieces() -> Iterator[copying.Piece]:
@@ -294,9 +334,9 @@ def fill(
     copying.copy(pieces(), device, threads, progress, kernels=model.backend == "triton")
     numbers = {placed(at, plan.physical): sum(len(some) for some, _ in by) for at, by in filled.items()}
     for name, parameter in parameters.items():
-        for part in _parts(name, parameter):
-            count = part.count(parameter)
-            target = replace(part, expert=held.start + part.expert) if part.part == "expert" else part
+        for part in _parts(name, parameter.shape):
+            count = part.size(parameter.shape)
+            target = part._replace(expert=held.start + part.expert) if part.part == "expert" else part
             found = numbers.get(target, 0)
             if found != count:
                 raise ValueError(
@@ -322,7 +362,9 @@ def inspect(plan: Plan, threads: int = copying.THREADS) -> list[NonFinite]:
     with pool("inspecting", threads) as executor:
         for source in plan.sources:
             weights = plan.open(source)
-            parts: list[Wanted] = list(places(source, weights, plan.config))
+            parts: list[Wanted] = [
+                (key, weights[key], target) for key, target in places(source, weights, plan.config)
+            ]
             inspection = Inspection(source, weights, parts)
             checks = [check for part in parts if (check := inspection.check(part)) is not None]
             for _ in executor.map(lambda check: check(), checks):

@@ -6,11 +6,12 @@ The file is one of ``torch.save`` or of safetensors; its content tells which.
 from __future__ import annotations
 
 import contextlib
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from moekit.checkpoint import safetensors
 from moekit.checkpoint.archive import START, Layout, Record, layout
-from moekit.checkpoint.contents import Stored, clip, is_known, layout_of, refused, short, walk
+from moekit.checkpoint.contents import Stored, clip, harmless, is_known, layout_of, refused, short, walk
 from moekit.checkpoint.hugging.config import described, same_model
 from moekit.checkpoint.pickles import EACH, Call, Unreadable
 from moekit.checkpoint.plain_data import pairs, plain
@@ -33,8 +34,33 @@ HUGGING = ("hugging", "buffers", "files")
 WRAPPERS = re.compile(r"(?<![^.])(_fsdp_wrapped_module|_fpw_module)\.")
 
 
-class Weights(dict[str, Tensor]):
-    """The tensors of a file by their keys, memory-mapped.
+class Header(NamedTuple):
+    """What a file's header tells of a tensor, whose numbers are somewhere in ``record``.
+
+    Attributes:
+        offset: of its first number, in numbers.
+        strides: None of numbers without gaps.
+        bytes: of its storage.
+    """
+
+    record: Record
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    strides: tuple[int, ...] | None
+    bytes: int
+
+    def tensor(self, storage: torch.UntypedStorage) -> Tensor:
+        """The tensor in ``storage``, all of the file."""
+        part = storage[self.record.start : self.record.start + self.bytes]
+        made = torch.empty(0, dtype=self.dtype, device="cpu")
+        if self.strides is None:
+            return made.set_(part).view(self.shape)
+        return made.set_(part, self.offset, self.shape, self.strides)
+
+
+class Weights(MutableMapping[str, Tensor]):
+    """The tensors of a file by their keys, memory-mapped. A tensor is made when it is asked for first.
 
     Attributes:
         path: the file.
@@ -45,15 +71,46 @@ class Weights(dict[str, Tensor]):
         folder: the folder inside the file's archive, which torch names after the file; None in old files.
     """
 
-    def __init__(self, path: Path, memory: np.ndarray, folder: str | None):
-        super().__init__()
-        self.path, self.memory, self.folder = path, memory, folder
+    def __init__(
+        self, path: Path, memory: np.ndarray, folder: str | None, storage: torch.UntypedStorage | None = None
+    ):
+        self.path, self.memory, self.folder, self.storage = path, memory, folder, storage
+        self._held: dict[str, Tensor | Header] = {}
         self.records: dict[str, Record] = {}
         self.cut: dict[str, tuple[int, tuple[int, ...]]] = {}
 
+    def __getitem__(self, key: str) -> Tensor:
+        found = self._held[key]
+        if isinstance(found, Header):
+            found = self._held[key] = found.tensor(self.storage)
+        return found
+
+    def __setitem__(self, key: str, tensor: Tensor) -> None:
+        self._held[key] = tensor
+
+    def __delitem__(self, key: str) -> None:
+        del self._held[key]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._held
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._held)
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def hold(self, key: str, header: Header) -> None:
+        """Take up the tensor that ``header`` tells of."""
+        self._held[key], self.records[key] = header, header.record
+
+    def header(self, key: str) -> Tensor | Header:
+        """What has the dtype and the shape of the part that is here."""
+        return self._held[key]
+
     def shape(self, key: str) -> tuple[int, ...]:
         """Of the whole tensor."""
-        return self.cut[key][1] if key in self.cut else tuple(self[key].shape)
+        return self.cut[key][1] if key in self.cut else tuple(self._held[key].shape)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -93,18 +150,19 @@ def content(path: Path, what: str) -> Any:
 
         def tensor(call: Call) -> Tensor | None:
             nonlocal total
-            made = _tensor(call, storage, found)
-            if made is None:
+            header = _header(call, found)
+            if header is None:
                 return None
-            held[made[1].name] = made[1].size
-            total += made[0].nbytes
+            held[header.record.name] = header.record.size
+            made = header.tensor(storage)
+            total += made.nbytes
             if total > 2 * sum(held.values()):
                 raise Unreadable(
                     "has tensors that are larger than their storages, so it is damaged or hostile"
                 )
-            return made[0]
+            return made
 
-        return plain(found.content, tensor, most=len(memory))
+        return plain(found.pickle.value, tensor, most=len(memory))
 
 
 @contextlib.contextmanager
@@ -193,11 +251,13 @@ def _kind(memory: np.ndarray) -> str | None:
 
 def _refuse(path: Path, found: Layout) -> None:
     """Refuse a file that names what is not known as harmless, wherever it does."""
-    places = ((refused(node), place) for node, place in walk(found.content))
+    if harmless(found.pickle):
+        return
+    places = ((refused(node), place) for node, place in walk(found.pickle.value))
     reason, where = next(((reason, place()) for reason, place in places if reason is not None), (None, ""))
     if reason is None:
         # What a pickle throws away again has no place.
-        odd = next((name for name in found.names if not is_known(name)), None)
+        odd = next((name for name in found.pickle.names if not is_known(name)), None)
         reason = odd and f"asks to load the class or function {clip(odd)}"
     if reason is not None:
         raise ValueError(
@@ -217,11 +277,9 @@ def _of_safetensors(path: Path, memory: np.ndarray, storage: torch.UntypedStorag
             )
     if not isinstance(settings, dict):
         raise Unreadable("is damaged: its settings are no object")
-    weights = Weights(path, memory, None)
+    weights = Weights(path, memory, None, storage)
     for key, (dtype, shape, record) in entries.items():
-        part = storage[record.start : record.start + record.size]
-        weights[key] = torch.empty(0, dtype=dtype, device="cpu").set_(part).view(shape)
-        weights.records[key] = record
+        weights.hold(key, Header(record, dtype, shape, 0, None, record.size))
     return {"model": weights} | {name: settings[name] for name in (*SETTINGS, *HUGGING) if name in settings}
 
 
@@ -236,31 +294,35 @@ def _of_hugging(path: Path, written: dict[str, Any] | None) -> dict[str, Any] | 
 
 
 def _state(path: Path, memory: np.ndarray, storage: torch.UntypedStorage, found: Layout) -> dict[str, Any]:
-    top = _named(path, found.content, "its top level") or {}
+    top = _named(path, found.pickle.value, "its top level") or {}
     beside = None
     if top and "model" not in top and all(_is_tensor(node) for node in top.values()):
         # A file of Hugging Face's libraries holds the tensors alone.
         beside = _of_hugging(path, None)
-        top = {"model": found.content} if beside else top
+        top = {"model": found.pickle.value} if beside else top
     if pairs(top.get("model")) is None:
         raise ValueError(f"{path} has no 'model' with tensors: it is no fairseq checkpoint")
-    weights = Weights(path, memory, found.folder)
+    weights = Weights(path, memory, found.folder, storage)
     held: dict[str, int] = {}
+    total = 0
     nodes = _named(path, top["model"], "model")
     prefix = "module." if nodes and all(key.startswith("module.") for key in nodes) else ""
     for written, node in nodes.items():
-        key = WRAPPERS.sub("", written.removeprefix(prefix))
+        key = written.removeprefix(prefix)
+        if "_module." in key:
+            key = WRAPPERS.sub("", key)
         if key in weights:
             raise ValueError(
                 f"{path}: {clip(written)} is there twice: as itself and without its wrapper's name"
             )
-        made = _tensor(node, storage, found) if isinstance(node, Call) else None
+        made = _header(node, found) if isinstance(node, Call) else None
         if made is None:
             kind = str(node.function) if isinstance(node, Call) else type(node).__name__
             raise ValueError(f"{path}: {clip(key)} is a {clip(kind)}, expected a tensor")
-        weights[key], weights.records[key] = made
-        held[made[1].name] = made[1].size
-    total, most = sum(tensor.nbytes for tensor in weights.values()), sum(held.values())
+        weights.hold(key, made)
+        held[made.record.name] = made.record.size
+        total += math.prod(made.shape) * made.dtype.itemsize
+    most = sum(held.values())
     # Tied matrices are one storage under two keys.
     if total > 2 * most or most > len(memory):
         raise Unreadable(
@@ -273,15 +335,13 @@ def _is_tensor(node: Any) -> bool:
     return isinstance(node, Call) and layout_of(node) is not None
 
 
-def _tensor(call: Call, storage: torch.UntypedStorage, found: Layout) -> tuple[Tensor, Record] | None:
-    """A tensor that torch would rebuild, in the mapped file, and where its storage lies; None if it is nothing of the kind."""
+def _header(call: Call, found: Layout) -> Header | None:
+    """What ``call`` tells of a tensor that torch would rebuild; None if it rebuilds none."""
     where = layout_of(call)
     if where is None:
         return None
     stored, offset, shape, strides, dtype = where
-    record = _record(stored, found)
-    part = storage[record.start : record.start + stored.bytes]
-    return torch.empty(0, dtype=dtype, device="cpu").set_(part, offset, shape, strides), record
+    return Header(_record(stored, found), dtype, shape, offset, strides, stored.bytes)
 
 
 def _named(path: Path, node: Any, where: str) -> dict[str, Any] | None:

@@ -270,7 +270,7 @@ def _write(
         tensors = shared()[0]
         # The place of a tensor that is no expert's does not depend on the file.
         source = Source(files.shared, range(0), 0, 0, ())
-        placed = [(tensor, place) for _, tensor, place in places(source, tensors, config)]
+        placed = [(tensors[key], place) for key, place in places(source, tensors, config)]
         besides = {**settings, "buffers": packed(tensors), "files": number}
         parts, beside = writing.made(config, placed, every, content.expert, besides, dictionary)
         texts = {**texts, **beside}

@@ -34,7 +34,7 @@ def tensors(state: dict[str, Any], path: Path) -> Weights:
     weights: Weights = state["model"]
     if "hugging" in state:
         return by_fairseqs_names(weights, state["hugging"], state.get("buffers"))
-    if not any(FLAT.fullmatch(key) for key in weights):
+    if not any("flat_param" in key and FLAT.fullmatch(key) for key in weights):
         return weights
     name = NUMBERED.fullmatch(path.name)
     if name is None:
