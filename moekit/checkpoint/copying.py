@@ -14,16 +14,17 @@ from __future__ import annotations
 
 import collections
 import itertools
+import math
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from moekit.checkpoint.stretch import Stretch, stretch_of
 from moekit.checkpoint.threads import pool
 from moekit.nn.quantise import quantise
 
@@ -35,10 +36,12 @@ BUFFERS, LOAD_BYTES = 2, 16 << 20
 MATRICES = 64
 # The alignment, in bytes, of a tensor in a buffer, at which GPU copies are fast.
 ALIGNMENT = 256
+# The most bytes between two tensors of a file, and the alignment of the latter in it, with which both are one copy:
+# torch writes some 100 bytes between them, and begins each at a multiple of 64.
+GAP, NEIGHBOUR = 4096, 64
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """A copy of ``source``, on the CPU, to ``target``, which is contiguous and has the same shape; dtypes may differ.
 
     The thread that copies the piece first calls ``check``, which may raise an error. With ``scale`` [R], the source [R, C]
@@ -47,7 +50,7 @@ class Piece:
 
     # The tensor's name in errors.
     name: str
-    source: Tensor
+    source: Tensor | Stretch
     target: Tensor
     check: Callable[[], None] | None = None
     scale: Tensor | None = None
@@ -146,7 +149,7 @@ class Shared(Load):
     Attributes:
         dtype: the dtype of all numbers in the buffer.
         used: the count of numbers in the buffer, including gaps.
-        sources: (index of the first number in the buffer, the bytes to copy there).
+        sources: (index of the first number in the buffer, the bytes to copy there); neighbours in a file are one.
         parts: (index of the first number in the buffer, the target [n] of any dtype).
         matrices: (index of the first number in the buffer, the target [r, C], the scale [r]), whole rows to quantise.
     """
@@ -155,18 +158,43 @@ class Shared(Load):
         super().__init__(name)
         self.dtype, self.used = dtype, 0
         self.sources: list[tuple[int, np.ndarray]] = []
+        # Of the last source: the memory that it lies in, its first byte there, and the byte after it.
+        self.last: tuple[np.ndarray | None, int, int] = None, 0, 0
         self.parts: list[tuple[int, Tensor]] = []
         self.matrices: list[tuple[int, Tensor, Tensor]] = []
 
-    def take(self, piece: Piece, start: int, count: int) -> None:
-        """Note where the ``count`` numbers of ``piece`` from ``start`` on go, which come next in the buffer."""
+    def place(self, memory: np.ndarray, start: int) -> int:
+        """The index in the buffer of the number at ``memory[start]``: in line with the last source, if they are neighbours."""
+        last, begin, end = self.last
+        if last is memory and 0 <= start - end <= GAP and (start - begin) % NEIGHBOUR == 0:
+            return self.sources[-1][0] + (start - begin) // self.dtype.itemsize
+        step = ALIGNMENT // self.dtype.itemsize
+        return -(-self.used // step) * step
+
+    def copy(self, at: int, memory: np.ndarray, start: int, size: int) -> None:
+        """Note that ``size`` bytes of ``memory`` from ``start`` on go to the index ``at``, which :meth:`place` gave."""
+        last, begin, _ = self.last
+        if (
+            last is memory
+            and self.sources
+            and at == self.sources[-1][0] + (start - begin) // self.dtype.itemsize
+        ):
+            self.sources[-1] = self.sources[-1][0], memory[begin : start + size]
+        else:
+            begin = start
+            self.sources.append((at, memory[start : start + size]))
+        self.last = memory, begin, start + size
+        self.used = at + size // self.dtype.itemsize
+
+    def take(self, piece: Piece, at: int, start: int, count: int) -> None:
+        """Note where the ``count`` numbers of ``piece`` from ``start`` on go, which are at the index ``at`` of the buffer."""
         if piece.scale is None:
             target = piece.target.view(-1)
-            self.parts.append((self.used, target if count == len(target) else target[start : start + count]))
+            self.parts.append((at, target if count == len(target) else target[start : start + count]))
         else:
             columns = piece.target.shape[-1]
             rows = slice(start // columns, (start + count) // columns)
-            self.matrices.append((self.used, piece.target[rows], piece.scale[rows]))
+            self.matrices.append((at, piece.target[rows], piece.scale[rows]))
 
 
 class Straight:
@@ -190,10 +218,11 @@ class Straight:
     @staticmethod
     def carry(load: Tensors) -> None:
         for piece in load.pieces:
+            source = piece.source.tensor() if isinstance(piece.source, Stretch) else piece.source
             if piece.scale is None:
-                piece.target.copy_(piece.source)
+                piece.target.copy_(source)
             else:
-                quantise(piece.source, piece.target, piece.scale)
+                quantise(source, piece.target, piece.scale)
 
     @staticmethod
     def finish() -> None:
@@ -250,29 +279,28 @@ def packed(pieces: Iterable[Piece], size: int) -> Iterator[Shared]:
     load: Shared | None = None
     for piece in pieces:
         check(piece)
-        numbers = piece.source.contiguous().view(-1)
-        source, each = numbers.view(torch.uint8).numpy(), numbers.itemsize
-        room, step = size // each, ALIGNMENT // each
+        source = piece.source if isinstance(piece.source, Stretch) else stretch_of(piece.source)
+        each, room = source.dtype.itemsize, size // source.dtype.itemsize
         # A part of a matrix that is quantised consists of whole rows.
-        whole = 1 if piece.scale is None else piece.source.shape[-1]
+        whole = 1 if piece.scale is None else source.shape[-1]
         if whole > room:
             raise RuntimeError(f"{piece.name} cannot be quantised: a row of it has more than {size:,} bytes")
-        start, total = 0, numbers.numel()
+        start, total = 0, math.prod(source.shape)
         unchecked = True
         while start < total:
-            full = load is not None and (room - load.used < whole or len(load.matrices) == MATRICES)
-            if load is None or load.dtype != numbers.dtype or full:
+            first = source.start + start * each
+            at = load.place(source.memory, first) if load is not None and load.dtype == source.dtype else room
+            if load is None or room - at < whole or len(load.matrices) == MATRICES:
                 if load is not None:
                     yield load
-                load = Shared(piece.name, numbers.dtype)
-            count = min(total - start, (room - load.used) // whole * whole)
+                load, at = Shared(piece.name, source.dtype), 0
+            count = min(total - start, (room - at) // whole * whole)
             if unchecked:
                 load.take_check(piece)
                 unchecked = False
-            load.take(piece, start, count)
-            load.sources.append((load.used, source[start * each : (start + count) * each]))
+            load.take(piece, at, start, count)
+            load.copy(at, source.memory, first, count * each)
             load.bytes += count * each
-            load.used = min(room, -(-(load.used + count) // step) * step)
             start += count
     if load is not None:
         yield load

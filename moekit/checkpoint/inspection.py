@@ -24,6 +24,7 @@ from moekit.checkpoint.archive import Record
 from moekit.checkpoint.contents import clip
 from moekit.checkpoint.keys import Place
 from moekit.checkpoint.reading import Source, Weights, stamp
+from moekit.checkpoint.stretch import Stretch
 
 try:
     # It is five times as fast as zlib's, where it is installed.
@@ -54,7 +55,7 @@ class NonFinite(NamedTuple):
 
 
 # A key, what is read of its tensor, and where it goes.
-Wanted = tuple[str, Tensor, Place]
+Wanted = tuple[str, Tensor | Stretch, Place]
 
 
 class Inspection:
@@ -93,7 +94,7 @@ class Inspection:
         key, part, place = wanted
         if record is not None:
             check_sum(self.weights, key)
-        nan, infinite = not_finite(part)
+        nan, infinite = not_finite(part.tensor() if isinstance(part, Stretch) else part)
         if nan or infinite:
             layer, expert = place.where or (None, None)
             self.nonfinite.append(NonFinite(self.source.path.name, key, layer, expert, nan, infinite))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -35,7 +34,7 @@ class Joining:
             scale: [R], the scales of its rows, which are written.
         """
         if piece.source.shape == whole.shape:
-            yield replace(piece, scale=scale)
+            yield piece._replace(scale=scale)
             return
         parts = self.parts[whole.data_ptr()]
         parts.append((begin, piece))

@@ -73,7 +73,7 @@ OUTPUT_KEYS = {"decoder.output_projection.weight", "decoder.embed_out"}
 
 
 _NUMBER = r"(?:0|[1-9][0-9]{0,6})(?=\.)"
-_LAYER = re.compile(r"(?<=^layers\.)\d+")
+_OF_LAYER = re.compile(r"(?<=^layers\.)\d+")
 NUMBER = re.compile(rf"(?<=\.layers\.){_NUMBER}|(?<=\.experts\.){_NUMBER}")
 
 
@@ -87,7 +87,7 @@ class Place(NamedTuple):
     @property
     def where(self) -> tuple[int, int] | None:
         """(layer, expert), both from 0; None for what is no expert's."""
-        return (int(self.name.split(".")[1]), self.expert) if self.part == "expert" else None
+        return (_layer(self.name), self.expert) if self.part == "expert" else None
 
     def of(self, parameter: Tensor, first_expert: int = 0) -> Tensor:
         """The view of ``parameter`` to fill; ``first_expert`` is the first one that it holds."""
@@ -106,6 +106,12 @@ class Place(NamedTuple):
     def size(self, parameter: tuple[int, ...]) -> int:
         """How many numbers of a parameter of the shape ``parameter`` belong here."""
         return math.prod(self.shape(parameter))
+
+
+@functools.lru_cache(maxsize=1024)
+def _layer(name: str) -> int:
+    """The layer of one of our parameters."""
+    return int(name.split(".")[1])
 
 
 def places(source: Source, found: Iterable[str], config: ModelConfig) -> Iterator[tuple[str, Place]]:
@@ -168,7 +174,7 @@ def fairseq_parts(name: str, parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
     Raises:
         ValueError: the model has no parameter of that name.
     """
-    layer, pattern = _LAYER.search(name), _LAYER.sub("{}", name)
+    layer, pattern = _OF_LAYER.search(name), _OF_LAYER.sub("{}", name)
     keys = _keys().get(pattern)
     if keys is None:
         raise ValueError(f"{clip(name)} is no parameter of moekit's model")

@@ -46,7 +46,7 @@ def physical_of(
 
 def placed(target: Place, physical: Mapping[int, Sequence[int]]) -> Place:
     """``target`` with the physical number of its expert; without ``physical`` numbers it is the same."""
-    if target.where is None or not physical:
+    if not physical or target.where is None:
         return target
     layer, expert = target.where
     return target._replace(expert=physical[layer][expert])

@@ -24,6 +24,7 @@ from moekit.checkpoint.keys import SHARED_KEY, Place, key_of, name_of, places, s
 from moekit.checkpoint.placement import placed, reached
 from moekit.checkpoint.reading import Source, Weights, read, stamp
 from moekit.checkpoint.shards import EXPERT, tensors
+from moekit.checkpoint.stretch import Stretch
 from moekit.checkpoint.threads import pool
 from moekit.mapped import whole_files
 from moekit.nn.config import ModelConfig
@@ -260,7 +261,42 @@ class Filled(dict[Place, int]):
     nonfinite: list[NonFinite]
 
 
+class Targets:
+    """A rank's parameters as views to fill, and the scales of those that are quantised.
+
+    Args:
+        first_expert: the first one that the parameters hold.
+    """
+
+    def __init__(self, model: torch.nn.Module, first_expert: int):
+        self.parameters: dict[str, Tensor] = dict(model.named_parameters())
+        self.first = first_expert
+        self.device = next(iter(self.parameters.values())).device
+        # The views of all experts of a stack are made at once.
+        self.experts = {n: p.data.unbind() for n, p in self.parameters.items() if ".moe.experts." in n}
+        self.scales = {
+            name.removesuffix("_scale"): scales.unbind()
+            for name, scales in model.named_buffers()
+            if name.endswith("_scale")
+        }
+
+    def view(self, place: Place) -> Tensor:
+        if place.part == "expert":
+            return self.experts[place.name][place.expert - self.first]
+        return place.of(self.parameters[place.name].data)
+
+    def size(self, place: Place) -> int:
+        """How many numbers ``place`` has."""
+        return place.size(self.parameters[place.name].shape)
+
+    def scale(self, place: Place) -> Tensor | None:
+        """The scales [R] of the rows; None if nothing is quantised."""
+        found = self.scales.get(place.name)
+        return None if found is None else found[place.expert - self.first]
+
+
 @whole_files()
+@no_collector()
 def fill(
     model: torch.nn.Module,
     plan: Plan,
@@ -284,28 +320,27 @@ def fill(
     Raises:
         ValueError: a tensor is damaged, or a file has changed since the survey.
     """
-    parameters, scales = dict(model.named_parameters()), dict(model.named_buffers())
+    targets = Targets(model, held.start)
     filled = Filling()
     inspections: list[Inspection] = []
 
-    def wanted(source: Source, weights: Weights) -> Iterator[tuple[Wanted, Tensor]]:
-        """What is read of each tensor, and where it goes."""
+    def wanted(source: Source, weights: Weights) -> Iterator[tuple[Wanted, Place]]:
+        """What is read of each tensor, and the place that it goes to on this rank."""
         for key, target in places(source, weights, plan.config):
             there = placed(target, plan.physical)
             if there.part == "expert" and there.expert not in held:
                 continue
-            tensor = weights[key]
-            view = there.of(parameters[target.name].data, held.start)
-            begin = 0
+            begin, size, numbers = 0, targets.size(there), weights.numbers(key)
             if key in weights.cut:
                 begin = weights.cut[key][0]
-                tensor = tensor[: max(0, view.numel() - begin)]
-                view = view.view(-1)[begin : begin + len(tensor)]
+                size = min(len(numbers), max(0, size - begin))
+                numbers = numbers[:size]
             elif target.part == "rows":
-                tensor = tensor[: len(view)]
+                rows = len(targets.view(there))
+                numbers = numbers.rows(rows) if isinstance(numbers, Stretch) else numbers[:rows]
             for part in (unfolded := _unfold(target)):
-                filled.add(part, range(begin, begin + view.numel() // len(unfolded)), (source.path, key))
-            yield (key, tensor, target), view
+                filled.add(part, range(begin, begin + size // len(unfolded)), (source.path, key))
+            yield (key, numbers, target), there
 
     def pieces() -> Iterator[copying.Piece]:
         joining = Joining()
@@ -321,23 +356,26 @@ def fill(
                 inspection = Inspection(source, weights, mine)
                 inspections.append(inspection)
                 checks = {part[0]: inspection.check(part) for part in mine}
-            for (key, tensor, target), view in parts:
-                piece = copying.Piece(f"{source.path}: {key}", tensor, view, checks.get(key))
-                if (scale := scales.get(f"{target.name}_scale")) is None:
+            # Neighbours in the file are copied as one.
+            parts.sort(key=lambda part: weights.records[part[0][0]].start)
+            for (key, numbers, _), there in parts:
+                view, begin = targets.view(there), 0
+                if key in weights.cut:
+                    begin = weights.cut[key][0]
+                    view = view.view(-1)[begin : begin + len(numbers)]
+                piece = copying.Piece(f"{source.path}: {key}", numbers, view, checks.get(key))
+                if (scale := targets.scale(there)) is None:
                     yield piece
-                    continue
-                local = placed(target, plan.physical).expert - held.start
-                whole, begin = parameters[target.name].data[local], weights.cut.get(key, (0,))[0]
-                yield from joining.joined(piece, begin, whole, scale[local])
+                else:
+                    yield from joining.joined(piece, begin, targets.view(there), scale)
 
-    device = next(iter(parameters.values())).device
-    copying.copy(pieces(), device, threads, progress, kernels=model.backend == "triton")
+    copying.copy(pieces(), targets.device, threads, progress, kernels=model.backend == "triton")
     numbers = {placed(at, plan.physical): sum(len(some) for some, _ in by) for at, by in filled.items()}
-    for name, parameter in parameters.items():
-        for part in _parts(name, parameter.shape):
-            count = part.size(parameter.shape)
+    for name, parameter in targets.parameters.items():
+        shape = tuple(parameter.shape)
+        for part in _parts(name, shape):
             target = part._replace(expert=held.start + part.expert) if part.part == "expert" else part
-            found = numbers.get(target, 0)
+            count, found = part.size(shape), numbers.get(target, 0)
             if found != count:
                 raise ValueError(
                     f"{found:,} of {count:,} numbers of {name_of(target)} were filled; did the files change meanwhile?"

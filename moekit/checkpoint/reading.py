@@ -23,6 +23,7 @@ from moekit.checkpoint.contents import Stored, clip, harmless, is_known, layout_
 from moekit.checkpoint.hugging.config import described, same_model
 from moekit.checkpoint.pickles import EACH, Call, Unreadable
 from moekit.checkpoint.plain_data import pairs, plain
+from moekit.checkpoint.stretch import Stretch
 from moekit.mapped import whole_files
 
 # What is read besides the weights: the config, and what tells one training from another. The state of the optimizer
@@ -49,6 +50,18 @@ class Header(NamedTuple):
     offset: int
     strides: tuple[int, ...] | None
     bytes: int
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether the numbers lie one after the other, and there are some."""
+        if self.strides is None:
+            return 0 not in self.shape
+        step = 1
+        for n, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
+            if n != 1 and stride != step:
+                return False
+            step *= n
+        return step > 0
 
     def tensor(self, storage: torch.UntypedStorage) -> Tensor:
         """The tensor in ``storage``, all of the file."""
@@ -107,6 +120,14 @@ class Weights(MutableMapping[str, Tensor]):
     def header(self, key: str) -> Tensor | Header:
         """What has the dtype and the shape of the part that is here."""
         return self._held[key]
+
+    def numbers(self, key: str) -> Tensor | Stretch:
+        """The part that is here, to be copied."""
+        held = self._held[key]
+        if isinstance(held, Header) and held.contiguous:
+            start = held.record.start + held.offset * held.dtype.itemsize
+            return Stretch(self.memory, start, held.dtype, held.shape)
+        return self[key]
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Of the whole tensor."""
