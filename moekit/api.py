@@ -27,6 +27,7 @@ from moekit.planning.runs import Run, room, unknown
 from moekit.profiling import profile
 from moekit.progress import bar as progress_bar
 from moekit.ranks import WHERE, LentRanks, RankError, Ranks, RayRanks, choose_devices, prepare, ready, start
+from moekit.ranks.devices import waking
 from moekit.routing import trace as tracing
 from moekit.scoring import Evaluation, score_batches, summarize, token_table, warm_up
 from moekit.worker import loading
@@ -324,7 +325,8 @@ def load(
         pool = start(len(devices), devices[0].type, wait=False)
     try:
         types = None if known is None else len(known)
-        plan = ckpt.survey(files, types)
+        with waking(devices if ranks is None else ()):
+            plan = ckpt.survey(files, types)
         plan = replace(plan, config=changed(plan.config, {} if config is None else config))
         codec = None if bpe is None else find_codec(files, plan.config, bpe, known)
         if ranks == "ray":

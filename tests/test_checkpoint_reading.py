@@ -21,7 +21,8 @@ import moekit
 from moekit import checkpoint, paths
 from moekit.checkpoint import inspection, options
 from moekit.checkpoint.contents import short
-from moekit.checkpoint.pickles import Unreadable, parse
+from moekit.checkpoint.objects import Unreadable
+from moekit.checkpoint.pickles import parse
 from moekit.nn.transformer import Transformer
 
 COUNT = int(os.environ.get("FUZZ", 600)) // 4

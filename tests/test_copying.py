@@ -2,15 +2,19 @@
 
 import itertools
 import pickle
+import random
 import re
 import threading
 
+import numpy as np
 import pytest
 import torch
 
 from moekit import checkpoint
 from moekit.checkpoint import copying
 from moekit.checkpoint.copying import Piece
+from moekit.checkpoint.stretch import Stretch
+from moekit.checkpoint.weights import Header, Weights
 from moekit.nn.transformer import Transformer
 
 CPU = torch.device("cpu")
@@ -74,6 +78,27 @@ def test_a_buffer_holds_many_small_pieces_and_is_waited_for_before_it_is_filled_
     assert log == ["waited for 0", "waited for 0", "waited for 4"]  # both were free, then the first was not
     assert all(one.target.equal(one.source.float()) for one in small[:4])
     assert all(one.target.eq(-1).all() for one in small[4:])
+
+
+@pytest.mark.parametrize("size", [1024, 4096, 1 << 16])
+@pytest.mark.parametrize("seed", range(6))
+def test_neighbours_in_a_file_are_one_copy_wherever_they_lie(size, seed):
+    """Tensors of a file in any order, with gaps that are aligned or not, small or large, and some of them twice."""
+    rng = random.Random(seed)
+    memory = np.random.default_rng(seed).integers(0, 255, 1 << 17, dtype=np.uint8)
+    pieces, at = [], 2 * rng.randrange(64)
+    for number in range(40):
+        shape = rng.choice([(3,), (32,), (5, 7), (64, 20), (300,)])
+        kind = torch.float32 if number % 11 == 10 else torch.int16
+        source = Stretch(memory, at, kind, shape)
+        pieces.append(Piece(f"{number}", source, torch.zeros(shape, dtype=kind)))
+        at += source.nbytes + rng.choice([0, 14, 64 + -source.nbytes % 64, 64 + -source.nbytes % 64, 5000])
+    pieces += [Piece("again", one.source, torch.zeros_like(one.target)) for one in pieces[3:30:7]]
+    if seed % 2:
+        rng.shuffle(pieces)
+    staged(pieces, [Lazy(size, []) for _ in range(2)])
+    for one in pieces:
+        assert one.target.view(torch.uint8).equal(one.source.tensor().view(torch.uint8)), one.name
 
 
 def test_what_is_not_contiguous_is_staged_in_its_own_order():
@@ -176,6 +201,28 @@ def filled(folder, dtype, threads, plan=None):
     return model.state_dict(), sum(told)
 
 
+class Staged:
+    """In place of ``copying.Straight``: on the CPU, too, everything goes through buffers, of ``SIZE`` bytes."""
+
+    SIZE = 4096
+
+    def __init__(self):
+        self.mine, self.rings = threading.local(), []
+
+    def loads(self, pieces):
+        return copying.packed(pieces, self.SIZE)
+
+    def carry(self, load):
+        if not hasattr(self.mine, "turn"):
+            self.rings.append([Lazy(self.SIZE, []) for _ in range(2)])
+            self.mine.turn = itertools.cycle(self.rings[-1])
+        copying.staged(load, next(self.mine.turn))
+
+    def finish(self):
+        for buffer in itertools.chain(*self.rings):
+            buffer.wait()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_a_checkpoint_is_the_same_straight_and_through_buffers(reference, monkeypatch, dtype):
     folder = reference / "checkpoint"
@@ -184,27 +231,38 @@ def test_a_checkpoint_is_the_same_straight_and_through_buffers(reference, monkey
     weight = stored["decoder.layers.1.moe_layer.experts.1.fc1.weight"]
     assert expected["layers.1.moe.experts.w1"][5].equal(weight.to(dtype))
 
-    class Staged:
-        def __init__(self):
-            self.mine, self.rings = threading.local(), []
-
-        def loads(self, pieces):
-            return copying.packed(pieces, 4096)
-
-        def carry(self, load):
-            if not hasattr(self.mine, "turn"):
-                self.rings.append([Lazy(4096, []) for _ in range(2)])
-                self.mine.turn = itertools.cycle(self.rings[-1])
-            copying.staged(load, next(self.mine.turn))
-
-        def finish(self):
-            for buffer in itertools.chain(*self.rings):
-                buffer.wait()
-
     monkeypatch.setattr(copying, "Straight", Staged)
     found, told_too = filled(folder, dtype, 3)
     assert all(found[name].equal(expected[name]) for name in expected)
     assert told_too == told == sum(p.numel() * 2 for p in expected.values())
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_file_is_one_copy_in_whatever_order_its_tensors_are_told(reference, monkeypatch, reverse):
+    folder, seen = reference / "checkpoint", []
+
+    class Whole(Staged):
+        SIZE = 1 << 20
+
+        def carry(self, load):
+            seen.append([len(source) for _, source in load.sources])
+            super().carry(load)
+
+    expected, _ = filled(folder, torch.float16, 1)
+    monkeypatch.setattr(copying, "Straight", Whole)
+    plan = checkpoint.survey(checkpoint.find(folder))
+    for path, weights in plan.opened.items():
+        if reverse:
+            told = Weights(path, weights.memory, weights.folder, weights.storage)
+            for key in reversed(list(weights)):
+                if isinstance(header := weights.header(key), Header):
+                    told.hold(key, header)
+            plan.opened[path] = told
+    found, told = filled(None, torch.float16, 1, plan)
+    # The shared file begins with tensors that are dropped, and its largest matrix is in it twice.
+    (sources,) = seen
+    assert len(sources) <= len(plan.sources) + 1 and told < sum(sources) < 1.5 * told
+    assert all(found[name].equal(expected[name]) for name in expected)
 
 
 def test_a_header_is_read_once_by_who_reads_the_weights_too(reference, monkeypatch):

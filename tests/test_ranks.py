@@ -21,6 +21,7 @@ from processes import gone
 
 from moekit import ranks
 from moekit.ranks import Each, RankError, Stream, start, streams
+from moekit.ranks.devices import waking
 from moekit.ranks.joined import Word, sharing
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # as if these functions stood in a notebook
@@ -547,6 +548,28 @@ def test_devices(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert ranks.choose_devices(2, "auto") == [torch.device("cuda", 0), torch.device("cuda", 1)]
+
+
+def test_a_gpu_comes_up_while_a_block_works(monkeypatch):
+    """A stand-in for CUDA's start, as there may be no GPU: it ends with the block, and what goes wrong in it is not said."""
+    entered, left, woken = threading.Event(), threading.Event(), []
+
+    def empty(*_, **how):
+        entered.set()
+        left.wait(10)
+        woken.append(how)
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr("moekit.ranks.devices.torch.empty", empty)
+    with pytest.raises(ValueError, match="the file is damaged"), waking([torch.device("cuda", 0)]):
+        assert entered.wait(10) and not woken
+        left.set()
+        raise ValueError("the file is damaged")
+    assert woken == [{"device": torch.device("cuda", 0)}]
+    assert not [thread for thread in threading.enumerate() if thread.name == "waking"]
+    for others in ([], [torch.device("cpu")], [torch.device("cuda", i) for i in range(2)]):
+        with waking(others):
+            assert not [thread for thread in threading.enumerate() if thread.name == "waking"]
 
 
 def test_ranks_that_a_launcher_bound_to_cores_of_their_own_use_all_of_these():

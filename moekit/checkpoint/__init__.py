@@ -19,8 +19,9 @@ from moekit.checkpoint.inspection import NonFinite, warn_nonfinite
 from moekit.checkpoint.keys import KEYS, Place, places
 from moekit.checkpoint.placement import physical_of
 from moekit.checkpoint.plan import Plan, fill, inspect, survey
-from moekit.checkpoint.reading import Source, Weights, content, read, stamp
+from moekit.checkpoint.reading import Source, content, read, stamp
 from moekit.checkpoint.shards import tensors
+from moekit.checkpoint.weights import Weights
 
 __all__ = [
     "KEYS",

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moekit.checkpoint.contents import short, storage_sizes
-from moekit.checkpoint.pickles import EACH, MOST_BYTES, Pairs, Parsed, Unreadable, parse
+from moekit.checkpoint.objects import Pairs, Unreadable
+from moekit.checkpoint.pickles import EACH, MOST_BYTES, Parsed, parse
 
 # The records of a zip archive (section 4.3 of PKWARE's APPNOTE.TXT).
 END = struct.Struct("<4s4H2LH")

@@ -13,8 +13,8 @@ from moekit.checkpoint.contents import clip, short
 from moekit.checkpoint.files import Files
 from moekit.checkpoint.keys import split
 from moekit.checkpoint.options import READ
-from moekit.checkpoint.reading import Weights
 from moekit.checkpoint.shards import FLAT as FLAT_TENSOR
+from moekit.checkpoint.weights import Weights
 
 # torch's names of folders lack the file's end.
 NUMBERED = re.compile(

@@ -8,7 +8,7 @@ from moekit.checkpoint import options as cfg
 from moekit.checkpoint.files import Files
 from moekit.checkpoint.inspection import check_sum
 from moekit.checkpoint.keys import NUMBER, OUTPUT_KEYS, SHARED_KEY
-from moekit.checkpoint.reading import Weights
+from moekit.checkpoint.weights import Weights
 from moekit.nn.config import ModelConfig
 
 

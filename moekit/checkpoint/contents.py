@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from moekit.checkpoint.pickles import Call, Group, Name, Pairs, Parsed, Reference, Unreadable
+from moekit.checkpoint.objects import Call, Group, Name, Pairs, Reference, Unreadable
+from moekit.checkpoint.pickles import Parsed
 
 _cut = reprlib.Repr()
 _cut.maxlevel, _cut.maxstring, _cut.maxother, _cut.maxlong = 2, 60, 60, 40

@@ -4,10 +4,10 @@ On the CPU, a thread copies straight into the parameter. For a GPU, a thread fil
 buffer while the thread fills the next one. So page reads, copies and transfers happen at the same time.
 
 Reading a mapped page in the page cache is as fast as a copy in memory: 8 GB/s per core, and 27 GB/s with eight cores on
-the machine of an H200. Reading the pages in advance with ``MADV_POPULATE_READ``, or with ``pread``, is no faster. Most
-of the cost is Python: the 15B has 12,500 tensors, half of them with a few kilobytes, and each call of torch releases
-Python's lock and waits for it again. So one thread does the work per tensor. The other threads copy loads of 16 MiB. A
-load goes to the GPU as a whole, where one call copies its tensors to their places.
+the machine of an H200. Each call of torch or NumPy releases Python's lock and waits for it again, and the 15B has 12,500
+tensors, half of them with a few kilobytes. So one thread does the work per tensor, and calls nothing that copies. The other
+threads copy loads of 16 MiB, in which neighbours in a file are one copy. A load goes to the GPU as a whole, where one call
+copies its tensors to their places.
 """
 
 from __future__ import annotations
@@ -36,8 +36,7 @@ BUFFERS, LOAD_BYTES = 2, 16 << 20
 MATRICES = 64
 # The alignment, in bytes, of a tensor in a buffer, at which GPU copies are fast.
 ALIGNMENT = 256
-# The most bytes between two tensors of a file, and the alignment of the latter in it, with which both are one copy:
-# torch writes some 100 bytes between them, and begins each at a multiple of 64.
+# Tensors of a file are one copy with at most so many bytes between them, and so aligned to each other, as torch writes them.
 GAP, NEIGHBOUR = 4096, 64
 
 
@@ -174,17 +173,13 @@ class Shared(Load):
     def copy(self, at: int, memory: np.ndarray, start: int, size: int) -> None:
         """Note that ``size`` bytes of ``memory`` from ``start`` on go to the index ``at``, which :meth:`place` gave."""
         last, begin, _ = self.last
-        if (
-            last is memory
-            and self.sources
-            and at == self.sources[-1][0] + (start - begin) // self.dtype.itemsize
-        ):
-            self.sources[-1] = self.sources[-1][0], memory[begin : start + size]
+        if last is memory and (at - self.sources[-1][0]) * self.dtype.itemsize == start - begin:
+            at, _ = self.sources.pop()
         else:
             begin = start
-            self.sources.append((at, memory[start : start + size]))
+        self.sources.append((at, memory[begin : start + size]))
         self.last = memory, begin, start + size
-        self.used = at + size // self.dtype.itemsize
+        self.used = at + (start + size - begin) // self.dtype.itemsize
 
     def take(self, piece: Piece, at: int, start: int, count: int) -> None:
         """Note where the ``count`` numbers of ``piece`` from ``start`` on go, which are at the index ``at`` of the buffer."""
@@ -286,7 +281,6 @@ def packed(pieces: Iterable[Piece], size: int) -> Iterator[Shared]:
         if whole > room:
             raise RuntimeError(f"{piece.name} cannot be quantised: a row of it has more than {size:,} bytes")
         start, total = 0, math.prod(source.shape)
-        unchecked = True
         while start < total:
             first = source.start + start * each
             at = load.place(source.memory, first) if load is not None and load.dtype == source.dtype else room
@@ -295,9 +289,8 @@ def packed(pieces: Iterable[Piece], size: int) -> Iterator[Shared]:
                     yield load
                 load, at = Shared(piece.name, source.dtype), 0
             count = min(total - start, (room - at) // whole * whole)
-            if unchecked:
+            if start == 0:
                 load.take_check(piece)
-                unchecked = False
             load.take(piece, at, start, count)
             load.copy(at, source.memory, first, count * each)
             load.bytes += count * each

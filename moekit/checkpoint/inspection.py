@@ -23,8 +23,9 @@ from torch import Tensor
 from moekit.checkpoint.archive import Record
 from moekit.checkpoint.contents import clip
 from moekit.checkpoint.keys import Place
-from moekit.checkpoint.reading import Source, Weights, stamp
+from moekit.checkpoint.reading import Source, stamp
 from moekit.checkpoint.stretch import Stretch
+from moekit.checkpoint.weights import Weights
 
 try:
     # It is five times as fast as zlib's, where it is installed.

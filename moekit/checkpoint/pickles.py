@@ -4,8 +4,6 @@ A pickle is a program for a small stack machine. :func:`parse` is that machine, 
 function only records the call: a :class:`Call` with the function's name and its arguments. The code that reads the result
 interprets the calls. So a pickle cannot execute anything here. The length of a pickle bounds its cost: the machine counts
 the instructions and the objects that they make.
-
-Dictionaries become :class:`Pairs`, since a key may be any object, and hashing it may never end.
 """
 
 from __future__ import annotations
@@ -15,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from moekit.checkpoint.collecting import no_collector
+from moekit.checkpoint.objects import Call, Group, Name, Pairs, Reference, Unreadable
 
 # The most bytes of a pickle; the pickle of a file with 25,000 tensors has 5 MB.
 MOST_BYTES = 64 << 20
@@ -22,54 +21,6 @@ MOST_BYTES = 64 << 20
 FEW, EACH = 350_000, 40
 # The most bytes that are copied to be read, as bytes are read faster than a view of a file.
 COPIED = 4 << 20
-
-
-class Unreadable(Exception):
-    """A file is damaged or refused; the message is the end of a sentence that begins with the file's name."""
-
-
-class Name(str):
-    """A class or a function, as ``module.name``."""
-
-    __slots__ = ()
-
-
-class Pairs(list):
-    """A dictionary: its (key, value) pairs in order."""
-
-    __slots__ = ()
-
-
-class Group(list):
-    """A set, frozen or not: its members."""
-
-    __slots__ = ()
-
-
-class Call:
-    """``function(*arguments)``; then ``state`` was given to the result, and ``items`` were put into it."""
-
-    __slots__ = ("arguments", "function", "items", "state")
-
-    def __init__(self, function: Any, arguments: Any):
-        self.function, self.arguments = function, arguments
-        self.state: Any = None
-        self.items: list[Any] = []
-
-
-class Reference:
-    """A reference to an object outside the pickle; ``name`` is the tuple that names it.
-
-    ``meaning`` is what the reader makes of the name (:class:`moekit.checkpoint.contents.Stored`), once it has.
-    """
-
-    __slots__ = ("meaning", "name")
-
-    def __init__(self, name: Any):
-        self.name, self.meaning = name, None
-
-    def __repr__(self) -> str:
-        return f"Reference(name={self.name!r})"
 
 
 class Parsed(NamedTuple):

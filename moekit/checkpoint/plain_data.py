@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from moekit.checkpoint.contents import called, is_enumeration, one_value, short
-from moekit.checkpoint.pickles import Call, Name, Pairs, Reference, Unreadable
+from moekit.checkpoint.objects import Call, Name, Pairs, Reference, Unreadable
 
 # The deepest config that is read, in levels; fairseq's have four.
 DEEPEST = 50

@@ -21,7 +21,7 @@ from torch import Tensor
 from moekit import json_text
 from moekit.checkpoint.archive import Record
 from moekit.checkpoint.contents import is_shape, short
-from moekit.checkpoint.pickles import Unreadable
+from moekit.checkpoint.objects import Unreadable
 
 DTYPES = {
     "F64": torch.float64,

@@ -17,7 +17,7 @@ from typing import Any
 from moekit.checkpoint.contents import clip, short
 from moekit.checkpoint.hugging.names import by_fairseqs_names
 from moekit.checkpoint.options import options_of
-from moekit.checkpoint.reading import Weights
+from moekit.checkpoint.weights import Weights
 
 FLAT = re.compile(r"(.*\.)?flat_param(_\d+)?")
 NUMBERED = re.compile(r".+?(-rank-(?P<rank>\d+)|-shared)?-shard(?P<shard>\d+)\.pt", re.DOTALL)

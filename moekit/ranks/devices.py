@@ -1,5 +1,9 @@
 """The devices that ranks run on."""
 
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
+
 import torch
 
 from moekit.arguments import Choice, Whole, check
@@ -8,6 +12,8 @@ from moekit.arguments import Choice, Whole, check
 WHERE = ("local", "ray")
 # More ranks than this are a slip of the pen, and their processes a burden to the machine.
 MOST = 4096
+# Seconds that a GPU may take to come up before the block ends without it.
+AWAKE = 20.0
 
 
 def choose_devices(world_size: int | None, device: str) -> list[torch.device]:
@@ -35,3 +41,29 @@ def devices_to_come(world_size: int | None, device: str, where: str) -> list[tor
     if where != "ray":
         return choose_devices(world_size, device)
     return [torch.device("cpu" if device == "cpu" else "cuda")] * (world_size or 1)
+
+
+@contextlib.contextmanager
+def waking(devices: Sequence[torch.device]) -> Iterator[None]:
+    """In this block, the GPU of a single rank comes up in a thread: CUDA's context on it takes half a second.
+
+    Of several devices nothing is done, as they belong to other processes. What goes wrong in the thread is not said here: it
+    goes wrong again, and is said, where the GPU is used.
+    """
+    if len(devices) != 1 or devices[0].type != "cuda":
+        yield
+        return
+    thread = threading.Thread(target=_wake, args=devices, name="waking", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        # A process that ends in the middle of CUDA's start may crash.
+        thread.join(AWAKE)
+
+
+def _wake(device: torch.device) -> None:
+    with contextlib.suppress(Exception):
+        torch.empty(1, device=device)
+        # Pinned memory has a start of its own.
+        torch.empty(1, pin_memory=True)

@@ -13,7 +13,7 @@ from moekit.checkpoint.archive import Record
 from moekit.checkpoint.contents import DTYPES, clip, short
 from moekit.checkpoint.hugging.config import LIGHT, Described
 from moekit.checkpoint.keys import KEYS, SHARED_KEY, fairseq_parts
-from moekit.checkpoint.reading import Weights
+from moekit.checkpoint.weights import Weights
 from moekit.nn.config import ModelConfig
 from moekit.nn.quantise import dtype_name
 
