@@ -23,6 +23,7 @@ from moekit.checkpoint import inspection, options
 from moekit.checkpoint.contents import short
 from moekit.checkpoint.objects import Unreadable
 from moekit.checkpoint.pickles import parse
+from moekit.checkpoint.weights import Header
 from moekit.nn.transformer import Transformer
 
 COUNT = int(os.environ.get("FUZZ", 600)) // 4
@@ -363,6 +364,21 @@ def test_experts_that_are_all_the_same_say_nothing_of_copies(folder):
 
 
 # ------------------------------------------------------------------------------------------------ reading
+
+
+def test_a_survey_makes_a_tensor_of_the_version_alone(folder, monkeypatch):
+    """It compares shapes and dtypes, and a tensor takes longer to make than to compare."""
+    made, make = [], Header.tensor
+    monkeypatch.setattr(
+        Header, "tensor", lambda header, *how: made.append(header.record) or make(header, *how)
+    )
+    plan = checkpoint.survey(checkpoint.find(folder))
+    shared = plan.opened[folder / "model-shared.pt"]
+    assert made == [shared.records["decoder.version"]]
+    weights = plan.opened[folder / "model-rank-2.pt"]
+    assert weights[KEY] is weights[KEY] and made[1:] == [weights.records[KEY]]
+    del weights[KEY]
+    assert KEY not in weights and len(weights) == len(list(weights.items())) == len(weights.records) - 1
 
 
 def test_two_threads_read_at_once(folder):

@@ -184,7 +184,7 @@ class Shared(Load):
     def take(self, piece: Piece, at: int, start: int, count: int) -> None:
         """Note where the ``count`` numbers of ``piece`` from ``start`` on go, which are at the index ``at`` of the buffer."""
         if piece.scale is None:
-            target = piece.target.view(-1)
+            target = piece.target if piece.target.dim() == 1 else piece.target.view(-1)
             self.parts.append((at, target if count == len(target) else target[start : start + count]))
         else:
             columns = piece.target.shape[-1]
