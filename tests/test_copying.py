@@ -1,5 +1,7 @@
 """Copying by threads: every byte once, no buffer reused too early, errors that name the tensor, nothing left behind."""
 
+import collections
+import contextlib
 import itertools
 import pickle
 import random
@@ -49,10 +51,16 @@ class Lazy:
 
 def staged(pieces, ring: list[Lazy]) -> None:
     """Everything through the buffers in turn, and fetched in the end."""
-    for number, load in enumerate(copying.packed(pieces, len(ring[0].memory))):
-        copying.staged(load, ring[number % len(ring)])
+    for load, buffer in zip(copying.packed(pieces, len(ring[0].memory)), itertools.cycle(ring), strict=False):
+        send(load, buffer)
     for buffer in ring:
         buffer.wait()
+
+
+def send(load, buffer: Lazy) -> None:
+    load.buffer = buffer
+    copying.gather(load)
+    buffer.send(load)
 
 
 @pytest.mark.parametrize("buffers", [1, 2, 3])
@@ -74,7 +82,7 @@ def test_a_buffer_holds_many_small_pieces_and_is_waited_for_before_it_is_filled_
     loads = list(copying.packed(small, 1024))
     assert [[start for start, _ in load.parts] for load in loads] == [[0, 128, 256, 384]] * 3
     for load, buffer in zip(loads, [*ring, ring[0]], strict=True):
-        copying.staged(load, buffer)
+        send(load, buffer)
     assert log == ["waited for 0", "waited for 0", "waited for 4"]  # both were free, then the first was not
     assert all(one.target.equal(one.source.float()) for one in small[:4])
     assert all(one.target.eq(-1).all() for one in small[4:])
@@ -202,24 +210,28 @@ def filled(folder, dtype, threads, plan=None):
 
 
 class Staged:
-    """In place of ``copying.Straight``: on the CPU, too, everything goes through buffers, of ``SIZE`` bytes."""
+    """As ``copying.OntoGpu`` in place of ``copying.Straight``, with ``BUFFERS`` of ``SIZE`` bytes."""
 
-    SIZE = 4096
+    SIZE, BUFFERS = 4096, 2
 
     def __init__(self):
-        self.mine, self.rings = threading.local(), []
+        self.buffers = [Lazy(self.SIZE, []) for _ in range(self.BUFFERS)]
 
     def loads(self, pieces):
-        return copying.packed(pieces, self.SIZE)
+        for load, buffer in zip(
+            copying.packed(pieces, self.SIZE), itertools.cycle(self.buffers), strict=False
+        ):
+            load.buffer = buffer
+            yield load
 
     def carry(self, load):
-        if not hasattr(self.mine, "turn"):
-            self.rings.append([Lazy(self.SIZE, []) for _ in range(2)])
-            self.mine.turn = itertools.cycle(self.rings[-1])
-        copying.staged(load, next(self.mine.turn))
+        copying.gather(load)
+
+    def send(self, load):
+        load.buffer.send(load)
 
     def finish(self):
-        for buffer in itertools.chain(*self.rings):
+        for buffer in self.buffers:
             buffer.wait()
 
 
@@ -232,9 +244,12 @@ def test_a_checkpoint_is_the_same_straight_and_through_buffers(reference, monkey
     assert expected["layers.1.moe.experts.w1"][5].equal(weight.to(dtype))
 
     monkeypatch.setattr(copying, "Straight", Staged)
-    found, told_too = filled(folder, dtype, 3)
-    assert all(found[name].equal(expected[name]) for name in expected)
-    assert told_too == told == sum(p.numel() * 2 for p in expected.values())
+    for threads in (1, 2, 3):
+        # As many as a GPU has.
+        monkeypatch.setattr(Staged, "BUFFERS", copying.BUFFERS * threads)
+        found, told_too = filled(folder, dtype, threads)
+        assert all(found[name].equal(expected[name]) for name in expected)
+        assert told_too == told == sum(p.numel() * 2 for p in expected.values())
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -263,6 +278,64 @@ def test_a_file_is_one_copy_in_whatever_order_its_tensors_are_told(reference, mo
     (sources,) = seen
     assert len(sources) <= len(plan.sources) + 1 and told < sum(sources) < 1.5 * told
     assert all(found[name].equal(expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_what_a_gpu_is_asked_for_without_one(reference, monkeypatch, threads):
+    """Stand-ins for streams, events and pinned memory: a buffer is sent, recorded and waited for in this order, by few threads."""
+    folder, log, pinned, empty = reference / "checkpoint", collections.defaultdict(list), [], torch.empty
+
+    class Stream:
+        def __init__(self, *_):
+            self.done = False
+
+        def wait_stream(self, _):
+            pass
+
+        def synchronize(self):
+            self.done = True
+
+    class Event:
+        def __init__(self, blocking):
+            assert blocking
+
+        def record(self):
+            assert threading.current_thread() is me
+            log[self].append("sent")
+
+        def synchronize(self):
+            assert threading.current_thread().name.startswith("copying")
+            log[self].append("waited")
+
+    def with_pinned(*shape, pin_memory=False, **how):
+        if pin_memory:
+            pinned.append(threading.current_thread().name)
+        return empty(*shape, **how)
+
+    me, expected = threading.current_thread(), filled(folder, torch.float16, 1)[0]
+    for name, stand_in in {
+        "Stream": Stream,
+        "Event": Event,
+        "current_stream": Stream,
+        "device": contextlib.nullcontext,
+        "stream": contextlib.nullcontext,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(torch, "empty", with_pinned)
+    monkeypatch.setattr(copying, "LOAD_BYTES", 4096)
+    made = []
+
+    def onto_gpu():
+        made.append(copying.OntoGpu(CPU, False, copying.BUFFERS * threads))
+        return made[-1]
+
+    monkeypatch.setattr(copying, "Straight", onto_gpu)
+    found, _ = filled(folder, torch.float16, threads)
+    assert all(found[name].equal(expected[name]) for name in expected)
+    assert made[0].stream.done and len(pinned) == len(log) == copying.BUFFERS * threads
+    assert all(name.startswith("copying") for name in pinned)
+    for steps in log.values():
+        assert steps == ["sent", "waited"] * (len(steps) // 2) + ["sent"], steps
 
 
 def test_a_header_is_read_once_by_who_reads_the_weights_too(reference, monkeypatch):

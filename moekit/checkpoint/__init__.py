@@ -9,7 +9,7 @@ that nothing in it runs and nothing is read that is not kept. From below to abov
 (the machine), contents (what may stand in one), archive (where a file's parts lie), stretch and weights (a file's tensors,
 made when they are asked for), reading (one file), keys (fairseq's names), options (the config), shards (tensors cut over
 several files), files (which there are), belonging (whether files belong together), inspection (checksums), config (the
-options against what the files hold), copying, joining (parts of a tensor), placement (which rank an expert goes to),
+options against what the files hold), loads and copying, joining (parts of a tensor), placement (which rank an expert goes to),
 filling (what is filled, and where), plan (which rank reads what), describing (tables). safetensors is the other format of a
 file. What ``python -m moekit.checkpoint`` does is in verifying and reshaping; writing makes the folders.
 """

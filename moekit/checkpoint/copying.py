@@ -1,58 +1,37 @@
 """Copies of tensors from memory-mapped files to their parameters, by several threads; a core reads each byte once.
 
-On the CPU, a thread copies straight into the parameter. For a GPU, a thread fills pinned buffers, and the GPU fetches a
-buffer while the thread fills the next one. So page reads, copies and transfers happen at the same time.
+On the CPU, a thread copies straight into the parameter. For a GPU, threads fill pinned buffers, and the GPU fetches a buffer
+while they fill others. So page reads, copies and transfers happen at the same time.
 
-Reading a mapped page in the page cache is as fast as a copy in memory: 8 GB/s per core, and 27 GB/s with eight cores on
-the machine of an H200. Each call of torch or NumPy releases Python's lock and waits for it again, and the 15B has 12,500
-tensors, half of them with a few kilobytes. So one thread does the work per tensor, and calls nothing that copies. The other
-threads copy loads of 16 MiB, in which neighbours in a file are one copy. A load goes to the GPU as a whole, where one call
-copies its tensors to their places.
+Reading a mapped page in the page cache is as fast as a copy in memory. Each call of torch or NumPy releases Python's lock and
+waits for it again, and the 15B has 12,500 tensors, half of them with a few kilobytes. So the caller's thread does all that is
+Python: it packs tensors into loads of 16 MiB, in which neighbours in a file are one copy, and sends a load that is filled to
+the GPU, where one call copies its tensors to their places. The other threads wait for a buffer and fill it, and do no more.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import itertools
 import math
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from moekit.checkpoint.loads import Load, Piece, Shared, Tensors, check_shape
 from moekit.checkpoint.stretch import Stretch, stretch_of
 from moekit.checkpoint.threads import pool
 from moekit.nn.quantise import quantise
 
-# The most threads; more do not increase the transfer rate.
-THREADS = 5
-# Buffers of each thread, and the bytes of each buffer.
+# The most threads, the buffers for each of them, and the bytes of each buffer.
+THREADS = 8
 BUFFERS, LOAD_BYTES = 2, 16 << 20
 # The most matrices of a load that are quantised.
 MATRICES = 64
-# The alignment, in bytes, of a tensor in a buffer, at which GPU copies are fast.
-ALIGNMENT = 256
-# Tensors of a file are one copy with at most so many bytes between them, and so aligned to each other, as torch writes them.
-GAP, NEIGHBOUR = 4096, 64
-
-
-class Piece(NamedTuple):
-    """A copy of ``source``, on the CPU, to ``target``, which is contiguous and has the same shape; dtypes may differ.
-
-    The thread that copies the piece first calls ``check``, which may raise an error. With ``scale`` [R], the source [R, C]
-    is quantised to ``target`` and ``scale`` (:func:`moekit.nn.quantise.quantise`).
-    """
-
-    # The tensor's name in errors.
-    name: str
-    source: Tensor | Stretch
-    target: Tensor
-    check: Callable[[], None] | None = None
-    scale: Tensor | None = None
 
 
 def copy(
@@ -75,9 +54,11 @@ def copy(
         Any error of ``pieces`` or of a check. RuntimeError if the shapes differ, with the name of the piece, or if a load
         cannot be copied, with the name of its first piece.
     """
-    carrier = Straight() if device.type == "cpu" else OntoGpu(device, kernels)
     threads = max(1, min(threads, THREADS))
-    waiting: collections.deque[Future[int]] = collections.deque()
+    carrier = Straight() if device.type == "cpu" else OntoGpu(device, kernels, BUFFERS * threads)
+    # Fewer loads than there are buffers, so that a buffer is sent before it is filled again.
+    most = max(1, BUFFERS * threads - 2)
+    waiting: collections.deque[tuple[Straight | OntoGpu, Load, Future[None]]] = collections.deque()
 
     def loads() -> Iterator[tuple[Straight | OntoGpu, Load]]:
         for there, some in itertools.groupby(pieces, lambda piece: piece.target.device.type == device.type):
@@ -85,111 +66,46 @@ def copy(
             yield from ((own, load) for load in own.loads(some))
 
     def finish_one() -> None:
-        copied = waiting.popleft().result()
+        own, load, carried = waiting.popleft()
+        carried.result()
+        with _naming(load):
+            own.send(load)
         if progress is not None:
-            progress(copied)
+            progress(load.bytes)
 
     try:
         with pool("copying", threads) as executor:
             try:
                 for own, load in loads():
-                    if len(waiting) == 2 * threads:
+                    while waiting and (len(waiting) == most or waiting[0][-1].done()):
                         finish_one()
-                    waiting.append(executor.submit(_carry, own, load))
+                    waiting.append((own, load, executor.submit(_carry, own, load)))
                 while waiting:
                     finish_one()
             finally:
                 # After an error or an interrupt, loads that have not started are dropped.
-                for future in waiting:
-                    future.cancel()
+                for _, _, carried in waiting:
+                    carried.cancel()
     finally:
         carrier.finish()
 
 
-def _carry(carrier: Straight | OntoGpu, load: Load) -> int:
-    """Check and copy one load; returns the number of its bytes."""
+def _carry(carrier: Straight | OntoGpu, load: Load) -> None:
+    """Check one load, and do with it what takes long."""
     for check in load.checks:
         check()
+    with _naming(load):
+        carrier.carry(load)
+
+
+@contextlib.contextmanager
+def _naming(load: Load) -> Iterator[None]:
+    """An error of torch in this block tells what was copied."""
     try:
         with torch.no_grad():
-            carrier.carry(load)
+            yield
     except RuntimeError as error:
         raise RuntimeError(f"{load.name} and what follows cannot be copied: {error}") from error
-    return load.bytes
-
-
-class Load:
-    """Pieces that are copied together.
-
-    Attributes:
-        name: the name of the first piece.
-        bytes: the total size of the sources.
-        checks: the checks to run before the copy.
-    """
-
-    def __init__(self, name: str):
-        self.name, self.bytes = name, 0
-        self.checks: list[Callable[[], None]] = []
-
-    def take_check(self, piece: Piece) -> None:
-        if piece.check is not None:
-            self.checks.append(piece.check)
-
-
-class Tensors(Load):
-    def __init__(self, name: str):
-        super().__init__(name)
-        self.pieces: list[Piece] = []
-
-
-class Shared(Load):
-    """A load in one buffer.
-
-    Attributes:
-        dtype: the dtype of all numbers in the buffer.
-        used: the count of numbers in the buffer, including gaps.
-        sources: (index of the first number in the buffer, the bytes to copy there); neighbours in a file are one.
-        parts: (index of the first number in the buffer, the target [n] of any dtype).
-        matrices: (index of the first number in the buffer, the target [r, C], the scale [r]), whole rows to quantise.
-    """
-
-    def __init__(self, name: str, dtype: torch.dtype):
-        super().__init__(name)
-        self.dtype, self.used = dtype, 0
-        self.sources: list[tuple[int, np.ndarray]] = []
-        # Of the last source: the memory that it lies in, its first byte there, and the byte after it.
-        self.last: tuple[np.ndarray | None, int, int] = None, 0, 0
-        self.parts: list[tuple[int, Tensor]] = []
-        self.matrices: list[tuple[int, Tensor, Tensor]] = []
-
-    def place(self, memory: np.ndarray, start: int) -> int:
-        """The index in the buffer of the number at ``memory[start]``: in line with the last source, if they are neighbours."""
-        last, begin, end = self.last
-        if last is memory and 0 <= start - end <= GAP and (start - begin) % NEIGHBOUR == 0:
-            return self.sources[-1][0] + (start - begin) // self.dtype.itemsize
-        step = ALIGNMENT // self.dtype.itemsize
-        return -(-self.used // step) * step
-
-    def copy(self, at: int, memory: np.ndarray, start: int, size: int) -> None:
-        """Note that ``size`` bytes of ``memory`` from ``start`` on go to the index ``at``, which :meth:`place` gave."""
-        last, begin, _ = self.last
-        if last is memory and (at - self.sources[-1][0]) * self.dtype.itemsize == start - begin:
-            at, _ = self.sources.pop()
-        else:
-            begin = start
-        self.sources.append((at, memory[begin : start + size]))
-        self.last = memory, begin, start + size
-        self.used = at + (start + size - begin) // self.dtype.itemsize
-
-    def take(self, piece: Piece, at: int, start: int, count: int) -> None:
-        """Note where the ``count`` numbers of ``piece`` from ``start`` on go, which are at the index ``at`` of the buffer."""
-        if piece.scale is None:
-            target = piece.target if piece.target.dim() == 1 else piece.target.view(-1)
-            self.parts.append((at, target if count == len(target) else target[start : start + count]))
-        else:
-            columns = piece.target.shape[-1]
-            rows = slice(start // columns, (start + count) // columns)
-            self.matrices.append((at, piece.target[rows], piece.scale[rows]))
 
 
 class Straight:
@@ -199,7 +115,7 @@ class Straight:
     def loads(pieces: Iterable[Piece]) -> Iterator[Tensors]:
         load: Tensors | None = None
         for piece in pieces:
-            check(piece)
+            check_shape(piece)
             load = load or Tensors(piece.name)
             load.pieces.append(piece)
             load.take_check(piece)
@@ -220,49 +136,47 @@ class Straight:
                 quantise(source, piece.target, piece.scale)
 
     @staticmethod
-    def finish() -> None:
+    def send(load: Tensors) -> None:
         """Do nothing, since the copies are already complete."""
+
+    @staticmethod
+    def finish() -> None:
+        """As :meth:`send`."""
 
 
 class OntoGpu:
-    """Copies to a GPU, with a separate stream for each thread."""
+    """Copies to a GPU through ``buffers`` in turn, in the order of a stream of its own."""
 
-    def __init__(self, device: torch.device, kernels: bool):
-        self.kernels = kernels
-        self.device, self.caller = device, torch.cuda.current_stream(device)
-        self.mine = threading.local()
-        # The streams of all threads: the GPU may still read a buffer after its thread has ended.
-        self.streams: list[torch.cuda.Stream] = []
-        self.buffers: list[Pinned] = []
+    def __init__(self, device: torch.device, kernels: bool, buffers: int):
+        self.device, self.stream = device, torch.cuda.Stream(device)
+        # The memory of the targets may still be in use on the caller's stream.
+        self.stream.wait_stream(torch.cuda.current_stream(device))
+        with self.in_order():
+            # In this order a load has left the memory where it lands before the next one arrives.
+            memory = torch.empty(LOAD_BYTES, dtype=torch.uint8, device=device)
+            self.ring = itertools.cycle([Pinned(Landed(memory, kernels)) for _ in range(buffers)])
+
+    @contextlib.contextmanager
+    def in_order(self) -> Iterator[None]:
+        with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
+            yield
+
+    def loads(self, pieces: Iterable[Piece]) -> Iterator[Shared]:
+        for load in packed(pieces, LOAD_BYTES):
+            load.buffer = next(self.ring)
+            yield load
 
     @staticmethod
-    def loads(pieces: Iterable[Piece]) -> Iterator[Shared]:
-        return packed(pieces, LOAD_BYTES)
+    def carry(load: Shared) -> None:
+        gather(load)
 
-    def carry(self, load: Shared) -> None:
-        mine = self.mine
-        if not hasattr(mine, "stream"):
-            mine.stream = torch.cuda.Stream(self.device)
-            self.streams.append(mine.stream)
-            # The memory of the targets may still be in use on the caller's stream.
-            mine.stream.wait_stream(self.caller)
-        with torch.cuda.device(self.device), torch.cuda.stream(mine.stream):
-            if not hasattr(mine, "ring"):
-                buffers = [Pinned(LOAD_BYTES, self.device, self.kernels) for _ in range(BUFFERS)]
-                self.buffers += buffers
-                mine.ring = itertools.cycle(buffers)
-            staged(load, next(mine.ring))
+    def send(self, load: Shared) -> None:
+        with self.in_order():
+            load.buffer.send(load)
 
     def finish(self) -> None:
         """Wait until all loads have arrived, so that the targets can be freed safely afterwards."""
-        for stream in self.streams:
-            stream.synchronize()
-
-
-def check(piece: Piece) -> None:
-    if piece.source.shape != piece.target.shape:
-        wanted, got = list(piece.target.shape), list(piece.source.shape)
-        raise RuntimeError(f"{piece.name} cannot be copied: its shape is {got}, expected {wanted}")
+        self.stream.synchronize()
 
 
 def packed(pieces: Iterable[Piece], size: int) -> Iterator[Shared]:
@@ -273,7 +187,7 @@ def packed(pieces: Iterable[Piece], size: int) -> Iterator[Shared]:
     """
     load: Shared | None = None
     for piece in pieces:
-        check(piece)
+        check_shape(piece)
         source = piece.source if isinstance(piece.source, Stretch) else stretch_of(piece.source)
         each, room = source.dtype.itemsize, size // source.dtype.itemsize
         # A part of a matrix that is quantised consists of whole rows.
@@ -299,27 +213,14 @@ def packed(pieces: Iterable[Piece], size: int) -> Iterator[Shared]:
         yield load
 
 
-class Buffer(Protocol):
-    """A staging buffer for copies to a device; ``room`` is [bytes] uint8."""
-
-    room: np.ndarray
-
-    def send(self, load: Shared) -> None:
-        """Start the transfer of the data of ``load`` in ``room``, and the copies to its targets."""
-
-    def wait(self) -> None:
-        """Wait until the previous transfer, if any, is complete."""
-
-
 class Pinned:
     """A :class:`Buffer` in pinned memory, which the GPU reads in the order of the current stream."""
 
-    def __init__(self, size: int, device: torch.device, kernels: bool):
-        self.memory = torch.empty(size, dtype=torch.uint8, pin_memory=True)
-        self.room = self.memory.numpy()
-        self.landed = Landed(torch.empty(size, dtype=torch.uint8, device=device), kernels)
+    def __init__(self, landed: Landed):
+        self.landed = landed
         # With a blocking event, a waiting thread does not occupy a core.
         self.fetched = torch.cuda.Event(blocking=True)
+        self.memory: Tensor | None = None
 
     def send(self, load: Shared) -> None:
         used = load.used * load.dtype.itemsize
@@ -329,16 +230,22 @@ class Pinned:
         self.landed.arrived(load)
 
     def wait(self) -> None:
-        self.fetched.synchronize()
+        if self.memory is not None:
+            self.fetched.synchronize()
+            return
+        # Pinning takes milliseconds, so the thread does it that fills the buffer first.
+        with torch.cuda.device(self.landed.memory.device):
+            self.memory = torch.empty(len(self.landed.memory), dtype=torch.uint8, pin_memory=True)
+        self.room = self.memory.numpy()
 
 
-def staged(load: Shared, buffer: Buffer) -> None:
-    buffer.wait()
-    each = load.dtype.itemsize
+def gather(load: Shared) -> None:
+    """Copy what is in ``load`` into its buffer, once that is free."""
+    load.buffer.wait()
+    room, each = load.buffer.room, load.dtype.itemsize
     for start, source in load.sources:
         # The copy of NumPy is a memcpy without Python's lock; a copy by torch would start further threads.
-        np.copyto(buffer.room[start * each : start * each + len(source)], source)
-    buffer.send(load)
+        np.copyto(room[start * each : start * each + len(source)], source)
 
 
 class Landed:
