@@ -6,6 +6,7 @@ import itertools
 import pickle
 import random
 import re
+import sys
 import threading
 
 import numpy as np
@@ -16,6 +17,7 @@ from moekit import checkpoint
 from moekit.checkpoint import copying
 from moekit.checkpoint.copying import Piece
 from moekit.checkpoint.stretch import Stretch
+from moekit.checkpoint.threads import switching
 from moekit.checkpoint.weights import Header, Weights
 from moekit.nn.transformer import Transformer
 
@@ -125,20 +127,34 @@ def test_all_pieces_are_copied_by_any_number_of_threads(threads, load_bytes, mon
     told: list[int] = []
     me = threading.current_thread()
 
+    interval = sys.getswitchinterval()
+
     def progress(count: int) -> None:
         assert threading.current_thread() is me  # a notebook draws in its own thread alone
+        assert sys.getswitchinterval() < interval
         told.append(count)
 
     copying.copy(pieces, CPU, threads, progress)
     assert all(one.target.equal(one.source.float()) for one in pieces)
     assert sum(told) == sum(one.source.nbytes for one in pieces)
-    assert torch.get_num_threads() == before
+    assert torch.get_num_threads() == before and sys.getswitchinterval() == interval
     seen: list[int] = []
     thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
     thread.start()
     thread.join()
     assert seen == [before]  # and of threads to come
     assert not [t for t in threading.enumerate() if t.name.startswith("copying")]
+
+
+def test_blocks_of_several_threads_leave_the_interval_as_it_was():
+    before = sys.getswitchinterval()
+    first, second = switching(0.0005), switching(0.001)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert sys.getswitchinterval() == pytest.approx(0.0005)
+    second.__exit__(None, None, None)
+    assert sys.getswitchinterval() == before
 
 
 def test_nothing_to_copy():

@@ -24,12 +24,14 @@ from torch import Tensor
 
 from moekit.checkpoint.loads import Load, Piece, Shared, Tensors, check_shape
 from moekit.checkpoint.stretch import Stretch, stretch_of
-from moekit.checkpoint.threads import pool
+from moekit.checkpoint.threads import pool, switching
 from moekit.nn.quantise import quantise
 
 # The most threads, the buffers for each of them, and the bytes of each buffer.
 THREADS = 8
 BUFFERS, LOAD_BYTES = 2, 16 << 20
+# Seconds after which the caller's thread, which is busy with Python, lets others have Python's lock.
+SWITCH = 0.0005
 # The most matrices of a load that are quantised.
 MATRICES = 64
 
@@ -74,7 +76,7 @@ def copy(
             progress(load.bytes)
 
     try:
-        with pool("copying", threads) as executor:
+        with switching(SWITCH), pool("copying", threads) as executor:
             try:
                 for own, load in loads():
                     while waiting and (len(waiting) == most or waiting[0][-1].done()):

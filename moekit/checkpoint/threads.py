@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -22,3 +24,29 @@ def pool(name: str, threads: int = THREADS) -> Iterator[ThreadPoolExecutor]:
     finally:
         # A thread of torch's takes over the number that was set last, in whichever thread.
         torch.set_num_threads(before)
+
+
+_lock = threading.Lock()
+# Blocks in force, over all threads, and the interval before the first of them.
+_blocks, _before = 0, 0.0
+
+
+@contextlib.contextmanager
+def switching(seconds: float) -> Iterator[None]:
+    """In this block, a thread that computes in Python gives Python's lock to one that waits for it after ``seconds``, not 5 ms.
+
+    A thread that copies needs the lock for microseconds between two copies of milliseconds.
+    """
+    global _blocks, _before
+    with _lock:
+        _blocks += 1
+        if _blocks == 1:
+            _before = sys.getswitchinterval()
+            sys.setswitchinterval(min(_before, seconds))
+    try:
+        yield
+    finally:
+        with _lock:
+            _blocks -= 1
+            if _blocks == 0:
+                sys.setswitchinterval(_before)
