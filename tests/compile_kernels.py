@@ -16,6 +16,7 @@ from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 from moekit.nn.kernels import (
     attention,
     batch_step,
+    counting,
     cuts,
     embedding,
     flash,
@@ -26,6 +27,8 @@ from moekit.nn.kernels import (
     norm,
     one_kernel,
     one_launch,
+    ordered,
+    output,
     peers,
     rounding,
     short_peers,
@@ -97,21 +100,56 @@ class Target:
 
     def specialised(self, kind: str, cut: cuts.Cut) -> None:
         rows, columns = specialised.block_layouts(cut.up, gl.float16 if kind == "fp16" else gl.bfloat16)
-        for first, blocks in ((True, cut.up), (False, cut.down)):
+        for first, blocks, none in (
+            (True, cut.up, ("weights",)),
+            (False, cut.down, ()),
+            (True, cut.up, ("weights", "order", "table")),
+        ):
             n, k = (3072, 768) if first else (768, 3072)
             types = dict.fromkeys(("b", "out", "weights"), f"*{kind}") | {"order": "*i64", "table": "*i32"}
-            types |= dict.fromkeys(("tiles", "experts"), "i32")
+            types |= dict.fromkeys(("tiles", "experts", "made"), "i32")
             types["rows"] = f"tensordesc<{kind}[64, {blocks.inner}],{rows!r}>"
             block = f"{blocks.columns // 32}, 4, 4, 2, {blocks.inner}"
             types["columns"] = f"tensordesc<{kind}[{block}],{columns!r}>"
             options, registers = specialised.launch(blocks)
             constants = {"N": n, "K": k, "FIRST": first, "WEIGHTED": not first, "TEAM_REGISTERS": registers}
             constants |= {"COLUMNS": blocks.columns, "INNER": blocks.inner, "STAGES": blocks.stages}
-            constants |= {"ACTIVATION": 2 if first else 0} | ({"weights": None} if first else {})
+            constants |= {"ACTIVATION": 2 if first else 0} | dict.fromkeys(none)
             constants["OUT"] = specialised.layout(blocks.rows, blocks.columns, blocks.warps)
             self.compile(
                 specialised._specialised_linear, types, constants, blocks.warps, maxnreg=options["maxnreg"]
             )
+
+    def counting(self) -> None:
+        """The places of choices in buffers, and the order of choices."""
+        types = {"chosen": "*i64", "parts": "*i32", "counts": "*i64", "order": "*i64"}
+        types |= {"weights": "*fp32", "filled": "*fp32", "kept": "*i1", "eps": "fp32"}
+        types |= dict.fromkeys(("tokens", "choices", "chunks", "experts", "capacity"), "i32")
+        sizes = {"WIDTH": 528, "BINS": 1024, "CHUNK": counting.CHUNK}
+        for kernel, warps, constants in (
+            (
+                counting._fill,
+                counting.WARPS,
+                {"K": 2, "AGAIN": True, "BINS": 512, "CHUNK": counting.CHUNK, "BLOCK": 2048},
+            ),
+            (counting._count, 4, sizes),
+            (counting._add_up, 8, {"WIDTH": 528, "TOGETHER": counting.TOGETHER, "CHUNKS": counting.CHUNKS}),
+            (counting._place, 4, sizes),
+        ):
+            needed = {name: kind for name, kind in types.items() if name in kernel.arg_names}
+            self.compile(kernel, needed, constants, warps)
+
+    def output(self, kind: str) -> None:
+        """The output matrix and the log-probabilities in one."""
+        block = output.layout(gl.float16 if kind == "fp16" else gl.bfloat16)
+        types = dict.fromkeys(("rows", "row_blocks", "segments", "each"), "i32") | {"parts": "*fp32"}
+        types["features"] = f"tensordesc<{kind}[{output.ROWS.value}, {output.INNER.value}],{block!r}>"
+        types["weight"] = f"tensordesc<{kind}[{output.TYPES.value // 2}, {output.INNER.value}],{block!r}>"
+        self.compile(output._output, types, {"V": 50_264, "D": 768}, 4, maxnreg=output.REGISTERS)
+        types = {"features": f"*{kind}", "weight": f"*{kind}", "targets": "*i64", "parts": "*fp32"}
+        types |= {"found": "*fp32", "rows": "i32", "segments": "i32"}
+        constants = {"D": 768, "ROWS": 8, "BLOCK": 1024, "SEGMENTS": output.SEGMENTS}
+        self.compile(output._combined, types, constants)
 
     def few_rows(self, one_byte: int = 0) -> None:
         """The experts of a few sequences, and what they take over peers."""
@@ -182,6 +220,7 @@ def compile_all(target: Target) -> None:
     if most:
         for kind in ("fp16", "bf16"):
             target.specialised(kind, cuts.Cut(cuts.ANY, cuts.ANY, cuts.SPECIALISED, cuts.SPECIALISED))
+            target.output(kind)
         target.grouped("fp16", cuts.CUTS[-1], over_peers=True)
         target.grouped("fp16", cuts.ONE_BYTE_CUTS[-1], 1, over_peers=True)
         target.grouped("bf16", cuts.CUTS[-1])
@@ -214,12 +253,13 @@ def compile_all(target: Target) -> None:
         "experts": "i32",
     }
     target.compile(tiles._by_expert, types, {"CHOICES": 128}, 1)
+    target.counting()
     types = dict.fromkeys(("x", "found", "out"), "*fp16") | {"order": "*i64", "counts": "*i64"}
     types |= {"made": "i32", "experts": "i32"}
     constants = {"CHOICES": 2, "D": 768, "ROWS": 4, "BLOCK": 1024, "EXPERTS": 512}
-    target.compile(specialised._in_order, {k: v for k, v in types.items() if k != "out"}, constants)
+    target.compile(ordered._in_order, {k: v for k, v in types.items() if k != "out"}, constants)
     del types["x"], types["found"], constants["CHOICES"]
-    target.compile(specialised._clear, types, constants)
+    target.compile(ordered._clear, types, constants)
     types = {"counts": "*i64", "table": "*i32", "experts": "i32", "width": "i32"}
     target.compile(tiles._tiles, types, {"ROWS": 16, "EXPERTS": 512})
     types = dict.fromkeys(("qkv", "kv", "out"), "*fp16") | {

@@ -49,6 +49,7 @@ def test_the_cut_follows_the_rows_an_expert():
     assert cut_for(8192, 512, hopper).up.rows == 32
     many = Cut(ANY, ANY, Blocks(128, 128, 64, 8, 3), Blocks(128, 256, 64, 8, 4))
     assert cut_for(131_072, 512, hopper, (768, 3072)).up.specialised
+    assert [cut_for(places, 512, hopper, (768, 3072)).up.rows for places in (16_384, 16_385)] == [64, 128]
     assert cut_for(131_072, 512, hopper, (768, 3000)) == many == cut_for(131_072, 512, hopper)
     assert cut_for(131_072, 512, built_in("NVIDIA B200", "float16", 227 * 1024)) == many
     small = built_in("NVIDIA L40S", "float16", 99 * 1024)

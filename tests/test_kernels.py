@@ -39,8 +39,12 @@ from moekit.nn.graphs import Graph
 from moekit.nn.kernels import (
     attention,
     batch_step,
+    counting,
+    dense,
     flash,
     narrow,
+    ordered,
+    output,
     rounding,
     short_step,
     specialised,
@@ -53,7 +57,7 @@ from moekit.nn.kernels.cuts import ANY, CUTS, ONE_BYTE_CUTS, SPECIALISED, Blocks
 from moekit.nn.kernels.grouped import grouped_ffn
 from moekit.nn.kernels.logprobs import best, target_log_probs
 from moekit.nn.logprobs import log_probs
-from moekit.nn.operations import BACKENDS, attend, choose_backend, use
+from moekit.nn.operations import BACKENDS, attend, choose_backend, hidden, use
 from moekit.nn.passes import Pass
 from moekit.nn.quantise import KINDS, quantise
 from moekit.nn.transformer import AddNorm, Transformer
@@ -65,7 +69,7 @@ from moekit.worker.sampling import Settings
 
 @triton.jit
 def _gelu_of(x, out, N: tl.constexpr):
-    at = tl.arange(0, N)
+    at = tl.program_id(0) * N + tl.arange(0, N)
     tl.store(out + at, gelu(tl.load(x + at)))
 
 
@@ -160,11 +164,11 @@ def test_every_cut(cut):
 def test_rows_in_the_order_of_their_choices(choices, spread):
     x = torch.randn(33, 24, device=DEVICE)
     some = choices_of(33, choices, 5, spread=spread)
-    found = specialised.in_order(x, some.order, some.counts, choices)
+    found = ordered.in_order(x, some.order, some.counts, choices)
     held = int(some.counts.sum())
     assert found.shape == (33 * choices, 24) and found[:held].equal(x[some.order[:held] // choices])
     out = torch.full_like(found, torch.nan)
-    specialised.clear(out, some.order, some.counts)
+    ordered.clear(out, some.order, some.counts)
     assert not out[some.order[held:]].any(), "choices of no expert are zero"
     assert out[some.order[:held]].isnan().all(), "the others are the kernel's"
 
@@ -190,6 +194,68 @@ def test_registers_of_specialised_warps_by_hand(warps, registers, each):
         threads * each <= 65_536
         and 2 * warps * 32 * given + 128 * specialised.LOADER_REGISTERS.value <= threads * each
     )
+
+
+def test_segments_of_a_dictionary_by_hand():
+    """Blocks of rows and of types, programs; the program with the most work has so many pieces of work, of so many blocks."""
+    assert output.segment(512, 197, 132) == 22, "35 x 22 = 770, where 2 segments are 8 x 99 = 792"
+    assert output.segment(16, 197, 132) == 25, "1 x 25, where 32 segments are 4 x 7 = 28"
+    assert output.segment(128, 197, 132) == 197, "each has one piece of all"
+
+
+def test_segments_are_combined():
+    """Parts of a row that another kernel found, one of them without a type that counts."""
+    features, weight, targets = torch.randn(11, 40), torch.randn(90, 40), torch.randint(0, 90, (11,))
+    logits = features @ weight.T
+    parts = torch.full((2, 4, 11), torch.nan)
+    for i, some in enumerate((logits[:, :50], logits[:, 50:], torch.full((11, 3), -torch.inf))):
+        parts[0, i] = some.amax(1)
+        parts[1, i] = (some - some.amax(1, keepdim=True)).exp().nan_to_num(0).sum(1)
+    found = torch.empty(11, device=DEVICE)
+    given = [x.to(DEVICE) for x in (features, weight, targets, parts[:, :3].contiguous())]
+    output._combined[(2,)](*given, found, 11, 3, D=40, ROWS=8, BLOCK=64, SEGMENTS=output.SEGMENTS)
+    wanted = logits.log_softmax(1)[torch.arange(11), targets].to(DEVICE)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@on_hopper
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+@pytest.mark.parametrize("rows", [16_384, 16_449])
+def test_the_hidden_layer_of_a_dense_feed_forward(rows, activation, dtype):
+    layer = torch.nn.Linear(256, 512).to(DEVICE, dtype).requires_grad_(False)
+    x = torch.randn(1, rows, 256, device=DEVICE).to(dtype)
+    assert dense.fits(x, layer)
+    found = dense.hidden(x, layer, activation)
+    wanted = hidden(x.float(), layer.float(), activation)
+    assert found.shape == (1, rows, 512) and found.dtype == dtype
+    assert (found - wanted).norm() / wanted.norm() < {torch.float16: 5e-4, torch.bfloat16: 4e-3}[dtype]
+
+
+@on_hopper
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rows, dims, vocab", [(2048, 768, 50_264), (2125, 128, 1000), (2048, 64, 7)])
+def test_log_probabilities_without_logits(rows, dims, vocab, dtype):
+    features = torch.randn(rows, dims, device=DEVICE).to(dtype)
+    weight = (torch.randn(vocab, dims, device=DEVICE) * dims**-0.5).to(dtype)
+    targets = torch.randint(0, vocab, (rows,), device=DEVICE)
+    assert output.fits(features, weight)
+    found = output.target_log_probs(features, weight, targets)
+    assert found.equal(output.target_log_probs(features, weight, targets))
+    wanted = target_log_probs(F.linear(features, weight), targets)
+    # A logit of up to 8 may round the other way.
+    assert (found - wanted).abs().max() < {torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
+    assert (found - wanted).abs().mean() < {torch.float16: 1e-4, torch.bfloat16: 1e-3}[dtype]
+
+
+def test_the_gelu_of_kernels():
+    """Against the formula in float64: its error is 4.4e-7 at most, and float32 adds some; far out it is exact."""
+    x = torch.cat([torch.linspace(-12, 12, 2**15 - 3), torch.tensor([-6e4, 6e4, torch.nan])])
+    x = x.to(DEVICE)
+    found = torch.empty_like(x)
+    _gelu_of[(2**5,)](x, found, 2**10)
+    assert (found - F.gelu(x.double()))[:-3].abs().max() < 8e-7
+    assert found[-3:-1].tolist() == [0, 6e4] and found[-1:].isnan().all()
 
 
 @on_hopper
@@ -399,8 +465,9 @@ def test_there_are_tiles_enough_for_any_counts():
         assert int((-(-counts // rows)).sum()) <= tiles.most_tiles(int(counts.sum()), experts, rows)
 
 
-@pytest.mark.parametrize("tokens, experts", [(1, 512), (5, 3), (64, 40), (65, 512)])
-def test_few_choices_are_sorted_without_a_sort(tokens, experts):
+@pytest.mark.parametrize("tokens, experts", [(1, 512), (5, 3), (64, 40), (65, 512), (300, 7), (2000, 40)])
+def test_choices_are_sorted_without_a_sort(tokens, experts, monkeypatch):
+    monkeypatch.setattr(counting, "CHUNKS", 16)
     generator = torch.Generator().manual_seed(tokens)
     chosen = torch.randint(0, experts, (1, tokens, 2), generator=generator).to(DEVICE)
     kept = (torch.rand(1, tokens, 2, generator=generator) < 0.8).to(DEVICE)
@@ -409,6 +476,48 @@ def test_few_choices_are_sorted_without_a_sort(tokens, experts):
         tiles.by_expert(routing, experts), gate.by_expert(routing, experts), strict=True
     ):
         assert found.equal(wanted)
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("groups, tokens, experts", [(1, 128, 5), (3, 300, 7), (1, 1000, 512)])
+def test_buffers_are_filled_without_a_sort(groups, tokens, experts, before, top_k):
+    """The bits of the plain way, where the capacity drops many, a few, and none."""
+    rule = gate_of(config(experts=experts, gate=f"top{top_k}", normalize_before_dropping=before))
+    logits = torch.randn(groups, tokens, experts, generator=torch.Generator().manual_seed(tokens)).to(DEVICE)
+    shares = []
+    for fraction in (0.5 / experts, 0.9 / experts, 1.0):
+        slow = rule.route(logits, fraction=fraction)
+        fast = rule.route(logits, fraction=fraction, fill=counting.fill)
+        assert slow.kept.equal(fast.kept) and slow.weights.equal(fast.weights)
+        shares.append(fast.kept.float().mean())
+    assert 0 < shares[0] < shares[1] < shares[2] == 1
+
+
+def test_what_counting_leaves_to_the_plain_way(monkeypatch):
+    """Short groups, padding, choices dropped before, gates in another order or of the user's."""
+    monkeypatch.setattr(counting, "_fill", None)
+    options = {"gate": "top2", "second_expert": "all", "experts": 5}
+
+    def route(tokens: int, rule: gate.Gate | None = None, **more) -> gate.Routing:
+        rule = rule or gate_of(config(**options, **more))
+        logits = torch.randn(1, tokens, 5).to(DEVICE)
+        padding = torch.rand(1, tokens).to(DEVICE) < 0.5 if more.get("mask_padding") else None
+        return rule.route(logits, fraction=0.1, padding=padding, fill=counting.fill)
+
+    class Own(type(gate_of(config(**options)))):
+        pass
+
+    for found in (
+        route(127),
+        route(4097),
+        route(200, batch_prioritized=True),
+        route(200, mask_padding=True),
+        route(200, Own(config(**options))),
+    ):
+        assert 0 < found.kept.float().mean() < 1
+    with pytest.raises(TypeError):
+        route(200)
 
 
 def config(**options) -> ModelConfig:
@@ -848,6 +957,10 @@ def test_no_pass_asks_the_device_for_a_number(name, monkeypatch):
         "grouped._grouped_linear",
         "tiles._tiles",
         "tiles._by_expert",
+        "counting._count",
+        "counting._add_up",
+        "counting._place",
+        "counting._fill",
         "gate._choose",
         "logprobs._target_log_probs",
         "attention._attend_one",
@@ -1091,12 +1204,12 @@ def test_they_compile_for_all_gpus_since_turing(tmp_path):
     units: dict[str, dict[int, set[str]]] = {gpu: {} for part in parts for gpu in part}
     for line in lines:
         gpu, kernel, *_ = line.split(" ", 2)
-        if kernel == "_specialised_linear":
+        if kernel in ("_specialised_linear", "_output"):
             assert line.endswith("wgmma.mma_async"), line
         if kernel == "_grouped_linear" and "'EXACT': False" in line:
             rows = int(line.split("'ROWS': ")[1].split(",")[0])
             units[gpu].setdefault(rows, set()).add(line.rsplit(" ", 1)[1])
-    assert sum("_specialised_linear" in line for line in lines) == 4
+    assert sum("_specialised_linear" in line for line in lines) == 6
     # Triton has no matrix instructions for Turing.
     assert set().union(*units["75"].values()) == {"-"}
     for gpu in ("80", "86", "89", "120"):

@@ -157,6 +157,7 @@ class Gate:
         noise: Callable[[str, Tensor], Tensor] | None = None,
         edit: Edit | None = None,
         choose: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] | None = None,
+        fill: Callable[..., tuple[Tensor, Tensor]] | None = None,
     ) -> Routing:
         """Route the tokens of each group.
 
@@ -168,6 +169,8 @@ class Gate:
                 only a gate that :attr:`draws` needs it.
             edit: an experiment's changes.
             choose: called as ``choose(gate, logits, noise, edit)`` in place of :meth:`choose`; must return the same.
+            fill: called as ``fill(gate, probs, experts, gate_probs, weights, kept, padding, capacity)`` in place of :meth:`fill`;
+                must return the same.
 
         Returns:
             The routing. No number is read back from the device.
@@ -176,17 +179,39 @@ class Gate:
         probs, experts, gate_probs, weights = choose(self, logits, noise, edit)
         kept = self.dispatched(gate_probs, weights, noise, edit)
         capacity = self.capacity(logits.shape[1], fraction)
-        if kept is None:
+        if kept is None and padding is None and capacity is None:
             kept = torch.ones_like(experts, dtype=torch.bool)
-            if capacity is None and padding is None:
-                return Routing(probs, experts, gate_probs, kept, weights.to(logits.dtype), None)
+        else:
+            fill = fill or type(self).fill
+            kept, weights = fill(self, probs, experts, gate_probs, weights, kept, padding, capacity)
+        return Routing(probs, experts, gate_probs, kept, weights.to(logits.dtype), capacity)
+
+    def fill(
+        self,
+        probs: Tensor,
+        experts: Tensor,
+        gate_probs: Tensor,
+        weights: Tensor,
+        kept: Tensor | None,
+        padding: Tensor | None,
+        capacity: int | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Fill the experts' buffers.
+
+        Args:
+            kept: what :meth:`dispatched` returned; the others as in :class:`Routing` and :meth:`route`, ``weights`` as :meth:`choose`
+                returned them.
+
+        Returns:
+            ``kept`` [G, S, K] bool of a :class:`Routing`, and the weights [G, S, K].
+        """
+        kept = torch.ones_like(experts, dtype=torch.bool) if kept is None else kept
         if padding is not None:
             kept &= ~padding[..., None]
         if capacity is not None:
             wanted = torch.where(kept, experts, self.config.experts)
             kept &= buffer_positions(wanted, self.order(probs)) < capacity
-        weights = self.weigh(gate_probs, weights, kept) * kept
-        return Routing(probs, experts, gate_probs, kept, weights.to(logits.dtype), capacity)
+        return kept, self.weigh(gate_probs, weights, kept) * kept
 
 
 def buffer_positions(experts: Tensor, order: Tensor | None) -> Tensor:

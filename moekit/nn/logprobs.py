@@ -32,11 +32,9 @@ def predictions(model: Transformer, features: Tensor, vocab: int) -> tuple[Tenso
 @is_part("log-probabilities")
 def log_probs(model: Transformer, features: Tensor, targets: Tensor, vocab: int) -> Tensor:
     """[B, T, D] features and [B, T] targets -> float32 [B, T] natural log-probabilities, over ``vocab`` types."""
-    parts = [
-        model.operations.target_log_probs(model.logits(rows, vocab), wanted)
-        for rows, wanted in zip(_pieces(features), _pieces(targets), strict=True)
-    ]
-    return torch.cat(parts).view_as(targets)
+    piece = LOGIT_ROWS[features.device.type]
+    found = model.operations.log_probs(model, features.flatten(0, 1), targets.flatten(), vocab, piece)
+    return found.view_as(targets)
 
 
 def _pieces(rows: Tensor) -> tuple[Tensor, ...]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from moekit.arguments import Choice, check
 from moekit.nn import gate
-from moekit.nn.ffn import grouped_mm, loop
+from moekit.nn.ffn import activation_fn, grouped_mm, loop
 from moekit.nn.quantise import name_of
 from moekit.symbols import PAD
 
@@ -41,10 +41,13 @@ class Operations:
     backend: str
     attend: Callable[[Tensor, Tensor | None, Cache | None, int], Tensor]
     add_norm: Callable[[Tensor, Tensor | None, nn.LayerNorm], tuple[Tensor, Tensor]]
+    hidden: Callable[[Tensor, nn.Linear, str], Tensor]
     choose: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    fill: Callable[..., tuple[Tensor, Tensor]]
     by_expert: Callable[[gate.Routing, int], tuple[Tensor, Tensor]]
     experts_ffn: Callable[[Experts, Tensor, Assignment], Tensor]
     target_log_probs: Callable[[Tensor, Tensor], Tensor]
+    log_probs: Callable[[Transformer, Tensor, Tensor, int, int], Tensor]
     best: Callable[[Tensor], tuple[Tensor, Tensor]]
     read_on: Callable[[Transformer, Tensor, Pass, int], Tensor]
     check: Callable[[Transformer], None]
@@ -81,6 +84,11 @@ def added(x: Tensor, pending: Tensor) -> Tensor:
     return x + (pending if pending.dim() == x.dim() else pending.sum(dim=-2))
 
 
+def hidden(x: Tensor, layer: nn.Linear, activation: str) -> Tensor:
+    """[..., D] -> [..., F], the hidden layer of a dense feed-forward."""
+    return activation_fn(activation)(layer(x))
+
+
 def choose(
     rule: gate.Gate,
     logits: Tensor,
@@ -94,6 +102,19 @@ def choose(
 def target_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
     """[N, V] logits and [N] targets -> [N] float32 natural log-probabilities."""
     return -F.cross_entropy(logits.float(), targets, reduction="none")
+
+
+def log_probs(model: Transformer, features: Tensor, targets: Tensor, vocab: int, piece: int) -> Tensor:
+    """[N, D] features and [N] targets -> [N] float32 natural log-probabilities, over ``vocab`` types.
+
+    Args:
+        piece: rows of logits in memory at a time.
+    """
+    parts = [
+        model.operations.target_log_probs(model.logits(rows, vocab), wanted)
+        for rows, wanted in zip(features.split(piece), targets.split(piece), strict=True)
+    ]
+    return torch.cat(parts)
 
 
 def best(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,10 +147,13 @@ PLAIN = Operations(
     backend="loop",
     attend=attend,
     add_norm=add_norm,
+    hidden=hidden,
     choose=choose,
+    fill=gate.Gate.fill,
     by_expert=gate.by_expert,
     experts_ffn=loop,
     target_log_probs=target_log_probs,
+    log_probs=log_probs,
     best=best,
     read_on=read_on,
     check=check_work,

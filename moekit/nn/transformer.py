@@ -25,7 +25,6 @@ from moekit.nn.cache import Cache
 from moekit.nn.config import ModelConfig
 from moekit.nn.dispatch import Dispatch, Local
 from moekit.nn.experts import Assignment, Experts, QuantisedExperts
-from moekit.nn.ffn import activation_fn
 from moekit.nn.gates import gate_of
 from moekit.nn.operations import PLAIN, added, use
 from moekit.nn.parts import is_part, part
@@ -275,15 +274,17 @@ class Attention(nn.Module):
 
 
 class DenseFFN(nn.Module):
+    operations = PLAIN
+
     def __init__(self, config: ModelConfig, index: int):
         super().__init__()
         self.fc1 = nn.Linear(config.dim, config.dense_dim(index))
         self.fc2 = nn.Linear(config.dense_dim(index), config.dim)
-        self.activation = activation_fn(config.activation)
+        self.activation = config.activation
 
     @is_part("dense")
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.activation(self.fc1(x)))
+        return self.fc2(self.operations.hidden(x, self.fc1, self.activation))
 
 
 class MoE(nn.Module):
@@ -344,4 +345,5 @@ class MoE(nn.Module):
             noise=noise,
             edit=edit,
             choose=self.operations.choose,
+            fill=self.operations.fill,
         )

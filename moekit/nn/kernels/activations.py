@@ -13,18 +13,15 @@ def activate(x, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
     elif ACTIVATION == 2 and EXACT:
         x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     elif ACTIVATION == 2:
-        # The formula is 7.1.26 of Abramowitz and Stegun: within 1.5e-7 of erf, with fewer instructions and registers.
+        # x Phi(x) is max(x, 0) - |x| Phi(-|x|), and log2 Phi(-s) is so smooth that a polynomial of degree 5 is enough: fitted for
+        # the least greatest error of s Phi(-s), which is 4.4e-7. It goes on falling, so large numbers need no limit.
         size = tl.abs(x)
-        # 0.23164189 is 0.3275911 / sqrt(2). A reciprocal takes one instruction as a root, and eight as a division.
-        t = 1.0 + 0.23164189 * size
-        t = tl.rsqrt(t * t)
-        # The coefficients are half of those of the formula.
-        tail = 0.5307027145 * t - 0.726576013
-        tail = tail * t + 0.7107068705
-        tail = tail * t - 0.142248368
-        # 0.72134752 is log2(e) / 2.
-        tail = (tail * t + 0.127414796) * t * tl.exp2(-0.72134752 * size * size)
-        x = tl.maximum(x, 0.0) - size * tail
+        tail = -4.73294146e-4 * size + 7.08446222e-3
+        tail = tail * size - 5.18271715e-2
+        tail = tail * size - 0.459992642
+        tail = tail * size - 1.15078777
+        tail = tail * size - 1.00003763
+        x = tl.maximum(x, 0.0) - size * tl.exp2(tail)
     elif ACTIVATION == 3:
         x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
     elif ACTIVATION == 4:

@@ -12,7 +12,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -91,7 +91,7 @@ MORE = (
 CUTS = UP_TO_16 + MORE
 # With many rows on Hopper, specialised warps keep the tensor cores busier. These cuts take only some shapes.
 SPECIALISED = Blocks(128, 128, 64, 4, 6, specialised=True)
-HOPPER_CUTS = (*UP_TO_16, Cut(ANY, ANY, SPECIALISED, SPECIALISED), *MORE)
+HOPPER_CUTS = (*UP_TO_16, replace(MORE[0], mean=32), Cut(ANY, ANY, SPECIALISED, SPECIALISED), *MORE)
 # Weights of one byte are half as many bytes under way, and they are converted between memory and multiplication.
 ONE_BYTE_CUTS = (
     Cut(16, 4, Blocks(16, 64, 256, 4, 3), Blocks(16, 32, 512, 4, 3)),

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moekit.nn.kernels import one_byte, peers, specialised
+from moekit.nn.kernels import one_byte, ordered, peers, specialised
 from moekit.nn.kernels.activations import ACTIVATIONS, activate
 from moekit.nn.kernels.cuts import Blocks, Cut, cut_for, cuts_of, kind_of
 from moekit.nn.kernels.one_byte import Layer, numbers, scaled
@@ -60,12 +60,12 @@ def specialised_ffn(
     order, _ = plan
     hidden = x.new_empty(len(order), experts.width)
     up, down = one_byte.layers(experts)
-    out = specialised.in_order(x, order, counts, choices)
+    out = ordered.in_order(x, order, counts, choices)
     act = ACTIVATIONS[experts.activation]
     specialised.linear(out, up, hidden, *plan, None, cut.up, first=True, act=act)
     # The first product is done with the rows, and their memory takes the results.
     specialised.linear(hidden, down, out, *plan, weights, cut.down, first=False, act=0)
-    specialised.clear(out, order, counts)
+    ordered.clear(out, order, counts)
     return out
 
 

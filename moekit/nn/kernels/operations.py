@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from moekit.nn import operations as plain
 from moekit.nn.cache import Cache
 from moekit.nn.dispatch import Local
-from moekit.nn.kernels import batch_step, flash, one_launch, short_step
+from moekit.nn.kernels import batch_step, dense, flash, one_launch, output, short_step
 from moekit.nn.kernels.attention import attend_one
+from moekit.nn.kernels.counting import fill
 from moekit.nn.kernels.gate import choose
 from moekit.nn.kernels.grouped import grouped_ffn
 from moekit.nn.kernels.logprobs import best, target_log_probs
@@ -29,6 +30,21 @@ def attend(qkv: Tensor, visible: Tensor | None, cache: Cache | None, layer: int)
     if cache is not None:
         cache.extend(layer, qkv[:, :, 1:].permute(2, 0, 3, 1, 4))
     return flash.attend_blocks(qkv)
+
+
+def hidden(x: Tensor, layer: nn.Linear, activation: str) -> Tensor:
+    """Compute :func:`moekit.nn.operations.hidden`, of many rows in one kernel."""
+    if not dense.fits(x, layer):
+        return plain.hidden(x, layer, activation)
+    return dense.hidden(x, layer, activation)
+
+
+def log_probs(model: Transformer, features: Tensor, targets: Tensor, vocab: int, piece: int) -> Tensor:
+    """Compute :func:`moekit.nn.operations.log_probs`, of many rows without logits."""
+    weight = model.output_weight[:vocab]
+    if not output.fits(features, weight):
+        return plain.log_probs(model, features, targets, vocab, piece)
+    return output.target_log_probs(features, weight, targets)
 
 
 def read_on(model: Transformer, tokens: Tensor, asked: Pass, vocab: int) -> Tensor | None:
@@ -71,10 +87,13 @@ TRITON = plain.Operations(
     backend="triton",
     attend=attend,
     add_norm=add_norm,
+    hidden=hidden,
     choose=choose,
+    fill=fill,
     by_expert=by_expert,
     experts_ffn=grouped_ffn,
     target_log_probs=target_log_probs,
+    log_probs=log_probs,
     best=best,
     read_on=read_on,
     check=check,

@@ -13,7 +13,6 @@ import functools
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -37,103 +36,22 @@ TEAMS = gl.constexpr(2)
 ALL_REGISTERS, LOADER_REGISTERS = 65_536, gl.constexpr(24)
 
 
-# --------------------------------------------------------------------------------------------------- before the kernel
-
-
-def in_order(x: Tensor, order: Tensor, counts: Tensor, choices: int) -> Tensor:
-    """[P, D], the row of each choice in the order of ``order``; rows of choices of no expert are not written."""
-    found = x.new_empty(len(order), x.shape[1])
-    _launch(_in_order, 4, x, order, counts, found, CHOICES=choices)
-    return found
-
-
-def clear(out: Tensor, order: Tensor, counts: Tensor) -> None:
-    """Write zeros to the results in ``out`` [P, D] of choices of no expert."""
-    _launch(_clear, 16, out, order, counts)
-
-
-def _launch(
-    kernel, rows: int, wide: Tensor, order: Tensor, counts: Tensor, *to: Tensor, **options: int
-) -> None:
-    kernel[(triton.cdiv(len(order), rows),)](
-        wide,
-        order,
-        counts,
-        *to,
-        len(order),
-        len(counts),
-        D=wide.shape[1],
-        ROWS=rows,
-        BLOCK=triton.next_power_of_2(wide.shape[1]),
-        EXPERTS=triton.next_power_of_2(len(counts)),
-        **options,
-    )
-
-
-@triton.jit(do_not_specialize=["made", "experts"])
-def _in_order(
-    x,
-    order,
-    counts,
-    found,
-    made,
-    experts,
-    CHOICES: tl.constexpr,
-    D: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    EXPERTS: tl.constexpr,
-):
-    place = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    assigned = place < _assigned(counts, experts, EXPERTS)
-    choice = tl.load(order + place, mask=assigned, other=0)
-    column = tl.arange(0, BLOCK)
-    live = assigned[:, None] & (column < D)[None, :]
-    row = tl.load(x + (choice // CHOICES)[:, None] * D + column[None, :], mask=live)
-    tl.store(found + place[:, None] * D + column[None, :], row, mask=live)
-
-
-@triton.jit(do_not_specialize=["made", "experts"])
-def _clear(
-    out,
-    order,
-    counts,
-    made,
-    experts,
-    D: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    EXPERTS: tl.constexpr,
-):
-    place = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    dropped = (place >= _assigned(counts, experts, EXPERTS)) & (place < made)
-    choice = tl.load(order + place, mask=dropped, other=0)
-    column = tl.arange(0, BLOCK)
-    zeros = tl.zeros((ROWS, BLOCK), out.dtype.element_ty)
-    live = dropped[:, None] & (column < D)[None, :]
-    tl.store(out + choice[:, None] * D + column[None, :], zeros, mask=live)
-
-
-@triton.jit
-def _assigned(counts, experts, EXPERTS: tl.constexpr):
-    """The number of choices that are an expert's. They come first in the order."""
-    expert = tl.arange(0, EXPERTS)
-    return tl.sum(tl.load(counts + expert, mask=expert < experts, other=0), axis=0)
-
-
 def linear(
     x: Tensor,
     layer: Layer,
     out: Tensor,
-    order: Tensor,
-    table: Tensor,
+    order: Tensor | None,
+    table: Tensor | None,
     weights: Tensor | None,
     blocks: Blocks,
     *,
     first: bool,
     act: int,
 ) -> None:
-    """Launch the kernel. ``x`` has a row for each place in ``order``, in both products."""
+    """Launch the kernel.
+
+    ``x`` has a row for each place in ``order``, in both products. Without a table all rows are the only expert's, in their own order.
+    """
     w, b, _, _ = layer
     held, n, k = w.shape
     # Else the loading warp and the teams would count different blocks, and wait for one another.
@@ -148,8 +66,9 @@ def linear(
         order,
         table,
         weights,
-        table.shape[1],
+        triton.cdiv(len(x), blocks.rows) if table is None else table.shape[1],
         held,
+        len(x),
         N=n,
         K=k,
         FIRST=first,
@@ -218,11 +137,13 @@ def layout(rows: int, columns: int, warps: int) -> gl.DistributedLinearLayout:
 # ---------------------------------------------------------------------------------------------------------- the kernel
 # rows: descriptor of [P, K]. columns: descriptor of the weights [E, N, K], with their columns in the order of ``descriptors``.
 # b: [E, N]. out: [P, N] in the order of ``order`` if FIRST, else [N K, N] by choice.
-# order: [P]; table: [3, T], each tile's expert, first index into ``order``, and end. weights: [N K] or None.
-# N: columns of the output. K: terms of the sum. OUT: the layout of a tile. TEAM_REGISTERS: of a thread that multiplies.
+# order: [P]; table: [3, T], each tile's expert, first index into ``order``, and end; both may be None. weights: [N K] or None.
+# tiles: T. experts: E. made: P.
+# N: columns of the output. K: terms of the sum. OUT: the layout of a tile.
+# TEAM_REGISTERS: of a thread that multiplies.
 
 
-@gluon.jit(do_not_specialize=["tiles", "experts"])
+@gluon.jit(do_not_specialize=["tiles", "experts", "made"])
 def _specialised_linear(
     rows,
     columns,
@@ -233,6 +154,7 @@ def _specialised_linear(
     weights,
     tiles,
     experts,
+    made,
     N: gl.constexpr,
     K: gl.constexpr,
     FIRST: gl.constexpr,
@@ -256,19 +178,13 @@ def _specialised_linear(
     for team in gl.static_range(TEAMS):
         mbarrier.init(turn.index(team), count=1)
     ring = x_ring, w_ring, full, empty
-    plan = table, tiles, experts
+    plan = table, tiles, experts, made
     to = b, out, order, weights
     gl.warp_specialize(
         [
-            (
-                _multiply,
-                (0, plan, ring, turn, to, N, K, FIRST, WEIGHTED, ACTIVATION, COLUMNS, INNER, STAGES, OUT),
-            ),
-            (
-                _multiply,
-                (1, plan, ring, turn, to, N, K, FIRST, WEIGHTED, ACTIVATION, COLUMNS, INNER, STAGES, OUT),
-            ),
-            (_load, (plan, ring, rows, columns, N, K, COLUMNS, INNER, STAGES, ROWS)),
+            (_multiply, (0, plan, ring, turn, to, N, K, FIRST, WEIGHTED, ACTIVATION, OUT)),
+            (_multiply, (1, plan, ring, turn, to, N, K, FIRST, WEIGHTED, ACTIVATION, OUT)),
+            (_load, (plan, ring, rows, columns, N, K)),
         ],
         [gl.num_warps(), 1],
         [TEAM_REGISTERS, LOADER_REGISTERS],
@@ -276,33 +192,33 @@ def _specialised_linear(
 
 
 @gluon.jit
-def _tile(work, plan, ACROSS: gl.constexpr):
+def _tile(work, plan, ACROSS: gl.constexpr, ROWS: gl.constexpr):
     """Expert, first place and end of a tile; an expert that is none after the last tile."""
-    table, tiles, experts = plan
+    table, tiles, experts, made = plan
     there = work < tiles * ACROSS
-    at = table + work // ACROSS
-    expert = gl.load(at, mask=there, other=experts)
-    return expert, gl.load(at + tiles, mask=there, other=0), gl.load(at + 2 * tiles, mask=there, other=0)
+    if table is None:
+        expert = gl.where(there, 0, experts)
+        first = work // ACROSS * ROWS
+        end = gl.minimum(first + ROWS, made)
+    else:
+        at = table + work // ACROSS
+        expert = gl.load(at, mask=there, other=experts)
+        first = gl.load(at + tiles, mask=there, other=0)
+        end = gl.load(at + 2 * tiles, mask=there, other=0)
+    return expert, first, end
 
 
 @gluon.jit
-def _load(
-    plan,
-    ring,
-    rows,
-    columns,
-    N: gl.constexpr,
-    K: gl.constexpr,
-    COLUMNS: gl.constexpr,
-    INNER: gl.constexpr,
-    STAGES: gl.constexpr,
-    ROWS: gl.constexpr,
-):
+def _load(plan, ring, rows, columns, N: gl.constexpr, K: gl.constexpr):
     x_ring, w_ring, full, empty = ring
+    STAGES: gl.constexpr = x_ring.shape[0]
+    ROWS: gl.constexpr = x_ring.shape[1]
+    INNER: gl.constexpr = x_ring.shape[2]
+    COLUMNS: gl.constexpr = 32 * w_ring.shape[1]
     ACROSS: gl.constexpr = N // COLUMNS
     block = 0
     work = gl.program_id(0)
-    expert, first, end = _tile(work, plan, ACROSS)
+    expert, first, end = _tile(work, plan, ACROSS, ROWS)
     while expert < plan[2]:
         column = expert * N + work % ACROSS * COLUMNS
         for k in range(0, K, INNER):
@@ -322,7 +238,7 @@ def _load(
                 )
             block += 1
         work += gl.num_programs(0)
-        expert, first, end = _tile(work, plan, ACROSS)
+        expert, first, end = _tile(work, plan, ACROSS, ROWS)
 
 
 @gluon.jit
@@ -337,21 +253,21 @@ def _multiply(
     FIRST: gl.constexpr,
     WEIGHTED: gl.constexpr,
     ACTIVATION: gl.constexpr,
-    COLUMNS: gl.constexpr,
-    INNER: gl.constexpr,
-    STAGES: gl.constexpr,
     OUT: gl.constexpr,
 ):
     x_ring, w_ring, full, empty = ring
     b, out, order, weights = to
+    STAGES: gl.constexpr = x_ring.shape[0]
+    INNER: gl.constexpr = x_ring.shape[2]
     ROWS: gl.constexpr = OUT.shape[0]
+    COLUMNS: gl.constexpr = OUT.shape[1]
     ACROSS: gl.constexpr = N // COLUMNS
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, COLUMNS, 16])
     # Every second tile of this program is this team's, and the blocks of the others are the other team's.
     block = team * (K // INNER)
     turns = 0
     work = gl.program_id(0) + team * gl.num_programs(0)
-    expert, first, end = _tile(work, plan, ACROSS)
+    expert, first, end = _tile(work, plan, ACROSS, ROWS)
     while expert < plan[2]:
         # What comes from memory is under way while the team multiplies: the end of this tile, and the next one's place.
         row = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, OUT))
@@ -364,7 +280,7 @@ def _multiply(
         if WEIGHTED:
             weight = gl.load(weights + target, mask=live, other=0.0)
         work += TEAMS * gl.num_programs(0)
-        expert, first, end = _tile(work, plan, ACROSS)
+        expert, first, end = _tile(work, plan, ACROSS, ROWS)
 
         sums = gl.zeros((ROWS, COLUMNS), gl.float32, SUMS)
         mbarrier.wait(turn.index(team), turns & 1 ^ (1 - team))

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moekit.nn import gate
+from moekit.nn.kernels.counting import sort_by_expert
 from moekit.nn.kernels.overlap import overlapped, start, wait
 
 # Up to this number, one kernel compares all choices with one another instead of sorting them.
@@ -20,7 +21,9 @@ FEW = 128
 def by_expert(routing: gate.Routing, experts: int) -> tuple[Tensor, Tensor]:
     """Compute :func:`moekit.nn.gate.by_expert`."""
     choices = routing.experts.numel()
-    if not 0 < choices <= FEW:
+    if choices > FEW:
+        return sort_by_expert(routing.experts.flatten(), routing.kept.flatten(), experts)
+    if choices == 0:
         return gate.by_expert(routing, experts)
     order = torch.empty(choices, dtype=torch.long, device=routing.experts.device)
     counts = torch.empty(experts, dtype=torch.long, device=order.device)

@@ -1,0 +1,31 @@
+"""The hidden layer of a dense feed-forward in one kernel, for many rows on Hopper: it is that of one expert with all rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from moekit.nn.kernels import specialised
+from moekit.nn.kernels.activations import ACTIVATIONS
+from moekit.nn.kernels.cuts import SPECIALISED, is_hopper
+
+# The fewest rows for which this is measured to be faster.
+LEAST = 16_384
+
+
+def fits(x: Tensor, layer: nn.Linear) -> bool:
+    """Whether the kernel takes ``x`` [..., D] and ``layer`` here."""
+    halves = x.dtype in (torch.float16, torch.bfloat16) and layer.weight.dtype == x.dtype
+    enough = x.numel() >= LEAST * x.shape[-1]
+    whole = not layer.out_features % SPECIALISED.columns and not layer.in_features % SPECIALISED.inner
+    return halves and enough and whole and is_hopper(x.device)
+
+
+def hidden(x: Tensor, layer: nn.Linear, activation: str) -> Tensor:
+    """Compute :func:`moekit.nn.operations.hidden`; for inference, and where it :func:`fits`."""
+    rows = x.reshape(-1, x.shape[-1])
+    out = rows.new_empty(len(rows), layer.out_features)
+    one = layer.weight[None], layer.bias[None], None, {}
+    act = ACTIVATIONS[activation]
+    specialised.linear(rows, one, out, None, None, None, SPECIALISED, first=True, act=act)
+    return out.view(*x.shape[:-1], -1)
