@@ -298,6 +298,9 @@ def _items(value: Any) -> list:
     Raises:
         ValueError: it is none: bytes, a mapping, a set, a table, a path or a number.
     """
+    if type(value) is list:
+        # The usual case takes no question.
+        return value.copy()
     value = _plain(value)
     if isinstance(value, str):
         return [value]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,8 +30,13 @@ class Batch:
     targets: np.ndarray
     starts: np.ndarray
 
-    def padded(self) -> bool:
+    @functools.cached_property
+    def _padded(self) -> bool:
         return bool((self.tokens == PAD).any())
+
+    def padded(self) -> bool:
+        """Whether it has padding; looked at once, since steps are planned before they are timed, and then again."""
+        return self._padded
 
     def scored(self, row: int) -> np.ndarray:
         """[T] bool: the targets of a sample that count, in fairseq's ``SequenceScorer`` (padding is cut out)."""
@@ -59,10 +65,12 @@ class Share:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled as a few large arrays, which takes a tenth of the time of many small ones, in no more bytes than ids need."""
+        # Each rank's alone: those of a whole step are memory that the system has to find first.
+        batches = self.batches or [_NOTHING]
         ids, tokens, targets, starts = (
-            np.concatenate([getattr(b, name) for b in self.batches] or [[]]) for name in _ARRAYS
+            np.concatenate([getattr(b, name) for b in batches]) for name in _ARRAYS
         )
-        follows = tokens.ndim == 2 and np.array_equal(targets[:, :-1], tokens[:, 1:])
+        follows = np.array_equal(targets[:, :-1], tokens[:, 1:])
         if follows:
             # All targets but the last one of a sample are its tokens.
             targets = targets[:, -1:]
@@ -83,12 +91,15 @@ class Share:
 
 
 _ARRAYS = ("ids", "tokens", "targets", "starts")
+# In place of the batches of a rank that has none.
+_NOTHING = Batch(-1, *(np.empty(shape, np.int64) for shape in (0, (0, 1), (0, 1), 0)))
 
 
 def _small(ids: np.ndarray) -> np.ndarray:
     """``ids`` in two bytes each, if they fit."""
-    fit = ids.size > 0 and ids.min() >= 0 and ids.max() <= np.iinfo(np.uint16).max
-    return ids.astype(np.uint16) if fit else ids
+    # All bits that any id has; a negative one has the first.
+    bits = int(np.bitwise_or.reduce(ids, axis=None))
+    return ids.astype(np.uint16) if 0 <= bits <= np.iinfo(np.uint16).max else ids
 
 
 def _unpickled(
@@ -147,7 +158,7 @@ def text_batches(
         tokens = np.full((len(some), 1 + max(map(len, some))), PAD, dtype=np.int32)
         targets = tokens.copy()
         for row, ids in enumerate(some):
-            tokens[row, : len(ids) + 1] = [first, *ids]
+            tokens[row, 0], tokens[row, 1 : len(ids) + 1] = first, ids
             targets[row, : len(ids)] = ids
         ids = np.arange(start, start + len(some))
         batches.append(Batch(index, ids, tokens, targets, np.zeros(len(some), dtype=np.int64)))
