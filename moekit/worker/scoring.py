@@ -22,7 +22,8 @@ from moekit.nn.record import LoadRecorder, Options, Recorder
 from moekit.nn.transformer import Transformer
 from moekit.ranks import Rank
 from moekit.symbols import PAD
-from moekit.worker.decoding import SPARE
+from moekit.worker.copies import Copy, on_device
+from moekit.worker.sequences import SPARE
 
 Found = TypeVar("Found")
 
@@ -31,17 +32,18 @@ GRAPH = "repeated"
 
 
 class Scored(NamedTuple):
-    """What comes of the batches of a rank.
+    """What comes of a rank's batches in a step.
 
     Attributes:
-        scores: pairs (batch index, float32 [B, T] log-probabilities of its targets); values at targets that are ``PAD``
-            are undefined.
+        indices: those of the n batches.
+        logprobs: [n, B, T] float32 log-probabilities of their targets; values at targets that are ``PAD`` are undefined.
         parts: those of the trace, for :class:`moekit.routing.trace.Collector`. Where loads are counted, a part has
             ``batch`` [G], the batches' indices, and ``fullest`` [G] and ``undispatched`` [G, B, T] of
             :class:`moekit.nn.record.LoadRecorder`.
     """
 
-    scores: list[tuple[int, np.ndarray]]
+    indices: list[int]
+    logprobs: np.ndarray
     parts: list[dict[str, np.ndarray]]
 
 
@@ -53,13 +55,17 @@ def score(rank: Rank, steps: Iterable[Share], **how: Any) -> None:
 
 
 @torch.inference_mode()
-def scores_of(rank: Rank, steps: Iterable[Share], **how: Any) -> Scored:
-    """Log-probabilities of the targets of this rank's share of every step; the arguments are those of :func:`_launched`."""
+def scores_of(
+    rank: Rank, steps: Iterable[Share], **how: Any
+) -> tuple[list[tuple[int, np.ndarray]], list[dict[str, np.ndarray]]]:
+    """Log-probabilities of the targets of this rank's share of every step; the arguments are those of :func:`_launched`.
+
+    Returns:
+        Pairs (batch index, float32 [B, T]), and the parts of a :class:`Scored`.
+    """
     all_found = list(collected(rank, _launched(rank, steps, **how)))
-    return Scored(
-        [pair for found in all_found for pair in found.scores],
-        [part for found in all_found for part in found.parts],
-    )
+    pairs = [zip(found.indices, found.logprobs, strict=True) for found in all_found]
+    return list(itertools.chain(*pairs)), [part for found in all_found for part in found.parts]
 
 
 def collected(rank: Rank, launched: Iterable[Callable[[], Found]]) -> Iterator[Found]:
@@ -125,7 +131,7 @@ def _launched(
             found = log_probs(model, features, inputs.targets, vocab)
         parts: list[dict[str, np.ndarray]] = []
         # What is recorded waits for this step: the one before it is collected first.
-        yield functools.partial(_on_host, mine, found, parts)
+        yield functools.partial(_on_host, mine, Copy(found), parts)
         if trace is not None:
             told = predictions(model, features, vocab) if trace.predicted else None
             parts.append(trace_rows(asked.record, inputs, found, told))
@@ -195,8 +201,8 @@ class Inputs(NamedTuple):
 
     @classmethod
     def of(cls, batches: Sequence[Batch], device: torch.device) -> Inputs:
-        tokens = torch.from_numpy(np.concatenate([b.tokens for b in batches])).to(device).long()
-        targets = torch.from_numpy(np.concatenate([b.targets for b in batches])).to(device).long()
+        tokens = on_device(np.concatenate([b.tokens for b in batches]), device)
+        targets = on_device(np.concatenate([b.targets for b in batches]), device)
         return cls(np.concatenate([b.ids for b in batches]), tokens, targets)
 
 
@@ -245,10 +251,11 @@ def repeated(rank: Rank, asked: Pass, inputs: Inputs, step: Share, vocab: int) -
     return kept(key, functools.partial(scored, model, asked, vocab), inputs.tokens, inputs.targets)
 
 
-def _on_host(batches: Sequence[Batch], found: Tensor, parts: list[dict[str, np.ndarray]]) -> Scored:
-    """Copy the batches' log-probabilities ``found`` [B, T] to the host."""
-    logprobs = found.cpu().numpy().reshape(len(batches), -1, found.shape[1])
-    return Scored(list(zip([b.index for b in batches], logprobs, strict=True)), parts)
+def _on_host(batches: Sequence[Batch], found: Copy, parts: list[dict[str, np.ndarray]]) -> Scored:
+    """The batches' log-probabilities ``found``, of a tensor [B, T]."""
+    logprobs = found.array()
+    shaped = logprobs.reshape(len(batches), -1, logprobs.shape[1])
+    return Scored([batch.index for batch in batches], shaped, parts)
 
 
 def trace_rows(
