@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import queue
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 import cloudpickle
 
 from moekit.processes import channel
-from moekit.ranks.base import Stream, own
+from moekit.ranks.base import Each, Stream, own
 
 # The most items that a rank has and has not begun.
 AHEAD = 2
@@ -18,6 +19,28 @@ AHEAD = 2
 
 class Coming:
     """Stands in a job for the stream that follows it."""
+
+
+class Own:
+    """Stands in a job for the rank's own part of an argument, which follows what all ranks get."""
+
+
+def in_a_job(arg: Any) -> Any:
+    """What stands for the argument ``arg`` in a job."""
+    return Coming() if isinstance(arg, Stream) else Own() if isinstance(arg, Each) else arg
+
+
+def arguments(
+    job: bytearray, stream: Iterator[Any]
+) -> tuple[Callable[..., Any], list[Any], dict[str, Any], bool]:
+    """The function and the arguments of a job, and whether ``stream``, its items, is one of them."""
+    pickles = io.BytesIO(job)
+    fn, args, kwargs = cloudpickle.load(pickles)
+    mine = iter(cloudpickle.load(pickles) if any(isinstance(arg, Own) for arg in args) else ())
+    whole = [
+        next(mine) if isinstance(arg, Own) else stream if isinstance(arg, Coming) else arg for arg in args
+    ]
+    return fn, whole, kwargs, any(isinstance(arg, Coming) for arg in args)
 
 
 class Feed:
