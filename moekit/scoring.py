@@ -193,12 +193,17 @@ def plan_steps(batches: Iterable[Batch], world_size: int, tokens: int) -> Iterat
 
     The batches of a step go to the ranks in turn, and each rank runs its batches in one forward pass.
     """
+    for alike in _by_shape(batches):
+        size = world_size * max(1, tokens // alike[0].tokens.size)
+        yield from (some for some in _in_kinds(alike, size) if some)
+
+
+def _by_shape(batches: Iterable[Batch]) -> list[list[Batch]]:
+    """The batches of each shape, in the order in which the shapes come."""
     shapes: dict[tuple[int, int], list[Batch]] = {}
     for batch in batches:
         shapes.setdefault(batch.tokens.shape, []).append(batch)
-    for alike in shapes.values():
-        size = world_size * max(1, tokens // alike[0].tokens.size)
-        yield from (some for some in _in_kinds(alike, size) if some)
+    return list(shapes.values())
 
 
 def _in_kinds(alike: Sequence[Batch], size: int) -> Iterator[list[Batch]]:
@@ -238,20 +243,48 @@ def token_table(
     """
     import pandas as pd
 
-    parts: dict[str, list] = {name: [] for name in ("sample", "position", "token", "target", *columns)}
-    for batch in batches:
-        for row, sample in enumerate(batch.ids):
-            place = np.flatnonzero(batch.scored(row))[skip_first:]
-            parts["sample"].append(np.full(len(place), sample))
-            parts["position"].append(place)
-            parts["token"].append(batch.tokens[row][place])
-            parts["target"].append(batch.targets[row][place])
-            for name, values in columns.items():
-                parts[name].append(values[batch.index][row][place])
-    if not any(len(part) for part in parts["token"]):
+    parts = [_scored(alike, columns, skip_first) for alike in _by_shape(batches)]
+    if not sum(len(part["token"]) for part in parts):
         raise ValueError(f"{whose} has no tokens to score")
-    tokens = pd.DataFrame({name: np.concatenate(part) for name, part in parts.items()})
-    return tokens.sort_values(["sample", "position"], kind="stable", ignore_index=True)
+    found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    order = _in_order(found["sample"], found["position"])
+    if order is not None:
+        found = {name: values[order] for name, values in found.items()}
+    return pd.DataFrame(found, copy=False)
+
+
+def _scored(
+    alike: Sequence[Batch], columns: Mapping[str, Mapping[int, np.ndarray]], skip_first: bool
+) -> dict[str, np.ndarray]:
+    """The columns of :func:`token_table` for batches of one shape, with the rows of the batches sorted by sample."""
+    ids, tokens, targets, starts = (
+        np.concatenate([getattr(batch, name) for batch in alike])
+        for name in ("ids", "tokens", "targets", "starts")
+    )
+    by_sample = np.argsort(ids, kind="stable")
+    counts = (targets != PAD) & (np.arange(targets.shape[1]) >= starts[:, None])
+    if skip_first:
+        # Of a sample without any, the first place is none already.
+        counts[np.arange(len(counts)), counts.argmax(axis=1)] = False
+    row, position = counts[by_sample].nonzero()
+    row = by_sample[row]
+    found = {
+        "sample": ids[row],
+        "position": position,
+        "token": tokens[row, position],
+        "target": targets[row, position],
+    }
+    for name, values in columns.items():
+        found[name] = np.concatenate([values[batch.index] for batch in alike])[row, position]
+    return found
+
+
+def _in_order(sample: np.ndarray, position: np.ndarray) -> np.ndarray | None:
+    """The order that sorts tokens by sample and then by position, ties as they are; None if they are sorted."""
+    step = np.diff(sample)
+    if ((step > 0) | ((step == 0) & (np.diff(position) >= 0))).all():
+        return None
+    return np.lexsort((position, sample))
 
 
 def summarize(
