@@ -110,7 +110,7 @@ def _launched(
     model: Transformer = rank.state["model"]
     for step in steps:
         mine = step.batches
-        inputs = Inputs.of(mine, rank.device) if mine else None
+        inputs = Inputs.of(step.joined, rank.device) if mine else None
         asked = ask(step, inputs, fraction, seed, trace, intervention) if inputs is not None else Pass()
         if loads:
             asked.record = LoadRecorder()
@@ -181,8 +181,9 @@ def first_not_finite(
                 parts.append((f"{kind} of layer {number}", module))
     hooks = [module.register_forward_hook(looks(name)) for name, module in parts]
     try:
-        inputs = Inputs.of([batch], rank.device)
-        asked = ask(shares([batch], 1)[0], inputs, fraction, seed, None, intervention)
+        [share] = shares([batch], 1)
+        inputs = Inputs.of(share.joined, rank.device)
+        asked = ask(share, inputs, fraction, seed, None, intervention)
         logits = model.logits(model(inputs.tokens, asked), vocab)
         if not names and not bool(logits.isfinite().all()):
             names.append("output matrix")
@@ -193,17 +194,15 @@ def first_not_finite(
 
 
 class Inputs(NamedTuple):
-    """Batches of one shape, concatenated: ids of the samples [B], tokens and targets [B, T] int64 on a device."""
+    """Batches of one shape, one after the other: ids of the samples [B], tokens and targets [B, T] int64 on a device."""
 
     samples: np.ndarray
     tokens: Tensor
     targets: Tensor
 
     @classmethod
-    def of(cls, batches: Sequence[Batch], device: torch.device) -> Inputs:
-        tokens = on_device(np.concatenate([b.tokens for b in batches]), device)
-        targets = on_device(np.concatenate([b.targets for b in batches]), device)
-        return cls(np.concatenate([b.ids for b in batches]), tokens, targets)
+    def of(cls, batch: Batch, device: torch.device) -> Inputs:
+        return cls(batch.ids, on_device(batch.tokens, device), on_device(batch.targets, device))
 
 
 def ask(
