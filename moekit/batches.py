@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -55,6 +55,7 @@ class Share:
         shape: (B, T) of each batch.
         padded: whether the batches have padding; either all have or none.
         trailing: whether all padding of the step follows the text.
+        arrived: the batches as one, as a rank gets them, of which ``batches`` are views.
     """
 
     batches: Sequence[Batch]
@@ -62,16 +63,19 @@ class Share:
     shape: tuple[int, int]
     padded: bool
     trailing: bool
+    arrived: Batch | None = field(default=None, repr=False)
 
-    @functools.cached_property
     def joined(self) -> Batch:
         """This rank's batches, one after the other, as one, whose index means nothing."""
+        if self.arrived is not None:
+            return self.arrived
+        # They are not kept: those of all ranks are memory that the system has to find first.
         arrays = ([getattr(b, name) for b in self.batches or [_NOTHING]] for name in _ARRAYS)
         return Batch(-1, *map(np.concatenate, arrays))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled as a few large arrays, which takes a tenth of the time of many small ones, in no more bytes than ids need."""
-        whole = self.joined
+        whole = self.joined()
         tokens, targets = whole.tokens, whole.targets
         follows = np.array_equal(targets[:, :-1], tokens[:, 1:])
         if follows:
@@ -125,9 +129,7 @@ def _unpickled(
     batches = [
         Batch(i, ids[row], tokens[row], targets[row], starts[row]) for i, row in zip(index, rows, strict=True)
     ]
-    share = Share(batches, count, shape, padded, trailing)
-    share.__dict__["joined"] = Batch(-1, ids, tokens, targets, starts)
-    return share
+    return Share(batches, count, shape, padded, trailing, Batch(-1, ids, tokens, targets, starts))
 
 
 def shares(step: Sequence[Batch], world_size: int) -> list[Share]:

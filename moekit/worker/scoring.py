@@ -110,7 +110,7 @@ def _launched(
     model: Transformer = rank.state["model"]
     for step in steps:
         mine = step.batches
-        inputs = Inputs.of(step.joined, rank.device) if mine else None
+        inputs = Inputs.of(step.joined(), rank.device) if mine else None
         asked = ask(step, inputs, fraction, seed, trace, intervention) if inputs is not None else Pass()
         if loads:
             asked.record = LoadRecorder()
@@ -182,7 +182,7 @@ def first_not_finite(
     hooks = [module.register_forward_hook(looks(name)) for name, module in parts]
     try:
         [share] = shares([batch], 1)
-        inputs = Inputs.of(share.joined, rank.device)
+        inputs = Inputs.of(share.joined(), rank.device)
         asked = ask(share, inputs, fraction, seed, None, intervention)
         logits = model.logits(model(inputs.tokens, asked), vocab)
         if not names and not bool(logits.isfinite().all()):
