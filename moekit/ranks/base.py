@@ -78,10 +78,12 @@ class Each:
 class Stream:
     """An argument of a call that is made while the call runs: of every item, rank r gets its own part from an iterator.
 
-    The driver makes an item when the ranks are about to need it, so that they do not wait for all items to be made.
+    The driver makes an item when the ranks are about to need it, so that they do not wait for all items to be made. Items that
+    are ``plain``, with nothing of a notebook in them, are pickled in a fraction of the time.
     """
 
     items: Iterable[Any]
+    plain: bool = False
 
 
 def own(value: Any, rank: int) -> Any:

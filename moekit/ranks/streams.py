@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import io
+import pickle
 import queue
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -48,6 +50,7 @@ class Feed:
 
     def __init__(self, stream: Stream, pipes: Sequence[socket.socket]):
         self._items, self._pipes = iter(stream.items), pipes
+        self._pickled = functools.partial((pickle if stream.plain else cloudpickle).dumps, protocol=5)
         self._ahead = [0] * len(pipes)
         self._ended = False
 
@@ -59,7 +62,7 @@ class Feed:
         item = next(((item,) for item in self._items), ())
         # All ranks get an item or none does: it is made and pickled for all of them first.
         unsent = {
-            rank: channel.Outgoing(pipe, cloudpickle.dumps(tuple(own(part, rank) for part in item)))
+            rank: channel.Outgoing(pipe, self._pickled(tuple(own(part, rank) for part in item)))
             for rank, pipe in enumerate(self._pipes)
         }
         self._ended = not item
