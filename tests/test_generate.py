@@ -568,6 +568,7 @@ def test_stop_texts_are_looked_for_while_the_ranks_go_on(text_model, monkeypatch
     monkeypatch.setattr(text_model.ranks, "call", called)
     monkeypatch.setattr(Text, "stops_at", lambda *args: done.append("look") or look(*args))
     monkeypatch.setattr(run, "BURST", {"cpu": 5})
+    monkeypatch.setattr(run, "MANY", 2)
     monkeypatch.setattr(session, "MOVES", {"cpu": False})
     same(text_model.generate(prompts, **how), wanted)
     order = [one for one, _ in itertools.groupby(done)]

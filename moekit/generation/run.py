@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 BURST = {"cpu": 1, "cuda": 16}
 # Decode steps per call if the driver does not read the tokens before the end.
 UNHEARD = {"cpu": 16, "cuda": 128}
+# Sequences from which on the driver looks for stop texts while the ranks go on. With fewer it takes less time than the ranks
+# lose if all have ended.
+MANY = 128
 
 
 def generate(
@@ -228,7 +231,7 @@ def _bursts(
                 steps = min(longest, request.max_new_tokens - made)
                 look = functools.partial(Burst.of, numbers, found, texts)
                 read, following = found.tokens[:, -1], None
-                if steps and ahead and session.keeps_rows:
+                if steps and ahead and session.keeps_rows and len(numbers) >= MANY:
                     burst, following = session.sample_while(look, numbers, read, steps)
                 else:
                     burst = look()
