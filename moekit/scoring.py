@@ -151,7 +151,7 @@ def score_batches(
     targets = {b.index: np.count_nonzero(b.targets != PAD) for b in batches} if show else {}
     with progress_bar("scoring", sum(targets.values()), " tokens", show=show) as bar:
 
-        def take(rank: int, found: scoring.Scored) -> None:
+        def take(rank: int, found: scoring.Found) -> None:
             """What a rank has found of a step, while the ranks go on with the next."""
             nonlocal finite
             scores.update(zip(found.indices, found.logprobs, strict=True))

@@ -25,22 +25,29 @@ from moekit.symbols import PAD
 from moekit.worker.copies import Copy, on_device
 from moekit.worker.sequences import SPARE
 
-Found = TypeVar("Found")
+T = TypeVar("T")
 
 # Key of the rank's state for a :class:`~moekit.nn.graphs.Repeated`, while one exists.
 GRAPH = "repeated"
 
 
 class Scored(NamedTuple):
-    """What comes of a rank's batches in a step.
+    """What comes of the batches of a rank.
 
     Attributes:
-        indices: those of the n batches.
-        logprobs: [n, B, T] float32 log-probabilities of their targets; values at targets that are ``PAD`` are undefined.
+        scores: pairs (batch index, float32 [B, T] log-probabilities of its targets); values at targets that are ``PAD``
+            are undefined.
         parts: those of the trace, for :class:`moekit.routing.trace.Collector`. Where loads are counted, a part has
             ``batch`` [G], the batches' indices, and ``fullest`` [G] and ``undispatched`` [G, B, T] of
             :class:`moekit.nn.record.LoadRecorder`.
     """
+
+    scores: list[tuple[int, np.ndarray]]
+    parts: list[dict[str, np.ndarray]]
+
+
+class Found(NamedTuple):
+    """What comes of a rank's n batches in a step: their indices, and ``logprobs`` [n, B, T] and ``parts`` of a :class:`Scored`."""
 
     indices: list[int]
     logprobs: np.ndarray
@@ -48,33 +55,29 @@ class Scored(NamedTuple):
 
 
 def score(rank: Rank, steps: Iterable[Share], **how: Any) -> None:
-    """As :func:`scores_of`, for steps that come while the rank works: it reports what it has found of a step, a :class:`Scored`."""
+    """As :func:`scores_of`, for steps that come while the rank works: it reports what it has found of a step, a :class:`Found`."""
     with torch.inference_mode():
         for found in collected(rank, _launched(rank, steps, **how)):
             rank.report(found)
 
 
 @torch.inference_mode()
-def scores_of(
-    rank: Rank, steps: Iterable[Share], **how: Any
-) -> tuple[list[tuple[int, np.ndarray]], list[dict[str, np.ndarray]]]:
-    """Log-probabilities of the targets of this rank's share of every step; the arguments are those of :func:`_launched`.
-
-    Returns:
-        Pairs (batch index, float32 [B, T]), and the parts of a :class:`Scored`.
-    """
-    all_found = list(collected(rank, _launched(rank, steps, **how)))
-    pairs = [zip(found.indices, found.logprobs, strict=True) for found in all_found]
-    return list(itertools.chain(*pairs)), [part for found in all_found for part in found.parts]
+def scores_of(rank: Rank, steps: Iterable[Share], **how: Any) -> Scored:
+    """Log-probabilities of the targets of this rank's share of every step; the arguments are those of :func:`_launched`."""
+    all_found: list[Found] = list(collected(rank, _launched(rank, steps, **how)))
+    return Scored(
+        [pair for found in all_found for pair in zip(found.indices, found.logprobs, strict=True)],
+        [part for found in all_found for part in found.parts],
+    )
 
 
-def collected(rank: Rank, launched: Iterable[Callable[[], Found]]) -> Iterator[Found]:
+def collected(rank: Rank, launched: Iterable[Callable[[], T]]) -> Iterator[T]:
     """What the steps of a rank give, in their order. A GPU runs one step while the host launches the next one.
 
     Args:
         launched: launches a step when it is asked for one, and gives what waits for it and copies what it gives to the host.
     """
-    under_way: Callable[[], Found] | None = None
+    under_way: Callable[[], T] | None = None
     for collect in launched:
         if under_way is not None:
             yield under_way()
@@ -94,7 +97,7 @@ def _launched(
     trace: Options | None = None,
     intervention: Intervention | None = None,
     loads: bool = False,
-) -> Iterator[Callable[[], Scored]]:
+) -> Iterator[Callable[[], Found]]:
     """Launches this rank's share of each step, step by step, and gives what collects it.
 
     Args:
@@ -250,11 +253,11 @@ def repeated(rank: Rank, asked: Pass, inputs: Inputs, step: Share, vocab: int) -
     return kept(key, functools.partial(scored, model, asked, vocab), inputs.tokens, inputs.targets)
 
 
-def _on_host(batches: Sequence[Batch], found: Copy, parts: list[dict[str, np.ndarray]]) -> Scored:
+def _on_host(batches: Sequence[Batch], found: Copy, parts: list[dict[str, np.ndarray]]) -> Found:
     """The batches' log-probabilities ``found``, of a tensor [B, T]."""
     logprobs = found.array()
     shaped = logprobs.reshape(len(batches), -1, logprobs.shape[1])
-    return Scored([batch.index for batch in batches], shaped, parts)
+    return Found([batch.index for batch in batches], shaped, parts)
 
 
 def trace_rows(
