@@ -167,7 +167,7 @@ def score_batches(
         steps = plan_steps(batches, model.world_size, TOKENS_A_PASS[model.device])
         model.ranks.call(
             scoring.score,
-            Stream((Each(shares(step, model.world_size)) for step in steps), plain=True),
+            Stream(Each(shares(step, model.world_size), plain=True) for step in steps),
             fraction=fraction,
             vocab=vocab,
             seed=seed,

@@ -78,7 +78,7 @@ def test_a_stream_goes_to_the_ranks_while_they_run(three, world_size):
         mixed = pool.call(
             lambda rank, one, parts, two: (one, [number for number, *_ in parts], two),
             Each(range(world_size)),
-            Stream(items(3), plain=True),
+            Stream(Each(one.parts, plain=True) for one in items(3)),
             Each([{"rank": rank} for rank in range(world_size)]),
         )
         assert mixed == [(rank, [0, 1, 2], {"rank": rank}) for rank in range(world_size)]

@@ -57,8 +57,11 @@ class Session:
         def report(rank: int, found: Chosen) -> None:
             take(Burst.of(np.array(self.sequences[rank]), found, {}))
 
-        found = self._read(decode.generate, self.request.max_new_tokens, longest, report=report)
-        self.parts = [part for parts in found for part in parts]
+        ended = self._read(decode.generate, self.request.max_new_tokens, longest, report=report)
+        for rank, (last, parts) in enumerate(ended):
+            if last is not None:
+                report(rank, last)
+            self.parts += parts
 
     def _read(
         self, fn: Callable[..., Any], *more: Any, report: Callable[[int, Any], None] | None = None
@@ -67,7 +70,7 @@ class Session:
         prompts = dealt(self.sequences, [[self.request.prompts[n] for n in own] for own in self.sequences])
         old = tuple(self.model.abandoned)
         settings = self.request.settings
-        found = self._call(fn, Each(prompts), settings, self.slots, *more, old, report=report)
+        found = self._call(fn, Each(prompts, plain=True), settings, self.slots, *more, old, report=report)
         del self.model.abandoned[: len(old)]
         return found
 

@@ -22,9 +22,9 @@ from moekit.headlines import first_line, headline
 from moekit.interrupts import hold_interrupts
 from moekit.processes import channel
 from moekit.ranks import watch as watching
-from moekit.ranks.base import Each, RankError, Ranks, Stream, busy, forked, gone, noting, own
+from moekit.ranks.base import Each, RankError, Ranks, Stream, busy, forked, gone, noting
 from moekit.ranks.server import join_at, keep_store
-from moekit.ranks.streams import Feed, in_a_job
+from moekit.ranks.streams import Feed, in_a_job, pickled
 from moekit.ranks.watch import Watch
 
 # Seconds for the interpreters to start, import torch and join the process group.
@@ -112,9 +112,7 @@ class PipedRanks(Ranks):
         for_all = cloudpickle.dumps((fn, tuple(map(in_a_job, args)), kwargs))
         if not each:
             return [for_all] * self.world_size
-        return [
-            for_all + cloudpickle.dumps([own(arg, rank) for arg in each]) for rank in range(self.world_size)
-        ]
+        return [for_all + pickled(each, rank) for rank in range(self.world_size)]
 
     def _outgoing(self, jobs: list[bytes]) -> dict[int, channel.Outgoing]:
         return {rank: channel.Outgoing(pipe, jobs[rank]) for rank, pipe in enumerate(self._pipes)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import io
 import pickle
 import queue
@@ -32,6 +31,12 @@ def in_a_job(arg: Any) -> Any:
     return Coming() if isinstance(arg, Stream) else Own() if isinstance(arg, Each) else arg
 
 
+def pickled(values: Sequence[Any], rank: int) -> bytes:
+    """The list of what ``rank`` gets of each of ``values``."""
+    plain = all(isinstance(value, Each) and value.plain for value in values)
+    return (pickle if plain else cloudpickle).dumps([own(value, rank) for value in values], protocol=5)
+
+
 def arguments(
     job: bytearray, stream: Iterator[Any]
 ) -> tuple[Callable[..., Any], list[Any], dict[str, Any], bool]:
@@ -50,7 +55,6 @@ class Feed:
 
     def __init__(self, stream: Stream, pipes: Sequence[socket.socket]):
         self._items, self._pipes = iter(stream.items), pipes
-        self._pickled = functools.partial((pickle if stream.plain else cloudpickle).dumps, protocol=5)
         self._ahead = [0] * len(pipes)
         self._ended = False
 
@@ -58,13 +62,10 @@ class Feed:
         """The next item, or the end, for each rank; nothing while a rank has enough, and after the end."""
         if self._ended or max(self._ahead) >= AHEAD:
             return {}
-        # An item travels as a tuple of one, and the end as an empty tuple.
+        # An item travels as a list of one, and the end as an empty list.
         item = next(((item,) for item in self._items), ())
         # All ranks get an item or none does: it is made and pickled for all of them first.
-        unsent = {
-            rank: channel.Outgoing(pipe, self._pickled(tuple(own(part, rank) for part in item)))
-            for rank, pipe in enumerate(self._pipes)
-        }
+        unsent = {rank: channel.Outgoing(pipe, pickled(item, rank)) for rank, pipe in enumerate(self._pipes)}
         self._ended = not item
         self._ahead = [count + 1 for count in self._ahead]
         return unsent

@@ -47,11 +47,13 @@ def generate(
     new: int,
     longest: int,
     abandoned: Sequence[int] = (),
-) -> list[dict[str, np.ndarray]]:
+) -> tuple[Chosen | None, list[dict[str, np.ndarray]]]:
     """Generate ``new`` tokens of each sequence in one call, in which no sequence ends before the others.
 
-    The rank reports its tokens as :class:`Chosen`, ``longest`` or fewer of each sequence at a time; the arguments are those of
-    :func:`begin`, and it returns what :func:`end` does.
+    The arguments are those of :func:`begin`. The rank reports each ``longest`` tokens of its sequences that others follow.
+
+    Returns:
+        The last ``longest`` tokens or fewer, and what :func:`end` returns.
     """
     model: Transformer = rank.state["model"]
     found: list[Chosen] = []
@@ -62,15 +64,15 @@ def generate(
             if chosen is not None:
                 found.append(chosen)
                 read = chosen.tokens
-            if made % longest == 0 or made == new:
-                told = _told(model, found)
-                if told is not None:
-                    rank.report(told)
-            if made < new:
-                chosen = _step(model, rank.state[key], read, new - made)
+            if made == new:
+                break
+            if made % longest == 0 and (told := _told(model, found)) is not None:
+                rank.report(told)
+            chosen = _step(model, rank.state[key], read, new - made)
+        last = _told(model, found)
     finally:
         parts = end(rank, key)
-    return parts
+    return last, parts
 
 
 @torch.inference_mode()
@@ -265,14 +267,17 @@ def _read(
     ``kept`` runs the forward pass; None runs it as it is.
     """
     device = model.embed.weight.device
-    lengths = torch.from_numpy(prompts.lengths).to(device)
+    lengths = on_device(prompts.lengths, device)
     tokens = on_device(prompts.tokens, device)
     cache = _cache(model, len(prompts), slots) if cache is None else cache
     numbers = prompts.numbers
     asked = _asked(settings, numbers, 0, cache, tokens.shape[1])
     asked.rows_expected = rows_expected
     features = model(tokens, asked) if kept is None else kept(lambda read: model(read, asked), tokens)
-    parts = _traced(asked, numbers, torch.arange(tokens.shape[1], device=device) < lengths[:, None])
+    real = None
+    if isinstance(asked.record, Recorder):
+        real = torch.arange(tokens.shape[1], device=device) < lengths[:, None]
+    parts = _traced(asked, numbers, real)
     cache.advance(lengths)
     last = features[torch.arange(len(prompts), device=device), lengths - 1]
     scores = torch.zeros(len(prompts), device=device)
@@ -329,8 +334,8 @@ def _asked(settings: Settings, numbers: Sequence[int], step: int, cache: Cache, 
     return asked
 
 
-def _traced(asked: Pass, numbers: Sequence[int], real: Tensor) -> list[dict[str, np.ndarray]]:
-    """The records of a pass for the tokens where ``real`` [B, T] is true; called before the cache advances."""
+def _traced(asked: Pass, numbers: Sequence[int], real: Tensor | None) -> list[dict[str, np.ndarray]]:
+    """The records of a pass, if any, for the tokens where ``real`` [B, T] is true; called before the cache advances."""
     if not isinstance(asked.record, Recorder):
         return []
     row, column = real.nonzero(as_tuple=True)

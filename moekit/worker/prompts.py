@@ -19,13 +19,14 @@ class Prompts:
         numbers: the numbers of this rank's B sequences among all sequences.
         tokens: [B, T] int32, the ids of their prompts, the leading symbol included, padded on the right with ``PAD``.
         lengths: [B] int64, the ids of each of them.
-        on_ranks: for every rank the lengths of its prompts, since joint decisions must depend on values that all ranks have.
+        on_ranks: for every rank the lengths of its prompts, as ints, which travel fastest: joint decisions must depend on values
+            that all ranks have.
     """
 
     numbers: Sequence[int]
     tokens: np.ndarray
     lengths: np.ndarray
-    on_ranks: Sequence[np.ndarray]
+    on_ranks: Sequence[Sequence[int]]
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -44,18 +45,19 @@ class Prompts:
     def shapes(self, alone: bool) -> list[list[tuple[int, int]]]:
         """(B, T) of each rank's forward passes."""
         if alone:
-            return [[(1, length) for length in lengths.tolist()] for lengths in self.on_ranks]
-        return [[(len(lengths), int(lengths.max()))] if len(lengths) else [] for lengths in self.on_ranks]
+            return [[(1, length) for length in lengths] for lengths in self.on_ranks]
+        return [[(len(lengths), max(lengths))] if lengths else [] for lengths in self.on_ranks]
 
 
 def dealt(
     numbers: Sequence[Sequence[int]], ids: Sequence[Sequence[Sequence[int] | np.ndarray]]
 ) -> list[Prompts]:
     """What each rank gets, from the numbers of its sequences and the ids of their prompts."""
-    on_ranks = [np.fromiter(map(len, own), np.int64, len(own)) for own in ids]
+    on_ranks = [list(map(len, own)) for own in ids]
+    lengths = [np.array(own, np.int64) for own in on_ranks]
     return [
-        Prompts(mine, _padded(own, lengths), lengths, on_ranks)
-        for mine, own, lengths in zip(numbers, ids, on_ranks, strict=True)
+        Prompts(mine, _padded(own, each), each, on_ranks)
+        for mine, own, each in zip(numbers, ids, lengths, strict=True)
     ]
 
 
