@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import math
 import operator
 import os
@@ -338,6 +339,10 @@ def sequences(name: str, value: Any) -> list[str | list[int]]:
     one = name.removesuffix("s")
     if all(map(_is_id, parts)):
         return [[operator.index(part) for part in parts]]
+    lists = all(type(part) is list for part in parts)
+    if lists and set(map(type, itertools.chain.from_iterable(parts))) <= {int}:
+        # Lists of ints take no call for each of thousands.
+        return [part.copy() for part in parts]
     return [_sequence(one, number, part) for number, part in enumerate(parts)]
 
 

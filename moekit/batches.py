@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -29,8 +30,13 @@ class Batch:
     targets: np.ndarray
     starts: np.ndarray
 
-    def padded(self) -> bool:
+    @functools.cached_property
+    def _padded(self) -> bool:
         return bool((self.tokens == PAD).any())
+
+    def padded(self) -> bool:
+        """Whether it has padding; looked at once, since steps are planned before they are timed, and then again."""
+        return self._padded
 
     def scored(self, row: int) -> np.ndarray:
         """[T] bool: the targets of a sample that count, in fairseq's ``SequenceScorer`` (padding is cut out)."""
@@ -49,6 +55,7 @@ class Share:
         shape: (B, T) of each batch.
         padded: whether the batches have padding; either all have or none.
         trailing: whether all padding of the step follows the text.
+        arrived: the batches as one, as a rank gets them, of which ``batches`` are views.
     """
 
     batches: Sequence[Batch]
@@ -56,18 +63,26 @@ class Share:
     shape: tuple[int, int]
     padded: bool
     trailing: bool
+    arrived: Batch | None = field(default=None, repr=False)
+
+    def joined(self) -> Batch:
+        """This rank's batches, one after the other, as one, whose index means nothing."""
+        if self.arrived is not None:
+            return self.arrived
+        # They are not kept: those of all ranks are memory that the system has to find first.
+        arrays = ([getattr(b, name) for b in self.batches or [_NOTHING]] for name in _ARRAYS)
+        return Batch(-1, *map(np.concatenate, arrays))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled as a few large arrays, which takes a tenth of the time of many small ones, in no more bytes than ids need."""
-        ids, tokens, targets, starts = (
-            np.concatenate([getattr(b, name) for b in self.batches] or [[]]) for name in _ARRAYS
-        )
-        follows = tokens.ndim == 2 and np.array_equal(targets[:, :-1], tokens[:, 1:])
+        whole = self.joined()
+        tokens, targets = whole.tokens, whole.targets
+        follows = np.array_equal(targets[:, :-1], tokens[:, 1:])
         if follows:
             # All targets but the last one of a sample are its tokens.
             targets = targets[:, -1:]
         index = [batch.index for batch in self.batches]
-        arrays = ids, _small(tokens), _small(targets), starts
+        arrays = whole.ids, _small(tokens), _small(targets), whole.starts
         return _unpickled, (index, *arrays, follows, self.count, self.shape, self.padded, self.trailing)
 
     def rows(self, world_size: int) -> int:
@@ -83,12 +98,15 @@ class Share:
 
 
 _ARRAYS = ("ids", "tokens", "targets", "starts")
+# In place of the batches of a rank that has none.
+_NOTHING = Batch(-1, *(np.empty(shape, np.int64) for shape in (0, (0, 1), (0, 1), 0)))
 
 
 def _small(ids: np.ndarray) -> np.ndarray:
     """``ids`` in two bytes each, if they fit."""
-    fit = ids.size > 0 and ids.min() >= 0 and ids.max() <= np.iinfo(np.uint16).max
-    return ids.astype(np.uint16) if fit else ids
+    # All bits that any id has; a negative one has the first.
+    bits = int(np.bitwise_or.reduce(ids, axis=None))
+    return ids.astype(np.uint16) if 0 <= bits <= np.iinfo(np.uint16).max else ids
 
 
 def _unpickled(
@@ -111,7 +129,7 @@ def _unpickled(
     batches = [
         Batch(i, ids[row], tokens[row], targets[row], starts[row]) for i, row in zip(index, rows, strict=True)
     ]
-    return Share(batches, count, shape, padded, trailing)
+    return Share(batches, count, shape, padded, trailing, Batch(-1, ids, tokens, targets, starts))
 
 
 def shares(step: Sequence[Batch], world_size: int) -> list[Share]:
@@ -147,7 +165,7 @@ def text_batches(
         tokens = np.full((len(some), 1 + max(map(len, some))), PAD, dtype=np.int32)
         targets = tokens.copy()
         for row, ids in enumerate(some):
-            tokens[row, : len(ids) + 1] = [first, *ids]
+            tokens[row, 0], tokens[row, 1 : len(ids) + 1] = first, ids
             targets[row, : len(ids)] = ids
         ids = np.arange(start, start + len(some))
         batches.append(Batch(index, ids, tokens, targets, np.zeros(len(some), dtype=np.int64)))

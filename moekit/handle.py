@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 from types import EllipsisType
 from typing import Any
 
+import numpy as np
 import torch
 
 from moekit import arguments, paths, ranks
@@ -124,29 +126,38 @@ class Handle:
         """The symbol that begins a text: ``</s>``, or ``<s>`` where the model was trained with ``add_bos_token``."""
         return BOS if self.config.add_bos else EOS
 
-    def ids(self, name: str, texts: Any) -> list[list[int]]:
-        """A text, texts, ids or lists of ids, from any iterables, as lists of ids; ``name`` is the argument's.
+    def ids(self, name: str, texts: Any, first: int | None = None) -> list[np.ndarray]:
+        """A text, texts, ids or lists of ids, from any iterables, as [n] int64 arrays of ids; ``name`` is the argument's.
+
+        Args:
+            first: a symbol that comes before the ids of each; None: none does.
 
         Raises:
             ValueError: they are something else, an id is none of the dictionary's, or there is text and no codec.
         """
-        return [
-            self.codec.encode(ids)
-            if isinstance(ids, str)
-            else self._known(name.removesuffix("s"), number, ids)
-            for number, ids in enumerate(arguments.sequences(name, texts))
+        read = [
+            self.codec.encode(ids) if isinstance(ids, str) else ids
+            for ids in arguments.sequences(name, texts)
         ]
-
-    def _known(self, name: str, number: int, ids: list[int]) -> list[int]:
-        """``ids``, if all are the dictionary's; else a ValueError that names the first that is not."""
-        vocab = self.vocab
-        for token in ids:
-            if not 0 <= token < vocab or token == PAD:
-                raise ValueError(
-                    f"{name} {number} has the id {arguments.shown(token)}; expected 0 to {vocab - 1}, without {PAD}, the "
-                    "padding"
-                )
-        return ids
+        lengths = np.fromiter(map(len, read), np.int64, len(read))
+        found = _joined(read, int(lengths.sum()))
+        # All are looked at together: a call for each id takes longer than some models take to read it.
+        wrong = np.flatnonzero((found < 0) | (found >= self.vocab) | (found == PAD))
+        if len(wrong):
+            ends = np.cumsum(lengths)
+            number = int(np.searchsorted(ends, wrong[0], side="right"))
+            token = read[number][wrong[0] - ends[number]]
+            raise ValueError(
+                f"{name.removesuffix('s')} {number} has the id {arguments.shown(token)}; expected 0 to {self.vocab - 1}, "
+                f"without {PAD}, the padding"
+            )
+        starts = np.cumsum(lengths) - lengths
+        if first is not None:
+            found = np.insert(found, starts, first)
+            lengths, starts = lengths + 1, starts + np.arange(len(starts))
+        return [
+            found[start:end] for start, end in zip(starts.tolist(), (starts + lengths).tolist(), strict=True)
+        ]
 
     def capacity(self, asked: float | str | None) -> float | None:
         """The capacity fraction of a call that asks for ``asked``: an intervention's own replaces it, and a dense model has none."""
@@ -213,6 +224,15 @@ class Handle:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _joined(read: Sequence[Sequence[int]], count: int) -> np.ndarray:
+    """The ids of ``read``, ``count`` in number, one after the other as int64; one that is too large for it as the largest."""
+    ids = itertools.chain.from_iterable
+    try:
+        return np.fromiter(ids(read), np.int64, count)
+    except OverflowError:
+        return np.fromiter((max(-1, min(token, arguments.MOST)) for token in ids(read)), np.int64, count)
 
 
 # what an argument that takes a model may be

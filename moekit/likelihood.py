@@ -103,7 +103,7 @@ def score_texts(
 
         model.ranks.call(
             score_branches,
-            Stream(Each(parts_of(step)) for step in steps),
+            Stream(Each(parts_of(step), plain=True) for step in steps),
             fraction=fraction,
             vocab=model.vocab,
             seed=seed,

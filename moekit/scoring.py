@@ -88,11 +88,11 @@ def warm_up(
 def not_finite(model: Handle, batches: Sequence[Batch], scores: dict, **how: Any) -> str | None:
     """A sentence on log-probabilities that are NaN or infinite: how many, of which samples, and from which layer on.
 
+    None where only values at targets that are ``PAD`` are not finite.
+
     Args:
         how: the arguments ``fraction``, ``vocab`` and ``seed`` of :func:`score_batches`.
     """
-    if all(np.isfinite(found).all() for found in scores.values()):
-        return None
     bad = {b.index: (b.targets != PAD) & ~np.isfinite(scores[b.index]) for b in batches}
     count = sum(int(places.sum()) for places in bad.values())
     if not count:
@@ -146,25 +146,28 @@ def score_batches(
             f"{model.config.max_positions} learned positions: cut the data into shorter ones"
         )
     scores: dict[int, np.ndarray] = {}
+    finite = True
     show = check("progress", progress, Flag())
     targets = {b.index: np.count_nonzero(b.targets != PAD) for b in batches} if show else {}
     with progress_bar("scoring", sum(targets.values()), " tokens", show=show) as bar:
 
-        def take(rank: int, found: scoring.Scored) -> None:
+        def take(rank: int, found: scoring.Found) -> None:
             """What a rank has found of a step, while the ranks go on with the next."""
-            scores.update(found.scores)
+            nonlocal finite
+            scores.update(zip(found.indices, found.logprobs, strict=True))
+            finite = finite and bool(np.isfinite(found.logprobs).all())
             if trace is not None:
                 trace.add(found.parts)
             elif loads is not None:
                 for part in found.parts:
                     counts = zip(part["fullest"].tolist(), part["undispatched"], strict=True)
                     loads.update(zip(part["batch"].tolist(), counts, strict=True))
-            bar.update(sum(targets.get(index, 0) for index, _ in found.scores))
+            bar.update(sum(targets.get(index, 0) for index in found.indices))
 
         steps = plan_steps(batches, model.world_size, TOKENS_A_PASS[model.device])
         model.ranks.call(
             scoring.score,
-            Stream(Each(shares(step, model.world_size)) for step in steps),
+            Stream(Each(shares(step, model.world_size), plain=True) for step in steps),
             fraction=fraction,
             vocab=vocab,
             seed=seed,
@@ -173,7 +176,8 @@ def score_batches(
             loads=loads is not None,
             on_report=take,
         )
-    if said := not_finite(model, batches, scores, fraction=fraction, vocab=vocab, seed=seed):
+    how = {"fraction": fraction, "vocab": vocab, "seed": seed}
+    if not finite and (said := not_finite(model, batches, scores, **how)):
         warnings.warn(said, RuntimeWarning, stacklevel=3)
     return scores
 
@@ -189,12 +193,35 @@ def plan_steps(batches: Iterable[Batch], world_size: int, tokens: int) -> Iterat
 
     The batches of a step go to the ranks in turn, and each rank runs its batches in one forward pass.
     """
-    shapes: dict[tuple, list[Batch]] = {}
-    for batch in batches:
-        shapes.setdefault((batch.tokens.shape, batch.padded()), []).append(batch)
-    for alike in shapes.values():
+    for alike in _by_shape(batches):
         size = world_size * max(1, tokens // alike[0].tokens.size)
-        yield from (alike[i : i + size] for i in range(0, len(alike), size))
+        yield from (some for some in _in_kinds(alike, size) if some)
+
+
+def _by_shape(batches: Iterable[Batch]) -> list[list[Batch]]:
+    """The batches of each shape, in the order in which the shapes come."""
+    shapes: dict[tuple[int, int], list[Batch]] = {}
+    for batch in batches:
+        shapes.setdefault(batch.tokens.shape, []).append(batch)
+    return list(shapes.values())
+
+
+def _in_kinds(alike: Sequence[Batch], size: int) -> Iterator[list[Batch]]:
+    """Batches of one shape, ``size`` at a time: first those that are as the first one, with padding or without, then the others.
+
+    The ranks wait for the first step, so it is there once as many batches as it has have been looked at.
+    """
+    first = alike[0].padded()
+    ready: list[Batch] = []
+    others: list[Batch] = []
+    for start in range(0, len(alike), size):
+        for batch in alike[start : start + size]:
+            (ready if batch.padded() == first else others).append(batch)
+        if len(ready) >= size:
+            yield ready[:size]
+            ready = ready[size:]
+    yield ready
+    yield from (others[start : start + size] for start in range(0, len(others), size))
 
 
 def token_table(
@@ -216,20 +243,48 @@ def token_table(
     """
     import pandas as pd
 
-    parts: dict[str, list] = {name: [] for name in ("sample", "position", "token", "target", *columns)}
-    for batch in batches:
-        for row, sample in enumerate(batch.ids):
-            place = np.flatnonzero(batch.scored(row))[skip_first:]
-            parts["sample"].append(np.full(len(place), sample))
-            parts["position"].append(place)
-            parts["token"].append(batch.tokens[row][place])
-            parts["target"].append(batch.targets[row][place])
-            for name, values in columns.items():
-                parts[name].append(values[batch.index][row][place])
-    if not any(len(part) for part in parts["token"]):
+    parts = [_scored(alike, columns, skip_first) for alike in _by_shape(batches)]
+    if not sum(len(part["token"]) for part in parts):
         raise ValueError(f"{whose} has no tokens to score")
-    tokens = pd.DataFrame({name: np.concatenate(part) for name, part in parts.items()})
-    return tokens.sort_values(["sample", "position"], kind="stable", ignore_index=True)
+    found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    order = _in_order(found["sample"], found["position"])
+    if order is not None:
+        found = {name: values[order] for name, values in found.items()}
+    return pd.DataFrame(found, copy=False)
+
+
+def _scored(
+    alike: Sequence[Batch], columns: Mapping[str, Mapping[int, np.ndarray]], skip_first: bool
+) -> dict[str, np.ndarray]:
+    """The columns of :func:`token_table` for batches of one shape, with the rows of the batches sorted by sample."""
+    ids, tokens, targets, starts = (
+        np.concatenate([getattr(batch, name) for batch in alike])
+        for name in ("ids", "tokens", "targets", "starts")
+    )
+    by_sample = np.argsort(ids, kind="stable")
+    counts = (targets != PAD) & (np.arange(targets.shape[1]) >= starts[:, None])
+    if skip_first:
+        # Of a sample without any, the first place is none already.
+        counts[np.arange(len(counts)), counts.argmax(axis=1)] = False
+    row, position = counts[by_sample].nonzero()
+    row = by_sample[row]
+    found = {
+        "sample": ids[row],
+        "position": position,
+        "token": tokens[row, position],
+        "target": targets[row, position],
+    }
+    for name, values in columns.items():
+        found[name] = np.concatenate([values[batch.index] for batch in alike])[row, position]
+    return found
+
+
+def _in_order(sample: np.ndarray, position: np.ndarray) -> np.ndarray | None:
+    """The order that sorts tokens by sample and then by position, ties as they are; None if they are sorted."""
+    step = np.diff(sample)
+    if ((step > 0) | ((step == 0) & (np.diff(position) >= 0))).all():
+        return None
+    return np.lexsort((position, sample))
 
 
 def summarize(

@@ -79,6 +79,35 @@ def test_a_table_of_tokens_by_hand():
         token_table([], {"a": {}}, whose="the text")
 
 
+@pytest.mark.parametrize("skip_first", [False, True])
+@pytest.mark.parametrize("repeated", [False, True])
+def test_a_table_of_tokens_is_that_of_each_row_by_itself(skip_first, repeated):
+    """Several shapes in any order, padding, contexts, rows without a target, and a sample that comes twice."""
+    draw, batches, values = np.random.default_rng(5), [], {}
+    samples = draw.permutation(40)
+    for index, start in enumerate(range(0, 40, 2)):
+        shape = (2, (5, 8, 3)[index % 3])
+        targets = draw.integers(4, 99, shape).astype(np.int32)
+        targets[draw.random(shape) < 0.2] = PAD
+        ids = samples[start : start + 2] // (2 if repeated else 1)
+        tokens = draw.integers(4, 99, shape).astype(np.int32)
+        batches.append(Batch(index, ids, tokens, targets, draw.integers(0, 4, 2)))
+        values[index] = draw.random(shape).astype(np.float32)
+    rows = []
+    for batch in batches:
+        for row, sample in enumerate(batch.ids.tolist()):
+            for place in np.flatnonzero(batch.scored(row)).tolist()[skip_first:]:
+                token, target = batch.tokens[row, place], batch.targets[row, place]
+                rows.append((sample, place, int(token), int(target), float(values[batch.index][row, place])))
+    found = token_table(batches, {"logprob": values}, skip_first=skip_first)
+    # Ties stand in an order of their own.
+    assert sorted(found.itertuples(index=False, name=None)) == sorted(rows)
+    assert list(zip(found["sample"], found["position"], strict=True)) == sorted(row[:2] for row in rows)
+    assert found.index.equals(pd.RangeIndex(len(rows)))
+    types = [str(kind) for kind in found.dtypes]
+    assert types == ["int64", "int64", "int32", "int32", "float32"]
+
+
 def test_a_perplexity_that_is_no_float64_is_infinite():
     assert perplexity_of(3.0) == 8 and perplexity_of(1023.5) < math.inf == perplexity_of(1024.0)
 

@@ -69,7 +69,7 @@ OPERATIONS = {
     "evaluate": ("score", lambda model: model.evaluate("demo", progress=False)),
     "score": ("score", lambda model: model.score(TWICE)),
     "trace": ("score", lambda model: model.trace(TWICE, progress=False)),
-    "generate": ("begin", lambda model: model.generate(TWICE, max_new_tokens=4)),
+    "generate": ("generate", lambda model: model.generate(TWICE, max_new_tokens=4)),
     "stream": ("begin", lambda model: list(model.stream(TWICE, max_new_tokens=4))),
 }
 

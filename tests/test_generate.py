@@ -1,7 +1,11 @@
 """Generation: against scoring, against itself on other ranks and in other company, and by hand."""
 
+import copy
+import dataclasses
+import itertools
 import json
 import math
+import pickle
 import subprocess
 import sys
 
@@ -20,6 +24,7 @@ from moekit.nn.passes import Pass
 from moekit.nn.transformer import Transformer
 from moekit.paths import DEMO_BPE as DEMO
 from moekit.symbols import EOS, PAD
+from moekit.worker.prompts import dealt, most_tokens
 from moekit.worker.sampling import Settings, choose
 
 IDS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15, 16], [], [17, EOS, 18]]
@@ -159,12 +164,12 @@ def test_a_step_makes_no_more_logits_than_it_may(recorded, monkeypatch):
         monkeypatch.setattr(request, "LOGITS", limit * recorded.config.vocab_rows)
         begun = []
         with monkeypatch.context() as changed:
-            begin = session.decode.begin
+            begin = session.decode._begin
             changed.setattr(
                 session.decode,
-                "begin",
+                "_begin",
                 lambda rank, key, prompts, *more: (
-                    begun.append(len(prompts[0])) or begin(rank, key, prompts, *more)
+                    begun.append(len(prompts)) or begin(rank, key, prompts, *more)
                 ),
             )
             recorded.generate(IDS, max_new_tokens=3, **how, **QUIET)
@@ -508,7 +513,9 @@ def test_bursts_and_dead_rows_change_nothing(text_model, monkeypatch):
     assert len({len(one.ids) for one in wanted}) > 2, "nothing is tested where all end alike"
     calls = []
     call = model.ranks.call
-    monkeypatch.setattr(model.ranks, "call", lambda fn, *args: calls.append((fn, args)) or call(fn, *args))
+    monkeypatch.setattr(
+        model.ranks, "call", lambda fn, *args, **how: calls.append((fn, args)) or call(fn, *args, **how)
+    )
     monkeypatch.setattr(run, "BURST", {"cpu": 5})
     monkeypatch.setattr(session, "MOVES", {"cpu": False})
     for one, other in zip(wanted, model.generate(prompts, **how), strict=True):
@@ -518,5 +525,143 @@ def test_bursts_and_dead_rows_change_nothing(text_model, monkeypatch):
             [i for i, _ in row] for row in other.alternatives
         ]
     runs = [args for fn, args in calls if fn is session.decode.run]
-    assert 1 < len(runs) <= 5 and {args[-1] for args in runs} <= {5, 2}
+    assert 1 < len(runs) <= 5 and {args[3] for args in runs} <= {5, 2}
     assert any(PAD in numbers for args in runs for numbers in args[2]), "no row was kept beyond its end"
+
+
+# ------------------------------------------------------------------------------------------------ the driver's half
+
+
+def test_a_generation_to_which_nobody_listens_is_one_call(text_model, monkeypatch):
+    """Also where its tokens come in several bursts."""
+    calls, shown = [], []
+    call = text_model.ranks.call
+    monkeypatch.setattr(
+        text_model.ranks, "call", lambda fn, *args, **how: calls.append(fn.__name__) or call(fn, *args, **how)
+    )
+    wanted = text_model.generate(["The", ""], max_new_tokens=20, temperature=1.0, **QUIET)
+    monkeypatch.setattr(run, "UNHEARD", {"cpu": 7})
+    real = run.Burst.of
+    monkeypatch.setattr(
+        run.Burst,
+        "of",
+        lambda numbers, found, texts: shown.append(found.tokens.shape) or real(numbers, found, texts),
+    )
+    same(text_model.generate(["The", ""], max_new_tokens=20, temperature=1.0, **QUIET), wanted)
+    assert calls == ["generate"] * 2 and shown == [(2, 7), (2, 7), (2, 6)]
+    assert not [key for key in text_model.ranks.call(lambda rank: list(rank.state)) if isinstance(key, int)]
+
+
+def test_stop_texts_are_looked_for_while_the_ranks_go_on(text_model, monkeypatch):
+    """As on a GPU: the look at a burst falls into the call that makes the next one, and what follows a stop text is left out."""
+    how = {"max_new_tokens": 23, "temperature": 1.0, "seed": 3, "stop": ["th", "."], "progress": False}
+    prompts = ["The", "A cat", "", "In the beginning", "Once"]
+    wanted = text_model.generate(prompts, **how)
+    done, call, look = [], text_model.ranks.call, Text.stops_at
+
+    def called(fn, *args, **options):
+        done.append(f"{fn.__name__} begins")
+        found = call(fn, *args, **options)
+        done.append(f"{fn.__name__} ends")
+        return found
+
+    monkeypatch.setattr(text_model.ranks, "call", called)
+    monkeypatch.setattr(Text, "stops_at", lambda *args: done.append("look") or look(*args))
+    monkeypatch.setattr(run, "BURST", {"cpu": 5})
+    monkeypatch.setattr(run, "MANY", 2)
+    monkeypatch.setattr(session, "MOVES", {"cpu": False})
+    same(text_model.generate(prompts, **how), wanted)
+    order = [one for one, _ in itertools.groupby(done)]
+    assert order[:5] == ["begin begins", "begin ends", "run begins", "look", "run ends"]
+    assert order[-2:] == ["end begins", "end ends"]
+
+
+def test_an_error_of_the_drivers_own_leaves_the_ranks_usable(reference, monkeypatch):
+    with moekit.load(reference / "checkpoint", world_size=2, device="cpu", **QUIET) as model:
+        wanted = model.generate(IDS, max_new_tokens=4, **QUIET)
+        with monkeypatch.context() as changed:
+            changed.setattr(run.Burst, "of", lambda *args: {}["nothing"])
+            with pytest.raises(KeyError, match="nothing"):
+                model.generate(IDS, max_new_tokens=4, **QUIET)
+        same(model.generate(IDS, max_new_tokens=4, **QUIET), wanted)
+
+
+def _add(text: Text, token: int) -> Text:
+    text.add(token)
+    return text
+
+
+@pytest.mark.parametrize("stop", [["the"], ["日"], ["a", "\n"], ["nowhere"], ["e t", "\ufffd"]])
+@pytest.mark.parametrize("size", [1, 3, 16])
+def test_a_burst_is_read_as_its_tokens_are_one_by_one(stop, size):
+    """Also where a stop text, or a character, lies in two bursts, and where bytes are no character."""
+    codec = Codec.load("demo")
+    whole = codec.encode("It is the 日本 — жизнь\n€5🙂! and the 日")
+    half = codec.encode("日")[0]
+    for ids in (whole, [*whole[:7], half, *whole[7:]], [half] * 9):
+        one_by_one = Text(codec, stop)
+        place = next((n for n, token in enumerate(ids) if _add(one_by_one, token).stopped), None)
+        in_bursts, found = Text(codec, stop), None
+        for start in range(0, len(ids), size):
+            at = in_bursts.stops_at(ids[start : start + size])
+            if at is not None:
+                found = start + at - 1
+                break
+        assert found == place
+
+
+def test_a_result_is_made_when_somebody_asks(text_model):
+    """It has fields like any other, and takes nothing of the others with it."""
+    how = {"max_new_tokens": 9, "temperature": 1.0, "num_return_sequences": 40, "alternatives": 2, **QUIET}
+    found = text_model.generate(["The", "A cat"], **how)
+    assert all("ids" not in vars(one) for one in found)
+    late = found[7]
+    names = [one.name for one in dataclasses.fields(late)]
+    # A dataclass of NumPy's arrays compares these by identity first.
+    whole = request.Generation(**{name: getattr(late, name) for name in names})
+    assert late == whole and repr(late) == repr(whole) and set(names) <= set(dir(late))
+    assert late.trace is None and late.prompt == 0 and found[40].prompt == 1
+    assert late.score == float(late.logprobs.sum(dtype=np.float64))
+    assert len(late.alternatives) == 9 and all(len(row) == 2 for row in late.alternatives)
+    for copied in (pickle.loads(pickle.dumps(found[8])), copy.copy(found[8]), copy.deepcopy(found[8])):
+        assert vars(copied).keys() == set(names)
+        assert (copied.ids, copied.text, copied.finish_reason) == (
+            found[8].ids,
+            found[8].text,
+            found[8].finish_reason,
+        )
+    assert len(pickle.dumps(found[9])) < 2000
+    assert dataclasses.replace(found[10], text="another").ids == found[10].ids
+    with pytest.raises(AttributeError, match="has no 'tokens'"):
+        late.tokens  # noqa: B018
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        late.text = "another"
+
+
+def test_prompts_travel_as_one_array_a_rank():
+    two, none = dealt([[4, 6], []], [[[2, 5, 6], np.array([2])], []])
+    assert two.tokens.tolist() == [[2, 5, 6], [2, PAD, PAD]] and two.tokens.dtype == np.int32
+    assert none.on_ranks == [[3, 1], []] and len(none) == 0
+    assert two.shapes(alone=False) == [[(2, 3)], []] and two.shapes(alone=True) == [[(1, 3), (1, 1)], []]
+    assert [(part.numbers, part.tokens.tolist()) for part in two.passes(alone=True)] == [
+        ([4], [[2, 5, 6]]),
+        ([6], [[2]]),
+    ]
+    assert none.passes(alone=False) == none.passes(alone=True) == []
+    # Padding counts as tokens.
+    assert most_tokens([[(2, 3)], [(1, 5)]]) == [6] and most_tokens([[(1, 3), (1, 1)], [(1, 4)]]) == [4, 1]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "said"),
+    [
+        ([[5], [6, -1]], "prompt 1 has the id -1; expected 0 to 199, without 1, the padding"),
+        ([[], [5], [], [6, 200, PAD]], "prompt 3 has the id 200; expected"),
+        ([[5, 10**30], [200]], "prompt 0 has the id 1000000000.*; expected"),
+        ([[5], [-(10**30)]], "prompt 1 has the id -1000000000.*; expected"),
+        ([[5], [6, True]], r"prompt 1 is \[6, True\]; expected"),
+    ],
+)
+def test_a_wrong_id_is_named_with_its_prompt(recorded, prompts, said):
+    with pytest.raises(ValueError, match=said):
+        recorded.generate(prompts, max_new_tokens=2)

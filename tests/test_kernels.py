@@ -64,6 +64,7 @@ from moekit.nn.transformer import AddNorm, Transformer
 from moekit.symbols import PAD
 from moekit.worker import decoding as decode
 from moekit.worker import scoring as worker
+from moekit.worker.prompts import dealt
 from moekit.worker.sampling import Settings
 
 
@@ -1109,9 +1110,9 @@ def repeated(rank, steps):
 def decoded(rank, prompts, steps):
     """Whether the rank decodes the sequences of ``prompts`` ([n] ids a sequence, a list a rank) with a graph; and them."""
     numbers = itertools.count()
-    prompts = [[decode.Prompt(next(numbers), ids) for ids in part] for part in prompts]
+    mine = dealt([[next(numbers) for _ in part] for part in prompts], prompts)[rank.rank]
     vocab = rank.state["model"].config.vocab_rows
-    first = decode.begin(rank, KEY, prompts, Settings(vocab), 64)
+    first = decode.begin(rank, KEY, mine, Settings(vocab), 64)
     read = [[0] * len(part) for part in prompts]  # others' are not looked at
     if first is not None:
         read[rank.rank] = first.tokens[:, -1].tolist()

@@ -27,6 +27,7 @@ from moekit.nn.transformer import AddNorm, Attention, MoE, Transformer
 from moekit.ranks import Rank
 from moekit.scoring import plan_steps
 from moekit.symbols import PAD
+from moekit.worker.copies import Copy, on_device
 from moekit.worker.scoring import collected
 
 
@@ -360,3 +361,21 @@ def test_a_step_is_collected_while_the_next_one_runs():
     assert list(collected(rank, launched())) == [0, 1, 2]
     assert done == ["launch 0", "launch 1", "collect 0", "launch 2", "collect 1", "collect 2", "check"]
     assert list(collected(rank, iter(()))) == [] and done[-1] == "check"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_copies_wait_for_their_own_work_alone():
+    """The host launches a step while the device is at work, and gets the numbers of a step while the next one runs."""
+    device = torch.device("cuda")
+    # Pinned memory is found once.
+    assert Copy(on_device(np.arange(9), device)).array().tolist() == list(range(9))
+    before, later = torch.cuda.Event(), torch.cuda.Event()
+    torch.cuda._sleep(10**9)
+    before.record()
+    ids = on_device(np.arange(9), device)
+    assert not before.query(), "the copy to the device waited"
+    copy = Copy(ids + 1)
+    torch.cuda._sleep(10**9)
+    later.record()
+    assert copy.array().tolist() == list(range(1, 10))
+    assert not later.query(), "the copy to the host waited"

@@ -75,6 +75,14 @@ def test_a_stream_goes_to_the_ranks_while_they_run(three, world_size):
         # Without any item, and with items that the function leaves.
         assert pool.call(work, Stream(items(0)), 1) == ["done"] * world_size
         assert pool.call(lambda rank, parts: next(iter(parts))[0], Stream(items(9))) == [0] * world_size
+        # Beside parts that differ between ranks, in any order, and without what a notebook's functions need.
+        mixed = pool.call(
+            lambda rank, one, parts, two: (one, [number for number, *_ in parts], two),
+            Each(range(world_size)),
+            Stream(Each(one.parts, plain=True) for one in items(3)),
+            Each([{"rank": rank} for rank in range(world_size)]),
+        )
+        assert mixed == [(rank, [0, 1, 2], {"rank": rank}) for rank in range(world_size)]
         assert pool.call(lambda rank: rank.rank) == list(range(world_size))
 
 

@@ -22,7 +22,7 @@ from moekit.nn.gate import Routing
 from moekit.nn.resident import Counts
 from moekit.ranks import Rank
 from moekit.worker import decoding as decode
-from moekit.worker.decoding import Prompt
+from moekit.worker.prompts import dealt
 from moekit.worker.sampling import Settings
 
 PROMPT = 128
@@ -156,11 +156,9 @@ def time_decoding(rank: Rank, batch: int, new: int, repeats: int, in_all: bool =
     def decoded(settings: Settings, turn: int = 0) -> float:
         nonlocal fetched
         first = turn * batch * rank.world_size
-        prompts = [
-            [Prompt(r * batch + row, prompt(first + r * batch + row, vocab)) for row in own]
-            for r, own in enumerate(rows)
-        ]
-        chosen = decode.begin(rank, KEY, prompts, settings, PROMPT + WARM_UP + new + 1)
+        numbers = [[r * batch + row for row in own] for r, own in enumerate(rows)]
+        prompts = dealt(numbers, [[prompt(first + number, vocab) for number in own] for own in numbers])
+        chosen = decode.begin(rank, KEY, prompts[rank.rank], settings, PROMPT + WARM_UP + new + 1)
         for steps in (WARM_UP, new):
             before = counts_of(model)
             measure.synchronise(rank.device)

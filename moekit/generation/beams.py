@@ -11,7 +11,6 @@ import numpy as np
 from moekit.generation.request import Generation, Request
 from moekit.generation.session import Session
 from moekit.symbols import EOS
-from moekit.worker.decoding import Prompt
 from moekit.worker.sampling import Candidates
 
 if TYPE_CHECKING:
@@ -35,12 +34,12 @@ class Hypothesis:
 class Beams:
     """The beam search of one prompt, by the rules of ``SequenceGenerator`` (fairseq/sequence_generator.py).
 
-    Of the 2 N best candidates, those with ``</s>`` among the first N are finished hypotheses, and the first N others
+    Its number is ``prompt``, and it has ``length`` ids, the leading symbol included. Of the 2 N best candidates, those with ``</s>`` among the first N are finished hypotheses, and the first N others
     continue. The search ends when N hypotheses are finished. They are ranked by the mean log-probability of all their tokens.
     """
 
-    def __init__(self, prompt: Prompt, size: int):
-        self.prompt, self.size = prompt, size
+    def __init__(self, prompt: int, length: int, size: int):
+        self.prompt, self.length, self.size = prompt, length, size
         self.alive = [Hypothesis()]
         self.finished: list[tuple[float, str, Hypothesis]] = []
 
@@ -53,7 +52,7 @@ class Beams:
             if token != EOS:
                 alive.append(hypothesis)
             elif place < self.size and len(self.finished) < self.size:
-                mean = float(np.float32(score) / np.float32(len(self.prompt.ids) - 1 + len(ids)))
+                mean = float(np.float32(score) / np.float32(self.length - 1 + len(ids)))
                 self.finished.append((mean, "length" if last else "stop", hypothesis))
         self.alive = [] if last or len(self.finished) == self.size else alive[: self.size]
 
@@ -62,7 +61,7 @@ class Beams:
         ranked = sorted(self.finished, key=lambda found: -found[0])[:count]
         return [
             Generation(
-                prompt=self.prompt.number,
+                prompt=self.prompt,
                 text=codec.decode(hypothesis.ids[:-1]) if codec.reads_text else None,
                 ids=list(hypothesis.ids),
                 logprobs=np.array(hypothesis.logprobs, np.float32),
@@ -76,12 +75,16 @@ class Beams:
 def search(model: Handle, request: Request, bar: tqdm) -> Iterator[Generation]:
     """The best hypotheses of each prompt, prompt by prompt."""
     for wave in request.waves(model):
-        searches = {prompt.number: Beams(prompt, request.settings.beam_size) for prompt in wave}
+        lengths = request.lengths[wave.start : wave.stop].tolist()
+        searches = {
+            number: Beams(number, length, request.settings.beam_size)
+            for number, length in zip(wave, lengths, strict=True)
+        }
         with Session(model, wave, request) as session:
-            found = session.begin()
+            numbers, found = session.begin()
             for step in range(1, request.max_new_tokens + 1):
-                for number, candidates in found.items():
-                    searches[number].grow(candidates, last=step == request.max_new_tokens)
+                for number, *row in zip(numbers.tolist(), *found, strict=True):
+                    searches[number].grow(Candidates(*row), last=step == request.max_new_tokens)
                     bar.update()
                 alive = {
                     number: [(beam.parent, beam.ids[-1], beam.score) for beam in one.alive]
@@ -90,6 +93,6 @@ def search(model: Handle, request: Request, bar: tqdm) -> Iterator[Generation]:
                 }
                 if not alive:
                     break
-                found = session.search(alive, last=step + 1 == request.max_new_tokens)
+                numbers, found = session.search(alive, last=step + 1 == request.max_new_tokens)
         for one in searches.values():
             yield from one.best(request.copies, request.codec)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from moekit.arguments import Capacity, Kind, Number, Texts, Whole, check, shown
-from moekit.generation.text import Text
+from moekit.generation.written import Written
 from moekit.handle import Handle
 from moekit.nn.record import Options
 from moekit.routing import trace as tracing
-from moekit.worker.decoding import Prompt
 from moekit.worker.sampling import Settings
 
 if TYPE_CHECKING:
@@ -49,34 +48,6 @@ class Token:
 
 
 @dataclass(frozen=True)
-class Burst:
-    """New tokens of one sequence that the ranks chose in one call.
-
-    Attributes:
-        sequence: number of the sequence.
-        tokens: [n] int64, dictionary ids.
-        logprobs: [n] float32, natural logs under the model without temperature and penalty.
-        best, best_logprobs: [n, A], the best tokens at each position and their log-probabilities.
-        finish_reason: "length" or "stop" if the sequence is finished, else None.
-    """
-
-    sequence: int
-    tokens: np.ndarray
-    logprobs: np.ndarray
-    best: np.ndarray
-    best_logprobs: np.ndarray
-    finish_reason: str | None
-
-    @property
-    def alternatives(self) -> list[list[tuple[int, float]]]:
-        """The best tokens at each position, (id, logprob) each."""
-        if self.best.shape[1] == 0:
-            return [[] for _ in self.tokens]
-        rows = zip(self.best.tolist(), self.best_logprobs.tolist(), strict=True)
-        return [list(zip(*row, strict=True)) for row in rows]
-
-
-@dataclass(frozen=True)
 class Generation:
     """The result of one sequence.
 
@@ -104,10 +75,36 @@ class Generation:
     alternatives: list[list[tuple[int, float]]] = field(default_factory=list, repr=False)
     trace: tracing.Trace | None = field(default=None, repr=False)
 
+    @classmethod
+    def late(cls, written: Written, number: int) -> Generation:
+        """The result of sequence ``number``, whose fields are made when somebody asks for them: there may be thousands."""
+        found = object.__new__(cls)
+        found.__dict__["_late"] = written, number
+        return found
+
+    def __getattr__(self, name: str) -> Any:
+        # Python asks here for what is not there yet.
+        if name not in _LATE or "_late" not in self.__dict__:
+            raise AttributeError(f"a {type(self).__name__} has no {name!r}", name=name, obj=self)
+        written, number = self.__dict__["_late"]
+        made = self.__dict__[name] = getattr(written, name)(number)
+        return made
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled and copied: its fields, and nothing of other sequences."""
+        return {name: getattr(self, name) for name in _FIELDS}
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *_FIELDS} - {"_late"})
+
     def __repr__(self) -> str:
         text = "" if self.text is None else f" {shown(self.text)}"
         end = f"{self.finish_reason}, score {self.score:.2f}"
         return f"<generation of prompt {self.prompt}:{text} ({len(self.ids)} tokens, {end})>"
+
+
+_FIELDS = [one.name for one in dataclasses.fields(Generation)]
+_LATE = {name for name in _FIELDS if hasattr(Written, name)}
 
 
 KINDS: dict[str, Kind] = {
@@ -164,9 +161,16 @@ def rules(asked: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Request:
-    """The checked arguments of a generation; ``prompts`` has one prompt per sequence."""
+    """The checked arguments of a generation.
 
-    prompts: list[Prompt]
+    Attributes:
+        prompts: for each sequence the ids of its prompt, the leading symbol included.
+        lengths: [n] int64, how many ids each of them has.
+        copies: the results of each prompt.
+    """
+
+    prompts: list[np.ndarray]
+    lengths: np.ndarray
     settings: Settings
     max_new_tokens: int
     stop: tuple[str, ...]
@@ -190,18 +194,16 @@ class Request:
                 raise ValueError(
                     f"{name}={asked[name]}: expected at most {most}, as the dictionary has {model.vocab} types"
                 )
-        read = [[model.first, *ids] for ids in model.ids("prompts", prompts)]
-        check_room(read, asked["max_new_tokens"], model.config.max_positions)
+        read = model.ids("prompts", prompts, first=model.first)
+        lengths = np.fromiter(map(len, read), np.int64, len(read))
+        check_room(lengths, asked["max_new_tokens"], model.config.max_positions)
         copies = asked["num_return_sequences"]
         # A beam search finds several hypotheses of one prompt, so the prompt is not repeated.
         each = 1 if asked["beam_size"] > 1 else copies
-        # Arrays reach the ranks faster than lists.
-        arrays = [np.array(ids, np.int32) for ids in read]
-        sequences = [
-            Prompt(number, ids) for number, ids in enumerate(ids for ids in arrays for _ in range(each))
-        ]
+        sequences, lengths = [ids for ids in read for _ in range(each)], lengths.repeat(each)
         if model.intervention is not None:
-            model.intervention.check({s.number: len(s.ids) + asked["max_new_tokens"] - 1 for s in sequences})
+            in_all = lengths + asked["max_new_tokens"] - 1
+            model.intervention.check(dict(enumerate(in_all.tolist())))
         own = {f.name for f in dataclasses.fields(Settings)} & asked.keys()
         trace = asked["trace"]
         settings = Settings(
@@ -212,46 +214,34 @@ class Request:
             trace=None if trace is None else trace.of(model.config),
         )
         stop = tuple(asked["stop"])
-        return cls(sequences, settings, asked["max_new_tokens"], stop, copies, model.codec)
+        return cls(sequences, lengths, settings, asked["max_new_tokens"], stop, copies, model.codec)
 
-    def slots(self, wave: Sequence[Prompt]) -> int:
+    def slots(self, wave: range) -> int:
         """The tokens that the longest of these sequences will have in its cache; its last new token is not read."""
-        return max(len(prompt.ids) for prompt in wave) + self.max_new_tokens - 1
+        return int(self.lengths[wave.start : wave.stop].max()) + self.max_new_tokens - 1
 
-    def waves(self, model: Handle) -> Iterator[list[Prompt]]:
-        """The prompts in order, as many at a time as the ranks have room for."""
-        longest = max(len(prompt.ids) for prompt in self.prompts) + self.max_new_tokens
+    def waves(self, model: Handle) -> Iterator[range]:
+        """The numbers of the sequences in order, as many at a time as the ranks have room for."""
+        longest = int(self.lengths.max()) + self.max_new_tokens
         beams = min(SEQUENCE_TOKENS[model.device] // longest, LOGITS // self.settings.vocab)
-        rows = max(1, beams // self.settings.beam_size)
-        for start in range(0, len(self.prompts), rows * model.world_size):
-            yield self.prompts[start : start + rows * model.world_size]
+        rows = max(1, beams // self.settings.beam_size) * model.world_size
+        for start in range(0, len(self.prompts), rows):
+            yield range(start, min(start + rows, len(self.prompts)))
 
-    def generation(self, bursts: Sequence[Burst]) -> Generation:
-        """The result of a sequence, from all its bursts."""
-        ids = np.concatenate([burst.tokens for burst in bursts]).tolist()
-        text = None
-        if self.codec.reads_text:
-            text = Text(self.codec, ()).of(ids)
-            text = text[: min((at for stop in self.stop if (at := text.find(stop)) >= 0), default=None)]
-        logprobs = np.concatenate([burst.logprobs for burst in bursts]).astype(np.float32)
-        return Generation(
-            prompt=bursts[0].sequence // self.copies,
-            text=text,
-            ids=ids,
-            logprobs=logprobs,
-            finish_reason=bursts[-1].finish_reason,
-            score=float(logprobs.sum(dtype=np.float64)),
-            alternatives=[row for burst in bursts if burst.best.size for row in burst.alternatives],
+    def written(self) -> Written:
+        """Room for all that the request asks for."""
+        alternatives = self.settings.alternatives
+        return Written(
+            len(self.prompts), self.max_new_tokens, alternatives, self.copies, self.stop, self.codec
         )
 
 
-def check_room(prompts: Iterable[Sequence[int]], max_new_tokens: int, max_positions: int) -> None:
-    """Check that the new tokens fit after each prompt, whose ids include the leading symbol."""
-    for number, ids in enumerate(prompts):
-        # The last new token is not read.
-        room = max_positions - len(ids) + 1
-        if max_new_tokens > room:
-            raise ValueError(
-                f"prompt {number} takes {len(ids)} of the model's {max_positions} positions, its leading symbol included, "
-                f"so {max(room, 0)} new tokens fit; max_new_tokens={max_new_tokens}"
-            )
+def check_room(lengths: np.ndarray, max_new_tokens: int, max_positions: int) -> None:
+    """Check that the new tokens fit after each prompt, of [n] ``lengths`` which include the leading symbol."""
+    # The last new token is not read.
+    room = max_positions - lengths + 1
+    for number in np.flatnonzero(max_new_tokens > room)[:1].tolist():
+        raise ValueError(
+            f"prompt {number} takes {lengths[number]} of the model's {max_positions} positions, its leading symbol included, "
+            f"so {max(int(room[number]), 0)} new tokens fit; max_new_tokens={max_new_tokens}"
+        )

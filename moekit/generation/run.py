@@ -11,7 +11,7 @@ in the result.
 
 from __future__ import annotations
 
-import collections
+import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -21,14 +21,14 @@ import numpy as np
 
 from moekit.arguments import first_few
 from moekit.generation.beams import search
-from moekit.generation.request import Burst, Generation, Request, Token
+from moekit.generation.request import Generation, Request, Token
 from moekit.generation.session import Session
 from moekit.generation.text import Text
+from moekit.generation.written import Burst
 from moekit.handle import describe_run
 from moekit.nn.record import Options
 from moekit.progress import bar as progress_bar
 from moekit.routing import trace as tracing
-from moekit.worker.sampling import Chosen
 
 if TYPE_CHECKING:
     from moekit.handle import Handle
@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 BURST = {"cpu": 1, "cuda": 16}
 # Decode steps per call if the driver does not read the tokens before the end.
 UNHEARD = {"cpu": 16, "cuda": 128}
+# Sequences from which on the driver looks for stop texts while the ranks go on. With fewer it takes less time than the ranks
+# lose if all have ended.
+MANY = 128
 
 
 def generate(
@@ -94,21 +97,28 @@ def generate(
     """
     # The request takes all arguments by their names; it ignores ``progress``.
     request = Request.of(**locals())
-    parts: list[dict[str, np.ndarray]] = []
+    written, parts = request.written(), []
     total = len(request.prompts) * request.max_new_tokens
     with progress_bar("generating", total, " tokens", show=progress) as bar:
         if request.settings.beam_size > 1:
             return list(search(model, request, bar))
-        made = collections.defaultdict(list)
-        longest = BURST[model.device] if request.stop else UNHEARD[model.device]
-        for bursts in _bursts(model, request, parts, longest):
-            for burst in bursts:
-                made[burst.sequence].append(burst)
-                bar.update(len(burst.tokens))
-                if burst.finish_reason == "stop":
-                    bar.total -= request.max_new_tokens - sum(len(b.tokens) for b in made[burst.sequence])
-    found = [request.generation(made[prompt.number]) for prompt in request.prompts]
-    if bad := [n for n, one in enumerate(found) if not np.isfinite(one.logprobs).all()]:
+
+        def take(burst: Burst) -> None:
+            written.add(burst)
+            bar.update(int(burst.lengths.sum()))
+
+        if request.stop:
+            for burst in _bursts(model, request, parts, ahead=True):
+                take(burst)
+                ended = burst.numbers[burst.stopped]
+                bar.total -= len(ended) * request.max_new_tokens - int(written.lengths[ended].sum())
+        else:
+            for wave in request.waves(model):
+                session = Session(model, wave, request)
+                session.at_once(UNHEARD[model.device], take)
+                parts += session.parts
+    found = [Generation.late(written, number) for number in range(len(request.prompts))]
+    if bad := written.not_finite():
         named = first_few(bad)
         warnings.warn(
             f"log-probabilities of new tokens are not finite in {len(bad)} of {len(found)} sequences ({named}): "
@@ -127,12 +137,12 @@ def _trace(
 ) -> tracing.Trace:
     """The trace from the parts of all ranks, with the columns on tokens that only the driver has."""
     collector = tracing.Collector(request.settings.trace)
-    read = [len(prompt.ids) for prompt in request.prompts]
-    ids = [[*prompt.ids, *one.ids] for prompt, one in zip(request.prompts, found, strict=True)]
+    read = request.lengths
+    ids = [[*prompt.tolist(), *one.ids] for prompt, one in zip(request.prompts, found, strict=True)]
     nothing = [np.full(n, np.nan) for n in read]
     logprobs = [np.append(n, one.logprobs) for n, one in zip(nothing, found, strict=True)]
     starts = np.cumsum([0, *map(len, ids)])[:-1]
-    ids, logprobs, read = np.concatenate(ids), np.concatenate(logprobs), np.array(read)
+    ids, logprobs = np.concatenate(ids), np.concatenate(logprobs)
     for part in parts:
         # The last token of a sequence is never an input, so it is not in the trace.
         place = starts[part["sample"]] + part["position"]
@@ -177,57 +187,60 @@ def stream(
 
 def _tokens(model: Handle, request: Request) -> Iterator[Token]:
     """The tokens of all sequences as a stream, step by step."""
-    texts = {prompt.number: Text(request.codec, ()) for prompt in request.prompts}
-    for bursts in _bursts(model, request, [], BURST[model.device]):
-        columns = [(burst, burst.alternatives) for burst in bursts]
-        for place in range(max(len(burst.tokens) for burst in bursts)):
-            for burst, alternatives in columns:
-                if place >= len(burst.tokens):
+    texts = [Text(request.codec, ()) for _ in request.prompts]
+    written = request.written()
+    for burst in _bursts(model, request, [], ahead=False):
+        written.add(burst)
+        rows = list(zip(burst.numbers.tolist(), *(column.tolist() for column in burst.chosen), strict=True))
+        lengths, over = burst.lengths.tolist(), written.over()[burst.numbers].tolist()
+        for place in range(max(lengths)):
+            for (number, tokens, logprobs, best, others), length, ends in zip(
+                rows, lengths, over, strict=True
+            ):
+                if place >= length:
                     continue
-                text = texts[burst.sequence]
-                token, reason = int(burst.tokens[place]), None
-                piece = text.add(token)
-                if place == len(burst.tokens) - 1 and (reason := burst.finish_reason) and piece is not None:
-                    piece += text.rest()
-                logprob = float(burst.logprobs[place])
-                yield Token(burst.sequence, token, piece, logprob, alternatives[place], reason)
+                piece, reason = texts[number].add(tokens[place]), None
+                if ends and place == length - 1:
+                    reason = written.finish_reason(number)
+                    piece = None if piece is None else piece + texts[number].rest()
+                alternatives = list(zip(best[place], others[place], strict=True))
+                yield Token(number, tokens[place], piece, logprobs[place], alternatives, reason)
 
 
 def _bursts(
-    model: Handle, request: Request, parts: list[dict[str, np.ndarray]], longest: int
-) -> Iterator[list[Burst]]:
+    model: Handle, request: Request, parts: list[dict[str, np.ndarray]], *, ahead: bool
+) -> Iterator[Burst]:
     """Greedy or random decoding: every sequence reads the token that was chosen for it, until it is finished.
 
     The records of the routing are added to ``parts``.
 
     Args:
-        longest: the most decode steps per call.
+        ahead: whether the ranks may go on while the driver looks for stop texts. What they choose after one is left out.
 
     Yields:
-        The bursts of a call, for each sequence that is not finished yet.
+        What came of a call, for the sequences that were not finished before it.
     """
-    if request.settings.record is not None or request.settings.trace is not None:
-        longest = 1
+    listens = request.settings.record is not None or request.settings.trace is not None
+    longest = 1 if listens else BURST[model.device]
     for wave in request.waves(model):
-        texts = {prompt.number: Text(request.codec, request.stop) for prompt in wave} if request.stop else {}
+        texts = {number: Text(request.codec, request.stop) for number in wave} if request.stop else {}
         with Session(model, wave, request) as session:
-            found, made = session.begin(), 0
-            while found:
-                made += len(next(iter(found.values())).tokens)
-                last = made == request.max_new_tokens
-                bursts = [_burst(number, row, texts.get(number), last) for number, row in found.items()]
-                yield bursts
-                tokens = {b.sequence: int(b.tokens[-1]) for b in bursts if b.finish_reason is None}
+            numbers, found = session.begin()
+            made = found.tokens.shape[1]
+            while len(numbers):
                 steps = min(longest, request.max_new_tokens - made)
-                found = session.sample(tokens, steps) if tokens else {}
+                look = functools.partial(Burst.of, numbers, found, texts)
+                read, following = found.tokens[:, -1], None
+                if steps and ahead and session.keeps_rows and len(numbers) >= MANY:
+                    burst, following = session.sample_while(look, numbers, read, steps)
+                else:
+                    burst = look()
+                yield burst
+                stays = ~burst.stopped
+                numbers = numbers[stays] if steps else numbers[:0]
+                if following is not None:
+                    found = following.only(stays)
+                elif len(numbers):
+                    found = session.sample(numbers, read[stays], steps)
+                made += steps
         parts += session.parts
-
-
-def _burst(sequence: int, row: Chosen, text: Text | None, last: bool) -> Burst:
-    """The new tokens of a sequence, up to the token that completes a stop text, which ``text`` finds."""
-    if text is not None:
-        for place, token in enumerate(row.tokens.tolist(), start=1):
-            text.add(token)
-            if text.stopped:
-                return Burst(sequence, *(column[:place] for column in row), "stop")
-    return Burst(sequence, *row, "length" if last else None)

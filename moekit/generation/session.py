@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from moekit.generation.request import Request
+from moekit.generation.written import Burst
+from moekit.ranks import Each
+from moekit.ranks.base import noting
 from moekit.symbols import PAD
 from moekit.worker import decoding as decode
-from moekit.worker.decoding import Prompt
+from moekit.worker.prompts import dealt
 from moekit.worker.sampling import Candidates, Chosen
 
 if TYPE_CHECKING:
@@ -32,43 +35,115 @@ class Session:
 
     keys = itertools.count()
 
-    def __init__(self, model: Handle, prompts: Sequence[Prompt], request: Request):
-        self.model, self.settings, self.slots = model, request.settings, request.slots(prompts)
+    def __init__(self, model: Handle, wave: range, request: Request):
+        self.model, self.request, self.slots = model, request, request.slots(wave)
         self.key = next(self.keys)
-        self.prompts = [prompts[rank :: model.world_size] for rank in range(model.world_size)]
-        self.sequences = [[prompt.number for prompt in part] for part in self.prompts]
+        self.sequences: list[Sequence[int]] = [
+            wave[rank :: model.world_size] for rank in range(model.world_size)
+        ]
         self.rows_each = 1
         self.parts: list[dict[str, np.ndarray]] = []
 
-    def begin(self) -> dict[int, Chosen | Candidates]:
-        """Prefill the prompts. Returns, for the number of each sequence, its row of the ranks' proposals."""
-        abandoned = tuple(self.model.abandoned)
-        found = self.model.ranks.call(
-            decode.begin, self.key, self.prompts, self.settings, self.slots, abandoned
-        )
-        del self.model.abandoned[: len(abandoned)]
-        return self._by_sequence(found)
+    def begin(self) -> tuple[np.ndarray, Chosen | Candidates]:
+        """Prefill the prompts. Returns the numbers of the sequences, ascending, and their rows of the ranks' proposals."""
+        return self._joined(self._read(decode.begin))
 
-    def sample(self, tokens: Mapping[int, int], steps: int) -> dict[int, Chosen]:
-        """Run ``steps`` decode steps of the sequences in ``tokens``; the others are finished.
+    def at_once(self, longest: int, take: Callable[[Burst], None]) -> None:
+        """Generate all tokens in one call, where no sequence ends before the others, and end the session.
+
+        ``take`` gets what a rank has, while the ranks make the next ``longest`` tokens.
+        """
+
+        def report(rank: int, found: Chosen) -> None:
+            take(Burst.of(np.array(self.sequences[rank]), found, {}))
+
+        ended = self._read(decode.generate, self.request.max_new_tokens, longest, report=report)
+        for rank, (last, parts) in enumerate(ended):
+            if last is not None:
+                report(rank, last)
+            self.parts += parts
+
+    def _read(
+        self, fn: Callable[..., Any], *more: Any, report: Callable[[int, Any], None] | None = None
+    ) -> list[Any]:
+        """Call a function of the ranks that reads the prompts."""
+        prompts = dealt(self.sequences, [[self.request.prompts[n] for n in own] for own in self.sequences])
+        old = tuple(self.model.abandoned)
+        settings = self.request.settings
+        found = self._call(fn, Each(prompts, plain=True), settings, self.slots, *more, old, report=report)
+        del self.model.abandoned[: len(old)]
+        return found
+
+    def _call(
+        self, fn: Callable[..., Any], *args: Any, report: Callable[[int, Any], None] | None = None
+    ) -> list[Any]:
+        """Call a function of the ranks on this session. An error in ``report``, the driver's own, does not cost the ranks."""
+        if report is None:
+            return self.model.ranks.call(fn, self.key, *args)
+        failed: list[Exception] = []
+
+        def guarded(rank: int, message: Any) -> None:
+            if not failed:
+                with noting(failed):
+                    report(rank, message)
+
+        found = self.model.ranks.call(fn, self.key, *args, on_report=guarded)
+        if failed:
+            raise failed[0]
+        return found
+
+    @property
+    def keeps_rows(self) -> bool:
+        """Whether finished sequences may keep their rows; while somebody records, they do not."""
+        settings = self.request.settings
+        return not MOVES[self.model.device] and settings.trace is None and settings.record is None
+
+    def sample(self, going: np.ndarray, read: np.ndarray, steps: int) -> Chosen:
+        """Run ``steps`` decode steps of some sequences, and return their rows; the others are finished.
 
         Args:
-            tokens: the token that each sequence reads first.
+            going: the numbers of these sequences, ascending.
+            read: the token that each of them reads first.
         """
-        kept = set(tokens)
-        listens = self.settings.trace is not None or self.settings.record is not None
-        if not MOVES[self.model.device] and not listens and 2 * len(kept) > sum(map(len, self.sequences)):
-            # Finished sequences keep their rows and read padding; their results are left out below.
-            kept = {number for numbers in self.sequences for number in numbers}
-        rows = [[row for row, n in enumerate(numbers) if n in kept] for numbers in self.sequences]
-        self.sequences = [[n for n in numbers if n in kept] for numbers in self.sequences]
-        inputs = [[tokens.get(n, PAD) for n in numbers] for numbers in self.sequences]
-        found = self._by_sequence(self.model.ranks.call(decode.run, self.key, rows, inputs, steps))
-        return {number: row for number, row in found.items() if number in tokens}
+        found = self._call(decode.run, *self._inputs(going, read), steps)
+        return self._rows(going, found)
+
+    def sample_while(
+        self, doing: Callable[[], Burst], going: np.ndarray, read: np.ndarray, steps: int
+    ) -> tuple[Burst, Chosen]:
+        """As :meth:`sample`, and what comes of ``doing``, which the driver does while the ranks work."""
+        done: list[Burst] = []
+
+        def report(rank: int, message: None) -> None:
+            """The steps of ``rank`` are launched."""
+            if not done:
+                done.append(doing())
+
+        found = self._call(decode.run, *self._inputs(going, read), steps, True, report=report)
+        return done[0], self._rows(going, found)
+
+    def _inputs(self, going: np.ndarray, read: np.ndarray) -> tuple[list[list[int]], list[list[int]]]:
+        """For each rank the rows that it keeps, and the token that each of them reads."""
+        kept = going
+        if self.keeps_rows and 2 * len(going) > sum(map(len, self.sequences)):
+            # Finished sequences keep their rows and read padding; their results are left out.
+            kept = np.sort(np.concatenate(self.sequences))
+        inputs = np.full(len(kept), PAD)
+        inputs[np.searchsorted(kept, going)] = read
+        stays = [np.isin(own, kept) for own in self.sequences]
+        self.sequences = [
+            np.array(own, np.int64)[some] for own, some in zip(self.sequences, stays, strict=True)
+        ]
+        rows = [np.flatnonzero(some).tolist() for some in stays]
+        return rows, [inputs[np.searchsorted(kept, own)].tolist() for own in self.sequences]
+
+    def _rows(self, going: np.ndarray, found: Sequence[Chosen | None]) -> Chosen:
+        numbers, chosen = self._joined(found)
+        return chosen.only(np.isin(numbers, going))
 
     def search(
         self, beams: Mapping[int, Sequence[tuple[int, int, float]]], last: bool
-    ) -> dict[int, Candidates]:
+    ) -> tuple[np.ndarray, Candidates]:
         """Run one decode step of the beams of each sequence in ``beams``; the other sequences are finished.
 
         Args:
@@ -82,15 +157,16 @@ class Session:
             inputs.append([token for _, (_, token, _) in mine])
             scores.append([score for _, (_, _, score) in mine])
         self.sequences = [[n for n in numbers if n in beams] for numbers in self.sequences]
-        self.rows_each = self.settings.beam_size
-        return self._by_sequence(self.model.ranks.call(decode.grow, self.key, rows, inputs, scores, last))
+        self.rows_each = self.request.settings.beam_size
+        return self._joined(self._call(decode.grow, rows, inputs, scores, last))
 
-    def _by_sequence(self, found: Sequence[Chosen | Candidates | None]) -> dict[int, Chosen | Candidates]:
-        rows = {}
-        for numbers, part in zip(self.sequences, found, strict=True):
-            if part is not None:
-                rows |= {n: part._make(row) for n, row in zip(numbers, zip(*part, strict=True), strict=True)}
-        return dict(sorted(rows.items()))
+    def _joined(self, found: Sequence[Chosen | Candidates | None]) -> tuple[np.ndarray, Chosen | Candidates]:
+        """The numbers of the sequences, ascending, and their rows of what the ranks found."""
+        parts = [part for part in found if part is not None]
+        numbers = np.concatenate([np.array(own, np.int64) for own in self.sequences])
+        order = np.argsort(numbers)
+        columns = zip(*parts, strict=True)
+        return numbers[order], parts[0]._make(np.concatenate(column)[order] for column in columns)
 
     def __enter__(self) -> Session:
         return self

@@ -34,6 +34,20 @@ class Text:
         self.tail = self.tail[-max(map(len, self.stop), default=1) :]
         return piece
 
+    def stops_at(self, tokens: list[int]) -> int | None:
+        """Read ``tokens``: the number of those up to the one that completes a stop text, which ends the reading, or None."""
+        whole = self.codec.decode([*self.pending, *tokens])
+        text = self.tail + whole
+        # Most bursts complete none, and are read at once. The pieces differ from the whole only if some bytes are no character.
+        if "\ufffd" not in whole and not any(stop in text for stop in self.stop):
+            self.pending, self.tail = [], text[-max(map(len, self.stop), default=1) :]
+            return None
+        for place, token in enumerate(tokens, start=1):
+            self.add(token)
+            if self.stopped:
+                return place
+        return None
+
     def of(self, tokens: Sequence[int]) -> str:
         """The whole text of ``tokens``, the same as their pieces one after the other."""
         whole = self.codec.decode(tokens)

@@ -27,9 +27,9 @@ from moekit.routing.placement import contiguous
 from moekit.symbols import PAD
 from moekit.units import GIB
 from moekit.worker import profiling as worker
-from moekit.worker.decoding import Prompt
 from moekit.worker.measuring import Ceilings, ceilings, slowest
 from moekit.worker.profiling import Recorded, Work, steps_in_all
+from moekit.worker.prompts import dealt
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -115,7 +115,7 @@ def _tokens(model: Handle, data_or_texts: Any, subset: str, wanted: int) -> tupl
                 break
         vocab = len(batches.dictionary)
     else:
-        parts, vocab = [np.array(ids) for ids in model.ids("data_or_texts", data_or_texts)], model.vocab
+        parts, vocab = model.ids("data_or_texts", data_or_texts), model.vocab
     ids = np.concatenate(parts) if parts else np.array([])
     if not len(ids):
         raise ValueError("data_or_texts has no tokens to profile with; expected at least one")
@@ -163,8 +163,9 @@ def _filled(model: Handle, work: Work, ids: np.ndarray, length: int) -> Work:
         return replace(work, batches=text_batches(texts, 1, model.config.max_positions + 1, model.first))
     if work.mode == "decode":
         texts = [text[: _prompt(length) - 1] for text in texts]
-    prompts = [Prompt(number, [model.first, *text]) for number, text in enumerate(texts)]
-    return replace(work, prompts=[prompts[rank :: model.world_size] for rank in range(model.world_size)])
+    ranks, prompts = range(model.world_size), [[model.first, *text] for text in texts]
+    numbers = [range(rank, len(texts), model.world_size) for rank in ranks]
+    return replace(work, prompts=dealt(numbers, [prompts[rank :: model.world_size] for rank in ranks]))
 
 
 def _profile(model: Handle, work: Work, blocks: int, chip: Ceilings, found: Sequence[Recorded]) -> Profile:
@@ -215,7 +216,7 @@ def holders(model: Handle) -> list[np.ndarray]:
 
 def _length(work: Work) -> int:
     """Tokens of a block, or of a prompt."""
-    return work.batches[0].tokens.shape[1] if work.batches else len(work.prompts[0][0].ids)
+    return work.batches[0].tokens.shape[1] if work.batches else int(work.prompts[0].lengths[0])
 
 
 def _pass(

@@ -69,9 +69,13 @@ class Rank:
 
 @dataclass(frozen=True)
 class Each:
-    """An argument of a call that differs from rank to rank: rank r gets ``parts[r]``."""
+    """An argument of a call that differs from rank to rank: rank r gets ``parts[r]``.
+
+    Parts that are ``plain``, with nothing of a notebook in them, are pickled in a fraction of the time.
+    """
 
     parts: Sequence[Any]
+    plain: bool = False
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ from moekit.headlines import first_line, headline
 from moekit.interrupts import hold_interrupts
 from moekit.processes import channel
 from moekit.ranks import watch as watching
-from moekit.ranks.base import Each, RankError, Ranks, Stream, busy, forked, gone, noting, own
+from moekit.ranks.base import Each, RankError, Ranks, Stream, busy, forked, gone, noting
 from moekit.ranks.server import join_at, keep_store
-from moekit.ranks.streams import Coming, Feed
+from moekit.ranks.streams import Feed, in_a_job, pickled
 from moekit.ranks.watch import Watch
 
 # Seconds for the interpreters to start, import torch and join the process group.
@@ -107,14 +107,12 @@ class PipedRanks(Ranks):
         return results
 
     def _jobs(self, fn: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> list[bytes]:
-        """What is sent to each rank; made once where all get the same."""
-        args = tuple(Coming() if isinstance(arg, Stream) else arg for arg in args)
-        if not any(isinstance(arg, Each) for arg in args):
-            return [cloudpickle.dumps((fn, args, kwargs))] * self.world_size
-        return [
-            cloudpickle.dumps((fn, tuple(own(arg, rank) for arg in args), kwargs))
-            for rank in range(self.world_size)
-        ]
+        """What is sent to each rank: what all get, made once, and after it what a rank alone gets."""
+        each = [arg for arg in args if isinstance(arg, Each)]
+        for_all = cloudpickle.dumps((fn, tuple(map(in_a_job, args)), kwargs))
+        if not each:
+            return [for_all] * self.world_size
+        return [for_all + pickled(each, rank) for rank in range(self.world_size)]
 
     def _outgoing(self, jobs: list[bytes]) -> dict[int, channel.Outgoing]:
         return {rank: channel.Outgoing(pipe, jobs[rank]) for rank, pipe in enumerate(self._pipes)}

@@ -25,7 +25,7 @@ from moekit.headlines import headline
 from moekit.processes import channel
 from moekit.ranks import links
 from moekit.ranks.base import Rank
-from moekit.ranks.streams import Coming, following
+from moekit.ranks.streams import arguments, following
 from moekit.ranks.watch import BEAT
 
 # Frames of the main thread that a beat tells.
@@ -137,9 +137,8 @@ def _answer(me: Rank, job: bytearray, stream: Iterator[Any]) -> bytes:
     ``stream`` gives the items of a job that has some.
     """
     try:
-        fn, args, kwargs = cloudpickle.loads(job)
-        follows = any(isinstance(arg, Coming) for arg in args)
-        result = fn(me, *(stream if isinstance(arg, Coming) else arg for arg in args), **kwargs)
+        fn, args, kwargs, follows = arguments(job, stream)
+        result = fn(me, *args, **kwargs)
         if follows:
             # Items that the function left are no jobs.
             collections.deque(stream, maxlen=0)

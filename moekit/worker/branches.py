@@ -23,8 +23,9 @@ from moekit.nn.passes import Pass
 from moekit.nn.transformer import Transformer
 from moekit.ranks import Rank
 from moekit.symbols import PAD
-from moekit.worker.decoding import SPARE
+from moekit.worker.copies import Copy, on_device
 from moekit.worker.scoring import GRAPH, collected
+from moekit.worker.sequences import SPARE
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ def _launched(
         if mine is None:
             model.serve(rows)
             continue
-        tokens, targets = (_on(rank.device, ids) for ids in (mine.tokens, mine.targets))
+        tokens, targets = (on_device(ids, rank.device) for ids in (mine.tokens, mine.targets))
         asked = Pass(fraction, cache=cache, rows_expected=rows)
         if alone:
             asked.groups, asked.noise = len(tokens), Noise(seed, mine.samples.tolist())
@@ -138,11 +139,11 @@ def _launched(
         features = model(tokens, asked)
         real = targets != PAD
         logprobs, best = _scores(model, features[real], targets[real], vocab)
-        yield functools.partial(_on_host, mine.samples, logprobs, best)
+        yield functools.partial(_on_host, mine.samples, Copy(logprobs), Copy(best))
 
 
-def _on_host(samples: np.ndarray, logprobs: Tensor, best: Tensor) -> Found:
-    return Found(samples, logprobs.cpu().numpy(), best.cpu().numpy())
+def _on_host(samples: np.ndarray, logprobs: Copy, best: Copy) -> Found:
+    return Found(samples, logprobs.array(), best.array())
 
 
 def read_beginnings(
@@ -156,12 +157,12 @@ def read_beginnings(
     count, longest = part.beginnings.shape
     slots = slots_for(longest + part.tokens.shape[1])
     cache = Cache(model.config, count, slots, device, model.embed.weight.dtype)
-    tokens = _on(device, part.beginnings)
+    tokens = on_device(part.beginnings, device)
     asked = Pass(cache=cache, rows_expected=rows_expected)
     _edit(asked, intervention, np.full(count, -1), cache, tokens)
     model(tokens, asked)
-    cache.advance(_on(device, part.lengths))
-    cache.select(_on(device, part.parents))
+    cache.advance(on_device(part.lengths, device))
+    cache.select(on_device(part.parents, device))
     return cache
 
 
@@ -187,7 +188,3 @@ def _scores(model: Transformer, features: Tensor, targets: Tensor, vocab: int) -
         logits[:, PAD] = -torch.inf
         best.append(logits.argmax(dim=-1) == wanted)
     return torch.cat(logprobs), torch.cat(best)
-
-
-def _on(device: torch.device, ids: np.ndarray) -> Tensor:
-    return torch.from_numpy(ids).to(device).long()

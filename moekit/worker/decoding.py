@@ -11,11 +11,7 @@ Shape letters: B sequences of this rank, T tokens of the longest prompt, V dicti
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
-from itertools import zip_longest
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -24,7 +20,6 @@ from torch import Tensor
 
 from moekit.nn import graphs
 from moekit.nn.cache import Cache, slots_for
-from moekit.nn.dispatch import Local
 from moekit.nn.logprobs import log_probs
 from moekit.nn.noise import Noise
 from moekit.nn.parts import is_part, part
@@ -32,112 +27,102 @@ from moekit.nn.passes import Pass
 from moekit.nn.record import Recorder
 from moekit.nn.transformer import Transformer
 from moekit.ranks import Rank
-from moekit.symbols import PAD
-from moekit.worker.sampling import Candidates, Chosen, Settings, candidates, choose, on_host
+from moekit.worker.copies import on_device
+from moekit.worker.prompts import Prompts, most_tokens
+from moekit.worker.sampling import Candidates, Chosen, Settings, candidates, choose, on_host, together
+from moekit.worker.sequences import SPARE, Sequences, Spare, take_spare
 
-
-@dataclass(frozen=True)
-class Prompt:
-    """The start of a sequence: its number among all sequences, and its ids [n], including the leading ``</s>``."""
-
-    number: int
-    ids: Sequence[int] | np.ndarray
-
-
-# Key of the rank's state for the :class:`Spare` of the last finished generation.
-SPARE = "spare step"
 # Prompts are read with a graph up to half of the tokens that other passes with a graph may have: its memory is kept while
 # sequences grow, and with more tokens launches take a small part of the time.
 READ = 2
 
 
-class Sequences:
-    """The sequences of this rank, row by row: their cache, and the state that the choice of the next token needs.
+@torch.inference_mode()
+def generate(
+    rank: Rank,
+    key: int,
+    prompts: Prompts,
+    settings: Settings,
+    slots: int,
+    new: int,
+    longest: int,
+    abandoned: Sequence[int] = (),
+) -> tuple[Chosen | None, list[dict[str, np.ndarray]]]:
+    """Generate ``new`` tokens of each sequence in one call, in which no sequence ends before the others.
 
-    ``on_ranks`` counts the sequences of every rank, since joint decisions must depend on values that all ranks have.
+    The arguments are those of :func:`begin`. The rank reports each ``longest`` tokens of its sequences that others follow.
+
+    Returns:
+        The last ``longest`` tokens or fewer, and what :func:`end` returns.
     """
-
-    def __init__(
-        self,
-        settings: Settings,
-        numbers: list[int],
-        on_ranks: list[int],
-        cache: Cache,
-        seen: Tensor | None,
-        alike: Hashable,
-        spare: Spare,
-    ):
-        self.settings, self.numbers, self.on_ranks = settings, numbers, on_ranks
-        self.cache, self.seen = cache, seen
-        # Tokens that each sequence has read after its prompt; the number is the same for all sequences.
-        self.steps = 0
-        # The parts of a trace.
-        self.parts: list[dict[str, np.ndarray]] = []
-        # The graph of a step with the current rows, and the steps since the rows of any rank changed.
-        self.graph, self.prefill = spare.graph, spare.prefill
-        self.unchanged = 0
-        self.alike: Hashable = alike
-
-    def select(self, rows: Sequence[list[int]], rank: int) -> None:
-        """Keep the rows ``rows`` of each rank, in this order; a row may repeat."""
-        same = [kept == list(range(count)) for kept, count in zip(rows, self.on_ranks, strict=True)]
-        if all(same):
-            return
-        self.on_ranks = [len(kept) for kept in rows]
-        self.graph = self.prefill = self.alike = None
-        self.unchanged = 0
-        if same[rank]:
-            return
-        index = torch.tensor(rows[rank], device=self.cache.lengths.device, dtype=torch.long)
-        self.cache.select(index)
-        self.seen = None if self.seen is None else self.seen[index]
-        self.numbers = [self.numbers[row] for row in rows[rank]]
+    model: Transformer = rank.state["model"]
+    found: list[Chosen] = []
+    read = torch.empty(0, dtype=torch.long, device=rank.device)
+    try:
+        chosen = _begin(rank, key, prompts, settings, slots, abandoned)
+        for made in range(1, new + 1):
+            if chosen is not None:
+                found.append(chosen)
+                read = chosen.tokens
+            if made == new:
+                break
+            if made % longest == 0 and (told := _told(model, found)) is not None:
+                rank.report(told)
+            chosen = _step(model, rank.state[key], read, new - made)
+        last = _told(model, found)
+    finally:
+        parts = end(rank, key)
+    return last, parts
 
 
 @torch.inference_mode()
 def begin(
-    rank: Rank,
-    key: int,
-    prompts: Sequence[Sequence[Prompt]],
-    settings: Settings,
-    slots: int,
-    abandoned: Sequence[int] = (),
+    rank: Rank, key: int, prompts: Prompts, settings: Settings, slots: int, abandoned: Sequence[int] = ()
 ) -> Chosen | Candidates | None:
     """Prefill the prompts and propose the next tokens; a rank without prompts returns None.
 
     Args:
         key: the key of this generation; several generations may be under way.
-        prompts: the prompts of each rank.
         slots: the number of tokens that the longest sequence will have.
         abandoned: keys of finished generations that could not be ended because the ranks were busy.
 
     With a capacity, each prompt has a separate forward pass, so that neither other tokens nor padding fill the buffers
     of its experts.
     """
+    found = _begin(rank, key, prompts, settings, slots, abandoned)
+    model: Transformer = rank.state["model"]
+    if isinstance(found, Chosen):
+        return _told(model, [found])
+    model.operations.check(model)
+    return found
+
+
+def _begin(
+    rank: Rank, key: int, prompts: Prompts, settings: Settings, slots: int, abandoned: Sequence[int]
+) -> Chosen | Candidates | None:
+    """As :func:`begin`, with the next tokens still on the device."""
     for old in abandoned:
         end(rank, old)
     model: Transformer = rank.state["model"]
-    passes = [_passes(part, settings) for part in prompts]
-    mine = passes[rank.rank]
-    numbers = [prompt.number for prompt in prompts[rank.rank]]
-    on_ranks = [len(part) for part in prompts]
+    alone = settings.fraction is not None
+    shapes = prompts.shapes(alone)
+    on_ranks = list(map(len, prompts.on_ranks))
     alike = (tuple(on_ranks), slots_for(slots), settings.vocab)
-    plain = settings.beam_size == 1 and settings.fraction is None
+    plain = settings.beam_size == 1 and not alone
     # What cannot be taken over is dropped: the memory is needed.
-    spare = _take_spare(rank, alike if plain else None)
-    expected, kept = _expected(passes), None
-    if plain and _worth_capturing(model, settings, prompts, max(expected)):
-        kept = functools.partial(spare.prefill, tuple(map(_shape, prompts)))
+    spare = take_spare(rank, alike if plain else None)
+    expected, kept = most_tokens(shapes), None
+    if plain and _worth_capturing(model, settings, on_ranks, max(expected)):
+        kept = functools.partial(spare.prefill, tuple(shape for [shape] in shapes))
     elif not model.dispatch.by_expectation:
         expected = [None] * len(expected)
     cache = spare.cache
     read = [
         _read(model, part, settings, slots, rows, cache, kept)
-        for part, rows in zip(mine, expected, strict=False)
+        for part, rows in zip(prompts.passes(alone), expected, strict=False)
     ]
-    for rows in expected[len(mine) :]:
+    for rows in expected[len(read) :]:
         model.serve(rows)
-    model.dispatch.check()
     if not read:
         cache = _cache(model, 0, slots) if cache is None else cache
         rank.state[key] = Sequences(settings, [], on_ranks, cache, None, alike, spare)
@@ -147,30 +132,36 @@ def begin(
     scores = torch.cat([score for _, _, score, _ in read])
     seen = None
     if settings.repetition_penalty != 1:
-        seen = torch.zeros(len(numbers), settings.vocab, dtype=torch.bool, device=rank.device)
-        for row, prompt in enumerate(prompts[rank.rank]):
-            seen[row, torch.tensor(prompt.ids, device=rank.device, dtype=torch.long)] = True
+        # Padding is never chosen, so nothing follows from having seen it.
+        seen = torch.zeros(len(prompts), settings.vocab, dtype=torch.bool, device=rank.device)
+        seen.scatter_(1, on_device(prompts.tokens, rank.device), True)
     joined = Cache.joined([cache for cache, *_ in read])
-    sequences = Sequences(settings, numbers, on_ranks, joined, seen, alike, spare)
+    sequences = Sequences(settings, list(prompts.numbers), on_ranks, joined, seen, alike, spare)
     sequences.parts += [part for *_, parts in read for part in parts]
     rank.state[key] = sequences
     logits = model.logits(features, settings.vocab)
     if settings.beam_size == 1:
-        return on_host([_choose_next(model, sequences, logits)])
-    empty = [len(prompt.ids) == 1 for prompt in prompts[rank.rank]]
+        return _choose_next(model, sequences, logits)
+    empty = (prompts.lengths == 1).tolist()
     logprobs = F.log_softmax(logits.float(), dim=-1)
     return candidates(logprobs, scores, 1, 2 * settings.beam_size, empty, only_end=False)
 
 
 @torch.inference_mode()
 def run(
-    rank: Rank, key: int, rows: Sequence[list[int]], tokens: Sequence[list[int]], steps: int
+    rank: Rank,
+    key: int,
+    rows: Sequence[list[int]],
+    tokens: Sequence[list[int]],
+    steps: int,
+    tells: bool = False,
 ) -> Chosen | None:
     """Generate ``steps`` more tokens of each sequence that continues; each sequence reads the tokens chosen for it.
 
     Args:
         rows: for each rank, the sequences that continue, by their rows in the previous call.
         tokens: the first token that each of them reads.
+        tells: whether to report, with None, that all steps are launched.
 
     Returns:
         ``steps`` choices per sequence; None from a rank without sequences.
@@ -179,16 +170,32 @@ def run(
     sequences: Sequences = rank.state[key]
     sequences.select(rows, rank.rank)
     read = torch.tensor(tokens[rank.rank], device=rank.device, dtype=torch.long)
-    found = []
+    found: list[Chosen] = []
     for step in range(steps):
         with part(f"step {step}"):
-            logits = _read_on(model, sequences, read, steps - step)
-            if logits is not None:
-                found.append(_choose_next(model, sequences, logits))
-                read = found[-1].tokens
-    chosen = on_host(found) if found else None
+            chosen = _step(model, sequences, read, steps - step)
+            if chosen is not None:
+                found.append(chosen)
+                read = chosen.tokens
+    if tells:
+        rank.report(None)
+    return _told(model, found)
+
+
+def _told(model: Transformer, steps: list[Chosen]) -> Chosen | None:
+    """What the driver is told of successive steps, whose list is emptied; None of none. It waits for the device."""
+    found = together(steps) if steps else None
+    # Hundreds of tensors are freed while the device is still at work.
+    steps.clear()
+    chosen = None if found is None else on_host(found)
     model.operations.check(model)
     return chosen
+
+
+def _step(model: Transformer, sequences: Sequences, read: Tensor, ahead: int) -> Chosen | None:
+    """The next tokens after ``read``, on the device; None from a rank without sequences. ``ahead`` is as in :func:`_read_on`."""
+    logits = _read_on(model, sequences, read, ahead)
+    return None if logits is None else _choose_next(model, sequences, logits)
 
 
 @torch.inference_mode()
@@ -239,58 +246,16 @@ def end(rank: Rank, key: int) -> list[dict[str, np.ndarray]]:
     return sequences.parts
 
 
-class Spare(NamedTuple):
-    """What a finished generation leaves for one with an equal ``alike``, which all ranks share.
-
-    ``prefill`` runs the pass over the prompts on ``cache``, with a graph after enough of one shape. ``graph`` is of a decode
-    step on it. Both are None where nothing is left.
-    """
-
-    alike: Hashable
-    prefill: graphs.Repeated
-    cache: Cache | None = None
-    graph: graphs.Graph | graphs.InParts | None = None
-
-
-def _take_spare(rank: Rank, alike: Hashable) -> Spare:
-    """The spare, with its cache cleared, if its ``alike`` is equal; otherwise it is dropped, and the result is empty."""
-    spare: Spare | None = rank.state.pop(SPARE, None)
-    if spare is None or spare.alike != alike:
-        return Spare(alike, graphs.Repeated(isinstance(rank.state["model"].dispatch, Local)))
-    spare.cache.clear()
-    return spare
-
-
-def _worth_capturing(
-    model: Transformer, settings: Settings, prompts: Sequence[Sequence[Prompt]], rows: int
-) -> bool:
+def _worth_capturing(model: Transformer, settings: Settings, on_ranks: list[int], rows: int) -> bool:
     """Whether the ranks, with at most ``rows`` tokens each, read prompts with a graph once enough had one shape."""
     told = (settings.record, settings.trace, settings.intervention)
-    few = graphs.few(model, READ * rows, len(prompts))
-    return all(prompts) and few and told == (None, None, None) and graphs.fits(model, Pass())
-
-
-def _passes(prompts: Sequence[Prompt], settings: Settings) -> list[Sequence[Prompt]]:
-    """The prompts of each forward pass."""
-    if settings.fraction is not None:
-        return [[prompt] for prompt in prompts]
-    return [prompts] if prompts else []
-
-
-def _shape(prompts: Sequence[Prompt]) -> tuple[int, int]:
-    """(B, T) of prompts that are read together."""
-    return len(prompts), max(len(prompt.ids) for prompt in prompts)
-
-
-def _expected(passes: Sequence[Sequence[Sequence[Prompt]]]) -> list[int]:
-    """The most tokens, including padding, that any rank brings to each pass; ``passes`` holds the passes of each rank."""
-    together = zip_longest(*passes, fillvalue=())
-    return [max(math.prod(_shape(part)) for part in ranks if part) for ranks in together]
+    few = graphs.few(model, READ * rows, len(on_ranks))
+    return all(on_ranks) and few and told == (None, None, None) and graphs.fits(model, Pass())
 
 
 def _read(
     model: Transformer,
-    prompts: Sequence[Prompt],
+    prompts: Prompts,
     settings: Settings,
     slots: int,
     rows_expected: int | None,
@@ -302,17 +267,17 @@ def _read(
     ``kept`` runs the forward pass; None runs it as it is.
     """
     device = model.embed.weight.device
-    lengths = torch.tensor([len(prompt.ids) for prompt in prompts])
-    tokens = torch.full((len(prompts), int(lengths.max())), PAD)
-    for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt.ids)] = torch.as_tensor(prompt.ids)
-    lengths, tokens = lengths.to(device), tokens.to(device)
+    lengths = on_device(prompts.lengths, device)
+    tokens = on_device(prompts.tokens, device)
     cache = _cache(model, len(prompts), slots) if cache is None else cache
-    numbers = [prompt.number for prompt in prompts]
+    numbers = prompts.numbers
     asked = _asked(settings, numbers, 0, cache, tokens.shape[1])
     asked.rows_expected = rows_expected
     features = model(tokens, asked) if kept is None else kept(lambda read: model(read, asked), tokens)
-    parts = _traced(asked, numbers, torch.arange(tokens.shape[1], device=device) < lengths[:, None])
+    real = None
+    if isinstance(asked.record, Recorder):
+        real = torch.arange(tokens.shape[1], device=device) < lengths[:, None]
+    parts = _traced(asked, numbers, real)
     cache.advance(lengths)
     last = features[torch.arange(len(prompts), device=device), lengths - 1]
     scores = torch.zeros(len(prompts), device=device)
@@ -369,8 +334,8 @@ def _asked(settings: Settings, numbers: Sequence[int], step: int, cache: Cache, 
     return asked
 
 
-def _traced(asked: Pass, numbers: Sequence[int], real: Tensor) -> list[dict[str, np.ndarray]]:
-    """The records of a pass for the tokens where ``real`` [B, T] is true; called before the cache advances."""
+def _traced(asked: Pass, numbers: Sequence[int], real: Tensor | None) -> list[dict[str, np.ndarray]]:
+    """The records of a pass, if any, for the tokens where ``real`` [B, T] is true; called before the cache advances."""
     if not isinstance(asked.record, Recorder):
         return []
     row, column = real.nonzero(as_tuple=True)

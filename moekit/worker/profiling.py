@@ -29,8 +29,8 @@ from moekit.nn.parts import part, shown
 from moekit.nn.record import Options
 from moekit.ranks import Rank
 from moekit.worker import decoding, scoring
-from moekit.worker.decoding import Prompt
 from moekit.worker.measuring import synchronise
+from moekit.worker.prompts import Prompts
 from moekit.worker.sampling import Settings
 
 # Names of the ranges around the work, beside those of the model (moekit/nn/parts.py).
@@ -74,7 +74,7 @@ class Work:
     vocab: int
     seed: int
     batches: Sequence[Batch] = ()
-    prompts: Sequence[Sequence[Prompt]] = ()
+    prompts: Sequence[Prompts] = ()
     intervention: Intervention | None = None
 
 
@@ -255,7 +255,9 @@ class Generation:
     def __init__(self, rank: Rank, work: Work):
         self.rank, self.work = rank, work
         self.rows = [list(range(len(part))) for part in work.prompts]
-        self.slots = max(len(p.ids) for part in work.prompts for p in part) + steps_in_all(work.steps) + 2
+        self.slots = (
+            max(int(part.lengths.max(initial=0)) for part in work.prompts) + steps_in_all(work.steps) + 2
+        )
 
     def begin(self, trace: Options | None = None) -> np.ndarray:
         """Read the prompts; the token [B] that follows each of this rank's."""
@@ -263,7 +265,7 @@ class Generation:
         settings = Settings(
             w.vocab, fraction=w.fraction, seed=w.seed, intervention=w.intervention, trace=trace
         )
-        return decoding.begin(self.rank, KEY, w.prompts, settings, self.slots).tokens[:, -1]
+        return decoding.begin(self.rank, KEY, w.prompts[self.rank.rank], settings, self.slots).tokens[:, -1]
 
     def on(self, tokens: np.ndarray, steps: int) -> np.ndarray:
         """Write ``steps`` tokens more; the last one [B] of each sequence."""

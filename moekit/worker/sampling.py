@@ -59,6 +59,10 @@ class Chosen(NamedTuple):
     best: Tensor | np.ndarray
     best_logprobs: Tensor | np.ndarray
 
+    def only(self, rows: np.ndarray) -> Chosen:
+        """Some of the rows."""
+        return Chosen(*(column[rows] for column in self))
+
 
 class Candidates(NamedTuple):
     """The best candidates to continue the beams of each prompt, best first.
@@ -73,9 +77,14 @@ class Candidates(NamedTuple):
     logprobs: np.ndarray
 
 
-def on_host(steps: Sequence[Chosen]) -> Chosen:
-    """Combine successive steps on the device into arrays on the host."""
-    return Chosen(*(torch.stack(column, dim=1).cpu().numpy() for column in zip(*steps, strict=True)))
+def together(steps: Sequence[Chosen]) -> Chosen:
+    """Successive steps as tensors [B, S], on the device."""
+    return Chosen(*(torch.stack(column, dim=1) for column in zip(*steps, strict=True)))
+
+
+def on_host(found: Chosen) -> Chosen:
+    """Copy what :func:`together` gives to the host, which waits for the device."""
+    return Chosen(*(column.cpu().numpy() for column in found))
 
 
 def choose(

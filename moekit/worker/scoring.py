@@ -22,9 +22,10 @@ from moekit.nn.record import LoadRecorder, Options, Recorder
 from moekit.nn.transformer import Transformer
 from moekit.ranks import Rank
 from moekit.symbols import PAD
-from moekit.worker.decoding import SPARE
+from moekit.worker.copies import Copy, on_device
+from moekit.worker.sequences import SPARE
 
-Found = TypeVar("Found")
+T = TypeVar("T")
 
 # Key of the rank's state for a :class:`~moekit.nn.graphs.Repeated`, while one exists.
 GRAPH = "repeated"
@@ -45,8 +46,16 @@ class Scored(NamedTuple):
     parts: list[dict[str, np.ndarray]]
 
 
+class Found(NamedTuple):
+    """What comes of a rank's n batches in a step: their indices, and ``logprobs`` [n, B, T] and ``parts`` of a :class:`Scored`."""
+
+    indices: list[int]
+    logprobs: np.ndarray
+    parts: list[dict[str, np.ndarray]]
+
+
 def score(rank: Rank, steps: Iterable[Share], **how: Any) -> None:
-    """As :func:`scores_of`, for steps that come while the rank works: it reports what it has found of a step, a :class:`Scored`."""
+    """As :func:`scores_of`, for steps that come while the rank works: it reports what it has found of a step, a :class:`Found`."""
     with torch.inference_mode():
         for found in collected(rank, _launched(rank, steps, **how)):
             rank.report(found)
@@ -55,20 +64,20 @@ def score(rank: Rank, steps: Iterable[Share], **how: Any) -> None:
 @torch.inference_mode()
 def scores_of(rank: Rank, steps: Iterable[Share], **how: Any) -> Scored:
     """Log-probabilities of the targets of this rank's share of every step; the arguments are those of :func:`_launched`."""
-    all_found = list(collected(rank, _launched(rank, steps, **how)))
+    all_found: list[Found] = list(collected(rank, _launched(rank, steps, **how)))
     return Scored(
-        [pair for found in all_found for pair in found.scores],
+        [pair for found in all_found for pair in zip(found.indices, found.logprobs, strict=True)],
         [part for found in all_found for part in found.parts],
     )
 
 
-def collected(rank: Rank, launched: Iterable[Callable[[], Found]]) -> Iterator[Found]:
+def collected(rank: Rank, launched: Iterable[Callable[[], T]]) -> Iterator[T]:
     """What the steps of a rank give, in their order. A GPU runs one step while the host launches the next one.
 
     Args:
         launched: launches a step when it is asked for one, and gives what waits for it and copies what it gives to the host.
     """
-    under_way: Callable[[], Found] | None = None
+    under_way: Callable[[], T] | None = None
     for collect in launched:
         if under_way is not None:
             yield under_way()
@@ -88,7 +97,7 @@ def _launched(
     trace: Options | None = None,
     intervention: Intervention | None = None,
     loads: bool = False,
-) -> Iterator[Callable[[], Scored]]:
+) -> Iterator[Callable[[], Found]]:
     """Launches this rank's share of each step, step by step, and gives what collects it.
 
     Args:
@@ -104,7 +113,7 @@ def _launched(
     model: Transformer = rank.state["model"]
     for step in steps:
         mine = step.batches
-        inputs = Inputs.of(mine, rank.device) if mine else None
+        inputs = Inputs.of(step.joined(), rank.device) if mine else None
         asked = ask(step, inputs, fraction, seed, trace, intervention) if inputs is not None else Pass()
         if loads:
             asked.record = LoadRecorder()
@@ -125,7 +134,7 @@ def _launched(
             found = log_probs(model, features, inputs.targets, vocab)
         parts: list[dict[str, np.ndarray]] = []
         # What is recorded waits for this step: the one before it is collected first.
-        yield functools.partial(_on_host, mine, found, parts)
+        yield functools.partial(_on_host, mine, Copy(found), parts)
         if trace is not None:
             told = predictions(model, features, vocab) if trace.predicted else None
             parts.append(trace_rows(asked.record, inputs, found, told))
@@ -175,8 +184,9 @@ def first_not_finite(
                 parts.append((f"{kind} of layer {number}", module))
     hooks = [module.register_forward_hook(looks(name)) for name, module in parts]
     try:
-        inputs = Inputs.of([batch], rank.device)
-        asked = ask(shares([batch], 1)[0], inputs, fraction, seed, None, intervention)
+        [share] = shares([batch], 1)
+        inputs = Inputs.of(share.joined(), rank.device)
+        asked = ask(share, inputs, fraction, seed, None, intervention)
         logits = model.logits(model(inputs.tokens, asked), vocab)
         if not names and not bool(logits.isfinite().all()):
             names.append("output matrix")
@@ -187,17 +197,15 @@ def first_not_finite(
 
 
 class Inputs(NamedTuple):
-    """Batches of one shape, concatenated: ids of the samples [B], tokens and targets [B, T] int64 on a device."""
+    """Batches of one shape, one after the other: ids of the samples [B], tokens and targets [B, T] int64 on a device."""
 
     samples: np.ndarray
     tokens: Tensor
     targets: Tensor
 
     @classmethod
-    def of(cls, batches: Sequence[Batch], device: torch.device) -> Inputs:
-        tokens = torch.from_numpy(np.concatenate([b.tokens for b in batches])).to(device).long()
-        targets = torch.from_numpy(np.concatenate([b.targets for b in batches])).to(device).long()
-        return cls(np.concatenate([b.ids for b in batches]), tokens, targets)
+    def of(cls, batch: Batch, device: torch.device) -> Inputs:
+        return cls(batch.ids, on_device(batch.tokens, device), on_device(batch.targets, device))
 
 
 def ask(
@@ -245,10 +253,11 @@ def repeated(rank: Rank, asked: Pass, inputs: Inputs, step: Share, vocab: int) -
     return kept(key, functools.partial(scored, model, asked, vocab), inputs.tokens, inputs.targets)
 
 
-def _on_host(batches: Sequence[Batch], found: Tensor, parts: list[dict[str, np.ndarray]]) -> Scored:
-    """Copy the batches' log-probabilities ``found`` [B, T] to the host."""
-    logprobs = found.cpu().numpy().reshape(len(batches), -1, found.shape[1])
-    return Scored(list(zip([b.index for b in batches], logprobs, strict=True)), parts)
+def _on_host(batches: Sequence[Batch], found: Copy, parts: list[dict[str, np.ndarray]]) -> Found:
+    """The batches' log-probabilities ``found``, of a tensor [B, T]."""
+    logprobs = found.array()
+    shaped = logprobs.reshape(len(batches), -1, logprobs.shape[1])
+    return Found([batch.index for batch in batches], shaped, parts)
 
 
 def trace_rows(
