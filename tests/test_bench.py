@@ -315,6 +315,10 @@ def test_a_wrong_layer_is_an_error():
         (["network", "--ranks", "80000000"], "--ranks=80000000: expected at most 4096"),
         (["network", "--ranks", "16", "--shape", "dense-tiny"], "--shape dense-tiny has no experts"),
         (["network", "--ranks", "16", "--rate", "0"], "--rate=0.0: expected a number above 0"),
+        (
+            ["moe-layer", "--shape", "tiny", "--device", "cpu", "--tokens", "256,515"],
+            "--tokens 515: they go through the gate in 2 groups of one length; expected a multiple of 2, such as 514",
+        ),
         (["score", "--json", "/nowhere/figures.json"], "No such file or directory: '/nowhere/figures.json'"),
     ],
 )
