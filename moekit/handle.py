@@ -133,17 +133,17 @@ class Handle:
         return [
             self.codec.encode(ids)
             if isinstance(ids, str)
-            else self._known(name.removesuffix("s"), number, ids)
+            else self._known(arguments.one_of(name), number, ids)
             for number, ids in enumerate(arguments.sequences(name, texts))
         ]
 
-    def _known(self, name: str, number: int, ids: list[int]) -> list[int]:
+    def _known(self, one: str, number: int, ids: list[int]) -> list[int]:
         """``ids``, if all are the dictionary's; else a ValueError that names the first that is not."""
         vocab = self.vocab
         for token in ids:
             if not 0 <= token < vocab or token == PAD:
                 raise ValueError(
-                    f"{name} {number} has the id {arguments.shown(token)}; expected 0 to {vocab - 1}, without {PAD}, the "
+                    f"{one} {number} has the id {arguments.shown(token)}; expected 0 to {vocab - 1}, without {PAD}, the "
                     "padding"
                 )
         return ids

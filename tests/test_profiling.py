@@ -979,6 +979,9 @@ def test_other_files_are_no_profiles_and_the_sentence_says_why(text, said, tmp_p
         ({"mode": "decode", "blocks": 10**7, "steps": 1}, "blocks=10000000: a step needs"),
         ({"mode": "decode", "steps": 200}, "the steps need 336 positions, and the model has 256"),
         ({"data_or_texts": [[]]}, "no tokens to profile with"),
+        ({"data_or_texts": [[5], [5, 99999]]}, "^text 1 has the id 99999; expected 0 to 8191"),
+        ({"data_or_texts": ["a", 5]}, "^text 1 is 5; expected a text or ids"),
+        ({"data_or_texts": []}, "^there are no texts"),
     ],
 )
 def test_what_cannot_be_profiled(model, asked, said):
