@@ -137,14 +137,15 @@ def decode(rank: Rank, work: Work, repeats: int) -> Decoded:
     """Time calls of ``work``, and count the experts of the last one in a run of its own."""
     model: Transformer = rank.state["model"]
     doing = Decode(rank, work)
+    # The watch would take time from what is timed.
     with measure.memory(rank.device) as peak:
         doing.warm_up()
-        seconds, fetched = [], Counts()
-        for _ in range(repeats):
-            doing.ready()
-            before = counts_of(model)
-            seconds.append(doing.timed()[0])
-            fetched += counts_of(model) - before
+    seconds, fetched = [], Counts()
+    for _ in range(repeats):
+        doing.ready()
+        before = counts_of(model)
+        seconds.append(doing.timed()[0])
+        fetched += counts_of(model) - before
     experts = (doing.counts() > 0).sum(axis=2).mean(axis=0).tolist()
     doing.end()
     return Decoded(seconds, peak, experts, fetched, repeats * work.steps)

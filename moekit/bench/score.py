@@ -179,11 +179,12 @@ def score(rank: Rank, work: Work) -> Scored:
     model: Transformer = rank.state["model"]
     doing = Score(rank, work)
     routing = describe(rank, doing.share.batches, work.fraction)
+    # The watch would take time from what is timed.
     with measure.memory(rank.device) as peak:
         doing.warm_up()
-        before = counts_of(model)
-        seconds = [call[0] for call in doing.seconds(work.steps)]
-        fetched = counts_of(model) - before
+    before = counts_of(model)
+    seconds = [call[0] for call in doing.seconds(work.steps)]
+    fetched = counts_of(model) - before
     for (_, found), batch in zip(doing.step().scores, doing.share.batches, strict=True):
         assert np.isfinite(found[batch.targets != PAD]).all(), "a log-probability is no finite number"
     exchange = exchanged(rank, doing.step) if rank.world_size > 1 and model.config.moe_layers else 0.0
