@@ -142,8 +142,8 @@ class Score(Steps):
 class Generation(Steps):
     """What reading and writing share: a greedy generation of each rank's prompts."""
 
-    # The place of the prompts of a call.
-    call = 0
+    # Which prompts are next, and the tokens that follow them.
+    turn, more = 0, 0
 
     def begin(self, trace: Options | None = None) -> Chosen | None:
         """Read the prompts: the tokens that follow; None on a rank without prompts."""
@@ -152,8 +152,8 @@ class Generation(Steps):
             w.vocab, fraction=w.fraction, seed=w.seed, intervention=w.intervention, trace=trace
         )
         longest = max(len(p.ids) for call in w.prompts for part in call for p in part)
-        prompts = w.prompts[self.call % len(w.prompts)]
-        return decoding.begin(self.rank, KEY, prompts, settings, longest + STEPS_BEFORE + w.steps + 1)
+        prompts = w.prompts[self.turn % len(w.prompts)]
+        return decoding.begin(self.rank, KEY, prompts, settings, longest + self.more + 1)
 
     def end(self) -> list[dict[str, np.ndarray]]:
         return decoding.end(self.rank, KEY)
@@ -188,7 +188,7 @@ class Decode(Generation):
     def __init__(self, rank: Rank, work: Work):
         super().__init__(rank, work)
         self.calls, self.plain = 1, TIMED
-        self.call = -1
+        self.turn, self.more = -1, STEPS_BEFORE + work.steps
 
     def on(self, chosen: Chosen | None, steps: int) -> Chosen | None:
         """Write ``steps`` tokens more after those that were chosen."""
@@ -203,7 +203,7 @@ class Decode(Generation):
 
     def ready(self) -> None:
         self.end()
-        self.call += 1
+        self.turn += 1
         self.chosen = self.on(self.begin(), STEPS_BEFORE)
 
     def timed(self) -> list[float]:
