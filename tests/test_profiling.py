@@ -32,7 +32,7 @@ from moekit.profiling.least import Cost, Pass, least, routed
 from moekit.profiling.naming import Name, named, named_of_graphs
 from moekit.profiling.perfetto import trace_of
 from moekit.profiling.table import COLUMNS, by_part, table
-from moekit.profiling.work import Size, work_of
+from moekit.profiling.work import DECODED, MODES, Size, work_of
 from moekit.worker import profiling as worker
 from moekit.worker.steps import DOING, Score, Work
 
@@ -990,6 +990,21 @@ def test_what_cannot_be_profiled(model, asked, said):
     assert model.score("It still runs.") is not None
 
 
+def test_as_many_steps_as_the_bench_makes_or_as_there_are_positions_for():
+    config = replace(TINY, max_positions=256)
+
+    def steps(device: str, mode: str, asked: int | None = None, length: int = 256) -> int:
+        return Size.of(config, device, mode, asked, 1, length).steps
+
+    assert [steps("cuda", mode) for mode in MODES] == [3, 3, DECODED["cuda"]]
+    assert (steps("cpu", "decode"), steps("cuda", "decode", 3)) == (DECODED["cpu"], 3)
+    # After prompts of 30 tokens and 8 steps there are 22 positions.
+    config = replace(TINY, max_positions=60)
+    assert (steps("cuda", "decode", length=60), steps("cuda", "decode", 5, 60)) == (60 - 30 - 8, 5)
+    with pytest.raises(ValueError, match="^steps=23: prompts of 30 tokens and the steps need 61 positions"):
+        steps("cuda", "decode", 23, 60)
+
+
 def test_a_profiler_of_the_users_own_sees_all_that_it_looks_at():
     with moekit.load("demo", 1, "cpu", progress=False) as model:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as own:
@@ -1037,7 +1052,7 @@ def test_a_dense_model_has_no_experts():
 
 def test_a_dense_model_is_profiled():
     with moekit.load("demo-dense", 2, "cpu", progress=False) as loaded:
-        for mode in run.MODES:
+        for mode in MODES:
             found = loaded.profile("demo", mode, steps=1, progress=False)
             assert {"attention", "dense", "output"} < set(found.frame["part"]) and found.experts().empty
 

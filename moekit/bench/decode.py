@@ -18,14 +18,12 @@ from moekit.nn import graphs
 from moekit.nn.cost import flop_per_token
 from moekit.nn.resident import Counts
 from moekit.nn.transformer import Transformer
-from moekit.profiling.work import Size
+from moekit.profiling.work import DECODED, Size
 from moekit.ranks import Rank
 from moekit.worker.steps import Decode, Work, seconds_a_step
 
 # Sequences a rank.
 MOST = 16_384
-# New tokens of a measurement, which is one call.
-NEW = {"cpu": 8, "cuda": 64}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +60,7 @@ def limit(
 
 
 def measured(model: Model, setting: Setting, ceilings: Ceilings, batch: int) -> list[Figure]:
-    ranks, new = setting.world_size, NEW[setting.device]
+    ranks, new = setting.world_size, DECODED[setting.device]
     size = Size("decode", new, batch, setting.config.max_positions)
     work = random_work(model, size)
     found: list[Decoded] = model.ranks.call(decode, work, setting.repeats)

@@ -187,7 +187,7 @@ def profile_inference(p: SimpleNamespace) -> ModelConfig:
         raise ParameterError(
             f"batch_blocks={p.batch_blocks}: expected one number of at least 1 or more of them"
         )
-    _said(Size(p.mode, p.steps, 1, config.max_positions).check, config)
+    _said(Size.of, config, "cpu", p.mode, p.steps, 1, config.max_positions)
     return config
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 MODES = ("score", "prefill", "decode")
 # Tokens of a prompt that is read before decode steps, if the model has twice as many positions.
 PROMPT = 128
+# Steps where nobody asks for another number, and those of a call of "decode" by device. A call takes the host some 0.3 ms, whatever
+# the number of its steps: on a GPU that is more than a short step takes.
+STEPS, DECODED = 3, {"cpu": 8, "cuda": 64}
 # Calls of "decode" with prompts of their own: one to warm up, those that are timed, and the one under the profiler.
 CALLS = TIMED + 2
 
@@ -37,6 +40,22 @@ class Size:
     steps: int
     blocks: int
     length: int
+
+    @classmethod
+    def of(
+        cls, config: ModelConfig, device: str, mode: str, steps: int | None, blocks: int, length: int
+    ) -> Size:
+        """``steps`` None: as many as usual, and as the model has positions for.
+
+        Raises:
+            ValueError: the steps need more positions than the model has.
+        """
+        asked = steps or (DECODED[device] if mode == "decode" else STEPS)
+        size = cls(mode, asked, blocks, length)
+        if steps is None:
+            size = replace(size, steps=max(1, asked - max(0, size.last - config.max_positions)))
+        size.check(config)
+        return size
 
     @property
     def read(self) -> int:
