@@ -334,9 +334,9 @@ def sequences(name: str, value: Any) -> list[str | list[int]]:
         raise ValueError(
             f"{name}={shown(value)}: found {type(value).__name__}, expected a text, texts, ids or lists of ids"
         ) from None
+    one = one_of(name)
     if not parts:
-        raise ValueError(f'there are no {name}; for an empty one give ""')
-    one = name.removesuffix("s")
+        raise ValueError(f'there are no {one}s; for an empty one give ""')
     if all(map(_is_id, parts)):
         return [[operator.index(part) for part in parts]]
     lists = all(type(part) is list for part in parts)
@@ -344,6 +344,11 @@ def sequences(name: str, value: Any) -> list[str | list[int]]:
         # Lists of ints take no call for each of thousands.
         return [part.copy() for part in parts]
     return [_sequence(one, number, part) for number, part in enumerate(parts)]
+
+
+def one_of(name: str) -> str:
+    """What an argument has several of: "text" for "texts" and for "data_or_texts"."""
+    return name.rpartition("_")[2].removesuffix("s")
 
 
 def _sequence(one: str, number: int, value: Any) -> str | list[int]:

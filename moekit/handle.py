@@ -148,7 +148,7 @@ class Handle:
             number = int(np.searchsorted(ends, wrong[0], side="right"))
             token = read[number][wrong[0] - ends[number]]
             raise ValueError(
-                f"{name.removesuffix('s')} {number} has the id {arguments.shown(token)}; expected 0 to {self.vocab - 1}, "
+                f"{arguments.one_of(name)} {number} has the id {arguments.shown(token)}; expected 0 to {self.vocab - 1}, "
                 f"without {PAD}, the padding"
             )
         starts = np.cumsum(lengths) - lengths

@@ -79,7 +79,7 @@ class Target:
                 "table": "*i32",
                 "reach": "*i64",
             }
-            types |= dict.fromkeys(("tiles", "experts", "slots"), "i32") | {"scale": "*fp32"}
+            types |= dict.fromkeys(("tiles", "experts", "room"), "i32") | {"scale": "*fp32"}
             types |= {"w": "*i8"} if one_byte else {}
             constants = {
                 "CHOICES": 2,
@@ -180,7 +180,7 @@ class Target:
         constants |= {"INNER": 1024} | weights_of(one_byte) | self.overlap
         self.compile(short_peers._up, types | own, constants, vectors.WARPS)
         own = {"weights": "*fp32", "reach": "*i64", "home": "*fp16", "first": "i32", "held": "i32"}
-        constants = {"SLOTS": 2, "N": 768, "D": 3072, "COLUMNS": 4, "INNER": 1024}
+        constants = {"ROOM": 2, "N": 768, "D": 3072, "COLUMNS": 4, "INNER": 1024}
         constants |= weights_of(one_byte) | self.overlap
         self.compile(short_peers._down, types | own, constants, vectors.WARPS)
 
@@ -334,10 +334,10 @@ def compile_all(target: Target) -> None:
         "counts": "*i64",
         "total": "*i32",
     }
-    types |= dict.fromkeys(("first", "held", "slots"), "i32")
+    types |= dict.fromkeys(("first", "held", "room"), "i32")
     target.compile(peers._merge, types, {"W": 8, "EXPERTS": 64, "SEGMENT": peers.SEGMENT})
     types = {"x": "*fp16", "weights": "*fp32", "reach": "*i64", "order": "*i32", "total": "*i32"}
-    types |= {"rows_out": "*fp16", "weights_out": "*fp32", "slots": "i32"}
+    types |= {"rows_out": "*fp16", "weights_out": "*fp32", "room": "i32"}
     target.compile(peers._pull, types, {"K": 2, "D": 768, "ROWS": peers.PULLED, "BLOCK": 1024})
     types = waits | {"logits": "*fp16", "x": "*fp16", "chosen": "*i32", "weights": "*fp32", "x_out": "*fp16"}
     types |= {"rows": "i32", "eps": "fp32"}

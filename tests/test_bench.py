@@ -12,7 +12,7 @@ from synthetic_traces import synthetic
 
 import moekit
 from moekit.bench import __main__ as bench
-from moekit.bench import decode, figures, load, measure, moe_layer, network, score, shapes
+from moekit.bench import decode, figures, load, measure, moe_layer, network, profile, score, shapes
 from moekit.bench.figures import Figure
 from moekit.bench.measure import Ceilings
 from moekit.bench.setting import Setting
@@ -20,7 +20,9 @@ from moekit.nn import transformer
 from moekit.nn.cost import flop_per_token
 from moekit.nn.memory import Sizes
 from moekit.nn.passes import Pass
+from moekit.profiling.work import Size
 from moekit.ranks import Rank, machine
+from moekit.worker.steps import DOING, STEPS_BEFORE, TIMED, Work
 
 CPU = torch.device("cpu")
 TINY = shapes.SHAPES["tiny"]
@@ -95,6 +97,10 @@ def test_ratio_and_goal_heed_which_way_is_better():
     rate = Figure("x", 50.0, "tokens/s", limit=200.0, goal=60.0)
     time = Figure("x", 50.0, "ms", limit=20.0, goal=60.0, lower=True)
     assert (rate.ratio, rate.met, time.ratio, time.met) == (0.25, False, 0.4, True)
+    # A measured number may be NumPy's, and the table is written as JSON.
+    assert (
+        json.loads(json.dumps(Figure("x", np.float64(0.5), "ms", goal=1.0, lower=True).row()))["met"] is True
+    )
     nothing = Figure("x", None, "ms", limit=20.0, goal=60.0, lower=True)
     assert (nothing.ratio, nothing.met) == (None, None)
 
@@ -164,7 +170,7 @@ def test_numbers_stay_finite_and_all_experts_work(dtype):
     text = score.describe(rank, batches)
     assert text.startswith("16 of 16 experts")
     assert float(text.split(", ")[1].split("x")[0]) < 4
-    found = score.score(rank, 2, 1)
+    found = score.score(rank, Work("score", 1, score.FRACTION, TINY.vocab_rows, 1, batches))
     assert len(found.seconds) == 1 and found.routing == text and rank.send_report is None
 
 
@@ -313,6 +319,10 @@ def test_a_wrong_layer_is_an_error():
         (["network", "--ranks", "80000000"], "--ranks=80000000: expected at most 4096"),
         (["network", "--ranks", "16", "--shape", "dense-tiny"], "--shape dense-tiny has no experts"),
         (["network", "--ranks", "16", "--rate", "0"], "--rate=0.0: expected a number above 0"),
+        (
+            ["moe-layer", "--shape", "tiny", "--device", "cpu", "--tokens", "256,515"],
+            "--tokens 515: they go through the gate in 2 groups of one length; expected a multiple of 2, such as 514",
+        ),
         (["score", "--json", "/nowhere/figures.json"], "No such file or directory: '/nowhere/figures.json'"),
     ],
 )
@@ -350,6 +360,7 @@ ODD = {
     "load --repeats 0": "'0': expected a whole number of at least 1",
     "load --repeats " + 5000 * "9": "expected a whole number of at least 1",
     "padded --fraction 0": "'0': expected a number above 0 up to 1",
+    "profile --steps 1001": "'1001': expected at most 1000",
     "padded --fraction inf": "'inf': expected a number above 0 up to 1",
     "questions --choices 1001": "'1001': expected at most 1000",
     "data --megabytes -1": "'-1': expected a number above 0",
@@ -448,10 +459,110 @@ def test_two_ranks(tmp_path):
     assert [row["work"] for row in rows[4:]] == ["evaluate, 4 blocks", "2 ranks against one, best of each"]
 
 
+def watched(rank: Rank) -> None:
+    """Note, for each call that is timed, what each of its passes reads: tokens, positions, and the experts of each layer."""
+    calls = rank.state["calls"] = []
+    model, timed = rank.state["model"], {kind: kind.timed for kind in DOING.values()}
+    rank.state["timed"], looking = timed, []
+
+    def read(_, given) -> None:
+        tokens, asked = given
+        if looking:
+            before = None if asked.cache is None else asked.cache.lengths.tolist()
+            calls[-1].append((tokens.tolist(), before))
+
+    def routed(route):
+        def noted(*given):
+            found = route(*given)
+            if looking:
+                calls[-1].append(found.experts.tolist())
+            return found
+
+        return noted
+
+    def watching(original):
+        def call(self):
+            calls.append([])
+            looking.append(True)
+            try:
+                return original(self)
+            finally:
+                looking.pop()
+
+        return call
+
+    model.register_forward_pre_hook(read)
+    for layer in model.config.moe_layers:
+        moe = model.layers[layer].moe
+        moe.route = routed(moe.route)
+    for kind, original in timed.items():
+        kind.timed = watching(original)
+
+
+def calls_of(rank: Rank) -> list[list]:
+    found = list(rank.state["calls"])
+    rank.state["calls"].clear()
+    return found
+
+
+def unwatched(rank: Rank) -> None:
+    for kind, original in rank.state["timed"].items():
+        kind.timed = original
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_profile_takes_the_time_of_what_the_bench_does(ranks):
+    """Both have the same tokens at the same positions in what they time, and so the same experts."""
+    with setting(world_size=ranks).model() as (model, _):
+        model.ranks.call(watched)
+        try:
+            for mode, calls, steps in (("score", 3, 1), ("decode", 1 + TIMED, 4)):
+                size = Size(mode, 3 if mode == "score" else steps, 2, TINY.max_positions)
+                fraction = score.FRACTION if mode == "score" else None
+                profile.bench(model, size, fraction)
+                by_bench = model.ranks.call(calls_of)
+                found = profile.profiled(model, size, fraction)
+                by_profile = model.ranks.call(calls_of)
+                assert [len(own) for own in by_bench] == ranks * [calls]
+                # Those under the profiler follow: three steps, or one call of all steps.
+                assert [len(own) for own in by_profile] == ranks * [calls + (3 if mode == "score" else 1)]
+                for one, other in zip(by_bench, by_profile, strict=True):
+                    assert one == other[:calls]
+                    for call in other:
+                        # The tokens and, of both layers with experts, what was chosen.
+                        assert len(call) == 3 * steps
+                    reads = [call[0][0] for call in other]
+                    # Each call decodes prompts of its own, at the same positions; all steps of scoring are one.
+                    assert len({str(tokens) for tokens in reads}) == (1 if mode == "score" else calls + 1)
+                    assert {str(call[0][1]) for call in other} == {
+                        "None" if mode == "score" else str(2 * [128 + STEPS_BEFORE])
+                    }
+                assert by_bench[0] != by_bench[-1] or ranks == 1
+                assert found.step > 0 and found.meta["blocks"] == 2
+        finally:
+            model.ranks.call(unwatched)
+
+
+def test_profiles_beside_the_bench(tmp_path):
+    how = ["--shape", "tiny", "--device", "cpu", "--repeats", "1", "--batches", "2", "--steps", "2"]
+    rows = run(tmp_path, "profile", *how)["profile"]
+    assert [row["unit"] for row in rows] == 2 * ["ms a step", "ms a step", "%", "times", "%"]
+    for bench_row, plain, apart, under, parts in (rows[:5], rows[5:]):
+        ratio = plain["figure"] / bench_row["figure"]
+        assert apart["figure"] == pytest.approx(100 * abs(ratio - 1), abs=1.5)
+        assert float(re.search(r"([-+][\d.]+)%", apart["note"])[1]) == pytest.approx(
+            100 * (ratio - 1), abs=1.5
+        )
+        assert under["figure"] > 0 and parts["figure"] < 3
+    how = ["--shape", "tiny", "--device", "cpu", "--steps", "200"]
+    with pytest.raises(SystemExit, match="2"):
+        bench.main(["profile", *how])
+
+
 @pytest.mark.slow
 def test_all_at_once(tmp_path):
     found = run(tmp_path, "all", "--shape", "tiny", "--device", "cpu", "--repeats", "1")
-    models = ["score", "questions", "decode", "load", "moe-layer", "padded"]
+    models = ["score", "questions", "decode", "load", "moe-layer", "padded", "profile"]
     assert list(found) == [*models, "data", "routing", "network"]
     assert all(found.values())
 

@@ -322,6 +322,14 @@ def test_a_checkpoint_that_is_not_there_is_told_apart_from_one_that_is_none(tmp_
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match='dmo does not exist: name .* or "demo"'):
         checkpoint.find("dmo")
+    # What is blank, or has spaces around it, is seen between quotes.
+    for spaces, said in (
+        ("", "checkpoint='' is blank"),
+        (" \t", r"checkpoint=' \\t' is blank"),
+        (" demo", "' demo' does"),
+    ):
+        with pytest.raises(ValueError, match=f'^{said}.*: name .* or "demo"'):
+            checkpoint.find(spaces)
     (tmp_path / "notes.txt").write_text("")
     with pytest.raises(ValueError, match="notes.txt is not a .pt file or a folder"):
         checkpoint.find("notes.txt")

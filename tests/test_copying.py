@@ -45,7 +45,9 @@ class Lazy:
         if self.load is not None:
             memory = self.memory.clone()
             memory[self.load.used * self.load.dtype.itemsize :] = 255  # was not sent
-            copying.Landed(memory).arrived(self.load)
+            landing = copying.Landed(memory)
+            landing.expect(self.load)
+            landing.arrived(self.load)
             landed = len(self.load.parts) + len(self.load.matrices)
         self.log.append(f"waited for {landed}")
         self.load = None

@@ -53,7 +53,8 @@ from moekit.nn.kernels import (
 )
 from moekit.nn.kernels import gate as fused_gate
 from moekit.nn.kernels.activations import ACTIVATIONS
-from moekit.nn.kernels.cuts import ANY, CUTS, ONE_BYTE_CUTS, SPECIALISED, Blocks, Cut, is_hopper
+from moekit.nn.kernels.cuts import ANY, CUTS, ONE_BYTE_CUTS, SPECIALISED, Blocks, Cut
+from moekit.nn.kernels.gpu import is_hopper
 from moekit.nn.kernels.grouped import grouped_ffn
 from moekit.nn.kernels.logprobs import best, target_log_probs
 from moekit.nn.logprobs import log_probs
@@ -702,7 +703,7 @@ def test_where_blocks_take_the_kernel(monkeypatch):
     table, plain, kernel = BACKENDS["triton"](), BACKENDS["loop"](), flash.attend_blocks
     taken = []
     monkeypatch.setattr(flash, "attend_blocks", lambda x: taken.append(x) or kernel(x))
-    monkeypatch.setattr(flash, "_measured", lambda device: True)
+    monkeypatch.setattr(flash, "is_hopper", lambda device: True)
     found, caches = [], []
     for operations in (plain, table):
         cache = Cache(config, 2, 64, torch.device(DEVICE), torch.float16)
@@ -719,7 +720,7 @@ def test_where_blocks_take_the_kernel(monkeypatch):
     table.attend(qkv[..., :32].contiguous(), None, None, 0)
     table.attend(qkv.transpose(0, 1), None, None, 0)
     assert len(taken) == 2
-    monkeypatch.setattr(flash, "_measured", lambda device: False)
+    monkeypatch.setattr(flash, "is_hopper", lambda device: False)
     table.attend(qkv, None, None, 0)
     assert len(taken) == 2
 

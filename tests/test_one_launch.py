@@ -159,7 +159,7 @@ def test_a_wait_that_gave_up_is_an_error_once():
 
 
 def test_what_the_kernel_is_not_made_for_takes_the_others(monkeypatch):
-    monkeypatch.setattr(one_launch, "on_hopper", lambda device: True)
+    monkeypatch.setattr(one_launch, "since_hopper", lambda device: True)
     monkeypatch.setattr(one_launch, "multiprocessors", lambda device: 132)
 
     def fits(sequences: int = 1, **options) -> bool:

@@ -115,8 +115,8 @@ PROFILE = {"mode": "decode", "batch_blocks": [1, 4], "steps": 3}
         ({"batch_blocks": []}, r"batch_blocks=\[\]: expected one number of at least 1"),
         ({"batch_blocks": [2, 0]}, r"batch_blocks=\[2, 0\]: expected one number of at least 1"),
         (
-            {"steps": 61},
-            "steps=61: prompts of 128 tokens and the steps need 380 positions, and the model has 256",
+            {"steps": 121},
+            "steps=121: prompts of 128 tokens and the steps need 257 positions, and the model has 256",
         ),
         ({"data": "/nowhere"}, "/nowhere"),
         ({"checkpoint": "/nowhere"}, "/nowhere does not exist"),
@@ -130,7 +130,7 @@ def test_what_profile_inference_would_trip_over(changes, said):
     whole = {name: value for name, value in GOOD.items() if name in parameters.PROFILE_INFERENCE} | PROFILE
     assert preflight.profile_inference(SimpleNamespace(**whole)).experts == 16
     assert (
-        preflight.profile_inference(SimpleNamespace(**whole | {"mode": "score", "steps": 61})).experts == 16
+        preflight.profile_inference(SimpleNamespace(**whole | {"mode": "score", "steps": 121})).experts == 16
     )
     with pytest.raises(ParameterError, match=said):
         preflight.profile_inference(SimpleNamespace(**whole | changes))

@@ -32,7 +32,9 @@ from moekit.profiling.least import Cost, Pass, least, routed
 from moekit.profiling.naming import Name, named, named_of_graphs
 from moekit.profiling.perfetto import trace_of
 from moekit.profiling.table import COLUMNS, by_part, table
+from moekit.profiling.work import DECODED, MODES, Size, work_of
 from moekit.worker import profiling as worker
+from moekit.worker.steps import DOING, Score, Work
 
 LAYER = ("call", "step 0", "layer 1")
 
@@ -607,7 +609,7 @@ def test_an_exchange_ends_after_every_rank_has_come(profile):
 def test_rows_of_the_experts_are_those_of_the_trace(model):
     found = model.profile("demo", "score", steps=1, blocks=2, tokens_per_sample=64, progress=False)
     ids, _ = run._tokens(model, "demo", "valid", 2 * 2 * 64)
-    trace = model.trace(ids.reshape(-1, 64)[:, :63].tolist(), progress=False)
+    trace = model.trace(ids[: 2 * 2 * 64].reshape(-1, 64)[:, :63].tolist(), progress=False)
     counts = np.stack([np.bincount(trace.experts[:, i].ravel(), minlength=16) for i in range(3)])
     rows = found.rows.pivot(index="layer", columns="rank", values="rows")
     assert rows.to_numpy().tolist() == [[int(c[:8].sum()), int(c[8:].sum())] for c in counts]
@@ -622,8 +624,8 @@ def test_the_operations_of_a_real_profile_by_hand(profile, model):
     config, mode = model.config, profile.meta["mode"]
     d, f, sequences, steps = config.dim, config.ffn_dim, 2, 3
     tokens = sequences * (1 if mode == "decode" else 64)
-    # Each token looks at itself and at all before it; a decode step comes after 32 + 17 tokens, the next one after one more.
-    keys = sequences * (64 * 65 / 2 if mode != "decode" else 51)
+    # Each token looks at itself and at all before it; the first decode step comes after 32 + 8 tokens.
+    keys = sequences * (64 * 65 / 2 if mode != "decode" else (41 + 42 + 43) / 3)
     rows = profile.rows["rows"].sum() / (2 * steps)
     if mode != "decode":
         assert rows == 3 * 2 * tokens
@@ -652,8 +654,8 @@ class Counting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def counted(rank, work: worker.Work, look: bool) -> Counter:
-    doing = worker.DOING[work.mode](rank, work)
+def counted(rank, work: Work, look: bool) -> Counter:
+    doing = DOING[work.mode](rank, work)
     quiet, rank.send_report = rank.send_report, None
     try:
         with torch.inference_mode():
@@ -664,6 +666,7 @@ def counted(rank, work: worker.Work, look: bool) -> Counter:
                 else:
                     # Before the calls that a profiler looks at, the ranks meet.
                     torch.distributed.barrier()
+                    doing.ready()
                     for _ in range(doing.calls):
                         doing.timed()
     finally:
@@ -675,7 +678,7 @@ def counted(rank, work: worker.Work, look: bool) -> Counter:
 @pytest.mark.parametrize("mode", ["score", "prefill", "decode"])
 def test_the_same_operations_run_under_the_profiler(model, mode):
     ids, vocab = run._tokens(model, "demo", "valid", 2 * 64)
-    work = run._filled(model, worker.Work(mode, 2, 0.2, vocab, 1), ids, 64)
+    work = work_of(model, Size(mode, 2, 1, 64), ids, 0.2, vocab, 1)
     without, under = (model.ranks.call(counted, work, look) for look in (False, True))
     for one, other in zip(without, under, strict=True):
         assert one - other == other - one == Counter() and one.total() > 100
@@ -974,14 +977,32 @@ def test_other_files_are_no_profiles_and_the_sentence_says_why(text, said, tmp_p
             "blocks=1000000: a step needs .* GiB on each rank, and .* are free; ask for fewer",
         ),
         ({"mode": "decode", "blocks": 10**7, "steps": 1}, "blocks=10000000: a step needs"),
-        ({"mode": "decode", "steps": 200}, "the steps need 936 positions, and the model has 256"),
+        ({"mode": "decode", "steps": 200}, "the steps need 336 positions, and the model has 256"),
         ({"data_or_texts": [[]]}, "no tokens to profile with"),
+        ({"data_or_texts": [[5], [5, 99999]]}, "^text 1 has the id 99999; expected 0 to 8191"),
+        ({"data_or_texts": ["a", 5]}, "^text 1 is 5; expected a text or ids"),
+        ({"data_or_texts": []}, "^there are no texts"),
     ],
 )
 def test_what_cannot_be_profiled(model, asked, said):
     with pytest.raises(ValueError, match=said):
         model.profile(**{"progress": False} | asked)
     assert model.score("It still runs.") is not None
+
+
+def test_as_many_steps_as_the_bench_makes_or_as_there_are_positions_for():
+    config = replace(TINY, max_positions=256)
+
+    def steps(device: str, mode: str, asked: int | None = None, length: int = 256) -> int:
+        return Size.of(config, device, mode, asked, 1, length).steps
+
+    assert [steps("cuda", mode) for mode in MODES] == [3, 3, DECODED["cuda"]]
+    assert (steps("cpu", "decode"), steps("cuda", "decode", 3)) == (DECODED["cpu"], 3)
+    # After prompts of 30 tokens and 8 steps there are 22 positions.
+    config = replace(TINY, max_positions=60)
+    assert (steps("cuda", "decode", length=60), steps("cuda", "decode", 5, 60)) == (60 - 30 - 8, 5)
+    with pytest.raises(ValueError, match="^steps=23: prompts of 30 tokens and the steps need 61 positions"):
+        steps("cuda", "decode", 23, 60)
 
 
 def test_a_profiler_of_the_users_own_sees_all_that_it_looks_at():
@@ -997,7 +1018,7 @@ def test_a_profiler_of_the_users_own_sees_all_that_it_looks_at():
 def test_a_step_that_fails_leaves_no_profiler_running(monkeypatch):
     with moekit.load("demo", 1, "cpu", progress=False) as alone:
         work = {"steps": 1, "tokens_per_sample": 32, "progress": False}
-        timed = worker.Score.timed
+        timed = Score.timed
 
         def fails_under_the_profiler(self):
             if parts._shown[0]:
@@ -1005,7 +1026,7 @@ def test_a_step_that_fails_leaves_no_profiler_running(monkeypatch):
             return timed(self)
 
         with monkeypatch.context() as patched:
-            patched.setattr(worker.Score, "timed", fails_under_the_profiler)
+            patched.setattr(Score, "timed", fails_under_the_profiler)
             with pytest.raises(moekit.RankError, match="no room"):
                 alone.profile("demo", **work)
         assert not parts._shown[0]
@@ -1031,7 +1052,7 @@ def test_a_dense_model_has_no_experts():
 
 def test_a_dense_model_is_profiled():
     with moekit.load("demo-dense", 2, "cpu", progress=False) as loaded:
-        for mode in run.MODES:
+        for mode in MODES:
             found = loaded.profile("demo", mode, steps=1, progress=False)
             assert {"attention", "dense", "output"} < set(found.frame["part"]) and found.experts().empty
 
@@ -1039,7 +1060,7 @@ def test_a_dense_model_is_profiled():
 @pytest.mark.parametrize("mode", ["score", "decode"])
 def test_experts_that_are_fetched_are_experts(mode, monkeypatch):
     counted: list[list[int]] = []
-    kind = worker.DOING[mode]
+    kind = DOING[mode]
     timed = kind.timed
 
     def counts(self):

@@ -525,6 +525,9 @@ def test_a_single_rank_is_this_process():
         assert isinstance(caught.value.__cause__, ValueError) and caught.value.rank == 0
         with pytest.raises(RankError, match="SystemExit"):
             pool.call(lambda rank: sys.exit(1))
+        # An exit of the driver's own part is no rank's.
+        with pytest.raises(SystemExit, match="7"):
+            pool.call(work, 4, on_report=lambda *report: sys.exit(7))
         assert pool.call(lambda rank: rank.state["x"]) == [4]
     pool.close()
     with pytest.raises(RuntimeError, match="closed"):

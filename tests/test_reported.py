@@ -1,7 +1,9 @@
 """Faults that were reported of other tools, tried on moekit: the right value of each, and of its kind (README.md)."""
 
+import dis
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -521,14 +523,132 @@ def test_defaults_of_the_notebook_change_nothing(tmp_path):
         wanted = results(source, **how)
         torch.set_default_device("meta")
         torch.set_default_dtype(torch.bfloat16)
+        # Products on this CPU are rounded where it has instructions for it.
+        torch.set_float32_matmul_precision("medium")
         try:
             with torch.autocast("cpu", dtype=torch.bfloat16), torch.inference_mode():
                 assert results(source, **how) == wanted
                 assert torch.is_autocast_enabled("cpu")
             assert torch.get_default_dtype() == torch.bfloat16 and torch.empty(1).is_meta
+            assert torch.get_float32_matmul_precision() == "medium"
         finally:
             torch.set_default_device(None)
             torch.set_default_dtype(torch.float32)
+            torch.set_float32_matmul_precision("highest")
+
+
+def older_names() -> None:
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = False
+
+
+def newer_names() -> None:
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+
+
+def all_backends() -> None:
+    torch.backends.fp32_precision = "tf32"
+
+
+def precisions(rank=None) -> list[str]:
+    """What torch tells of float32, by both of its names; "?" where it refuses."""
+    b = torch.backends
+    found = [one.fp32_precision for one in (b.cuda.matmul, b.mkldnn.matmul, b.cudnn.conv, b.cudnn.rnn)]
+    for told in (
+        torch.get_float32_matmul_precision,
+        lambda: b.cuda.matmul.allow_tf32,
+        lambda: b.cudnn.allow_tf32,
+    ):
+        try:
+            found.append(str(told()))
+        except RuntimeError:
+            found.append("?")
+    return found
+
+
+def test_the_precision_that_a_notebook_chose_reaches_no_single_rank():
+    """In new processes, since torch does not take back all that was chosen."""
+    choices = [older_names, newer_names, all_backends, lambda: None]
+
+    def chosen(rank):
+        new = precisions()
+        choices[rank.rank]()
+        own = precisions()
+        with start(1, "cpu") as pool:
+            inside = pool.call(precisions)[0]
+            with pytest.raises(moekit.RankError):
+                pool.call(lambda rank: 1 / 0)
+        return new, own, inside, precisions()
+
+    with start(len(choices), "cpu") as fresh:
+        found = fresh.call(chosen)
+    for number, (new, own, inside, after) in enumerate(found):
+        # Torch tells "none" where nothing was chosen.
+        assert ["none" if one == "ieee" else one for one in inside] == new
+        assert after == own and (own == new) == (number == 3)
+
+
+def settings() -> tuple:
+    return (
+        torch.empty(1).device,
+        torch.get_default_dtype(),
+        torch.is_autocast_enabled("cpu"),
+        torch.get_float32_matmul_precision(),
+        signal.getsignal(signal.SIGINT),
+    )
+
+
+# The operations after which the interpreter looks for interrupts.
+LOOKS = {"CALL", "CALL_FUNCTION_EX", "CALL_KW", "JUMP_BACKWARD", "RESUME"}
+
+
+def interrupted_call(pool, at: int) -> tuple[int, BaseException | None]:
+    """A call that is interrupted at the moment ``at``: the moments that were seen, and what was raised."""
+    seen, last = 0, {}
+
+    def step(frame, event, _):
+        nonlocal seen
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            seen += last.get(frame) in LOOKS
+            last[frame] = dis.opname[frame.f_code.co_code[frame.f_lasti]]
+            if seen == at:
+                sys.settrace(None)
+                signal.raise_signal(signal.SIGINT)
+        return step
+
+    sys.settrace(step)
+    try:
+        pool.call(lambda rank: rank.state.get("x"))
+    except KeyboardInterrupt as error:
+        return seen, error
+    finally:
+        sys.settrace(None)
+    return seen, None
+
+
+def test_an_interrupt_at_any_moment_of_a_call_leaves_what_the_notebook_chose():
+    """The errors are kept, as a notebook keeps its last one."""
+    pool, raised = start(1, "cpu"), []
+    before, tracing = signal.signal(signal.SIGINT, signal.default_int_handler), sys.gettrace()
+    torch.set_default_device("meta")
+    torch.set_default_dtype(torch.bfloat16)
+    torch.set_float32_matmul_precision("high")
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            chosen, (moments, _) = settings(), interrupted_call(pool, -1)
+            assert moments > 200
+            for at in range(1, moments):
+                raised.append(interrupted_call(pool, at)[1])
+                assert settings() == chosen, f"at moment {at} of {moments}"
+        assert None not in raised and pool.call(lambda rank: 5) == [5]
+    finally:
+        sys.settrace(tracing)
+        signal.signal(signal.SIGINT, before)
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_two_models_in_two_threads_leave_a_notebooks_own_type_as_it_is():

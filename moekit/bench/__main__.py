@@ -23,7 +23,19 @@ from typing import Any
 import pandas as pd
 import torch
 
-from moekit.bench import data, decode, load, moe_layer, network, padded, questions, routing, score, tune
+from moekit.bench import (
+    data,
+    decode,
+    load,
+    moe_layer,
+    network,
+    padded,
+    profile,
+    questions,
+    routing,
+    score,
+    tune,
+)
 from moekit.bench.setting import Setting
 from moekit.bench.setting import add_arguments as add_setting
 from moekit.ranks import RankError
@@ -36,6 +48,7 @@ MODEL = {
     "load": load,
     "moe-layer": moe_layer,
     "padded": padded,
+    "profile": profile,
 }
 # It writes a file, so that "all" leaves it out.
 ALONE = {"tune": tune}

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 
 from moekit.api import Model
@@ -15,25 +14,18 @@ from moekit.bench import measure
 from moekit.bench.fetched import counts_of, told
 from moekit.bench.figures import Figure, spread
 from moekit.bench.measure import Ceilings
-from moekit.bench.setting import Setting, add_fetching, ceiling_figures, wholes
+from moekit.bench.setting import Setting, add_fetching, ceiling_figures, random_work, wholes
 from moekit.nn import graphs
 from moekit.nn.cost import flop_per_token
-from moekit.nn.gate import Routing
 from moekit.nn.resident import Counts
+from moekit.nn.transformer import Transformer
+from moekit.profiling.work import DECODED, Size
 from moekit.ranks import Rank
-from moekit.worker import decoding as decode
-from moekit.worker.prompts import dealt
-from moekit.worker.sampling import Settings
+from moekit.worker.prompts import Prompts, dealt
+from moekit.worker.steps import Decode, Work, seconds_a_step
 
-PROMPT = 128
 # Sequences a rank.
 MOST = 16_384
-# New tokens of a measurement, which is one call.
-NEW = {"cpu": 8, "cuda": 64}
-# Steps after which a rank has a graph of a step.
-WARM_UP = 8
-# The key of the generation on the ranks.
-KEY = -1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,9 +62,11 @@ def limit(
 
 
 def measured(model: Model, setting: Setting, ceilings: Ceilings, batch: int) -> list[Figure]:
-    ranks, new = setting.world_size, NEW[setting.device]
-    found: list[Decoded] = model.ranks.call(time_decoding, batch, new, setting.repeats)
-    seconds = statistics.median(found[0].seconds) / new
+    ranks, new = setting.world_size, DECODED[setting.device]
+    size = Size("decode", new, batch, setting.config.max_positions)
+    work = random_work(model, size)
+    found: list[Decoded] = model.ranks.call(decode, work, setting.repeats)
+    seconds = seconds_a_step([f.seconds for f in found])
     # The slowest rank decides.
     fetched = max(f.fetched.nbytes for f in found) / found[0].steps
     least = limit(setting, ceilings, found[0].experts, batch, fetched)
@@ -92,25 +86,34 @@ def measured(model: Model, setting: Setting, ceilings: Ceilings, batch: int) -> 
 
     rows = [main]
     if batch == 1 and ranks > 1:
-        alone: list[Decoded] = model.ranks.call(time_decoding, 1, new, setting.repeats, True)
-        seconds = statistics.median(alone[0].seconds) / new
+        single = replace(work, prompts=[on_the_first_rank(call) for call in work.prompts])
+        alone: list[Decoded] = model.ranks.call(decode, single, setting.repeats)
+        # The others have no tokens to wait for.
+        seconds = statistics.median(alone[0].seconds)
         note = f"{spread(alone[0].seconds)}; the other ranks serve their experts"
         best = limit(setting, ceilings, alone[0].experts, 1)
         name = "decode, one sequence in all"
         rows.append(Figure(name, seconds * 1e3, "ms a token", best * 1e3, lower=True, note=note))
 
-    prompts = [prompt(number, setting.config.vocab_rows) for number in range(batch * ranks)]
+    prompts = [ids[1:] for own in work.prompts[0] for ids in own.ids()]
     tokens = 2 * new
 
-    def work() -> None:
+    def generate() -> None:
         model.generate(prompts, max_new_tokens=tokens, progress=False)
 
     # After this many prompts of one shape, the ranks have a graph of the pass that reads them.
     warm_up = graphs.AFTER + 1 if setting.device == "cuda" else 1
-    whole = measure.median(work, torch.device("cpu"), repeats=max(2, setting.repeats // 3), warm_up=warm_up)
-    rate = len(prompts) * tokens / whole
-    note = f"{len(prompts)} x {tokens} tokens and {PROMPT} of prompt in {whole:.2f} s"
+    repeats = max(2, setting.repeats // 3)
+    seconds = measure.median(generate, torch.device("cpu"), repeats=repeats, warm_up=warm_up)
+    rate = len(prompts) * tokens / seconds
+    note = f"{len(prompts)} x {tokens} tokens and {size.read} of prompt in {seconds:.2f} s"
     return [*rows, Figure(f"generate, batch {batch}", rate, "tokens/s", ranks * batch / least, note=note)]
+
+
+def on_the_first_rank(call: Sequence[Prompts]) -> list[Prompts]:
+    """The prompts of the first rank, and none on the others."""
+    none = [[] for _ in call[1:]]
+    return dealt([call[0].numbers, *none], [call[0].ids(), *none])
 
 
 def reached(experts: list[float], setting: Setting) -> str:
@@ -119,16 +122,12 @@ def reached(experts: list[float], setting: Setting) -> str:
     return f"{statistics.mean(experts):.1f} of {setting.config.experts} experts a layer"
 
 
-def prompt(number: int, vocab: int) -> list[int]:
-    return np.random.default_rng([number]).integers(4, vocab, PROMPT - 1).tolist()
-
-
 # ------------------------------------------------------------------------------------------------- on a rank
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """``seconds`` of each call of ``decoding.run``, and the mean number of distinct experts of a step in each MoE layer.
+    """``seconds`` of a step in each call, and the mean number of distinct experts of a step in each MoE layer.
 
     ``fetched`` is what happened to experts in all layers in ``steps`` steps.
     """
@@ -140,51 +139,19 @@ class Decoded:
     steps: int
 
 
-def time_decoding(rank: Rank, batch: int, new: int, repeats: int, in_all: bool = False) -> Decoded:
-    """Time :func:`moekit.worker.decoding.run`, ``new`` tokens per call, and count the experts in a separate run.
-
-    Each rank has ``batch`` sequences; ``in_all``: the first rank has them, and the others have none.
-
-    Before each measurement, the prompts are read again and a few tokens are decoded. So all measurements have the same
-    positions, and the rank has a graph of a step. Each has prompts of its own, whose experts are not in slots already.
-    """
-    model = rank.state["model"]
-    vocab = model.config.vocab_rows
-    rows = [[] if in_all and r else list(range(batch)) for r in range(rank.world_size)]
-    fetched = Counts()
-
-    def decoded(settings: Settings, turn: int = 0) -> float:
-        nonlocal fetched
-        first = turn * batch * rank.world_size
-        numbers = [[r * batch + row for row in own] for r, own in enumerate(rows)]
-        prompts = dealt(numbers, [[prompt(first + number, vocab) for number in own] for own in numbers])
-        chosen = decode.begin(rank, KEY, prompts[rank.rank], settings, PROMPT + WARM_UP + new + 1)
-        for steps in (WARM_UP, new):
-            before = counts_of(model)
-            measure.synchronise(rank.device)
-            start = time.perf_counter()
-            # A rank reads only the tokens of its sequences.
-            last = [[] if chosen is None else chosen.tokens[:, -1].tolist()] * rank.world_size
-            chosen = decode.run(rank, KEY, rows, last, steps)
-            # The tokens are on the host, so the work of the device is complete.
-            seconds = time.perf_counter() - start
-        decode.end(rank, KEY)
-        fetched += counts_of(model) - before
-        return seconds
-
+def decode(rank: Rank, work: Work, repeats: int) -> Decoded:
+    """Time calls of ``work``, and count the experts of the last one in a run of its own."""
+    model: Transformer = rank.state["model"]
+    doing = Decode(rank, work)
+    # The watch would take time from what is timed.
     with measure.memory(rank.device) as peak:
-        decoded(Settings(vocab))
-        fetched = Counts()
-        seconds = [decoded(Settings(vocab), turn) for turn in range(1, 1 + repeats)]
-    counted = fetched
-
-    distinct: dict[int, list[int]] = {layer: [] for layer in model.config.moe_layers}
-
-    def count(layer: int, routing: Routing) -> None:
-        # A pass with one token per sequence is a decode step; prompts are longer.
-        if routing.experts.shape[1] == 1:
-            distinct[layer].append(len(routing.experts.unique()))
-
-    decoded(Settings(vocab, record=count))
-    experts = [statistics.mean(found) for found in distinct.values() if found]
-    return Decoded(seconds, peak, experts, counted, repeats * new)
+        doing.warm_up()
+    seconds, fetched = [], Counts()
+    for _ in range(repeats):
+        doing.ready()
+        before = counts_of(model)
+        seconds.append(doing.timed()[0])
+        fetched += counts_of(model) - before
+    experts = (doing.counts() > 0).sum(axis=2).mean(axis=0).tolist()
+    doing.end()
+    return Decoded(seconds, peak, experts, fetched, repeats * work.steps)

@@ -45,7 +45,7 @@ class Figure:
     def met(self) -> bool | None:
         if self.value is None or self.goal is None:
             return None
-        return self.value <= self.goal if self.lower else self.value >= self.goal
+        return bool(self.value <= self.goal if self.lower else self.value >= self.goal)
 
     def row(self) -> dict[str, Any]:
         return {

@@ -68,13 +68,20 @@ def run(setting: Setting, args: argparse.Namespace) -> list[Figure]:
     tokens. The other is to compute two operations per parameter of an expert and kept choice, and those of the gate.
 
     Raises:
-        ValueError: a result differs from the result of the loop.
+        ValueError: tokens do not fill routing groups of one length, or a result differs from the result of the loop.
     """
     config = setting.config
     if not config.moe_layers:
         return [Figure("layer", None, "ms", note=DENSE)]
     block = config.max_positions
     asked = args.tokens or ([block, 32 * block] if setting.device == "cuda" else [block])
+    groups = [max(1, tokens // block) for tokens in asked]
+    for tokens, count in zip(asked, groups, strict=True):
+        if odd := tokens % count:
+            raise ValueError(
+                f"--tokens {tokens}: they go through the gate in {count} groups of one length; expected a multiple of {count}, "
+                f"such as {tokens - odd}"
+            )
     if why := layer_too_large(setting, config, max(asked)):
         return [Figure("layer", None, "ms", note=why)]
     device = setting.devices[0]
@@ -83,9 +90,8 @@ def run(setting: Setting, args: argparse.Namespace) -> list[Figure]:
     moe = random_layer(config, setting, generator)
 
     rows = ceiling_figures(ceilings, setting.dtype)
-    for tokens in asked:
-        groups = max(1, tokens // block)
-        x = torch.randn(groups, tokens // groups, config.dim, generator=generator, device=device)
+    for tokens, count in zip(asked, groups, strict=True):
+        x = torch.randn(count, tokens // count, config.dim, generator=generator, device=device)
         rows += compared(moe, x.to(setting.kind), setting, ceilings, args.against)
     return rows
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,23 +15,24 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moekit.api import Model
-from moekit.batches import Batch, shares
+from moekit.batches import Batch
 from moekit.bench import measure
 from moekit.bench.fetched import counts_of, told
 from moekit.bench.figures import Figure, spread
 from moekit.bench.measure import Ceilings
-from moekit.bench.setting import Setting, add_fetching, ceiling_figures, wholes
-from moekit.nn import graphs
+from moekit.bench.setting import Setting, add_fetching, ceiling_figures, random_work, wholes
 from moekit.nn.cost import flop_per_token
 from moekit.nn.gate import Routing
 from moekit.nn.memory import TOKENS_A_PASS
 from moekit.nn.passes import Pass
 from moekit.nn.resident import Counts
 from moekit.nn.transformer import Transformer
+from moekit.profiling.work import Size
 from moekit.ranks import Rank
 from moekit.scoring import score_batches
+from moekit.symbols import PAD
 from moekit.units import GIB
-from moekit.worker import scoring as worker
+from moekit.worker.steps import Score, Work, seconds_a_step
 
 FRACTION = 0.05
 # Blocks a call and rank.
@@ -91,9 +91,10 @@ def limit(setting: Setting, ceilings: Ceilings, blocks: int, fetched: float = 0.
 def measured(model: Model, setting: Setting, ceilings: Ceilings, blocks: int) -> list[Figure]:
     """The figures for ``blocks`` blocks per call and rank."""
     length, ranks = setting.config.max_positions, setting.world_size
-    found: list[Scored] = model.ranks.call(score, blocks, setting.repeats)
+    size = Size("score", setting.repeats, blocks, length)
+    found: list[Scored] = model.ranks.call(score, random_work(model, size, FRACTION))
     calls = found[0].seconds
-    seconds = statistics.median(calls)
+    seconds = seconds_a_step([f.seconds for f in found])
     gpu = max(f.peak.gpu_gib or 0 for f in found) or None
     host = max(f.peak.host_gib or 0 for f in found) or None
     rows = [
@@ -173,31 +174,25 @@ class Scored:
     fetched: Counts
 
 
-def score(rank: Rank, blocks: int, repeats: int) -> Scored:
-    """Time :func:`moekit.worker.scoring.scores_of`, ``blocks`` blocks of this rank per call."""
+def score(rank: Rank, work: Work) -> Scored:
+    """Time the steps of ``work``, and look at the routing."""
     model: Transformer = rank.state["model"]
-    length, vocab = model.config.max_positions, model.config.vocab_rows
-    step = [random_batch(i, length, vocab) for i in range(blocks * rank.world_size)]
-    share = shares(step, rank.world_size)[rank.rank]
-
-    def work() -> list[tuple[int, np.ndarray]]:
-        return worker.scores_of(rank, [share], fraction=FRACTION, vocab=vocab, seed=1)[0]
-
-    routing = describe(rank, step[:blocks])
+    doing = Score(rank, work)
+    routing = describe(rank, doing.share.batches, work.fraction)
+    # The watch would take time from what is timed.
     with measure.memory(rank.device) as peak:
-        warm_up = graphs.AFTER + 1 if rank.device.type == "cuda" else 2
-        for _ in range(warm_up):
-            work()
-        before = counts_of(model)
-        seconds = measure.seconds(work, rank.device, repeats=repeats, warm_up=0)
-        fetched = counts_of(model) - before
-    assert all(np.isfinite(found).all() for _, found in work()), "a log-probability is no finite number"
-    exchange = exchanged(rank, work) if rank.world_size > 1 and model.config.moe_layers else 0.0
+        doing.warm_up()
+    before = counts_of(model)
+    seconds = [call[0] for call in doing.seconds(work.steps)]
+    fetched = counts_of(model) - before
+    for (_, found), batch in zip(doing.step().scores, doing.share.batches, strict=True):
+        assert np.isfinite(found[batch.targets != PAD]).all(), "a log-probability is no finite number"
+    exchange = exchanged(rank, doing.step) if rank.world_size > 1 and model.config.moe_layers else 0.0
     return Scored(seconds, peak, exchange, routing, fetched)
 
 
 @torch.inference_mode()
-def describe(rank: Rank, batches: list[Batch]) -> str:
+def describe(rank: Rank, batches: Sequence[Batch], fraction: float | None = FRACTION) -> str:
     """The routing of random tokens by random weights: with few chosen experts, the bench would do less work than a real model."""
     model: Transformer = rank.state["model"]
     if not model.config.moe_layers:
@@ -208,7 +203,7 @@ def describe(rank: Rank, batches: list[Batch]) -> str:
         seen.append((routing.experts, routing.kept))
 
     tokens = torch.from_numpy(np.concatenate([b.tokens for b in batches])).to(rank.device).long()
-    model(tokens, Pass(FRACTION, groups=len(batches), record=note))
+    model(tokens, Pass(fraction, groups=len(batches), record=note))
     experts = model.config.experts
     loads = torch.stack([chosen.flatten().bincount(minlength=experts) for chosen, _ in seen]).float()
     reached, most = (loads > 0).sum(dim=1).float().mean(), (loads.amax(dim=1) / loads.mean(dim=1)).mean()

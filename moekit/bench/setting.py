@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from moekit import checkpoint, ranks
@@ -25,7 +26,9 @@ from moekit.nn.quantise import KINDS
 from moekit.nn.resident import Residence
 from moekit.planning.fitting import cached_tokens, fitting
 from moekit.planning.runs import Run, room
+from moekit.profiling.work import Size, work_of
 from moekit.ranks.machine import free_memory
+from moekit.worker.steps import Work
 
 
 @dataclass(frozen=True)
@@ -211,6 +214,16 @@ def _typed(kind: type, expected: Kind) -> Callable[[str], Any]:
             raise argparse.ArgumentTypeError(f"{shown(text)}: {said}") from None
 
     return convert
+
+
+def random_ids(model: Model, size: Size) -> np.ndarray:
+    """The tokens that all blocks or prompts of ``size`` are cut out of."""
+    return np.random.default_rng(1).integers(4, model.vocab, size.tokens(model.world_size))
+
+
+def random_work(model: Model, size: Size, fraction: float | None = None) -> Work:
+    """What a profile of as much does on :func:`random_ids`."""
+    return work_of(model, size, random_ids(model, size), model.capacity(fraction), model.vocab, seed=1)
 
 
 def ceiling_figures(ceilings: Ceilings, dtype: str) -> list[Figure]:

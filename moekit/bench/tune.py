@@ -31,6 +31,7 @@ from moekit.nn.gate import sort_by_expert
 from moekit.nn.gates import top_k_of
 from moekit.nn.kernels import cuts
 from moekit.nn.kernels.cuts import Blocks, Cut, why_not
+from moekit.nn.kernels.gpu import is_hopper
 from moekit.nn.memory import Sizes
 from moekit.progress import bar as progress_bar
 from moekit.ranks import Rank
@@ -71,7 +72,7 @@ def run(setting: Setting, args: argparse.Namespace) -> list[Figure]:
         return [Figure("cuts", None, "ms", note=DENSE)]
     device = setting.devices[0]
     kind = cuts.kind_of(setting.kind, setting.experts_kind or setting.kind)
-    gpu, shared, hopper = cuts.gpu_name(device), cuts.shared_memory(device), cuts.is_hopper(device)
+    gpu, shared, hopper = cuts.gpu_name(device), cuts.shared_memory(device), is_hopper(device)
     out = check("--out", args.out, PathKind()).resolve()
     tables, made = _old(out)
     if why := layer_too_large(setting, config, -(-MANY * config.experts // top_k_of(config))):

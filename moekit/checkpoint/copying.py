@@ -257,10 +257,11 @@ class Landed:
 
     Attributes:
         memory: [bytes] uint8.
+        at_once: whether one kernel quantises all matrices of the load that is expected.
     """
 
     def __init__(self, memory: Tensor, kernels: bool = False):
-        self.memory, self.kernels = memory, kernels
+        self.memory, self.kernels, self.at_once = memory, kernels, False
         if kernels:
             # Triton is imported only where it is used.
             from moekit.nn.kernels import rounding
@@ -270,15 +271,12 @@ class Landed:
             self.table = torch.empty(MATRICES, width, dtype=torch.int64, pin_memory=memory.is_cuda)
             self.sent = torch.empty_like(self.table, device=memory.device)
 
-    def at_once(self, load: Shared) -> bool:
-        """Whether one kernel quantises all matrices of ``load``."""
-        if not (self.kernels and load.matrices):
-            return False
-        return self.rounding.able(self.memory.device, load.dtype, load.matrices[0][1].dtype)
-
     def expect(self, load: Shared) -> None:
-        """Send what that kernel reads of each matrix."""
-        if self.at_once(load):
+        """Decide how the matrices of ``load`` are quantised, and send what one kernel for all reads of each."""
+        self.at_once = bool(self.kernels and load.matrices) and self.rounding.able(
+            self.memory.device, load.dtype, load.matrices[0][1].dtype
+        )
+        if self.at_once:
             base, each = self.memory.data_ptr(), load.dtype.itemsize
             matrices = [(base + start * each, target, scale) for start, target, scale in load.matrices]
             self.table.numpy()[: len(matrices)] = self.rounding.entries(matrices)
@@ -288,7 +286,7 @@ class Landed:
         """Copy and quantise ``load``, which is in the memory and was expected, to its targets."""
         if load.parts:
             torch._foreach_copy_([target for _, target in load.parts], dealt(self.memory, load))
-        if self.at_once(load):
+        if self.at_once:
             shapes = [target.shape for _, target, _ in load.matrices]
             rows, columns = sum(rows for rows, _ in shapes), max(columns for _, columns in shapes)
             kind = load.matrices[0][1].dtype

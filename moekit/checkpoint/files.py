@@ -103,6 +103,10 @@ def _path(checkpoint: str | Path) -> Path:
         raise ValueError(
             f"checkpoint={shown(checkpoint)} is an address: name a checkpoint's folder or one of its .pt files on this machine"
         )
+    if isinstance(checkpoint, str) and not checkpoint.strip():
+        raise ValueError(
+            f'checkpoint={shown(checkpoint)} is blank: name a checkpoint\'s folder, one of its .pt files, or "demo"'
+        )
     try:
         path = paths.of_demo(checkpoint, "checkpoint") or Path(checkpoint).expanduser()
         # A name that is too long, say, is noticed by the system alone.
@@ -124,9 +128,10 @@ def _named(path: Path) -> re.Match:
     match = NAME.fullmatch(path.name)
     if match is None:
         what = "is not a .pt file or a folder" if path.exists() else "does not exist"
-        raise ValueError(
-            f'{clip(str(path))} {what}: name a checkpoint\'s folder, one of its .pt files, or "demo"'
-        )
+        text = str(path)
+        # Spaces around a name are not seen without quotes.
+        text = clip(text) if text == text.strip() else shown(text)
+        raise ValueError(f'{text} {what}: name a checkpoint\'s folder, one of its .pt files, or "demo"')
     return match
 
 

@@ -34,7 +34,8 @@ from moekit.data.settings import KINDS as PREPARING
 from moekit.generation.request import KINDS
 from moekit.nn.quantise import KINDS as QUANTISED
 from moekit.notebook import errors
-from moekit.profiling.run import MODES, STEPS
+from moekit.profiling.run import STEPS
+from moekit.profiling.work import MODES
 from moekit.ranks import WHERE
 from moekit.units import Memory
 

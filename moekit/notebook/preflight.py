@@ -23,7 +23,7 @@ from moekit.nn.config import DENSE, ModelConfig
 from moekit.nn.record import Options
 from moekit.notebook.parameters import GENERATION, ParameterError
 from moekit.planning.fitting import asked
-from moekit.profiling.run import positions
+from moekit.profiling.work import Size
 from moekit.routing.domains import lines_of
 from moekit.routing.trace import Trace
 
@@ -187,7 +187,7 @@ def profile_inference(p: SimpleNamespace) -> ModelConfig:
         raise ParameterError(
             f"batch_blocks={p.batch_blocks}: expected one number of at least 1 or more of them"
         )
-    _said(positions, config, p.mode, p.steps, config.max_positions)
+    _said(Size.of, config, "cpu", p.mode, p.steps, 1, config.max_positions)
     return config
 
 

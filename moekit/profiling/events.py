@@ -15,7 +15,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from moekit.nn.parts import FETCH, PREFIX
-from moekit.worker.profiling import CALL, TEMPLATE, Recorded
+from moekit.worker.profiling import TEMPLATE, Recorded
+from moekit.worker.steps import CALL
 
 # Categories of what runs on a device.
 ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from moekit.nn.parts import FETCH, WHOLE
 from moekit.profiling.events import Kernel
-from moekit.worker.profiling import CALL
+from moekit.worker.steps import CALL
 
 # The parts, in the order of a pass; then what is no work.
 PARTS = (

@@ -19,6 +19,7 @@ from moekit.nn.parts import FETCH
 from moekit.profiling import table
 from moekit.profiling.naming import PARTS
 from moekit.profiling.perfetto import trace_of
+from moekit.worker.steps import seconds_a_step
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -69,12 +70,12 @@ class Profile:
     @property
     def step(self) -> float:
         """The median seconds of a step without the profiler, on the slowest rank."""
-        return float(np.median(self.plain, axis=1).max())
+        return seconds_a_step(self.plain)
 
     @property
     def slowdown(self) -> float:
         """A step under the profiler as a multiple of one without."""
-        return float(np.median(self.profiled, axis=1).max() / self.step)
+        return seconds_a_step(self.profiled) / self.step
 
     def shares(self) -> pd.DataFrame:
         """The mean step by part, see :func:`moekit.profiling.table.by_part`."""

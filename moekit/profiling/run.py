@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from moekit.arguments import Choice, Whole, check
-from moekit.batches import text_batches
 from moekit.fairseq_data import Data, is_data
 from moekit.interrupts import import_whole
-from moekit.nn.config import ModelConfig
 from moekit.nn.memory import Sizes
 from moekit.nn.quantise import dtype_name
 from moekit.profiling.events import Seen, events_of, seen
 from moekit.profiling.least import Cost, Pass, least, routed
 from moekit.profiling.profile import Profile
 from moekit.profiling.table import table
+from moekit.profiling.work import MODES, Size, work_of
 from moekit.progress import bar as progress_bar
 from moekit.ranks.machine import free_memory
 from moekit.routing.placement import contiguous
@@ -28,28 +26,25 @@ from moekit.symbols import PAD
 from moekit.units import GIB
 from moekit.worker import profiling as worker
 from moekit.worker.measuring import Ceilings, ceilings, slowest
-from moekit.worker.profiling import Recorded, Work, steps_in_all
-from moekit.worker.prompts import dealt
+from moekit.worker.profiling import Recorded
+from moekit.worker.steps import STEPS_BEFORE, Work
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from moekit.handle import Handle
 
-MODES = ("score", "prefill", "decode")
 # Kernels of exchanges in which the experts have written their results home already.
 HOMEWARD = ("_meet", "_collect")
-# Tokens of a prompt that is read before decode steps, if the model has twice as many positions.
-PROMPT = 128
 # A profile of more steps takes minutes and gigabytes, and could not be saved.
-STEPS = Whole(most=1000)
+STEPS = Whole(most=1000, optional=True)
 
 
 def profile(
     self: Handle,
     data_or_texts: str | Path | Iterable[str] | Iterable[int] | Iterable[Iterable[int]] = "demo",
     mode: str = "score",
-    steps: int = 3,
+    steps: int | None = None,
     blocks: int = 1,
     capacity_token_fraction: float | str | None = None,
     subset: str = "valid",
@@ -59,15 +54,17 @@ def profile(
 ) -> Profile:
     """Run a few steps under torch's profiler on every rank, and tell where their time goes.
 
-    The steps are those of :meth:`evaluate` and :meth:`generate`, on the same kernels. They run once without the profiler,
-    too, and the profile tells how much slower they are with it.
+    The steps are those of :meth:`evaluate` and :meth:`generate`, on the same kernels, and those that the benches time. They run
+    without the profiler, too, and the profile tells how much slower they are with it.
 
     Args:
         data_or_texts: where the tokens come from: a folder of binarised data or "demo"; or a text, or texts, or their ids. They
             are cut into blocks of one length, and repeated if there are too few.
         mode: "score": a step scores ``blocks`` blocks on each rank. "prefill": a step reads as many prompts of a block's
-            length into a cache. "decode": a step writes one token of as many sequences, after prompts of 128 tokens.
-        steps: how many steps, up to 1,000; those of "decode" take least time, and more of them are worth looking at.
+            length into a cache. "decode": a step writes one token of as many sequences, after prompts of 128 tokens and 8 steps
+            more. All steps are one call, and each call without the profiler, and that under it, has the next prompts.
+        steps: how many steps, up to 1,000. None: 3, and of "decode" 64 on GPUs and 8 without, as the bench has them: a call of few
+            steps takes longer a step.
         blocks: blocks or sequences on each rank.
         tokens_per_sample: tokens of a block; None: as many as the model has positions.
 
@@ -89,22 +86,22 @@ def profile(
             f"tokens_per_sample={length}: expected 2 to the model's {self.config.max_positions} positions"
         )
     seed = check("seed", seed, Whole(0))
-    positions(self.config, mode, steps, length)
+    size = Size.of(self.config, self.device, mode, steps, blocks, length)
     fraction = self.capacity(capacity_token_fraction)
-    _room(self, mode, steps, blocks, length)
-    ids, vocab = _tokens(self, data_or_texts, subset, self.world_size * blocks * length)
-    work = Work(mode, steps, fraction, vocab, seed, intervention=self.intervention)
-    work = _filled(self, work, ids, length)
+    _room(self, size)
+    ids, vocab = _tokens(self, data_or_texts, subset, size.tokens(self.world_size))
+    work = work_of(self, size, ids, fraction, vocab, seed)
     with progress_bar("profiling", 2, " passes", show=progress, delay=1.0) as bar:
-        chip = slowest(self.ranks.call(ceilings, self.dtype))
-        bar.update(1)
         found: list[Recorded] = self.ranks.call(worker.profile, work)
         bar.update(1)
-    return _profile(self, work, blocks, chip, found)
+        # Last, since large products make a GPU hot: the steps after them took up to 5 % longer.
+        chip = slowest(self.ranks.call(ceilings, self.dtype))
+        bar.update(1)
+    return _profile(self, size, work, chip, found)
 
 
 def _tokens(model: Handle, data_or_texts: Any, subset: str, wanted: int) -> tuple[np.ndarray, int]:
-    """``wanted`` tokens of the data or the texts, one after the other and repeated where they end; and the vocabulary."""
+    """The tokens of the data, ``wanted`` or a few more if there are as many, or those of the texts; and the vocabulary."""
     if is_data(data_or_texts):
         batches = model.open_data(Data(data_or_texts, subset))
         parts, found = [], 0
@@ -115,60 +112,33 @@ def _tokens(model: Handle, data_or_texts: Any, subset: str, wanted: int) -> tupl
                 break
         vocab = len(batches.dictionary)
     else:
-        parts, vocab = model.ids("data_or_texts", data_or_texts), model.vocab
+        parts, vocab = [np.array(ids) for ids in model.ids("data_or_texts", data_or_texts)], model.vocab
     ids = np.concatenate(parts) if parts else np.array([])
     if not len(ids):
         raise ValueError("data_or_texts has no tokens to profile with; expected at least one")
-    return np.resize(ids, wanted), vocab
+    return ids, vocab
 
 
-def positions(config: ModelConfig, mode: str, steps: int, length: int) -> None:
-    """Raise a ValueError if ``steps`` decode steps need more positions than the model has."""
-    last = _prompt(length) + steps_in_all(steps)
-    if mode == "decode" and last > config.max_positions:
-        raise ValueError(
-            f"steps={steps}: prompts of {_prompt(length)} tokens and the steps need {last} positions, and the model has "
-            f"{config.max_positions}; ask for fewer steps"
-        )
-
-
-def _room(model: Handle, mode: str, steps: int, blocks: int, length: int) -> None:
+def _room(model: Handle, size: Size) -> None:
     """Raise a ValueError if so many blocks surely do not fit: a rank that runs out of memory may take the model with it."""
     if any(model.ranks.nodes) or not model.parts:
         return
     sizes = Sizes(model.config, model.dtype, model.experts is not None)
-    read = blocks * (_prompt(length) if mode == "decode" else length)
+    read = size.blocks * size.read
     needed = sizes.workspace(read, model.config.vocab_rows, model.parts[0]["backend"], model.device)
-    if mode != "score":
-        needed += sizes.cache(blocks, _prompt(length) + steps_in_all(steps) if mode == "decode" else length)
+    if size.mode != "score":
+        needed += sizes.cache(size.blocks, size.last)
     # The weights lie on a GPU that counts as empty, and not in what is free of the host's memory.
     held = [part["bytes"] if model.device == "cuda" else 0 for part in model.parts]
     free = min(map(operator.sub, free_memory(model.ranks.devices, lent=True), held))
     if needed > free:
         raise ValueError(
-            f"blocks={blocks}: a step needs {needed / GIB:.3g} GiB on each rank, and {free / GIB:.3g} GiB are free; ask for fewer "
+            f"blocks={size.blocks}: a step needs {needed / GIB:.3g} GiB on each rank, and {free / GIB:.3g} GiB are free; ask for fewer "
             "blocks"
         )
 
 
-def _prompt(length: int) -> int:
-    """Tokens of a prompt that decode steps follow, where blocks have ``length``."""
-    return min(PROMPT, length // 2)
-
-
-def _filled(model: Handle, work: Work, ids: np.ndarray, length: int) -> Work:
-    """``work`` with its batches or prompts."""
-    texts = ids.reshape(-1, length)[:, : length - 1].tolist()
-    if work.mode == "score":
-        return replace(work, batches=text_batches(texts, 1, model.config.max_positions + 1, model.first))
-    if work.mode == "decode":
-        texts = [text[: _prompt(length) - 1] for text in texts]
-    ranks, prompts = range(model.world_size), [[model.first, *text] for text in texts]
-    numbers = [range(rank, len(texts), model.world_size) for rank in ranks]
-    return replace(work, prompts=dealt(numbers, [prompts[rank :: model.world_size] for rank in ranks]))
-
-
-def _profile(model: Handle, work: Work, blocks: int, chip: Ceilings, found: Sequence[Recorded]) -> Profile:
+def _profile(model: Handle, size: Size, work: Work, chip: Ceilings, found: Sequence[Recorded]) -> Profile:
     on_device = model.device == "cuda"
     events = [events_of(one) for one in found]
     ranks: list[Seen] = [seen(own, on_device) for own in events]
@@ -177,16 +147,15 @@ def _profile(model: Handle, work: Work, blocks: int, chip: Ceilings, found: Sequ
     counts = np.stack([one.counts for one in found])
     homeward = any(kernel.name.startswith(HOMEWARD) for kernel in ranks[0].kernels)
     passes = [
-        [_pass(model, work, blocks, counts, held, r, step, homeward) for step in range(work.steps)]
+        [_pass(model, size, work.vocab, counts, held, r, step, homeward) for step in range(size.steps)]
         for r in range(len(found))
     ]
     costs = [[least(model.config, one) for one in own] for own in passes]
     by_step: list[dict[int, dict[tuple[int, str], Cost]]] = [dict(enumerate(own)) for own in costs]
-    tokens = {"score": _length(work), "prefill": _length(work), "decode": 1}[work.mode] * blocks
     meta = {
-        "mode": work.mode,
-        "blocks": blocks,
-        "tokens": tokens,
+        "mode": size.mode,
+        "blocks": size.blocks,
+        "tokens": size.blocks * size.a_step,
         "world_size": model.world_size,
         "device": model.device,
         "dtype": dtype_name(model.dtype),
@@ -214,34 +183,27 @@ def holders(model: Handle) -> list[np.ndarray]:
     return [rank_of[list(model.plan.physical.get(layer, every))] for layer in config.moe_layers]
 
 
-def _length(work: Work) -> int:
-    """Tokens of a block, or of a prompt."""
-    return work.batches[0].tokens.shape[1] if work.batches else int(work.prompts[0].lengths[0])
-
-
 def _pass(
     model: Handle,
-    work: Work,
-    blocks: int,
+    size: Size,
+    vocab: int,
     counts: np.ndarray,
     held: list[np.ndarray],
     rank: int,
     step: int,
     homeward: bool,
 ) -> Pass:
-    length = _length(work)
-    read = length if work.mode != "decode" else 1
-    # Before a decode step of the profile, a sequence has its prompt, and all steps but the last ones.
-    before = 0 if work.mode != "decode" else length + steps_in_all(work.steps) - work.steps + step
+    blocks, read = size.blocks, size.a_step
+    before = size.read + STEPS_BEFORE + step if size.mode == "decode" else 0
     received, sent, taken = routed(counts[:, min(step, counts.shape[1] - 1)], held, rank)
     tokens = blocks * read
     return Pass(
         tokens=tokens,
         keys=blocks * (read * before + read * (read + 1) / 2),
         cached=blocks * before,
-        outputs=tokens if work.mode == "score" else blocks,
-        scored=work.mode == "score",
-        vocab=work.vocab,
+        outputs=tokens if size.mode == "score" else blocks,
+        scored=size.mode == "score",
+        vocab=vocab,
         itemsize=model.dtype.itemsize,
         received=received,
         sent=sent,

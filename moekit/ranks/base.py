@@ -94,11 +94,11 @@ def own(value: Any, rank: int) -> Any:
 
 
 @contextlib.contextmanager
-def noting(failed: list[Exception]) -> Iterator[None]:
-    """Note an error of the driver's own code in this block, so that a call goes on and raises it at its end."""
+def noting(failed: list[BaseException]) -> Iterator[None]:
+    """Note an error of the driver's own code in this block, or its ``sys.exit``, so that a call goes on and raises it at its end."""
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         failed.append(error)
 
 

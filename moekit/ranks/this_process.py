@@ -1,16 +1,20 @@
 """One rank: this very process."""
 
+from __future__ import annotations
+
 import contextlib
 import os
 import threading
 import traceback
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from moekit.headlines import headline
+from moekit.interrupts import hold_interrupts
 from moekit.ranks.base import Rank, RankError, Ranks, Stream, busy, forked, gone, noting, own
 from moekit.ranks.system import usable_cores
 
@@ -57,7 +61,7 @@ class ThisProcess(Ranks):
     ) -> list[Any]:
         # As with ranks in processes of their own, an error of the driver's ends a stream, and does not go through the function.
         streams = any(isinstance(arg, Stream) for arg in args)
-        failed: list[Exception] = []
+        failed: list[BaseException] = []
 
         def report(message: Any) -> None:
             if on_report is not None and not failed:
@@ -82,7 +86,8 @@ class ThisProcess(Ranks):
             else contextlib.nullcontext()
         )
         try:
-            with here, _torchs_defaults():
+            # An interrupt while torch's settings change would leave them changed by half.
+            with hold_interrupts() as as_before, here, _torchs_defaults(), as_before():
                 result = fn(self._rank, *args, **kwargs)
         except (Exception, SystemExit) as error:
             if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
@@ -99,20 +104,76 @@ class ThisProcess(Ranks):
         self._rank = None
 
 
-# The notebook's own default type, once for each call that runs, and the lock of that list.
-_noted: list[torch.dtype] = []
+@dataclass(frozen=True)
+class Precision:
+    """How torch computes with float32 on all threads.
+
+    Attributes:
+        operations: the precision of the products and the convolutions of GPUs and of the CPU.
+        matmul, cudnn: the same in older names, "high" or ``allow_tf32`` say; None where torch refuses to tell them, since a newer
+            name says something else.
+    """
+
+    operations: tuple[str, ...]
+    matmul: str | None
+    cudnn: bool | None
+
+    @classmethod
+    def unusual(cls) -> Precision | None:
+        """What was chosen; None if it is what a new process has."""
+        operations = tuple(one.fp32_precision for one in _operations())
+        # Where nothing is chosen, products are those of IEEE.
+        if tuple("ieee" if one == "none" else one for one in operations) == NEW.operations:
+            return None
+        older: list[Any] = [None, None]
+        for place, told in enumerate(
+            (torch.get_float32_matmul_precision, lambda: torch.backends.cudnn.allow_tf32)
+        ):
+            with contextlib.suppress(RuntimeError):
+                older[place] = told()
+        return cls(operations, *older)
+
+    def choose(self) -> None:
+        # The older names set the newer ones, too, which may be chosen apart.
+        if self.matmul is not None:
+            torch.set_float32_matmul_precision(self.matmul)
+        if self.cudnn is not None:
+            torch.backends.cudnn.allow_tf32 = self.cudnn
+        for one, precision in zip(_operations(), self.operations, strict=True):
+            # It is then what all operations have, which a notebook may choose, too.
+            one.fp32_precision = "none"
+            if one.fp32_precision != precision:
+                one.fp32_precision = precision
+
+
+def _operations() -> tuple[Any, ...]:
+    backends = torch.backends
+    return backends.cuda.matmul, backends.mkldnn.matmul, backends.cudnn.conv, backends.cudnn.rnn
+
+
+# What a new process has. NVIDIA's containers set the variable.
+NEW = (
+    Precision(("tf32", "ieee", "tf32", "tf32"), "high", True)
+    if os.environ.get("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE") == "1"
+    else Precision(("ieee", "ieee", "tf32", "tf32"), "highest", True)
+)
+# What the notebook chose of what torch has once for all threads, for each call that runs, and the lock of that list.
+_noted: list[tuple[torch.dtype, Precision | None]] = []
 _sharing = threading.Lock()
 
 
 @contextlib.contextmanager
 def _torchs_defaults() -> Iterator[None]:
     """What a new process has, where a notebook may have chosen otherwise: the device and type of tensors for which none is named,
-    no autocast, and no mode for inference, in which no checkpoint can be loaded."""
+    the precision of float32, no autocast, and no mode for inference, in which no checkpoint can be loaded."""
     device = torch.get_default_device()
-    # Torch has one default type for all threads: the first call that runs notes the notebook's, and the last one restores it.
+    # The first call that runs notes the notebook's choice, and the last one restores it.
     with _sharing:
-        _noted.append(_noted[0] if _noted else torch.get_default_dtype())
+        dtype, precision = _noted[0] if _noted else (torch.get_default_dtype(), Precision.unusual())
+        _noted.append((dtype, precision))
         torch.set_default_dtype(torch.float32)
+        if precision is not None:
+            NEW.choose()
     try:
         with contextlib.ExitStack() as chosen:
             if device.type != "cpu":
@@ -124,6 +185,8 @@ def _torchs_defaults() -> Iterator[None]:
             yield
     finally:
         with _sharing:
-            dtype = _noted.pop()
+            dtype, precision = _noted.pop()
             if not _noted:
                 torch.set_default_dtype(dtype)
+                if precision is not None:
+                    precision.choose()

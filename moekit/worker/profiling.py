@@ -1,7 +1,7 @@
 """Steps of the real path on a rank, under torch's profiler.
 
-The work is that of ``evaluate`` and ``generate``: :mod:`moekit.worker.scoring` and :mod:`moekit.worker.decoding` do it, and the
-profiler only looks. The driver (moekit/profiling) makes a table of what the ranks saw.
+The steps are those that the benches time (:mod:`moekit.worker.steps`), and the profiler only looks. The driver
+(moekit/profiling) makes a table of what the ranks saw.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,19 +22,13 @@ import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity
 
-from moekit.batches import Batch, shares
-from moekit.nn import graphs
-from moekit.nn.intervene import Intervention
 from moekit.nn.parts import part, shown
-from moekit.nn.record import Options
 from moekit.ranks import Rank
-from moekit.worker import decoding, scoring
 from moekit.worker.measuring import synchronise
-from moekit.worker.prompts import Prompts
-from moekit.worker.sampling import Settings
+from moekit.worker.steps import DOING, Steps, Work
 
 # Names of the ranges around the work, beside those of the model (moekit/nn/parts.py).
-CALL, TEMPLATE, CLOCK = "call", "template", "clock"
+TEMPLATE, CLOCK = "template", "clock"
 # The events of the profiler that are kept, by their category.
 KEPT = (
     "cpu_op",
@@ -48,34 +42,6 @@ KEPT = (
 )
 # Readings of both clocks; the quickest one counts.
 READINGS = 9
-# Calls that are timed without the profiler, where a call is all steps.
-TIMED = 3
-# Decode steps before the ones that are looked at; after them the rank has a graph of a step.
-STEPS_BEFORE = 8
-# The key of the generation on the ranks.
-KEY = -2
-
-
-@dataclass(frozen=True)
-class Work:
-    """What every rank does.
-
-    Attributes:
-        mode: "score", "prefill" or "decode".
-        steps: how many steps are looked at.
-        batches: for "score": the batches of one step, as many for each rank.
-        prompts: for the others: the prompts of each rank.
-        fraction, vocab, seed: as in :func:`moekit.worker.scoring.scores_of`.
-    """
-
-    mode: str
-    steps: int
-    fraction: float | None
-    vocab: int
-    seed: int
-    batches: Sequence[Batch] = ()
-    prompts: Sequence[Prompts] = ()
-    intervention: Intervention | None = None
 
 
 @dataclass(frozen=True)
@@ -110,7 +76,7 @@ def profile(rank: Rank, work: Work) -> Recorded:
     doing = DOING[work.mode](rank, work)
     try:
         doing.warm_up()
-        plain = [seconds for _ in range(doing.plain) for seconds in doing.timed()]
+        plain = [one for call in doing.seconds(doing.plain) for one in call]
         events, base, clock, profiled = looked_at(rank, doing)
         counts = doing.counts()
     finally:
@@ -119,12 +85,13 @@ def profile(rank: Rank, work: Work) -> Recorded:
     return Recorded(events, base, clock + offset, jitter, plain, profiled, counts)
 
 
-def looked_at(rank: Rank, doing: Score | Prefill | Decode) -> tuple[bytes, int, int, list[float]]:
+def looked_at(rank: Rank, doing: Steps) -> tuple[bytes, int, int, list[float]]:
     """The calls under the profiler: its events, their base, the clock's offset to that of this machine, and seconds."""
     activities = [ProfilerActivity.CPU]
     if rank.device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
     profiler = torch.profiler.profile(activities=activities)
+    doing.ready()
     with without_remarks():
         profiler.start()
     try:
@@ -201,153 +168,3 @@ def without_remarks() -> Iterator[None]:
             for line in aside:
                 if b"profiler_st" not in line:
                     os.write(2, line)
-
-
-# ------------------------------------------------------------------------------------------------ what is done
-
-
-def timed(step: Callable[[], object], device: torch.device) -> list[float]:
-    """The seconds of a call that is one step."""
-    with part(CALL), part("step 0"):
-        start = time.perf_counter()
-        step()
-        synchronise(device)
-        return [time.perf_counter() - start]
-
-
-class Score:
-    """Steps of ``evaluate``; a call is one step."""
-
-    def __init__(self, rank: Rank, work: Work):
-        self.rank, self.work, self.calls, self.plain = rank, work, work.steps, work.steps
-        self.share = shares(work.batches, rank.world_size)[rank.rank]
-
-    def run(self, trace: Options | None = None):
-        w = self.work
-        how = {"fraction": w.fraction, "vocab": w.vocab, "seed": w.seed, "intervention": w.intervention}
-        return scoring.scores_of(self.rank, [self.share], trace=trace, **how)
-
-    def warm_up(self) -> None:
-        for _ in range(graphs.AFTER + 1 if self.rank.device.type == "cuda" else 1):
-            self.run()
-
-    def timed(self) -> list[float]:
-        return timed(self.run, self.rank.device)
-
-    def graph(self) -> graphs.Graph | None:
-        kept = self.rank.state.get(scoring.GRAPH)
-        return None if kept is None else kept.graph
-
-    def counts(self) -> np.ndarray:
-        config = self.rank.state["model"].config
-        if not config.moe_layers:
-            return np.zeros((1, 0, 0), dtype=np.int64)
-        _, parts = self.run(Options().of(config))
-        return counted(parts, config)[None]
-
-    def end(self) -> None:
-        """Nothing stays."""
-
-
-class Generation:
-    """What reading and writing share: a greedy generation of each rank's prompts."""
-
-    def __init__(self, rank: Rank, work: Work):
-        self.rank, self.work = rank, work
-        self.rows = [list(range(len(part))) for part in work.prompts]
-        self.slots = (
-            max(int(part.lengths.max(initial=0)) for part in work.prompts) + steps_in_all(work.steps) + 2
-        )
-
-    def begin(self, trace: Options | None = None) -> np.ndarray:
-        """Read the prompts; the token [B] that follows each of this rank's."""
-        w = self.work
-        settings = Settings(
-            w.vocab, fraction=w.fraction, seed=w.seed, intervention=w.intervention, trace=trace
-        )
-        return decoding.begin(self.rank, KEY, w.prompts[self.rank.rank], settings, self.slots).tokens[:, -1]
-
-    def on(self, tokens: np.ndarray, steps: int) -> np.ndarray:
-        """Write ``steps`` tokens more; the last one [B] of each sequence."""
-        # A rank reads only the tokens of its own sequences.
-        read = [tokens.tolist()] * self.rank.world_size
-        return decoding.run(self.rank, KEY, self.rows, read, steps).tokens[:, -1]
-
-    def end(self) -> list[dict[str, np.ndarray]]:
-        return decoding.end(self.rank, KEY)
-
-    def options(self) -> Options | None:
-        config = self.rank.state["model"].config
-        return Options().of(config) if config.moe_layers else None
-
-
-class Prefill(Generation):
-    """Reading of prompts; a call is one step."""
-
-    def __init__(self, rank: Rank, work: Work):
-        super().__init__(rank, work)
-        self.calls = self.plain = work.steps
-
-    def warm_up(self) -> None:
-        for _ in range(2):
-            self.begin()
-
-    def timed(self) -> list[float]:
-        return timed(self.begin, self.rank.device)
-
-    def graph(self) -> None:
-        """Prompts that are new have no graph: only those of one shape do, from the fifth time on."""
-
-    def counts(self) -> np.ndarray:
-        if (options := self.options()) is None:
-            return np.zeros((1, 0, 0), dtype=np.int64)
-        self.begin(options)
-        return counted(self.end(), self.rank.state["model"].config)[None]
-
-
-class Decode(Generation):
-    """Steps of one token each; a call is all of them, since the ranks do not report in between."""
-
-    calls, plain = 1, TIMED
-
-    def warm_up(self) -> None:
-        self.tokens = self.on(self.begin(), STEPS_BEFORE)
-
-    def timed(self) -> list[float]:
-        with part(CALL):
-            synchronise(self.rank.device)
-            start = time.perf_counter()
-            self.tokens = self.on(self.tokens, self.work.steps)
-            seconds = time.perf_counter() - start
-        return [seconds / self.work.steps] * self.work.steps
-
-    def graph(self) -> graphs.Graph | None:
-        return self.rank.state[KEY].graph
-
-    def counts(self) -> np.ndarray:
-        """Of the steps under the profiler, which are the last ones."""
-        steps, config = self.work.steps, self.rank.state["model"].config
-        if (options := self.options()) is None:
-            return np.zeros((steps, 0, 0), dtype=np.int64)
-        self.end()
-        self.on(self.begin(options), steps_in_all(steps))
-        # The first part is of the prompts, and each other one of a step.
-        parts = self.end()[-steps:]
-        return np.stack([counted([part], config) for part in parts])
-
-
-def steps_in_all(steps: int) -> int:
-    """Decode steps of which the last ``steps`` are looked at."""
-    return STEPS_BEFORE + (TIMED + 1) * steps
-
-
-DOING = {"score": Score, "prefill": Prefill, "decode": Decode}
-
-
-def counted(parts: Sequence[dict[str, np.ndarray]], config) -> np.ndarray:
-    """[L, E] int64: the dispatched choices of each expert, of parts of a trace."""
-    # [n, L, K]
-    experts = np.concatenate([part["experts"] for part in parts])
-    kept = np.concatenate([part["kept"] for part in parts])
-    layers = range(experts.shape[1])
-    return np.stack([np.bincount(experts[:, i][kept[:, i]], minlength=config.experts) for i in layers])

@@ -22,9 +22,9 @@ from moekit.nn.kernels.attention import attend_one
 from moekit.nn.kernels.cuts import cut_for, cuts_of, kind_of, shared_memory
 from moekit.nn.kernels.embedding import embedded
 from moekit.nn.kernels.gate import choose
+from moekit.nn.kernels.gpu import since_hopper
 from moekit.nn.kernels.grouped import planned_ffn
 from moekit.nn.kernels.narrow import linear
-from moekit.nn.kernels.overlap import overlapped
 from moekit.nn.kernels.tiles import FEW, planned
 from moekit.nn.kernels.vectors import experts_linear, takes
 from moekit.nn.parts import part
@@ -45,7 +45,7 @@ def fits(model: Transformer, sequences: int) -> bool:
     device = model.embed.weight.device
     # It was measured where kernels overlap; other GPUs do without.
     apt = device.type != "cuda" or (
-        overlapped(device)["OVERLAP"]
+        since_hopper(device)
         and shared_memory(device) >= SHARED
         # Numbers of four bytes would take twice the memory.
         and model.embed.weight.dtype.itemsize == 2

@@ -19,7 +19,7 @@ import torch
 
 from moekit import json_text, versions
 from moekit.arguments import shown
-from moekit.nn.kernels.gpu import capability
+from moekit.nn.kernels.gpu import is_hopper
 
 ANY = math.inf
 FORMAT = "moekit cuts 1"
@@ -191,11 +191,6 @@ def shared_memory(device: torch.device) -> float:
         if device.type == "cuda"
         else ANY
     )
-
-
-def is_hopper(device: torch.device) -> bool:
-    """Whether kernels with specialised warps run on ``device``."""
-    return capability(device) == (9, 0)
 
 
 def gpu_name(device: torch.device) -> str:

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moekit.nn.kernels.gpu import capability
+from moekit.nn.kernels.gpu import is_hopper
 
 # The head dims that this is measured for, and the tile of a program: BLOCK queries, with BLOCK keys at a time. Three programs
 # fit on a multiprocessor (two with heads of 128), and some multiply while others are at their exponentials.
@@ -25,12 +25,7 @@ DIMS, BLOCK, WARPS, STAGES = (64, 128), 64, 4, 3
 
 def fits(qkv: Tensor) -> bool:
     """Whether the kernel takes ``qkv`` [B, T, 3, H, C] here, which is where it is measured to be faster than torch's."""
-    return qkv.itemsize == 2 and qkv.shape[-1] in DIMS and qkv.is_contiguous() and _measured(qkv.device)
-
-
-def _measured(device: torch.device) -> bool:
-    """Whether ``device`` is of the generation that the blocks are measured on: Hopper."""
-    return capability(device) == (9, 0)
+    return qkv.itemsize == 2 and qkv.shape[-1] in DIMS and qkv.is_contiguous() and is_hopper(qkv.device)
 
 
 def attend_blocks(qkv: Tensor) -> Tensor:

@@ -14,6 +14,16 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if known else (0, 0)
 
 
+def is_hopper(device: torch.device) -> bool:
+    """Whether ``device`` is of the generation that kernels with specialised warps are for, and on which most is measured."""
+    return capability(device) == (9, 0)
+
+
+def since_hopper(device: torch.device) -> bool:
+    """Whether ``device`` is of Hopper or a later generation, where a kernel may start before the one before it ends."""
+    return capability(device) >= (9, 0)
+
+
 @functools.lru_cache
 def multiprocessors(device: torch.device) -> int:
     """How many multiprocessors ``device`` has; the CPU counts as one."""

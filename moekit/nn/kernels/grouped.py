@@ -170,10 +170,10 @@ def _linear(
 # out: [P, N] in the order of ``order`` if FIRST, else [N K, N] by choice.
 # order: [P]; table: [3, T], each tile's expert, first index into ``order``, and end.
 # weights: [N K] or None; [P] if SORTED. reach: [W] if HOME, see peers.py.
-# slots: choices that a mailbox has room for, if HOME. N: columns of the output. K: terms of the sum.
+# room: choices that a mailbox has room for, if HOME. N: columns of the output. K: terms of the sum.
 # SORTED: rows and weights come in the order of ``order``. HOME: results go to the mailbox of the rank that asked for them.
 # SWAPPED: the weights are the left operand of the product, which may be in registers.
-@triton.jit(do_not_specialize=["tiles", "experts", "slots"])
+@triton.jit(do_not_specialize=["tiles", "experts", "room"])
 def _grouped_linear(
     x,
     w,
@@ -186,7 +186,7 @@ def _grouped_linear(
     reach,
     tiles,
     experts,
-    slots,
+    room,
     CHOICES: tl.constexpr,
     SORTED: tl.constexpr,
     HOME: tl.constexpr,
@@ -260,10 +260,10 @@ def _grouped_linear(
             total *= weight.to(tl.float32)[:, None]
         target = (row if FIRST else choice).to(tl.int64) * N
         if HOME:
-            far = tl.load(reach + choice // slots, mask=live, other=0)
+            far = tl.load(reach + choice // room, mask=live, other=0)
             far = far // (out.dtype.element_ty.primitive_bitwidth // 8)
             # With this hint the compiler stores 16 bytes at a time.
-            target = tl.multiple_of(far, 16) + (choice % slots).to(tl.int64) * N
+            target = tl.multiple_of(far, 16) + (choice % room).to(tl.int64) * N
         tl.store(
             out + target[:, None] + column[None, :],
             total.to(out.dtype.element_ty),

@@ -33,7 +33,7 @@ from moekit.nn.dispatch import Local
 from moekit.nn.gates import gate_of
 from moekit.nn.kernels import grid_barrier, one_byte
 from moekit.nn.kernels.activations import ACTIVATIONS
-from moekit.nn.kernels.gpu import capability, multiprocessors
+from moekit.nn.kernels.gpu import multiprocessors, since_hopper
 from moekit.nn.kernels.one_kernel import (
     ALL,
     ATTENTION,
@@ -113,7 +113,7 @@ def fits(model: Transformer, sequences: int) -> bool:
         and config.dim % 16 == config.ffn_dim % 16 == config.dim // config.heads % 8 == 0
         and embed.dtype.itemsize == 2
     )
-    if not supported or not on_hopper(embed.device):
+    if not supported or not since_hopper(embed.device):
         return False
     programs = multiprocessors(embed.device)
     of_a_matrix = max(3 * config.dim, config.ffn_dim) / programs
@@ -124,11 +124,6 @@ def _through_peers(model: Transformer) -> bool:
     """Whether the ranks reach one another's memory, and experts are found by the numbers that the gate gives them."""
     in_order = all(layer.moe is None or layer.moe.numbers is None for layer in model.layers)
     return isinstance(model.dispatch, PeerDispatch) and in_order
-
-
-def on_hopper(device: torch.device) -> bool:
-    """Whether ``device`` has what the kernel uses: Hopper's instructions."""
-    return capability(device) >= (9, 0)
 
 
 def check(model: Transformer) -> None:

@@ -11,12 +11,12 @@ import torch
 import triton
 import triton.language as tl
 
-from moekit.nn.kernels.gpu import capability
+from moekit.nn.kernels.gpu import since_hopper
 
 
 def overlapped(device: torch.device) -> dict[str, bool]:
     """The launch options of such a kernel on ``device``."""
-    return {"OVERLAP": True, "launch_pdl": True} if capability(device) >= (9, 0) else {"OVERLAP": False}
+    return {"OVERLAP": True, "launch_pdl": True} if since_hopper(device) else {"OVERLAP": False}
 
 
 @triton.jit

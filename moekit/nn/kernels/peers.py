@@ -224,9 +224,9 @@ def gather(box: Mailbox, first: int, held: int, rows: int) -> tuple[Tensor, Tens
     return found, weights, order, counts
 
 
-@triton.jit(do_not_specialize=["first", "held", "slots"])
+@triton.jit(do_not_specialize=["first", "held", "room"])
 def _merge(
-    order, starts, reach, out, counts, total, first, held, slots,
+    order, starts, reach, out, counts, total, first, held, room,
     W: tl.constexpr, EXPERTS: tl.constexpr, SEGMENT: tl.constexpr,
 ):  # fmt: skip
     """Each program copies the choices of one rank for one expert."""
@@ -254,12 +254,12 @@ def _merge(
     for done in range(0, own, SEGMENT):
         i = done + tl.arange(0, SEGMENT)
         c = tl.load(order + far + source + i, mask=i < own, other=0)
-        tl.store(out + target + i, c + rank * slots, mask=i < own)
+        tl.store(out + target + i, c + rank * room, mask=i < own)
 
 
-@triton.jit(do_not_specialize=["slots"])
+@triton.jit(do_not_specialize=["room"])
 def _pull(
-    x, weights, reach, order, total, rows_out, weights_out, slots,
+    x, weights, reach, order, total, rows_out, weights_out, room,
     K: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -267,8 +267,8 @@ def _pull(
     if tl.program_id(0) * ROWS < n:
         live = i < n
         choice = tl.load(order + i, mask=live, other=0)
-        rank = choice // slots
-        own = choice % slots
+        rank = choice // room
+        own = choice % room
         far = tl.multiple_of(
             tl.load(reach + rank, mask=live, other=0) // x.dtype.element_ty.primitive_bitwidth * 8, 16
         )

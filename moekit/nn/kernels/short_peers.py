@@ -72,7 +72,7 @@ def experts_linear(
         columns = columns_of(dim, inner, device, most * choices)
         _down[(triton.cdiv(dim, columns), places)](
             hidden, down.weights, down.bias, down.scale, box.all_chosen, box.all_weights, box.reach, box.home, first, held,
-            SLOTS=most * choices, N=dim, D=width, COLUMNS=columns, INNER=inner, num_warps=WARPS,
+            ROOM=most * choices, N=dim, D=width, COLUMNS=columns, INNER=inner, num_warps=WARPS,
             **down.options, **overlapped(device),
         )  # fmt: skip
     _collect[(1,)](
@@ -156,7 +156,7 @@ def _up(
 @triton.jit(do_not_specialize=["first", "held"])
 def _down(
     x, w, b, scale, chosen, weights, reach, home, first, held,
-    SLOTS: tl.constexpr, N: tl.constexpr, D: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
+    ROOM: tl.constexpr, N: tl.constexpr, D: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
     ONE_BYTE: tl.constexpr, PTX: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     start(OVERLAP)
@@ -165,8 +165,8 @@ def _down(
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     fits = column < N
     inner = tl.arange(0, INNER)
-    far = tl.multiple_of(tl.load(reach + place // SLOTS), 256)
-    own = place % SLOTS
+    far = tl.multiple_of(tl.load(reach + place // ROOM), 256)
+    own = place % ROOM
     wait(OVERLAP)
     expert = (tl.load(chosen + place, volatile=True) - first).to(tl.int64)
     if (expert >= 0) & (expert < held):
