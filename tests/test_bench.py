@@ -539,6 +539,12 @@ def test_a_profile_takes_the_time_of_what_the_bench_does(ranks):
                     }
                 assert by_bench[0] != by_bench[-1] or ranks == 1
                 assert found.step > 0 and found.meta["blocks"] == 2
+                # On a GPU there is a goal, and the rows can be written.
+                rows = profile.InTurns(size, [found.step], [found]).rows(
+                    replace(setting(world_size=ranks), device="cuda")
+                )
+                met = [json.loads(json.dumps(row.row()))["met"] for row in rows]
+                assert met == [None, None, True, None, True]
         finally:
             model.ranks.call(unwatched)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,7 +20,7 @@ from moekit.nn.resident import Counts
 from moekit.nn.transformer import Transformer
 from moekit.profiling.work import DECODED, Size
 from moekit.ranks import Rank
-from moekit.worker.prompts import Prompts, dealt
+from moekit.worker.prompts import dealt
 from moekit.worker.steps import Decode, Work, seconds_a_step
 
 # Sequences a rank.
@@ -86,7 +85,9 @@ def measured(model: Model, setting: Setting, ceilings: Ceilings, batch: int) -> 
 
     rows = [main]
     if batch == 1 and ranks > 1:
-        single = replace(work, prompts=[on_the_first_rank(call) for call in work.prompts])
+        others = [[] for _ in range(ranks - 1)]
+        calls = [dealt([[0], *others], [call[0].tokens, *others]) for call in work.prompts]
+        single = replace(work, prompts=calls)
         alone: list[Decoded] = model.ranks.call(decode, single, setting.repeats)
         # The others have no tokens to wait for.
         seconds = statistics.median(alone[0].seconds)
@@ -95,7 +96,7 @@ def measured(model: Model, setting: Setting, ceilings: Ceilings, batch: int) -> 
         name = "decode, one sequence in all"
         rows.append(Figure(name, seconds * 1e3, "ms a token", best * 1e3, lower=True, note=note))
 
-    prompts = [ids[1:] for own in work.prompts[0] for ids in own.ids()]
+    prompts = [ids[1:] for own in work.prompts[0] for ids in own.tokens.tolist()]
     tokens = 2 * new
 
     def generate() -> None:
@@ -108,12 +109,6 @@ def measured(model: Model, setting: Setting, ceilings: Ceilings, batch: int) -> 
     rate = len(prompts) * tokens / seconds
     note = f"{len(prompts)} x {tokens} tokens and {size.read} of prompt in {seconds:.2f} s"
     return [*rows, Figure(f"generate, batch {batch}", rate, "tokens/s", ranks * batch / least, note=note)]
-
-
-def on_the_first_rank(call: Sequence[Prompts]) -> list[Prompts]:
-    """The prompts of the first rank, and none on the others."""
-    none = [[] for _ in call[1:]]
-    return dealt([call[0].numbers, *none], [call[0].ids(), *none])
 
 
 def reached(experts: list[float], setting: Setting) -> str:

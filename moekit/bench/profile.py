@@ -80,7 +80,7 @@ class InTurns:
         ]
         parts = Figure(
             f"{what}: parts and step differ by",
-            100 * max(abs(ratio - 1) for ratio in sums),
+            100 * float(max(abs(ratio - 1) for ratio in sums)),
             "%",
             goal=goal,
             lower=True,

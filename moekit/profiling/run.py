@@ -112,7 +112,7 @@ def _tokens(model: Handle, data_or_texts: Any, subset: str, wanted: int) -> tupl
                 break
         vocab = len(batches.dictionary)
     else:
-        parts, vocab = [np.array(ids) for ids in model.ids("data_or_texts", data_or_texts)], model.vocab
+        parts, vocab = model.ids("data_or_texts", data_or_texts), model.vocab
     ids = np.concatenate(parts) if parts else np.array([])
     if not len(ids):
         raise ValueError("data_or_texts has no tokens to profile with; expected at least one")

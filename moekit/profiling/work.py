@@ -9,7 +9,7 @@ import numpy as np
 
 from moekit.batches import text_batches
 from moekit.nn.config import ModelConfig
-from moekit.worker.prompts import Prompts, dealt
+from moekit.worker.prompts import dealt
 from moekit.worker.steps import STEPS_BEFORE, TIMED, Work
 
 if TYPE_CHECKING:
@@ -100,14 +100,11 @@ def work_of(
     if size.mode == "score":
         batches = text_batches(texts, 1, model.config.max_positions + 1, model.first)
         return Work(size.mode, size.steps, batches=batches, **work)
+    ranks, each = range(model.world_size), model.world_size * size.blocks
     prompts = [[model.first, *text] for text in texts]
-    each = model.world_size * size.blocks
-
-    def dealt_from(first: int) -> list[Prompts]:
-        """The prompts of one call."""
-        numbers = [range(rank, each, model.world_size) for rank in range(model.world_size)]
-        return dealt(numbers, [[prompts[first + number] for number in own] for own in numbers])
-
-    return Work(
-        size.mode, size.steps, prompts=[dealt_from(first) for first in range(0, samples, each)], **work
-    )
+    numbers = [range(rank, each, len(ranks)) for rank in ranks]
+    calls = [
+        dealt(numbers, [prompts[first + rank : first + each : len(ranks)] for rank in ranks])
+        for first in range(0, samples, each)
+    ]
+    return Work(size.mode, size.steps, prompts=calls, **work)

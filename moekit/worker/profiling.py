@@ -11,6 +11,7 @@ import json
 import os
 import tempfile
 import time
+import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -156,7 +157,9 @@ def apart(rank: Rank, rounds: int = 25) -> tuple[int, int]:
 @contextlib.contextmanager
 def without_remarks() -> Iterator[None]:
     """Keep what the profiler says at its start and end away from the standard error: only lines of others pass."""
-    with tempfile.TemporaryFile() as aside:
+    with tempfile.TemporaryFile() as aside, warnings.catch_warnings():
+        # Torch before 2.13 speaks of cycles, which nobody asked for.
+        warnings.filterwarnings("ignore", "Warning: Profiler clears events")
         before = os.dup(2)
         os.dup2(aside.fileno(), 2)
         try:

@@ -31,10 +31,6 @@ class Prompts:
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def ids(self) -> list[list[int]]:
-        """The ids of each prompt."""
-        return [row[:length] for row, length in zip(self.tokens.tolist(), self.lengths.tolist(), strict=True)]
-
     def __getitem__(self, rows: slice) -> Prompts:
         """Some of this rank's prompts, without what is padding in all of them."""
         lengths = self.lengths[rows]

@@ -151,7 +151,7 @@ class Generation(Steps):
         settings = Settings(
             w.vocab, fraction=w.fraction, seed=w.seed, intervention=w.intervention, trace=trace
         )
-        longest = max(length for call in w.prompts for lengths in call[0].on_ranks for length in lengths)
+        longest = max(int(own.lengths.max(initial=0)) for call in w.prompts for own in call)
         prompts = w.prompts[self.turn % len(w.prompts)][self.rank.rank]
         return decoding.begin(self.rank, KEY, prompts, settings, longest + self.more + 1)
 
@@ -194,7 +194,7 @@ class Decode(Generation):
         """Write ``steps`` tokens more after those that were chosen."""
         # A rank reads only the tokens of its own sequences.
         last = [] if chosen is None else chosen.tokens[:, -1].tolist()
-        rows = [list(range(len(part))) for part in self.work.prompts[0]]
+        rows = [list(range(len(own))) for own in self.work.prompts[0]]
         return decoding.run(self.rank, KEY, rows, [last] * self.rank.world_size, steps)
 
     def warm_up(self) -> None:
