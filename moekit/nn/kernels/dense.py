@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from moekit.nn.kernels import specialised
 from moekit.nn.kernels.activations import ACTIVATIONS
-from moekit.nn.kernels.cuts import SPECIALISED, is_hopper
+from moekit.nn.kernels.cuts import SPECIALISED
+from moekit.nn.kernels.gpu import is_hopper
 
 # The fewest rows for which this is measured to be faster.
 LEAST = 16_384

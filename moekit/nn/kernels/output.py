@@ -25,8 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from moekit.nn.kernels.cuts import is_hopper
-from moekit.nn.kernels.gpu import multiprocessors
+from moekit.nn.kernels.gpu import is_hopper, multiprocessors
 from moekit.nn.parts import part
 
 # Rows of a team, types at a time, terms at a time, and blocks under way.
