@@ -193,7 +193,7 @@ class Target:
         types |= dict.fromkeys(("rank", "expert", "held"), "i32")
         sizes = one_launch.Sizes(
             d=dim, h=dim // 64, c=64, f=4 * dim, e=512, v=50_264, k=2, activation=2, exact=False, half=False, brain=False,
-            one_byte=one_byte, ptx=one_byte > 0, ranks=ranks, programs=132, **one_launch.FORM,
+            one_byte=one_byte, ptx=one_byte > 0, ranks=ranks, programs=132, of_a_choice=66 if dim == 768 else 132, **one_launch.FORM,
         )  # fmt: skip
         constants = {"ONLY": -1, "DENSE": True, "MOE": True, "s": sizes}
         if ranks == 1:

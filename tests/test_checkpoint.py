@@ -12,6 +12,7 @@ import torch
 from branch_cases import BASE, build
 
 from moekit import checkpoint
+from moekit.checkpoint import keys
 from moekit.checkpoint import options as config
 from moekit.checkpoint.export import save
 from moekit.nn.dispatch import owned
@@ -333,3 +334,13 @@ def test_a_checkpoint_that_is_not_there_is_told_apart_from_one_that_is_none(tmp_
     (tmp_path / "notes.txt").write_text("")
     with pytest.raises(ValueError, match="notes.txt is not a .pt file or a folder"):
         checkpoint.find("notes.txt")
+
+
+@pytest.mark.parametrize(
+    "name", ["layers.{}.fc1.weight", "layers.1.moe_layer.experts.{}.fc1.weight", "layers.{0}.fc2.bias"]
+)
+def test_braces_of_a_key_are_no_number(name):
+    key = "decoder." + name
+    assert keys._place(key) is None and keys.split(key)[0] not in keys.KEYS
+    whole = key.replace("{}", "3").replace("{0}", "3")
+    assert keys._place(whole) is not None and keys.split(whole)[0] in keys.KEYS

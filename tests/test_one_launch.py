@@ -21,7 +21,7 @@ from steps import VOCAB, against_slow
 
 from moekit.nn.cache import Cache
 from moekit.nn.experts import QuantisedExperts
-from moekit.nn.kernels import grid_barrier, one_launch, one_parts, operations
+from moekit.nn.kernels import grid_barrier, one_launch, operations
 from moekit.nn.kernels.fixed_point import fixed, floating
 from moekit.nn.passes import Pass
 from moekit.nn.quantise import KINDS
@@ -111,7 +111,7 @@ def test_a_dense_model_and_more_chunks_and_slots_than_one(monkeypatch):
 @pytest.mark.parametrize("name, programs", [("every_layer", 3), ("top1", 4)])
 def test_all_programs_take_turns_at_each_choice(name, programs, monkeypatch):
     """So it is in models that are too wide for half of the programs."""
-    monkeypatch.setattr(one_parts, "MOST", 1)
+    monkeypatch.setattr(one_launch, "MOST", 1)
     in_one_launch_against_slow(model_of(replace(CASES[name].config, layers=2)), programs)
 
 
@@ -177,6 +177,8 @@ def test_what_the_kernel_is_not_made_for_takes_the_others(monkeypatch):
         {"second_expert": "sampling"},
         {"ffn_dim": 40},
         {"ffn_dim": 200_000},
+        # 40 units a program, and not the 38.3 of a fair share, would be too many.
+        {"dim": 960, "input_dim": 960, "output_dim": 960, "ffn_dim": 5_056, "heads": 4},
         {"dim": 36, "input_dim": 36, "output_dim": 36},
     ):
         assert not fits(**options), options

@@ -30,7 +30,7 @@ from moekit.nn.transformer import Transformer
 from moekit.profiling import PARTS, Profile, events, naming, run
 from moekit.profiling.events import Kernel, Ranges, Seen, rows_of
 from moekit.profiling.least import Cost, Pass, least, routed
-from moekit.profiling.naming import Name, named, named_of_graphs
+from moekit.profiling.naming import OUTSIDE, Name, named, named_of_graphs
 from moekit.profiling.perfetto import trace_of
 from moekit.profiling.table import COLUMNS, by_part, table
 from moekit.profiling.work import DECODED, MODES, Size, work_of
@@ -461,6 +461,17 @@ def test_weights_are_read_once_by_hand():
     assert fixed == pytest.approx(4 * weights + 2 * 16 * 8)
     down = least(TINY, scored())[1, "experts down"]
     assert down == Cost(4 * (4 * (d * f + d) + 32 * (f + d)), 2 * 32 * d * f)
+
+
+def test_logits_that_need_not_exist_cost_nothing():
+    """Scoring may make them and their sums in one kernel; the choice of a token reads them."""
+    first, once = scored(), replace(scored(), scored=False)
+    table, rows = 4 * 300 * TINY.dim, 16
+    assert least(TINY, first)[OUTSIDE, "output"].bytes == table + 4 * rows * TINY.dim
+    assert least(TINY, first)[OUTSIDE, "log-probabilities"].bytes == rows * (8 + 4)
+    logits = 4 * rows * 300
+    assert least(TINY, once)[OUTSIDE, "output"].bytes == table + 4 * rows * TINY.dim + logits
+    assert least(TINY, once)[OUTSIDE, "sampling"].bytes == logits + rows * (8 + 4)
 
 
 def test_results_that_the_experts_write_home_by_hand():

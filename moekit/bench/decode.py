@@ -62,7 +62,8 @@ def limit(
 
 def measured(model: Model, setting: Setting, ceilings: Ceilings, batch: int) -> list[Figure]:
     ranks, new = setting.world_size, DECODED[setting.device]
-    size = Size("decode", new, batch, setting.config.max_positions)
+    # One call warms up.
+    size = Size("decode", new, batch, setting.config.max_positions, calls=1 + setting.repeats)
     work = random_work(model, size)
     found: list[Decoded] = model.ranks.call(decode, work, setting.repeats)
     seconds = seconds_a_step([f.seconds for f in found])

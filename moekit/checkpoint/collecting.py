@@ -11,8 +11,8 @@ from collections.abc import Iterator
 def no_collector() -> Iterator[None]:
     """In this block, and in functions that it decorates, nothing is collected, unless nothing was before."""
     collects = gc.isenabled()
-    gc.disable()
     try:
+        gc.disable()
         yield
     finally:
         if collects:

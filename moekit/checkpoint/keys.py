@@ -152,7 +152,8 @@ MOST_KEYS = 1 << 14
 @functools.lru_cache(maxsize=MOST_KEYS)
 def split(key: str) -> tuple[str, tuple[int, ...]]:
     """A key without its numbers, and the numbers: its layer, and its expert's number within its file."""
-    return NUMBER.sub("{}", key), tuple(int(n) for n in NUMBER.findall(key))
+    # Braces of the key's own must not pass for a number.
+    return NUMBER.sub("{}", key.replace("{", "{{")), tuple(int(n) for n in NUMBER.findall(key))
 
 
 @functools.lru_cache(maxsize=MOST_KEYS)

@@ -38,15 +38,16 @@ def switching(seconds: float) -> Iterator[None]:
     A thread that copies needs the lock for microseconds between two copies of milliseconds.
     """
     global _blocks, _before
-    with _lock:
-        _blocks += 1
-        if _blocks == 1:
-            _before = sys.getswitchinterval()
-            sys.setswitchinterval(min(_before, seconds))
+    counted = False
     try:
+        with _lock:
+            _blocks, counted = _blocks + 1, True
+            if _blocks == 1:
+                _before = sys.getswitchinterval()
+                sys.setswitchinterval(min(_before, seconds))
         yield
     finally:
         with _lock:
-            _blocks -= 1
+            _blocks -= counted
             if _blocks == 0:
-                sys.setswitchinterval(_before)
+                sys.setswitchinterval(_before or sys.getswitchinterval())

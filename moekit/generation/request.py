@@ -77,17 +77,23 @@ class Generation:
 
     @classmethod
     def late(cls, written: Written, number: int) -> Generation:
-        """The result of sequence ``number``, whose fields are made when somebody asks for them: there may be thousands."""
+        """The result of sequence ``number``, whose fields are made when somebody asks for them: there may be thousands.
+
+        Until all of them are made, it holds the arrays of all sequences.
+        """
         found = object.__new__(cls)
         found.__dict__["_late"] = written, number
         return found
 
     def __getattr__(self, name: str) -> Any:
         # Python asks here for what is not there yet.
-        if name not in _LATE or "_late" not in self.__dict__:
+        late = self.__dict__.get("_late")
+        if name not in _LATE or late is None:
             raise AttributeError(f"a {type(self).__name__} has no {name!r}", name=name, obj=self)
-        written, number = self.__dict__["_late"]
+        written, number = late
         made = self.__dict__[name] = getattr(written, name)(number)
+        if self.__dict__.keys() >= _LATE:
+            self.__dict__.pop("_late", None)
         return made
 
     def __getstate__(self) -> dict[str, Any]:

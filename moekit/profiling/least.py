@@ -108,7 +108,8 @@ def least(config: ModelConfig, one: Pass) -> dict[tuple[int, str], Cost]:
         moe += 1
     if config.pre_norm and config.final_norm and not config.before_final_norm:
         found[OUTSIDE, "norm"] = Cost(3 * stream + pending)
-    logits = one.outputs * one.vocab * s
+    # Scoring needs no logits in memory: a kernel may make them and their sums in one.
+    logits = 0.0 if one.scored else one.outputs * one.vocab * s
     project = config.output_dim * d if config.output_dim != d else 0
     found[OUTSIDE, "output"] = Cost(
         (one.vocab * config.output_dim + project) * s + one.outputs * config.output_dim * s + logits,

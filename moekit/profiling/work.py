@@ -21,7 +21,7 @@ PROMPT = 128
 # Steps where nobody asks for another number, and those of a call of "decode" by device. A call takes the host some 0.3 ms, whatever
 # the number of its steps: on a GPU that is more than a short step takes.
 STEPS, DECODED = 3, {"cpu": 8, "cuda": 64}
-# Calls of "decode" with prompts of their own: one to warm up, those that are timed, and the one under the profiler.
+# Calls of "decode" in a profile: one to warm up, those that are timed, and the one under the profiler.
 CALLS = TIMED + 2
 
 
@@ -34,12 +34,14 @@ class Size:
         steps: how many steps; "decode" makes them in one call.
         blocks: blocks or sequences on each rank.
         length: tokens of a block.
+        calls: of "decode": each has prompts of its own, whose experts are not in slots already.
     """
 
     mode: str
     steps: int
     blocks: int
     length: int
+    calls: int = CALLS
 
     @classmethod
     def of(
@@ -74,7 +76,7 @@ class Size:
 
     def samples(self, world_size: int) -> int:
         """Blocks or prompts of all ranks, and of all calls that have prompts of their own."""
-        return world_size * self.blocks * (CALLS if self.mode == "decode" else 1)
+        return world_size * self.blocks * (self.calls if self.mode == "decode" else 1)
 
     def tokens(self, world_size: int) -> int:
         """Tokens that all blocks or prompts are cut out of."""

@@ -220,7 +220,7 @@ def grow(
     sequences.select(rows, rank.rank)
     read = torch.tensor(tokens[rank.rank], device=rank.device, dtype=torch.long)
     logits = _read_on(model, sequences, read, 1)
-    model.dispatch.check()
+    model.operations.check(model)
     if logits is None:
         return None
     scores = torch.tensor(scores[rank.rank], device=rank.device)

@@ -133,7 +133,7 @@ def _launched(
             features = model(inputs.tokens, asked)
             found = log_probs(model, features, inputs.targets, vocab)
         parts: list[dict[str, np.ndarray]] = []
-        # What is recorded waits for this step: the one before it is collected first.
+        # The lines below run when the next step is asked for; the step before this one is collected by then, and this one after them.
         yield functools.partial(_on_host, mine, Copy(found), parts)
         if trace is not None:
             told = predictions(model, features, vocab) if trace.predicted else None

@@ -42,7 +42,7 @@ class Work:
         mode: "score", "prefill" or "decode".
         steps: how many steps are looked at; "decode" makes all of them in one call.
         batches: for "score": the batches of one step, as many for each rank.
-        prompts: for the others: the prompts of each rank, and for "decode" those of each call, which begin anew after the last ones.
+        prompts: for the others: the prompts of each rank, and for "decode" those of each call.
         fraction, vocab, seed: as in :func:`moekit.worker.scoring.scores_of`.
     """
 
@@ -152,7 +152,7 @@ class Generation(Steps):
             w.vocab, fraction=w.fraction, seed=w.seed, intervention=w.intervention, trace=trace
         )
         longest = max(int(own.lengths.max(initial=0)) for call in w.prompts for own in call)
-        prompts = w.prompts[self.turn % len(w.prompts)][self.rank.rank]
+        prompts = w.prompts[self.turn][self.rank.rank]
         return decoding.begin(self.rank, KEY, prompts, settings, longest + self.more + 1)
 
     def end(self) -> list[dict[str, np.ndarray]]:

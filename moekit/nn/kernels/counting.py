@@ -129,7 +129,7 @@ def _earlier(expert, CHUNK: tl.constexpr):
 
 def sort_by_expert(chosen: Tensor, kept: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     """[P] integers and [P] bool, the expert of each choice and whether it is kept -> what :func:`moekit.nn.gate.by_expert` returns."""
-    if experts > EXPERTS:
+    if experts > EXPERTS or not len(chosen):
         return gate.sort_by_expert(torch.where(kept, chosen, experts), experts)
     choices = len(chosen)
     order = torch.empty(choices, dtype=torch.long, device=chosen.device)

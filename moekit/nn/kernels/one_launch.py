@@ -48,13 +48,16 @@ from moekit.nn.kernels.one_kernel import (
     serve,
     step,
 )
-from moekit.nn.kernels.one_parts import COLUMNS, MOST, Sizes
+from moekit.nn.kernels.one_parts import COLUMNS, Sizes, units_each
 from moekit.nn.kernels.one_peers import Post, post_of
 from moekit.nn.kernels.peer_dispatch import PeerDispatch
 from moekit.nn.transformer import Block, Transformer
 
 # Sequences of a rank; more of them would share weights, but each has its own norms, sums and experts.
 FEW = 1
+# The most numbers of a matrix that a program has in its registers, those of the 15B on 132 multiprocessors: more would
+# spill.
+MOST = 48 * 768
 # How the work is cut, see Sizes: what was fastest on an H200.
 FORM = {
     "warps": 8,
@@ -116,8 +119,8 @@ def fits(model: Transformer, sequences: int) -> bool:
     if not supported or not since_hopper(embed.device):
         return False
     programs = multiprocessors(embed.device)
-    of_a_matrix = max(3 * config.dim, config.ffn_dim) / programs
-    return of_a_matrix * config.dim <= MOST
+    rows = max(-(-3 * config.dim // programs), units_each(config.ffn_dim, programs))
+    return rows * config.dim <= MOST
 
 
 def _through_peers(model: Transformer) -> bool:
@@ -249,9 +252,16 @@ def sizes_of(model: Transformer, vocab: int, programs: int) -> Sizes:
         ptx=bytes_of["PTX"],
         ranks=ranks,
         programs=programs,
+        of_a_choice=_of_a_choice(programs, gate.top_k if moe else 1, config),
         # Chunks, and rows of the output projection, have to divide D.
         **FORM | {name: math.gcd(FORM[name], config.dim) for name in ("chunk", "outputs")},
     )
+
+
+def _of_a_choice(programs: int, choices: int, config: ModelConfig) -> int:
+    """Programs for each of ``choices``: a share of ``programs`` if its part of an expert fits, else all, which take turns."""
+    own = max(programs // choices, 1)
+    return own if units_each(config.ffn_dim, own) * config.dim <= MOST else programs
 
 
 def plan_of(model: Transformer) -> Plan:

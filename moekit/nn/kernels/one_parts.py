@@ -16,9 +16,10 @@ import triton.language as tl
 from moekit.nn.kernels.fixed_point import fixed, floating
 from moekit.nn.kernels.one_byte import numbers
 
-# The most numbers of a matrix that a program has in its registers, those of the 15B on 132 multiprocessors: more would
-# spill.
-MOST = 48 * 768
+
+def units_each(width: int, programs: int) -> int:
+    """Units of a hidden layer of ``width`` that each of ``programs`` treats, so many that 16 bytes are read at a time."""
+    return -(-width // (programs * 8)) * 8
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Sizes:
         one_byte, ptx: of the experts' weights, see one_byte.py.
         ranks: that share the experts, each with one sequence at most.
         programs: the number of programs.
+        of_a_choice: programs that compute one of the K choices of a token: each choice has its own, or all take turns at each.
         warps: of a program.
         chunk: numbers of a row that a program treats at a time.
         slots: keys that a program looks at at a time.
@@ -57,6 +59,7 @@ class Sizes:
     ptx: bool
     ranks: int
     programs: int
+    of_a_choice: int
     warps: int
     chunk: int
     slots: int
@@ -69,14 +72,8 @@ class Sizes:
         return -(-n // self.programs)
 
     def units(self, programs: int) -> int:
-        """Units of a hidden layer that each of ``programs`` treats, so many that 16 bytes are read at a time."""
-        return -(-self.f // (programs * 8)) * 8
-
-    @property
-    def of_a_choice(self) -> int:
-        """Programs that compute one of the K choices of a token: all take their turns at each, or each choice has its own."""
-        own = max(self.programs // self.k, 1)
-        return own if self.units(own) * self.d <= MOST else self.programs
+        """Units of a hidden layer that each of ``programs`` treats."""
+        return units_each(self.f, programs)
 
     @property
     def group(self) -> int:

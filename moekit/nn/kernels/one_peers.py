@@ -35,8 +35,9 @@ from moekit.nn.kernels.peer_dispatch import PeerDispatch
 from moekit.nn.peer_memory import symmetric
 
 # The columns of the table of addresses: parts of a rank's buffer, which peers write, and what no peer knows.
-CHOICES, WEIGHTS, ROWS, HOME, SEEN, REACH, SUMS, STAMP, GAVE_UP, COLUMNS = map(tl.constexpr, range(10))
-
+AT_CHOICES, AT_WEIGHTS, AT_ROWS, AT_HOME, AT_SEEN, AT_REACH, AT_SUMS, AT_STAMP, AT_GAVE_UP, COLUMNS = map(
+    tl.constexpr, range(10)
+)
 # Looks from one question whether a wait has given up to the next; each takes as long as a look.
 BETWEEN = tl.constexpr(64)
 
@@ -68,6 +69,8 @@ def post_of(dispatch: PeerDispatch) -> Post:
     if dispatch not in _posts:
         choices, _, dim, _, ranks = dispatch.of
         device, words = dispatch.device, [ranks * choices] * 2 + [ranks * dim, choices * dim]
+        # Each part begins at 16 bytes, which the kernels tell the compiler.
+        words = [count + count % 2 for count in words]
         buffer, reach = symmetric(8 * sum(words) + 4 * ranks, device)
         sums = torch.zeros(ranks * choices, dim, dtype=torch.long, device=device)
         stamp = torch.zeros(1, dtype=torch.int32, device=device)
@@ -90,14 +93,14 @@ def addresses_of(table):
 @triton.jit
 def exchanges(box):
     """The number of exchanges before this kernel."""
-    return tl.load(pointer(box[STAMP], tl.int32))
+    return tl.load(pointer(box[AT_STAMP], tl.int32))
 
 
 @triton.jit
 def note(box, stamp):
     """Write down the number of exchanges; every program has asked for it before."""
     if tl.program_id(0) == tl.num_programs(0) - 1:
-        tl.store(pointer(box[STAMP], tl.int32), stamp)
+        tl.store(pointer(box[AT_STAMP], tl.int32), stamp)
 
 
 @triton.jit
@@ -128,8 +131,8 @@ def _goes_on(looks, late, box):
     waiting = late != 0
     if waiting & (looks % BETWEEN == BETWEEN - 1):
         if looks >= LOOKS:
-            tl.store(pointer(box[GAVE_UP], tl.int32), 1)
-        waiting = tl.load(pointer(box[GAVE_UP], tl.int32), volatile=True) == 0
+            tl.store(pointer(box[AT_GAVE_UP], tl.int32), 1)
+        waiting = tl.load(pointer(box[AT_GAVE_UP], tl.int32), volatile=True) == 0
     return waiting
 
 
@@ -139,15 +142,15 @@ def hand_out(box, row, logits, gate_eps, rank, stamp, s: tl.constexpr):
     if tl.program_id(0) < s.ranks:
         _await_acknowledged(box, stamp - 1, s)
         for peer in range(tl.program_id(0), s.ranks, s.programs):
-            far = tl.load(pointer(box[REACH], tl.int64) + peer)
+            far = tl.load(pointer(box[AT_REACH], tl.int64) + peer)
             for i in tl.static_range(len(row)):
                 column = i * s.chunk + tl.arange(0, s.chunk)[None, :]
-                tl.store(pointer(box[ROWS] + far, tl.int64) + rank * s.d + column, _words(row[i], stamp))
+                tl.store(pointer(box[AT_ROWS] + far, tl.int64) + rank * s.d + column, _words(row[i], stamp))
         first, second, one, two = chosen(logits, gate_eps, s)
         for peer in range(tl.program_id(0), s.ranks, s.programs):
-            far = tl.load(pointer(box[REACH], tl.int64) + peer)
-            choices = pointer(box[CHOICES] + far, tl.int64) + rank * s.k
-            weights = pointer(box[WEIGHTS] + far, tl.int64) + rank * s.k
+            far = tl.load(pointer(box[AT_REACH], tl.int64) + peer)
+            choices = pointer(box[AT_CHOICES] + far, tl.int64) + rank * s.k
+            weights = pointer(box[AT_WEIGHTS] + far, tl.int64) + rank * s.k
             tl.store(choices, _words(first.to(tl.int32), stamp))
             tl.store(weights, _words(one, stamp))
             if s.k == 2:
@@ -162,17 +165,17 @@ def hand_out_nothing(box, rank, stamp, s: tl.constexpr):
         _await_acknowledged(box, stamp - 1, s)
         nothing = tl.zeros((), dtype=tl.int32) + s.e
         for peer in range(tl.program_id(0), s.ranks, s.programs):
-            far = tl.load(pointer(box[REACH], tl.int64) + peer)
+            far = tl.load(pointer(box[AT_REACH], tl.int64) + peer)
             for k in tl.static_range(tl.constexpr(s.k)):
-                tl.store(pointer(box[CHOICES] + far, tl.int64) + rank * s.k + k, _words(nothing, stamp))
-                tl.store(pointer(box[WEIGHTS] + far, tl.int64) + rank * s.k + k, _words(nothing, stamp))
+                tl.store(pointer(box[AT_CHOICES] + far, tl.int64) + rank * s.k + k, _words(nothing, stamp))
+                tl.store(pointer(box[AT_WEIGHTS] + far, tl.int64) + rank * s.k + k, _words(nothing, stamp))
 
 
 @triton.jit
 def _await_acknowledged(box, stamp, s: tl.constexpr):
     """Wait until all ranks have read what came with ``stamp``."""
     peer = tl.arange(0, triton.next_power_of_2(s.ranks))
-    at = pointer(box[SEEN], tl.int32) + peer
+    at = pointer(box[AT_SEEN], tl.int32) + peer
     looks, waiting = tl.zeros((), dtype=tl.int32), stamp == stamp
     while waiting:
         seen = tl.load(at, mask=peer < s.ranks, other=0, volatile=True)
@@ -190,7 +193,10 @@ def feed_choices(at, box, first, held, stamp, kind: tl.constexpr, s: tl.constexp
     """
     number = tl.arange(0, triton.next_power_of_2(s.ranks * s.k))
     there, other = number < s.ranks * s.k, _words(tl.zeros((), dtype=tl.int32) + s.e, stamp)
-    choices, weights = pointer(box[CHOICES], tl.int64) + number, pointer(box[WEIGHTS], tl.int64) + number
+    choices, weights = (
+        pointer(box[AT_CHOICES], tl.int64) + number,
+        pointer(box[AT_WEIGHTS], tl.int64) + number,
+    )
     asked, weight = number.to(tl.int64), number.to(tl.int64)
     looks, waiting = tl.zeros((), dtype=tl.int32), stamp == stamp
     while waiting:
@@ -213,7 +219,7 @@ def feed_choices(at, box, first, held, stamp, kind: tl.constexpr, s: tl.constexp
             # The row comes after the choices, and may come while the weights are read.
             part = expert_part(at, expert, program, kind, s)
             row = _row(box, choice // s.k, stamp, s)
-            add(pointer(box[SUMS], tl.int64) + choice * s.d, (), fed(part, row, kind, s), share, s)
+            add(pointer(box[AT_SUMS], tl.int64) + choice * s.d, (), fed(part, row, kind, s), share, s)
 
 
 @triton.jit
@@ -228,7 +234,7 @@ def _look(at, s: tl.constexpr):
 @triton.jit
 def _row(box, rank, stamp, s: tl.constexpr):
     """The row of a rank as chunks [1, chunk] float32."""
-    at = pointer(box[ROWS], tl.int64) + rank * s.d
+    at = pointer(box[AT_ROWS], tl.int64) + rank * s.d
     words = _look(at, s)
     looks = tl.zeros((), dtype=tl.int32)
     waiting = _goes_on(looks, _any_late(words, stamp), box)
@@ -257,20 +263,20 @@ def send_home(box, first, held, rank, stamp, fenced: tl.constexpr, s: tl.constex
     ``fenced``: no barrier follows before the next exchange, so the zeros have to be seen before the peer goes on.
     """
     for peer in range(tl.program_id(0), s.ranks, s.programs):
-        far = tl.load(pointer(box[REACH], tl.int64) + peer)
+        far = tl.load(pointer(box[AT_REACH], tl.int64) + peer)
         for k in tl.static_range(tl.constexpr(s.k)):
             choice = peer * s.k + k
-            asked = _bits(tl.load(pointer(box[CHOICES], tl.int64) + choice, volatile=True)) - first
+            asked = _bits(tl.load(pointer(box[AT_CHOICES], tl.int64) + choice, volatile=True)) - first
             if (asked >= 0) & (asked < held):
                 for done in tl.static_range(0, tl.constexpr(s.d), tl.constexpr(s.chunk)):
                     column = done + tl.arange(0, s.chunk)
-                    mine = pointer(box[SUMS], tl.int64) + choice * s.d + column
+                    mine = pointer(box[AT_SUMS], tl.int64) + choice * s.d + column
                     total = floating(tl.load(mine))
-                    tl.store(pointer(box[HOME] + far, tl.int64) + k * s.d + column, _words(total, stamp))
+                    tl.store(pointer(box[AT_HOME] + far, tl.int64) + k * s.d + column, _words(total, stamp))
                     tl.store(mine, tl.zeros((tl.constexpr(s.chunk),), dtype=tl.int64))
         # All programs here have read what the peer handed out: they are behind a barrier.
         tl.debug_barrier()
-        seen = pointer(box[SEEN] + far, tl.int32) + rank
+        seen = pointer(box[AT_SEEN] + far, tl.int32) + rank
         if fenced:
             tl.atomic_xchg(seen, stamp, sem="release", scope="sys")
         else:
@@ -304,7 +310,7 @@ def _look_home(box, coming, stamp, s: tl.constexpr):
     """The K D words of this rank's sums as chunks [chunk], as they are now; zeros with the right stamp if nothing comes."""
     found = ()
     for done in tl.static_range(0, tl.constexpr(s.k * s.d), tl.constexpr(s.chunk)):
-        at = pointer(box[HOME], tl.int64) + done + tl.arange(0, s.chunk)
+        at = pointer(box[AT_HOME], tl.int64) + done + tl.arange(0, s.chunk)
         found = found + (tl.load(at, mask=coming != 0, other=stamp.to(tl.int64) << 32, volatile=True),)
     return found
 

@@ -74,4 +74,4 @@ class PeerDispatch(Dispatch):
     def check(self) -> None:
         """Raise an error if a wait of this rank for a peer has timed out; reads a flag from the device."""
         if int(self.gave_up):
-            raise RuntimeError(f"a peer did not come to an exchange within {peers.LIMIT:g} s")
+            raise RuntimeError(f"a peer did not come to an exchange within {peers.LIMIT:g} s or more")
