@@ -190,7 +190,7 @@ class Target:
         types |= dict.fromkeys(("tokens", "table", "count", "lengths", "residual"), "*i64")
         types |= {"positions": "*fp32"} | dict.fromkeys(("slots", "first", "last"), "i32")
         types |= dict.fromkeys(("embed_scale", "eps", "gate_eps", "scale"), "fp32")
-        types |= dict.fromkeys(("rank", "expert", "held"), "i32")
+        types |= dict.fromkeys(("rank", "first_expert", "held"), "i32")
         sizes = one_launch.Sizes(
             d=dim, h=dim // 64, c=64, f=4 * dim, e=512, v=50_264, k=2, activation=2, exact=False, half=False, brain=False,
             one_byte=one_byte, ptx=one_byte > 0, ranks=ranks, programs=132, of_a_choice=66 if dim == 768 else 132, **one_launch.FORM,
@@ -200,7 +200,7 @@ class Target:
             constants["post"] = None
         else:
             types["post"] = "*i64"
-            given = ("table", "count", "embed", "post", "rank", "expert", "held", "first", "last")
+            given = ("table", "count", "embed", "post", "rank", "first_expert", "held", "first", "last")
             self.compile(one_kernel.serve, {name: types[name] for name in given}, constants, sizes.warps)
         self.compile(one_kernel.step, types, constants, sizes.warps)
 

@@ -48,11 +48,11 @@ ALL, BEGIN, PROJECTION, ATTENTION, GATE, FEED, FINISH, HAND_OUT, CHOICES, HOME =
 # table [layers + 1, COLUMNS]; count [1]; kv [layers, 2, 1, H, M, C]; lengths [1].
 # residual [2, D] int64; qkv [3 D]; logits [E]: room for what programs tell each other.
 # gain and shift: the last norm's weight and bias, [D] or None; output [V or more, D].
-# post: the table of addresses for exchanges, or None; rank, expert and held: this rank, its first expert, and their number.
-@triton.jit(do_not_specialize=["rank", "expert", "held", "slots", "first", "last"])
+# post: the table of addresses for exchanges, or None; rank, first_expert and held: this rank, its first expert, and their number.
+@triton.jit(do_not_specialize=["rank", "first_expert", "held", "slots", "first", "last"])
 def step(
     tokens, embed, positions, out, table, count, kv, lengths, residual, qkv, logits, gain, shift, output,
-    post, rank, expert, held, slots, embed_scale, eps, gate_eps, scale, first, last,
+    post, rank, first_expert, held, slots, embed_scale, eps, gate_eps, scale, first, last,
     ONLY: tl.constexpr, DENSE: tl.constexpr, MOE: tl.constexpr, s: tl.constexpr,
 ):  # fmt: skip
     slots = slots.to(tl.int64)
@@ -60,7 +60,7 @@ def step(
     # Where each phase is a launch of its own, no program waits for another one, and nothing comes ahead of time.
     apart: tl.constexpr = ONLY != ALL
     meeting: tl.constexpr = 1 if apart else s.programs
-    together: tl.constexpr = post is not None
+    over_ranks: tl.constexpr = post is not None
     target = begun(count, meeting)
     if ONLY == ALL or ONLY == BEGIN:
         begin(tokens, embed, positions, lengths, residual, embed_scale, s)
@@ -68,7 +68,7 @@ def step(
     # Whether sums of the layer before come home, which belong to the residual stream.
     coming = tl.zeros((), dtype=tl.int32)
     box, stamp = None, coming
-    if together:
+    if over_ranks:
         box = addresses_of(post)
         stamp = exchanges(box)
         if apart and MOE:
@@ -85,7 +85,7 @@ def step(
         of_out = addresses(table, layer, OUT, 2)
         if ONLY == ALL or ONLY == PROJECTION:
             units = arrived(residual + (layer + coming) % 2 * s.d, box, coming, stamp, s)
-            if together:
+            if over_ranks:
                 settle(here, units, coming, s)
             project(ready, units, qkv, eps, s)
             arrive(count, meeting)
@@ -112,7 +112,7 @@ def step(
                 arrive(count, meeting)
             if apart and (ONLY == FEED or ONLY == HAND_OUT):
                 row = normed_row(of_ffn, here, eps, kind, s)
-            if not together:
+            if not over_ranks:
                 if ONLY == ALL or ONLY == FEED:
                     target = wait(count, target, meeting)
                     feed_experts(of_ffn, row, here, there, logits, gate_eps, s)
@@ -123,12 +123,9 @@ def step(
                 if ONLY == ALL or ONLY == HAND_OUT:
                     target = wait(count, target, meeting)
                     hand_out(box, row, logits, gate_eps, rank, stamp, s)
-                if ONLY == ALL or ONLY == CHOICES:
-                    feed_choices(of_ffn, box, expert, held, stamp, kind, s)
-                    arrive(count, meeting)
-                if ONLY == ALL or ONLY == HOME:
-                    target = wait(count, target, meeting)
-                    send_home(box, expert, held, rank, stamp, False, s)
+                target = _answer(
+                    of_ffn, box, first_expert, held, rank, stamp, count, target, meeting, ONLY, kind, False, s
+                )
         elif ONLY == ALL or ONLY == FEED:
             fed = feed_weights(of_ffn, kind, s)
             target = wait(count, target, meeting)
@@ -142,14 +139,14 @@ def step(
         units = arrived(residual + (last + coming) % 2 * s.d, box, coming, stamp, s)
         finish(done, units, output, out, eps, ONLY == ALL, s)
         arrive(count, meeting)
-    if together and (ONLY == ALL or ONLY == HOME):
+    if over_ranks and (ONLY == ALL or ONLY == HOME):
         note(box, stamp)
 
 
 # The same arguments, and ``embed`` for the type of its numbers.
-@triton.jit(do_not_specialize=["rank", "expert", "held", "first", "last"])
+@triton.jit(do_not_specialize=["rank", "first_expert", "held", "first", "last"])
 def serve(
-    table, count, embed, post, rank, expert, held, first, last,
+    table, count, embed, post, rank, first_expert, held, first, last,
     ONLY: tl.constexpr, DENSE: tl.constexpr, MOE: tl.constexpr, s: tl.constexpr,
 ):  # fmt: skip
     """A step of a rank without a sequence: the exchanges of all layers with experts."""
@@ -168,11 +165,23 @@ def serve(
             stamp += 1
             if ONLY == ALL or ONLY == HAND_OUT:
                 hand_out_nothing(box, rank, stamp, s)
-            if ONLY == ALL or ONLY == CHOICES:
-                feed_choices(of_ffn, box, expert, held, stamp, kind, s)
-                arrive(count, meeting)
-            if ONLY == ALL or ONLY == HOME:
-                target = wait(count, target, meeting)
-                send_home(box, expert, held, rank, stamp, True, s)
+            target = _answer(
+                of_ffn, box, first_expert, held, rank, stamp, count, target, meeting, ONLY, kind, True, s
+            )
     if ONLY == ALL or ONLY == HOME:
         note(box, stamp)
+
+
+@triton.jit
+def _answer(
+    at, box, first_expert, held, rank, stamp, count, target, meeting: tl.constexpr, ONLY: tl.constexpr,
+    kind: tl.constexpr, fenced: tl.constexpr, s: tl.constexpr,
+):  # fmt: skip
+    """Compute what all ranks have handed out, and send it home; returns the barrier's new target."""
+    if ONLY == ALL or ONLY == CHOICES:
+        feed_choices(at, box, first_expert, held, stamp, kind, s)
+        arrive(count, meeting)
+    if ONLY == ALL or ONLY == HOME:
+        target = wait(count, target, meeting)
+        send_home(box, first_expert, held, rank, stamp, fenced, s)
+    return target
