@@ -1092,7 +1092,7 @@ def test_experts_that_are_fetched_are_experts(mode, monkeypatch):
     for name in ("fetch", "experts up", "experts down"):
         assert set(frame[frame["part"] == name]["layer"]) == set(layers)
     assert found.meta["resident"] == 2 and found.meta["experts"] == "int8"
-    assert frame["exclusive"].sum() == pytest.approx(found.profiled.sum(), rel=0.1)
+    assert frame["exclusive"].sum() == pytest.approx(found.profiled.sum(), rel=0.03)
     # What the frame tells of the link is what the slots counted.
     fetched = frame[frame["part"] == "fetch"].groupby("layer")["bytes"].sum()
     assert fetched.loc[list(layers)].tolist() == pytest.approx(np.sum(counted, axis=0).tolist())

@@ -36,7 +36,8 @@ class Beams:
 
     The prompt's number is ``prompt``, and it has ``length`` ids, the leading symbol included.
 
-    Of the 2 N best candidates, those with ``</s>`` among the first N are finished hypotheses, and the first N others continue. The search ends when N hypotheses are finished. They are ranked by the mean log-probability of all their tokens.
+    Of the 2 N best candidates, those with ``</s>`` among the first N are finished hypotheses, and the first N others
+    continue. The search ends when N hypotheses are finished. They are ranked by the mean log-probability of all their tokens.
     """
 
     def __init__(self, prompt: int, length: int, size: int):
