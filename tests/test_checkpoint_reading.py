@@ -524,6 +524,30 @@ def test_damaged_pickles_raise_one_kind_of_error(data):
         parse(data)
 
 
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"}K\x01a",
+        b"}(K\x01K\x02e",
+        b"}(K\x01\x90",
+        b"\x8fK\x01a",
+        b"](K\x01\x90",
+        b"]K\x01K\x02s",
+        b"}cos\nsystem\na",
+    ],
+)
+def test_only_a_list_is_appended_to_and_only_a_set_gets_members(data):
+    with pytest.raises(Unreadable, match="damaged pickle"):
+        parse(b"\x80\x04" + data + b".")
+    for whole, value in (
+        (b"]K\x01a", [1]),
+        (b"](K\x01K\x02e", [1, 2]),
+        (b"\x8f(K\x01\x90", [1]),
+        (b"}K\x01K\x02s", [(1, 2)]),
+    ):
+        assert list(parse(b"\x80\x04" + whole + b".").value) == value
+
+
 @hypothesis.given(
     data=st.binary(max_size=200), start=st.sampled_from([b"", b"\x80\x02", b"\x80\x04]\x94(", b"}("])
 )

@@ -192,12 +192,15 @@ class _Machine:
         del self.stack[start:]
         return items
 
-    def top(self, kinds: tuple[type, ...]) -> Any:
-        """The object on top of the stack, which has to be one of ``kinds`` or the result of a call."""
+    def top(self, kind: type) -> Any:
+        """The object on top of the stack, which has to be of this very ``kind`` or the result of a call."""
         found = self.stack[-1]
-        if not isinstance(found, (*kinds, Call)):
+        if type(found) is Call:
+            return found.items
+        # Dictionaries and sets are lists here, too.
+        if type(found) is not kind:
             raise IndexError
-        return found.items if isinstance(found, Call) else found
+        return found
 
 
 def decoded(text: bytes | memoryview) -> str:
@@ -228,17 +231,22 @@ def _memoize(machine: _Machine) -> None:
 
 def _append(machine: _Machine) -> None:
     value = machine.stack.pop()
-    machine.top((list,)).append(value)
+    machine.top(list).append(value)
 
 
 def _appends(machine: _Machine) -> None:
     values = machine.marked()
-    machine.top((list,)).extend(values)
+    machine.top(list).extend(values)
+
+
+def _add_members(machine: _Machine) -> None:
+    values = machine.marked()
+    machine.top(Group).extend(values)
 
 
 def _set_item(machine: _Machine) -> None:
     pair = _take(machine, 2)
-    machine.top((Pairs,)).append(pair)
+    machine.top(Pairs).append(pair)
 
 
 def _pairs(values: list[Any]) -> Pairs:
@@ -249,7 +257,7 @@ def _pairs(values: list[Any]) -> Pairs:
 
 def _set_items(machine: _Machine) -> None:
     pairs = _pairs(machine.marked())
-    machine.top((Pairs,)).extend(pairs)
+    machine.top(Pairs).extend(pairs)
 
 
 def _name(machine: _Machine, module: Any, attribute: Any) -> None:
@@ -348,7 +356,7 @@ for _code, _action in {
     b"a": _append,
     b"e": _appends,
     # The members of a set.
-    b"\x90": _appends,
+    b"\x90": _add_members,
     b"s": _set_item,
     b"u": _set_items,
     b"c": _global,
