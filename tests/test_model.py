@@ -368,14 +368,36 @@ def test_copies_wait_for_their_own_work_alone():
     """The host launches a step while the device is at work, and gets the numbers of a step while the next one runs."""
     device = torch.device("cuda")
     # Pinned memory is found once.
-    assert Copy(on_device(np.arange(9), device)).array().tolist() == list(range(9))
+    assert Copy(*on_device(device, np.arange(9))).array().tolist() == list(range(9))
     before, later = torch.cuda.Event(), torch.cuda.Event()
     torch.cuda._sleep(10**9)
     before.record()
-    ids = on_device(np.arange(9), device)
+    [ids] = on_device(device, np.arange(9))
     assert not before.query(), "the copy to the device waited"
     copy = Copy(ids + 1)
     torch.cuda._sleep(10**9)
     later.record()
     assert copy.array().tolist() == list(range(1, 10))
     assert not later.query(), "the copy to the host waited"
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")),
+    ],
+)
+def test_arrays_of_ids_travel_together_and_keep_their_shapes(device):
+    """Each begins where kernels read 16 bytes at once, after others with an odd number of ids, too."""
+    given = [
+        np.array([7], np.int64),
+        np.arange(15, dtype=np.int32).reshape(3, 5),
+        np.zeros((0, 4), np.int32),
+        np.arange(2),
+    ]
+    found = on_device(torch.device(device), *given)
+    for one, other in zip(found, given, strict=True):
+        assert (one.dtype, one.device.type, tuple(one.shape)) == (torch.long, device, other.shape)
+        assert one.tolist() == other.tolist()
+        assert one.is_contiguous() and (device == "cpu" or one.data_ptr() % 16 == 0)

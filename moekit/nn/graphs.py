@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Generator, Hashable
+from collections.abc import Callable, Generator, Hashable, Sequence
 from types import ModuleType
 from typing import TypeVar
 
@@ -87,8 +87,7 @@ class Graph:
 
     def __call__(self, *inputs: Tensor) -> Tensor | None:
         """Replay the graph. The next call overwrites the result."""
-        for own, given in zip(self.inputs, inputs, strict=True):
-            own.copy_(given)
+        _copy(self.inputs, inputs)
         self.graph.replay()
         return self.output
 
@@ -123,13 +122,18 @@ class InParts:
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """Replay the graphs, with the host's part between them. The next call overwrites the result."""
-        for own, given in zip(self.inputs, inputs, strict=True):
-            own.copy_(given)
+        _copy(self.inputs, inputs)
         for graph, ask in self.parts:
             graph.replay()
             if ask is not None:
                 ask()
         return self.output
+
+
+def _copy(own: list[Tensor], given: Sequence[Tensor]) -> None:
+    """Copy inputs to where a graph reads them, in one call: each takes the host as long as some kernels run."""
+    assert len(own) == len(given), "a graph is given other inputs than at its capture"
+    torch._foreach_copy_(own, list(given))
 
 
 def whole(work: Callable[..., Generator[Callable[[], None], None, R]], *inputs: Tensor) -> R:
@@ -157,7 +161,7 @@ class Repeated:
         self.graph: Graph | None = None
 
     def __call__(self, key: Hashable, work: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """Return ``work(*inputs)``. Work with an equal ``key`` counts as the same."""
+        """Return ``work(*inputs)``, which the next call may overwrite. Work with an equal ``key`` counts as the same."""
         if key != self.key:
             self.key, self.times, self.graph = key, 0, None
         self.times += 1
@@ -172,7 +176,7 @@ class Repeated:
                     raise
                 self.times = -math.inf
                 return work(*inputs)
-        return self.graph(*inputs).clone()
+        return self.graph(*inputs)
 
 
 def of_step(model: Transformer, cache: Cache, vocab: int, rows_expected: int | None) -> Graph | InParts:

@@ -131,7 +131,7 @@ def _launched(
         if mine is None:
             model.serve(rows)
             continue
-        tokens, targets = (on_device(ids, rank.device) for ids in (mine.tokens, mine.targets))
+        tokens, targets = on_device(rank.device, mine.tokens, mine.targets)
         asked = Pass(fraction, cache=cache, rows_expected=rows)
         if alone:
             asked.groups, asked.noise = len(tokens), Noise(seed, mine.samples.tolist())
@@ -157,12 +157,12 @@ def read_beginnings(
     count, longest = part.beginnings.shape
     slots = slots_for(longest + part.tokens.shape[1])
     cache = Cache(model.config, count, slots, device, model.embed.weight.dtype)
-    tokens = on_device(part.beginnings, device)
+    tokens, lengths, parents = on_device(device, part.beginnings, part.lengths, part.parents)
     asked = Pass(cache=cache, rows_expected=rows_expected)
     _edit(asked, intervention, np.full(count, -1), cache, tokens)
     model(tokens, asked)
-    cache.advance(on_device(part.lengths, device))
-    cache.select(on_device(part.parents, device))
+    cache.advance(lengths)
+    cache.select(parents)
     return cache
 
 

@@ -134,7 +134,7 @@ def _begin(
     if settings.repetition_penalty != 1:
         # Padding is never chosen, so nothing follows from having seen it.
         seen = torch.zeros(len(prompts), settings.vocab, dtype=torch.bool, device=rank.device)
-        seen.scatter_(1, on_device(prompts.tokens, rank.device), True)
+        seen.scatter_(1, *on_device(rank.device, prompts.tokens), True)
     joined = Cache.joined([cache for cache, *_ in read])
     sequences = Sequences(settings, list(prompts.numbers), on_ranks, joined, seen, alike, spare)
     sequences.parts += [part for *_, parts in read for part in parts]
@@ -267,8 +267,7 @@ def _read(
     ``kept`` runs the forward pass; None runs it as it is.
     """
     device = model.embed.weight.device
-    lengths = on_device(prompts.lengths, device)
-    tokens = on_device(prompts.tokens, device)
+    lengths, tokens = on_device(device, prompts.lengths, prompts.tokens)
     cache = _cache(model, len(prompts), slots) if cache is None else cache
     numbers = prompts.numbers
     asked = _asked(settings, numbers, 0, cache, tokens.shape[1])

@@ -205,7 +205,7 @@ class Inputs(NamedTuple):
 
     @classmethod
     def of(cls, batch: Batch, device: torch.device) -> Inputs:
-        return cls(batch.ids, on_device(batch.tokens, device), on_device(batch.targets, device))
+        return cls(batch.ids, *on_device(device, batch.tokens, batch.targets))
 
 
 def ask(
