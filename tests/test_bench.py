@@ -313,6 +313,10 @@ def test_a_wrong_layer_is_an_error():
     [
         (["score", "--device", "cpu", "--backend", "triton"], "backend='triton' needs"),
         (["decode", "--device", "cpu", "--world-size", "0"], "world_size=0"),
+        (
+            ["decode", "--device", "cpu", "--shape", "dense-tiny", "--experts", "int8"],
+            "--experts int8: the shape dense-tiny has no experts",
+        ),
         (["data", "--bpe", "/nowhere"], "--bpe /nowhere: there is no /nowhere/encoder.json"),
         (["data", "--text", "/nowhere"], "No such file or directory: '/nowhere'"),
         (["network", "--ranks", "16", "--gbit", "nan"], "--gbit=nan: expected a number above 0"),

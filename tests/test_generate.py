@@ -391,6 +391,10 @@ def test_the_generator_is_splitmix64():
         ({"beam_size": 2, "temperature": 1.0}, "temperature"),
         ({"beam_size": 2, "max_new_tokens": 1}, "max_new_tokens=1"),
         ({"beam_size": 150}, r"beam_size=150: expected at most \d\d, as the dictionary has \d+ types"),
+        (
+            {"temperature": 1, "num_return_sequences": 2**40},
+            r"num_return_sequences=\d+: expected at most 1048576",
+        ),
         ({"alternatives": 10**18}, r"alternatives=10{18}: expected at most \d+, as the dictionary has"),
         ({"seed": -1}, "seed=-1"),
         ({"capacity_token_fraction": "all"}, "capacity_token_fraction"),
@@ -619,7 +623,10 @@ def test_a_result_is_made_when_somebody_asks(text_model):
     names = [one.name for one in dataclasses.fields(late)]
     # A dataclass of NumPy's arrays compares these by identity first.
     whole = request.Generation(**{name: getattr(late, name) for name in names})
-    assert late == whole and repr(late) == repr(whole) and set(names) <= set(dir(late))
+    assert late == whole == dataclasses.replace(whole, logprobs=whole.logprobs.copy())
+    other = whole.logprobs + np.float32(1)
+    assert late != dataclasses.replace(whole, logprobs=other) and late != found[8] and late != 7
+    assert repr(late) == repr(whole) and set(names) <= set(dir(late))
     assert late.trace is None and late.prompt == 0 and found[40].prompt == 1
     assert late.score == float(late.logprobs.sum(dtype=np.float64))
     assert len(late.alternatives) == 9 and all(len(row) == 2 for row in late.alternatives)

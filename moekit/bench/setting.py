@@ -95,6 +95,8 @@ class Setting:
             zipf=getattr(args, "zipf", 0.0),
             prefetch=not getattr(args, "no_prefetch", False),
         )
+        if kind is not None and not setting.config.moe_layers:
+            raise ValueError(f"--experts {args.experts}: the shape {setting.shape} has no experts")
         resident, gpu_memory = (getattr(args, name, None) for name in ("resident", "gpu_memory"))
         if resident is None and gpu_memory is None:
             return setting

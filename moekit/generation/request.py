@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 # logit per sequence and type of the dictionary.
 SEQUENCE_TOKENS = {"cpu": 16_384, "cuda": 131_072}
 LOGITS = 2**26
+# The most results of one prompt.
+COPIES = 2**20
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Token:
     finish_reason: str | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Generation:
     """The result of one sequence.
 
@@ -96,6 +98,16 @@ class Generation:
             self.__dict__.pop("_late", None)
         return made
 
+    def __eq__(self, other: object) -> bool:
+        """Whether both have the same fields, number by number; a trace is only equal to itself."""
+        if not isinstance(other, Generation):
+            return NotImplemented
+        plain = (name for name in _FIELDS if name not in ("logprobs", "trace"))
+        same = all(getattr(self, name) == getattr(other, name) for name in plain)
+        return same and np.array_equal(self.logprobs, other.logprobs) and self.trace is other.trace
+
+    __hash__ = None
+
     def __getstate__(self) -> dict[str, Any]:
         """What is pickled and copied: its fields, and nothing of other sequences."""
         return {name: getattr(self, name) for name in _FIELDS}
@@ -122,7 +134,7 @@ KINDS: dict[str, Kind] = {
     "repetition_penalty": Number(above=0),
     "stop": Texts(),
     "seed": Whole(0),
-    "num_return_sequences": Whole(),
+    "num_return_sequences": Whole(most=COPIES),
     "alternatives": Whole(0),
     "capacity_token_fraction": Capacity(),
 }

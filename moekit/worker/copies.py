@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Ids in 16 bytes.
-EVEN = 2
+# Behind an odd number of ids.
+_FILL = np.zeros(1, np.int64)
 
 
 def on_device(device: torch.device, *ids: np.ndarray) -> list[Tensor]:
@@ -19,11 +19,11 @@ def on_device(device: torch.device, *ids: np.ndarray) -> list[Tensor]:
     if device.type != "cuda":
         return [torch.from_numpy(own).long() for own in ids]
     # Each begins at a multiple of 16 bytes: kernels are compiled for such addresses, and again for others.
-    rooms = [own.size + own.size % EVEN for own in ids]
+    rooms = [own.size + own.size % 2 for own in ids]
+    parts = [part for own in ids for part in (own.ravel(), _FILL[: own.size % 2])]
     # From pinned memory alone the device copies by itself. Torch keeps that memory until it has.
     host = torch.empty(sum(rooms), dtype=torch.long, pin_memory=True)
-    for room, own in zip(host.split(rooms), ids, strict=True):
-        room.numpy()[: own.size] = own.ravel()
+    np.concatenate(parts, out=host.numpy())
     sent = host.to(device, non_blocking=True).split(rooms)
     return [room[: own.size].view(own.shape) for room, own in zip(sent, ids, strict=True)]
 

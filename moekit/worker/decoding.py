@@ -272,7 +272,13 @@ def _read(
     numbers = prompts.numbers
     asked = _asked(settings, numbers, 0, cache, tokens.shape[1])
     asked.rows_expected = rows_expected
-    features = model(tokens, asked) if kept is None else kept(lambda read: model(read, asked), tokens)
+
+    def features_of(read: Tensor) -> Tensor:
+        # A cache of an earlier generation is cleared by the graph, too: a call of its own would take longer than the clearing.
+        cache.clear()
+        return model(read, asked)
+
+    features = features_of(tokens) if kept is None else kept(features_of, tokens)
     real = None
     if isinstance(asked.record, Recorder):
         real = torch.arange(tokens.shape[1], device=device) < lengths[:, None]
