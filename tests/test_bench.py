@@ -93,6 +93,25 @@ def test_limits_are_those_of_the_issue_at_its_ceilings():
     )  # half the experts, twice the tokens
 
 
+def test_a_rank_reads_the_experts_that_any_rank_chooses():
+    # Two steps, two layers, five experts: rank 0 holds the experts 0 and 1, rank 1 holds 2 to 4.
+    chosen = np.zeros((2, 2, 2, 5), dtype=bool)
+    first, second = chosen
+    first[0, 0, [0, 2]] = second[0, 0, [0, 1, 4]] = True  # 2 on rank 0, 2 on rank 1
+    first[1, 0, [1]] = second[1, 0, [2, 3, 4]] = True  # 1, 3
+    first[0, 1, [0, 1]] = second[0, 1, [0]] = True  # 2, 0
+    first[1, 1, [3]] = second[1, 1, [3]] = True  # 0, 1
+    assert decode.read_by_a_rank(chosen) == [2.5, 1.5]
+    assert decode.reached(chosen) == "2.8 of 5 experts a layer, 2.0 on one rank"
+    # One rank alone reads what it chooses.
+    assert decode.read_by_a_rank([second]) == [3.0, 1.0]
+    assert decode.reached([second]) == "2.0 of 5 experts a layer"
+    assert decode.reached(chosen[:, :, :0]) == "no experts"
+    small = setting("tiny", world_size=2, dtype="float16")
+    chip = Ceilings(copy=1.0, matmul=1e30, fetch=1.0, device=H200)
+    assert decode.limit(small, chip, [2.5, 1.5], 1) == small.sizes.shared + 4 * small.sizes.expert
+
+
 def test_ratio_and_goal_heed_which_way_is_better():
     rate = Figure("x", 50.0, "tokens/s", limit=200.0, goal=60.0)
     time = Figure("x", 50.0, "ms", limit=20.0, goal=60.0, lower=True)
@@ -453,6 +472,7 @@ def test_two_ranks(tmp_path):
     assert rows[-1]["figure"] == pytest.approx(int(both) / int(one), rel=0.01)
     rows = run(tmp_path, "decode", *arguments, "--batches", "2")["decode"]
     assert [row["work"] for row in rows[3:]] == ["decode, batch 2 on each of 2 ranks", "generate, batch 2"]
+    assert re.search(r"of 16 experts a layer, [\d.]+ on one rank", rows[3]["note"])
     rows = run(tmp_path, "decode", *arguments, "--batches", "1")["decode"]
     works = ["decode, batch 1 on each of 2 ranks", "decode, one sequence in all", "generate, batch 1"]
     assert [row["work"] for row in rows[3:]] == works

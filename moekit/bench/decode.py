@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from moekit.api import Model
@@ -16,6 +18,7 @@ from moekit.bench.measure import Ceilings
 from moekit.bench.setting import Setting, add_fetching, ceiling_figures, random_work, wholes
 from moekit.nn import graphs
 from moekit.nn.cost import flop_per_token
+from moekit.nn.dispatch import owned
 from moekit.nn.resident import Counts
 from moekit.nn.transformer import Transformer
 from moekit.profiling.work import DECODED, Size
@@ -50,12 +53,11 @@ def limit(
 ) -> float:
     """The least seconds of a step with ``batch`` sequences per rank.
 
-    A step reads once all weights outside the experts, and the weights of the experts that it chooses; its operations may
-    take longer than these reads. ``experts`` is the number of distinct chosen experts in each MoE layer, as a mean over
-    the steps. With several ranks, each rank reads its share of the experts. Keys and values are not counted. The device
-    fetches ``fetched`` bytes of experts from the host.
+    A step reads once all weights outside the experts, and the weights of the chosen experts; its operations may take longer
+    than these reads. ``experts`` is the number of experts of each MoE layer that a rank reads (:func:`read_by_a_rank`). Keys
+    and values are not counted. The device fetches ``fetched`` bytes of experts from the host.
     """
-    read = setting.sizes.shared + sum(experts) / setting.world_size * setting.sizes.expert
+    read = setting.sizes.shared + sum(experts) * setting.sizes.expert
     flop = batch * flop_per_token(setting.config, 1)
     return max(ceilings.seconds(read, flop), fetched / ceilings.fetch)
 
@@ -69,10 +71,11 @@ def measured(model: Model, setting: Setting, ceilings: Ceilings, batch: int) -> 
     seconds = seconds_a_step([f.seconds for f in found])
     # The slowest rank decides.
     fetched = max(f.fetched.nbytes for f in found) / found[0].steps
-    least = limit(setting, ceilings, found[0].experts, batch, fetched)
+    chosen = [f.chosen for f in found]
+    least = limit(setting, ceilings, read_by_a_rank(chosen), batch, fetched)
     gpu = max(f.peak.gpu_gib or 0 for f in found) or None
     host = max(f.peak.host_gib or 0 for f in found) or None
-    note = f"{spread(found[0].seconds)}; {reached(found[0].experts, setting)}"
+    note = f"{spread(found[0].seconds)}; {reached(chosen)}"
     if setting.resident is not None:
         note += f"; {told(found[0].fetched, found[0].steps)}"
     row = {"gpu_gib": gpu, "host_gib": host, "note": note}
@@ -93,7 +96,7 @@ def measured(model: Model, setting: Setting, ceilings: Ceilings, batch: int) -> 
         # The others have no tokens to wait for.
         seconds = statistics.median(alone[0].seconds)
         note = f"{spread(alone[0].seconds)}; the other ranks serve their experts"
-        best = limit(setting, ceilings, alone[0].experts, 1)
+        best = limit(setting, ceilings, read_by_a_rank([f.chosen for f in alone]), 1)
         name = "decode, one sequence in all"
         rows.append(Figure(name, seconds * 1e3, "ms a token", best * 1e3, lower=True, note=note))
 
@@ -112,10 +115,29 @@ def measured(model: Model, setting: Setting, ceilings: Ceilings, batch: int) -> 
     return [*rows, Figure(f"generate, batch {batch}", rate, "tokens/s", ranks * batch / least, note=note)]
 
 
-def reached(experts: list[float], setting: Setting) -> str:
-    if not experts:
+def read_by_a_rank(chosen: Sequence[np.ndarray]) -> list[float]:
+    """The number of experts that a rank reads in each MoE layer, as a mean over the steps.
+
+    A rank reads those of its experts that any rank's tokens choose. Ranks wait for one another in each layer, so the rank
+    that reads the most decides.
+
+    Args:
+        chosen: of each rank, :attr:`Decoded.chosen`.
+    """
+    by_any = np.logical_or.reduce(list(chosen))
+    held = [owned(by_any.shape[2], len(chosen), rank) for rank in range(len(chosen))]
+    # [W, steps, L]
+    read = np.stack([by_any[:, :, own.start : own.stop].sum(axis=2) for own in held])
+    return read.max(axis=0).mean(axis=0).tolist()
+
+
+def reached(chosen: Sequence[np.ndarray]) -> str:
+    """How many experts all ranks' tokens choose, and how many of them one rank has to read; the argument as in :func:`read_by_a_rank`."""
+    by_any = np.logical_or.reduce(list(chosen))
+    if by_any.shape[1] == 0:
         return "no experts"
-    return f"{statistics.mean(experts):.1f} of {setting.config.experts} experts a layer"
+    said = f"{by_any.sum(axis=2).mean():.1f} of {by_any.shape[2]} experts a layer"
+    return said if len(chosen) == 1 else f"{said}, {statistics.mean(read_by_a_rank(chosen)):.1f} on one rank"
 
 
 # ------------------------------------------------------------------------------------------------- on a rank
@@ -123,14 +145,14 @@ def reached(experts: list[float], setting: Setting) -> str:
 
 @dataclass(frozen=True)
 class Decoded:
-    """``seconds`` of a step in each call, and the mean number of distinct experts of a step in each MoE layer.
+    """``seconds`` of a step in each call, and ``chosen`` [steps, L, E] bool: the experts that this rank's tokens choose.
 
     ``fetched`` is what happened to experts in all layers in ``steps`` steps.
     """
 
     seconds: list[float]
     peak: measure.Peak
-    experts: list[float]
+    chosen: np.ndarray
     fetched: Counts
     steps: int
 
@@ -148,6 +170,6 @@ def decode(rank: Rank, work: Work, repeats: int) -> Decoded:
         before = counts_of(model)
         seconds.append(doing.timed()[0])
         fetched += counts_of(model) - before
-    experts = (doing.counts() > 0).sum(axis=2).mean(axis=0).tolist()
+    chosen = doing.counts() > 0
     doing.end()
-    return Decoded(seconds, peak, experts, fetched, repeats * work.steps)
+    return Decoded(seconds, peak, chosen, fetched, repeats * work.steps)
