@@ -125,7 +125,8 @@ def test_ratio_and_goal_heed_which_way_is_better():
 
 
 def test_goals_are_for_that_chip_and_shape_alone():
-    assert figures.goal("15b", 1, "score 1", H200, "bfloat16") == 150e3
+    assert figures.goal("15b", 1, "score 1", H200, "bfloat16") == 255e3
+    assert figures.goal("15b", 2, "generate share", f"2 x {H200}", "float16") == 90
     assert figures.goal("15b", 1, "score 1", H200, "float32") is None
     assert figures.goal("15b", 1, "score 1", "NVIDIA A100", "float16") is None
     assert figures.goal("15b-64e", 1, "score 1", H200, "float16") is None
@@ -215,7 +216,10 @@ def test_what_is_written_is_in_the_released_layout_and_found_again(tmp_path):
 def test_score(tmp_path, capsys):
     rows = run(tmp_path, "score", "--shape", "tiny", "--device", "cpu", "--blocks", "1,3", "--repeats", "2")
     works = [row["work"] for row in rows["score"]]
-    assert works[3:] == ["score, 1 x 256 tokens a call", "score, 3 x 256 tokens a call", "evaluate, 6 blocks"]
+    passes = ["score, 1 x 256 tokens a call", "score, 3 x 256 tokens a call"]
+    assert works[3:] == [*passes, "evaluate, 6 blocks", "evaluate, 6 blocks, of the scoring rate"]
+    share, rate, alone = (rows["score"][place]["figure"] for place in (-1, -2, -3))
+    assert share == pytest.approx(100 * rate / alone, rel=0.02)
     for row in rows["score"]:
         assert row["figure"] > 0 and row["goal"] is None and row["met"] is None
     assert all(row["ratio"] > 0 for row in rows["score"][3:])
@@ -242,6 +246,12 @@ def test_decode(tmp_path):
     assert "2.0 of 16 experts a layer" in found["decode, batch 1"]["note"]
     assert found["decode, batch 3"]["unit"] == found["generate, batch 3"]["unit"] == "tokens/s"
     assert all(row["figure"] > 0 for row in rows["decode"])
+    # Three sequences, 16 tokens each.
+    share = found["generate, batch 3, of its steps' rate"]
+    steps, rate = (found[f"{name}, batch 3"]["figure"] for name in ("decode", "generate"))
+    assert share["figure"] == pytest.approx(100 * rate / steps, rel=0.02)
+    reading, part = re.match(r"([\d.]+) ms to read the prompts, which is ([\d.]+)%", share["note"]).groups()
+    assert float(reading) * rate / (3 * 16 * 1e3) == pytest.approx(float(part) / 100, rel=0.1)
 
 
 @pytest.mark.parametrize("bench_name", ["score", "decode"])
@@ -471,16 +481,25 @@ def test_two_ranks(tmp_path):
     assert rows[-1]["work"] == "2 ranks against one, best of each" and rows[-1]["unit"] == "times"
     assert rows[-1]["figure"] == pytest.approx(int(both) / int(one), rel=0.01)
     rows = run(tmp_path, "decode", *arguments, "--batches", "2")["decode"]
-    assert [row["work"] for row in rows[3:]] == ["decode, batch 2 on each of 2 ranks", "generate, batch 2"]
+    assert [row["work"] for row in rows[3:]] == [
+        "decode, batch 2 on each of 2 ranks",
+        "generate, batch 2",
+        "generate, batch 2, of its steps' rate",
+    ]
     assert re.search(r"of 16 experts a layer, [\d.]+ on one rank", rows[3]["note"])
     rows = run(tmp_path, "decode", *arguments, "--batches", "1")["decode"]
     works = ["decode, batch 1 on each of 2 ranks", "decode, one sequence in all", "generate, batch 1"]
-    assert [row["work"] for row in rows[3:]] == works
+    assert [row["work"] for row in rows[3:]] == [*works, "generate, batch 1, of its steps' rate"]
     assert all(row["figure"] > 0 and row["limit"] > 0 for row in rows[3:])
     rows = run(tmp_path, "load", *arguments)["load"]
     assert rows[3]["figure"] > 0
     rows = run(tmp_path, "score", *arguments, "--shape", "dense-tiny", "--blocks", "1")["score"]
-    assert [row["work"] for row in rows[4:]] == ["evaluate, 4 blocks", "2 ranks against one, best of each"]
+    works = [
+        "evaluate, 4 blocks",
+        "evaluate, 4 blocks, of the scoring rate",
+        "2 ranks against one, best of each",
+    ]
+    assert [row["work"] for row in rows[4:]] == works
 
 
 def watched(rank: Rank) -> None:

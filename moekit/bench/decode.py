@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -24,7 +25,7 @@ from moekit.nn.transformer import Transformer
 from moekit.profiling.work import DECODED, Size
 from moekit.ranks import Rank
 from moekit.worker.prompts import dealt
-from moekit.worker.steps import Decode, Work, seconds_a_step
+from moekit.worker.steps import Decode, Prefill, Work, seconds_a_step
 
 # Sequences a rank.
 MOST = 16_384
@@ -68,7 +69,7 @@ def measured(model: Model, setting: Setting, ceilings: Ceilings, batch: int) -> 
     size = Size("decode", new, batch, setting.config.max_positions, calls=1 + setting.repeats)
     work = random_work(model, size)
     found: list[Decoded] = model.ranks.call(decode, work, setting.repeats)
-    seconds = seconds_a_step([f.seconds for f in found])
+    step = seconds_a_step([f.seconds for f in found])
     # The slowest rank decides.
     fetched = max(f.fetched.nbytes for f in found) / found[0].steps
     chosen = [f.chosen for f in found]
@@ -82,10 +83,10 @@ def measured(model: Model, setting: Setting, ceilings: Ceilings, batch: int) -> 
     goal = setting.goal(f"decode {batch}", ceilings)
     name = f"decode, batch {batch}" + (f" on each of {ranks} ranks" if ranks > 1 else "")
     if batch == 1:
-        main = Figure(name, seconds * 1e3, "ms a token", least * 1e3, goal, lower=True, **row)
+        main = Figure(name, step * 1e3, "ms a token", least * 1e3, goal, lower=True, **row)
     else:
-        row["note"] = f"{seconds * 1e3:.2f} ms a step; {note}"
-        main = Figure(name, ranks * batch / seconds, "tokens/s", ranks * batch / least, goal, **row)
+        row["note"] = f"{step * 1e3:.2f} ms a step; {note}"
+        main = Figure(name, ranks * batch / step, "tokens/s", ranks * batch / least, goal, **row)
 
     rows = [main]
     if batch == 1 and ranks > 1:
@@ -100,19 +101,50 @@ def measured(model: Model, setting: Setting, ceilings: Ceilings, batch: int) -> 
         name = "decode, one sequence in all"
         rows.append(Figure(name, seconds * 1e3, "ms a token", best * 1e3, lower=True, note=note))
 
+    return [*rows, *generated(model, setting, ceilings, work, step, least)]
+
+
+def generated(
+    model: Model, setting: Setting, ceilings: Ceilings, work: Work, step: float, least: float
+) -> list[Figure]:
+    """The speed of ``Model.generate`` with the prompts of ``work``, beside that of its steps alone.
+
+    Args:
+        step, least: the seconds of a step, and their limit.
+    """
+    # After this many prompts of one shape, the ranks have a graph of the pass that reads them.
+    warm_up = graphs.AFTER + 1 if setting.device == "cuda" else 1
+    repeats = max(2, setting.repeats // 3)
     prompts = [ids[1:] for own in work.prompts[0] for ids in own.tokens.tolist()]
-    tokens = 2 * new
+    tokens = 2 * DECODED[setting.device]
 
     def generate() -> None:
         model.generate(prompts, max_new_tokens=tokens, progress=False)
 
-    # After this many prompts of one shape, the ranks have a graph of the pass that reads them.
-    warm_up = graphs.AFTER + 1 if setting.device == "cuda" else 1
-    repeats = max(2, setting.repeats // 3)
     seconds = measure.median(generate, torch.device("cpu"), repeats=repeats, warm_up=warm_up)
+    reading = seconds_a_step(model.ranks.call(read, work, repeats, warm_up))
+    batch, length = work.prompts[0][0].tokens.shape
+    name = f"generate, batch {batch}"
     rate = len(prompts) * tokens / seconds
-    note = f"{len(prompts)} x {tokens} tokens and {size.read} of prompt in {seconds:.2f} s"
-    return [*rows, Figure(f"generate, batch {batch}", rate, "tokens/s", ranks * batch / least, note=note)]
+    share = 100 * tokens * step / seconds
+    known = 100 * (reading + (tokens - 1) * step) / seconds
+    return [
+        Figure(
+            name,
+            rate,
+            "tokens/s",
+            len(prompts) / least,
+            note=f"{len(prompts)} x {tokens} tokens and {length} of prompt in {seconds:.2f} s",
+        ),
+        Figure(
+            f"{name}, of its steps' rate",
+            share,
+            "%",
+            100,
+            setting.goal("generate share", ceilings),
+            note=f"{reading * 1e3:.2f} ms to read the prompts, which is {reading / seconds:.1%}; with the steps {known:.1f} %",
+        ),
+    ]
 
 
 def read_by_a_rank(chosen: Sequence[np.ndarray]) -> list[float]:
@@ -141,6 +173,19 @@ def reached(chosen: Sequence[np.ndarray]) -> str:
 
 
 # ------------------------------------------------------------------------------------------------- on a rank
+
+
+def read(rank: Rank, work: Work, repeats: int, warm_up: int) -> list[float]:
+    """Seconds until the prompts are read and the tokens behind them are chosen, in each of ``repeats`` calls."""
+    doing, found = Prefill(rank, work), []
+    for _ in range(warm_up + repeats):
+        measure.synchronise(rank.device)
+        start = time.perf_counter()
+        # The tokens are on the host, so the work of the device is complete.
+        doing.begin()
+        found.append(time.perf_counter() - start)
+        doing.end()
+    return found[warm_up:]
 
 
 @dataclass(frozen=True)

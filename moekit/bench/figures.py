@@ -71,20 +71,46 @@ def rounded(value: float | None) -> float | None:
 
 # (shape, ranks, what) -> the goal on H200s with float16 or bfloat16 weights.
 GOALS: dict[tuple[str, int, str], float] = {
-    ("15b", 1, "score 1"): 150e3,
-    ("15b", 1, "score 32"): 950e3,
+    ("15b", 1, "score 1"): 255e3,
+    ("15b", 1, "score 4"): 800e3,
+    ("15b", 1, "score 32"): 1.4e6,
+    ("15b", 4, "score 1"): 1.7e6,
+    ("15b", 4, "score 4"): 2.8e6,
+    ("15b", 8, "score 1"): 3.4e6,
+    ("15b", 8, "score 4"): 5.4e6,
+    ("52b", 1, "score 16"): 520e3,
     ("15b", 1, "score memory"): 36.0,
-    ("15b", 1, "decode 1"): 0.5,
-    ("15b", 1, "decode 64"): 60e3,
-    ("15b", 1, "load"): 6.0,
+    ("15b", 2, "all-to-all"): 20.0,
+    ("15b", 2, "against one"): 1.7,
+    ("15b", 4, "against one"): 3.85,
+    ("15b", 8, "against one"): 7.6,
+    ("52b", 4, "against one"): 3.9,
+    ("52b", 8, "against one"): 7.7,
+    # Milliseconds of a step of one sequence a rank, and tokens/s of more.
+    ("15b", 1, "decode 1"): 0.18,
+    ("15b", 4, "decode 1"): 0.35,
+    ("15b", 8, "decode 1"): 0.4,
+    ("52b", 8, "decode 1"): 0.8,
+    ("15b", 1, "decode 8"): 8 / 0.45e-3,
+    ("15b", 1, "decode 16"): 16 / 0.65e-3,
+    ("15b", 1, "decode 64"): 64 / 1.75e-3,
+    ("15b", 4, "decode 64"): 160e3,
+    ("15b", 8, "decode 64"): 380e3,
+    ("15b", 1, "load"): 1.5,
+    ("15b", 4, "load"): 4.0,
+    ("15b", 8, "load"): 4.0,
     ("15b", 1, "load memory"): 4.0,
     ("15b", 1, "score 1 int8"): 380e3,
     ("15b", 1, "score 32 int8"): 1.0e6,
     ("15b", 1, "score memory int8"): 16.5,
     ("15b", 1, "decode 1 int8"): 0.25,
     ("15b", 1, "decode 64 int8"): 60e3,
-    ("15b", 2, "all-to-all"): 20.0,
-    ("15b", 2, "against one"): 1.7,
+}
+# The same at any number of ranks.
+GOALS |= {
+    ("15b", ranks, what): value
+    for ranks in (1, 2, 4, 8)
+    for what, value in {"evaluate share": 97.0, "generate share": 90.0, "reading": 1.0}.items()
 }
 
 

@@ -92,7 +92,14 @@ def measured(setting: Setting, folder: Path, sums: shapes.Sums | None) -> list[F
     rows = [
         *ceiling_figures(ceilings, setting.dtype),
         Figure("load", seconds, "s", least, setting.goal("load", ceilings), lower=True, note=note),
-        Figure("of that, reading on the slowest rank", reading, "s", least, lower=True),
+        Figure(
+            "of that, reading on the slowest rank",
+            reading,
+            "s",
+            least,
+            setting.goal("reading", ceilings),
+            lower=True,
+        ),
         Figure("of that, all headers", surveying, "s", lower=True, note="before ranks read"),
     ]
     # A single rank is this process, whose peak is known. Other ranks report their memory at the end, including buffers.

@@ -57,7 +57,8 @@ def run(setting: Setting, args: argparse.Namespace) -> list[Figure]:
         rows = ceiling_figures(ceilings, setting.dtype)
         found = [measured(model, setting, ceilings, blocks) for blocks in args.blocks]
         rows += [row for some in found for row in some]
-        rows.append(whole(model, setting, ceilings, max(args.blocks)))
+        most = args.blocks.index(max(args.blocks))
+        rows += whole(model, setting, ceilings, args.blocks[most], found[most][0].value)
         goal = setting.goal("against one", ceilings)
     if setting.world_size > 1:
         rows.append(against_one(setting, args.blocks, max(some[0].value for some in found), goal))
@@ -129,8 +130,12 @@ def measured(model: Model, setting: Setting, ceilings: Ceilings, blocks: int) ->
     return rows
 
 
-def whole(model: Model, setting: Setting, ceilings: Ceilings, blocks: int) -> Figure:
-    """The speed of ``Model.evaluate`` with batches of one block, including packing and the transfers to and from the ranks."""
+def whole(model: Model, setting: Setting, ceilings: Ceilings, blocks: int, alone: float) -> list[Figure]:
+    """The speed of ``Model.evaluate`` with batches of one block, including packing and the transfers to and from the ranks.
+
+    Args:
+        alone: the tokens per second of passes over ``blocks`` blocks.
+    """
     count = 2 * setting.world_size * blocks
     batches = [batch(setting, i) for i in range(count)]
 
@@ -140,14 +145,18 @@ def whole(model: Model, setting: Setting, ceilings: Ceilings, blocks: int) -> Fi
         )
 
     seconds = measure.median(work, torch.device("cpu"), repeats=max(2, setting.repeats // 3), warm_up=1)
-    tokens = count * setting.config.max_positions
-    return Figure(
-        f"evaluate, {count} blocks",
-        tokens / seconds,
-        "tokens/s",
-        limit(setting, ceilings, blocks),
-        note="packed by scoring.plan_steps",
-    )
+    rate = count * setting.config.max_positions / seconds
+    name, goal = f"evaluate, {count} blocks", setting.goal("evaluate share", ceilings)
+    return [
+        Figure(
+            name,
+            rate,
+            "tokens/s",
+            limit(setting, ceilings, blocks),
+            note="packed by scoring.plan_steps",
+        ),
+        Figure(f"{name}, of the scoring rate", 100 * rate / alone, "%", 100, goal),
+    ]
 
 
 def batch(setting: Setting, index: int) -> Batch:
