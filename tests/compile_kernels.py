@@ -122,22 +122,20 @@ class Target:
 
     def counting(self) -> None:
         """The places of choices in buffers, and the order of choices."""
-        types = {"chosen": "*i64", "parts": "*i32", "counts": "*i64", "order": "*i64"}
-        types |= {"weights": "*fp32", "filled": "*fp32", "kept": "*i1", "eps": "fp32"}
-        types |= dict.fromkeys(("tokens", "choices", "chunks", "experts", "capacity"), "i32")
-        sizes = {"WIDTH": 528, "BINS": 1024, "CHUNK": counting.CHUNK}
-        for kernel, warps, constants in (
-            (
-                counting._fill,
-                counting.WARPS,
-                {"K": 2, "AGAIN": True, "BINS": 512, "CHUNK": counting.CHUNK, "BLOCK": 2048},
-            ),
-            (counting._count, 4, sizes),
-            (counting._add_up, 8, {"WIDTH": 528, "TOGETHER": counting.TOGETHER, "CHUNKS": counting.CHUNKS}),
-            (counting._place, 4, sizes),
-        ):
-            needed = {name: kind for name, kind in types.items() if name in kernel.arg_names}
-            self.compile(kernel, needed, constants, warps)
+        types = {"chosen": "*i64", "before": "*i32", "bases": "*i32", "counts": "*i64", "order": "*i64"}
+        types |= {"weights": "*fp32", "filled": "*fp16", "kept": "*i1", "eps": "fp32"}
+        types |= dict.fromkeys(("tokens", "groups", "chunks", "experts", "capacity"), "i32")
+        for top_k, fills, none in ((2, True, ()), (1, False, ("weights", "filled"))):
+            sizes = {"K": top_k, "WIDTH": 512}
+            each = sizes | {"FILL": fills, "BINS": 512, "CHUNK": counting.CHUNK}
+            adding = {"TOGETHER": counting.TOGETHER, "GROUPS": 64, "CHUNKS": 16}
+            for kernel, warps, constants in (
+                (counting._count, 4, each),
+                (counting._add_up, 8, sizes | adding),
+                (counting._place, 8, each | {"AGAIN": fills} | dict.fromkeys(none)),
+            ):
+                needed = {name: kind for name, kind in types.items() if name in kernel.arg_names}
+                self.compile(kernel, needed, constants, warps)
 
     def output(self, kind: str) -> None:
         """The output matrix and the log-probabilities in one."""
@@ -236,9 +234,11 @@ def compile_all(target: Target) -> None:
     if most:
         target.whole_step("bf16", 1)
     for probs in ("fp32", "fp16"):
-        types = {"logits": "*fp16", "chosen": "*i64", "eps": "fp32"}
+        types = {"logits": "*fp16", "chosen": "*i64", "tokens": "i32", "eps": "fp32"}
         types |= dict.fromkeys(("probs", "gate_probs", "weights"), f"*{probs}")
-        target.compile(gate._choose, types, {"E": 512, "K": 2, "BLOCK": 512} | target.overlap, 1)
+        target.compile(
+            gate._choose, types, {"E": 512, "K": 2, "ROWS": gate.ROWS, "BLOCK": 512} | target.overlap, 1
+        )
     kind = "*bf16" if target.capability >= 80 else "*fp16"
     types = {"logits": kind, "targets": "*i64", "found": "*fp32"}
     target.compile(
@@ -254,13 +254,10 @@ def compile_all(target: Target) -> None:
     }
     target.compile(tiles._by_expert, types, {"CHOICES": 128}, 1)
     target.counting()
-    types = dict.fromkeys(("x", "found", "out"), "*fp16") | {"order": "*i64", "counts": "*i64"}
-    types |= {"made": "i32", "experts": "i32"}
-    constants = {"CHOICES": 2, "D": 768, "ROWS": 4, "BLOCK": 1024, "EXPERTS": 512}
-    target.compile(ordered._in_order, {k: v for k, v in types.items() if k != "out"}, constants)
-    del types["x"], types["found"], constants["CHOICES"]
-    target.compile(ordered._clear, types, constants)
-    types = {"counts": "*i64", "table": "*i32", "experts": "i32", "width": "i32"}
+    types = {"x": "*fp16", "found": "*fp16", "order": "*i64", "counts": "*i64", "experts": "i32"}
+    constants = {"CHOICES": 2, "D": 768, "ROWS": ordered.ROWS, "BLOCK": 1024, "EXPERTS": 512}
+    target.compile(ordered._in_order, types, constants)
+    types = {"counts": "*i64", "table": "*i32", "choices": "i32", "experts": "i32", "width": "i32"}
     target.compile(tiles._tiles, types, {"ROWS": 16, "EXPERTS": 512})
     types = dict.fromkeys(("qkv", "kv", "out"), "*fp16") | {
         "lengths": "*i64",

@@ -58,7 +58,7 @@ from moekit.nn.kernels.gpu import is_hopper
 from moekit.nn.kernels.grouped import grouped_ffn
 from moekit.nn.kernels.logprobs import best, target_log_probs
 from moekit.nn.logprobs import log_probs
-from moekit.nn.operations import BACKENDS, attend, choose_backend, hidden, use
+from moekit.nn.operations import BACKENDS, attend, choose_backend, linear, use
 from moekit.nn.passes import Pass
 from moekit.nn.quantise import KINDS, quantise
 from moekit.nn.transformer import AddNorm, Transformer
@@ -169,10 +169,6 @@ def test_rows_in_the_order_of_their_choices(choices, spread):
     found = ordered.in_order(x, some.order, some.counts, choices)
     held = int(some.counts.sum())
     assert found.shape == (33 * choices, 24) and found[:held].equal(x[some.order[:held] // choices])
-    out = torch.full_like(found, torch.nan)
-    ordered.clear(out, some.order, some.counts)
-    assert not out[some.order[held:]].any(), "choices of no expert are zero"
-    assert out[some.order[:held]].isnan().all(), "the others are the kernel's"
 
 
 def test_every_thread_holds_eight_neighbouring_columns():
@@ -222,14 +218,13 @@ def test_segments_are_combined():
 
 @on_hopper
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("activation", ["gelu", "relu"])
-@pytest.mark.parametrize("rows", [16_384, 16_449])
-def test_the_hidden_layer_of_a_dense_feed_forward(rows, activation, dtype):
+@pytest.mark.parametrize("activation, rows", [("gelu", 2048), ("relu", 16_449), ("linear", 8192)])
+def test_a_dense_layer(activation, rows, dtype):
     layer = torch.nn.Linear(256, 512).to(DEVICE, dtype).requires_grad_(False)
     x = torch.randn(1, rows, 256, device=DEVICE).to(dtype)
-    assert dense.fits(x, layer)
-    found = dense.hidden(x, layer, activation)
-    wanted = hidden(x.float(), layer.float(), activation)
+    assert dense.fits(x, layer, activation)
+    found = dense.linear(x, layer, activation)
+    wanted = linear(x.float(), layer.float(), activation)
     assert found.shape == (1, rows, 512) and found.dtype == dtype
     assert (found - wanted).norm() / wanted.norm() < {torch.float16: 5e-4, torch.bfloat16: 4e-3}[dtype]
 
@@ -439,6 +434,23 @@ def test_no_rows():
     assert not grouped_ffn(experts, torch.ones(4, 24, device=DEVICE), Assignment(order, zero)).any()
 
 
+@pytest.mark.parametrize("spread", [0.2, 1.0])
+def test_choices_of_no_expert_are_zero_whatever_was_there(spread, monkeypatch):
+    """There are more of them than a tile has."""
+    empty = torch.Tensor.new_empty
+
+    def anything(x, *shape, **how):
+        found = empty(x, *shape, **how)
+        return found.fill_(torch.nan) if found.is_floating_point() else found
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", anything)
+    experts, some = experts_of(), choices_of(90, 2, 5, spread=spread)
+    found = grouped_ffn(experts, torch.ones(90, 24, device=DEVICE), some, cut=TINY)
+    held = int(some.counts.sum())
+    assert 16 < held < 180 - 16
+    assert not found[some.order[held:]].any() and found[some.order[:held]].any(dim=1).all()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_experts(backend):
     """More ranks than experts: one has none, and gets everybody's rows."""
@@ -452,18 +464,18 @@ def test_no_experts(backend):
 
 def test_tiles():
     counts = torch.tensor([0, 33, 16, 0, 1, 0], device=DEVICE)
-    table = tiles.tiles(counts, 60, 16).cpu()  # of 60 places, ten are no expert's
+    table = tiles.tiles(counts, 68, 16).cpu()  # of 68 places, 18 are no expert's
     assert table[:, :5].T.tolist() == [[1, 0, 16], [1, 16, 32], [1, 32, 33], [2, 33, 49], [4, 49, 50]]
-    assert table.shape[1] == 9 and table[:, 5:].T.tolist() == [[6, 0, 0]] * 4
-    assert tiles.most_tiles(2, 512, 16) == 2 and tiles.most_tiles(4096, 512, 16) == 256 + 512
+    assert table[:, 5:].T.tolist() == [[6, 50, 66], [6, 66, 68]] + [[6, 0, 0]] * 4
+    assert tiles.most_tiles(2, 512, 16) == 2 and tiles.most_tiles(4096, 512, 16) == 256 + 513
 
 
 def test_there_are_tiles_enough_for_any_counts():
     generator = torch.Generator().manual_seed(1)
     for _ in range(300):
         experts, rows = (int(torch.randint(1, 20, (), generator=generator)) for _ in range(2))
-        counts = torch.randint(0, 30, (experts,), generator=generator)
-        counts *= torch.rand(experts, generator=generator) < 0.5
+        counts = torch.randint(0, 30, (experts + 1,), generator=generator)
+        counts *= torch.rand(experts + 1, generator=generator) < 0.5  # the last ones are no expert's
         assert int((-(-counts // rows)).sum()) <= tiles.most_tiles(int(counts.sum()), experts, rows)
 
 
@@ -482,23 +494,30 @@ def test_choices_are_sorted_without_a_sort(tokens, experts, monkeypatch):
 
 @pytest.mark.parametrize("top_k", [1, 2])
 @pytest.mark.parametrize("before", [False, True])
-@pytest.mark.parametrize("groups, tokens, experts", [(1, 128, 5), (3, 300, 7), (1, 1000, 512)])
-def test_buffers_are_filled_without_a_sort(groups, tokens, experts, before, top_k):
-    """The bits of the plain way, where the capacity drops many, a few, and none."""
+@pytest.mark.parametrize("groups, tokens, experts", [(1, 128, 5), (3, 300, 7), (9, 200, 40), (1, 1000, 512)])
+def test_buffers_are_filled_without_a_sort(groups, tokens, experts, before, top_k, monkeypatch):
+    """The bits of the plain way, where the capacity drops many, a few, and none; chunks and groups two at a time."""
+    monkeypatch.setattr(counting, "CHUNKS", 4)
     rule = gate_of(config(experts=experts, gate=f"top{top_k}", normalize_before_dropping=before))
     logits = torch.randn(groups, tokens, experts, generator=torch.Generator().manual_seed(tokens)).to(DEVICE)
     shares = []
-    for fraction in (0.5 / experts, 0.9 / experts, 1.0):
-        slow = rule.route(logits, fraction=fraction)
-        fast = rule.route(logits, fraction=fraction, fill=counting.fill)
-        assert slow.kept.equal(fast.kept) and slow.weights.equal(fast.weights)
+    for fraction, dtype in (
+        (0.5 / experts, torch.float32),
+        (0.9 / experts, torch.float16),
+        (1.0, torch.float16),
+    ):
+        slow = rule.route(logits.to(dtype), fraction=fraction)
+        fast = rule.route(logits.to(dtype), fraction=fraction, fill=counting.fill)
+        assert slow.kept.equal(fast.kept) and slow.weights.equal(fast.weights) and slow.sorted is None
+        for found, wanted in zip(fast.sorted, gate.by_expert(slow, experts), strict=True):
+            assert found.equal(wanted)
         shares.append(fast.kept.float().mean())
     assert 0 < shares[0] < shares[1] < shares[2] == 1
 
 
 def test_what_counting_leaves_to_the_plain_way(monkeypatch):
     """Short groups, padding, choices dropped before, gates in another order or of the user's."""
-    monkeypatch.setattr(counting, "_fill", None)
+    monkeypatch.setattr(counting, "_place", None)
     options = {"gate": "top2", "second_expert": "all", "experts": 5}
 
     def route(tokens: int, rule: gate.Gate | None = None, **more) -> gate.Routing:
@@ -511,8 +530,7 @@ def test_what_counting_leaves_to_the_plain_way(monkeypatch):
         pass
 
     for found in (
-        route(127),
-        route(4097),
+        route(63),
         route(200, batch_prioritized=True),
         route(200, mask_padding=True),
         route(200, Own(config(**options))),
@@ -529,8 +547,9 @@ def config(**options) -> ModelConfig:
 @pytest.mark.parametrize("options", [{}, {"gate": "top1"}, {"gate_fp32": False}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("experts", [8, 12, 512])
-def test_the_gates_choice(options, dtype, experts):
-    logits = 3 * torch.randn(2, 25, experts, generator=torch.Generator().manual_seed(experts))
+def test_the_gates_choice(options, dtype, experts, monkeypatch):
+    monkeypatch.setattr(fused_gate, "FEW", 40)
+    logits = 3 * torch.randn(3, 25, experts, generator=torch.Generator().manual_seed(experts))
     logits = logits.to(DEVICE, dtype)
     rule = gate_of(config(experts=experts, **options))
     slow, fast = rule.choose(logits), fused_gate.choose(rule, logits)
@@ -962,7 +981,6 @@ def test_no_pass_asks_the_device_for_a_number(name, monkeypatch):
         "counting._count",
         "counting._add_up",
         "counting._place",
-        "counting._fill",
         "gate._choose",
         "logprobs._target_log_probs",
         "attention._attend_one",

@@ -32,6 +32,7 @@ class Routing:
             expert was sampled away, or the token is masked padding.
         weights: [G, S, K] in the model's dtype, the combine weights, zero where not kept.
         capacity: choices of a group that an expert's buffer takes; None where the capacity drops nothing.
+        sorted: what :func:`by_expert` makes of it, where filling the buffers found that, too; else None.
     """
 
     probs: Tensor
@@ -40,6 +41,7 @@ class Routing:
     kept: Tensor
     weights: Tensor
     capacity: int | None
+    sorted: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,7 @@ class Gate:
         noise: Callable[[str, Tensor], Tensor] | None = None,
         edit: Edit | None = None,
         choose: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] | None = None,
-        fill: Callable[..., tuple[Tensor, Tensor]] | None = None,
+        fill: Callable[..., tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]] | None = None,
     ) -> Routing:
         """Route the tokens of each group.
 
@@ -169,8 +171,8 @@ class Gate:
                 only a gate that :attr:`draws` needs it.
             edit: an experiment's changes.
             choose: called as ``choose(gate, logits, noise, edit)`` in place of :meth:`choose`; must return the same.
-            fill: called as ``fill(gate, probs, experts, gate_probs, weights, kept, padding, capacity)`` in place of :meth:`fill`;
-                must return the same.
+            fill: called as ``fill(gate, probs, experts, gate_probs, weights, kept, padding, capacity, dtype)`` in place of
+                :meth:`fill`; must return the same, and may sort the choices, too.
 
         Returns:
             The routing. No number is read back from the device.
@@ -179,12 +181,14 @@ class Gate:
         probs, experts, gate_probs, weights = choose(self, logits, noise, edit)
         kept = self.dispatched(gate_probs, weights, noise, edit)
         capacity = self.capacity(logits.shape[1], fraction)
+        dtype = logits.dtype
         if kept is None and padding is None and capacity is None:
-            kept = torch.ones_like(experts, dtype=torch.bool)
+            kept, weights, ordered = torch.ones_like(experts, dtype=torch.bool), weights.to(dtype), None
         else:
             fill = fill or type(self).fill
-            kept, weights = fill(self, probs, experts, gate_probs, weights, kept, padding, capacity)
-        return Routing(probs, experts, gate_probs, kept, weights.to(logits.dtype), capacity)
+            filled = fill(self, probs, experts, gate_probs, weights, kept, padding, capacity, dtype)
+            kept, weights, ordered = filled
+        return Routing(probs, experts, gate_probs, kept, weights, capacity, ordered)
 
     def fill(
         self,
@@ -195,15 +199,17 @@ class Gate:
         kept: Tensor | None,
         padding: Tensor | None,
         capacity: int | None,
-    ) -> tuple[Tensor, Tensor]:
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor, None]:
         """Fill the experts' buffers.
 
         Args:
             kept: what :meth:`dispatched` returned; the others as in :class:`Routing` and :meth:`route`, ``weights`` as :meth:`choose`
                 returned them.
+            dtype: the model's.
 
         Returns:
-            ``kept`` [G, S, K] bool of a :class:`Routing`, and the weights [G, S, K].
+            ``kept``, ``weights`` and ``sorted`` of a :class:`Routing`.
         """
         kept = torch.ones_like(experts, dtype=torch.bool) if kept is None else kept
         if padding is not None:
@@ -211,7 +217,7 @@ class Gate:
         if capacity is not None:
             wanted = torch.where(kept, experts, self.config.experts)
             kept &= buffer_positions(wanted, self.order(probs)) < capacity
-        return kept, self.weigh(gate_probs, weights, kept) * kept
+        return kept, (self.weigh(gate_probs, weights, kept) * kept).to(dtype), None
 
 
 def buffer_positions(experts: Tensor, order: Tensor | None) -> Tensor:

@@ -41,9 +41,9 @@ class Operations:
     backend: str
     attend: Callable[[Tensor, Tensor | None, Cache | None, int], Tensor]
     add_norm: Callable[[Tensor, Tensor | None, nn.LayerNorm], tuple[Tensor, Tensor]]
-    hidden: Callable[[Tensor, nn.Linear, str], Tensor]
+    linear: Callable[..., Tensor]
     choose: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
-    fill: Callable[..., tuple[Tensor, Tensor]]
+    fill: Callable[..., tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]]
     by_expert: Callable[[gate.Routing, int], tuple[Tensor, Tensor]]
     experts_ffn: Callable[[Experts, Tensor, Assignment], Tensor]
     target_log_probs: Callable[[Tensor, Tensor], Tensor]
@@ -84,8 +84,8 @@ def added(x: Tensor, pending: Tensor) -> Tensor:
     return x + (pending if pending.dim() == x.dim() else pending.sum(dim=-2))
 
 
-def hidden(x: Tensor, layer: nn.Linear, activation: str) -> Tensor:
-    """[..., D] -> [..., F], the hidden layer of a dense feed-forward."""
+def linear(x: Tensor, layer: nn.Linear, activation: str = "linear") -> Tensor:
+    """A dense layer [..., D] -> [..., F] with its activation."""
     return activation_fn(activation)(layer(x))
 
 
@@ -147,7 +147,7 @@ PLAIN = Operations(
     backend="loop",
     attend=attend,
     add_norm=add_norm,
-    hidden=hidden,
+    linear=linear,
     choose=choose,
     fill=gate.Gate.fill,
     by_expert=gate.by_expert,

@@ -269,8 +269,9 @@ class Attention(nn.Module):
     @is_part("attention")
     def forward(self, x: Tensor, visible: Tensor | None, cache: Cache | None) -> Tensor:
         b, t, d = x.shape
-        qkv = self.qkv(x).view(b, t, 3, self.heads, d // self.heads)
-        return self.out(self.operations.attend(qkv, visible, cache, self.index))
+        qkv = self.operations.linear(x, self.qkv).view(b, t, 3, self.heads, d // self.heads)
+        seen = self.operations.attend(qkv, visible, cache, self.index)
+        return self.operations.linear(seen, self.out)
 
 
 class DenseFFN(nn.Module):
@@ -284,7 +285,7 @@ class DenseFFN(nn.Module):
 
     @is_part("dense")
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.operations.hidden(x, self.fc1, self.activation))
+        return self.fc2(self.operations.linear(x, self.fc1, self.activation))
 
 
 class MoE(nn.Module):
@@ -315,8 +316,8 @@ class MoE(nn.Module):
         """What :meth:`forward` makes of ``rows`` [N, D] with this routing of them: [N K, D]."""
         with part("plan"):
             if self.numbers is not None:
-                routing = replace(routing, experts=self.numbers[routing.experts])
-            order, counts = self.operations.by_expert(routing, self.config.experts)
+                routing = replace(routing, experts=self.numbers[routing.experts], sorted=None)
+            order, counts = routing.sorted or self.operations.by_expert(routing, self.config.experts)
             assignment = Assignment(order, counts, self.rule.top_k, routing.weights.flatten())
         with part("dispatch"):
             return self.dispatch(self.experts, rows, assignment, rows_expected)

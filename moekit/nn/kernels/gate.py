@@ -15,6 +15,9 @@ from torch import Tensor
 from moekit.nn.gate import Edit, Gate
 from moekit.nn.kernels.overlap import overlapped, start, wait
 
+# Tokens per program; one where they are few, as in a decode step.
+ROWS, FEW = 2, 256
+
 
 def choose(
     gate: Gate,
@@ -34,15 +37,19 @@ def choose(
     gate_probs = torch.empty(*shape, gate.top_k, dtype=dtype, device=logits.device)
     weights = gate_probs if gate.top_k == 1 else torch.empty_like(gate_probs)
     if logits.numel():
-        _choose[(logits.numel() // experts,)](
+        tokens = logits.numel() // experts
+        each = 1 if tokens <= FEW else ROWS
+        _choose[(triton.cdiv(tokens, each),)](
             logits.contiguous(),
             probs,
             chosen,
             gate_probs,
             weights,
+            tokens,
             torch.finfo(dtype).eps,
             E=experts,
             K=gate.top_k,
+            ROWS=each,
             BLOCK=triton.next_power_of_2(experts),
             num_warps=1 if experts <= 512 else 4,
             **overlapped(logits.device),
@@ -51,37 +58,40 @@ def choose(
 
 
 # logits and probs [N, E]; chosen, gate_probs and weights [N, K].
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _choose(
     logits,
     probs,
     chosen,
     gate_probs,
     weights,
+    tokens,
     eps,
     E: tl.constexpr,
     K: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     start(OVERLAP)
     wait(OVERLAP)
-    token = tl.program_id(0).to(tl.int64)
+    token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    here = token < tokens
     expert = tl.arange(0, BLOCK)
-    real = (expert < E)[None, :]
-    at = token * E + expert[None, :]
+    real = here[:, None] & (expert < E)[None, :]
+    at = token[:, None] * E + expert[None, :]
     x = tl.load(logits + at, mask=real, other=float("-inf")).to(tl.float32)
     kind: tl.constexpr = probs.dtype.element_ty
     p, first, second, greatest, other, one, two = top(x, eps, E, K, kind == tl.float16, kind == tl.bfloat16)
     tl.store(probs + at, p, mask=real)
-    to = token * K + tl.arange(0, 1)
-    tl.store(chosen + to, first.to(tl.int64))
-    tl.store(gate_probs + to, greatest)
+    to = token * K
+    tl.store(chosen + to, first.to(tl.int64), mask=here)
+    tl.store(gate_probs + to, greatest, mask=here)
     if K == 2:
-        tl.store(chosen + to + 1, second.to(tl.int64))
-        tl.store(gate_probs + to + 1, other)
-        tl.store(weights + to, one)
-        tl.store(weights + to + 1, two)
+        tl.store(chosen + to + 1, second.to(tl.int64), mask=here)
+        tl.store(gate_probs + to + 1, other, mask=here)
+        tl.store(weights + to, one, mask=here)
+        tl.store(weights + to + 1, two, mask=here)
 
 
 @triton.jit

@@ -35,6 +35,8 @@ def grouped_ffn(experts: Experts, x: Tensor, assignment: Assignment, cut: Cut | 
     made = len(order)
     if made == 0 or experts.held == 0:
         return x.new_zeros(len(x) * choices, x.shape[1])
+    # Else the results of some choices would not be written.
+    assert made == len(x) * choices
     size = assignment.whole or (made, experts.held)
     dims = x.shape[1], experts.width
     cut = cut or cut_for(*size, cuts_of(x.device, kind_of(x.dtype, experts.w1.dtype)), dims)
@@ -42,7 +44,7 @@ def grouped_ffn(experts: Experts, x: Tensor, assignment: Assignment, cut: Cut | 
     plan = order, tiles(assignment.counts, made, cut.up.rows)
     if cut.up.specialised:
         return specialised_ffn(experts, x.contiguous(), plan, assignment.counts, choices, weights, cut)
-    out = x.new_zeros(len(x) * choices, x.shape[1])
+    out = x.new_empty(made, x.shape[1])
     planned_ffn(experts, x.contiguous(), plan, choices, weights, cut, out)
     return out
 
@@ -65,7 +67,6 @@ def specialised_ffn(
     specialised.linear(out, up, hidden, *plan, None, cut.up, first=True, act=act)
     # The first product is done with the rows, and their memory takes the results.
     specialised.linear(hidden, down, out, *plan, weights, cut.down, first=False, act=0)
-    ordered.clear(out, order, counts)
     return out
 
 
@@ -167,7 +168,7 @@ def _linear(
 
 # x: [N rows, K] if FIRST, else [P, K] in the order of ``order``.
 # w: [E, N, K]; b: [E, N]; scale: [E, N] if ONE_BYTE, else None.
-# out: [P, N] in the order of ``order`` if FIRST, else [N K, N] by choice.
+# out: [P, N] in the order of ``order`` if FIRST, else [N K, N] by choice, with zeros for choices of no expert unless HOME.
 # order: [P]; table: [3, T], each tile's expert, first index into ``order``, and end.
 # weights: [N K] or None; [P] if SORTED. reach: [W] if HOME, see peers.py.
 # room: choices that a mailbox has room for, if HOME. N: columns of the output. K: terms of the sum.
@@ -269,3 +270,8 @@ def _grouped_linear(
             total.to(out.dtype.element_ty),
             mask=live[:, None] & fits[None, :],
         )
+    elif not FIRST and not HOME:
+        # The choices of this tile are no expert's.
+        to = out + choice.to(tl.int64)[:, None] * N + column[None, :]
+        nothing = tl.zeros((ROWS, COLUMNS), out.dtype.element_ty)
+        tl.store(to, nothing, mask=live[:, None] & (column < N)[None, :])

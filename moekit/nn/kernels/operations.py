@@ -32,11 +32,11 @@ def attend(qkv: Tensor, visible: Tensor | None, cache: Cache | None, layer: int)
     return flash.attend_blocks(qkv)
 
 
-def hidden(x: Tensor, layer: nn.Linear, activation: str) -> Tensor:
-    """Compute :func:`moekit.nn.operations.hidden`, of many rows in one kernel."""
-    if not dense.fits(x, layer):
-        return plain.hidden(x, layer, activation)
-    return dense.hidden(x, layer, activation)
+def linear(x: Tensor, layer: nn.Linear, activation: str = "linear") -> Tensor:
+    """Compute :func:`moekit.nn.operations.linear`, of many rows in one kernel."""
+    if not dense.fits(x, layer, activation):
+        return plain.linear(x, layer, activation)
+    return dense.linear(x, layer, activation)
 
 
 def log_probs(model: Transformer, features: Tensor, targets: Tensor, vocab: int, piece: int) -> Tensor:
@@ -87,7 +87,7 @@ TRITON = plain.Operations(
     backend="triton",
     attend=attend,
     add_norm=add_norm,
-    hidden=hidden,
+    linear=linear,
     choose=choose,
     fill=fill,
     by_expert=by_expert,

@@ -308,3 +308,13 @@ def _multiply(
         gl.store(
             out + target[:, None] * N + column[None, :], total.to(out.dtype.element_ty), mask=live[:, None]
         )
+    if not FIRST:
+        # The tiles of choices of no expert come last, and their results are zero.
+        while first < end:
+            row = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, OUT))
+            column = work % ACROSS * COLUMNS + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, OUT))
+            target = gl.load(order + row, mask=row < end, other=0)
+            nothing = gl.zeros((ROWS, COLUMNS), out.dtype.element_ty, OUT)
+            gl.store(out + target[:, None] * N + column[None, :], nothing, mask=(row < end)[:, None])
+            work += TEAMS * gl.num_programs(0)
+            expert, first, end = _tile(work, plan, ACROSS, ROWS)

@@ -58,8 +58,8 @@ def _by_expert(chosen, kept, order, counts, choices, experts, CHOICES: tl.conste
 
 
 def most_tiles(choices: int, experts: int, rows: int) -> int:
-    """The most tiles that ``choices`` choices need: each expert with choices may have one tile that is not full."""
-    return min(choices, choices // rows + min(experts, choices))
+    """The most tiles that ``choices`` choices need: each expert, and none, may have one tile that is not full."""
+    return min(choices, choices // rows + min(experts + 1, choices))
 
 
 def tiles(counts: Tensor, choices: int, rows: int) -> Tensor:
@@ -70,13 +70,14 @@ def tiles(counts: Tensor, choices: int, rows: int) -> Tensor:
 
     Returns:
         [3, T] int32: the expert of each tile, the index in the order of its first choice, and the index after its last
-        choice; E, 0, 0 for tiles that are not needed.
+        choice. Tiles of choices of no expert come after the others, with E; E, 0, 0 for tiles that are not needed.
     """
     experts = len(counts)
     table = torch.empty(3, most_tiles(choices, experts, rows), dtype=torch.int32, device=counts.device)
     _tiles[(experts + 1,)](
         counts.contiguous(),
         table,
+        choices,
         experts,
         table.shape[1],
         ROWS=rows,
@@ -86,9 +87,9 @@ def tiles(counts: Tensor, choices: int, rows: int) -> Tensor:
     return table
 
 
-@triton.jit(do_not_specialize=["experts", "width"])
-def _tiles(counts, table, experts, width, ROWS: tl.constexpr, EXPERTS: tl.constexpr):
-    """Write the tiles of one expert per program; the last program writes the tiles that are not needed."""
+@triton.jit(do_not_specialize=["choices", "experts", "width"])
+def _tiles(counts, table, choices, experts, width, ROWS: tl.constexpr, EXPERTS: tl.constexpr):
+    """Write the tiles of one expert per program; the last program writes those of no expert, and those not needed."""
     mine = tl.program_id(0)
     expert = tl.arange(0, EXPERTS)
     count = tl.load(counts + expert, mask=expert < experts, other=0).to(tl.int32)
@@ -96,17 +97,16 @@ def _tiles(counts, table, experts, width, ROWS: tl.constexpr, EXPERTS: tl.conste
     position = tl.sum(tl.where(before, count, 0), axis=0)
     tile = tl.sum(tl.where(before, (count + ROWS - 1) // ROWS, 0), axis=0)
     own = tl.sum(tl.where(expert == mine, count, 0), axis=0)
-    end = position + own
+    end = tl.where(mine == experts, choices, position + own)
     last = tl.where(mine == experts, width, tile + (own + ROWS - 1) // ROWS)
     for done in range(tile, last, 64):
         at = done + tl.arange(0, 64)
         here = at < last
         first = position + (at - tile) * ROWS
+        needed = first < end
         tl.store(table + at, tl.zeros_like(at) + mine, mask=here)
-        tl.store(table + width + at, tl.where(mine == experts, 0, first), mask=here)
-        tl.store(
-            table + 2 * width + at, tl.where(mine == experts, 0, tl.minimum(first + ROWS, end)), mask=here
-        )
+        tl.store(table + width + at, tl.where(needed, first, 0), mask=here)
+        tl.store(table + 2 * width + at, tl.where(needed, tl.minimum(first + ROWS, end), 0), mask=here)
 
 
 def planned(
