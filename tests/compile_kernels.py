@@ -267,11 +267,13 @@ def compile_all(target: Target) -> None:
     for slots, warps in (*attention.BLOCKS.values(), attention.MANY):
         constants = {"H": 12, "C": 64, "BLOCK": 64, "SLOTS": slots} | target.overlap
         target.compile(attention._attend_one, types, constants, warps)
-    for dim, kind in itertools.product(flash.DIMS, ("fp16", "bf16")) if most else [(64, "fp16")]:
-        types = {"qkv": f"tensordesc<{kind}[1,{flash.BLOCK},{dim}]>", "out": f"*{kind}"}
+    for (dim, keys), kind in itertools.product(flash.KEYS.items(), ("fp16", "bf16") if most else ()):
+        types = {"queries": f"tensordesc<{kind}[1,{flash.QUERIES},{dim}]>", "out": f"*{kind}"}
+        types |= {"keys": f"tensordesc<{kind}[1,{keys},{dim}]>"}
         types |= {"tokens": "i32", "tiles": "i32", "scale": "fp32"}
-        constants = {"H": 768 // dim, "C": dim, "BLOCK": flash.BLOCK}
-        target.compile(flash._attend_blocks, types, constants, flash.WARPS, flash.STAGES)
+        constants = {"H": 768 // dim, "C": dim, "QUERIES": flash.QUERIES, "KEYS": keys}
+        for under_way in (2, 3):
+            target.compile(flash._attend_blocks, types, constants, flash.WARPS, under_way)
     types = dict.fromkeys(("x", "pending", "weight", "bias", "total", "normed"), "*fp16")
     types |= {"rows": "i32", "eps": "fp32"}
     constants = {"PARTS": 2, "D": 768, "ROWS": norm.ROWS, "BLOCK": 1024} | target.overlap

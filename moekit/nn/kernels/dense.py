@@ -11,7 +11,7 @@ from moekit.nn.kernels.cuts import SPECIALISED
 from moekit.nn.kernels.gpu import is_hopper
 
 # The fewest rows for which this is measured to be faster: with an activation, for which torch has another kernel, and without.
-LEAST, LEAST_WITHOUT = 2048, 8192
+LEAST, LEAST_WITHOUT = 512, 8192
 
 
 def fits(x: Tensor, layer: nn.Linear, activation: str) -> bool:

@@ -16,16 +16,22 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moekit.nn.kernels.gpu import is_hopper
+from moekit.nn.kernels.gpu import is_hopper, multiprocessors
 
-# The head dims that this is measured for, and the tile of a program: BLOCK queries, with BLOCK keys at a time. Three programs
-# fit on a multiprocessor (two with heads of 128), and some multiply while others are at their exponentials.
-DIMS, BLOCK, WARPS, STAGES = (64, 128), 64, 4, 3
+# The head dims that this is measured for, and the keys that a program of QUERIES queries takes at a time. Three programs fit on a
+# multiprocessor (two with heads of 128), and some multiply while others are at their exponentials.
+KEYS = {64: 128, 128: 64}
+QUERIES, WARPS = 64, 4
+
+
+def stages(programs: int, dim: int, device: torch.device) -> int:
+    """Blocks of keys under way. Where few programs share a multiprocessor, each may have one more."""
+    return 3 if dim == 128 or programs <= 3 * multiprocessors(device) else 2
 
 
 def fits(qkv: Tensor) -> bool:
     """Whether the kernel takes ``qkv`` [B, T, 3, H, C] here, which is where it is measured to be faster than torch's."""
-    return qkv.itemsize == 2 and qkv.shape[-1] in DIMS and qkv.is_contiguous() and is_hopper(qkv.device)
+    return qkv.itemsize == 2 and qkv.shape[-1] in KEYS and qkv.is_contiguous() and is_hopper(qkv.device)
 
 
 def attend_blocks(qkv: Tensor) -> Tensor:
@@ -39,11 +45,13 @@ def attend_blocks(qkv: Tensor) -> Tensor:
     """
     batch, tokens, _, heads, dim = qkv.shape
     out = torch.empty(batch, tokens, heads * dim, dtype=qkv.dtype, device=qkv.device)
-    tiles = triton.cdiv(tokens, BLOCK)
+    tiles = triton.cdiv(tokens, QUERIES)
+    programs, rows = batch * tiles * heads, qkv.flatten(2)
     if out.numel():
-        _attend_blocks[(batch * tiles * heads,)](
-            # Hopper's copy engine takes blocks of one head's tokens from it, with zeros beyond the end of a sequence.
-            TensorDescriptor.from_tensor(qkv.flatten(2), [1, BLOCK, dim]),
+        _attend_blocks[(programs,)](
+            # Hopper's copy engine takes blocks of one head's tokens from these, with zeros beyond the end of a sequence.
+            TensorDescriptor.from_tensor(rows, [1, QUERIES, dim]),
+            TensorDescriptor.from_tensor(rows, [1, KEYS[dim], dim]),
             out,
             tokens,
             tiles,
@@ -51,48 +59,49 @@ def attend_blocks(qkv: Tensor) -> Tensor:
             dim**-0.5 * math.log2(math.e),
             H=heads,
             C=dim,
-            BLOCK=BLOCK,
+            QUERIES=QUERIES,
+            KEYS=KEYS[dim],
             num_warps=WARPS,
-            num_stages=STAGES,
+            num_stages=stages(programs, dim, qkv.device),
         )
     return out
 
 
-# qkv: a descriptor of [B, T, 3 H C]; out [B, T, H C].
+# queries, keys: descriptors of [B, T, 3 H C]; out [B, T, H C].
 @triton.jit(do_not_specialize=["tokens", "tiles"])
 def _attend_blocks(
-    qkv,
+    queries,
+    keys,
     out,
     tokens,
     tiles,
     scale,
     H: tl.constexpr,
     C: tl.constexpr,
-    BLOCK: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
 ):
     # The heads of a sequence run side by side, and the programs with the most keys begin.
     program = tl.program_id(0)
     h, tile, b = program % H, tiles - 1 - program // H % tiles, program // H // tiles
-    first = tile * BLOCK
-    q = qkv.load([b, first, h * C]).reshape(BLOCK, C)
+    first = tile * QUERIES
+    q = queries.load([b, first, h * C]).reshape(QUERIES, C)
     # The softmax is online: it keeps the greatest score so far and sums relative to that score.
-    top = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
-    found = tl.zeros((BLOCK, C), dtype=tl.float32)
-    for start in range(0, first + BLOCK, BLOCK):
-        k = qkv.load([b, start, (H + h) * C]).reshape(BLOCK, C)
+    top = tl.full((QUERIES,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((QUERIES,), dtype=tl.float32)
+    found = tl.zeros((QUERIES, C), dtype=tl.float32)
+    row = first + tl.arange(0, QUERIES)
+    for start in range(0, first + QUERIES, KEYS):
+        k = keys.load([b, start, (H + h) * C]).reshape(KEYS, C)
         score = tl.dot(q, k.T)
         # Only the last block has keys that come after a query.
-        if start == first:
-            score = tl.where(
-                tl.arange(0, BLOCK)[:, None] >= tl.arange(0, BLOCK)[None, :], score, float("-inf")
-            )
+        if start + KEYS > first:
+            score = tl.where(row[:, None] >= start + tl.arange(0, KEYS)[None, :], score, float("-inf"))
         greatest = tl.maximum(top, tl.max(score, axis=1) * scale)
         share, fade = tl.exp2(score * scale - greatest[:, None]), tl.exp2(top - greatest)
         total = total * fade + tl.sum(share, axis=1)
-        v = qkv.load([b, start, (2 * H + h) * C]).reshape(BLOCK, C)
+        v = keys.load([b, start, (2 * H + h) * C]).reshape(KEYS, C)
         found = tl.dot(share.to(v.dtype), v, found * fade[:, None])
         top = greatest
-    row = first + tl.arange(0, BLOCK)
     at = b.to(tl.int64) * tokens * (H * C) + (row[:, None] * H + h) * C + tl.arange(0, C)[None, :]
     tl.store(out + at, (found * (1 / total)[:, None]).to(out.dtype.element_ty), mask=(row < tokens)[:, None])

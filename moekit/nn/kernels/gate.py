@@ -15,8 +15,8 @@ from torch import Tensor
 from moekit.nn.gate import Edit, Gate
 from moekit.nn.kernels.overlap import overlapped, start, wait
 
-# Tokens per program; one where they are few, as in a decode step.
-ROWS, FEW = 2, 256
+# Tokens per program; one where they are few.
+ROWS, FEW = 2, 2048
 
 
 def choose(
