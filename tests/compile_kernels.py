@@ -15,6 +15,7 @@ from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 from moekit.nn.kernels import (
     attention,
+    batch_peers,
     batch_step,
     counting,
     cuts,
@@ -71,7 +72,9 @@ class Target:
         units = [name for name in ("wgmma.mma_async", "tcgen05.mma", "mma.sync") if name in ptx]
         print(self.capability, kernel.__name__, constants, built.metadata.shared, *units or "-", flush=True)
 
-    def grouped(self, kind: str, cut: cuts.Cut, one_byte: int = 0, over_peers: bool = False) -> None:
+    def grouped(
+        self, kind: str, cut: cuts.Cut, one_byte: int = 0, over_peers: bool = False, sorted_rows: bool = True
+    ) -> None:
         for first, blocks in ((True, cut.up), (False, cut.down)):
             n, k = (3072, 768) if first else (768, 3072)
             types = dict.fromkeys(("x", "w", "b", "out", "weights"), f"*{kind}") | {
@@ -81,6 +84,7 @@ class Target:
             }
             types |= dict.fromkeys(("tiles", "experts", "room"), "i32") | {"scale": "*fp32"}
             types |= {"w": "*i8"} if one_byte else {}
+            types |= {"weights": "*fp32"} if over_peers else {}
             constants = {
                 "CHOICES": 2,
                 "N": n,
@@ -88,7 +92,7 @@ class Target:
                 "FIRST": first,
                 "WEIGHTED": not first,
                 "EXACT": kind == "fp32",
-                "SORTED": over_peers,
+                "SORTED": over_peers and sorted_rows,
                 "HOME": over_peers and not first,
                 "SWAPPED": blocks.swapped,
             }
@@ -203,6 +207,10 @@ class Target:
         self.compile(one_kernel.step, types, constants, sizes.warps)
 
 
+def without(types: dict[str, str], *names: str) -> dict[str, str]:
+    return {name: kind for name, kind in types.items() if name not in names}
+
+
 def weights_of(one_byte: int) -> dict:
     return {"ONE_BYTE": one_byte, "PTX": one_byte > 0} | ({} if one_byte else {"scale": None})
 
@@ -221,6 +229,7 @@ def compile_all(target: Target) -> None:
             target.output(kind)
         target.grouped("fp16", cuts.CUTS[-1], over_peers=True)
         target.grouped("fp16", cuts.ONE_BYTE_CUTS[-1], 1, over_peers=True)
+        target.grouped("fp16", cuts.CUTS[0], over_peers=True, sorted_rows=False)
         target.grouped("bf16", cuts.CUTS[-1])
         target.grouped("bf16", cuts.ONE_BYTE_CUTS[0], 1)
         target.grouped("fp32", cuts.PLAIN)
@@ -338,8 +347,24 @@ def compile_all(target: Target) -> None:
     types = {"x": "*fp16", "weights": "*fp32", "reach": "*i64", "order": "*i32", "total": "*i32"}
     types |= {"rows_out": "*fp16", "weights_out": "*fp32", "room": "i32"}
     target.compile(peers._pull, types, {"K": 2, "D": 768, "ROWS": peers.PULLED, "BLOCK": 1024})
+    target.compile(batch_peers._meet_home, waits, ways | target.overlap, 1)
+    types = {"chosen": "*i32", "order": "*i32", "table": "*i32"} | waits
+    types |= dict.fromkeys(("first", "held", "width"), "i32")
+    constants = ways | {"PLACES": 1024, "BLOCK": 1024, "ROWS": 16, "EXPERTS": 64} | target.overlap
+    target.compile(batch_peers._meet_and_plan, without(types, "reach", "rank"), constants)
+    types = (
+        waits | dict.fromkeys(("x", "home", "weight", "bias", "total", "normed"), "*fp16") | {"eps": "fp32"}
+    )
+    target.compile(
+        batch_peers._collect_norm, types, ways | {"K": 2, "D": 768, "BLOCK": 1024} | target.overlap
+    )
     types = waits | {"logits": "*fp16", "x": "*fp16", "chosen": "*i32", "weights": "*fp32", "x_out": "*fp16"}
     types |= {"rows": "i32", "eps": "fp32"}
+    constants = {"E": 512, "K": 2, "D": 768, "MOST": 64, "EXPERTS": 512, "BLOCK": 1024, "W": 8, "RANKS": 8}
+    constants |= {"HALF": True, "BRAIN": False} | target.overlap
+    own = without(types, "gave_up", "limit")
+    target.compile(batch_peers._send, own, constants | {"numbers": None}, 1)
+    target.compile(batch_peers._send, own | {"numbers": "*i64"}, constants, 1)
     constants = ways | {"E": 512, "K": 2, "D": 768, "MOST": 2, "ROWS": 2, "EXPERTS": 512, "BLOCK": 1024}
     constants |= {"HALF": True, "BRAIN": False} | target.overlap
     target.compile(short_peers._hand_out, types, constants, vectors.WARPS)

@@ -1,7 +1,8 @@
 """A decode step of 2 to 64 sequences through the whole model: ``Transformer.forward`` with fewer kernels, which overlap.
 
 Linear layers are those of narrow.py. As in the general path, what attention and experts make stays pending until the next
-norm adds it. One kernel sorts the choices by expert and makes their tiles.
+norm adds it. One kernel sorts the choices by expert and makes their tiles. Over several ranks, the layers of experts are those
+of batch_peers.py.
 
 Shape letters: B sequences, D model dim, V dictionary, E experts, K choices a token.
 """
@@ -17,8 +18,9 @@ from moekit.nn.cache import Cache
 from moekit.nn.dispatch import Local
 from moekit.nn.gates import gate_of
 from moekit.nn.graphs import whole
-from moekit.nn.kernels import short_step
+from moekit.nn.kernels import batch_peers, short_step
 from moekit.nn.kernels.attention import attend_one
+from moekit.nn.kernels.batch_peers import Coming
 from moekit.nn.kernels.cuts import cut_for, cuts_of, kind_of, shared_memory
 from moekit.nn.kernels.embedding import embedded
 from moekit.nn.kernels.gate import choose
@@ -30,7 +32,7 @@ from moekit.nn.kernels.vectors import experts_linear, takes
 from moekit.nn.parts import part
 from moekit.nn.passes import Pass
 from moekit.nn.slots import CHUNK
-from moekit.nn.transformer import MoE, Transformer
+from moekit.nn.transformer import AddNorm, MoE, Transformer
 
 # From so many sequences, up to so many, of models with up to so many dims. With 2,048 dims, torch's products were 1 % faster.
 LEAST, MOST, DIM = 2, 64, 1024
@@ -66,7 +68,7 @@ def read_on(model: Transformer, tokens: Tensor, asked: Pass, vocab: int) -> Tens
     With several ranks it is a collective, also for a rank where B is 0.
     """
     if len(tokens) == 0:
-        return model.serve(asked.rows_expected)
+        return _serve(model, asked.rows_expected)
     return whole(lambda: in_parts(model, tokens, asked.cache, vocab, asked.rows_expected))
 
 
@@ -85,7 +87,7 @@ def in_parts(
         with part(f"layer {number}"):
             with part("attention"):
                 attn = layer.attn
-                x, h = layer.attn_norm(x, pending)
+                x, h = _normed(layer.attn_norm, x, pending)
                 qkv = linear(h, attn.qkv.weight, attn.qkv.bias).view(len(x), 3, config.heads, -1)
                 seen = attend_one(qkv, cache.kv[attn.index], cache.lengths)
                 x, h = layer.ffn_norm(x, linear(seen, attn.out.weight, attn.out.bias, split=True))
@@ -100,21 +102,54 @@ def in_parts(
                 with part("gate"):
                     _, chosen, _, weights = choose(layer.moe.rule, linear(h, layer.moe.gate.weight))
                 x, pending = (yield from short_step.fetched(layer.moe.experts, h, chosen, weights, x)), None
-    if model.norm is None and pending is not None:
+    if model.norm is not None:
+        _, x = _normed(model.norm, x, pending)
+    elif pending is not None:
+        pending = batch_peers.arrived(pending) if isinstance(pending, Coming) else pending
         # The norm adds parts up in float32.
-        pending = pending.sum(dim=1, dtype=torch.float32).to(x.dtype)
-    x = model.features(x, pending)
+        x = x + pending.sum(dim=1, dtype=torch.float32).to(x.dtype)
+    x = x if model.project_out is None else model.project_out(x)
     with part("output"):
         return linear(x, model.output_weight[:vocab])
 
 
+def _normed(norm: AddNorm, x: Tensor, pending: Tensor | Coming | None) -> tuple[Tensor, Tensor]:
+    """``x`` [B, D] plus what is pending, and the norm of the sum."""
+    if isinstance(pending, Coming):
+        with part("norm"):
+            return batch_peers.collected(pending, x, norm)
+    return norm(x, pending)
+
+
+def _serve(model: Transformer, rows_expected: int | None) -> None:
+    """Run the experts held here on the choices of other ranks."""
+    nothing = model.embed.weight.new_empty(0, model.config.dim)
+    logits = nothing.new_empty(0, model.config.experts)
+    for number, layer in enumerate(model.layers):
+        if layer.moe is not None:
+            with part(f"layer {number}"):
+                if _written(layer.moe, rows_expected):
+                    with part("dispatch"):
+                        batch_peers.arrived(batch_peers.sent(layer.moe, logits, nothing, rows_expected))
+                else:
+                    layer.moe.serve(nothing, rows_expected)
+
+
+def _written(moe: MoE, rows_expected: int | None) -> bool:
+    """Whether ranks write rows to one another in this layer; all ranks find the same."""
+    return rows_expected is not None and batch_peers.fits(moe, rows_expected)
+
+
 def _experts(
     model: Transformer, moe: MoE, onto: Tensor, x: Tensor, rows_expected: int | None
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | Coming | None]:
     """``onto`` [B, D], and what is pending: the weighted outputs [B, K, D] for ``x`` [B, D] of the experts that the gate chooses."""
     rule, experts, choices = moe.rule, moe.experts, len(x) * moe.rule.top_k
     with part("gate"):
         logits = linear(x, moe.gate.weight)
+    if _written(moe, rows_expected):
+        with part("dispatch"):
+            return onto, batch_peers.sent(moe, logits, x, rows_expected)
     if not isinstance(model.dispatch, Local) or choices > FEW:
         with part("gate"):
             routing = rule.route(logits[:, None], fraction=None, choose=choose)

@@ -10,7 +10,7 @@ of one expert. D model dim, F expert width.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
@@ -27,6 +27,13 @@ from moekit.nn.kernels.tiles import tiles
 
 if TYPE_CHECKING:
     from moekit.nn.experts import Assignment, Experts
+
+
+class Home(NamedTuple):
+    """Where results go: choice c of rank r has the number r ``room`` + c, and its rank's memory is ``reach`` [W] bytes away."""
+
+    reach: Tensor
+    room: int
 
 
 def grouped_ffn(experts: Experts, x: Tensor, assignment: Assignment, cut: Cut | None = None) -> Tensor:
@@ -78,22 +85,22 @@ def planned_ffn(
     weights: Tensor | None,
     cut: Cut,
     out: Tensor,
-    box: Mailbox | None = None,
+    home: Home | None = None,
+    sorted_rows: bool = False,
 ) -> None:
     """Write into ``out`` [N K, D] what :func:`grouped_ffn` makes of the choices in the tiles of ``plan``, for inference.
 
     Args:
         plan: the choices sorted by expert [P], and their tiles (tiles.py).
-        box: rows and weights come in this order, and results go to the mailboxes of the ranks that asked for them.
+        home: the choices are of several ranks, and results go to the same place in the memory of their rank.
+        sorted_rows: rows and weights come in the order of the plan.
     """
     hidden = x.new_empty(len(plan[0]), experts.width)
     up, down = one_byte.layers(experts)
     act = ACTIVATIONS[experts.activation]
-    ordered = box is not None
-    _linear(x, up, hidden, plan, None, choices, cut.up, first=True, act=act, sorted_rows=ordered)
-    _linear(
-        hidden, down, out, plan, weights, choices, cut.down, first=False, act=0, sorted_rows=ordered, box=box
-    )
+    how = {"sorted_rows": sorted_rows}
+    _linear(x, up, hidden, plan, None, choices, cut.up, first=True, act=act, **how)
+    _linear(hidden, down, out, plan, weights, choices, cut.down, first=False, act=0, home=home, **how)
 
 
 def gathered_ffn(
@@ -112,7 +119,8 @@ def gathered_ffn(
     # Specialised warps do not write to other ranks.
     cut = cut or cut_for(made // box.world_size, experts.held, cuts)
     plan = order, tiles(counts, made, cut.up.rows)
-    planned_ffn(experts, rows, plan, 1, weights, cut, box.home, box)
+    home = Home(box.reach, box.rows * box.choices)
+    planned_ffn(experts, rows, plan, 1, weights, cut, box.home, home, sorted_rows=True)
 
 
 def _linear(
@@ -126,8 +134,8 @@ def _linear(
     *,
     first: bool,
     act: int,
-    sorted_rows: bool = False,
-    box: Mailbox | None = None,
+    sorted_rows: bool,
+    home: Home | None = None,
 ) -> None:
     w, b, scale, options = layer
     held, n, k = w.shape
@@ -142,13 +150,13 @@ def _linear(
         order,
         table,
         weights,
-        None if box is None else box.reach,
+        None if home is None else home.reach,
         table.shape[1],
         held,
-        0 if box is None else box.rows * box.choices,
+        0 if home is None else home.room,
         CHOICES=choices,
         SORTED=sorted_rows,
-        HOME=box is not None,
+        HOME=home is not None,
         N=n,
         K=k,
         FIRST=first,
@@ -171,7 +179,7 @@ def _linear(
 # out: [P, N] in the order of ``order`` if FIRST, else [N K, N] by choice, with zeros for choices of no expert unless HOME.
 # order: [P]; table: [3, T], each tile's expert, first index into ``order``, and end.
 # weights: [N K] or None; [P] if SORTED. reach: [W] if HOME, see peers.py.
-# room: choices that a mailbox has room for, if HOME. N: columns of the output. K: terms of the sum.
+# room: numbers of choices that a rank has, if HOME. N: columns of the output. K: terms of the sum.
 # SORTED: rows and weights come in the order of ``order``. HOME: results go to the mailbox of the rank that asked for them.
 # SWAPPED: the weights are the left operand of the product, which may be in registers.
 @triton.jit(do_not_specialize=["tiles", "experts", "room"])

@@ -73,15 +73,31 @@ def _add_norm(
     wait(OVERLAP)
     mine = tl.load(x + at, mask=here, other=0.0).to(tl.float32)
     if PARTS > 0:
-        part = row[:, None] * (PARTS * D) + column[None, :]
-        coming = tl.load(pending + part, mask=here, other=0.0).to(tl.float32)
-        for k in tl.static_range(1, PARTS):
-            coming += tl.load(pending + part + k * D, mask=here, other=0.0).to(tl.float32)
-        mine = (mine + coming.to(kind).to(tl.float32)).to(kind)
+        mine = with_parts(mine, pending, row, column, here, PARTS, D, kind)
         tl.store(total + at, mine, mask=here)
         mine = mine.to(tl.float32)
+    tl.store(normed + at, normalised(mine, w, b, real, D, eps).to(kind), mask=here)
+
+
+@triton.jit
+def with_parts(
+    mine, pending, row, column, here, PARTS: tl.constexpr, D: tl.constexpr, KIND: tl.constexpr, FRESH: tl.constexpr = False
+):  # fmt: skip
+    """``mine`` plus the sum of its parts in ``pending``, rounded as the plain functions round.
+
+    FRESH: peers wrote the parts while this kernel ran, so the loads bypass the cache of the multiprocessor.
+    """
+    part = row[:, None] * (PARTS * D) + column[None, :]
+    coming = tl.load(pending + part, mask=here, other=0.0, volatile=FRESH).to(tl.float32)
+    for k in tl.static_range(1, PARTS):
+        coming += tl.load(pending + part + k * D, mask=here, other=0.0, volatile=FRESH).to(tl.float32)
+    return (mine + coming.to(KIND).to(tl.float32)).to(KIND)
+
+
+@triton.jit
+def normalised(mine, w, b, real, D: tl.constexpr, eps):
+    """The layer norm of rows in float32, with gain ``w`` and shift ``b``; ``real``: the columns that there are."""
     mean = tl.sum(mine, axis=1) / D
     off = tl.where(real[None, :], mine - mean[:, None], 0.0)
     scale = tl.rsqrt(tl.sum(off * off, axis=1) / D + eps)
-    found = off * scale[:, None] * w[None, :] + b[None, :]
-    tl.store(normed + at, found.to(kind), mask=here)
+    return off * scale[:, None] * w[None, :] + b[None, :]

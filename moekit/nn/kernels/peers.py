@@ -22,8 +22,8 @@ from torch import Tensor
 
 from moekit.nn.experts import Assignment
 
-# Rows of the smallest mailbox.
-FEWEST = 16
+# Rows of the smallest mailbox, and of the largest one into which peers write rows.
+FEWEST, WRITTEN = 16, 64
 # Rows that a program reads from the peers.
 PULLED = 4
 # Choices that a program copies at a time.
@@ -44,10 +44,10 @@ class Mailbox:
         home: [M, K, D], the weighted output of the expert for each choice.
         all_x, all_chosen, all_weights: [W, M, D], [W, M K] int32 and [W, M K] float32: the rows of all ranks, and the expert
             (E for none) and the weight of each choice. Where rows are few, each rank writes its own into the buffers of
-            all ranks; a larger mailbox has none of these.
-        flags: [W] int32, the number of times that each peer has reached :func:`meet`.
+            the others; a larger mailbox has none of these.
+        flags: [W] int32, the number of signals from each peer: one at each :func:`meet`.
         reach: [W] int64, bytes from this rank's buffer to the buffer of each rank.
-        times: [1] int32, the number of times that this rank has reached :func:`meet`.
+        times: [1] int32, the number of signals of this rank: what all flags are at once every rank has come as far.
         gave_up: [1] int32, not 0 after a wait of this rank has taken longer than ``limit``; all mailboxes share it.
         ways, limit: launch options and the time limit of the kernels that wait for peers.
     """
@@ -55,7 +55,7 @@ class Mailbox:
     @staticmethod
     def layout(rows: int, choices: int, experts: int, dim: int, dtype: torch.dtype, world_size: int):
         """(name, shape, dtype) of each part, in the order of the parts in the buffer."""
-        all_rows = world_size * rows if rows <= FEWEST else 0
+        all_rows = world_size * rows if rows <= WRITTEN else 0
         return (
             ("flags", (world_size,), torch.int32),
             ("x", (rows, dim), dtype),
@@ -167,30 +167,52 @@ def wait_for_peers(
 
     After it, the peers can read what this program and earlier kernels wrote, and this rank can read what they wrote.
     """
+    now = tl.load(times) + 1
+    signal(flags, reach, now, rank, W, RANKS)
+    tl.store(times, now)
+    until(flags, now, gave_up, limit, W, RANKS, TIMED)
+
+
+@triton.jit
+def signal(flags, reach, now, rank, W: tl.constexpr, RANKS: tl.constexpr):
+    """Set this rank's flag at all peers to ``now``; then they can read what this program and earlier kernels wrote."""
     peer = tl.arange(0, RANKS)
     there = peer < W
-    now = tl.load(times) + 1
-    stuck = tl.load(gave_up)
     far = tl.load(reach + peer, mask=there, other=0) // 4
     tl.debug_barrier()
-    tl.store(times, now)
     tl.atomic_xchg(
         flags + far + rank, tl.zeros((RANKS,), dtype=tl.int32) + now, mask=there, sem="release", scope="sys"
     )
+
+
+# A look at a flag, after which a thread can read what the peer wrote before it raised the flag.
+LOOK = tl.constexpr("ld.acquire.sys.global.b32 $0, [$1];")
+
+
+@triton.jit
+def until(flags, now, gave_up, limit, W: tl.constexpr, RANKS: tl.constexpr, TIMED: tl.constexpr):
+    """Wait until every peer has signalled ``now`` or more; then this program can read what they wrote before.
+
+    Any number of programs may wait at once. After a wait that gave up, no other one takes long.
+    """
+    peer = tl.minimum(tl.arange(0, RANKS), W - 1)
     begun = _ticks(TIMED)
     looks = tl.zeros((), dtype=tl.int64)
-    waiting = stuck == 0
+    waiting = tl.load(gave_up) == 0
     while waiting:
-        seen = tl.load(flags + peer, mask=there, other=0, volatile=True)
+        if TIMED:
+            at = (flags + peer).to(tl.int64)
+            seen = tl.inline_asm_elementwise(LOOK, "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1)
+        else:
+            seen = tl.load(flags + peer, volatile=True)
         # The difference is compared, since the count may wrap around.
-        waiting = tl.max(tl.where(there & (seen - now < 0), 1, 0), axis=0) != 0
+        waiting = tl.max(tl.where(seen - now < 0, 1, 0), axis=0) != 0
         looks += 1
         if waiting:
             spent = _ticks(TIMED) - begun if TIMED else looks
             if spent > limit:
                 tl.store(gave_up, 1)
-                waiting = waiting & (stuck != 0)
-    tl.atomic_add(flags + peer, tl.zeros((RANKS,), dtype=tl.int32), mask=there, sem="acquire", scope="sys")
+                waiting = False
     tl.debug_barrier()
 
 

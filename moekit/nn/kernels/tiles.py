@@ -89,10 +89,20 @@ def tiles(counts: Tensor, choices: int, rows: int) -> Tensor:
 
 @triton.jit(do_not_specialize=["choices", "experts", "width"])
 def _tiles(counts, table, choices, experts, width, ROWS: tl.constexpr, EXPERTS: tl.constexpr):
-    """Write the tiles of one expert per program; the last program writes those of no expert, and those not needed."""
-    mine = tl.program_id(0)
     expert = tl.arange(0, EXPERTS)
     count = tl.load(counts + expert, mask=expert < experts, other=0).to(tl.int32)
+    write_tiles(table, count, choices, experts, width, ROWS, EXPERTS)
+
+
+@triton.jit
+def write_tiles(table, count, choices, experts, width, ROWS: tl.constexpr, EXPERTS: tl.constexpr):
+    """Write the tiles of one expert per program; the program after the last expert writes those of no expert, and those not needed.
+
+    Returns the index in the order of the expert's first choice. ``count`` [EXPERTS] is the number of choices of each; those of
+    no expert come after them, up to ``choices``, and there are none if that is 0.
+    """
+    mine = tl.program_id(0)
+    expert = tl.arange(0, EXPERTS)
     before = expert < mine
     position = tl.sum(tl.where(before, count, 0), axis=0)
     tile = tl.sum(tl.where(before, (count + ROWS - 1) // ROWS, 0), axis=0)
@@ -107,6 +117,7 @@ def _tiles(counts, table, choices, experts, width, ROWS: tl.constexpr, EXPERTS: 
         tl.store(table + at, tl.zeros_like(at) + mine, mask=here)
         tl.store(table + width + at, tl.where(needed, first, 0), mask=here)
         tl.store(table + 2 * width + at, tl.where(needed, tl.minimum(first + ROWS, end), 0), mask=here)
+    return position
 
 
 def planned(
