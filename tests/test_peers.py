@@ -1,6 +1,7 @@
 """Exchange through the peers' memory: kernels interpreted on CPU ranks whose buffers are shared files."""
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ pytest.importorskip("triton")
 from moekit import ranks
 from moekit.nn.cache import Cache
 from moekit.nn.config import ModelConfig
-from moekit.nn.dispatch import owned
+from moekit.nn.dispatch import Local, owned
 from moekit.nn.passes import Pass
 from moekit.nn.quantise import KINDS
 from moekit.nn.transformer import Transformer
@@ -136,9 +137,10 @@ def stepped(
         fits: whether a half of its programs can take a choice; else all take turns at each.
     """
     from moekit.nn.experts import QuantisedExperts
-    from moekit.nn.kernels import batch_step, one_launch, short_step
+    from moekit.nn.kernels import batch_peers, batch_step, one_launch, short_step
     from moekit.nn.kernels.peer_dispatch import PeerDispatch
 
+    own_sent = batch_peers.sent
     one_launch.MOST = 48 * 768 if fits else 1
     plain, held = whole(), owned(E, rank.world_size, rank.rank)
     model = Transformer(CONFIG, len(held), PeerDispatch(E, K, D, torch.float32, rank.device))
@@ -152,6 +154,9 @@ def stepped(
     model.requires_grad_(False).use("triton")
     count, most = sequences[rank.rank], max(sequences)
     assert (short_step if most <= 4 else batch_step).fits(model, most)
+    sent = []
+    # Which layers write rows to the peers.
+    batch_peers.sent = lambda moe, *how: sent.append(moe.index) or own_sent(moe, *how)
     caches = [Cache(CONFIG, count, 64, rank.device, torch.float32) for _ in range(2)]
     tokens = torch.randint(4, 50, (count, 6), generator=torch.Generator().manual_seed(rank.rank))
     worst = 0.0
@@ -173,6 +178,8 @@ def stepped(
             caches[1].advance(1)
             worst = max(worst, (found - plain.logits(wanted[:, 0])).abs().max().item())
     model.operations.check(model)
+    batch_peers.sent = own_sent
+    assert sent == ([1, 3] * 5 if most > 4 else [])
     return worst
 
 
@@ -200,26 +207,97 @@ def test_a_step_of_few_sequences_over_ranks_with_experts_of_one_byte(pool):
         assert worst < 1e-5
 
 
-def absent(rank: ranks.Rank) -> str:
-    """What a rank says whose peer does not come to an exchange."""
-    from moekit.nn.kernels import peers
+def moe_layers(rank: ranks.Rank, config: ModelConfig, numbered: bool):
+    """A MoE layer with all experts, and one with those held here; if ``numbered``, the dispatch knows experts by other numbers."""
     from moekit.nn.kernels.peer_dispatch import PeerDispatch
+    from moekit.nn.transformer import MoE
+
+    torch.manual_seed(5)
+    held = owned(E, rank.world_size, rank.rank)
+    plain = MoE(config, 1, E, Local())
+    moe = MoE(config, 1, len(held), PeerDispatch(E, plain.rule.top_k, D, torch.float32, rank.device))
+    for parameter in plain.parameters():
+        parameter.data.normal_(0, 0.3)
+    # The expert that has each number.
+    by_number = torch.randperm(E) if numbered else torch.arange(E)
+    if numbered:
+        moe.numbers = by_number.argsort()
+    moe.gate.weight.data.copy_(plain.gate.weight)
+    for name, own in moe.experts.tensors.items():
+        own.data.copy_(plain.experts.tensors[name][by_number[held.start : held.stop]])
+    return plain.requires_grad_(False), moe.requires_grad_(False)
+
+
+def in_turns(rank: ranks.Rank, gate: str, numbered: bool) -> float:
+    """The largest difference between all experts here and those of all ranks, whose rows are written and read in turns."""
+    from moekit.nn.kernels import batch_peers
+    from moekit.nn.transformer import AddNorm
+
+    plain, moe = moe_layers(rank, replace(CONFIG, gate=gate), numbered)
+    norm = AddNorm(D).requires_grad_(False)
+    norm.weight.normal_()
+    norm.bias.normal_()
+    worst = 0.0
+    # All but the last of these are in one mailbox; the rows of the last are alike, so that an expert has more than a tile.
+    turns = [
+        ([5, 0, 2], "written"),
+        ([3, 4, 0], "read"),
+        ([1, 16, 0], "norm"),
+        ([0, 3, 6], "norm"),
+        ([40, 0, 3], "norm"),
+    ]
+    for turn, (counts, how) in enumerate(turns):
+        rows, most = counts[rank.rank], max(counts[: rank.world_size])
+        x = torch.randn(rows, D, generator=torch.Generator().manual_seed(10 * turn + rank.rank))
+        if most == 40:
+            x = 0.01 * x + torch.linspace(-1, 1, D)
+        wanted = plain(x[None], Pass())[0] if rows else x.new_empty(0, moe.rule.top_k, D)
+        logits = moe.gate(x)
+        if how == "read":
+            found = moe.dispatched(x, moe.rule.route(logits[None], fraction=None), most)
+            pairs = [(found.view_as(wanted), wanted)]
+        else:
+            assert batch_peers.fits(moe, most)
+            coming = batch_peers.sent(moe, logits, x, most)
+            if how == "written" or not rows:
+                pairs = [(batch_peers.arrived(coming), wanted)]
+            else:
+                pairs = list(zip(batch_peers.collected(coming, x, norm), norm(x, wanted), strict=True))
+        worst = max([worst, *((a - b).abs().max().item() for a, b in pairs if rows)])
+    moe.dispatch.check()
+    assert list(moe.dispatch.boxes) == [16, 64]
+    return worst
+
+
+@pytest.mark.parametrize("gate, numbered", [("top2", True), ("top1", False)])
+def test_rows_are_written_and_read_in_turns(pool, gate, numbered):
+    assert max(pool.call(in_turns, gate, numbered, timeout=240)) < 1e-5
+
+
+def absent(rank: ranks.Rank, written: bool) -> str:
+    """What a rank says whose peer does not come to an exchange."""
+    from moekit.nn.kernels import batch_peers, peers
 
     peers.LOOKS = 50
-    dispatch = PeerDispatch(E, K, D, torch.float32, rank.device)
-    dispatch.mailbox(4)
+    _, moe = moe_layers(rank, CONFIG, False)
+    moe.dispatch.mailbox(4)
     if rank.rank == 1:
         return ""
-    dispatch(experts(owned(E, rank.world_size, rank.rank)), *assigned(2, 0.0, 1), 4)
+    x, assignment = assigned(2, 0.0, 1)
+    if written:
+        batch_peers.arrived(batch_peers.sent(moe, moe.gate(x), x, 4))
+    else:
+        moe.dispatch(moe.experts, x, assignment, 4)
     try:
-        dispatch.check()
+        moe.dispatch.check()
     except RuntimeError as error:
         return str(error)
     return "nothing"
 
 
-def test_waiting_for_a_peer_has_an_end(pool):
-    found = pool.call(absent, timeout=120)
+@pytest.mark.parametrize("written", [False, True])
+def test_waiting_for_a_peer_has_an_end(pool, written):
+    found = pool.call(absent, written, timeout=120)
     assert "a peer did not come to an exchange" in found[0]
 
 

@@ -222,7 +222,7 @@ def describe(rank: Rank, batches: Sequence[Batch], fraction: float | None = FRAC
 
 # Names of the kernels that move rows or wait for other ranks. The second product of the experts also moves rows if it
 # writes results straight into the peers' memory; that time is not counted.
-MOVING = ("nccl", "_publish", "_meet", "_merge", "_pull", "_hand_out", "_collect")
+MOVING = ("nccl", "_publish", "_meet", "_merge", "_pull", "_hand_out", "_send", "_collect")
 
 
 def exchanged(rank: Rank, work: Callable[[], object]) -> float:

@@ -45,6 +45,7 @@ BY_NAME = {
     "_merge": "dispatch",
     "_pull": "dispatch",
     "_hand_out": "dispatch",
+    "_send": "dispatch",
     "_tiles": "plan",
     "_by_expert": "plan",
     "_experts_up": "experts up",
