@@ -339,11 +339,12 @@ def compile_all(target: Target) -> None:
         "starts": "*i32",
         "reach": "*i64",
         "out": "*i32",
-        "counts": "*i64",
+        "table": "*i32",
         "total": "*i32",
     }
-    types |= dict.fromkeys(("first", "held", "room"), "i32")
-    target.compile(peers._merge, types, {"W": 8, "EXPERTS": 64, "SEGMENT": peers.SEGMENT})
+    types |= dict.fromkeys(("first", "held", "room", "width"), "i32")
+    constants = {"W": 8, "RANKS": 8, "EXPERTS": 64, "ROWS": 16, "SEGMENT": peers.SEGMENT}
+    target.compile(peers._merge, types, constants)
     types = {"x": "*fp16", "weights": "*fp32", "reach": "*i64", "order": "*i32", "total": "*i32"}
     types |= {"rows_out": "*fp16", "weights_out": "*fp32", "room": "i32"}
     target.compile(peers._pull, types, {"K": 2, "D": 768, "ROWS": peers.PULLED, "BLOCK": 1024})

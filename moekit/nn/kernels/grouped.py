@@ -112,15 +112,12 @@ def gathered_ffn(
     """
     if experts.held == 0:
         return
-    rows, weights, order, counts = peers.gather(box, first, experts.held, rows_expected)
-    made = len(order)
-    # About as many choices arrive here as one rank makes.
-    cuts = cuts_of(rows.device, kind_of(rows.dtype, experts.w1.dtype))
-    # Specialised warps do not write to other ranks.
-    cut = cut or cut_for(made // box.world_size, experts.held, cuts)
-    plan = order, tiles(counts, made, cut.up.rows)
+    # About as many choices arrive here as one rank makes. Specialised warps do not write to other ranks.
+    cuts = cuts_of(box.x.device, kind_of(box.dtype, experts.w1.dtype))
+    cut = cut or cut_for(rows_expected * box.choices, experts.held, cuts)
+    rows, weights, order, table = peers.gather(box, first, experts.held, rows_expected, cut.up.rows)
     home = Home(box.reach, box.rows * box.choices)
-    planned_ffn(experts, rows, plan, 1, weights, cut, box.home, home, sorted_rows=True)
+    planned_ffn(experts, rows, (order, table), 1, weights, cut, box.home, home, sorted_rows=True)
 
 
 def _linear(

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moekit.nn.experts import Assignment
+from moekit.nn.kernels.tiles import most_tiles, write_tiles
 
 # Rows of the smallest mailbox, and of the largest one into which peers write rows.
 FEWEST, WRITTEN = 16, 64
@@ -216,60 +217,64 @@ def until(flags, now, gave_up, limit, W: tl.constexpr, RANKS: tl.constexpr, TIME
     tl.debug_barrier()
 
 
-def gather(box: Mailbox, first: int, held: int, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def gather(
+    box: Mailbox, first: int, held: int, rows: int, tile_rows: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The choices of all ranks for the experts held here, and their rows.
 
     Args:
-        first, held: the experts held here.
+        first, held: the experts held here, one or more.
         rows: the most rows that any rank brings; the mailbox may have room for more.
+        tile_rows: the most choices of a tile.
 
     Returns:
         rows [P, D] and weights [P] float32 in the order of ``order``; order [P] int32, the choices of all ranks sorted by
-        expert, where choice c of rank r has the number r M K + c; counts [e] int64. Entries after ``counts.sum()`` are
-        undefined.
+        expert, where choice c of rank r has the number r M K + c; and their tiles as in :func:`moekit.nn.kernels.tiles.tiles`.
+        Rows, weights and order of no tile are undefined.
     """
     most = box.world_size * rows * box.choices
     device = box.x.device
     order = torch.empty(most, dtype=torch.int32, device=device)
-    counts = torch.zeros(held, dtype=torch.long, device=device)
-    total = torch.zeros(1, dtype=torch.int32, device=device)
+    table = torch.empty(3, most_tiles(most, held, tile_rows), dtype=torch.int32, device=device)
+    total = torch.empty(1, dtype=torch.int32, device=device)
     found = torch.empty(most, box.dim, dtype=box.dtype, device=device)
     weights = torch.empty(most, dtype=torch.float32, device=device)
-    _merge[(held, box.world_size)](
-        box.order, box.starts, box.reach, order, counts, total, first, held, box.rows * box.choices,
-        W=box.world_size, EXPERTS=triton.next_power_of_2(max(held, 1)), SEGMENT=SEGMENT, num_warps=4,
+    _merge[(held + 1, box.world_size)](
+        box.order, box.starts, box.reach, order, table, total, first, held, box.rows * box.choices, table.shape[1],
+        W=box.world_size, RANKS=box.ways["RANKS"], EXPERTS=triton.next_power_of_2(held), ROWS=tile_rows, SEGMENT=SEGMENT,
+        num_warps=4,
     )  # fmt: skip
     _pull[(triton.cdiv(most, PULLED),)](
         box.x, box.weights, box.reach, order, total, found, weights, box.rows * box.choices,
         K=box.choices, D=box.dim, ROWS=PULLED, BLOCK=triton.next_power_of_2(box.dim), num_warps=4,
     )  # fmt: skip
-    return found, weights, order, counts
+    return found, weights, order, table
 
 
-@triton.jit(do_not_specialize=["first", "held", "room"])
+@triton.jit(do_not_specialize=["first", "held", "room", "width"])
 def _merge(
-    order, starts, reach, out, counts, total, first, held, room,
-    W: tl.constexpr, EXPERTS: tl.constexpr, SEGMENT: tl.constexpr,
+    order, starts, reach, out, table, total, first, held, room, width,
+    W: tl.constexpr, RANKS: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr, SEGMENT: tl.constexpr,
 ):  # fmt: skip
-    """Each program copies the choices of one rank for one expert."""
+    """Each program copies the choices of one rank for one expert; those of rank 0 write the tiles, too."""
     mine = tl.program_id(0)
     rank = tl.program_id(1)
-    expert = tl.arange(0, EXPERTS)
-    real = expert < held
-    count = tl.zeros((EXPERTS,), dtype=tl.int32)
-    earlier = 0
-    own = 0
-    for r in tl.static_range(W):
-        at = starts + tl.load(reach + r) // 4 + first + expert
-        n = tl.load(at + 1, mask=real, other=0) - tl.load(at, mask=real, other=0)
-        count += n
-        here = tl.sum(tl.where(expert == mine, n, 0), axis=0)
-        earlier += tl.where(r < rank, here, 0)
-        own += tl.where(r == rank, here, 0)
-    target = tl.sum(tl.where(expert < mine, count, 0), axis=0) + earlier
+    peer = tl.arange(0, RANKS)[:, None]
+    expert = tl.arange(0, EXPERTS)[None, :]
+    real = (peer < W) & (expert < held)
+    far = tl.load(reach + peer, mask=peer < W, other=0) // 4
+    at = starts + far + first + expert
+    # [RANKS, EXPERTS], the number of choices.
+    n = tl.load(at + 1, mask=real, other=0) - tl.load(at, mask=real, other=0)
+    count = tl.sum(n, axis=0)
+    target = tl.sum(tl.where(tl.arange(0, EXPERTS) < mine, count, 0), axis=0)
+    here = tl.sum(tl.where(expert == mine, n, 0), axis=1)
+    peer = tl.arange(0, RANKS)
+    target += tl.sum(tl.where(peer < rank, here, 0), axis=0)
+    own = tl.sum(tl.where(peer == rank, here, 0), axis=0)
     if rank == 0:
-        tl.store(counts + mine, tl.sum(tl.where(expert == mine, count, 0), axis=0).to(tl.int64))
-        if mine == 0:
+        write_tiles(table, count, 0, held, width, ROWS, EXPERTS)
+        if mine == held:
             tl.store(total, tl.sum(count, axis=0))
     far = tl.load(reach + rank) // 4
     source = tl.load(starts + far + first + mine)
