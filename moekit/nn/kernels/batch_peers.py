@@ -1,4 +1,4 @@
-"""A MoE layer of up to 64 rows a rank over several ranks; short_peers.py is for a few rows, and peers.py for any number.
+"""A MoE layer of up to 64 rows a rank over several ranks; short_peers.py is for one row, and peers.py for any number.
 
 The steps are those of peers.py, but no kernel only waits, and rows are written to the ranks of their experts and not read
 from there, since a write does not wait for its way to the peer and back:

@@ -57,8 +57,8 @@ def fits(model: Transformer, sequences: int) -> bool:
     one_place, choices = isinstance(model.dispatch, Local), gate_of(model.config).top_k
     if model.slots is not None and not (one_place and takes(choices) and choices <= CHUNK):
         return False
-    # A few sequences over ranks have faster exchanges of their own, and with experts that are fetched, one request of the host.
-    few = (not one_place or model.slots is not None) and short_step.fits(model, sequences)
+    # With experts that are fetched, a few sequences are one request of the host.
+    few = model.slots is not None and short_step.fits(model, sequences)
     return LEAST <= sequences <= MOST and not few
 
 
