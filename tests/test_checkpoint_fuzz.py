@@ -11,6 +11,7 @@ import io
 import os
 import pickletools
 import random
+import re
 import shutil
 import socket
 import struct
@@ -24,8 +25,9 @@ import pytest
 import torch
 
 from moekit import checkpoint
-from moekit.checkpoint import contents, pickles
+from moekit.checkpoint import contents, pickles, rebuilt
 from moekit.checkpoint.inspection import NonFinite
+from moekit.checkpoint.objects import Call, Reference
 from moekit.nn.changes import changed
 from moekit.nn.transformer import Transformer
 
@@ -784,6 +786,59 @@ def test_pickles_with_a_right_checksum_are_read_as_torch_reads_them(reference, t
         assert list(mine) == list(theirs)
         assert all(mine[key].view(torch.uint8).equal(theirs[key].view(torch.uint8)) for key in mine), seed
         counts["pickles with a right checksum"]["as torch reads them"] += 1
+
+
+def test_a_tensor_read_at_once_is_what_its_instructions_make_one_by_one(reference, monkeypatch):
+    """The machine with and without the expression for a whole tensor, on a file's pickle and on damaged ones."""
+    data = members(reference / "checkpoint" / "model-rank-0.pt")["archive/data.pkl"]
+    taken = 0
+
+    def counting(*how) -> int:
+        nonlocal taken
+        found = rebuilt.tensor(*how)
+        taken += found > 0
+        return found
+
+    def made(mutated: bytes) -> object:
+        """All that the machine has made, and which of it is one object; or the kind of error."""
+        try:
+            found = pickles.parse(mutated)
+        except pickles.Unreadable as error:
+            return re.sub(r"byte [0-9,]+", "byte", str(error))
+        seen: dict[int, int] = {}
+
+        def told(node) -> object:
+            # Tuples never change, so that nobody can tell one from an equal one.
+            if isinstance(node, (list, Call, Reference)):
+                if id(node) in seen:
+                    return "again", seen[id(node)]
+                seen[id(node)] = len(seen)
+            if isinstance(node, Call):
+                parts = [node.function, node.arguments, node.state, node.items]
+            else:
+                parts = [node.name] if isinstance(node, Reference) else node
+            if isinstance(parts, (list, tuple)):
+                return type(node).__name__, [told(part) for part in parts]
+            return type(node).__name__, repr(node)
+
+        everything = [found.value, found.calls, found.references, sorted(found.names), found.end]
+        return [told(part) for part in everything]
+
+    ends: collections.Counter = collections.Counter()
+    for seed in range(300):
+        rng, mutated = random.Random(seed), bytearray(data)
+        for _ in range(rng.choice([0, 1, 1, 3, 8]) if seed else 0):
+            mutated[rng.randrange(len(mutated) // 3, len(mutated))] = rng.choice(
+                [rng.randrange(256), *b"(jrKMJ\x85\x86tQR)X"]
+            )
+        monkeypatch.setattr(pickles, "tensor", counting)
+        at_once = made(bytes(mutated))
+        if not seed:
+            assert taken > 10
+        monkeypatch.setattr(pickles, "tensor", lambda *_: 0)
+        assert made(bytes(mutated)) == at_once, seed
+        ends["an error" if isinstance(at_once, str) else "the same objects"] += 1
+    assert min(ends.values()) > 30 and taken > 1000, (ends, taken)
 
 
 def test_what_is_harmless_at_once_is_so_node_by_node(reference):

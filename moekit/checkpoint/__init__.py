@@ -5,15 +5,17 @@
     fill(model, plan, held)                 # one rank reads the tensors it keeps, straight into place
 
 A checkpoint is untrusted: pickles.py reads what a file says without calling anything, and its weights are memory-mapped, so
-that nothing in it runs and nothing is read that is not kept. From below to above: objects (what a pickle makes), pickles
-(the machine), contents (what may stand in one), archive (where a file's parts lie), stretch and weights (a file's tensors,
-made when they are asked for), reading (one file), keys (fairseq's names), options (the config), shards (tensors cut over
-several files), files (which there are), belonging (whether files belong together), inspection (checksums), config (the
-options against what the files hold), loads and copying, joining (parts of a tensor), placement (which rank an expert goes to),
-filling (what is filled, and where), plan (which rank reads what), describing (tables). safetensors is the other format of a
-file. What ``python -m moekit.checkpoint`` does is in verifying and reshaping; writing makes the folders.
+that nothing in it runs and nothing is read that is not kept. From below to above: objects (what a pickle makes), rebuilt and
+pickles (the machine, with what it does at once for a tensor), contents (what may stand in one), archive (where a file's
+parts lie), stretch and weights (a file's tensors, made when they are asked for), reading (one file), keys (fairseq's names),
+options (the config), shards (tensors cut over several files), files (which there are), belonging (whether files belong
+together), inspection (checksums), config (the options against what the files hold), loads and copying, joining (parts of a
+tensor), placement (which rank an expert goes to), filling (what is filled, and where), plan (which rank reads what),
+describing (tables). safetensors is the other format of a file. What ``python -m moekit.checkpoint`` does is in verifying and
+reshaping; writing makes the folders.
 """
 
+from moekit.checkpoint.collecting import no_collector
 from moekit.checkpoint.describing import describe
 from moekit.checkpoint.files import Files, find
 from moekit.checkpoint.inspection import NonFinite, warn_nonfinite
@@ -37,6 +39,7 @@ __all__ = [
     "fill",
     "find",
     "inspect",
+    "no_collector",
     "physical_of",
     "places",
     "read",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import zlib
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -17,8 +18,11 @@ from moekit.checkpoint.pickles import EACH, MOST_BYTES, Parsed, parse
 END = struct.Struct("<4s4H2LH")
 END_64_POINTER = struct.Struct("<4sLQL")
 END_64 = struct.Struct("<4sQ2H2L4Q")
-ENTRY = struct.Struct("<4s6H3L5H2L")
-HEADER = struct.Struct("<4s5H3L2H")
+# Of an entry of the directory: flags, method, checksum, packed size, size, sizes of name, extra field and note, and the
+# place of the header.
+ENTRY = struct.Struct("<4s4x2H4x3L3H8xL")
+# Of the header before a member: sizes of name and extra field.
+HEADER = struct.Struct("<4s22x2H")
 START = b"PK\x03\x04"
 
 # The value of the first pickle of an old file.
@@ -50,22 +54,23 @@ class Layout:
     folder: str | None = None
 
 
-def layout(memory: np.ndarray, each: int = EACH) -> Layout:
+def layout(memory: np.ndarray, file: BinaryIO, each: int = EACH) -> Layout:
     """The layout of a file, mapped into ``memory`` [bytes] uint8.
 
     Args:
+        file: the same file, opened.
         each: see :func:`moekit.checkpoint.pickles.parse`.
 
     Raises:
         Unreadable: the file is not from ``torch.save``, or it is damaged.
     """
     if memory[:4].tobytes() == START:
-        return _of_archive(memory, each)
+        return _of_archive(memory, file, each)
     return _of_old_file(memory, each)
 
 
-def _of_archive(memory: np.ndarray, each: int) -> Layout:
-    records = _members(memory)
+def _of_archive(memory: np.ndarray, file: BinaryIO, each: int) -> Layout:
+    records = _members(memory, file)
     pickles = [name for name in records if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(pickles) != 1:
         raise Unreadable("is a zip archive, but not one of torch.save: it has no data.pkl")
@@ -92,20 +97,20 @@ def _content(memory: np.ndarray, record: Record) -> memoryview:
     return content
 
 
-def _members(memory: np.ndarray) -> dict[str, Record]:
+def _members(memory: np.ndarray, file: BinaryIO) -> dict[str, Record]:
     """All members of a zip archive whose members are stored without compression."""
     entries, at, end = _directory(memory)
-    data = memory.data
+    data, number = memory.data, file.fileno()
     records: dict[str, Record] = {}
     for _ in range(entries):
-        fields = _unpack(ENTRY, data, at, b"PK\x01\x02")
-        flags, method, checksum, packed, size = fields[3], fields[4], *fields[7:10]
-        name_size, extra_size, note_size, header = *fields[10:13], fields[16]
+        _, flags, method, checksum, packed, size, name_size, extra_size, note_size, header = _unpack(
+            ENTRY, data, at, b"PK\x01\x02"
+        )
         at += ENTRY.size
-        spelled = data[at : at + name_size].tobytes()
+        spelled = bytes(data[at : at + name_size])
         at += name_size + extra_size
-        if 0xFFFFFFFF in (size, packed, header):
-            size, packed, header = _of_64_bits(data[at - extra_size : at].tobytes(), size, packed, header)
+        if size == 0xFFFFFFFF or packed == 0xFFFFFFFF or header == 0xFFFFFFFF:
+            size, packed, header = _of_64_bits(bytes(data[at - extra_size : at]), size, packed, header)
         at += note_size
         if at > end:
             raise Unreadable("is damaged: the directory of its zip archive is longer than told")
@@ -117,17 +122,25 @@ def _members(memory: np.ndarray) -> dict[str, Record]:
                 f"is a zip archive whose {short(name)} is compressed; torch.save never does that"
             )
         # The header before a member repeats these fields; it is read for its length. Its name shows whether the entry of
-        # the directory belongs to this member.
-        fields = _unpack(HEADER, data, header, START)
-        begin = header + HEADER.size + fields[9]
-        if data[begin - fields[9] : begin] != spelled:
+        # the directory belongs to this member. It lies in a page of its own, and to map one takes three times as long as a
+        # call of the system.
+        found = _read(number, HEADER.size + name_size, header) if header < len(data) else b""
+        _, name_size, extra_size = _unpack(HEADER, found, 0, START)
+        if found[HEADER.size :] != spelled or name_size != len(spelled):
             raise Unreadable(f"is damaged: its {short(name)} lies where another member should")
-        begin += fields[10]
+        begin = header + HEADER.size + name_size + extra_size
         if begin + size > len(data):
             raise Unreadable(f"is damaged or cut short: its {short(name)} ends behind the end of the file")
         # torch writes 0 if checksums are switched off.
         records[name] = Record(name, begin, size, checksum if checksum or not size else None)
     return records
+
+
+def _read(file: int, size: int, at: int) -> bytes:
+    try:
+        return os.pread(file, size, at)
+    except OSError as error:
+        raise Unreadable(f"cannot be read ({error.strerror})") from error
 
 
 def _directory(memory: np.ndarray) -> tuple[int, int, int]:
@@ -166,7 +179,7 @@ def _of_64_bits(extra: bytes, *values: int) -> tuple[int, ...]:
     raise Unreadable("is damaged: a size in the directory of its zip archive is missing")
 
 
-def _unpack(form: struct.Struct, data: memoryview, at: int, signature: bytes) -> tuple[Any, ...]:
+def _unpack(form: struct.Struct, data: memoryview | bytes, at: int, signature: bytes) -> tuple[Any, ...]:
     try:
         # A number below zero would count from the end.
         found = form.unpack_from(data, at) if at >= 0 else (b"",)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from moekit.checkpoint.collecting import no_collector
 from moekit.checkpoint.objects import Call, Group, Name, Pairs, Reference, Unreadable
+from moekit.checkpoint.rebuilt import tensor
 
 # The most bytes of a pickle; the pickle of a file with 25,000 tensors has 5 MB.
 MOST_BYTES = 64 << 20
@@ -104,7 +105,12 @@ class _Machine:
                     at += length
                     push(decoded(data[at - length : at]))
                 elif code == MARK:
-                    marks.append(len(stack))
+                    if data[at] == MARK and (
+                        after := tensor(data, at - 1, stack, memo, self.calls, self.references)
+                    ):
+                        at = after
+                    else:
+                        marks.append(len(stack))
                     if len(memo) + len(marks) > made:
                         break
                 elif code == TUPLE:

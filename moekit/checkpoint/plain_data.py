@@ -18,6 +18,10 @@ DEEPEST = 50
 LONGEST = 200_000
 
 
+# What stays as it is, which most values are.
+SIMPLE = frozenset((str, bytes, float, bool, type(None)))
+
+
 class Opaque:
     """A value that is neither a tensor nor plain data, and that is therefore not built."""
 
@@ -63,6 +67,8 @@ class _Plain:
             raise Unreadable(
                 f"has settings that are nested deeper than {DEEPEST} levels, or of more than {self.most:,} values"
             )
+        if type(node) in SIMPLE:
+            return node
         found = pairs(node)
         if found is not None:
             return self.dict(found, depth)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -49,10 +49,10 @@ def read(path: Path) -> dict[str, Any]:
         ValueError: not a checkpoint, damaged, or it asks to build what is not known as harmless.
     """
     path = Path(path)
-    with _mapped(path, "checkpoint file") as (memory, storage):
+    with _mapped(path, "checkpoint file") as (memory, storage, file):
         if safetensors.begins(memory):
             return _of_safetensors(path, memory, storage)
-        return _state(path, memory, storage, _layout(path, memory, "checkpoint file", EACH))
+        return _state(path, memory, storage, _layout(path, memory, file, "checkpoint file", EACH))
 
 
 def content(path: Path, what: str) -> Any:
@@ -66,8 +66,8 @@ def content(path: Path, what: str) -> Any:
     Raises:
         ValueError: not a file of ``torch.save``, damaged, or it asks to build what is not known as harmless.
     """
-    with _mapped(Path(path), what) as (memory, storage):
-        found = _layout(Path(path), memory, what, each=1)
+    with _mapped(Path(path), what) as (memory, storage, file):
+        found = _layout(Path(path), memory, file, what, each=1)
         held: dict[str, int] = {}
         total = 0
 
@@ -89,8 +89,8 @@ def content(path: Path, what: str) -> Any:
 
 
 @contextlib.contextmanager
-def _mapped(path: Path, what: str) -> Iterator[tuple[np.ndarray, torch.UntypedStorage]]:
-    """A file mapped into memory; what is unreadable in it becomes one sentence."""
+def _mapped(path: Path, what: str) -> Iterator[tuple[np.ndarray, torch.UntypedStorage, BinaryIO]]:
+    """A file mapped into memory, and opened in this block; what is unreadable in it becomes one sentence."""
     size = _size(path)
     try:
         str(path).encode()
@@ -100,23 +100,24 @@ def _mapped(path: Path, what: str) -> Iterator[tuple[np.ndarray, torch.UntypedSt
         ) from None
     try:
         storage = torch.UntypedStorage.from_file(str(path), False, size)
+        file = open(path, "rb", buffering=0)
     except (RuntimeError, OSError) as error:
         raise ValueError(f"{path} cannot be mapped into memory: {_reason(error)}") from error
     memory = torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage).numpy()
     try:
-        with whole_files():
-            yield memory, storage
+        with file, whole_files():
+            yield memory, storage, file
     except Unreadable as error:
         advice = "; fetch it again" if re.search(r"damage|is cut short", str(error)) else ""
         raise ValueError(f"{path} is not a readable {what}: it {error}{advice}") from error
 
 
-def _layout(path: Path, memory: np.ndarray, what: str, each: int) -> Layout:
+def _layout(path: Path, memory: np.ndarray, file: BinaryIO, what: str, each: int) -> Layout:
     """Where everything lies in a file of ``torch.save``, which names nothing but what is harmless."""
     kind = _kind(memory)
     if kind is not None:
         raise ValueError(f"{path} is not a readable {what} but {kind}")
-    found = layout(memory, each)
+    found = layout(memory, file, each)
     _refuse(path, found)
     return found
 
