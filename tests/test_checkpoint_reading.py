@@ -1,6 +1,7 @@
 """What is read of a file, what is remembered of it, and how each kind of damage is told."""
 
 import contextlib
+import errno
 import os
 import re
 import shutil
@@ -23,6 +24,7 @@ from moekit.checkpoint import inspection, options
 from moekit.checkpoint.contents import short
 from moekit.checkpoint.objects import Unreadable
 from moekit.checkpoint.pickles import parse
+from moekit.checkpoint.stretch import Stretch
 from moekit.checkpoint.weights import Header
 from moekit.nn.transformer import Transformer
 
@@ -650,3 +652,33 @@ def test_a_path_that_is_no_utf8_is_one_sentence(tmp_path, reference):
     ) as caught:
         checkpoint.survey(checkpoint.find(folder))
     assert str(caught.value).isprintable()
+
+
+def test_a_file_on_a_disk_that_fails_is_named(reference, monkeypatch):
+    def broken(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "pread", broken)
+    with pytest.raises(ValueError, match=r"model-rank-1\.pt is not a readable .* it cannot be read \(Input"):
+        checkpoint.read(reference / "checkpoint" / "model-rank-1.pt")
+
+
+@pytest.mark.parametrize("dtype", inspection.INFINITE)
+def test_the_bits_of_a_number_tell_whether_it_is_finite(dtype):
+    """Every number of 16 bits, and of 32 those around the limits and some others, alone among finite ones."""
+    if dtype.itemsize == 2:
+        bits = np.arange(1 << 16, dtype=np.uint16)
+    else:
+        edges = [at + near for at in (0, 0x7F800000, 0x80000000, 0xFF800000) for near in range(-3, 4)]
+        others = np.random.default_rng(0).integers(0, 1 << 32, 1000)
+        bits = np.concatenate([np.array(edges) % (1 << 32), [0xFFFFFFFF], others]).astype(np.uint32)
+    numbers = torch.from_numpy(bits.copy()).view(dtype)
+    finite = numbers.isfinite()
+    assert finite.any() and not finite.all()
+    for number, wanted in zip(numbers, finite.tolist(), strict=True):
+        among = torch.tensor([1.0, -2.0, 0.0]).to(dtype)
+        among[1] = number
+        # It need not be aligned in its file.
+        memory = np.concatenate([np.zeros(1, np.uint8), among.view(torch.uint8).numpy()])
+        assert inspection._finite(Stretch(memory, 1, dtype, (3,))) == wanted, number
+    assert inspection._finite(Stretch(np.zeros(0, np.uint8), 0, dtype, (0, 5)))
