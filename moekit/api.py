@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     import pandas as pd
     import torch
 
-
 SEED = Whole(0)
 
 
@@ -239,6 +238,7 @@ class Model(Handle):
         return collector.trace(self.config.experts, describe_run(self, batches, fraction, seed) | asked)
 
 
+@ckpt.no_collector()
 def load(
     checkpoint: str | Path,
     world_size: int | None = None,

@@ -3,9 +3,11 @@
 import collections
 import contextlib
 import itertools
+import os
 import pickle
 import random
 import re
+import shutil
 import sys
 import threading
 
@@ -242,6 +244,9 @@ class Staged:
             load.buffer = buffer
             yield load
 
+    def in_order(self):
+        return contextlib.nullcontext()
+
     def carry(self, load):
         copying.gather(load)
 
@@ -264,10 +269,54 @@ def test_a_checkpoint_is_the_same_straight_and_through_buffers(reference, monkey
     monkeypatch.setattr(copying, "Straight", Staged)
     for threads in (1, 2, 3):
         # As many as a GPU has.
-        monkeypatch.setattr(Staged, "BUFFERS", copying.BUFFERS * threads)
+        monkeypatch.setattr(Staged, "BUFFERS", threads + copying.SPARE)
         found, told_too = filled(folder, dtype, threads)
         assert all(found[name].equal(expected[name]) for name in expected)
         assert told_too == told == sum(p.numel() * 2 for p in expected.values())
+
+
+@pytest.fixture
+def staged_plan(reference, tmp_path, monkeypatch):
+    """Of a copy of the files that go through buffers, a plan and the model that it fills."""
+    monkeypatch.setattr(copying, "Straight", Staged)
+    monkeypatch.setattr(Staged, "BUFFERS", 2 + copying.SPARE)
+    plan = checkpoint.survey(checkpoint.find(shutil.copytree(reference / "checkpoint", tmp_path / "files")))
+    model = Transformer(plan.config).half().requires_grad_(False)
+    return plan, model
+
+
+def test_a_file_that_is_cut_while_buffers_are_filled_is_named(staged_plan, monkeypatch):
+    plan, model = staged_plan
+    path, before = plan.sources[2].path, copying.gather
+    memory, cut = plan.opened[path].memory, path.stat().st_size // 4
+
+    def late(load):
+        if any(source.memory is memory for source in load.sources):
+            os.truncate(path, cut)
+        before(load)
+
+    monkeypatch.setattr(copying, "gather", late)
+    with pytest.raises(ValueError, match=rf"{path.name} has become shorter while it was read"):
+        checkpoint.fill(model, plan, range(plan.config.experts), threads=2, verify=False)
+    assert not [t for t in threading.enumerate() if t.name.startswith("copying")]
+
+
+def test_a_file_that_was_replaced_since_the_survey_is_read_as_it_is_now(staged_plan):
+    """The header and the numbers are those of one and the same file."""
+    plan, model = staged_plan
+    path = plan.sources[2].path
+    state = torch.load(path, weights_only=True)
+    for key in state["model"]:
+        state["model"][key] = state["model"][key] + 1
+    # In another order, so that an old header would find other numbers.
+    state["model"] = dict(reversed(state["model"].items()))
+    with open(path.with_suffix(".new"), "wb") as file:
+        torch.save(state, file)
+    os.replace(path.with_suffix(".new"), path)
+    checkpoint.fill(model, plan, range(plan.config.experts), threads=2)
+    wanted = state["model"]["decoder.layers.1.moe_layer.experts.1.fc1.weight"]
+    expert = plan.sources[2].experts[1]
+    assert model.get_parameter("layers.1.moe.experts.w1")[expert].equal(wanted)
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -278,7 +327,7 @@ def test_a_file_is_one_copy_in_whatever_order_its_tensors_are_told(reference, mo
         SIZE = 1 << 20
 
         def carry(self, load):
-            seen.append([len(source) for _, source in load.sources])
+            seen.append([len(source) for source in load.sources])
             super().carry(load)
 
     expected, _ = filled(folder, torch.float16, 1)
@@ -317,7 +366,10 @@ def test_what_a_gpu_is_asked_for_without_one(reference, monkeypatch, threads):
         def __init__(self, blocking):
             assert blocking
 
-        def record(self):
+        def query(self):
+            return False
+
+        def record(self, stream):
             assert threading.current_thread() is me
             log[self].append("sent")
 
@@ -344,13 +396,13 @@ def test_what_a_gpu_is_asked_for_without_one(reference, monkeypatch, threads):
     made = []
 
     def onto_gpu():
-        made.append(copying.OntoGpu(CPU, False, copying.BUFFERS * threads))
+        made.append(copying.OntoGpu(CPU, False, threads + copying.SPARE))
         return made[-1]
 
     monkeypatch.setattr(copying, "Straight", onto_gpu)
     found, _ = filled(folder, torch.float16, threads)
     assert all(found[name].equal(expected[name]) for name in expected)
-    assert made[0].stream.done and len(pinned) == len(log) == copying.BUFFERS * threads
+    assert made[0].stream.done and len(pinned) == len(log) == threads + copying.SPARE
     assert all(name.startswith("copying") for name in pinned)
     for steps in log.values():
         assert steps == ["sent", "waited"] * (len(steps) // 2) + ["sent"], steps

@@ -5,7 +5,7 @@ while they fill others. So page reads, copies and transfers happen at the same t
 
 Reading a mapped page in the page cache is as fast as a copy in memory. Each call of torch or NumPy releases Python's lock and
 waits for it again, and the 15B has 12,500 tensors, half of them with a few kilobytes. So the caller's thread does all that is
-Python: it packs tensors into loads of 16 MiB, in which neighbours in a file are one copy, and sends a load that is filled to
+Python: it packs tensors into loads of 32 MiB, in which neighbours in a file are one copy, and sends a load that is filled to
 the GPU, where one call copies its tensors to their places. The other threads wait for a buffer and fill it, and do no more.
 """
 
@@ -15,7 +15,7 @@ import collections
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 
 import numpy as np
@@ -27,9 +27,9 @@ from moekit.checkpoint.stretch import Stretch, stretch_of
 from moekit.checkpoint.threads import pool, switching
 from moekit.nn.quantise import quantise
 
-# The most threads, the buffers for each of them, and the bytes of each buffer.
-THREADS = 8
-BUFFERS, LOAD_BYTES = 2, 16 << 20
+# The most threads, the buffers beyond one for each of them, and the bytes of each buffer.
+THREADS = 15
+SPARE, LOAD_BYTES = 4, 32 << 20
 # Seconds after which the caller's thread, which is busy with Python, lets others have Python's lock.
 SWITCH = 0.0005
 # The most matrices of a load that are quantised.
@@ -57,9 +57,9 @@ def copy(
         cannot be copied, with the name of its first piece.
     """
     threads = max(1, min(threads, THREADS))
-    carrier = Straight() if device.type == "cpu" else OntoGpu(device, kernels, BUFFERS * threads)
+    carrier = Straight() if device.type == "cpu" else OntoGpu(device, kernels, threads + SPARE)
     # Fewer loads than there are buffers, so that a buffer is sent before it is filled again.
-    most = max(1, BUFFERS * threads - 2)
+    most = threads + SPARE - 2
     waiting: collections.deque[tuple[Straight | OntoGpu, Load, Future[None]]] = collections.deque()
 
     def loads() -> Iterator[tuple[Straight | OntoGpu, Load]]:
@@ -70,13 +70,12 @@ def copy(
     def finish_one() -> None:
         own, load, carried = waiting.popleft()
         carried.result()
-        with _naming(load):
-            own.send(load)
+        _do(own.send, load)
         if progress is not None:
             progress(load.bytes)
 
     try:
-        with switching(SWITCH), pool("copying", threads) as executor:
+        with switching(SWITCH), pool("copying", threads) as executor, carrier.in_order(), torch.no_grad():
             try:
                 for own, load in loads():
                     while waiting and (len(waiting) == most or waiting[0][-1].done()):
@@ -96,16 +95,13 @@ def _carry(carrier: Straight | OntoGpu, load: Load) -> None:
     """Check one load, and do with it what takes long."""
     for check in load.checks:
         check()
-    with _naming(load):
-        carrier.carry(load)
+    _do(carrier.carry, load)
 
 
-@contextlib.contextmanager
-def _naming(load: Load) -> Iterator[None]:
-    """An error of torch in this block tells what was copied."""
+def _do(what: Callable[[Load], None], load: Load) -> None:
+    """An error of torch tells what was copied."""
     try:
-        with torch.no_grad():
-            yield
+        what(load)
     except RuntimeError as error:
         raise RuntimeError(f"{load.name} and what follows cannot be copied: {error}") from error
 
@@ -129,13 +125,19 @@ class Straight:
             yield load
 
     @staticmethod
+    @torch.no_grad()
     def carry(load: Tensors) -> None:
         for piece in load.pieces:
             source = piece.source.tensor() if isinstance(piece.source, Stretch) else piece.source
             if piece.scale is None:
-                piece.target.copy_(source)
+                piece.target.view(source.shape).copy_(source)
             else:
                 quantise(source, piece.target, piece.scale)
+
+    @staticmethod
+    def in_order() -> contextlib.AbstractContextManager[None]:
+        """As :meth:`send`."""
+        return contextlib.nullcontext()
 
     @staticmethod
     def send(load: Tensors) -> None:
@@ -156,10 +158,12 @@ class OntoGpu:
         with self.in_order():
             # In this order a load has left the memory where it lands before the next one arrives.
             memory = torch.empty(LOAD_BYTES, dtype=torch.uint8, device=device)
-            self.ring = itertools.cycle([Pinned(Landed(memory, kernels)) for _ in range(buffers)])
+            ring = [Pinned(Landed(memory, kernels), self.stream) for _ in range(buffers)]
+            self.ring = itertools.cycle(ring)
 
     @contextlib.contextmanager
     def in_order(self) -> Iterator[None]:
+        """In this block, what this thread asks of the device is in the order of the stream."""
         with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
             yield
 
@@ -172,9 +176,9 @@ class OntoGpu:
     def carry(load: Shared) -> None:
         gather(load)
 
-    def send(self, load: Shared) -> None:
-        with self.in_order():
-            load.buffer.send(load)
+    @staticmethod
+    def send(load: Shared) -> None:
+        load.buffer.send(load)
 
     def finish(self) -> None:
         """Wait until all loads have arrived, so that the targets can be freed safely afterwards."""
@@ -190,36 +194,38 @@ def packed(pieces: Iterable[Piece], size: int) -> Iterator[Shared]:
     load: Shared | None = None
     for piece in pieces:
         check_shape(piece)
-        source = piece.source if isinstance(piece.source, Stretch) else stretch_of(piece.source)
-        each, room = source.dtype.itemsize, size // source.dtype.itemsize
+        memory, begin, dtype, shape = (
+            piece.source if isinstance(piece.source, Stretch) else stretch_of(piece.source)
+        )
+        each = dtype.itemsize
+        room = size // each
         # A part of a matrix that is quantised consists of whole rows.
-        whole = 1 if piece.scale is None else source.shape[-1]
+        whole = 1 if piece.scale is None else shape[-1]
         if whole > room:
             raise RuntimeError(f"{piece.name} cannot be quantised: a row of it has more than {size:,} bytes")
-        start, total = 0, math.prod(source.shape)
+        start, total = 0, math.prod(shape)
         while start < total:
-            first = source.start + start * each
-            at = load.place(source.memory, first) if load is not None and load.dtype == source.dtype else room
+            first = begin + start * each
+            at = load.place(memory, first) if load is not None and load.dtype is dtype else room
             if load is None or room - at < whole or len(load.matrices) == MATRICES:
                 if load is not None:
                     yield load
-                load, at = Shared(piece.name, source.dtype), 0
+                load, at = Shared(piece.name, dtype), 0
             count = min(total - start, (room - at) // whole * whole)
             if start == 0:
                 load.take_check(piece)
             load.take(piece, at, start, count)
-            load.copy(at, source.memory, first, count * each)
-            load.bytes += count * each
+            load.copy(at, memory, first, count * each)
             start += count
     if load is not None:
         yield load
 
 
 class Pinned:
-    """A :class:`Buffer` in pinned memory, which the GPU reads in the order of the current stream."""
+    """A :class:`Buffer` in pinned memory, which the GPU reads in the order of ``stream``, the current one."""
 
-    def __init__(self, landed: Landed):
-        self.landed = landed
+    def __init__(self, landed: Landed, stream: torch.cuda.Stream):
+        self.landed, self.stream = landed, stream
         # With a blocking event, a waiting thread does not occupy a core.
         self.fetched = torch.cuda.Event(blocking=True)
         self.memory: Tensor | None = None
@@ -228,12 +234,14 @@ class Pinned:
         used = load.used * load.dtype.itemsize
         self.landed.memory[:used].copy_(self.memory[:used], non_blocking=True)
         self.landed.expect(load)
-        self.fetched.record()
+        self.fetched.record(self.stream)
         self.landed.arrived(load)
 
     def wait(self) -> None:
         if self.memory is not None:
-            self.fetched.synchronize()
+            # Mostly it is, and a thread that waits has to ask for Python's lock again.
+            if not self.fetched.query():
+                self.fetched.synchronize()
             return
         # Pinning takes milliseconds, so the thread does it that fills the buffer first.
         with torch.cuda.device(self.landed.memory.device):
@@ -244,10 +252,11 @@ class Pinned:
 def gather(load: Shared) -> None:
     """Copy what is in ``load`` into its buffer, once that is free."""
     load.buffer.wait()
-    room, each = load.buffer.room, load.dtype.itemsize
-    for start, source in load.sources:
+    room, each = load.buffer.room, load.each
+    for source in load.sources:
+        first = source.at * each
         # The copy of NumPy is a memcpy without Python's lock; a copy by torch would start further threads.
-        np.copyto(room[start * each : start * each + len(source)], source)
+        np.copyto(room[first : first + len(source)], source.memory[source.start : source.stop])
 
 
 class Landed:
@@ -297,11 +306,12 @@ class Landed:
             quantise(numbers[start : start + target.numel()].view(target.shape), target, scale)
 
 
-def dealt(memory: Tensor, load: Shared) -> list[Tensor]:
+def dealt(memory: Tensor, load: Shared) -> Sequence[Tensor]:
     """The numbers of each part of ``load`` in a buffer's memory [bytes] uint8; one call splits off all parts and gaps."""
     sizes, end = [], 0
     for start, target in load.parts:
-        sizes += [start - end, len(target)]
-        end = start + len(target)
+        count = target.numel()
+        sizes += [start - end, count]
+        end = start + count
     numbers = memory[: load.used * load.dtype.itemsize].view(load.dtype)
-    return list(numbers.split([*sizes, load.used - end])[1::2])
+    return torch.split_with_sizes(numbers, [*sizes, load.used - end])[1::2]

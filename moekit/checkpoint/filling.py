@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,11 +21,12 @@ class Filling(dict[Place, list[tuple[range, Written]]]):
 
     def add(self, place: Place, numbers: range, by: Written) -> Written | None:
         """What has filled one of ``numbers`` before, if something has."""
+        others = self.get(place)
         # Most places are filled by one tensor.
-        others = self.setdefault(place, [])
-        before = None
-        if others:
-            before = next((by for r, by in others if r.start < numbers.stop and numbers.start < r.stop), None)
+        if others is None:
+            self[place] = [(numbers, by)]
+            return None
+        before = next((by for r, by in others if r.start < numbers.stop and numbers.start < r.stop), None)
         others.append((numbers, by))
         return before
 
@@ -47,8 +50,41 @@ class Filled(dict[Place, int]):
     nonfinite: list[NonFinite]
 
 
+class Part:
+    """A part of a parameter, or of each of its experts: the views to fill, and how many numbers of each have been.
+
+    Attributes:
+        shape: of each view.
+        size: numbers of each.
+        first: the number of the first one, 0 where it is no expert's.
+        counts: the numbers of each that were filled.
+        scales: [R] of each; None if nothing is quantised.
+    """
+
+    def __init__(
+        self, parameter: Tensor, name: str, part: str, first: int, scales: tuple[Tensor, ...] | None
+    ):
+        place = Place(name, part)
+        self.shape = place.shape(tuple(parameter.shape))
+        self.size = math.prod(self.shape)
+        self.first, self.scales = first, scales
+        self.counts = [0] * (len(parameter) if part == "expert" else 1)
+        self._place, self._parameter = place, parameter.data
+        self._views: Sequence[Tensor] = ()
+
+    def view(self, index: int) -> Tensor:
+        """The view to fill, as [n]."""
+        if not self._views:
+            # Those of all experts are made at once.
+            if self._place.part == "expert":
+                self._views = self._parameter.flatten(1).unbind()
+            else:
+                self._views = (self._place.of(self._parameter).view(-1),)
+        return self._views[index]
+
+
 class Targets:
-    """A rank's parameters as views to fill, and the scales of those that are quantised.
+    """A rank's parameters in the parts that are filled, and the scales of those that are quantised.
 
     Args:
         first_expert: the first one that the parameters hold.
@@ -58,24 +94,18 @@ class Targets:
         self.parameters: dict[str, Tensor] = dict(model.named_parameters())
         self.first = first_expert
         self.device = next(iter(self.parameters.values())).device
-        # The views of all experts of a stack are made at once.
-        self.experts = {n: p.data.unbind() for n, p in self.parameters.items() if ".moe.experts." in n}
-        self.scales = {
+        self._parts: dict[tuple[str, str], Part] = {}
+        self._scales = {
             name.removesuffix("_scale"): scales.unbind()
             for name, scales in model.named_buffers()
             if name.endswith("_scale")
         }
 
-    def view(self, place: Place) -> Tensor:
-        if place.part == "expert":
-            return self.experts[place.name][place.expert - self.first]
-        return place.of(self.parameters[place.name].data)
-
-    def size(self, place: Place) -> int:
-        """How many numbers ``place`` has."""
-        return place.size(self.parameters[place.name].shape)
-
-    def scale(self, place: Place) -> Tensor | None:
-        """The scales [R] of the rows; None if nothing is quantised."""
-        found = self.scales.get(place.name)
-        return None if found is None else found[place.expert - self.first]
+    def part(self, name: str, part: str) -> Part:
+        """Of the parameter ``name`` the part (see :class:`moekit.checkpoint.keys.Place`)."""
+        found = self._parts.get((name, part))
+        if found is None:
+            first = self.first if part == "expert" else 0
+            found = Part(self.parameters[name], name, part, first, self._scales.get(name))
+            self._parts[name, part] = found
+        return found

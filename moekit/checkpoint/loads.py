@@ -18,9 +18,9 @@ GAP, NEIGHBOUR = 4096, 64
 
 
 class Piece(NamedTuple):
-    """A copy of ``source``, on the CPU, to ``target``, which is contiguous and has the same shape; dtypes may differ.
+    """A copy of ``source``, on the CPU, to ``target``, which is contiguous; dtypes may differ.
 
-    The thread that copies the piece first calls ``check``, which may raise an error. With ``scale`` [R], the source [R, C]
+    The target has the source's shape, or is [n], and ``shape`` tells the shape that it has in the model. The thread that copies the piece first calls ``check``, which may raise an error. With ``scale`` [R], the source [R, C]
     is quantised to ``target`` and ``scale`` (:func:`moekit.nn.quantise.quantise`).
     """
 
@@ -30,11 +30,13 @@ class Piece(NamedTuple):
     target: Tensor
     check: Callable[[], None] | None = None
     scale: Tensor | None = None
+    shape: tuple[int, ...] | None = None
 
 
 def check_shape(piece: Piece) -> None:
-    if piece.source.shape != piece.target.shape:
-        wanted, got = list(piece.target.shape), list(piece.source.shape)
+    shape = piece.target.shape if piece.shape is None else piece.shape
+    if piece.source.shape != shape:
+        wanted, got = list(shape), list(piece.source.shape)
         raise RuntimeError(f"{piece.name} cannot be copied: its shape is {got}, expected {wanted}")
 
 
@@ -62,13 +64,25 @@ class Tensors(Load):
         self.pieces: list[Piece] = []
 
 
+class Bytes:
+    """Those of ``memory`` from ``start`` to ``stop``, and the index of their first number in the buffer, ``at``."""
+
+    __slots__ = ("at", "memory", "start", "stop")
+
+    def __init__(self, at: int, memory: np.ndarray, start: int):
+        self.at, self.memory, self.start, self.stop = at, memory, start, start
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
 class Shared(Load):
     """A load in one buffer.
 
     Attributes:
         dtype: the dtype of all numbers in the buffer.
         used: the count of numbers in the buffer, including gaps.
-        sources: (index of the first number in the buffer, the bytes to copy there); neighbours in a file are one.
+        sources: what to copy, and where it goes in the buffer; neighbours in a file are one.
         parts: (index of the first number in the buffer, the target [n] of any dtype).
         matrices: (index of the first number in the buffer, the target [r, C], the scale [r]), whole rows to quantise.
         buffer: where its bytes meet; who carries it sets it.
@@ -78,37 +92,37 @@ class Shared(Load):
 
     def __init__(self, name: str, dtype: torch.dtype):
         super().__init__(name)
-        self.dtype, self.used = dtype, 0
-        self.sources: list[tuple[int, np.ndarray]] = []
-        # Of the last source: the memory that it lies in, its first byte there, and the byte after it.
-        self.last: tuple[np.ndarray | None, int, int] = None, 0, 0
+        self.dtype, self.each, self.used = dtype, dtype.itemsize, 0
+        self.sources: list[Bytes] = []
+        self.last: Bytes | None = None
         self.parts: list[tuple[int, Tensor]] = []
         self.matrices: list[tuple[int, Tensor, Tensor]] = []
 
     def place(self, memory: np.ndarray, start: int) -> int:
         """The index in the buffer of the number at ``memory[start]``: in line with the last source, if they are neighbours."""
-        last, begin, end = self.last
-        if last is memory and 0 <= start - end <= GAP and (start - begin) % NEIGHBOUR == 0:
-            return self.sources[-1][0] + (start - begin) // self.dtype.itemsize
-        step = ALIGNMENT // self.dtype.itemsize
+        last = self.last
+        if last is not None and last.memory is memory and 0 <= start - last.stop <= GAP:
+            ahead = start - last.start
+            if ahead % NEIGHBOUR == 0:
+                return last.at + ahead // self.each
+        step = ALIGNMENT // self.each
         return -(-self.used // step) * step
 
     def copy(self, at: int, memory: np.ndarray, start: int, size: int) -> None:
         """Note that ``size`` bytes of ``memory`` from ``start`` on go to the index ``at``, which :meth:`place` gave."""
-        last, begin, _ = self.last
-        if last is memory and (at - self.sources[-1][0]) * self.dtype.itemsize == start - begin:
-            at, _ = self.sources.pop()
-        else:
-            begin = start
-        self.sources.append((at, memory[begin : start + size]))
-        self.last = memory, begin, start + size
-        self.used = at + (start + size - begin) // self.dtype.itemsize
+        last = self.last
+        if last is None or last.memory is not memory or (at - last.at) * self.each != start - last.start:
+            last = self.last = Bytes(at, memory, start)
+            self.sources.append(last)
+        last.stop = start + size
+        self.used = at + size // self.each
+        self.bytes += size
 
     def take(self, piece: Piece, at: int, start: int, count: int) -> None:
         """Note where the ``count`` numbers of ``piece`` from ``start`` on go, which are at the index ``at`` of the buffer."""
         if piece.scale is None:
-            target = piece.target if piece.target.dim() == 1 else piece.target.view(-1)
-            self.parts.append((at, target if count == len(target) else target[start : start + count]))
+            target = piece.target.view(-1) if piece.shape is None else piece.target
+            self.parts.append((at, target if count == target.numel() else target[start : start + count]))
         else:
             columns = piece.target.shape[-1]
             rows = slice(start // columns, (start + count) // columns)

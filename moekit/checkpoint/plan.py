@@ -17,7 +17,7 @@ from moekit.checkpoint.collecting import no_collector
 from moekit.checkpoint.config import config_of
 from moekit.checkpoint.contents import clip
 from moekit.checkpoint.files import Files
-from moekit.checkpoint.filling import Filled, Filling, Targets
+from moekit.checkpoint.filling import Filled, Filling, Part, Targets
 from moekit.checkpoint.inspection import Inspection, NonFinite, Wanted, warn_unchecked
 from moekit.checkpoint.joining import Joining
 from moekit.checkpoint.keys import SHARED_KEY, Place, key_of, name_of, places, split
@@ -25,7 +25,7 @@ from moekit.checkpoint.placement import placed, reached
 from moekit.checkpoint.reading import Source, read, stamp
 from moekit.checkpoint.shards import EXPERT, tensors
 from moekit.checkpoint.stretch import Stretch
-from moekit.checkpoint.threads import pool
+from moekit.checkpoint.threads import THREADS, pool
 from moekit.checkpoint.weights import Weights
 from moekit.mapped import whole_files
 from moekit.nn.config import ModelConfig
@@ -134,9 +134,8 @@ def _check_filled(
     config: ModelConfig,
 ) -> None:
     """Raise a ValueError that names the first place that no file fills."""
-    places_to_fill = ((part, part.size(p)) for name, p in expected.items() for part in _parts(name, p))
     missing, count = next(
-        ((part, n) for part, n in places_to_fill if filled.missing(part, n) is not None), (None, 0)
+        ((part, n) for part, n in _parts(expected) if filled.missing(part, n) is not None), (None, 0)
     )
     if missing is None:
         return
@@ -210,14 +209,22 @@ def _check(
     return range(begin, min(begin + count, math.prod(wanted)))
 
 
-def _parts(name: str, parameter: tuple[int, ...]) -> Iterator[Place]:
-    """Everything that has to fill a parameter of the shape ``parameter``."""
+def _kinds(name: str) -> tuple[str, ...]:
+    """The parts that fill a parameter; "expert" stands for one of each expert."""
     if ".moe.experts." in name:
-        yield from (Place(name, "expert", e) for e in range(parameter[0]))
-    elif ".attn.qkv." in name:
-        yield from (Place(name, part) for part in "qkv")
-    else:
-        yield Place(name, "rows" if name in ("embed.weight", "output.weight") else "")
+        return ("expert",)
+    if ".attn.qkv." in name:
+        return ("q", "k", "v")
+    return ("rows" if name in ("embed.weight", "output.weight") else "",)
+
+
+def _parts(expected: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[Place, int]]:
+    """Everything that has to be filled of parameters with these shapes, and how many numbers each has."""
+    for name, shape in expected.items():
+        for part in _kinds(name):
+            count = Place(name, part).size(shape)
+            for expert in range(shape[0] if part == "expert" else 1):
+                yield Place(name, part, expert), count
 
 
 def _unfold(target: Place) -> list[Place]:
@@ -251,26 +258,31 @@ def fill(
         ValueError: a tensor is damaged, or a file has changed since the survey.
     """
     targets = Targets(model, held.start)
-    filled = Filling()
+    filled: list[Place] = []
     inspections: list[Inspection] = []
 
-    def wanted(source: Source, weights: Weights) -> Iterator[tuple[Wanted, Place]]:
-        """What is read of each tensor, and the place that it goes to on this rank."""
+    def wanted(source: Source, weights: Weights) -> Iterator[tuple[Wanted, Part, int]]:
+        """What is read of each tensor, and where it goes on this rank: the part, and which of its views."""
         for key, target in places(source, weights, plan.config):
-            there = placed(target, plan.physical)
-            if there.part == "expert" and there.expert not in held:
+            name, part, expert = placed(target, plan.physical)
+            if part == "expert" and expert not in held:
                 continue
-            begin, size, numbers = 0, targets.size(there), weights.numbers(key)
+            to = targets.part(name, part)
+            size, numbers = to.size, weights.numbers(key)
             if key in weights.cut:
-                begin = weights.cut[key][0]
-                size = min(len(numbers), max(0, size - begin))
+                size = min(len(numbers), max(0, size - weights.cut[key][0]))
                 numbers = numbers[:size]
-            elif target.part == "rows":
-                rows = len(targets.view(there))
+            elif part == "rows":
+                rows = to.shape[0]
                 numbers = numbers.rows(rows) if isinstance(numbers, Stretch) else numbers[:rows]
-            for part in (unfolded := _unfold(target)):
-                filled.add(part, range(begin, begin + size // len(unfolded)), (source.path, key))
-            yield (key, numbers, target), there
+            if part == "qkv":
+                filled.extend(_unfold(target))
+                for one in part:
+                    targets.part(name, one).counts[0] += size // 3
+            else:
+                filled.append(target)
+                to.counts[expert - to.first] += size
+            yield (key, numbers, target), to, expert - to.first
 
     def pieces() -> Iterator[copying.Piece]:
         joining = Joining()
@@ -279,37 +291,31 @@ def fill(
             parts = list(wanted(source, weights))
             # Of what every rank reads, each verifies a share: whatever another rank finds ends the load, too.
             first, step = share if source.common else (0, 1)
-            own = [part for part, _ in parts if part[2].part == "expert"]
-            mine = own + [part for part, _ in parts if part[2].part != "expert"][first::step]
+            own = [part for part, _, _ in parts if part[2].part == "expert"]
+            mine = own + [part for part, _, _ in parts if part[2].part != "expert"][first::step]
             checks: dict[str, Callable[[], None] | None] = {}
             if verify:
                 inspection = Inspection(source, weights, mine)
                 inspections.append(inspection)
                 checks = {part[0]: inspection.check(part) for part in mine}
             # Neighbours in the file are copied as one.
-            parts.sort(key=lambda part: weights.records[part[0][0]].start)
-            for (key, numbers, _), there in parts:
-                view, begin = targets.view(there), 0
-                if key in weights.cut:
-                    begin = weights.cut[key][0]
-                    view = view.view(-1)[begin : begin + len(numbers)]
-                piece = copying.Piece(f"{source.path}: {key}", numbers, view, checks.get(key))
-                if (scale := targets.scale(there)) is None:
-                    yield piece
+            records, cut, named = weights.records, weights.cut, f"{source.path}: "
+            parts.sort(key=lambda part: records[part[0][0]].start)
+            for (key, numbers, _), to, index in parts:
+                view, shape, begin = to.view(index), to.shape, 0
+                if key in cut:
+                    begin = cut[key][0]
+                    view, shape = view[begin : begin + len(numbers)], numbers.shape
+                if to.scales is None:
+                    yield copying.Piece(named + key, numbers, view, checks.get(key), None, shape)
                 else:
-                    yield from joining.joined(piece, begin, targets.view(there), scale)
+                    matrix = to.view(index).view(to.shape)
+                    piece = copying.Piece(named + key, numbers, view.view(shape), checks.get(key))
+                    yield from joining.joined(piece, begin, matrix, to.scales[index])
+        # The last loads are copied meanwhile.
+        _check_whole(targets)
 
     copying.copy(pieces(), targets.device, threads, progress, kernels=model.backend == "triton")
-    numbers = {placed(at, plan.physical): sum(len(some) for some, _ in by) for at, by in filled.items()}
-    for name, parameter in targets.parameters.items():
-        shape = tuple(parameter.shape)
-        for part in _parts(name, shape):
-            target = part._replace(expert=held.start + part.expert) if part.part == "expert" else part
-            count, found = part.size(shape), numbers.get(target, 0)
-            if found != count:
-                raise ValueError(
-                    f"{found:,} of {count:,} numbers of {name_of(target)} were filled; did the files change meanwhile?"
-                )
     for inspection in inspections:
         inspection.remember()
     result = Filled(dict.fromkeys(filled, 1))
@@ -317,7 +323,21 @@ def fill(
     return result
 
 
-def inspect(plan: Plan, threads: int = copying.THREADS) -> list[NonFinite]:
+def _check_whole(targets: Targets) -> None:
+    """Raise a ValueError that names the first place of which not all numbers were filled, or some twice."""
+    for name in targets.parameters:
+        for kind in _kinds(name):
+            part = targets.part(name, kind)
+            index = next((index for index, count in enumerate(part.counts) if count != part.size), None)
+            if index is not None:
+                place = Place(name, kind, part.first + index)
+                raise ValueError(
+                    f"{part.counts[index]:,} of {part.size:,} numbers of {name_of(place)} were filled; did the files change "
+                    "meanwhile?"
+                )
+
+
+def inspect(plan: Plan, threads: int = THREADS) -> list[NonFinite]:
     """Compare the checksum of every tensor that a model has a place for, and look for numbers that are not finite.
 
     Returns:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 from typing import NamedTuple
@@ -33,14 +34,7 @@ class Header(NamedTuple):
     @property
     def contiguous(self) -> bool:
         """Whether the numbers lie one after the other, and there are some."""
-        if self.strides is None:
-            return 0 not in self.shape
-        step = 1
-        for n, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
-            if n != 1 and stride != step:
-                return False
-            step *= n
-        return step > 0
+        return _contiguous(self.shape, self.strides)
 
     def tensor(self, storage: torch.UntypedStorage) -> Tensor:
         """The tensor in ``storage``, all of the file."""
@@ -49,6 +43,19 @@ class Header(NamedTuple):
         if self.strides is None:
             return made.set_(part).view(self.shape)
         return made.set_(part, self.offset, self.shape, self.strides)
+
+
+# A checkpoint has few shapes.
+@functools.lru_cache(maxsize=1024)
+def _contiguous(shape: tuple[int, ...], strides: tuple[int, ...] | None) -> bool:
+    if strides is None:
+        return 0 not in shape
+    step = 1
+    for n, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if n != 1 and stride != step:
+            return False
+        step *= n
+    return step > 0
 
 
 class Weights(MutableMapping[str, Tensor]):

@@ -71,7 +71,7 @@ def load(
         "backend": model.backend,
         "files": [s.path.name for s in plan.needed(held)],
         "experts": held,
-        "filled": Counter(place.where for place, times in filled.items() for _ in range(times)),
+        "filled": Counter(place.where for place in filled),
         "nonfinite": filled.nonfinite,
         "parameters": sum(p.numel() for p in parameters),
         "bytes": size - homes + (0 if model.slots is None else model.slots.nbytes),
