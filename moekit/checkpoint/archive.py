@@ -122,8 +122,8 @@ def _members(memory: np.ndarray, file: BinaryIO) -> dict[str, Record]:
                 f"is a zip archive whose {short(name)} is compressed; torch.save never does that"
             )
         # The header before a member repeats these fields; it is read for its length. Its name shows whether the entry of
-        # the directory belongs to this member. It lies in a page of its own, and to map one takes three times as long as a
-        # call of the system.
+        # the directory belongs to this member. It lies in a page of its own, and to map one and take it away takes three
+        # times as long as a call of the system.
         found = _read(number, HEADER.size + name_size, header) if header < len(data) else b""
         _, name_size, extra_size = _unpack(HEADER, found, 0, START)
         if found[HEADER.size :] != spelled or name_size != len(spelled):

@@ -20,7 +20,7 @@ _NUMBERS = re.compile(_NUMBER, re.DOTALL)
 _TUPLE = rb"(%b\x85|%b{2}\x86|%b{3}\x87)" % ((_NUMBER,) * 3) + _PUT
 _TENSOR = re.compile(
     # The storage: the word for it, its type, its name, its device and its length, and the reference to it.
-    rb"\(\(" + _GET + _GET + rb"X(.)\0\0\0([0-9]+)" + _PUT + _GET + rb"(%b)t" % _NUMBER + _PUT + rb"Q"
+    rb"\(\(" + _GET + _GET + rb"X(.)\0\0\0([0-9]{1,20})" + _PUT + _GET + rb"(%b)t" % _NUMBER + _PUT + rb"Q"
     # The offset, the shape, the strides, no gradient, and no hooks.
     rb"(%b)" % _NUMBER + _TUPLE * 2 + rb"\x89" + _GET + rb"\)R" + _PUT
     # All arguments, and the call.
