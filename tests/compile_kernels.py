@@ -289,9 +289,12 @@ def compile_all(target: Target) -> None:
     target.compile(norm._add_norm, types, constants)
     types = {"logits": "*fp16", "parts": "*fp32", "rows": "i32"}
     constants = {"VOCAB": 50_264, "STRIDE": 50_264, "PAD": 1, "PART": 1571, "BLOCK": 2048, "PARTS": 32}
-    target.compile(logprobs._best_of_part, types, constants)
+    target.compile(logprobs._best_of_part, types, constants | target.overlap)
     types = {"parts": "*fp32", "found": "*i64", "logprobs": "*fp32", "rows": "i32"}
-    target.compile(logprobs._best_of_row, types, {"PARTS": 32}, 1)
+    target.compile(logprobs._best_of_row, types, {"PARTS": 32} | target.overlap, 1)
+    types = {"parts": "*fp32"} | dict.fromkeys(("rows", "slots"), "i32")
+    types |= dict.fromkeys(("read", "lengths", "before", "words"), "*i64")
+    target.compile(logprobs._feed_back, types, {"PARTS": 32, "ROOM": 128} | target.overlap, 1)
     for kind, largest in ((tl.int8, 127.0), (tl.float8e4nv, 448.0)):
         if kind == tl.int8 or target.capability >= 89:
             types = {"table": "*i64", "count": "i32"}

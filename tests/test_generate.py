@@ -24,6 +24,7 @@ from moekit.nn.passes import Pass
 from moekit.nn.transformer import Transformer
 from moekit.paths import DEMO_BPE as DEMO
 from moekit.symbols import EOS, PAD
+from moekit.worker import greedy
 from moekit.worker.prompts import dealt, most_tokens
 from moekit.worker.sampling import Settings, choose
 
@@ -425,33 +426,123 @@ def test_prompts_may_be_arrays(recorded):
     assert len(one) == 1 and json.dumps(one[0].ids)  # plain ints
 
 
-def test_a_step_that_is_replayed_changes_nothing(text_model, monkeypatch):
+class Step:
     """What a GPU captures, as a stand-in that is valid for one set of rows and writes to the cache when it is made."""
-    how = {"max_new_tokens": 23, "temperature": 1.0, "seed": 3, "stop": ["th", "."], "progress": False}
-    prompts = ["The", "A cat", "", "In the beginning", "Once"]
-    wanted = text_model.generate(prompts, **how)
+
     made = []
 
-    class StandIn:
-        def __init__(self, model, cache, vocab, rows_expected):
-            self.model, self.cache, self.vocab, self.kv = model, cache, vocab, cache.kv
-            self.lengths = cache.lengths
-            made.append(len(cache.lengths))
+    def __init__(self, model, cache, vocab, rows_expected, end=None):
+        self.model, self.cache, self.vocab, self.kv = model, cache, vocab, cache.kv
+        self.lengths, self.end, self.failing = cache.lengths, end, -1
+        self.inputs = [torch.zeros(len(cache.lengths), dtype=torch.long)]
+        self.made.append(self)
+        for _ in range(2):
             self(torch.zeros(len(cache.lengths), dtype=torch.long))
 
-        def __call__(self, read):
-            assert self.kv is self.cache.kv and self.lengths is self.cache.lengths, "it is out of date"
-            step = Pass(groups=len(read), cache=self.cache)
-            return self.model.logits(self.model(read[:, None], step)[:, 0], self.vocab)
+    def __call__(self, read):
+        assert self.kv is self.cache.kv and self.lengths is self.cache.lengths, "it is out of date"
+        self.failing -= 1
+        if self.failing == 0:
+            raise RuntimeError("a step fails")
+        self.inputs[0].copy_(read)
+        step = Pass(groups=len(read), cache=self.cache)
+        logits = self.model.logits(self.model(self.inputs[0][:, None], step)[:, 0], self.vocab)
+        if self.end is not None:
+            self.end(self.inputs[0], logits)
+        return logits
 
-    monkeypatch.setattr(run, "BURST", {"cpu": 3})
-    monkeypatch.setattr(session.decode.graphs, "of_step", StandIn)
-    monkeypatch.setattr(session.decode.graphs, "fits", lambda *args: True)
-    found = text_model.generate(prompts, **how)
-    assert len(made) > 1, "rows that end call for another graph"
+
+@pytest.fixture
+def replayed(text_model, monkeypatch):
+    """The steps that are captured."""
+    monkeypatch.setattr(Step, "made", [])
+    monkeypatch.setattr(session.decode.graphs, "of_step", Step)
+    monkeypatch.setattr(
+        session.decode.graphs, "fits", lambda model, asked, *rows: bool(rows) and asked.record is None
+    )
+
+    def forget():
+        text_model.ranks.call(lambda rank: rank.state.pop(session.decode.SPARE, None))
+
+    forget()
+    yield Step.made
+    forget()
+
+
+def alike(wanted, found):
     for one, other in zip(wanted, found, strict=True):
         assert (one.ids, one.text) == (other.ids, other.text)
         np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", [{"temperature": 1.0, "seed": 3, "stop": ["th", "."]}, {}])
+def test_a_step_that_is_replayed_changes_nothing(text_model, how, request, monkeypatch):
+    """Sequences that end with a stop text, whose rows go; greedy steps choose by themselves what they read next."""
+    how = {"max_new_tokens": 23, "progress": False} | how
+    prompts = ["The", "A cat", "", "In the beginning", "Once"]
+    if "stop" not in how:
+        first, second, *_ = (one.text for one in text_model.generate(prompts, **how))
+        how["stop"] = [first[-20:-10], second[-15:-10]]
+    wanted = text_model.generate(prompts, **how)
+    monkeypatch.setattr(run, "BURST", {"cpu": 3})
+    made = request.getfixturevalue("replayed")
+    alike(wanted, text_model.generate(prompts, **how))
+    assert len(made) > 1, "rows that end call for another graph"
+
+
+@pytest.mark.parametrize("room, longest", [(128, 16), (3, 16), (3, 7), (3, 3), (128, 1)])
+def test_greedy_steps_come_to_the_host_in_any_parts(text_model, room, longest, request, monkeypatch):
+    """More steps than have room on the device, and reports in between."""
+    how, prompts = {"max_new_tokens": 29, "progress": False}, ["The", "A cat", "", "In the beginning"]
+    wanted = text_model.generate(prompts, **how)
+    monkeypatch.setattr(greedy, "ROOM", room)
+    monkeypatch.setattr(run, "UNHEARD", {"cpu": longest})
+    made = request.getfixturevalue("replayed")
+    for _ in range(2):
+        alike(wanted, text_model.generate(prompts, **how))
+    assert len(made) == 1, "a generation like the one before takes over its graph"
+
+
+def test_a_graph_that_is_made_for_the_last_slot_stays_in_the_cache(text_model, request):
+    """Steps that warm up go on from one another, and there is one slot."""
+    prompts, how = [[5] * 58, [6] * 58], {"max_new_tokens": 6, "progress": False}
+    wanted = text_model.generate(prompts, **how)
+    made = request.getfixturevalue("replayed")
+    alike(wanted, text_model.generate(prompts, **how))
+    [step] = made
+    assert step.cache.slots == 64 and step.lengths.tolist() == [63, 63]
+
+
+def test_a_graph_of_greedy_steps_is_for_these_alone(text_model, request):
+    """What draws does not take over a graph that chooses, nor the other way round; a trace has none."""
+    prompts, how = ["The", "A cat"], {"max_new_tokens": 20, "progress": False}
+    settings = [
+        {},
+        {"temperature": 1.0},
+        {},
+        {"alternatives": 2},
+        {"trace": True},
+        {},
+        {"repetition_penalty": 1.5},
+    ]
+    wanted = [text_model.generate(prompts, **how, **own) for own in settings]
+    made = request.getfixturevalue("replayed")
+    for own, one in zip(settings, wanted, strict=True):
+        alike(one, text_model.generate(prompts, **how, **own))
+    assert [step.end is not None for step in made] == [True, False, True, False, True, False]
+
+
+def test_a_call_that_fails_among_greedy_steps_leaves_nothing_behind(text_model, request):
+    prompts, how = ["The", "A cat"], {"max_new_tokens": 20, "progress": False}
+    wanted = text_model.generate(prompts, **how)
+    made = request.getfixturevalue("replayed")
+    alike(wanted, text_model.generate(prompts, **how))
+    [step] = made
+    step.failing = 7
+    with pytest.raises(moekit.ranks.RankError, match="a step fails"):
+        text_model.generate(prompts, **how)
+    alike(wanted, text_model.generate(prompts, **how))
+    assert len(made) == 1
 
 
 def test_prompts_of_one_shape_are_read_with_one_graph(text_model, monkeypatch):
@@ -460,14 +551,6 @@ def test_prompts_of_one_shape_are_read_with_one_graph(text_model, monkeypatch):
     prompts, others = ["The cat", "A dog ran", "It"], ["The cats", "A dog", "In"]
     wanted, wanted_others = text_model.generate(prompts, **how), text_model.generate(others, **how)
     made, replayed = [], []
-
-    class Step:
-        def __init__(self, model, cache, vocab, rows_expected):
-            self.model, self.cache, self.vocab = model, cache, vocab
-
-        def __call__(self, read):
-            step = Pass(groups=len(read), cache=self.cache)
-            return self.model.logits(self.model(read[:, None], step)[:, 0], self.vocab)
 
     class Captured:
         def __init__(self, work, *inputs):

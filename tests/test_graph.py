@@ -34,11 +34,13 @@ class StandIn:
     def __init__(self, work, *inputs):
         for _ in range(graph.WARM_UP):
             work(*(tensor.clone() for tensor in inputs))
-        self.work = work
+        self.work, self.inputs = work, [tensor.clone() for tensor in inputs]
         StandIn.made += 1
 
     def __call__(self, *inputs):
-        return self.work(*inputs)
+        for own, given in zip(self.inputs, inputs, strict=True):
+            own.copy_(given)
+        return self.work(*self.inputs)
 
 
 def with_stand_ins(rank):

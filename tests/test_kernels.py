@@ -623,6 +623,35 @@ def test_the_best_token(vocab, dtype):
     torch.testing.assert_close(logprobs, wanted.gather(1, tokens[:, None])[:, 0], rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("rows", [1, 6])
+def test_the_best_token_is_fed_back(rows):
+    """Steps of which three have room, the last one in the last slot of a cache, by the kernels and as plain operations."""
+    vocab, slots, steps = 190, 13, 5
+    logits = 5 * torch.randn(steps, rows, vocab, generator=torch.Generator().manual_seed(1))
+    logits[2, 0] = torch.nan
+    logits[..., PAD] = 50.0
+    logits[3, -1, 7:9] = 40.0
+    logits = logits.to(DEVICE, torch.float16)
+    before = torch.arange(rows, device=DEVICE) + 3
+    found = {}
+    for name, back_end in ((name, BACKENDS[name]()) for name in ("loop", "triton")):
+        read, lengths = torch.zeros_like(before), before.clone()
+        words = torch.zeros(3, rows, dtype=torch.long, device=DEVICE)
+        tokens = []
+        for step in range(steps):
+            back_end.feed_back(logits[step], read, lengths, before, words, slots)
+            tokens.append(read.clone())
+            logprobs = (words[step % 3] & 0xFFFFFFFF).to(torch.int32).view(torch.float32)
+            wanted, exact = back_end.best(logits[step])
+            assert (words[step % 3] >> 32).equal(read) and read.equal(wanted)
+            torch.testing.assert_close(logprobs, exact, rtol=0, atol=0, equal_nan=True)
+        assert lengths.tolist() == [min(n + steps, slots - 1) for n in before.tolist()]
+        found[name] = torch.stack(tokens)
+    assert found["loop"][3, -1] == 7 and (found["loop"] != PAD).all()
+    found["loop"][2, 0] = found["triton"][2, 0]
+    assert found["loop"].equal(found["triton"])
+
+
 @pytest.mark.parametrize("parts", [None, 0, 1, 2])
 @pytest.mark.parametrize("dim", [13, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -8,6 +8,8 @@ Shape letters: L layers, B sequences, H heads, M slots, C head dim, T tokens of 
 
 from __future__ import annotations
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -67,6 +69,12 @@ class Cache:
         """Count ``tokens`` ([B] or a number) as read."""
         self.lengths += tokens
         self.empty = False
+
+    def counting(self, lengths: Tensor) -> Cache:
+        """The same keys and values, with ``lengths`` [B] of its own."""
+        other = copy.copy(self)
+        other.lengths = lengths
+        return other
 
     def clear(self) -> None:
         """Remove all tokens in place: a captured graph goes on using the same tensors."""

@@ -131,9 +131,14 @@ class InParts:
 
 
 def _copy(own: list[Tensor], given: Sequence[Tensor]) -> None:
-    """Copy inputs to where a graph reads them, in one call: each takes the host as long as some kernels run."""
+    """Copy inputs to where a graph reads them, in one call: each takes the host as long as some kernels run.
+
+    Of what stands there already nothing is copied.
+    """
     assert len(own) == len(given), "a graph is given other inputs than at its capture"
-    torch._foreach_copy_(own, list(given))
+    others = [pair for pair in zip(own, given, strict=True) if pair[0] is not pair[1]]
+    if others:
+        torch._foreach_copy_(*(list(side) for side in zip(*others, strict=True)))
 
 
 def whole(work: Callable[..., Generator[Callable[[], None], None, R]], *inputs: Tensor) -> R:
@@ -179,20 +184,34 @@ class Repeated:
         return self.graph(*inputs)
 
 
-def of_step(model: Transformer, cache: Cache, vocab: int, rows_expected: int | None) -> Graph | InParts:
+def of_step(
+    model: Transformer,
+    cache: Cache,
+    vocab: int,
+    rows_expected: int | None,
+    end: Callable[[Tensor, Tensor], None] | None = None,
+) -> Graph | InParts:
     """A graph of a decode step: tokens [B] int64 -> logits [B, V] of the next token; ``cache`` does not advance.
 
     With several ranks it is a collective, also for a rank where B is 0, whose result is None. ``rows_expected`` is as in
-    :class:`Pass`.
+    :class:`Pass`. ``end`` belongs to the step: it gets the graph's own tokens and the logits, where B is not 0.
     """
+
+    def ended(read: Tensor, logits: Tensor | None) -> Tensor | None:
+        if end is not None and logits is not None:
+            end(read, logits)
+        return logits
 
     def step(read: Tensor) -> Tensor | None:
         # The step writes after the tokens in the cache and does not advance the cache, so a repetition changes nothing.
         asked = Pass(groups=len(read), cache=cache, rows_expected=rows_expected)
-        return model.operations.read_on(model, read, asked, vocab)
+        return ended(read, model.operations.read_on(model, read, asked, vocab))
+
+    def in_parts(read: Tensor) -> Generator[Callable[[], None], None, Tensor]:
+        return ended(read, (yield from kernels.in_parts(model, read, cache, vocab, len(read))))
 
     tokens = torch.zeros(len(cache.lengths), dtype=torch.long, device=cache.lengths.device)
     if model.slots is None:
         return Graph(step, tokens)
     kernels = _in_parts(model, len(tokens))
-    return InParts(lambda read: kernels.in_parts(model, read, cache, vocab, len(read)), tokens)
+    return InParts(in_parts, tokens)

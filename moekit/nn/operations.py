@@ -49,6 +49,7 @@ class Operations:
     target_log_probs: Callable[[Tensor, Tensor], Tensor]
     log_probs: Callable[[Transformer, Tensor, Tensor, int, int], Tensor]
     best: Callable[[Tensor], tuple[Tensor, Tensor]]
+    feed_back: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int], None]
     read_on: Callable[[Transformer, Tensor, Pass, int], Tensor]
     check: Callable[[Transformer], None]
 
@@ -126,6 +127,26 @@ def best(logits: Tensor) -> tuple[Tensor, Tensor]:
     return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
 
 
+def feed_back(
+    logits: Tensor, read: Tensor, lengths: Tensor, before: Tensor, words: Tensor, slots: int
+) -> None:
+    """End a greedy step in place: :func:`best` of ``logits`` [B, V] becomes what the next step reads.
+
+    Args:
+        read: [B] int64; the best tokens are written there.
+        lengths: [B] int64, tokens in the cache; it goes up by one, but not above the last of ``slots``, so that a step beyond
+            the end stays in the cache.
+        before: [B] int64, what ``lengths`` was before the first of successive steps.
+        words: [R, B] int64, of the last R of these steps: the token, and in the lower 32 bits those of its float32
+            log-probability. A step writes the row of its number, from 0 on, modulo R.
+    """
+    tokens, logprobs = best(logits)
+    bits = logprobs.view(torch.int32).long() & 0xFFFFFFFF
+    words[(lengths - before) % len(words), torch.arange(len(read), device=read.device)] = tokens << 32 | bits
+    read.copy_(tokens)
+    lengths.add_(1).clamp_(max=slots - 1)
+
+
 def read_on(model: Transformer, tokens: Tensor, asked: Pass, vocab: int) -> Tensor | None:
     """Run one more token of each of B sequences, [B] int64: the logits [B, V] of the next one; None where B is 0.
 
@@ -155,6 +176,7 @@ PLAIN = Operations(
     target_log_probs=target_log_probs,
     log_probs=log_probs,
     best=best,
+    feed_back=feed_back,
     read_on=read_on,
     check=check_work,
 )

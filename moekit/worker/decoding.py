@@ -28,8 +28,10 @@ from moekit.nn.record import Recorder
 from moekit.nn.transformer import Transformer
 from moekit.ranks import Rank
 from moekit.worker.copies import on_device
+from moekit.worker.found import Found
+from moekit.worker.greedy import Greedy
 from moekit.worker.prompts import Prompts, most_tokens
-from moekit.worker.sampling import Candidates, Chosen, Settings, candidates, choose, on_host, together
+from moekit.worker.sampling import Candidates, Chosen, Settings, candidates, choose
 from moekit.worker.sequences import SPARE, Sequences, Spare, take_spare
 
 # Prompts are read with a graph up to half of the tokens that other passes with a graph may have: its memory is kept while
@@ -56,20 +58,15 @@ def generate(
         The last ``longest`` tokens or fewer, and what :func:`end` returns.
     """
     model: Transformer = rank.state["model"]
-    found: list[Chosen] = []
-    read = torch.empty(0, dtype=torch.long, device=rank.device)
+    found = Found()
     try:
         chosen = _begin(rank, key, prompts, settings, slots, abandoned)
-        for made in range(1, new + 1):
-            if chosen is not None:
-                found.append(chosen)
-                read = chosen.tokens
-            if made == new:
-                break
-            if made % longest == 0 and (told := _told(model, found)) is not None:
+        read = torch.empty(0, dtype=torch.long, device=rank.device) if chosen is None else found.add(chosen)
+        for made in range(1, new):
+            if made % longest == 0 and (told := found.told(model)) is not None:
                 rank.report(told)
-            chosen = _step(model, rank.state[key], read, new - made)
-        last = _told(model, found)
+            read = _step(model, rank.state[key], read, new - made, found)
+        last = found.told(model)
     finally:
         parts = end(rank, key)
     return last, parts
@@ -92,7 +89,9 @@ def begin(
     found = _begin(rank, key, prompts, settings, slots, abandoned)
     model: Transformer = rank.state["model"]
     if isinstance(found, Chosen):
-        return _told(model, [found])
+        first = Found()
+        first.add(found)
+        return first.told(model)
     model.operations.check(model)
     return found
 
@@ -170,32 +169,25 @@ def run(
     sequences: Sequences = rank.state[key]
     sequences.select(rows, rank.rank)
     read = torch.tensor(tokens[rank.rank], device=rank.device, dtype=torch.long)
-    found: list[Chosen] = []
+    found = Found()
     for step in range(steps):
         with part(f"step {step}"):
-            chosen = _step(model, sequences, read, steps - step)
-            if chosen is not None:
-                found.append(chosen)
-                read = chosen.tokens
+            read = _step(model, sequences, read, steps - step, found)
     if tells:
         rank.report(None)
-    return _told(model, found)
+    return found.told(model)
 
 
-def _told(model: Transformer, steps: list[Chosen]) -> Chosen | None:
-    """What the driver is told of successive steps, whose list is emptied; None of none. It waits for the device."""
-    found = together(steps) if steps else None
-    # Hundreds of tensors are freed while the device is still at work.
-    steps.clear()
-    chosen = None if found is None else on_host(found)
-    model.operations.check(model)
-    return chosen
+def _step(model: Transformer, sequences: Sequences, read: Tensor, ahead: int, found: Found) -> Tensor:
+    """Choose the tokens after ``read`` [B] int64, for ``found``; returns them, on the device.
 
-
-def _step(model: Transformer, sequences: Sequences, read: Tensor, ahead: int) -> Chosen | None:
-    """The next tokens after ``read``, on the device; None from a rank without sequences. ``ahead`` is as in :func:`_read_on`."""
-    logits = _read_on(model, sequences, read, ahead)
-    return None if logits is None else _choose_next(model, sequences, logits)
+    ``ahead`` is the number of steps that are known to follow, including this one.
+    """
+    asked, graph = _next_step(model, sequences, ahead)
+    if isinstance(graph, Greedy):
+        return found.step(graph, read)
+    logits = _read_on(model, sequences, read, asked, graph)
+    return read if logits is None else found.add(_choose_next(model, sequences, logits))
 
 
 @torch.inference_mode()
@@ -219,7 +211,7 @@ def grow(
     sequences: Sequences = rank.state[key]
     sequences.select(rows, rank.rank)
     read = torch.tensor(tokens[rank.rank], device=rank.device, dtype=torch.long)
-    logits = _read_on(model, sequences, read, 1)
+    logits = _read_on(model, sequences, read, *_next_step(model, sequences, 1))
     model.operations.check(model)
     if logits is None:
         return None
@@ -294,16 +286,13 @@ def _read(
     return cache, last, scores, parts
 
 
-def _read_on(model: Transformer, sequences: Sequences, read: Tensor, ahead: int) -> Tensor | None:
-    """Run one token of each sequence, [B] int64; returns the logits [B, V] of the next token, or None if B is 0.
-
-    ``ahead`` is the number of steps that are known to follow, including this one.
-    """
+def _next_step(
+    model: Transformer, sequences: Sequences, ahead: int
+) -> tuple[Pass, graphs.Graph | graphs.InParts | Greedy | None]:
+    """Count a step: what its pass is asked for, and its graph, if it has one. ``ahead`` is as in :func:`_step`."""
     settings, cache = sequences.settings, sequences.cache
     sequences.steps += 1
     sequences.unchanged += 1
-    if sequences.seen is not None:
-        sequences.seen.scatter_(1, read[:, None], True)
     asked = _asked(settings, sequences.numbers, sequences.steps, cache, 1)
     rows = max(sequences.on_ranks)
     few = graphs.few(model, rows, len(sequences.on_ranks))
@@ -311,18 +300,34 @@ def _read_on(model: Transformer, sequences: Sequences, read: Tensor, ahead: int)
     many = sequences.unchanged > graphs.AFTER or ahead > 2 * graphs.AFTER
     known = sequences.graph is not None or many
     repeats = settings.beam_size == 1 and known
-    logits = None
-    if few and repeats and graphs.fits(model, asked, rows):
-        if sequences.graph is None:
-            sequences.graph = graphs.of_step(model, cache, settings.vocab, rows)
-        logits = sequences.graph(read)
+    if not (few and repeats and graphs.fits(model, asked, rows)):
+        return asked, None
+    if sequences.graph is None:
+        made = Greedy if settings.greedy else graphs.of_step
+        sequences.graph = made(model, cache, settings.vocab, rows)
+    return asked, sequences.graph
+
+
+def _read_on(
+    model: Transformer,
+    sequences: Sequences,
+    read: Tensor,
+    asked: Pass,
+    graph: graphs.Graph | graphs.InParts | None,
+) -> Tensor | None:
+    """Run one token of each sequence, [B] int64; returns the logits [B, V] of the next token, or None if B is 0."""
+    settings, logits = sequences.settings, None
+    if sequences.seen is not None:
+        sequences.seen.scatter_(1, read[:, None], True)
+    if graph is not None:
+        logits = graph(read)
     elif len(read):
         logits = model.logits(model(read[:, None], asked)[:, 0], settings.vocab)
         real = torch.ones_like(read[:, None], dtype=torch.bool)
         sequences.parts += _traced(asked, sequences.numbers, real)
     else:
         model.serve(asked.rows_expected)
-    cache.advance(1)
+    sequences.cache.advance(1)
     return logits
 
 

@@ -77,16 +77,6 @@ class Candidates(NamedTuple):
     logprobs: np.ndarray
 
 
-def together(steps: Sequence[Chosen]) -> Chosen:
-    """Successive steps as tensors [B, S], on the device."""
-    return Chosen(*(torch.stack(column, dim=1) for column in zip(*steps, strict=True)))
-
-
-def on_host(found: Chosen) -> Chosen:
-    """Copy what :func:`together` gives to the host, which waits for the device."""
-    return Chosen(*(column.cpu().numpy() for column in found))
-
-
 def choose(
     logits: Tensor, settings: Settings, keys: Sequence[tuple[int, int, int]], seen: Tensor | None = None
 ) -> Tensor:

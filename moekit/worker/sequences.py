@@ -13,6 +13,7 @@ from moekit.nn import graphs
 from moekit.nn.cache import Cache
 from moekit.nn.dispatch import Local
 from moekit.ranks import Rank
+from moekit.worker.greedy import Greedy
 from moekit.worker.sampling import Settings
 
 # Key of the rank's state for the :class:`Spare` of the last finished generation.
@@ -43,6 +44,8 @@ class Sequences:
         self.parts: list[dict[str, np.ndarray]] = []
         # The graph of a step with the current rows, and the steps since the rows of any rank changed.
         self.graph, self.prefill = spare.graph, spare.prefill
+        if isinstance(self.graph, Greedy) != settings.greedy:
+            self.graph = None
         self.unchanged = 0
         self.alike: Hashable = alike
 
@@ -72,7 +75,7 @@ class Spare(NamedTuple):
     alike: Hashable
     prefill: graphs.Repeated
     cache: Cache | None = None
-    graph: graphs.Graph | graphs.InParts | None = None
+    graph: graphs.Graph | graphs.InParts | Greedy | None = None
 
 
 def take_spare(rank: Rank, alike: Hashable) -> Spare:

@@ -20,6 +20,7 @@ from moekit.nn.parts import part
 from moekit.nn.record import Options
 from moekit.ranks import Rank
 from moekit.worker import decoding, scoring
+from moekit.worker.greedy import Greedy
 from moekit.worker.measuring import synchronise
 from moekit.worker.prompts import Prompts
 from moekit.worker.sampling import Chosen, Settings
@@ -216,7 +217,8 @@ class Decode(Generation):
         return [seconds / self.work.steps] * self.work.steps
 
     def graph(self) -> graphs.Graph | graphs.InParts | None:
-        return self.rank.state[KEY].graph
+        kept = self.rank.state[KEY].graph
+        return kept.graph if isinstance(kept, Greedy) else kept
 
     def counts(self) -> np.ndarray:
         steps, config = self.work.steps, self.rank.state["model"].config

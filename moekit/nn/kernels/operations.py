@@ -12,7 +12,7 @@ from moekit.nn.kernels.attention import attend_one
 from moekit.nn.kernels.counting import fill
 from moekit.nn.kernels.gate import choose
 from moekit.nn.kernels.grouped import grouped_ffn
-from moekit.nn.kernels.logprobs import best, target_log_probs
+from moekit.nn.kernels.logprobs import best, feed_back, target_log_probs
 from moekit.nn.kernels.norm import add_norm
 from moekit.nn.kernels.tiles import by_expert
 from moekit.nn.kernels.trust import trusted
@@ -95,6 +95,7 @@ TRITON = plain.Operations(
     target_log_probs=target_log_probs,
     log_probs=log_probs,
     best=best,
+    feed_back=feed_back,
     read_on=read_on,
     check=check,
 )
