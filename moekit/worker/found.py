@@ -70,13 +70,12 @@ class Found:
 
 
 def _stacked(column: Sequence[Tensor]) -> Tensor:
+    """Tensors of successive steps as one, [B, S, ...]."""
     first = column[0]
-    # Hundreds of empty tensors would take as long as others.
-    return (
-        torch.stack(column, dim=1)
-        if first.numel()
-        else first.new_empty(len(first), len(column), *first.shape[1:])
-    )
+    if first.numel():
+        return torch.stack(column, dim=1)
+    # Without alternatives there is nothing to stack or to copy, and hundreds of empty tensors would take as long as others.
+    return torch.empty(len(first), len(column), *first.shape[1:], dtype=first.dtype)
 
 
 def _arrays(copies: list[Copy]) -> Chosen:
