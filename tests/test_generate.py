@@ -2,12 +2,14 @@
 
 import copy
 import dataclasses
+import gc
 import itertools
 import json
 import math
 import pickle
 import subprocess
 import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from moekit.checkpoint import export
 from moekit.data.codec import Codec
 from moekit.generation import request, run, session
 from moekit.generation.text import Text
+from moekit.nn.cache import Cache
 from moekit.nn.config import ModelConfig
 from moekit.nn.noise import splitmix64, uniform
 from moekit.nn.passes import Pass
@@ -543,6 +546,24 @@ def test_a_call_that_fails_among_greedy_steps_leaves_nothing_behind(text_model, 
         text_model.generate(prompts, **how)
     alike(wanted, text_model.generate(prompts, **how))
     assert len(made) == 1
+
+
+def test_a_graph_is_freed_as_soon_as_nobody_needs_it(replayed, text_model):
+    """The garbage collector may come in the middle of another capture, and to free a graph would spoil that."""
+
+    def made(rank):
+        model = rank.state["model"]
+        return greedy.Greedy(model, Cache(model.config, 2, 64, torch.device("cpu"), torch.float32), 50, 2)
+
+    gc.disable()
+    try:
+        [one] = text_model.ranks.call(made)
+        replayed.clear()
+        known = weakref.ref(one), weakref.ref(one.graph)
+        del one
+        assert [ref() for ref in known] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_prompts_of_one_shape_are_read_with_one_graph(text_model, monkeypatch):

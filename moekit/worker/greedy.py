@@ -32,12 +32,13 @@ class Greedy:
     def __init__(self, model: Transformer, cache: Cache, vocab: int, rows_expected: int | None):
         self.cache = cache
         own = cache.counting(cache.lengths.clone())
-        self.lengths = own.lengths
-        self.words = torch.zeros(ROOM, len(own.lengths), dtype=torch.long, device=own.lengths.device)
+        words = torch.zeros(ROOM, len(own.lengths), dtype=torch.long, device=own.lengths.device)
+        self.lengths, self.words = own.lengths, words
 
+        # It knows nothing of ``self``: a cycle would be freed by the collector, which may come in the middle of a capture.
         @is_part("sampling")
         def feed_back(read: Tensor, logits: Tensor) -> None:
-            model.operations.feed_back(logits, read, own.lengths, cache.lengths, self.words, own.slots)
+            model.operations.feed_back(logits, read, own.lengths, cache.lengths, words, own.slots)
 
         self.graph = graphs.of_step(model, own, vocab, rows_expected, feed_back)
 
