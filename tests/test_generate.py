@@ -437,21 +437,24 @@ class Step:
     def __init__(self, model, cache, vocab, rows_expected, end=None):
         self.model, self.cache, self.vocab, self.kv = model, cache, vocab, cache.kv
         self.lengths, self.end, self.failing = cache.lengths, end, -1
-        self.inputs = [torch.zeros(len(cache.lengths), dtype=torch.long)]
+        tokens = torch.zeros(len(cache.lengths), dtype=torch.long)
+        self.inputs = [tokens] if end is None else [tokens, cache.lengths.clone()]
         self.made.append(self)
         for _ in range(2):
-            self(torch.zeros(len(cache.lengths), dtype=torch.long))
+            self(*self.inputs)
 
-    def __call__(self, read):
+    def __call__(self, *given):
         assert self.kv is self.cache.kv and self.lengths is self.cache.lengths, "it is out of date"
         self.failing -= 1
         if self.failing == 0:
             raise RuntimeError("a step fails")
-        self.inputs[0].copy_(read)
-        step = Pass(groups=len(read), cache=self.cache)
+        for own, other in zip(self.inputs, given, strict=True):
+            own.copy_(other)
+        cache = self.cache if self.end is None else self.cache.counting(self.inputs[1])
+        step = Pass(groups=len(self.inputs[0]), cache=cache)
         logits = self.model.logits(self.model(self.inputs[0][:, None], step)[:, 0], self.vocab)
         if self.end is not None:
-            self.end(self.inputs[0], logits)
+            self.end(*self.inputs, logits)
         return logits
 
 
@@ -513,7 +516,7 @@ def test_a_graph_that_is_made_for_the_last_slot_stays_in_the_cache(text_model, r
     made = request.getfixturevalue("replayed")
     alike(wanted, text_model.generate(prompts, **how))
     [step] = made
-    assert step.cache.slots == 64 and step.lengths.tolist() == [63, 63]
+    assert step.cache.slots == 64 and step.inputs[1].tolist() == [63, 63]
 
 
 def test_a_graph_of_greedy_steps_is_for_these_alone(text_model, request):
@@ -546,6 +549,39 @@ def test_a_call_that_fails_among_greedy_steps_leaves_nothing_behind(text_model, 
         text_model.generate(prompts, **how)
     alike(wanted, text_model.generate(prompts, **how))
     assert len(made) == 1
+
+
+def test_a_step_goes_on_from_the_tokens_that_the_graph_has(text_model, request):
+    """The first one of a call reads those of the driver, which may be others."""
+
+    def calls(rank):
+        prompts = dealt([range(2)], [[[EOS, 5, 6], [EOS, 7]]])[0]
+        settings = Settings(len(text_model.codec))
+        for _ in range(2):
+            read = decode.begin(rank, -7, prompts, settings, 40).tokens[:, -1].tolist()
+            for instead in (None, None, [9, 10], None):
+                made = decode.run(rank, -7, [[0, 1]], [instead or read], 9)
+                read = made.tokens[:, -1].tolist()
+                yield made.tokens.tolist(), made.logprobs
+            decode.end(rank, -7)
+
+    decode, copies = session.decode, []
+    [wanted] = text_model.ranks.call(lambda rank: list(calls(rank)))
+    made = request.getfixturevalue("replayed")
+    call = Step.__call__
+    with pytest.MonkeyPatch.context() as changed:
+        changed.setattr(
+            Step,
+            "__call__",
+            lambda self, *given: copies.append(given[0] is not self.inputs[0]) or call(self, *given),
+        )
+        [found] = text_model.ranks.call(lambda rank: list(calls(rank)))
+    for (tokens, logprobs), (others, close) in zip(wanted, found, strict=True):
+        assert tokens == others
+        np.testing.assert_allclose(logprobs, close, atol=1e-5)
+    # Two steps warm up.
+    assert len(made) == 1 and len(copies) == 2 + 2 * 4 * 9
+    assert np.flatnonzero(copies[2:]).tolist() == list(range(0, 72, 9))
 
 
 def test_a_graph_is_freed_as_soon_as_nobody_needs_it(replayed, text_model):

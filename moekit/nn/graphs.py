@@ -189,29 +189,39 @@ def of_step(
     cache: Cache,
     vocab: int,
     rows_expected: int | None,
-    end: Callable[[Tensor, Tensor], None] | None = None,
+    end: Callable[[Tensor, Tensor, Tensor], None] | None = None,
 ) -> Graph | InParts:
     """A graph of a decode step: tokens [B] int64 -> logits [B, V] of the next token; ``cache`` does not advance.
 
     With several ranks it is a collective, also for a rank where B is 0, whose result is None. ``rows_expected`` is as in
-    :class:`Pass`. ``end`` belongs to the step: it gets the graph's own tokens and the logits, where B is not 0.
+    :class:`Pass`.
+
+    Args:
+        end: belongs to the step. It gets the tokens, the lengths [B] and the logits, where B is not 0. The lengths are an
+            input of the graph then, in place of the cache's.
     """
 
-    def ended(read: Tensor, logits: Tensor | None) -> Tensor | None:
+    def of(lengths: tuple[Tensor, ...]) -> Cache:
+        return cache.counting(*lengths) if lengths else cache
+
+    def ended(read: Tensor, lengths: tuple[Tensor, ...], logits: Tensor | None) -> Tensor | None:
         if end is not None and logits is not None:
-            end(read, logits)
+            end(read, *lengths, logits)
         return logits
 
-    def step(read: Tensor) -> Tensor | None:
+    def step(read: Tensor, *lengths: Tensor) -> Tensor | None:
         # The step writes after the tokens in the cache and does not advance the cache, so a repetition changes nothing.
-        asked = Pass(groups=len(read), cache=cache, rows_expected=rows_expected)
-        return ended(read, model.operations.read_on(model, read, asked, vocab))
+        asked = Pass(groups=len(read), cache=of(lengths), rows_expected=rows_expected)
+        return ended(read, lengths, model.operations.read_on(model, read, asked, vocab))
 
-    def in_parts(read: Tensor) -> Generator[Callable[[], None], None, Tensor]:
-        return ended(read, (yield from kernels.in_parts(model, read, cache, vocab, len(read))))
+    def in_parts(read: Tensor, *lengths: Tensor) -> Generator[Callable[[], None], None, Tensor]:
+        logits = yield from kernels.in_parts(model, read, of(lengths), vocab, len(read))
+        return ended(read, lengths, logits)
 
-    tokens = torch.zeros(len(cache.lengths), dtype=torch.long, device=cache.lengths.device)
+    inputs = [torch.zeros(len(cache.lengths), dtype=torch.long, device=cache.lengths.device)]
+    if end is not None:
+        inputs.append(cache.lengths)
     if model.slots is None:
-        return Graph(step, tokens)
-    kernels = _in_parts(model, len(tokens))
-    return InParts(in_parts, tokens)
+        return Graph(step, *inputs)
+    kernels = _in_parts(model, len(cache.lengths))
+    return InParts(in_parts, *inputs)

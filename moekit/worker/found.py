@@ -39,9 +39,8 @@ class Found:
         """Make a step with ``graph`` after the tokens ``read`` [B]; returns its tokens."""
         if self.made == len(graph.words):
             self._send_words()
-        tokens = graph(read, first=self.made == 0)
         self.graph, self.made = graph, self.made + 1
-        return tokens
+        return graph(read)
 
     def told(self, model: Transformer) -> Chosen | None:
         """All steps so far as arrays [B, S], which are then left out; None where there are none. It waits for the device."""
@@ -51,8 +50,10 @@ class Found:
         model.operations.check(model)
         if not parts:
             return None
-        columns = zip(*(part() for part in parts), strict=True)
-        return Chosen(*(np.concatenate(column, axis=1) for column in columns))
+        arrays = [part() for part in parts]
+        if len(arrays) == 1:
+            return arrays[0]
+        return Chosen(*(np.concatenate(column, axis=1) for column in zip(*arrays, strict=True)))
 
     def _send_steps(self) -> None:
         if self.steps:

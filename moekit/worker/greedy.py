@@ -22,43 +22,40 @@ ROOM = 128
 class Greedy:
     """A graph of a step, on ``cache``.
 
-    The graph counts the tokens in the cache by itself. The cache's own lengths stay what they were before the first step until
+    The graph has lengths of its own and counts on. Those of the cache stay what they were before the first step until
     :meth:`taken`, so a call that fails in between leaves nothing behind.
 
     Attributes:
         words: [R, B] int64, as :func:`moekit.nn.operations.feed_back` has them.
+        tokens: [B] int64, what the next step reads.
     """
 
     def __init__(self, model: Transformer, cache: Cache, vocab: int, rows_expected: int | None):
-        self.cache = cache
-        own = cache.counting(cache.lengths.clone())
-        words = torch.zeros(ROOM, len(own.lengths), dtype=torch.long, device=own.lengths.device)
-        self.lengths, self.words = own.lengths, words
+        words = torch.zeros(ROOM, len(cache.lengths), dtype=torch.long, device=cache.lengths.device)
 
         # It knows nothing of ``self``: a cycle would be freed by the collector, which may come in the middle of a capture.
         @is_part("sampling")
-        def feed_back(read: Tensor, logits: Tensor) -> None:
-            model.operations.feed_back(logits, read, own.lengths, cache.lengths, words, own.slots)
+        def feed_back(read: Tensor, lengths: Tensor, logits: Tensor) -> None:
+            model.operations.feed_back(logits, read, lengths, cache.lengths, words, cache.slots)
 
-        self.graph = graphs.of_step(model, own, vocab, rows_expected, feed_back)
+        self.cache, self.words = cache, words
+        self.graph = graphs.of_step(model, cache, vocab, rows_expected, feed_back)
+        self.tokens, self.lengths = self.graph.inputs
 
-    def __call__(self, read: Tensor, first: bool) -> Tensor:
+    def __call__(self, read: Tensor) -> Tensor:
         """Make a step, at most R of them before :meth:`taken`.
 
         Args:
-            read: [B] int64, the tokens.
-            first: whether the cache has changed since the last step.
+            read: [B] int64, the tokens. If they are :attr:`tokens`, the step goes on from the last one, and nothing is copied.
 
         Returns:
-            [B] int64, the next tokens; the next step overwrites them, and takes them over without a copy.
+            The next tokens: :attr:`tokens`.
         """
-        if first:
-            self.lengths.copy_(self.cache.lengths)
-        self.graph(read)
-        return self.graph.inputs[0]
+        self.graph(read, self.lengths if read is self.tokens else self.cache.lengths)
+        return self.tokens
 
     def taken(self, steps: int) -> Tensor:
-        """[steps, B] words of the ``steps`` steps since the first one, which are in the cache from now on."""
+        """[steps, B] words of the ``steps`` steps since the last ones taken, which are in the cache from now on."""
         self.cache.advance(steps)
         words = self.words[:steps]
         # A copy from the device is made before the next step writes there.

@@ -102,9 +102,9 @@ def looked_at(rank: Rank, doing: Steps) -> tuple[bytes, int, int, list[float]]:
                 with part(CLOCK):
                     readings.append(time.time_ns())
             if (graph := doing.graph()) is not None:
-                # The kernels of a graph have no ranges. These, in the same order, do.
+                # The kernels of a graph have no ranges. These, in the same order, do; they may write to their inputs.
                 with part(TEMPLATE):
-                    graph.work(*graph.inputs)
+                    graph.work(*(own.clone() for own in graph.inputs))
             synchronise(rank.device)
             if rank.world_size > 1:
                 # Profilers need different times to start, and that is no part of a step.

@@ -45,6 +45,7 @@ class Sequences:
         # The graph of a step with the current rows, and the steps since the rows of any rank changed.
         self.graph, self.prefill = spare.graph, spare.prefill
         if isinstance(self.graph, Greedy) != settings.greedy:
+            # The one chooses the next token, the other one does not.
             self.graph = None
         self.unchanged = 0
         self.alike: Hashable = alike
