@@ -22,6 +22,7 @@ from moekit.generation import request, run, session
 from moekit.generation.text import Text
 from moekit.nn.cache import Cache
 from moekit.nn.config import ModelConfig
+from moekit.nn.intervene import Force
 from moekit.nn.noise import splitmix64, uniform
 from moekit.nn.passes import Pass
 from moekit.nn.transformer import Transformer
@@ -464,7 +465,9 @@ def replayed(text_model, monkeypatch):
     monkeypatch.setattr(Step, "made", [])
     monkeypatch.setattr(session.decode.graphs, "of_step", Step)
     monkeypatch.setattr(
-        session.decode.graphs, "fits", lambda model, asked, *rows: bool(rows) and asked.record is None
+        session.decode.graphs,
+        "fits",
+        lambda model, asked, *rows: bool(rows) and asked.record is None and asked.edit is None,
     )
 
     def forget():
@@ -536,6 +539,22 @@ def test_a_graph_of_greedy_steps_is_for_these_alone(text_model, request):
     for own, one in zip(settings, wanted, strict=True):
         alike(one, text_model.generate(prompts, **how, **own))
     assert [step.end is not None for step in made] == [True, False, True, False, True, False]
+
+
+def test_a_forced_routing_finds_the_prompts_in_a_cache_that_is_taken_over(text_model, request):
+    prompts, how = ["The", "A cat"], {"max_new_tokens": 20, "progress": False}
+    plain = text_model.generate(prompts, **how)
+
+    def forced():
+        with text_model.route(force=[Force([1, 2], sample=0, positions=range(3))]):
+            return text_model.generate(prompts, **how)
+
+    wanted = forced()
+    assert [one.ids for one in wanted] != [one.ids for one in plain]
+    request.getfixturevalue("replayed")
+    alike(plain, text_model.generate(prompts, **how))
+    alike(wanted, forced())
+    alike(plain, text_model.generate(prompts, **how))
 
 
 def test_a_call_that_fails_among_greedy_steps_leaves_nothing_behind(text_model, request):

@@ -116,6 +116,8 @@ def _begin(
     elif not model.dispatch.by_expectation:
         expected = [None] * len(expected)
     cache = spare.cache
+    if cache is not None and kept is None:
+        cache.clear()
     read = [
         _read(model, part, settings, slots, rows, cache, kept)
         for part, rows in zip(prompts.passes(alone), expected, strict=False)
@@ -256,7 +258,7 @@ def _read(
 ) -> tuple[Cache, Tensor, Tensor, list[dict[str, np.ndarray]]]:
     """Prefill ``prompts``: a cache, the features [B, D] of the last tokens, the log-probabilities [B], and the trace.
 
-    ``kept`` runs the forward pass; None runs it as it is.
+    ``kept`` runs the forward pass, which clears ``cache``; None runs it as it is, on a cache that is clear.
     """
     device = model.embed.weight.device
     lengths, tokens = on_device(device, prompts.lengths, prompts.tokens)
@@ -265,12 +267,12 @@ def _read(
     asked = _asked(settings, numbers, 0, cache, tokens.shape[1])
     asked.rows_expected = rows_expected
 
-    def features_of(read: Tensor) -> Tensor:
-        # A cache of an earlier generation is cleared by the graph, too: a call of its own would take longer than the clearing.
+    def cleared(read: Tensor) -> Tensor:
+        # The graph clears the cache of an earlier generation, too: a call of its own would take longer than the clearing.
         cache.clear()
         return model(read, asked)
 
-    features = features_of(tokens) if kept is None else kept(features_of, tokens)
+    features = model(tokens, asked) if kept is None else kept(cleared, tokens)
     real = None
     if isinstance(asked.record, Recorder):
         real = torch.arange(tokens.shape[1], device=device) < lengths[:, None]
