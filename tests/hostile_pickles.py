@@ -68,6 +68,20 @@ def payloads(mark: str) -> dict[str, bytes]:
         b"q" + bytes([n]) + b"0h" + bytes([n]) + b"h" + bytes([n]) + b"\x86" for n in range(40)
     )
     huge = struct.pack("<i", 2**31 - 1)
+    # Its storage, offset, shape, strides, hooks and call, all noted under one number.
+    put = b"r\x10\0\0\0"
+    storage = b"((h\x03h\x01X\x01\0\0\x000" + put + b"h\x02K\x01t" + put + b"Q"
+    tensor = (
+        b"h\0" + storage + b"K\0" + 2 * (b"K\x01\x85" + put) + b"\x89h\x01)R" + put + b"t" + put + b"R" + put
+    )
+    words = (
+        named("torch._utils._rebuild_tensor_v2")
+        + b"q\0"
+        + named("collections.OrderedDict")
+        + b"q\x01"
+        + text("cpu")
+    )
+    words += b"q\x02" + text("storage") + b"q\x03"
     found |= {
         "EXT1": b"\x82\x01",
         "PERSID": b"P" + mark.encode() + b"\n",
@@ -98,6 +112,7 @@ def payloads(mark: str) -> dict[str, bytes]:
         "twenty million tuples": b")" + b"\x85" * 20_000_000,
         "twenty million memos": b"N" + b"\x94" * 20_000_000,
         "seven million calls": b"))R" * 7_000_000,
+        "three hundred thousand tensors": words + b"]" + (tensor + b"a") * 300_000,
         "nothing to pop": b"0" * 10,
         "a mark that is gone": b"(1t",
         "an odd dictionary": b"(Nd",

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from moekit.checkpoint.collecting import no_collector
 from moekit.checkpoint.objects import Call, Group, Name, Pairs, Reference, Unreadable
-from moekit.checkpoint.rebuilt import tensor
+from moekit.checkpoint.rebuilt import INSTRUCTIONS, tensor
 
 # The most bytes of a pickle; the pickle of a file with 25,000 tensors has 5 MB.
 MOST_BYTES = 64 << 20
@@ -79,7 +79,7 @@ class _Machine:
         push, pop, u16, u32 = stack.append, stack.pop, U16.unpack_from, U32.unpack_from
         note_call, note_reference = self.calls.append, self.references.append
         most = FEW + size // self.each
-        made, at = most // 2, self.at
+        made, at, at_once = most // 2, self.at, 0
         try:
             for _ in range(most):
                 code = data[at]
@@ -109,9 +109,10 @@ class _Machine:
                         after := tensor(data, at - 1, stack, memo, self.calls, self.references)
                     ):
                         at = after
+                        at_once += INSTRUCTIONS
                     else:
                         marks.append(len(stack))
-                    if len(memo) + len(marks) > made:
+                    if len(memo) + len(marks) > made or at_once > most:
                         break
                 elif code == TUPLE:
                     start = marks.pop()

@@ -27,6 +27,8 @@ _TENSOR = re.compile(
     + rb"t" + _PUT + rb"R" + _PUT,
     re.DOTALL,
 )  # fmt: skip
+# The instructions of a tensor with one dimension; each more dimension has two more.
+INSTRUCTIONS = 27
 _unsigned = int.from_bytes
 
 
