@@ -8,6 +8,7 @@ import argparse
 import collections
 import gzip
 import io
+import itertools
 import os
 import pickletools
 import random
@@ -824,6 +825,30 @@ def test_a_tensor_read_at_once_is_what_its_instructions_make_one_by_one(referenc
         everything = [found.value, found.calls, found.references, sorted(found.names), found.end]
         return [told(part) for part in everything]
 
+    # Numbers of one object are taken by another one between its instructions.
+    words = b"\x80\x02X\x07\0\0\0storageq\x010ctorch\nFloatStorage\nq\x020X\x03\0\0\0cpuq\x030"
+    words += b"ccollections\nOrderedDict\nq\x040ctorch._utils\n_rebuild_tensor_v2\nq\x050h\x05"
+    for name, storage, shape in itertools.product((1, 2, 3, 10), (1, 2, 4, 10), (2, 4, 5, 10)):
+        put = [b"r" + number.to_bytes(4, "little") for number in (name, storage, shape, 11)]
+        rest = (
+            b"QK\0K\x06\x85"
+            + put[2]
+            + b"K\x01\x85"
+            + put[3]
+            + b"\x89h\x04)R"
+            + put[3]
+            + b"t"
+            + put[3]
+            + b"R"
+            + put[3]
+        )
+        one = words + b"((h\x01h\x02X\x01\0\0\x000" + put[0] + b"h\x03K\x06t" + put[1] + rest + b"."
+        monkeypatch.setattr(pickles, "tensor", counting)
+        found = made(one)
+        monkeypatch.setattr(pickles, "tensor", lambda *_: 0)
+        assert found == made(one), (name, storage, shape)
+    assert taken > 20
+    taken = 0
     ends: collections.Counter = collections.Counter()
     for seed in range(300):
         rng, mutated = random.Random(seed), bytearray(data)

@@ -20,7 +20,7 @@ import torch
 
 import moekit
 from moekit import checkpoint, paths
-from moekit.checkpoint import inspection, options
+from moekit.checkpoint import inspection, options, reading
 from moekit.checkpoint.contents import short
 from moekit.checkpoint.objects import Unreadable
 from moekit.checkpoint.pickles import parse
@@ -682,3 +682,31 @@ def test_the_bits_of_a_number_tell_whether_it_is_finite(dtype):
         memory = np.concatenate([np.zeros(1, np.uint8), among.view(torch.uint8).numpy()])
         assert inspection._finite(Stretch(memory, 1, dtype, (3,))) == wanted, number
     assert inspection._finite(Stretch(np.zeros(0, np.uint8), 0, dtype, (0, 5)))
+
+
+def test_a_file_that_is_replaced_while_it_is_opened_is_named(tmp_path, monkeypatch):
+    """Its headers would come from the one file, and its numbers from the other."""
+    path, other = tmp_path / "file.pt", tmp_path / "other.pt"
+    for number, file in enumerate((path, other)):
+        torch.save({"model": {"w": torch.full((6,), float(number))}}, file)
+
+    def late(file, *how, **more):
+        if "buffering" in more:
+            os.replace(other, path)
+        return open(file, *how, **more)
+
+    monkeypatch.setattr(reading, "open", late, raising=False)
+    with pytest.raises(ValueError, match=r"file\.pt was replaced or written to while it was opened"):
+        reading.content(path, "file")
+    monkeypatch.undo()
+    assert reading.content(path, "file")["model"]["w"].tolist() == [1.0] * 6
+
+
+def test_parameters_that_cannot_be_filled_are_no_copies(reference):
+    """A stack of experts whose numbers do not lie one after the other."""
+    plan = checkpoint.survey(checkpoint.find(reference / "checkpoint"))
+    model = Transformer(plan.config).requires_grad_(False)
+    stack = next(layer.moe.experts.w1 for layer in model.layers if layer.moe is not None)
+    stack.data = torch.zeros(stack.shape[0], stack.shape[2], stack.shape[1]).transpose(1, 2)
+    with pytest.raises(RuntimeError, match="view"):
+        checkpoint.fill(model, plan, range(plan.config.experts))

@@ -224,8 +224,8 @@ def filled(folder, dtype, threads, plan=None):
         model = Transformer(plan.config)
     model = model.to(dtype).to_empty(device="cpu").requires_grad_(False)
     told: list[int] = []
-    counts = checkpoint.fill(model, plan, range(plan.config.experts), told.append, threads)
-    assert set(counts.values()) == {1}
+    places = checkpoint.fill(model, plan, range(plan.config.experts), told.append, threads)
+    assert len(places) == len(set(places)) > 0
     return model.state_dict(), sum(told)
 
 

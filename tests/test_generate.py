@@ -783,6 +783,8 @@ def test_a_result_is_made_when_somebody_asks(text_model):
     # A dataclass of NumPy's arrays compares these by identity first.
     whole = request.Generation(**{name: getattr(late, name) for name in names})
     assert late == whole == dataclasses.replace(whole, logprobs=whole.logprobs.copy())
+    nan = dataclasses.replace(whole, logprobs=np.full(3, np.nan, np.float32), score=float("nan"))
+    assert nan == copy.deepcopy(nan) != whole
     other = whole.logprobs + np.float32(1)
     assert late != dataclasses.replace(whole, logprobs=other) and late != found[8] and late != 7
     assert repr(late) == repr(whole) and set(names) <= set(dir(late))

@@ -86,7 +86,7 @@ def test_a_layer_on_one_gpu_by_hand():
 
 def test_experts_of_specialised_warps_by_hand():
     inside = [("_tiles", "plan"), ("_in_order", "experts up"), ("_specialised_linear", "experts up")]
-    inside += [("_specialised_linear", "experts down"), ("_clear", "experts down")]
+    inside += [("_specialised_linear", "experts down")]
     assert parts_of(*((name, ("dispatch", "experts")) for name, _ in inside)) == [part for _, part in inside]
 
 
@@ -94,21 +94,21 @@ def test_a_layer_through_the_peers_memory_by_hand():
     names = [
         "_publish",
         "_meet",
-        "memset",
         "_merge",
         "_pull",
-        "_tiles",
         "_grouped_linear",
         "_grouped_linear",
         "_meet",
     ]
     assert parts_of(*((name, "dispatch") for name in names)) == [
-        *["dispatch"] * 5,
-        "plan",
+        *["dispatch"] * 4,
         "experts up",
         "experts down",
         "combine",
     ]
+    few = [("_send", "dispatch"), ("_meet_and_plan", "dispatch"), ("_grouped_linear", "dispatch")]
+    few += [("_grouped_linear", "dispatch"), ("_collect_norm", "norm")]
+    assert parts_of(*few) == ["dispatch", "plan", "experts up", "experts down", "norm"]
     short = ["_hand_out", "_up", "_down", "_collect"]
     assert parts_of(*((name, "dispatch") for name in short)) == [
         "dispatch",

@@ -96,7 +96,9 @@ class Setting:
             prefetch=not getattr(args, "no_prefetch", False),
         )
         if kind is not None and not setting.config.moe_layers:
-            raise ValueError(f"--experts {args.experts}: the shape {setting.shape} has no experts")
+            raise ValueError(
+                f"--experts {args.experts}: the shape {setting.shape} has no experts; leave --experts out"
+            )
         resident, gpu_memory = (getattr(args, name, None) for name in ("resident", "gpu_memory"))
         if resident is None and gpu_memory is None:
             return setting

@@ -140,7 +140,7 @@ def _read(file: int, size: int, at: int) -> bytes:
     try:
         return os.pread(file, size, at)
     except OSError as error:
-        raise Unreadable(f"cannot be read ({error.strerror})") from error
+        raise Unreadable(f"cannot be read ({error.strerror}): check the disk, or fetch it again") from error
 
 
 def _directory(memory: np.ndarray) -> tuple[int, int, int]:

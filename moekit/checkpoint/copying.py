@@ -28,7 +28,7 @@ from moekit.checkpoint.threads import pool, switching
 from moekit.nn.quantise import quantise
 
 # The most threads, the buffers beyond one for each of them, and the bytes of each buffer.
-THREADS = 15
+MOST_THREADS = 15
 SPARE, LOAD_BYTES = 4, 32 << 20
 # Seconds after which the caller's thread, which is busy with Python, lets others have Python's lock.
 SWITCH = 0.0005
@@ -48,7 +48,7 @@ def copy(
     Args:
         pieces: an iterable that this thread reads while other threads copy.
         device: the device of the targets, but for those on the CPU.
-        threads: the most threads; ``THREADS`` is a limit, too.
+        threads: the most threads; ``MOST_THREADS`` is a limit, too.
         progress: called in this thread with the bytes copied since the last call.
         kernels: whether the device may compute with Triton's kernels.
 
@@ -56,7 +56,7 @@ def copy(
         Any error of ``pieces`` or of a check. RuntimeError if the shapes differ, with the name of the piece, or if a load
         cannot be copied, with the name of its first piece.
     """
-    threads = max(1, min(threads, THREADS))
+    threads = max(1, min(threads, MOST_THREADS))
     carrier = Straight() if device.type == "cpu" else OntoGpu(device, kernels, threads + SPARE)
     # Fewer loads than there are buffers, so that a buffer is sent before it is filled again.
     most = threads + SPARE - 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -44,8 +43,8 @@ class Filling(dict[Place, list[tuple[range, Written]]]):
         return end if end < count or place not in self else None
 
 
-class Filled(dict[Place, int]):
-    """How often each place was filled: once; ``nonfinite`` are the tensors with weights that are not finite."""
+class Filled(list[Place]):
+    """The places that were filled; ``nonfinite`` are the tensors with weights that are not finite."""
 
     nonfinite: list[NonFinite]
 
@@ -66,7 +65,7 @@ class Part:
     ):
         place = Place(name, part)
         self.shape = place.shape(tuple(parameter.shape))
-        self.size = math.prod(self.shape)
+        self.size = place.size(tuple(parameter.shape))
         self.first, self.scales = first, scales
         self.counts = [0] * (len(parameter) if part == "expert" else 1)
         self._place, self._parameter = place, parameter.data
@@ -77,7 +76,7 @@ class Part:
         if not self._views:
             # Those of all experts are made at once.
             if self._place.part == "expert":
-                self._views = self._parameter.flatten(1).unbind()
+                self._views = self._parameter.view(len(self._parameter), -1).unbind()
             else:
                 self._views = (self._place.of(self._parameter).view(-1),)
         return self._views[index]

@@ -20,8 +20,9 @@ GAP, NEIGHBOUR = 4096, 64
 class Piece(NamedTuple):
     """A copy of ``source``, on the CPU, to ``target``, which is contiguous; dtypes may differ.
 
-    The target has the source's shape, or is [n], and ``shape`` tells the shape that it has in the model. The thread that copies the piece first calls ``check``, which may raise an error. With ``scale`` [R], the source [R, C]
-    is quantised to ``target`` and ``scale`` (:func:`moekit.nn.quantise.quantise`).
+    The target has the source's shape, or is [n], and ``shape`` tells the shape that it has in the model. The thread that copies
+    the piece first calls ``check``, which may raise an error. With ``scale`` [R], the source [R, C] is quantised to ``target``
+    and ``scale`` (:func:`moekit.nn.quantise.quantise`).
     """
 
     # The tensor's name in errors.
@@ -80,9 +81,10 @@ class Shared(Load):
     """A load in one buffer.
 
     Attributes:
-        dtype: the dtype of all numbers in the buffer.
+        dtype, each: the dtype of all numbers in the buffer, and the bytes of each.
         used: the count of numbers in the buffer, including gaps.
         sources: what to copy, and where it goes in the buffer; neighbours in a file are one.
+        last: the last one of them.
         parts: (index of the first number in the buffer, the target [n] of any dtype).
         matrices: (index of the first number in the buffer, the target [r, C], the scale [r]), whole rows to quantise.
         buffer: where its bytes meet; who carries it sets it.

@@ -305,7 +305,8 @@ def fill(
                 view, shape, begin = to.view(index), to.shape, 0
                 if key in cut:
                     begin = cut[key][0]
-                    view, shape = view[begin : begin + len(numbers)], numbers.shape
+                    view = view[begin : begin + len(numbers)]
+                    shape = view.shape
                 if to.scales is None:
                     yield copying.Piece(named + key, numbers, view, checks.get(key), None, shape)
                 else:
@@ -318,13 +319,13 @@ def fill(
     copying.copy(pieces(), targets.device, threads, progress, kernels=model.backend == "triton")
     for inspection in inspections:
         inspection.remember()
-    result = Filled(dict.fromkeys(filled, 1))
+    result = Filled(filled)
     result.nonfinite = [found for inspection in inspections for found in inspection.nonfinite]
     return result
 
 
 def _check_whole(targets: Targets) -> None:
-    """Raise a ValueError that names the first place of which not all numbers were filled, or some twice."""
+    """Raise a ValueError that names the first place of which another count of numbers was filled than it has."""
     for name in targets.parameters:
         for kind in _kinds(name):
             part = targets.part(name, kind)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -91,7 +92,7 @@ def content(path: Path, what: str) -> Any:
 @contextlib.contextmanager
 def _mapped(path: Path, what: str) -> Iterator[tuple[np.ndarray, torch.UntypedStorage, BinaryIO]]:
     """A file mapped into memory, and opened in this block; what is unreadable in it becomes one sentence."""
-    size = _size(path)
+    size, before = _size(path), stamp(path)
     try:
         str(path).encode()
     except UnicodeEncodeError:
@@ -106,6 +107,9 @@ def _mapped(path: Path, what: str) -> Iterator[tuple[np.ndarray, torch.UntypedSt
     memory = torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage).numpy()
     try:
         with file, whole_files():
+            # Headers come from the opened file, and numbers from the mapped one.
+            if not before == stamp(path) == _stamp(os.fstat(file.fileno())):
+                raise ValueError(f"{path} was replaced or written to while it was opened: load it again")
             yield memory, storage, file
     except Unreadable as error:
         advice = "; fetch it again" if re.search(r"damage|is cut short", str(error)) else ""
@@ -297,9 +301,12 @@ def _record(stored: Stored, found: Layout) -> Record:
 def stamp(path: Path) -> tuple[int, ...]:
     """What changes when the file does."""
     try:
-        found = path.stat()
+        return _stamp(path.stat())
     except OSError:
         return ()
+
+
+def _stamp(found: os.stat_result) -> tuple[int, ...]:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 

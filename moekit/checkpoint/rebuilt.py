@@ -57,14 +57,11 @@ def tensor(
     # fmt: on
     if size[0] != len(name):
         return 0
+    # A number may be that of something else before, so all is fetched and noted in the order of the instructions.
+    word, kind = memo[_at(word)], memo[_at(kind)]
     memo[_unsigned(put_name, "little")] = told = name.decode()
-    memo[_unsigned(put_storage, "little")] = told = (
-        memo[_at(word)],
-        memo[_at(kind)],
-        told,
-        memo[_at(device)],
-        _numbers(count)[0],
-    )
+    told = word, kind, told, memo[_at(device)], _numbers(count)[0]
+    memo[_unsigned(put_storage, "little")] = told
     reference = Reference(told)
     references.append(reference)
     memo[_unsigned(put_shape, "little")] = shape = _numbers(shape)

@@ -99,12 +99,17 @@ class Generation:
         return made
 
     def __eq__(self, other: object) -> bool:
-        """Whether both have the same fields, number by number; a trace is only equal to itself."""
+        """Whether both have the same fields, number by number, NaN included; a trace is only equal to itself."""
         if not isinstance(other, Generation):
             return NotImplemented
-        plain = (name for name in _FIELDS if name not in ("logprobs", "trace"))
-        same = all(getattr(self, name) == getattr(other, name) for name in plain)
-        return same and np.array_equal(self.logprobs, other.logprobs) and self.trace is other.trace
+        numbers = ("logprobs", "score")
+        alike = (
+            np.array_equal(getattr(self, name), getattr(other, name), equal_nan=True)
+            if name in numbers
+            else getattr(self, name) == getattr(other, name)
+            for name in _FIELDS[:-1]
+        )
+        return all(alike) and self.trace is other.trace
 
     __hash__ = None
 

@@ -1,4 +1,4 @@
-"""A MoE layer of up to 64 rows a rank over several ranks; short_peers.py is for one row, and peers.py for any number.
+"""A MoE layer of up to 64 rows a rank over several ranks; where it does not fit, short_peers.py is for a few, peers.py for any.
 
 The steps are those of peers.py, but no kernel only waits, and rows are written to the ranks of their experts and not read
 from there, since a write does not wait for its way to the peer and back:
@@ -50,8 +50,9 @@ class Coming:
 
 def fits(moe: MoE, rows: int) -> bool:
     """Whether :func:`sent` supports this layer, where no rank brings more than ``rows`` rows."""
-    # The kernel that makes the gate's choice supports only softmax and top-k.
-    return isinstance(moe.dispatch, PeerDispatch) and moe.rule.softmax_top_k and rows <= WRITTEN
+    # The kernel that makes the gate's choice supports only softmax, and one or two choices.
+    chosen = moe.rule.softmax_top_k and moe.rule.top_k <= 2
+    return isinstance(moe.dispatch, PeerDispatch) and chosen and rows <= WRITTEN
 
 
 def sent(moe: MoE, logits: Tensor, x: Tensor, most: int) -> Coming:

@@ -1,8 +1,8 @@
 """A decode step of 2 to 64 sequences through the whole model: ``Transformer.forward`` with fewer kernels, which overlap.
 
 Linear layers are those of narrow.py. As in the general path, what attention and experts make stays pending until the next
-norm adds it. One kernel sorts the choices by expert and makes their tiles. Over several ranks, the layers of experts are those
-of batch_peers.py.
+norm adds it. One kernel sorts the choices by expert and makes their tiles. Over ranks that reach
+one another's memory, the layers of experts are those of batch_peers.py.
 
 Shape letters: B sequences, D model dim, V dictionary, E experts, K choices a token.
 """
@@ -27,6 +27,7 @@ from moekit.nn.kernels.gate import choose
 from moekit.nn.kernels.gpu import since_hopper
 from moekit.nn.kernels.grouped import planned_ffn
 from moekit.nn.kernels.narrow import linear
+from moekit.nn.kernels.peers import WRITTEN
 from moekit.nn.kernels.tiles import FEW, planned
 from moekit.nn.kernels.vectors import experts_linear, takes
 from moekit.nn.parts import part
@@ -35,7 +36,7 @@ from moekit.nn.slots import CHUNK
 from moekit.nn.transformer import AddNorm, MoE, Transformer
 
 # From so many sequences, up to so many, of models with up to so many dims. With 2,048 dims, torch's products were 1 % faster.
-LEAST, MOST, DIM = 2, 64, 1024
+LEAST, MOST, DIM = 2, WRITTEN, 1024
 # The bytes of shared memory that the linear layers take.
 SHARED = 128 * 1024
 # The most choices of which each reads the weights of its own expert, without tiles.

@@ -45,7 +45,7 @@ class Mailbox:
         home: [M, K, D], the weighted output of the expert for each choice.
         all_x, all_chosen, all_weights: [W, M, D], [W, M K] int32 and [W, M K] float32: the rows of all ranks, and the expert
             (E for none) and the weight of each choice. Where rows are few, each rank writes its own into the buffers of
-            the others; a larger mailbox has none of these.
+            all ranks, or of those of its experts; a larger mailbox has none of these.
         flags: [W] int32, the number of signals from each peer: one at each :func:`meet`.
         reach: [W] int64, bytes from this rank's buffer to the buffer of each rank.
         times: [1] int32, the number of signals of this rank: what all flags are at once every rank has come as far.
