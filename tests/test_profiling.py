@@ -108,7 +108,8 @@ def test_a_layer_through_the_peers_memory_by_hand():
     ]
     few = [("_send", "dispatch"), ("_meet_and_plan", "dispatch"), ("_grouped_linear", "dispatch")]
     few += [("_grouped_linear", "dispatch"), ("_collect_norm", "norm")]
-    assert parts_of(*few) == ["dispatch", "plan", "experts up", "experts down", "norm"]
+    # Most of the second one is a wait for the other ranks.
+    assert parts_of(*few) == ["dispatch", "dispatch", "experts up", "experts down", "norm"]
     short = ["_hand_out", "_up", "_down", "_collect"]
     assert parts_of(*((name, "dispatch") for name in short)) == [
         "dispatch",
