@@ -10,12 +10,15 @@ INTERPRET = "TRITON_INTERPRET"
 pytest.importorskip("triton")
 
 from moekit import ranks
+from moekit.nn import graphs
 from moekit.nn.cache import Cache
 from moekit.nn.config import ModelConfig
 from moekit.nn.dispatch import Local, owned
 from moekit.nn.passes import Pass
 from moekit.nn.quantise import KINDS
 from moekit.nn.transformer import Transformer
+from moekit.symbols import PAD
+from moekit.worker.greedy import Greedy
 
 pytestmark = pytest.mark.slow
 E, D, F, K = 10, 24, 40, 2
@@ -123,6 +126,23 @@ def whole() -> Transformer:
     return model.requires_grad_(False)
 
 
+def over_ranks(rank: ranks.Rank, kind: torch.dtype | None = None) -> tuple[Transformer, Transformer]:
+    """A rank's part of the model, with the kernels, and the whole plain one."""
+    from moekit.nn.experts import QuantisedExperts
+    from moekit.nn.kernels.peer_dispatch import PeerDispatch
+
+    plain, held = whole(), owned(E, rank.world_size, rank.rank)
+    model = Transformer(CONFIG, len(held), PeerDispatch(E, K, D, torch.float32, rank.device))
+    given = dict(plain.named_parameters())
+    for name, parameter in model.named_parameters():
+        own = given[name][held.start : held.stop] if ".experts." in name else given[name]
+        parameter.data.copy_(own)
+    for layer in (*model.layers, *plain.layers) if kind is not None else ():
+        if layer.moe is not None:
+            layer.moe.experts = QuantisedExperts.of(layer.moe.experts, kind)
+    return model.requires_grad_(False).use("triton"), plain
+
+
 def stepped(
     rank: ranks.Rank,
     sequences: list[int],
@@ -138,22 +158,11 @@ def stepped(
         fits: whether a half of its programs can take a choice; else all take turns at each.
         few: whether the kernels for a few sequences make the steps, also of more than one.
     """
-    from moekit.nn.experts import QuantisedExperts
     from moekit.nn.kernels import batch_peers, batch_step, one_launch, short_step
-    from moekit.nn.kernels.peer_dispatch import PeerDispatch
 
     own_sent = batch_peers.sent
     one_launch.MOST = 48 * 768 if fits else 1
-    plain, held = whole(), owned(E, rank.world_size, rank.rank)
-    model = Transformer(CONFIG, len(held), PeerDispatch(E, K, D, torch.float32, rank.device))
-    given = dict(plain.named_parameters())
-    for name, parameter in model.named_parameters():
-        own = given[name][held.start : held.stop] if ".experts." in name else given[name]
-        parameter.data.copy_(own)
-    for layer in (*model.layers, *plain.layers) if kind is not None else ():
-        if layer.moe is not None:
-            layer.moe.experts = QuantisedExperts.of(layer.moe.experts, kind)
-    model.requires_grad_(False).use("triton")
+    model, plain = over_ranks(rank, kind)
     count, most = sequences[rank.rank], max(sequences)
     assert short_step.fits(model, most) == (most <= 4) and batch_step.fits(model, most) == (most >= 2)
     sent = []
@@ -203,6 +212,62 @@ def apart(
             worst = max(worst, (found - plain.logits(wanted[:, 0])).abs().max().item())
     model.operations.check(model)
     return worst
+
+
+class Eager:
+    """What a graph does, kernel by kernel, the runs before the capture included."""
+
+    def __init__(self, work, *inputs):
+        self.work, self.inputs = work, [own.clone() for own in inputs]
+        for _ in range(graphs.WARM_UP):
+            work(*self.inputs)
+
+    def __call__(self, *given):
+        for own, other in zip(self.inputs, given, strict=True):
+            own.copy_(other)
+        return self.work(*self.inputs)
+
+
+def greedily(rank: ranks.Rank, sequences: list[int], steps: int = 2) -> tuple[list, list]:
+    """The tokens of greedy steps over ranks, in two calls that go on from one another, and those of the plain model alone."""
+    model, plain = over_ranks(rank)
+    count, most = sequences[rank.rank], max(sequences)
+    caches = [Cache(CONFIG, count, 64, rank.device, torch.float32) for _ in range(2)]
+    first = torch.randint(4, 50, (count, 2), generator=torch.Generator().manual_seed(rank.rank))
+    asked = Pass(groups=max(count, 1), cache=caches[0], rows_expected=most)
+    if count:
+        model(first[:, :1], asked)
+        plain(first[:, :1], Pass(groups=count, cache=caches[1]))
+    else:
+        model.serve(most)
+    for cache in caches:
+        cache.advance(1)
+    own, graphs.Graph = graphs.Graph, Eager
+    try:
+        step = Greedy(model, caches[0], 50, most)
+    finally:
+        graphs.Graph = own
+    read, found = first[:, 1].contiguous(), []
+    for _ in range(2):
+        for _ in range(steps):
+            read = step(read)
+        found += (step.taken(steps) >> 32).tolist()
+        read = read.clone()
+    model.operations.check(model)
+    wanted, read = [], first[:, 1]
+    for _ in range(2 * steps if count else 0):
+        logits = plain.logits(plain(read[:, None], Pass(groups=count, cache=caches[1]))[:, 0])
+        caches[1].advance(1)
+        logits[:, PAD] = -torch.inf
+        read = logits.argmax(dim=1)
+        wanted.append(read.tolist())
+    return found, wanted or [[]] * (2 * steps)
+
+
+def test_greedy_steps_over_ranks(pool):
+    """The end of a step, which chooses, feeds back and counts on, behind the exchanges."""
+    for found, wanted in pool.call(greedily, [2, 0, 1][: pool.world_size], timeout=240):
+        assert found == wanted
 
 
 @pytest.mark.parametrize(
