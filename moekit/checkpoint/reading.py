@@ -92,7 +92,7 @@ def content(path: Path, what: str) -> Any:
 @contextlib.contextmanager
 def _mapped(path: Path, what: str) -> Iterator[tuple[np.ndarray, torch.UntypedStorage, BinaryIO]]:
     """A file mapped into memory, and opened in this block; what is unreadable in it becomes one sentence."""
-    size, before = _size(path), stamp(path)
+    before, size = stamp(path), _size(path)
     try:
         str(path).encode()
     except UnicodeEncodeError:

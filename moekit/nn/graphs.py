@@ -210,7 +210,8 @@ def of_step(
         return logits
 
     def step(read: Tensor, *lengths: Tensor) -> Tensor | None:
-        # The step writes after the tokens in the cache and does not advance the cache, so a repetition changes nothing.
+        # The step writes after the tokens in the cache and does not advance the cache, so a repetition changes nothing. With
+        # ``end``, which may write to the inputs, repetitions go on from one another, and real steps write over what they wrote.
         asked = Pass(groups=len(read), cache=of(lengths), rows_expected=rows_expected)
         return ended(read, lengths, model.operations.read_on(model, read, asked, vocab))
 

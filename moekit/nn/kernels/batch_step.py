@@ -1,8 +1,8 @@
 """A decode step of 2 to 64 sequences through the whole model: ``Transformer.forward`` with fewer kernels, which overlap.
 
 Linear layers are those of narrow.py. As in the general path, what attention and experts make stays pending until the next
-norm adds it. One kernel sorts the choices by expert and makes their tiles. Over ranks that reach
-one another's memory, the layers of experts are those of batch_peers.py.
+norm adds it. One kernel sorts the choices by expert and makes their tiles. Over ranks that reach one another's memory, the layers
+of experts are those of batch_peers.py.
 
 Shape letters: B sequences, D model dim, V dictionary, E experts, K choices a token.
 """

@@ -46,7 +46,7 @@ class Mailbox:
         all_x, all_chosen, all_weights: [W, M, D], [W, M K] int32 and [W, M K] float32: the rows of all ranks, and the expert
             (E for none) and the weight of each choice. Where rows are few, each rank writes its own into the buffers of
             all ranks, or of those of its experts; a larger mailbox has none of these.
-        flags: [W] int32, the number of signals from each peer: one at each :func:`meet`.
+        flags: [W] int32, the number of signals from each peer: one at each :func:`meet`, and M + 1 in a layer of batch_peers.py.
         reach: [W] int64, bytes from this rank's buffer to the buffer of each rank.
         times: [1] int32, the number of signals of this rank: what all flags are at once every rank has come as far.
         gave_up: [1] int32, not 0 after a wait of this rank has taken longer than ``limit``; all mailboxes share it.
