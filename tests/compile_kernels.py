@@ -104,14 +104,16 @@ class Target:
 
     def specialised(self, kind: str, cut: cuts.Cut) -> None:
         rows, columns = specialised.block_layouts(cut.up, gl.float16 if kind == "fp16" else gl.bfloat16)
-        for first, blocks, none in (
-            (True, cut.up, ("weights",)),
-            (False, cut.down, ()),
-            (True, cut.up, ("weights", "order", "table")),
+        over_peers = {"order": "*i32", "weights": "*fp32"}
+        for first, blocks, none, other in (
+            (True, cut.up, ("weights", "reach", "order"), {}),
+            (False, cut.down, ("reach",), {}),
+            (False, cut.down, (), over_peers),
+            (True, cut.up, ("weights", "reach", "order", "table"), {}),
         ):
             n, k = (3072, 768) if first else (768, 3072)
             types = dict.fromkeys(("b", "out", "weights"), f"*{kind}") | {"order": "*i64", "table": "*i32"}
-            types |= dict.fromkeys(("tiles", "experts", "made"), "i32")
+            types |= dict.fromkeys(("tiles", "experts", "made", "room"), "i32") | {"reach": "*i64"} | other
             types["rows"] = f"tensordesc<{kind}[64, {blocks.inner}],{rows!r}>"
             block = f"{blocks.columns // 32}, 4, 4, 2, {blocks.inner}"
             types["columns"] = f"tensordesc<{kind}[{block}],{columns!r}>"

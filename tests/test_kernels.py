@@ -33,6 +33,7 @@ from moekit.nn import gate, transformer
 from moekit.nn import graphs as graph
 from moekit.nn.cache import Cache
 from moekit.nn.config import ModelConfig
+from moekit.nn.dispatch import owned
 from moekit.nn.experts import Assignment, Experts, QuantisedExperts
 from moekit.nn.gates import gate_of
 from moekit.nn.graphs import Graph
@@ -55,8 +56,10 @@ from moekit.nn.kernels import gate as fused_gate
 from moekit.nn.kernels.activations import ACTIVATIONS
 from moekit.nn.kernels.cuts import ANY, CUTS, ONE_BYTE_CUTS, SPECIALISED, Blocks, Cut
 from moekit.nn.kernels.gpu import is_hopper
-from moekit.nn.kernels.grouped import grouped_ffn
+from moekit.nn.kernels.grouped import gathered_ffn, grouped_ffn
 from moekit.nn.kernels.logprobs import best, target_log_probs
+from moekit.nn.kernels.peer_dispatch import PeerDispatch
+from moekit.nn.kernels.peers import Mailbox, publish
 from moekit.nn.logprobs import log_probs
 from moekit.nn.operations import BACKENDS, attend, choose_backend, linear, use
 from moekit.nn.passes import Pass
@@ -274,6 +277,100 @@ def test_specialised_warps(rows, choices, warps, dtype):
     exact = experts.float()(x.float(), replace(some, weights=some.weights.float()))
     error = (found.float() - exact).norm() / exact.norm().clamp(min=1e-9)
     assert error < {torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+
+
+def part_of(experts: Experts, held: range) -> Experts:
+    found = Experts(len(held), experts.w1.shape[2], experts.width, experts.activation)
+    found = found.to(DEVICE, experts.w1.dtype).requires_grad_(False)
+    for name, own in found.tensors.items():
+        own.copy_(experts.tensors[name][held.start : held.stop])
+    return found
+
+
+def mailboxes(world_size: int, *of) -> list[Mailbox]:
+    """The mailboxes of several ranks in the memory of one device."""
+    how = (*of, world_size)
+    size = Mailbox.size(*how)
+    memory = torch.zeros(world_size * size, dtype=torch.uint8, device=DEVICE)
+    gave_up = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    found = []
+    for rank in range(world_size):
+        reach = torch.tensor([(peer - rank) * size for peer in range(world_size)], device=DEVICE)
+        found.append(Mailbox(memory[rank * size : (rank + 1) * size], reach, rank, gave_up, how))
+    return found
+
+
+@pytest.mark.parametrize(
+    "cut, dtype, dims",
+    [
+        (TINY, torch.float32, (9, 24, 40)),
+        *(
+            pytest.param(Cut(ANY, ANY, blocks, blocks), dtype, (9, 256, 512), marks=on_hopper)
+            for blocks in (SPECIALISED, replace(SPECIALISED, warps=8))
+            for dtype in (torch.float16, torch.bfloat16)
+        ),
+    ],
+    ids=[
+        "plain",
+        *(f"specialised, {warps} warps, {kind}" for warps in (4, 8) for kind in ("half", "bfloat")),
+    ],
+)
+def test_experts_write_into_the_memory_of_several_ranks(cut, dtype, dims):
+    """Three ranks in one process, one of them without rows; places that no expert writes to keep what they have."""
+    experts = experts_of(*dims, dtype=dtype)
+    rows = (50, 37, 0) if DEVICE == "cpu" else (1100, 333, 0)
+    boxes = mailboxes(3, 64 if DEVICE == "cpu" else 2048, 2, dims[0], dims[1], dtype)
+    brought = []
+    for box, count in zip(boxes, rows, strict=True):
+        some = choices_of(count, 2, dims[0], seed=count)
+        weights = torch.rand(2 * count, device=DEVICE)
+        weights[some.order[int(some.counts.sum()) :]] = 0.0
+        brought.append((torch.randn(count, dims[1], device=DEVICE).to(dtype), replace(some, weights=weights)))
+        box.home.fill_(7.0)
+        publish(box, *brought[-1])
+    for box in boxes:
+        held = owned(dims[0], 3, box.rank)
+        gathered_ffn(part_of(experts, held), box, held.start, max(rows), cut)
+    experts = experts.float()
+    for box, (x, some), count in zip(boxes, brought, rows, strict=True):
+        exact = experts(x.float(), some)
+        found = box.home[:count].flatten(0, 1).float()
+        none = some.order[int(some.counts.sum()) :]
+        assert not found[none].any() and box.home[count:].eq(7).all()
+        error = (found - exact).norm() / exact.norm().clamp(min=1e-9)
+        assert error < {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+
+
+def exchanged(rank, rows: list[int], dtype: torch.dtype) -> list[tuple[float, bool]]:
+    """How far the experts of all ranks are off all experts here, in passes in which a rank brings fewer rows each time."""
+    experts = experts_of(16, 256, 512, dtype=dtype).to(rank.device)
+    dispatch = PeerDispatch(16, 2, 256, dtype, rank.device)
+    held = owned(16, rank.world_size, rank.rank)
+    mine, found = part_of(experts, held).to(rank.device), []
+    for most in rows:
+        count = max(0, most - 100 * rank.rank)
+        some = choices_of(count, 2, 16, seed=rank.rank)
+        weights = torch.rand(2 * count, device=DEVICE)
+        weights[some.order[int(some.counts.sum()) :]] = 0.0
+        x, some = torch.randn(count, 256, device=DEVICE).to(dtype), replace(some, weights=weights)
+        off = dispatch(mine, x, some, most).float()
+        again = dispatch(mine, x, some, most).float()
+        exact = experts.float()(x.float(), some)
+        experts.to(dtype)
+        found.append(((off - exact).norm().item() / max(exact.norm().item(), 1e-9), off.equal(again)))
+    dispatch.check()
+    return found
+
+
+@on_hopper
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+def test_many_rows_over_several_gpus(world_size):
+    if torch.cuda.device_count() < world_size:
+        pytest.skip(f"needs {world_size} GPUs")
+    with moekit.ranks.start(world_size, "cuda") as pool:
+        for dtype, most in ((torch.float16, 1e-3), (torch.bfloat16, 8e-3)):
+            for found in pool.call(exchanged, [4096, 700, 130], dtype):
+                assert all(off < most and same for off, same in found)
 
 
 @ONE_BYTE
@@ -1262,7 +1359,7 @@ def test_they_compile_for_all_gpus_since_turing(tmp_path):
         if kernel == "_grouped_linear" and "'EXACT': False" in line:
             rows = int(line.split("'ROWS': ")[1].split(",")[0])
             units[gpu].setdefault(rows, set()).add(line.rsplit(" ", 1)[1])
-    assert sum("_specialised_linear" in line for line in lines) == 6
+    assert sum("_specialised_linear" in line for line in lines) == 8
     # Triton has no matrix instructions for Turing.
     assert set().union(*units["75"].values()) == {"-"}
     for gpu in ("80", "86", "89", "120"):

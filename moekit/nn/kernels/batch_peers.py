@@ -28,11 +28,11 @@ from torch import Tensor, nn
 
 from moekit.nn.kernels.cuts import cut_for, cuts_of, kind_of
 from moekit.nn.kernels.gate import top
-from moekit.nn.kernels.grouped import Home, planned_ffn
+from moekit.nn.kernels.grouped import planned_ffn
 from moekit.nn.kernels.norm import normalised, with_parts
 from moekit.nn.kernels.overlap import overlapped, start, wait
 from moekit.nn.kernels.peer_dispatch import PeerDispatch
-from moekit.nn.kernels.peers import WRITTEN, Mailbox, signal, until
+from moekit.nn.kernels.peers import WRITTEN, Home, Mailbox, signal, until
 from moekit.nn.kernels.tiles import most_tiles, write_tiles
 from moekit.nn.transformer import MoE
 

@@ -10,7 +10,7 @@ of one expert. D model dim, F expert width.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -22,18 +22,11 @@ from moekit.nn.kernels.activations import ACTIVATIONS, activate
 from moekit.nn.kernels.cuts import Blocks, Cut, cut_for, cuts_of, kind_of
 from moekit.nn.kernels.one_byte import Layer, numbers, scaled
 from moekit.nn.kernels.overlap import overlapped, start, wait
-from moekit.nn.kernels.peers import Mailbox
+from moekit.nn.kernels.peers import Home, Mailbox
 from moekit.nn.kernels.tiles import tiles
 
 if TYPE_CHECKING:
     from moekit.nn.experts import Assignment, Experts
-
-
-class Home(NamedTuple):
-    """Where results go: choice c of rank r has the number r ``room`` + c, and its rank's memory is ``reach`` [W] bytes away."""
-
-    reach: Tensor
-    room: int
 
 
 def grouped_ffn(experts: Experts, x: Tensor, assignment: Assignment, cut: Cut | None = None) -> Tensor:
@@ -49,32 +42,36 @@ def grouped_ffn(experts: Experts, x: Tensor, assignment: Assignment, cut: Cut | 
     cut = cut or cut_for(*size, cuts_of(x.device, kind_of(x.dtype, experts.w1.dtype)), dims)
     weights = None if weights is None else weights.contiguous()
     plan = order, tiles(assignment.counts, made, cut.up.rows)
+    x = x.contiguous()
     if cut.up.specialised:
-        return specialised_ffn(experts, x.contiguous(), plan, assignment.counts, choices, weights, cut)
-    out = x.new_empty(made, x.shape[1])
-    planned_ffn(experts, x.contiguous(), plan, choices, weights, cut, out)
+        out = ordered.in_order(x, order, assignment.counts, choices)
+        # The first product is done with the rows, and their memory takes the results.
+        specialised_ffn(experts, out, plan, weights, cut, out)
+    else:
+        out = x.new_empty(made, x.shape[1])
+        planned_ffn(experts, x, plan, choices, weights, cut, out)
     return out
 
 
 def specialised_ffn(
     experts: Experts,
-    x: Tensor,
+    rows: Tensor,
     plan: tuple[Tensor, Tensor],
-    counts: Tensor,
-    choices: int,
     weights: Tensor | None,
     cut: Cut,
-) -> Tensor:
-    """:func:`grouped_ffn` with warps of two kinds (specialised.py)."""
-    order, _ = plan
-    hidden = x.new_empty(len(order), experts.width)
+    out: Tensor,
+    home: Home | None = None,
+) -> None:
+    """Write into ``out`` what :func:`planned_ffn` does, with warps of two kinds (specialised.py).
+
+    Rows come in the order of the plan, and ``out`` may be their memory. Weights come in the order of the plan with a ``home``, else
+    by choice.
+    """
+    hidden = rows.new_empty(len(rows), experts.width)
     up, down = one_byte.layers(experts)
-    out = ordered.in_order(x, order, counts, choices)
     act = ACTIVATIONS[experts.activation]
-    specialised.linear(out, up, hidden, *plan, None, cut.up, first=True, act=act)
-    # The first product is done with the rows, and their memory takes the results.
-    specialised.linear(hidden, down, out, *plan, weights, cut.down, first=False, act=0)
-    return out
+    specialised.linear(rows, up, hidden, *plan, None, cut.up, first=True, act=act)
+    specialised.linear(hidden, down, out, *plan, weights, cut.down, first=False, act=0, home=home)
 
 
 def planned_ffn(
@@ -112,12 +109,15 @@ def gathered_ffn(
     """
     if experts.held == 0:
         return
-    # About as many choices arrive here as one rank makes. Specialised warps do not write to other ranks.
+    # About as many choices arrive here as one rank makes.
     cuts = cuts_of(box.x.device, kind_of(box.dtype, experts.w1.dtype))
-    cut = cut or cut_for(rows_expected * box.choices, experts.held, cuts)
+    cut = cut or cut_for(rows_expected * box.choices, experts.held, cuts, (box.dim, experts.width))
     rows, weights, order, table = peers.gather(box, first, experts.held, rows_expected, cut.up.rows)
-    home = Home(box.reach, box.rows * box.choices)
-    planned_ffn(experts, rows, (order, table), 1, weights, cut, box.home, home, sorted_rows=True)
+    plan, home = (order, table), Home(box.reach, box.rows * box.choices)
+    if cut.up.specialised:
+        specialised_ffn(experts, rows, plan, weights, cut, box.home, home)
+    else:
+        planned_ffn(experts, rows, plan, 1, weights, cut, box.home, home, sorted_rows=True)
 
 
 def _linear(

@@ -15,6 +15,8 @@ most choices of all ranks, E experts in all, e experts held here, D model dim.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -90,6 +92,13 @@ class Mailbox:
             size = shape.numel() if isinstance(shape, torch.Size) else torch.Size(shape).numel()
             setattr(self, name, buffer[at : at + size * dtype.itemsize].view(dtype).view(shape))
             at += _padded(shape, dtype)
+
+
+class Home(NamedTuple):
+    """Where results go: choice c of rank r has the number r ``room`` + c, and its rank's memory is ``reach`` [W] bytes away."""
+
+    reach: Tensor
+    room: int
 
 
 def _padded(shape: tuple[int, ...], dtype: torch.dtype) -> int:

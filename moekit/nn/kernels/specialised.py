@@ -28,6 +28,7 @@ from moekit.nn.kernels.activations import activate as _activate
 from moekit.nn.kernels.cuts import Blocks
 from moekit.nn.kernels.gpu import multiprocessors
 from moekit.nn.kernels.one_byte import Layer
+from moekit.nn.kernels.peers import Home
 
 activate = gluon.jit(_activate.fn)
 # The turns of the kernel are those of two teams.
@@ -47,10 +48,12 @@ def linear(
     *,
     first: bool,
     act: int,
+    home: Home | None = None,
 ) -> None:
     """Launch the kernel.
 
     ``x`` has a row for each place in ``order``, in both products. Without a table all rows are the only expert's, in their own order.
+    With a ``home``, the choices are of several ranks, and the second product writes each result into the memory of its rank.
     """
     w, b, _, _ = layer
     held, n, k = w.shape
@@ -63,12 +66,14 @@ def linear(
         columns,
         b,
         out,
-        order,
+        None if first else order,
         table,
         weights,
+        None if home is None else home.reach,
         triton.cdiv(len(x), blocks.rows) if table is None else table.shape[1],
         held,
         len(x),
+        0 if home is None else home.room,
         N=n,
         K=k,
         FIRST=first,
@@ -137,13 +142,14 @@ def layout(rows: int, columns: int, warps: int) -> gl.DistributedLinearLayout:
 # ---------------------------------------------------------------------------------------------------------- the kernel
 # rows: descriptor of [P, K]. columns: descriptor of the weights [E, N, K], with their columns in the order of ``descriptors``.
 # b: [E, N]. out: [P, N] in the order of ``order`` if FIRST, else [N K, N] by choice.
-# order: [P]; table: [3, T], each tile's expert, first index into ``order``, and end; both may be None. weights: [N K] or None.
-# tiles: T. experts: E. made: P.
+# order: [P], or None if FIRST. table: [3, T], each tile's expert, first index into ``order``, and end; or None.
+# reach: [W] if results go to the memory of several ranks (peers.py), else None. weights: None, or [N K], or with ``reach`` [P].
+# tiles: T. experts: E. made: P. room: numbers of choices that a rank has, with ``reach``.
 # N: columns of the output. K: terms of the sum. OUT: the layout of a tile.
 # TEAM_REGISTERS: of a thread that multiplies.
 
 
-@gluon.jit(do_not_specialize=["tiles", "experts", "made"])
+@gluon.jit(do_not_specialize=["tiles", "experts", "made", "room"])
 def _specialised_linear(
     rows,
     columns,
@@ -152,9 +158,11 @@ def _specialised_linear(
     order,
     table,
     weights,
+    reach,
     tiles,
     experts,
     made,
+    room,
     N: gl.constexpr,
     K: gl.constexpr,
     FIRST: gl.constexpr,
@@ -179,7 +187,7 @@ def _specialised_linear(
         mbarrier.init(turn.index(team), count=1)
     ring = x_ring, w_ring, full, empty
     plan = table, tiles, experts, made
-    to = b, out, order, weights
+    to = b, out, order, weights, reach, room
     gl.warp_specialize(
         [
             (_multiply, (0, plan, ring, turn, to, N, K, FIRST, WEIGHTED, ACTIVATION, OUT)),
@@ -256,7 +264,7 @@ def _multiply(
     OUT: gl.constexpr,
 ):
     x_ring, w_ring, full, empty = ring
-    b, out, order, weights = to
+    b, out, order, weights, reach, room = to
     STAGES: gl.constexpr = x_ring.shape[0]
     INNER: gl.constexpr = x_ring.shape[2]
     ROWS: gl.constexpr = OUT.shape[0]
@@ -274,11 +282,16 @@ def _multiply(
         column = work % ACROSS * COLUMNS + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, OUT))
         live = row < end
         bias = gl.load(b + expert * N + column)
-        target = row.to(gl.int64)
+        target = row.to(gl.int64) * N
         if not FIRST:
-            target = gl.load(order + row, mask=live, other=0)
+            choice = gl.load(order + row, mask=live, other=0)
+            target = choice.to(gl.int64) * N
+            if reach is not None:
+                # Written so, the compiler knows that eight numbers may be stored at a time.
+                far = gl.load(reach + choice // room, mask=live, other=0) // 16 * 8
+                target = far + (choice % room).to(gl.int64) * N
         if WEIGHTED:
-            weight = gl.load(weights + target, mask=live, other=0.0)
+            weight = gl.load(weights + (choice if reach is None else row), mask=live, other=0.0)
         work += TEAMS * gl.num_programs(0)
         expert, first, end = _tile(work, plan, ACROSS, ROWS)
 
@@ -305,10 +318,8 @@ def _multiply(
         total = activate(total + bias.to(gl.float32)[None, :], ACTIVATION, False)
         if WEIGHTED:
             total *= weight.to(gl.float32)[:, None]
-        gl.store(
-            out + target[:, None] * N + column[None, :], total.to(out.dtype.element_ty), mask=live[:, None]
-        )
-    if not FIRST:
+        gl.store(out + target[:, None] + column[None, :], total.to(out.dtype.element_ty), mask=live[:, None])
+    if not FIRST and reach is None:
         # The tiles of choices of no expert come last, and their results are zero.
         while first < end:
             row = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, OUT))
