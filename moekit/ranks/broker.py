@@ -267,12 +267,18 @@ class Broker:
             self.say("lost", (rank, why))
             return
         self.say("started", (rank, pid))
-        self._ask(
-            self._actors[rank].wait.remote,
-            lambda ended, why: self.say(
-                *(("ended", (rank, *ended)) if why is None else ("lost", (rank, why)))
-            ),
-        )
+        self._follow(rank, False)
+
+    def _follow(self, rank: int, stopped: bool) -> None:
+        """Tell when the rank's process is stopped or goes on, and when it has ended; ``stopped`` is what it is now."""
+
+        def then(news: tuple[Any, ...], why: str | None) -> None:
+            kind, *content = news if why is None else ("lost", why)
+            self.say(kind, (rank, *content))
+            if kind == "stopped":
+                self._follow(rank, *content)
+
+        self._ask(functools.partial(self._actors[rank].news.remote, stopped), then)
 
     def look(self, rank: int) -> None:
         """Ask for the state of a rank's process; "looked" comes when its actor answers."""

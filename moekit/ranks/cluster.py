@@ -46,6 +46,8 @@ class Distant(Member):
         self.why: str | None = None
         self.log = ""
         self.seen: tuple[str, float, bool] | None = None
+        # Whether its process was stopped when that last changed.
+        self.halted = False
         self._asked = -math.inf
 
     def _look(self) -> tuple[str, float, bool] | None:
@@ -67,6 +69,10 @@ class Distant(Member):
         if ready:
             self.seen = (*seen[:2], False)
         return ready
+
+    def stopped(self):
+        self._cluster.listen()
+        return self.halted
 
     def poll(self):
         self._cluster.listen()
@@ -165,6 +171,8 @@ class Cluster:
                     rank, self.members[rank].code, self.members[rank].log = content
                 elif kind == "lost":
                     rank, self.members[rank].why = content
+                elif kind == "stopped":
+                    rank, self.members[rank].halted = content
                 elif kind == "looked":
                     rank, self.members[rank].seen = content
                 else:

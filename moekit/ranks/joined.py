@@ -34,6 +34,7 @@ from moekit.ranks.launch import launch
 from moekit.ranks.piped import Member, PipedRanks
 from moekit.ranks.server import serve
 from moekit.ranks.spawned import Child, end_processes
+from moekit.ranks.system import Process, any_ready, pid_space
 from moekit.ranks.watch import silence_limit
 
 # Seconds for all processes of the launcher to come, and for a rank to reach rank 0's store.
@@ -109,12 +110,15 @@ class Launch:
 
 @dataclass(frozen=True)
 class Word:
-    """What the process of a rank tells: its machine, its device, its cores, and the address of ``MASTER_ADDR`` from there."""
+    """What the process of a rank tells: its machine, its device, its cores, the address of ``MASTER_ADDR`` from there, and its
+    number, ``pid``, among the processes of ``space``."""
 
     host: str
     device: str
     cores: frozenset[int]
     master: str
+    pid: int
+    space: str | None
 
     @classmethod
     def of(cls, launch: Launch, device: torch.device) -> Word:
@@ -127,7 +131,7 @@ class Word:
                 f"MASTER_ADDR={launch.master} is unknown on {socket.gethostname()} ({error.strerror}); expected the name or "
                 "address of the machine of rank 0"
             ) from error
-        return cls(socket.gethostname(), str(device), frozenset(cores), master)
+        return cls(socket.gethostname(), str(device), frozenset(cores), master, os.getpid(), pid_space())
 
 
 def attend(launch: Launch, device: torch.device) -> NoReturn:
@@ -178,16 +182,17 @@ def _use_interface(address: str) -> None:
 
 
 class Launched(Member):
-    """The process of a rank that the launcher started."""
+    """The process of a rank that the launcher started; the system tells of it where it is in the driver's ``space``."""
 
-    def __init__(self, node: str):
+    def __init__(self, node: str, word: Word, space: str | None):
         self.node = node
+        self._pid = word.pid if space is not None and word.space == space else None
 
     def state(self):
-        return None
+        return None if self._pid is None else Process.of(self._pid)
 
     def any_ready(self):
-        return False
+        return self._pid is not None and any_ready(self._pid)
 
     def poll(self):
         return None
@@ -260,7 +265,11 @@ class JoinedRanks(PipedRanks):
                 with theirs, open(path, "wb") as log:
                     process = launch(me, self._folder, theirs, log.fileno(), None, local=False)
                     self._children.append(Child(process, path, self.nodes[0]))
-            self._members = [*self._children, *(Launched(self.nodes[rank]) for rank in others)]
+            here = words[0].space
+            self._members = [
+                *self._children,
+                *(Launched(self.nodes[rank], words[rank], here) for rank in others),
+            ]
             came = links.accept_all(listener, secret, list(others), self._silence, COME_LIMIT)
             self._pipes += [came[rank] for rank in others]
         self._meet(host, STORE_LIMIT)

@@ -30,8 +30,8 @@ from moekit.ranks.watch import Watch
 # Seconds for the interpreters to start, import torch and join the process group.
 START_LIMIT = 180.0
 
-# Seconds between two looks at the processes. A rank's death may be seen this much later than the errors it causes.
-LOOK = 0.2
+# Seconds by which a rank's death may be seen later than the errors that it causes.
+LATER = 0.2
 
 # Seconds by which the cause of an error may come later than its echo from another rank.
 ECHO = 2.0
@@ -160,7 +160,7 @@ class PipedRanks(Ranks):
                     feed.end()
                 with noting(failed):
                     unsent = feed.more()
-            for rank, kind, content in self._messages(unsent, watch, min(left, LOOK)):
+            for rank, kind, content in self._messages(unsent, watch, min(left, watch.next_look)):
                 if kind == "result":
                     results[rank] = content
                     watch.finish(rank)
@@ -173,7 +173,7 @@ class PipedRanks(Ranks):
                             on_report(rank, content)
                 elif kind == "taken":
                     feed.taken(rank)
-            if time.monotonic() - watch.looked < LOOK:
+            if watch.next_look:
                 continue
             if dead := self._dead():
                 raise self._death(dead[0], watch)
@@ -234,8 +234,8 @@ class PipedRanks(Ranks):
         return [rank for rank in ended if not channel.readable(self._pipes[rank])]
 
     def _blame(self, rank: int, watch: Watch, text: str, error: BaseException | None) -> RankError:
-        """What a rank raised, unless it is an echo: peers of a rank that died or stopped raise too, and often first."""
-        time.sleep(LOOK)
+        """What a rank raised, unless it is an echo: peers of a rank that died or hangs raise too, and often first."""
+        time.sleep(LATER)
         for other, member in enumerate(self._members):
             if member.poll() is not None:
                 return self._death(other, watch)
@@ -249,16 +249,10 @@ class PipedRanks(Ranks):
 
     def _behind(self, rank: int, watch: Watch, said: str) -> RankError | None:
         """Which rank made ``rank`` wait in vain in a collective; None if none can be told."""
-        if stopped := [other for other in watch.stopped() if other != rank]:
-            return watch.error(
-                stopped[0],
-                f"does not answer while it runs '{watch.operation}'{watch.state(stopped[0])}, and rank {rank} gave up "
-                f"waiting for it ({said}){watch.stack(stopped[0])}",
-            )
         end = time.monotonic() + ECHO
         watch.at_work.discard(rank)
         while watch.at_work and time.monotonic() < end:
-            for other, kind, content in self._messages({}, watch, LOOK):
+            for other, kind, content in self._messages({}, watch, LATER):
                 if kind == "error" and not any(words in content[0] for words in ECHOES):
                     failure = watch.error(other, f"raised {content[0]}{self._members[other].log_tail()}")
                     failure.__cause__ = content[1]

@@ -25,6 +25,9 @@ from moekit.ranks import links, system
 # Seconds after which an actor whose rank has ended, or that was never told to start one, ends by itself.
 FORGOTTEN = 60.0
 
+# Seconds between two looks at whether the rank has ended or is stopped.
+LOOK = 0.1
+
 # Packages that all nodes have in one version, as functions and results are pickled.
 ALIKE = ("moekit", "torch", "numpy", "cloudpickle")
 
@@ -117,14 +120,18 @@ class Supervisor:
     def _log(self) -> Path:
         return Path(self._folder) / "rank.log"
 
-    def wait(self) -> tuple[int, str]:
-        """Once the rank has ended: its exit code, and the end of its log."""
+    def news(self, stopped: bool) -> tuple[Any, ...]:
+        """Once the rank has ended: "ended", its exit code, and the end of its log. Once a signal has stopped its process, or, if it
+        was ``stopped``, once it goes on: "stopped", and whether it is."""
         tail = ""
         while True:
             # The rank removes its log when the driver is gone.
             tail = self.log_tail() or tail
             with contextlib.suppress(subprocess.TimeoutExpired):
-                return self._process.wait(timeout=0.5), self.log_tail() or tail
+                return "ended", self._process.wait(timeout=LOOK), self.log_tail() or tail
+            seen = system.Process.of(self._process.pid)
+            if seen is not None and seen.stopped != stopped:
+                return "stopped", seen.stopped
 
     def log_tail(self) -> str:
         return system.end_of(self._log).decode(errors="replace")

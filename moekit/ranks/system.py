@@ -38,7 +38,8 @@ class Process:
 
     @property
     def stopped(self) -> bool:
-        return self.state in "Tt"
+        """Whether a signal has stopped it; what a debugger has stopped is not meant."""
+        return self.state == "T"
 
     @property
     def ready(self) -> bool:
@@ -47,6 +48,15 @@ class Process:
 
     def __str__(self) -> str:
         return f"its process {STATES.get(self.state, 'is in an unknown state')}: state {self.state}"
+
+
+def pid_space() -> str | None:
+    """What all processes have in common that know one another by the same numbers; None where the system does not tell."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return None
 
 
 def any_ready(pid: int) -> bool:

@@ -1,9 +1,10 @@
 """Signs of life of the ranks during a call, and what to say when they do not come.
 
 A thread of each rank sends a beat every second while the rank works. A beat tells where the main thread is and how much
-processor time the rank has used. Two things end a call:
+processor time the rank has used. The driver looks at the ranks several times a second. Three things end a call:
 
-- A rank is *silent*: no byte comes from it and its processor time stands still. Its process is stopped, frozen or stuck.
+- A rank is *stopped*: the system says that a signal has stopped its process, at several looks in a row.
+- A rank is *silent*: no byte comes from it and its processor time stands still. Its process is frozen, stuck or in a debugger.
 - A rank is *idle*: it sends beats, and it neither reports nor uses the processor. Its main thread waits for something that
   does not come, such as a file system. A rank that waits in a collective is not to blame as long as another one can be.
 
@@ -23,6 +24,13 @@ from moekit.ranks.system import Process
 
 # Seconds between two beats of a rank.
 BEAT = 1.0
+
+# Seconds between two looks at the ranks.
+LOOK = 0.1
+
+# Looks in a row at which a process is stopped that end a call. A process may be stopped for a moment. Looks are counted in place of
+# time, since a driver that was stopped together with its ranks may go on before they do.
+STOPPED = 5
 
 # Seconds without a sign of life after which a call ends; the environment's MOEKIT_SILENCE overrides it.
 SILENCE = 30.0
@@ -62,13 +70,20 @@ class Member(Protocol):
         """Whether one of its threads runs or could."""
         ...
 
+    def stopped(self) -> bool:
+        """Whether a signal has stopped it, as far as anybody tells."""
+        process = self.state()
+        return process is not None and process.stopped
+
 
 @dataclass
 class Signs:
-    """What is known of one rank: seconds since the last byte and since the last work, and its innermost frames."""
+    """What is known of one rank: seconds since the last byte and since the last work, the last looks in a row at which its process
+    was stopped, and its innermost frames."""
 
     silent: float = 0.0
     idle: float = 0.0
+    stopped: int = 0
     frames: tuple[str, ...] = ()
     used: float = 0.0
     known: Process | None = None
@@ -113,8 +128,13 @@ class Watch:
         self.at_work.discard(rank)
         self.report(rank)
 
+    @property
+    def next_look(self) -> float:
+        """Seconds until the next look, 0 if it is time for it."""
+        return max(0.0, self.looked + LOOK - time.monotonic())
+
     def look(self) -> RankError | None:
-        """Count the time since the last look; returns an error that names a rank without a sign of life for too long."""
+        """Count the time since the last look; returns an error that names a rank that is stopped, or is silent or idle for too long."""
         now = time.monotonic()
         passed, self.looked = min(now - self.looked, BEAT), now
         self.unmoved += passed
@@ -122,12 +142,17 @@ class Watch:
             signs = self.signs[rank]
             signs.silent += passed
             signs.idle += passed
+            signs.stopped = signs.stopped + 1 if self.members[rank].stopped() else 0
             if signs.silent > 1.5 * BEAT or signs.silent >= self.silence:
                 self._ask_the_system(rank)
-        silent = [rank for rank in sorted(self.at_work) if self.signs[rank].silent >= self.silence]
-        # An interpreter that starts sends no beats, and a slow disk may hold it up: only a stopped one is named.
-        for rank in sorted(silent, key=lambda rank: rank not in self.stopped()):
-            if self.signs[rank].started or rank in self.stopped():
+        stopped = [rank for rank in sorted(self.at_work) if self.signs[rank].stopped]
+        # The one that was stopped first comes first.
+        stopped.sort(key=lambda rank: -self.signs[rank].stopped)
+        if stopped and self.signs[stopped[0]].stopped >= STOPPED:
+            return self._stopped(stopped)
+        for rank in sorted(self.at_work):
+            # An interpreter that starts sends no beats, and a slow disk may hold it up.
+            if self.signs[rank].started and self.signs[rank].silent >= self.silence:
                 return self._silent(rank)
         idle = [rank for rank in sorted(self.at_work) if self._is_idle(rank)]
         to_blame = [rank for rank in idle if not self.signs[rank].waits_for_peers()]
@@ -157,19 +182,23 @@ class Watch:
             signs.silent = signs.idle = 0.0
         signs.known = process
 
-    def stopped(self) -> list[int]:
-        """The ranks whose processes are stopped, whether they are at work or not."""
-        states = [member.state() for member in self.members]
-        return [rank for rank, process in enumerate(states) if process and process.stopped]
-
     def error(self, rank: int, cause: str) -> RankError:
         return RankError(rank, cause, self.members[rank].node)
+
+    def _stopped(self, ranks: list[int]) -> RankError:
+        others = f"; so have ranks {ranks[1:]}" if ranks[1:] else ""
+        return self.error(
+            ranks[0],
+            f"has been stopped by a signal, such as SIGSTOP, while it ran '{self.operation}', and does not go on{others}: find "
+            f"out what stopped it, and load the model again{self.stack(ranks[0])}",
+        )
 
     def _silent(self, rank: int) -> RankError:
         return self.error(
             rank,
             f"has given no sign of life for {self.silence:g} s while it ran '{self.operation}'"
-            f"{self.state(rank)}: end what stopped it and load the model again{self.stack(rank)}",
+            f"{self.state(rank)}: find out what holds it up, and load the model again, or set MOEKIT_SILENCE to more seconds"
+            f"{self.stack(rank)}",
         )
 
     def _idle(self, ranks: list[int]) -> RankError:
