@@ -23,6 +23,7 @@ import tempfile
 import threading
 import time
 import traceback
+import weakref
 from typing import Any, NoReturn
 
 from moekit.processes.channel import from_standard_input, readable
@@ -147,6 +148,8 @@ class Server:
         except BaseException:
             self._pipe.close()
             raise
+        # The server ends when nobody can ask it any more.
+        weakref.finalize(self, self._pipe.close)
         # Its end is waited for, so that no zombie stays.
         threading.Thread(target=process.wait, name="forkserver", daemon=True).start()
 
