@@ -27,8 +27,9 @@ from moekit.nn.noise import splitmix64, uniform
 from moekit.nn.passes import Pass
 from moekit.nn.transformer import Transformer
 from moekit.paths import DEMO_BPE as DEMO
+from moekit.ranks import streams
 from moekit.symbols import EOS, PAD
-from moekit.worker import greedy
+from moekit.worker import decoding, greedy
 from moekit.worker.prompts import dealt, most_tokens
 from moekit.worker.sampling import Settings, choose
 
@@ -739,14 +740,35 @@ def test_stop_texts_are_looked_for_while_the_ranks_go_on(text_model, monkeypatch
     assert order[-2:] == ["end begins", "end ends"]
 
 
-def test_an_error_of_the_drivers_own_leaves_the_ranks_usable(reference, monkeypatch):
-    with moekit.load(reference / "checkpoint", world_size=2, device="cpu", **QUIET) as model:
-        wanted = model.generate(IDS, max_new_tokens=4, **QUIET)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_an_error_of_the_drivers_own_ends_a_generation_and_leaves_the_ranks_usable(
+    reference, monkeypatch, world_size
+):
+    """All ranks make the same steps: those of the bursts that they were told of."""
+
+    def count_steps(rank):
+        step = decoding._step
+
+        def counted(*args):
+            rank.state["steps"] = rank.state.get("steps", 0) + 1
+            return step(*args)
+
+        decoding._step = counted
+
+    monkeypatch.setattr(run, "UNHEARD", {"cpu": 2})
+    # A rank in this process is this module's.
+    monkeypatch.setattr(decoding, "_step", decoding._step)
+    with moekit.load(reference / "checkpoint", world_size, device="cpu", **QUIET) as model:
+        wanted = model.generate(IDS, max_new_tokens=20, **QUIET)
+        model.ranks.call(count_steps)
         with monkeypatch.context() as changed:
             changed.setattr(run.Burst, "of", lambda *args: {}["nothing"])
             with pytest.raises(KeyError, match="nothing"):
-                model.generate(IDS, max_new_tokens=4, **QUIET)
-        same(model.generate(IDS, max_new_tokens=4, **QUIET), wanted)
+                model.generate(IDS, max_new_tokens=20, **QUIET)
+        steps = model.ranks.call(lambda rank: rank.state.pop("steps"))
+        assert len(set(steps)) == 1 and steps[0] < 2 * (2 + streams.AHEAD + 1)
+        same(model.generate(IDS, max_new_tokens=20, **QUIET), wanted)
+        assert model.ranks.call(lambda rank: rank.state.pop("steps")) == [19] * world_size
 
 
 def _add(text: Text, token: int) -> Text:

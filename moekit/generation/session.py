@@ -10,7 +10,7 @@ import numpy as np
 
 from moekit.generation.request import Request
 from moekit.generation.written import Burst
-from moekit.ranks import Each
+from moekit.ranks import Each, Stream
 from moekit.ranks.base import noting
 from moekit.symbols import PAD
 from moekit.worker import decoding as decode
@@ -51,13 +51,16 @@ class Session:
     def at_once(self, longest: int, take: Callable[[Burst], None]) -> None:
         """Generate all tokens in one call, where no sequence ends before the others, and end the session.
 
-        ``take`` gets what a rank has, while the ranks make the next ``longest`` tokens.
+        ``take`` gets what a rank has, while the ranks make the next ``longest`` tokens. After an error in it, which is raised
+        here, the ranks make the bursts that they were told of, and no others.
         """
 
         def report(rank: int, found: Chosen) -> None:
             take(Burst.of(np.array(self.sequences[rank]), found, {}))
 
-        ended = self._read(decode.generate, self.request.max_new_tokens, longest, report=report)
+        new = self.request.max_new_tokens
+        bursts = Stream([*range(longest, new, longest), new])
+        ended = self._read(decode.generate, new, bursts, report=report)
         for rank, (last, parts) in enumerate(ended):
             if last is not None:
                 report(rank, last)
@@ -77,20 +80,8 @@ class Session:
     def _call(
         self, fn: Callable[..., Any], *args: Any, report: Callable[[int, Any], None] | None = None
     ) -> list[Any]:
-        """Call a function of the ranks on this session. An error in ``report``, the driver's own, does not cost the ranks."""
-        if report is None:
-            return self.model.ranks.call(fn, self.key, *args)
-        failed: list[Exception] = []
-
-        def guarded(rank: int, message: Any) -> None:
-            if not failed:
-                with noting(failed):
-                    report(rank, message)
-
-        found = self.model.ranks.call(fn, self.key, *args, on_report=guarded)
-        if failed:
-            raise failed[0]
-        return found
+        """Call a function of the ranks on this session."""
+        return self.model.ranks.call(fn, self.key, *args, on_report=report)
 
     @property
     def keeps_rows(self) -> bool:
@@ -111,15 +102,22 @@ class Session:
     def sample_while(
         self, doing: Callable[[], Burst], going: np.ndarray, read: np.ndarray, steps: int
     ) -> tuple[Burst, Chosen]:
-        """As :meth:`sample`, and what comes of ``doing``, which the driver does while the ranks work."""
+        """As :meth:`sample`, and what comes of ``doing``, which the driver does while the ranks work.
+
+        An error in ``doing`` is raised here once the ranks have made their steps, and does not cost them.
+        """
         done: list[Burst] = []
+        failed: list[BaseException] = []
 
         def report(rank: int, message: None) -> None:
             """The steps of ``rank`` are launched."""
-            if not done:
-                done.append(doing())
+            if not done and not failed:
+                with noting(failed):
+                    done.append(doing())
 
         found = self._call(decode.run, *self._inputs(going, read), steps, True, report=report)
+        if failed:
+            raise failed[0]
         return done[0], self._rows(going, found)
 
     def _inputs(self, going: np.ndarray, read: np.ndarray) -> tuple[list[list[int]], list[list[int]]]:

@@ -11,7 +11,7 @@ Shape letters: B sequences of this rank, T tokens of the longest prompt, V dicti
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -47,25 +47,30 @@ def generate(
     settings: Settings,
     slots: int,
     new: int,
-    longest: int,
+    bursts: Iterable[int],
     abandoned: Sequence[int] = (),
 ) -> tuple[Chosen | None, list[dict[str, np.ndarray]]]:
     """Generate ``new`` tokens of each sequence in one call, in which no sequence ends before the others.
 
-    The arguments are those of :func:`begin`. The rank reports each ``longest`` tokens of its sequences that others follow.
+    The other arguments are those of :func:`begin`. ``bursts`` are the numbers of tokens, from 1 on, that a sequence has after
+    each burst, ``new`` being the last; where they end sooner, so does the generation. The rank reports the tokens of each burst
+    but the last.
 
     Returns:
-        The last ``longest`` tokens or fewer, and what :func:`end` returns.
+        The tokens of the last burst, None if it is not reached, and what :func:`end` returns.
     """
     model: Transformer = rank.state["model"]
     found = Found()
     try:
         chosen = _begin(rank, key, prompts, settings, slots, abandoned)
         read = torch.empty(0, dtype=torch.long, device=rank.device) if chosen is None else found.add(chosen)
-        for made in range(1, new):
-            if made % longest == 0 and (told := found.told(model)) is not None:
+        made = 1
+        for goal in bursts:
+            while made < goal:
+                read = _step(model, rank.state[key], read, new - made, found)
+                made += 1
+            if goal < new and (told := found.told(model)) is not None:
                 rank.report(told)
-            read = _step(model, rank.state[key], read, new - made, found)
         last = found.told(model)
     finally:
         parts = end(rank, key)
