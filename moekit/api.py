@@ -327,20 +327,20 @@ def load(
         types = None if known is None else len(known)
         with waking(devices if ranks is None else ()):
             plan = ckpt.survey(files, types)
-        plan = replace(plan, config=changed(plan.config, {} if config is None else config))
-        codec = None if bpe is None else find_codec(files, plan.config, bpe, known)
-        if ranks == "ray":
-            # Only the cluster knows the devices.
-            pool = RayRanks(world_size, device=device)
-            devices = pool.devices
-        world_size = len(devices)
-        plan = replace(plan, physical=ckpt.physical_of(placement, plan.config, world_size))
-        weights = weights_dtype(dtype, devices[0], plan)
-        kind = experts_dtype(experts, files, plan.config)
-        backend = choose_backend(backend, devices[0], weights, kind)
-        run = Run.of(plan.config, devices, weights, backend, types, one_byte=kind is not None)
-        run, within = fitting(run, free or unknown(world_size), resident, gpu_memory)
-        staying = residence(run, policy, prefetch)
+            plan = replace(plan, config=changed(plan.config, {} if config is None else config))
+            codec = None if bpe is None else find_codec(files, plan.config, bpe, known)
+            if ranks == "ray":
+                # Only the cluster knows the devices.
+                pool = RayRanks(world_size, device=device)
+                devices = pool.devices
+            world_size = len(devices)
+            plan = replace(plan, physical=ckpt.physical_of(placement, plan.config, world_size))
+            weights = weights_dtype(dtype, devices[0], plan)
+            kind = experts_dtype(experts, files, plan.config)
+            backend = choose_backend(backend, devices[0], weights, kind)
+            run = Run.of(plan.config, devices, weights, backend, types, one_byte=kind is not None)
+            run, within = fitting(run, free or unknown(world_size), resident, gpu_memory)
+            staying = residence(run, policy, prefetch)
         if pool is None:
             pool = start(world_size, devices[0].type) if ranks is None else LentRanks(ranks)
         _check_seen(pool, files)

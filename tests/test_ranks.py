@@ -562,8 +562,9 @@ def test_devices(monkeypatch):
 
 
 def test_a_gpu_comes_up_while_a_block_works(monkeypatch):
-    """A stand-in for CUDA's start, as there may be no GPU: it ends with the block, and what goes wrong in it is not said."""
-    entered, left, woken = threading.Event(), threading.Event(), []
+    """A stand-in for CUDA's start, as there may be no GPU: the block waits for it, unless it fails, and what goes wrong in it is
+    not said."""
+    entered, left, woken, at_the_end = threading.Event(), threading.Event(), [], []
 
     def empty(*_, **how):
         entered.set()
@@ -572,11 +573,19 @@ def test_a_gpu_comes_up_while_a_block_works(monkeypatch):
         raise RuntimeError("CUDA error: out of memory")
 
     monkeypatch.setattr("moekit.ranks.devices.torch.empty", empty)
+    monkeypatch.setattr("moekit.ranks.devices.atexit.register", lambda *call: at_the_end.append(call))
     with pytest.raises(ValueError, match="the file is damaged"), waking([torch.device("cuda", 0)]):
-        assert entered.wait(10) and not woken
-        left.set()
+        assert entered.wait(10)
         raise ValueError("the file is damaged")
+    assert not woken
+    left.set()
+    # Python's end waits for the thread.
+    [(join, limit)] = at_the_end
+    join(limit)
     assert woken == [{"device": torch.device("cuda", 0)}]
+    with waking([torch.device("cuda", 0)]):
+        pass
+    assert len(woken) == 2 and len(at_the_end) == 1
     assert not [thread for thread in threading.enumerate() if thread.name == "waking"]
     for others in ([], [torch.device("cpu")], [torch.device("cuda", i) for i in range(2)]):
         with waking(others):
@@ -585,7 +594,7 @@ def test_a_gpu_comes_up_while_a_block_works(monkeypatch):
 
 def test_ranks_that_a_launcher_bound_to_cores_of_their_own_use_all_of_these():
     words = [
-        Word(host, "cpu", frozenset(cores), "10.0.0.1")
+        Word(host, "cpu", frozenset(cores), "10.0.0.1", 1, None)
         for host, cores in (("a", {0, 1}), ("a", {2, 3}), ("b", {0, 1, 2, 3}), ("b", {0, 1, 2, 3}))
     ]
     assert sharing(words) == [1, 1, 2, 2]

@@ -1,5 +1,6 @@
 """The devices that ranks run on."""
 
+import atexit
 import contextlib
 import threading
 from collections.abc import Iterator, Sequence
@@ -45,7 +46,8 @@ def devices_to_come(world_size: int | None, device: str, where: str) -> list[tor
 
 @contextlib.contextmanager
 def waking(devices: Sequence[torch.device]) -> Iterator[None]:
-    """In this block, the GPU of a single rank comes up in a thread: CUDA's context on it takes half a second.
+    """In this block, the GPU of a single rank comes up in a thread: CUDA's context on it takes half a second. An error of the
+    block does not wait for it.
 
     Of several devices nothing is done, as they belong to other processes. What goes wrong in the thread is not said here: it
     goes wrong again, and is said, where the GPU is used.
@@ -57,9 +59,11 @@ def waking(devices: Sequence[torch.device]) -> Iterator[None]:
     thread.start()
     try:
         yield
-    finally:
-        # A process that ends in the middle of CUDA's start may crash.
-        thread.join(AWAKE)
+    except BaseException:
+        # The error does not wait for the GPU; Python's end does, since a process that ends in the middle of CUDA's start may crash.
+        atexit.register(thread.join, AWAKE)
+        raise
+    thread.join(AWAKE)
 
 
 def _wake(device: torch.device) -> None:
