@@ -446,6 +446,7 @@ def stuck(rank):
 ranks = start(2, "cpu")
 print(*ranks.call(total), flush=True)
 """
+SAY_WHAT_IS_OPEN = ("-W", "always::ResourceWarning")
 STUCK = DRIVER + "ranks.call(stuck, on_report=lambda rank, message: print(message, flush=True))\n"
 
 
@@ -463,11 +464,11 @@ def test_any_kind_of_driver(tmp_path, how):
     script.write_text(DRIVER)
     if how == "source on stdin":
         with open(script) as source:
-            driver = drive(temp, "-", stdin=source)
+            driver = drive(temp, *SAY_WHAT_IS_OPEN, "-", stdin=source)
     else:
-        driver = drive(temp, script, preexec_fn=lambda: os.close(0))
+        driver = drive(temp, *SAY_WHAT_IS_OPEN, script, preexec_fn=lambda: os.close(0))
     out, err = driver.communicate(timeout=60)
-    assert driver.returncode == 0, err
+    assert driver.returncode == 0 and not err, err
     assert gone([int(p) for p in out.split()], within=0.1) and len(out.split()) == 2
     assert not list(temp.iterdir())
 

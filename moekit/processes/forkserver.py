@@ -148,7 +148,7 @@ class Server:
         except BaseException:
             self._pipe.close()
             raise
-        # The server ends when nobody can ask it any more.
+        # With the last one that can ask it, the server ends.
         weakref.finalize(self, self._pipe.close)
         # Its end is waited for, so that no zombie stays.
         threading.Thread(target=process.wait, name="forkserver", daemon=True).start()
