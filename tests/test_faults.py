@@ -5,6 +5,7 @@ import os
 import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,7 @@ import moekit
 from moekit import likelihood, ranks, scoring
 from moekit.likelihood import Text
 from moekit.ranks import RankError, start
+from moekit.ranks.joined import Launch
 from moekit.ranks.watch import Process, silence_limit
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -260,6 +262,37 @@ def test_a_rank_that_stops_in_the_middle_of_its_answer_is_named():
     said = "rank 1 has been stopped by a signal"
     with start(2, "cpu", timeout=60, silence=600) as pool, pytest.raises(RankError, match=said):
         pool.call(work, on_report=lambda rank, message: time.sleep(1))  # so that the pipe is full
+
+
+@LINUX
+def test_a_rank_of_a_launcher_that_is_stopped_is_named(monkeypatch):
+    """This process is the one of rank 0, as torchrun starts it."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    launcher = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "lo")
+    monkeypatch.setenv("MOEKIT_SILENCE", "600")
+    code = "from moekit.ranks.joined import Launch; Launch.of().ranks('cpu')"
+    environment = os.environ | {"RANK": "1", "PYTHONPATH": str(HERE)}
+    with subprocess.Popen([sys.executable, "-c", code], env=environment) as other:
+        try:
+            with Launch.of().ranks("cpu") as pool:
+                own, pid_of_other = pool.call(pid)
+                assert pid_of_other == other.pid
+                with pytest.raises(RankError, match="rank 1 has been stopped by a signal"):
+                    pool.call(stop_itself, timeout=60)
+                assert gone([own])
+        finally:
+            other.kill()
+
+
+def stop_itself(rank):
+    if rank.rank == 1:
+        FAULTS["stopped"][0]()
+    dist.barrier()
 
 
 # Ranks are stopped for a moment, and then for longer than a rank may be, together with their driver, which goes on first.
