@@ -106,7 +106,7 @@ def test_the_rank_is_named_and_nothing_is_left(temp, operation, fault, counted):
     # A stopped rank is not named for its silence. Where other programs have the processor, a healthy rank may be without it for
     # some seconds.
     silence = {"stopped": 600, "hangs": 2}.get(fault)
-    with start(2, "cpu", silence=silence) as pool:
+    with start(2, "cpu", timeout=60, silence=silence) as pool:
         pids = pool.call(pid)
         if operation == "load":
             pool.call(plant, "load", act)
