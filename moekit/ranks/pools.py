@@ -21,7 +21,7 @@ def start(
         device: "cuda" (rank r on cuda:r), "cpu" (the usable cores dealt evenly) or "auto" ("cuda" if there is one).
         timeout: seconds that a collective may wait, and that a call without a limit of its own may make no progress.
         silence: seconds that a rank may give no sign of life before a call ends with its name. None: those of the
-            environment's ``MOEKIT_SILENCE``, or 30. A rank that a signal stops, such as SIGSTOP, is named within a second.
+            environment's ``MOEKIT_SILENCE``, or 30. One that a signal stops, such as SIGSTOP, ends it after half a second.
         wait: whether to return only when all ranks have come up; otherwise the first call waits for them, and raises
             what went wrong.
 

@@ -55,8 +55,8 @@ class RayRanks(PipedRanks):
         interface: the network interface that ranks talk over, such as "ib0"; None: the one with Ray's address of the node.
         placement_seconds: how long to wait for a place; more where a cluster grows on demand.
         timeout: seconds that a collective may wait, and that a call without a limit of its own may make no progress.
-        silence: seconds that a rank may give no sign of life. None: those of the environment's ``MOEKIT_SILENCE``, or 20. A rank
-            that a signal stops is named about a second later.
+        silence: seconds that a rank may give no sign of life. None: those of the environment's ``MOEKIT_SILENCE``, or 20. One
+            that a signal stops ends a call after about a second.
 
     Attributes:
         nodes: the name of each rank's node.
