@@ -82,6 +82,13 @@ def payloads(mark: str) -> dict[str, bytes]:
         + text("cpu")
     )
     words += b"q\x02" + text("storage") + b"q\x03"
+    # The same with numbers and a storage of its own, in a file that has no storage.
+    number = struct.Struct("<I").pack
+    own = (
+        b"h\0((h\x03h\x01X\x06\0\0\0%06d"
+        + b"r%bh\x02K\x01tr%bQK\0K\x01\x85r%bK\x01\x85r%b\x89h\x01)Rr%btr%bRr%ba"
+    )
+    owns = (own % (n, *(number(7 * n + at) for at in range(10, 17))) for n in range(200_000))
     found |= {
         "EXT1": b"\x82\x01",
         "PERSID": b"P" + mark.encode() + b"\n",
@@ -113,6 +120,7 @@ def payloads(mark: str) -> dict[str, bytes]:
         "twenty million memos": b"N" + b"\x94" * 20_000_000,
         "seven million calls": b"))R" * 7_000_000,
         "three hundred thousand tensors": words + b"]" + (tensor + b"a") * 300_000,
+        "tensors without their storages": words + b"]" + b"".join(owns),
         "nothing to pop": b"0" * 10,
         "a mark that is gone": b"(1t",
         "an odd dictionary": b"(Nd",

@@ -790,8 +790,23 @@ def test_pickles_with_a_right_checksum_are_read_as_torch_reads_them(reference, t
 
 
 def test_a_tensor_read_at_once_is_what_its_instructions_make_one_by_one(reference, monkeypatch):
-    """The machine with and without the expression for a whole tensor, on a file's pickle and on damaged ones."""
-    data = members(reference / "checkpoint" / "model-rank-0.pt")["archive/data.pkl"]
+    """The machine with and without the expression for a whole tensor, on the pickles of files and on damaged ones."""
+    state = torch.load(reference / "checkpoint" / "model-rank-0.pt", weights_only=True)
+    state["model"] |= {f"part.{n}": part for n, part in enumerate(torch.zeros(8, 2, 3).unbind())}
+    state["model"] |= {f"gradient.{n}": torch.zeros(2, requires_grad=True) for n in range(4)}
+    datas = [members(reference / "checkpoint" / "model-rank-0.pt")["archive/data.pkl"]]
+    for how in ({}, {"pickle_protocol": 4}, {"_use_new_zipfile_serialization": False}):
+        file = io.BytesIO()
+        torch.save(state, file, **how)
+        if how.get("_use_new_zipfile_serialization", True):
+            with zipfile.ZipFile(file) as archive:
+                datas.append(archive.read("archive/data.pkl"))
+        else:
+            content, at = file.getvalue(), 0
+            # The number, the version and the machine come first.
+            for _ in range(3):
+                at = pickles.parse(content, at).end
+            datas.append(content[at:])
     taken = 0
 
     def counting(*how) -> int:
@@ -828,10 +843,18 @@ def test_a_tensor_read_at_once_is_what_its_instructions_make_one_by_one(referenc
     # Numbers of one object are taken by another one between its instructions.
     words = b"\x80\x02X\x07\0\0\0storageq\x010ctorch\nFloatStorage\nq\x020X\x03\0\0\0cpuq\x030"
     words += b"ccollections\nOrderedDict\nq\x040ctorch._utils\n_rebuild_tensor_v2\nq\x050h\x05"
-    for name, storage, shape in itertools.product((1, 2, 3, 10), (1, 2, 4, 10), (2, 4, 5, 10)):
+    numbers = list(itertools.product((1, 2, 3, 10), (1, 2, 4, 10), (2, 4, 5, 10)))
+    lengths = [b"M\x06\0", b"J\x06\0\0\0", b"J\xff\xff\xff\xff", b"\x8a\5\6\0\0\0\1", b"\x8a\5\6\0\0\0\xff"]
+    for (name, storage, shape), length in [
+        *((taken_by, b"K\x06") for taken_by in numbers),
+        *(((10, 10, 10), length) for length in lengths),
+    ]:
         put = [b"r" + number.to_bytes(4, "little") for number in (name, storage, shape, 11)]
         rest = (
-            b"QK\0K\x06\x85"
+            b"Q"
+            + length
+            + length
+            + b"\x85"
             + put[2]
             + b"K\x01\x85"
             + put[3]
@@ -842,24 +865,26 @@ def test_a_tensor_read_at_once_is_what_its_instructions_make_one_by_one(referenc
             + b"R"
             + put[3]
         )
-        one = words + b"((h\x01h\x02X\x01\0\0\x000" + put[0] + b"h\x03K\x06t" + put[1] + rest + b"."
+        one = words + b"((h\x01h\x02X\x01\0\0\x000" + put[0] + b"h\x03" + length + b"t" + put[1] + rest + b"."
         monkeypatch.setattr(pickles, "tensor", counting)
-        found = made(one)
+        before, found = taken, made(one)
+        assert length == b"K\x06" or taken == before + 1
         monkeypatch.setattr(pickles, "tensor", lambda *_: 0)
-        assert found == made(one), (name, storage, shape)
+        assert found == made(one), (name, storage, shape, length)
     assert taken > 20
     taken = 0
     ends: collections.Counter = collections.Counter()
     for seed in range(300):
-        rng, mutated = random.Random(seed), bytearray(data)
-        for _ in range(rng.choice([0, 1, 1, 3, 8]) if seed else 0):
+        rng, mutated = random.Random(seed), bytearray(datas[seed % len(datas)])
+        before = taken
+        for _ in range(rng.choice([0, 1, 1, 3, 8]) if seed >= len(datas) else 0):
             mutated[rng.randrange(len(mutated) // 3, len(mutated))] = rng.choice(
-                [rng.randrange(256), *b"(jrKMJ\x85\x86tQR)X"]
+                [rng.randrange(256), *b"(jrKMJ\x85\x86tQR)X\x8c\x94\x8aqhN"]
             )
         monkeypatch.setattr(pickles, "tensor", counting)
         at_once = made(bytes(mutated))
-        if not seed:
-            assert taken > 10
+        if seed < len(datas):
+            assert taken > before + 10
         monkeypatch.setattr(pickles, "tensor", lambda *_: 0)
         assert made(bytes(mutated)) == at_once, seed
         ends["an error" if isinstance(at_once, str) else "the same objects"] += 1

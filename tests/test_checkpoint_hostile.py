@@ -20,7 +20,8 @@ def test_hostile_pickles_are_refused_and_execute_nothing(tmp_path, counted):
     assert found["payloads"] >= 100
     assert not found["executed"] and not found["events"]
     assert not found["other"] and found["refused"] == found["tried"]
-    assert found["largest"][1] < 64 << 20
+    # Tensors are read up to the most that a file without storages may have, a kilobyte each.
+    assert found["largest"][1] < 96 << 20
     for name, text in found["told"].items():
         assert "model-shared.pt" in text and len(text) < 600 and text.isprintable(), (name, text)
         if name.startswith("os.system") and "(bare)" not in name:

@@ -25,6 +25,8 @@ ENTRY = struct.Struct("<4s4x2H4x3L3H8xL")
 HEADER = struct.Struct("<4s22x2H")
 START = b"PK\x03\x04"
 
+# The most members of an archive, one for each storage; a file with all experts of the 52B has 50,000.
+MOST_ENTRIES = 1 << 18
 # The value of the first pickle of an old file.
 MAGIC = 0x1950A86A20F9469CFC6C
 
@@ -80,9 +82,9 @@ def _of_archive(memory: np.ndarray, file: BinaryIO, each: int) -> Layout:
     order = records.get(f"{folder}/byteorder")
     if order is not None and _content(memory, order) != b"little":
         raise Unreadable("was written on a big-endian machine, which is not supported")
-    pickle = parse(_content(memory, records[pickles[0]]), each=each)
     data = f"{folder}/data/"
     storages = {name[len(data) :]: r for name, r in records.items() if name.startswith(data)}
+    pickle = parse(_content(memory, records[pickles[0]]), each=each, storages=len(storages))
     return Layout(pickle, storages, folder)
 
 
@@ -161,6 +163,10 @@ def _directory(memory: np.ndarray) -> tuple[int, int, int]:
         entries, size, start = _unpack(END_64, data, end, b"PK\x06\x06")[7:10]
     if start + size > end or entries * ENTRY.size > size:
         raise Unreadable("is damaged: the directory of its zip archive does not fit into the file")
+    if entries > MOST_ENTRIES:
+        raise Unreadable(
+            f"is a zip archive of {entries:,} members; expected {MOST_ENTRIES:,} at most: it may be hostile"
+        )
     return entries, start, start + size
 
 
@@ -208,7 +214,7 @@ def _of_old_file(memory: np.ndarray, each: int) -> Layout:
     names = parse(data, content.end)
     if not isinstance(names.value, list):
         raise Unreadable("is damaged: the list of its storages is missing")
-    sizes = storage_sizes(content.value)
+    sizes = storage_sizes(content)
     at, storages = names.end, {}
     for name in names.value:
         if not isinstance(name, str) or name not in sizes or name in storages:

@@ -322,7 +322,6 @@ def layout_of(call: Call) -> tuple[Stored, int, tuple[int, ...], tuple[int, ...]
     return there, offset, shape, strides, dtype
 
 
-def storage_sizes(root: Any) -> dict[str, int]:
-    """The bytes per number of each storage that ``root`` refers to."""
-    found = (stored(node) for node, _ in walk(root) if isinstance(node, Reference))
-    return {one.name: one.dtype.itemsize for one in found}
+def storage_sizes(found: Parsed) -> dict[str, int]:
+    """The bytes per number of each storage that a pickle refers to."""
+    return {one.name: one.dtype.itemsize for one in map(stored, found.references)}

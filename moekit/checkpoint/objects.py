@@ -38,7 +38,8 @@ class Call:
     def __init__(self, function: Any, arguments: Any):
         self.function, self.arguments = function, arguments
         self.state: Any = None
-        self.items: list[Any] = []
+        # Most calls have none, and an empty list for each of many thousands would take its memory.
+        self.items: list[Any] | tuple[()] = ()
 
 
 class Reference:

@@ -2,8 +2,8 @@
 
 A pickle is a program for a small stack machine. :func:`parse` is that machine, but an instruction that would call a
 function only records the call: a :class:`Call` with the function's name and its arguments. The code that reads the result
-interprets the calls. So a pickle cannot execute anything here. The length of a pickle bounds its cost: the machine counts
-the instructions and the objects that they make.
+interprets the calls. So a pickle cannot execute anything here. What a pickle may cost grows with what a file needs: with its
+bytes, and with its tensors, which have to be written as torch writes them.
 """
 
 from __future__ import annotations
@@ -14,12 +14,16 @@ from typing import Any, NamedTuple
 
 from moekit.checkpoint.collecting import no_collector
 from moekit.checkpoint.objects import Call, Group, Name, Pairs, Reference, Unreadable
-from moekit.checkpoint.rebuilt import INSTRUCTIONS, tensor
+from moekit.checkpoint.rebuilt import tensor
 
-# The most bytes of a pickle; the pickle of a file with 25,000 tensors has 5 MB.
+# The most bytes of a pickle; the pickle of a file with 50,000 tensors has 7 MB.
 MOST_BYTES = 64 << 20
-# A pickle of n bytes may have FEW + n / EACH instructions, and make half as many objects.
+# A pickle of n bytes may have FEW + n / EACH instructions, and make half as many objects, beside those of its tensors.
 FEW, EACH = 350_000, 40
+# Beside the instructions that rebuild it, a tensor has some for its key and for the function; and it makes some objects.
+AROUND, OBJECTS = 4, 8
+# The most tensors beyond the storages that are known: old files tell theirs behind the pickle, and tensors may share one.
+MANY = 80_000
 # The most bytes that are copied to be read, as bytes are read faster than a view of a file.
 COPIED = 4 << 20
 
@@ -36,16 +40,17 @@ class Parsed(NamedTuple):
 
 
 @no_collector()
-def parse(data: bytes | memoryview, start: int = 0, each: int = EACH) -> Parsed:
+def parse(data: bytes | memoryview, start: int = 0, each: int = EACH, storages: int = 0) -> Parsed:
     """Read the pickle of protocol 2 to 5 that begins at ``start``.
 
     Args:
         each: the fewest bytes per instruction after the first 350,000 instructions; 1 for a file of many small numbers.
+        storages: that the file has, as far as is known.
 
     Raises:
         Unreadable: the pickle is damaged, too long or too large, or has another protocol.
     """
-    machine = _Machine(bytes(data) if len(data) <= COPIED else data, start, each)
+    machine = _Machine(bytes(data) if len(data) <= COPIED else data, start, each, storages)
     try:
         return Parsed(machine.run(), machine.at, machine.names, machine.calls, machine.references)
     except (IndexError, KeyError, struct.error):
@@ -53,8 +58,8 @@ def parse(data: bytes | memoryview, start: int = 0, each: int = EACH) -> Parsed:
 
 
 class _Machine:
-    def __init__(self, data: bytes | memoryview, start: int, each: int):
-        self.data, self.at, self.each = data, start, each
+    def __init__(self, data: bytes | memoryview, start: int, each: int, storages: int):
+        self.data, self.at, self.each, self.storages = data, start, each, storages
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
@@ -78,10 +83,11 @@ class _Machine:
         )
         push, pop, u16, u32 = stack.append, stack.pop, U16.unpack_from, U32.unpack_from
         note_call, note_reference = self.calls.append, self.references.append
-        most = FEW + size // self.each
-        made, at, at_once = most // 2, self.at, 0
+        left = FEW + size // self.each
+        made, at, tensors = left // 2, self.at, MANY + self.storages
         try:
-            for _ in range(most):
+            while left:
+                left -= 1
                 code = data[at]
                 at += 1
                 if code == LONG_PUT:
@@ -109,10 +115,16 @@ class _Machine:
                         after := tensor(data, at - 1, stack, memo, self.calls, self.references)
                     ):
                         at = after
-                        at_once += INSTRUCTIONS
+                        tensors -= 1
+                        left += AROUND
+                        made += OBJECTS
+                        if tensors < 0:
+                            raise Unreadable(
+                                f"has more than {MANY + self.storages:,} tensors in {self.storages:,} storages: it may be hostile"
+                            )
                     else:
                         marks.append(len(stack))
-                    if len(memo) + len(marks) > made or at_once > most:
+                    if len(memo) + len(marks) > made:
                         break
                 elif code == TUPLE:
                     start = marks.pop()
@@ -168,7 +180,7 @@ class _Machine:
         finally:
             self.at = max(self.at, at)
         raise Unreadable(
-            f"has a pickle of more than {most:,} instructions, more than a file of its size needs"
+            "has a pickle of more instructions or objects than a file of its size needs: it may be hostile"
         )
 
     def number(self, form: struct.Struct) -> Any:
@@ -203,6 +215,8 @@ class _Machine:
         """The object on top of the stack, which has to be of this very ``kind`` or the result of a call."""
         found = self.stack[-1]
         if type(found) is Call:
+            if type(found.items) is tuple:
+                found.items = []
             return found.items
         # Dictionaries and sets are lists here, too.
         if type(found) is not kind:
