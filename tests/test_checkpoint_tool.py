@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 import moekit
-from moekit import checkpoint
+from moekit import checkpoint, paths
 from moekit.checkpoint import safetensors, writing
 from moekit.checkpoint.__main__ import main
 from moekit.nn.transformer import Transformer
@@ -96,6 +97,60 @@ def test_other_numbers_of_files_and_back(source, tmp_path, number):
     same_weights(tmp_path / "other", source)
     run("reshard", tmp_path / "other", tmp_path / "back", "--files", "4", "--quiet")
     same_files(tmp_path / "back", source)
+
+
+def test_one_file_with_all_experts_stays_one(source, tmp_path):
+    """In every format, and with fewer experts; the weights are those of the files that were joined."""
+    state = torch.load(source / "model-shared.pt", weights_only=True)
+    for index in range(4):
+        part = torch.load(source / f"model-rank-{index}.pt", weights_only=True)["model"]
+        for key, tensor in part.items():
+            _, layer, expert, rest = re.split(r"layers\.(\d+)\.moe_layer\.experts\.(\d+)\.", key)
+            state["model"][f"decoder.layers.{layer}.moe_layer.experts.{2 * index + int(expert)}.{rest}"] = (
+                tensor
+            )
+    (tmp_path / "one").mkdir()
+    torch.save(state, tmp_path / "one" / "model.pt")
+    same_weights(tmp_path / "one", source)
+    before = tmp_path / "one"
+    for to in ("safetensors", "hf", "fairseq"):
+        run("convert", before, tmp_path / to, "--to", to, "--quiet")
+        same_weights(tmp_path / to, source)
+        before = tmp_path / to
+    same_files(before, tmp_path / "one")
+    run("keep", source, tmp_path / "of files", "--experts", "*:1,*:6", "--quiet")
+    run("keep", tmp_path / "one", tmp_path / "of one", "--experts", "*:1,*:6", "--quiet")
+    same_weights(tmp_path / "of one", tmp_path / "of files")
+
+
+def stored(path: Path) -> int:
+    """The bytes of a file's numbers."""
+    records = checkpoint.read(path)["model"].records.values()
+    return sum({record.name: record.size for record in records}.values())
+
+
+def test_files_made_of_stacks_hold_their_own_experts_alone(source, tmp_path):
+    """torch writes all of a storage, and in Hugging Face's files all experts of a layer are one."""
+    run("convert", source, tmp_path / "hf", "--to", "hf", "--quiet")
+    run("convert", tmp_path / "hf", tmp_path / "back", "--to", "fairseq", "--quiet")
+    for path in source.glob("*.pt"):
+        assert stored(tmp_path / "back" / path.name) <= stored(path)
+
+
+def test_numbers_that_have_two_names_are_written_once(tmp_path):
+    """The matrix that is embedding and output, and parts of one storage, which each stand for all of it."""
+    run("strip", "demo", tmp_path / "made", "--quiet")
+    for path in paths.DEMO_MODEL.glob("*.pt"):
+        assert stored(tmp_path / "made" / path.name) == stored(path)
+    state = torch.load(paths.DEMO_MODEL / "model-rank-3.pt", weights_only=True)
+    names = [key for key in state["model"] if key.endswith("fc1.weight")]
+    parts = torch.stack([state["model"][key] for key in names]).unbind()
+    state["model"] |= dict(zip(names, parts, strict=True))
+    folder = shutil.copytree(paths.DEMO_MODEL, tmp_path / "parts")
+    torch.save(state, folder / "model-rank-3.pt")
+    run("strip", folder, tmp_path / "of parts", "--quiet")
+    assert stored(tmp_path / "of parts" / "model-rank-3.pt") == stored(folder / "model-rank-3.pt")
+    same_weights(tmp_path / "of parts", paths.DEMO_MODEL)
 
 
 def test_results_from_safetensors_are_those_of_the_released_files(source, reference, tmp_path):

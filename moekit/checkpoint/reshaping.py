@@ -42,7 +42,7 @@ class Content:
         config: of the model.
         settings: what rank 0's file holds besides the weights.
         format: one of :data:`FORMATS`.
-        ranks: how many files hold experts; of the format "hf", how many it was made of.
+        ranks: how many files hold experts alone, 0 where all lies in one; of the format "hf", how many it was made of.
     """
 
     def __init__(self, files: Files):
@@ -259,8 +259,14 @@ def _write(
             {layer: chosen[held.start : held.stop] for layer, chosen in every.items()}
         ), settings
 
+    def whole() -> tuple[dict[str, Tensor], Mapping[str, Any]]:
+        return shared()[0] | rank(range(count))[0], settings
+
     def made() -> Iterable[File]:
-        yield f"{stem}-shared{end}" if number else f"{stem}{end}", shared
+        if not number:
+            yield f"{stem}{end}", whole
+            return
+        yield f"{stem}-shared{end}", shared
         for index in range(number):
             yield f"{stem}-rank-{index}{end}", lambda index=index: rank(owned(count, number, index))
 

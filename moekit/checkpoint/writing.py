@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -210,7 +211,7 @@ def _write(path: Path, tensors: Mapping[str, Tensor], settings: Mapping[str, Any
             else:
                 if settings.get("args") is not None:
                     settings["args"] = argparse.Namespace(**settings["args"])
-                save({"args": None} | settings | {"model": dict(tensors)}, file)
+                save({"args": None} | settings | {"model": _for_torch(tensors)}, file)
             file.flush()
             os.fsync(file.fileno())
         written = read(part)["model"]
@@ -225,6 +226,37 @@ def _write(path: Path, tensors: Mapping[str, Tensor], settings: Mapping[str, Any
                 if not equal:
                     raise ValueError(f"{part}: {key} is not what was written: is the disk sound?")
     os.replace(part, path)
+
+
+def _for_torch(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``tensors`` as ``torch.save`` writes them once and alone: it writes a storage whole, for each object that stands for it.
+
+    What shares memory becomes parts of one storage, and what lies in a storage with others' numbers is copied out of it.
+    """
+
+    def of(tensor: Tensor) -> tuple[int, int]:
+        storage = tensor.untyped_storage()
+        return storage.data_ptr(), storage.nbytes()
+
+    storages: dict[tuple[int, int], torch.UntypedStorage] = {}
+    parts: defaultdict[tuple[int, int], dict[int, int]] = defaultdict(dict)
+    for tensor in tensors.values():
+        storages.setdefault(of(tensor), tensor.untyped_storage())
+        parts[of(tensor)][tensor.data_ptr()] = tensor.nbytes
+    whole = {one for one, sizes in parts.items() if sum(sizes.values()) >= one[1]}
+    made: dict[tuple, Tensor] = {}
+    found: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        place = tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+        if place not in made:
+            alone = tensor.new_empty(0)
+            made[place] = (
+                alone.set_(storages[of(tensor)], tensor.storage_offset(), tensor.shape, tensor.stride())
+                if of(tensor) in whole
+                else tensor.clone()
+            )
+        found[key] = made[place]
+    return found
 
 
 def save(state: Mapping[str, Any], file: IO[bytes]) -> None:
