@@ -334,6 +334,89 @@ def test_what_may_be_another_training_is_said_and_loads(folder):
     assert len(told) == 1
 
 
+NAMES = ["model-rank-0.pt", "model-rank-3.pt", "model-shared.pt"]
+
+
+def of_the_model(**options):
+    return lambda state: state["cfg"]["model"].update(options)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_of_another_training_than_all_others_is_the_one_that_is_named(folder, name):
+    """It may be rank 0's, with which the others are compared."""
+    path = folder / name
+    like = "model-shared.pt" if name == "model-rank-0.pt" else "model-rank-0.pt"
+    change(path, lambda state: state["cfg"]["common"].update(seed=77))
+    with pytest.warns(
+        UserWarning, match=f"^{path} may be of another training than {like}: cfg.common.seed is 77"
+    ):
+        checkpoint.survey(checkpoint.find(folder))
+    change(path, lambda state: state["optimizer_history"][-1].update(num_updates=9))
+    with pytest.raises(ValueError, match=f"^{path} is of another training than {like}: .*is 9, expected 5$"):
+        checkpoint.survey(checkpoint.find(folder))
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda state: state.update(cfg=5),
+        lambda state: state.update(args="none"),
+        lambda state: state["cfg"].pop("model"),
+        lambda state: state["cfg"].update(model=[1]),
+        lambda state: state["cfg"].update(task="x"),
+    ],
+)
+def test_a_file_whose_config_is_damaged_is_the_one_that_is_named(folder, edit):
+    for name in NAMES:
+        before = (folder / name).read_bytes()
+        change(folder / name, edit)
+        with pytest.raises(ValueError, match=rf"^(cfg|args|cfg\['\w+'\]) in {folder / name} (is a|has no)"):
+            checkpoint.survey(checkpoint.find(folder))
+        (folder / name).write_bytes(before)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"decoder_ffn_embed_dim": 68},
+        {"decoder_layers": 3},
+        {"moe_expert_count": 2},
+        {"moe_freq": 1},
+        {"decoder_learned_pos": True},
+        {"moe_expert_count": 16},
+    ],
+)
+def test_options_of_one_file_are_not_blamed_on_the_tensors_of_others(folder, options):
+    """Rank 0's file has the config that counts. Where it is the odd one, it is named, and no file whose tensors do not fit it."""
+    ((option, value),) = options.items()
+    said = rf"cfg\.model\.{option} is {value}, expected \w+"
+    for name in NAMES:
+        before = (folder / name).read_bytes()
+        change(folder / name, of_the_model(**options))
+        if name == "model-rank-0.pt":
+            with pytest.raises(
+                ValueError, match=f"^{folder / name}: {said} as in all other files: .*with it, "
+            ):
+                checkpoint.survey(checkpoint.find(folder))
+        else:
+            with pytest.warns(
+                UserWarning, match=f"^{folder / name} may be of another training than .*: {said}"
+            ):
+                checkpoint.survey(checkpoint.find(folder))
+        (folder / name).write_bytes(before)
+
+
+def test_options_that_a_user_changed_are_not_blamed_for_damage(folder):
+    """They are changed in rank 0's file alone, and the model fits the files with them."""
+    change(folder / "model-rank-0.pt", lambda state: state["cfg"]["task"].update(tokens_per_sample=32))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        checkpoint.survey(checkpoint.find(folder))
+    change(folder / "model-rank-2.pt", lambda state: state["model"].update({KEY: torch.zeros(5)}))
+    with pytest.raises(ValueError, match=rf"^{folder / 'model-rank-2.pt'}: {KEY} has shape \[5\]"):
+        checkpoint.survey(checkpoint.find(folder))
+
+
 def test_a_renamed_file_is_refused_only_if_it_was_another_rank(folder):
     path = folder / "model-rank-1.pt"
     for name, refused in [("model-rank-1.pt", False), ("other-rank-3.pt", False), ("model-rank-3.pt", True)]:

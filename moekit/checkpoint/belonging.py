@@ -1,18 +1,18 @@
-"""Whether the files of a folder belong together: none copied over another, swapped, or of another training."""
+"""Whether the files of a folder belong together: none copied over another, swapped, of another training, or with another config."""
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections import defaultdict
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from moekit.checkpoint.contents import clip, short
 from moekit.checkpoint.files import Files
 from moekit.checkpoint.keys import split
-from moekit.checkpoint.options import READ
+from moekit.checkpoint.options import READ, options_of
 from moekit.checkpoint.shards import FLAT as FLAT_TENSOR
 from moekit.checkpoint.weights import Weights
 
@@ -21,8 +21,7 @@ NUMBERED = re.compile(
     r"(?P<stem>.+?)(-shared|-rank-(?P<rank>[0-9]+))?(-shard(?P<shard>[0-9]+))?(\.pt)?", re.DOTALL
 )
 UPDATES = "optimizer_history[-1].num_updates"
-# Sections of cfg that are alike on all ranks of a training, but for paths, which a copy of it may have changed. Options
-# that the config reads are those of rank 0's file, as in fairseq, so that a user can change them in that one file.
+# Sections of cfg that are alike on all ranks of a training, but for paths, which a copy of it may have changed.
 SECTIONS = ("model", "task", "criterion", "optimizer", "lr_scheduler", "optimization")
 FLAT = ("arch", "seed", "lr", "max_update", "total_num_update", "update_freq", "optimizer", "clip_norm")
 
@@ -32,32 +31,72 @@ def check_belongs(files: Files, states: Mapping[Path, Mapping[str, Any]]) -> Non
 
     All ranks of a training save after the same update, so another number of updates is refused. Other differences, of
     the seed say, are a warning: nothing in fairseq rules them out, and who publishes a checkpoint may have written its
-    headers anew. Shapes are compared where tensors meet the model.
+    headers anew. Shapes are compared where tensors meet the model. A user may change the options that the config reads in
+    rank 0's file alone, which is the one that counts, as in fairseq.
 
     Raises:
-        ValueError: two files cannot be of one checkpoint, or a file is not the rank that its name says.
+        ValueError: two files cannot be of one checkpoint, a file is not the rank that its name says, or what ought to be
+            its config is none.
     """
+    for path in files.all:
+        if any(states[path].get(name) is not None for name in ("args", "cfg")):
+            options_of(states[path], str(path))
     for path in files.all:
         _check_name(path, states[path]["model"].folder)
     _check_copies({path: states[path]["model"] for path in files.ranks})
     _check_parts({path: states[path]["model"] for path in files.common})
-    first = _training(states[files.first])
-    odd: dict[Path, str] = {}
-    for path in files.all:
-        other = _training(states[path])
-        for name in first:
-            if name not in other or first[name] == other[name]:
-                continue
-            said = f"{name} is {short(other[name])}, expected {short(first[name])}"
-            if name == UPDATES:
-                raise ValueError(f"{path} is of another training than {files.first.name}: {said}")
-            odd.setdefault(path, said)
+    odd: dict[Path, tuple[Path, str]] = {}
+    for told in _compared(files, states):
+        for path in told.odd:
+            said = f"{told.name} is {short(told.held[path])}, expected {short(told.expected)}"
+            if told.name == UPDATES:
+                raise ValueError(f"{path} is of another training than {told.like.name}: {said}")
+            if not told.is_option or (path != files.first and 2 * len(told.odd) < len(told.held)):
+                odd.setdefault(path, (told.like, said))
     if odd:
-        path, said = next(iter(odd.items()))
+        path, (like, said) = next(iter(odd.items()))
         more = f"; so may {len(odd) - 1} others" if len(odd) > 1 else ""
-        warnings.warn(
-            f"{path} may be of another training than {files.first.name}: {clip(said)}{more}", stacklevel=4
-        )
+        warnings.warn(f"{path} may be of another training than {like.name}: {clip(said)}{more}", stacklevel=4)
+
+
+def other_config(files: Files, states: Mapping[Path, Mapping[str, Any]]) -> tuple[str, Path] | None:
+    """An option of which rank 0's file tells another value than all others, in words, and one of these; None without one."""
+    for told in _compared(files, states):
+        others = {path: value for path, value in told.held.items() if path != files.first}
+        if told.is_option and files.first in told.held and len(set(others.values())) == 1:
+            like, expected = next(iter(others.items()))
+            if told.held[files.first] != expected:
+                return f"{told.name} is {short(told.held[files.first])}, expected {short(expected)}", like
+    return None
+
+
+class _Compared(NamedTuple):
+    """What several files tell under one name.
+
+    Attributes:
+        expected: what most of them tell, or else the first one.
+        like: the first file that tells this, and ``odd`` those that do not.
+        is_option: whether the config reads it.
+    """
+
+    name: str
+    held: Mapping[Path, Any]
+    expected: Any
+    like: Path
+    odd: list[Path]
+    is_option: bool
+
+
+def _compared(files: Files, states: Mapping[Path, Mapping[str, Any]]) -> Iterator[_Compared]:
+    told = {path: _training(states[path]) for path in (files.first, *files.all) if path in states}
+    for name in dict.fromkeys(name for one in told.values() for name in one):
+        held = {path: one[name] for path, one in told.items() if name in one}
+        ((expected, _),) = Counter(held.values()).most_common(1)
+        like = next(path for path, value in held.items() if value == expected)
+        odd = [path for path, value in held.items() if value != expected]
+        section, _, option = name.rpartition(".")
+        is_option = section in ("args", "cfg.model", "cfg.task") and option in READ
+        yield _Compared(name, held, expected, like, odd, is_option)
 
 
 def _check_name(path: Path, folder: str | None) -> None:
@@ -134,7 +173,7 @@ def _training(state: Mapping[str, Any]) -> dict[str, Any]:
     # A tensor that is missing was left out when the files were made smaller.
     told = {name: value for name, value in told.items() if value is not None}
     for section, options in _sections(state).items():
-        told |= {f"{section}{name}": value for name, value in options.items() if name not in READ}
+        told |= {f"{section}{name}": value for name, value in options.items()}
     # Numbers and words tell trainings apart; NaN equals NaN as text. Paths change as files move.
     plain = {n: v for n, v in told.items() if isinstance(v, (str, int, float)) and "/" not in str(v)}
     return {n: repr(v) if isinstance(v, float) and v != v else v for n, v in plain.items()}
@@ -143,7 +182,7 @@ def _training(state: Mapping[str, Any]) -> dict[str, Any]:
 def _sections(state: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     args = state.get("args")
     if isinstance(args, Mapping):
-        return {"args.": {name: args[name] for name in FLAT if name in args}}
+        return {"args.": {name: args[name] for name in (*FLAT, *sorted(READ)) if name in args}}
     cfg = state.get("cfg")
     if not isinstance(cfg, Mapping):
         return {}

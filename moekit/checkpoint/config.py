@@ -23,7 +23,7 @@ def config_of(
     matrices = [(key, keys[key].shape(key)) for key in (SHARED_KEY, *sorted(OUTPUT_KEYS)) if key in keys]
     for key, shape in matrices:
         if len(shape) != 2 or 0 in shape:
-            raise ValueError(f"{files.shared}: {key} has shape {list(shape)}, expected a row for each type")
+            raise ValueError(f"{keys[key].path}: {key} has shape {list(shape)}, expected a row for each type")
     rows = min(shape[0] for _, shape in matrices)
     if dictionary is not None and dictionary > rows:
         raise ValueError(

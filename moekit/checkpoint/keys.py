@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from torch import Tensor
@@ -145,8 +145,8 @@ def places(source: Source, found: Iterable[str], config: ModelConfig) -> Iterato
             yield key, place
 
 
-# The files of a checkpoint share most keys; those of 512 experts in one file are 12,500.
-MOST_KEYS = 1 << 14
+# The files of a checkpoint share most keys; those of all experts of the 52B in one file are 50,000.
+MOST_KEYS = 1 << 16
 
 
 @functools.lru_cache(maxsize=MOST_KEYS)
@@ -165,6 +165,29 @@ def _place(key: str) -> Place | None:
         return None
     name, _, part = target.rstrip("]").partition("[")
     return Place(name.format(*numbers), part, numbers[-1] if part == "expert" else 0)
+
+
+def kinds(name: str) -> tuple[str, ...]:
+    """The parts that fill a parameter; "expert" stands for one of each expert."""
+    if ".moe.experts." in name:
+        return ("expert",)
+    if ".attn.qkv." in name:
+        return ("q", "k", "v")
+    return ("rows" if name in ("embed.weight", "output.weight") else "",)
+
+
+def parts_of(expected: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[Place, int]]:
+    """Everything that has to be filled of parameters with these shapes, and how many numbers each has."""
+    for name, shape in expected.items():
+        for part in kinds(name):
+            count = Place(name, part).size(shape)
+            for expert in range(shape[0] if part == "expert" else 1):
+                yield Place(name, part, expert), count
+
+
+def unfold(target: Place) -> list[Place]:
+    """Old files fill queries, keys and values with one tensor."""
+    return [Place(target.name, part) for part in target.part] if target.part == "qkv" else [target]
 
 
 def fairseq_parts(name: str, parameter: Tensor) -> Iterator[tuple[str, Tensor]]:

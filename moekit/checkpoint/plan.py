@@ -6,13 +6,13 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from moekit.checkpoint import copying
 from moekit.checkpoint import options as cfg
-from moekit.checkpoint.belonging import check_belongs
+from moekit.checkpoint.belonging import check_belongs, other_config
 from moekit.checkpoint.collecting import no_collector
 from moekit.checkpoint.config import config_of
 from moekit.checkpoint.contents import clip
@@ -20,7 +20,7 @@ from moekit.checkpoint.files import Files
 from moekit.checkpoint.filling import Filled, Filling, Part, Targets
 from moekit.checkpoint.inspection import Inspection, NonFinite, Wanted, warn_unchecked
 from moekit.checkpoint.joining import Joining
-from moekit.checkpoint.keys import SHARED_KEY, Place, key_of, name_of, places, split
+from moekit.checkpoint.keys import SHARED_KEY, Place, key_of, kinds, name_of, parts_of, places, split, unfold
 from moekit.checkpoint.placement import placed, reached
 from moekit.checkpoint.reading import Source, read, stamp
 from moekit.checkpoint.shards import EXPERT, tensors
@@ -77,20 +77,71 @@ def survey(files: Files, dictionary: int | None = None) -> Plan:
         ValueError: an unknown or missing key, a wrong shape, an expert that no file or that two files fill; it names
             the file, the key, what was found and what was expected.
     """
+    states: dict[Path, dict[str, Any]] = {}
     with no_collector():
-        first = read(files.first)
-        files, copies = _once(files, first)
-        stamps = {path: stamp(path) for path in files.all}
-        states = {path: first if path == files.first else read(path) for path in files.all}
-        opened = {path: tensors(state, path) for path, state in states.items()}
-        config = config_of(files, states, opened, dictionary)
-        expected = _expected(files, config)
-        sources, filled = _sources(files, opened, stamps, copies, config, expected)
-        _check_filled(files, sources, filled, expected, config)
-        check_belongs(files, states)
-        warn_unchecked(opened)
-        dtype = next(found.header(SHARED_KEY).dtype for found in opened.values() if SHARED_KEY in found)
-    return Plan(config, dtype, tuple(sources), opened)
+        try:
+            fitted = _fitted(files, states, dictionary)
+        except ValueError as error:
+            if said := _blamed(files, states, dictionary, error):
+                raise ValueError(said) from error
+            raise
+        check_belongs(fitted.files, states)
+        warn_unchecked(fitted.opened)
+        dtype = next(f.header(SHARED_KEY).dtype for f in fitted.opened.values() if SHARED_KEY in f)
+    return Plan(fitted.config, dtype, tuple(fitted.sources), fitted.opened)
+
+
+class _Fitted(NamedTuple):
+    """Files whose tensors are all that the model of a config needs."""
+
+    files: Files
+    opened: dict[Path, Weights]
+    config: ModelConfig
+    sources: list[Source]
+
+
+def _fitted(
+    files: Files, states: dict[Path, dict[str, Any]], dictionary: int | None, like: Path | None = None
+) -> _Fitted:
+    """Compare the files' tensors with the model that the config of rank 0's file describes.
+
+    Args:
+        states: what was read of the files before; what is read here is added.
+        like: the file whose config counts in place of that of rank 0's file.
+    """
+
+    def state(path: Path) -> dict[str, Any]:
+        if path not in states:
+            states[path] = read(path)
+        told = states[path]
+        if like is None or path != files.first:
+            return told
+        return told | {name: states[like].get(name) for name in ("args", "cfg")}
+
+    files, copies = _once(files, state(files.first))
+    stamps = {path: stamp(path) for path in files.all}
+    told = {path: state(path) for path in files.all}
+    opened = {path: tensors(one, path) for path, one in told.items()}
+    config = config_of(files, told, opened, dictionary)
+    expected = _expected(files, config)
+    sources, filled = _sources(files, opened, stamps, copies, config, expected)
+    _check_filled(files, sources, filled, expected, config)
+    return _Fitted(files, opened, config, sources)
+
+
+def _blamed(
+    files: Files, states: dict[Path, dict[str, Any]], dictionary: int | None, error: ValueError
+) -> str | None:
+    """An error that names rank 0's file in place of ``error``, if all fits with the config of the others; None if it does not."""
+    other = other_config(files, states)
+    if other is None or str(error).startswith(str(files.first)):
+        return None
+    said, like = other
+    try:
+        _fitted(files, states, dictionary, like)
+    except ValueError:
+        return None
+    return f"{files.first}: {said} as in all other files: fetch it again, or correct its config (with it, {error})"
 
 
 def _sources(
@@ -114,7 +165,7 @@ def _sources(
         )
         for key, target in places(source, found, config):
             numbers = _check(path, found, key, target, expected, config)
-            for part in _unfold(target):
+            for part in unfold(target):
                 before = filled.add(part, numbers, (path, key))
                 if before is not None:
                     there = f"{before[0].name}: {before[1]}"
@@ -135,7 +186,7 @@ def _check_filled(
 ) -> None:
     """Raise a ValueError that names the first place that no file fills."""
     missing, count = next(
-        ((part, n) for part, n in _parts(expected) if filled.missing(part, n) is not None), (None, 0)
+        ((part, n) for part, n in parts_of(expected) if filled.missing(part, n) is not None), (None, 0)
     )
     if missing is None:
         return
@@ -209,29 +260,6 @@ def _check(
     return range(begin, min(begin + count, math.prod(wanted)))
 
 
-def _kinds(name: str) -> tuple[str, ...]:
-    """The parts that fill a parameter; "expert" stands for one of each expert."""
-    if ".moe.experts." in name:
-        return ("expert",)
-    if ".attn.qkv." in name:
-        return ("q", "k", "v")
-    return ("rows" if name in ("embed.weight", "output.weight") else "",)
-
-
-def _parts(expected: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[Place, int]]:
-    """Everything that has to be filled of parameters with these shapes, and how many numbers each has."""
-    for name, shape in expected.items():
-        for part in _kinds(name):
-            count = Place(name, part).size(shape)
-            for expert in range(shape[0] if part == "expert" else 1):
-                yield Place(name, part, expert), count
-
-
-def _unfold(target: Place) -> list[Place]:
-    """Old files fill queries, keys and values with one tensor."""
-    return [Place(target.name, part) for part in target.part] if target.part == "qkv" else [target]
-
-
 @whole_files()
 @no_collector()
 def fill(
@@ -276,7 +304,7 @@ def fill(
                 rows = to.shape[0]
                 numbers = numbers.rows(rows) if isinstance(numbers, Stretch) else numbers[:rows]
             if part == "qkv":
-                filled.extend(_unfold(target))
+                filled.extend(unfold(target))
                 for one in part:
                     targets.part(name, one).counts[0] += size // 3
             else:
@@ -327,7 +355,7 @@ def fill(
 def _check_whole(targets: Targets) -> None:
     """Raise a ValueError that names the first place of which another count of numbers was filled than it has."""
     for name in targets.parameters:
-        for kind in _kinds(name):
+        for kind in kinds(name):
             part = targets.part(name, kind)
             index = next((index for index, count in enumerate(part.counts) if count != part.size), None)
             if index is not None:
