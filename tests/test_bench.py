@@ -11,6 +11,7 @@ import torch
 from synthetic_traces import synthetic
 
 import moekit
+from moekit import paths, scoring
 from moekit.bench import __main__ as bench
 from moekit.bench import decode, figures, load, measure, moe_layer, network, profile, score, shapes
 from moekit.bench.figures import Figure
@@ -18,7 +19,7 @@ from moekit.bench.measure import Ceilings
 from moekit.bench.setting import Setting
 from moekit.nn import transformer
 from moekit.nn.cost import flop_per_token
-from moekit.nn.memory import Sizes
+from moekit.nn.memory import TOKENS_A_PASS, Sizes
 from moekit.nn.passes import Pass
 from moekit.profiling.work import Size
 from moekit.ranks import Rank, machine
@@ -101,12 +102,13 @@ def test_a_rank_reads_the_experts_that_any_rank_chooses():
     first[1, 0, [1]] = second[1, 0, [2, 3, 4]] = True  # 1, 3
     first[0, 1, [0, 1]] = second[0, 1, [0]] = True  # 2, 0
     first[1, 1, [3]] = second[1, 1, [3]] = True  # 0, 1
-    assert decode.read_by_a_rank(chosen) == [2.5, 1.5]
-    assert decode.reached(chosen) == "2.8 of 5 experts a layer, 2.0 on one rank"
+    reads = decode.Reads.of(chosen)
+    assert (reads.by_any, reads.by_a_rank) == ([4.0, 1.5], [2.5, 1.5])
+    assert str(reads) == "2.8 of 5 experts a layer, 2.0 on one rank"
     # One rank alone reads what it chooses.
-    assert decode.read_by_a_rank([second]) == [3.0, 1.0]
-    assert decode.reached([second]) == "2.0 of 5 experts a layer"
-    assert decode.reached(chosen[:, :, :0]) == "no experts"
+    alone = decode.Reads.of([second])
+    assert alone.by_a_rank == [3.0, 1.0] and str(alone) == "2.0 of 5 experts a layer"
+    assert str(decode.Reads.of(chosen[:, :, :0])) == "no experts"
     small = setting("tiny", world_size=2, dtype="float16")
     chip = Ceilings(copy=1.0, matmul=1e30, fetch=1.0, device=H200)
     assert decode.limit(small, chip, [2.5, 1.5], 1) == small.sizes.shared + 4 * small.sizes.expert
@@ -213,11 +215,22 @@ def test_what_is_written_is_in_the_released_layout_and_found_again(tmp_path):
 # ----------------------------------------------------------------------------------------------- the benches
 
 
-def test_score(tmp_path, capsys):
+def test_score(tmp_path, capsys, monkeypatch):
+    steps: list[list[int]] = []
+
+    def noted(model, batches, **how):
+        packed = scoring.plan_steps(batches, model.world_size, TOKENS_A_PASS["cpu"])
+        steps.append([len(step) for step in packed])
+        return scoring.score_batches(model, batches, **how)
+
+    monkeypatch.setattr(score, "score_batches", noted)
     rows = run(tmp_path, "score", "--shape", "tiny", "--device", "cpu", "--blocks", "1,3", "--repeats", "2")
     works = [row["work"] for row in rows["score"]]
     passes = ["score, 1 x 256 tokens a call", "score, 3 x 256 tokens a call"]
-    assert works[3:] == [*passes, "evaluate, 6 blocks", "evaluate, 6 blocks, of the scoring rate"]
+    # evaluate's passes have 4,096 tokens, so that a rate of passes of as many blocks is measured, and is the one it is compared with.
+    passes.append("score, 16 x 256 tokens a call")
+    assert works[3:] == [*passes, "evaluate, 32 blocks", "evaluate, 32 blocks, of the scoring rate"]
+    assert steps and all(step == [16, 16] for step in steps)
     share, rate, alone = (rows["score"][place]["figure"] for place in (-1, -2, -3))
     assert share == pytest.approx(100 * rate / alone, rel=0.02)
     for row in rows["score"]:
@@ -347,7 +360,8 @@ def test_a_wrong_layer_is_an_error():
             "--experts int8: the shape dense-tiny has no experts",
         ),
         (["data", "--bpe", "/nowhere"], "--bpe /nowhere: there is no /nowhere/encoder.json"),
-        (["data", "--text", "/nowhere"], "No such file or directory: '/nowhere'"),
+        (["data", "--text", "/nowhere"], "/nowhere cannot be read (No such file or directory)"),
+        (["data", "--text", "/dev/null"], "--text /dev/null has no whole line in its first 40,000,000 bytes"),
         (["network", "--ranks", "16", "--gbit", "nan"], "--gbit=nan: expected a number above 0"),
         (["network", "--ranks", "80000000"], "--ranks=80000000: expected at most 4096"),
         (["network", "--ranks", "16", "--shape", "dense-tiny"], "--shape dense-tiny has no experts"),
@@ -356,7 +370,18 @@ def test_a_wrong_layer_is_an_error():
             ["moe-layer", "--shape", "tiny", "--device", "cpu", "--tokens", "256,515"],
             "--tokens 515: they go through the gate in 2 groups of one length; expected a multiple of 2, such as 514",
         ),
-        (["score", "--json", "/nowhere/figures.json"], "No such file or directory: '/nowhere/figures.json'"),
+        (["score", "--json", "/nowhere/figures.json"], "/nowhere does not exist, so nothing was written"),
+        (["score", "--json", "/dev/null"], "--json /dev/null is no file: name another one"),
+        (["score", "--shape", "tiny", "--json", "/"], "--json / is no file: name another one"),
+        (
+            ["score", "--device", "cpu", "--shape", "dense-tiny", "--zipf", "1"],
+            "--zipf 1: the shape dense-tiny has no gates to skew",
+        ),
+        (["decode", "--device", "cpu", "--no-prefetch"], "--no-prefetch says how experts are fetched"),
+        (["load", "--device", "cpu", "--folder", "/dev/null"], "--folder /dev/null is no folder: name"),
+        (["load", "--device", "cpu", "--folder", __file__], f"--folder {__file__} is no folder: name"),
+        (["load", "--device", "cpu", "--folder", "/proc/new"], "/proc/new does not exist, so nothing"),
+        (["load", "--device", "cpu", "--folder", ""], "--folder='': expected the path of a file or folder"),
     ],
 )
 def test_mistakes_are_one_sentence(arguments, said, capsys):
@@ -364,6 +389,26 @@ def test_mistakes_are_one_sentence(arguments, said, capsys):
         bench.main(arguments)
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
+
+
+def test_a_folder_with_something_else_in_it_stays_as_it_is(tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("mine")
+    for folder, said in (
+        (
+            tmp_path,
+            f"--folder {tmp_path} holds notes.txt and no checkpoint: name a folder that is new, empty",
+        ),
+        (
+            paths.DEMO_MODEL,
+            "has a checkpoint with layers=6, and --shape tiny has 4: name the shape of the files",
+        ),
+    ):
+        before = sorted(path.name for path in folder.iterdir())
+        with pytest.raises(SystemExit, match="2"):
+            bench.main(["load", "--shape", "tiny", "--device", "cpu", "--folder", str(folder)])
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1
+        assert sorted(path.name for path in folder.iterdir()) == before
 
 
 def test_a_bench_that_fails_leaves_no_file(tmp_path):
@@ -474,7 +519,7 @@ def after_the_way(layer: int) -> torch.Generator:
 
 def test_two_ranks(tmp_path):
     arguments = ["--shape", "tiny", "--device", "cpu", "--world-size", "2", "--repeats", "2"]
-    rows = run(tmp_path, "score", *arguments, "--blocks", "2")["score"]
+    rows = run(tmp_path, "score", *arguments, "--blocks", "16")["score"]
     share = next(row for row in rows if row["work"] == "exchanges, share of that")
     assert 0 < share["figure"] < 100 and share["unit"] == "%"
     both, one = re.fullmatch(r"(\d+) tokens/s against (\d+)", rows[-1]["note"]).groups()
@@ -493,10 +538,10 @@ def test_two_ranks(tmp_path):
     assert all(row["figure"] > 0 and row["limit"] > 0 for row in rows[3:])
     rows = run(tmp_path, "load", *arguments)["load"]
     assert rows[3]["figure"] > 0
-    rows = run(tmp_path, "score", *arguments, "--shape", "dense-tiny", "--blocks", "1")["score"]
+    rows = run(tmp_path, "score", *arguments, "--shape", "dense-tiny", "--blocks", "16")["score"]
     works = [
-        "evaluate, 4 blocks",
-        "evaluate, 4 blocks, of the scoring rate",
+        "evaluate, 64 blocks",
+        "evaluate, 64 blocks, of the scoring rate",
         "2 ranks against one, best of each",
     ]
     assert [row["work"] for row in rows[4:]] == works
@@ -609,11 +654,17 @@ def test_profiles_beside_the_bench(tmp_path):
 
 
 @pytest.mark.slow
-def test_all_at_once(tmp_path):
+def test_all_at_once(tmp_path, monkeypatch):
+    """Those that take long with what they do by default, the profiles, have a test of their own."""
+    asked = []
+    monkeypatch.setattr(
+        profile, "run", lambda setting, args: asked.append(args) or [Figure("profile", 1.0, "ms")]
+    )
     found = run(tmp_path, "all", "--shape", "tiny", "--device", "cpu", "--repeats", "1")
     models = ["score", "questions", "decode", "load", "moe-layer", "padded", "profile"]
     assert list(found) == [*models, "data", "routing", "network"]
     assert all(found.values())
+    assert [(args.shape, args.repeats, args.batches) for args in asked] == [("tiny", 1, [1, 64])]
 
 
 def test_what_crosses_between_machines_by_hand():

@@ -12,7 +12,6 @@ in the same run. "python -m moekit.bench NAME --help" has the arguments of each.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import sys
 import time
@@ -23,6 +22,7 @@ from typing import Any
 import pandas as pd
 import torch
 
+from moekit import results
 from moekit.bench import (
     data,
     decode,
@@ -105,20 +105,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser, benches = parsers()
     args = parser.parse_args(arguments)
-    new = args.json is not None and not args.json.exists()
     try:
         if args.json is not None:
-            # If the file is not writable, the error comes before hours of measuring, and not after.
-            args.json.open("a").close()
+            check_writable(args.json)
         tables = tables_of(args, arguments[1:], parser, benches)
-    except (ValueError, OSError, RankError) as error:
-        if new:
-            # Where the file could not be made, there is none to take away.
-            with contextlib.suppress(OSError):
-                args.json.unlink()
+        if args.json is not None:
+            with results.whole(args.json) as part:
+                part.write_text(json.dumps({**about(arguments), "benches": tables}, indent=2) + "\n")
+    except (ValueError, RankError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
-    if args.json is not None:
-        args.json.write_text(json.dumps({**about(arguments), "benches": tables}, indent=2) + "\n")
+    except OSError as error:
+        parser.exit(2, f"{parser.prog}: {error.filename}: {error.strerror}\n")
+
+
+def check_writable(path: Path) -> None:
+    """If the file of ``--json`` cannot be written, the error comes before hours of measuring, and not after."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"--json {path} is no file: name another one")
+    with results.together(path.parent, make=False):
+        pass
 
 
 def tables_of(

@@ -21,8 +21,11 @@ from typing import Any
 import torch
 
 from moekit import paths
+from moekit.arguments import reading
 from moekit.bench import measure
+from moekit.bench.figures import rounded
 from moekit.bench.setting import number, whole
+from moekit.checkpoint.contents import clip
 from moekit.data import binarise, encode_files
 from moekit.data.codec import FILES
 
@@ -82,7 +85,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
         unit), ``ratio``, ``goal`` (of the ratio; None for binarising), ``megabytes``, ``workers``.
 
     Raises:
-        ValueError: the files of moekit and fairseq differ, a file is missing, or the text is empty.
+        ValueError: the files of moekit and fairseq differ, a file is missing, the text has no line, or fairseq's tool fails.
     """
     encoder_json, vocab_bpe, dict_txt = needed = [args.bpe / name for name in FILES]
     # If a file is missing, fairseq restarts its workers without end.
@@ -131,8 +134,10 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
 def _text(path: Path | None, size: int) -> bytes:
     """About ``size`` bytes of text, and not more, in whole lines."""
     if path is not None:
-        with open(path, "rb") as file:
+        with reading(path), open(path, "rb") as file:
             data = file.read(size)
+        if b"\n" not in data:
+            raise ValueError(f"--text {path} has no whole line in its first {size:,} bytes: name a text file")
     else:
         data = b""
         folders = [sysconfig.get_path("stdlib"), *site.getsitepackages()]
@@ -152,7 +157,8 @@ def _fairseq(code: str, *arguments: object) -> float:
     command = [sys.executable, "-c", code, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=3600)
     if done.returncode:
-        raise RuntimeError(f"fairseq's tool ended with {done.returncode}: {done.stderr[-500:]}")
+        last = clip((done.stderr.strip().splitlines() or ["it says nothing"])[-1])
+        raise ValueError(f"fairseq's tool ended with {done.returncode} ({last}): is fairseq installed?")
     return float(json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -167,11 +173,11 @@ def _row(
     megabytes = source.stat().st_size / 1e6
     return {
         "work": work,
-        "figure": round(megabytes / seconds, 2),
+        "figure": rounded(megabytes / seconds),
         "unit": "MB/s",
-        "fairseq": round(megabytes / fairseq, 2),
+        "fairseq": rounded(megabytes / fairseq),
         "ratio": round(fairseq / seconds, 1),
         "goal": goal,
-        "megabytes": round(megabytes, 1),
+        "megabytes": rounded(megabytes),
         "workers": workers,
     }

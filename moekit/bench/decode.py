@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -55,7 +56,7 @@ def limit(
     """The least seconds of a step with ``batch`` sequences per rank.
 
     A step reads once all weights outside the experts, and the weights of the chosen experts; its operations may take longer
-    than these reads. ``experts`` is the number of experts of each MoE layer that a rank reads (:func:`read_by_a_rank`). Keys
+    than these reads. ``experts`` is the number of experts of each MoE layer that a rank reads (:class:`Reads`). Keys
     and values are not counted. The device fetches ``fetched`` bytes of experts from the host.
     """
     read = setting.sizes.shared + sum(experts) * setting.sizes.expert
@@ -72,11 +73,11 @@ def measured(model: Model, setting: Setting, ceilings: Ceilings, batch: int) -> 
     step = seconds_a_step([f.seconds for f in found])
     # The slowest rank decides.
     fetched = max(f.fetched.nbytes for f in found) / found[0].steps
-    chosen = [f.chosen for f in found]
-    least = limit(setting, ceilings, read_by_a_rank(chosen), batch, fetched)
+    reads = Reads.of([f.chosen for f in found])
+    least = limit(setting, ceilings, reads.by_a_rank, batch, fetched)
     gpu = max(f.peak.gpu_gib or 0 for f in found) or None
     host = max(f.peak.host_gib or 0 for f in found) or None
-    note = f"{spread(found[0].seconds)}; {reached(chosen)}"
+    note = f"{spread(found[0].seconds)}; {reads}"
     if setting.resident is not None:
         note += f"; {told(found[0].fetched, found[0].steps)}"
     row = {"gpu_gib": gpu, "host_gib": host, "note": note}
@@ -97,7 +98,7 @@ def measured(model: Model, setting: Setting, ceilings: Ceilings, batch: int) -> 
         # The others have no tokens to wait for.
         seconds = statistics.median(alone[0].seconds)
         note = f"{spread(alone[0].seconds)}; the other ranks serve their experts"
-        best = limit(setting, ceilings, read_by_a_rank([f.chosen for f in alone]), 1)
+        best = limit(setting, ceilings, Reads.of([f.chosen for f in alone]).by_a_rank, 1)
         name = "decode, one sequence in all"
         rows.append(Figure(name, seconds * 1e3, "ms a token", best * 1e3, lower=True, note=note))
 
@@ -147,29 +148,37 @@ def generated(
     ]
 
 
-def read_by_a_rank(chosen: Sequence[np.ndarray]) -> list[float]:
-    """The number of experts that a rank reads in each MoE layer, as a mean over the steps.
+class Reads(NamedTuple):
+    """The experts that a step reads of each MoE layer, as means over the steps.
 
-    A rank reads those of its experts that any rank's tokens choose. Ranks wait for one another in each layer, so the rank
-    that reads the most decides.
-
-    Args:
-        chosen: of each rank, :attr:`Decoded.chosen`.
+    Attributes:
+        ranks: whose tokens these are.
+        experts: of a layer.
+        by_any: [L], those that any rank's tokens choose.
+        by_a_rank: [L], those of one rank. A rank reads those of its experts that any rank's tokens choose. Ranks wait for one
+            another in each layer, so the rank that reads the most decides.
     """
-    by_any = np.logical_or.reduce(list(chosen))
-    held = [owned(by_any.shape[2], len(chosen), rank) for rank in range(len(chosen))]
-    # [W, steps, L]
-    read = np.stack([by_any[:, :, own.start : own.stop].sum(axis=2) for own in held])
-    return read.max(axis=0).mean(axis=0).tolist()
 
+    ranks: int
+    experts: int
+    by_any: list[float]
+    by_a_rank: list[float]
 
-def reached(chosen: Sequence[np.ndarray]) -> str:
-    """How many experts all ranks' tokens choose, and how many of them one rank has to read; the argument as in :func:`read_by_a_rank`."""
-    by_any = np.logical_or.reduce(list(chosen))
-    if by_any.shape[1] == 0:
-        return "no experts"
-    said = f"{by_any.sum(axis=2).mean():.1f} of {by_any.shape[2]} experts a layer"
-    return said if len(chosen) == 1 else f"{said}, {statistics.mean(read_by_a_rank(chosen)):.1f} on one rank"
+    @classmethod
+    def of(cls, chosen: Sequence[np.ndarray]) -> Reads:
+        """What is read where each rank's tokens choose ``chosen`` (:attr:`Decoded.chosen`)."""
+        by_any = np.logical_or.reduce(list(chosen))
+        held = [owned(by_any.shape[2], len(chosen), rank) for rank in range(len(chosen))]
+        # [W, steps, L]
+        read = np.stack([by_any[:, :, own.start : own.stop].sum(axis=2) for own in held])
+        everywhere, most = read.sum(axis=0), read.max(axis=0)
+        return cls(len(held), by_any.shape[2], everywhere.mean(axis=0).tolist(), most.mean(axis=0).tolist())
+
+    def __str__(self) -> str:
+        if not self.by_any:
+            return "no experts"
+        said = f"{statistics.mean(self.by_any):.1f} of {self.experts} experts a layer"
+        return said if self.ranks == 1 else f"{said}, {statistics.mean(self.by_a_rank):.1f} on one rank"
 
 
 # ------------------------------------------------------------------------------------------------- on a rank

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import statistics
 import tempfile
@@ -12,11 +13,13 @@ from typing import NamedTuple
 import torch
 
 import moekit
-from moekit import checkpoint
+from moekit import arguments, checkpoint, results
 from moekit.api import Model
 from moekit.bench import measure, shapes
 from moekit.bench.figures import Figure, spread, too_large
 from moekit.bench.setting import Setting, ceiling_figures
+from moekit.checkpoint.contents import clip
+from moekit.checkpoint.files import NAME
 from moekit.nn.dispatch import owned
 from moekit.ranks import Rank
 from moekit.ranks.machine import host_memory
@@ -25,7 +28,8 @@ from moekit.units import GIB
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--folder", type=Path, help="write the checkpoint there and leave it, or take the one that lies there"
+        "--folder",
+        help="a new or empty one: write the checkpoint there and leave it; or take the one that lies there",
     )
 
 
@@ -33,13 +37,17 @@ def run(setting: Setting, args: argparse.Namespace) -> list[Figure]:
     """Write the shape's files, unless they exist, and load them several times.
 
     The limit of a load is the files' bytes at the rate at which the device fetches them from pinned memory.
+
+    Raises:
+        ValueError: the folder holds something else, or cannot be written to.
     """
     size = 2 * shapes.parameters(setting.config)
     with tempfile.TemporaryDirectory() as temporary:
-        folder = args.folder or Path(temporary)
-        there = folder.is_dir() and any(folder.glob("*.pt"))
+        folder = arguments.check(
+            "--folder", temporary if args.folder is None else args.folder, arguments.Path()
+        )
+        there = holds(setting, folder)
         if not there:
-            folder.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(folder).free
             if why := too_large(size, "files", free, spare=0.05 * size):
                 return [Figure("load", None, "s", note=f"{why} in {folder}: give another with --folder")]
@@ -51,6 +59,35 @@ def run(setting: Setting, args: argparse.Namespace) -> list[Figure]:
             device, kind = torch.device(setting.device), setting.experts_kind
             sums = shapes.write(setting.config, folder, files, device, setting.kind, kind)
         return measured(setting, folder, sums)
+
+
+def holds(setting: Setting, folder: Path) -> bool:
+    """Whether files of the setting's shape lie in ``folder``; if not, it is there, empty, and can be written to.
+
+    Raises:
+        ValueError: something else is there, or it cannot be written to.
+    """
+    hint = "name a folder that is new, empty, or has a checkpoint"
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise ValueError(f"--folder {folder} is no folder: {hint}")
+    with arguments.reading(folder):
+        names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    # What a run that was killed has left is taken away by the next one that writes.
+    names = [name for name in names if not name.startswith(results.PREFIX)]
+    if not any(map(NAME.fullmatch, names)):
+        if names:
+            raise ValueError(f"--folder {folder} holds {clip(names[0])} and no checkpoint: {hint}")
+        with results.together(folder):
+            return False
+    found = checkpoint.survey(checkpoint.find(folder)).config
+    for name in ("layers", "dim", "ffn_dim", "experts"):
+        got, wanted = getattr(found, name), getattr(setting.config, name)
+        if got != wanted:
+            raise ValueError(
+                f"--folder {folder} has a checkpoint with {name}={got}, and --shape {setting.shape} has {wanted}: name the shape "
+                "of the files, or another folder"
+            )
+    return True
 
 
 def measured(setting: Setting, folder: Path, sums: shapes.Sums | None) -> list[Figure]:

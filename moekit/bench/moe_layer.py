@@ -90,6 +90,9 @@ def run(setting: Setting, args: argparse.Namespace) -> list[Figure]:
     moe = random_layer(config, setting, generator)
 
     rows = ceiling_figures(ceilings, setting.dtype)
+    if setting.world_size > 1:
+        note = f"a layer has one rank; --world-size {setting.world_size} does not count here"
+        rows.append(Figure("layer, ranks", 1, "", note=note))
     for tokens, count in zip(asked, groups, strict=True):
         x = torch.randn(count, tokens // count, config.dim, generator=generator, device=device)
         rows += compared(moe, x.to(setting.kind), setting, ceilings, args.against)

@@ -54,15 +54,27 @@ def run(setting: Setting, args: argparse.Namespace) -> list[Figure]:
     if why := setting.too_large():
         return [Figure("score", None, "tokens/s", note=why)]
     with setting.model() as (model, ceilings):
-        rows = ceiling_figures(ceilings, setting.dtype)
-        found = [measured(model, setting, ceilings, blocks) for blocks in args.blocks]
-        rows += [row for some in found for row in some]
-        most = args.blocks.index(max(args.blocks))
-        rows += whole(model, setting, ceilings, args.blocks[most], found[most][0].value)
+        # What evaluate is compared with is measured in any case: passes of the size that its passes have.
+        a_pass = blocks_a_pass(setting)
+        found = {
+            blocks: measured(model, setting, ceilings, blocks)
+            for blocks in dict.fromkeys((*args.blocks, a_pass))
+        }
+        rows = [
+            *ceiling_figures(ceilings, setting.dtype),
+            *(row for some in found.values() for row in some),
+            *whole(model, setting, ceilings, a_pass, found[a_pass][0].value),
+        ]
         goal = setting.goal("against one", ceilings)
     if setting.world_size > 1:
-        rows.append(against_one(setting, args.blocks, max(some[0].value for some in found), goal))
+        best = max(some[0].value for some in found.values())
+        rows.append(against_one(setting, list(found), best, goal))
     return rows
+
+
+def blocks_a_pass(setting: Setting) -> int:
+    """The blocks of one of ``evaluate``'s passes on a rank; see :func:`moekit.scoring.plan_steps`."""
+    return max(1, TOKENS_A_PASS[setting.device] // setting.config.max_positions)
 
 
 def against_one(setting: Setting, blocks: list[int], best: float, goal: float | None) -> Figure:
@@ -134,6 +146,7 @@ def whole(model: Model, setting: Setting, ceilings: Ceilings, blocks: int, alone
     """The speed of ``Model.evaluate`` with batches of one block, including packing and the transfers to and from the ranks.
 
     Args:
+        blocks: of each of its passes on a rank, of which there are two.
         alone: the tokens per second of passes over ``blocks`` blocks.
     """
     count = 2 * setting.world_size * blocks
@@ -153,7 +166,7 @@ def whole(model: Model, setting: Setting, ceilings: Ceilings, blocks: int, alone
             rate,
             "tokens/s",
             limit(setting, ceilings, blocks),
-            note="packed by scoring.plan_steps",
+            note=f"packed by scoring.plan_steps, {blocks} blocks a pass and rank",
         ),
         Figure(f"{name}, of the scoring rate", 100 * rate / alone, "%", 100, goal),
     ]

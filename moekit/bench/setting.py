@@ -99,8 +99,16 @@ class Setting:
             raise ValueError(
                 f"--experts {args.experts}: the shape {setting.shape} has no experts; leave --experts out"
             )
+        if setting.zipf and not setting.config.moe_layers:
+            raise ValueError(
+                f"--zipf {setting.zipf:g}: the shape {setting.shape} has no gates to skew; leave --zipf out"
+            )
         resident, gpu_memory = (getattr(args, name, None) for name in ("resident", "gpu_memory"))
         if resident is None and gpu_memory is None:
+            if not setting.prefetch:
+                raise ValueError(
+                    "--no-prefetch says how experts are fetched, and all stay on the device: give --resident or --gpu-memory, too"
+                )
             return setting
         run = setting.run()
         run, _ = fitting(run, room(run.devices), resident, gpu_memory)
