@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from eager_graph import EagerGraph
 
 INTERPRET = "TRITON_INTERPRET"
 pytest.importorskip("triton")
@@ -214,20 +215,6 @@ def apart(
     return worst
 
 
-class Eager:
-    """What a graph does, kernel by kernel, the runs before the capture included."""
-
-    def __init__(self, work, *inputs):
-        self.work, self.inputs = work, [own.clone() for own in inputs]
-        for _ in range(graphs.WARM_UP):
-            work(*self.inputs)
-
-    def __call__(self, *given):
-        for own, other in zip(self.inputs, given, strict=True):
-            own.copy_(other)
-        return self.work(*self.inputs)
-
-
 def greedily(rank: ranks.Rank, sequences: list[int], steps: int = 2) -> tuple[list, list]:
     """The tokens of greedy steps over ranks, in two calls that go on from one another, and those of the plain model alone."""
     model, plain = over_ranks(rank)
@@ -242,7 +229,7 @@ def greedily(rank: ranks.Rank, sequences: list[int], steps: int = 2) -> tuple[li
         model.serve(most)
     for cache in caches:
         cache.advance(1)
-    own, graphs.Graph = graphs.Graph, Eager
+    own, graphs.Graph = graphs.Graph, EagerGraph
     try:
         step = Greedy(model, caches[0], 50, most)
     finally:
