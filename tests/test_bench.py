@@ -476,7 +476,6 @@ def test_unknown_opponents_are_refused(capsys):
     assert "['vlm'] unknown" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_experts_that_are_fetched(tmp_path):
     """Their share of hits, their bytes, and the limit that the bytes make."""
     how = ["--shape", "tiny", "--device", "cpu", "--resident", "2", "--zipf", "1.2", "--repeats", "2"]
@@ -653,7 +652,6 @@ def test_profiles_beside_the_bench(tmp_path):
         bench.main(["profile", *how])
 
 
-@pytest.mark.slow
 def test_all_at_once(tmp_path, monkeypatch):
     """Those that take long with what they do by default, the profiles, have a test of their own."""
     asked = []
