@@ -67,6 +67,9 @@ def payloads(mark: str) -> dict[str, bytes]:
     key = b")" + b"".join(
         b"q" + bytes([n]) + b"0h" + bytes([n]) + b"h" + bytes([n]) + b"\x86" for n in range(40)
     )
+    pairs = b"}" + b"".join(
+        b"q" + bytes([n]) + b"0}Nh" + bytes([n]) + b"s\x88h" + bytes([n]) + b"s" for n in range(40)
+    )
     huge = struct.pack("<i", 2**31 - 1)
     # Its storage, offset, shape, strides, hooks and call, all noted under one number.
     put = b"r\x10\0\0\0"
@@ -121,6 +124,9 @@ def payloads(mark: str) -> dict[str, bytes]:
         "seven million calls": b"))R" * 7_000_000,
         "three hundred thousand tensors": words + b"]" + (tensor + b"a") * 300_000,
         "tensors without their storages": words + b"]" + b"".join(owns),
+        "a storage of a kind without an end": b"(" + text("storage") + pairs + text("0") + text("cpu") + b"K\x01tQ",
+        "a storage of 2^1,000,000 numbers": b"(" + text("storage") + named("torch.FloatStorage") + text("0") + text("cpu")
+        + b"\x8b" + struct.pack("<i", 125_000) + b"\x7f" * 125_000 + b"tQ",
         "nothing to pop": b"0" * 10,
         "a mark that is gone": b"(1t",
         "an odd dictionary": b"(Nd",

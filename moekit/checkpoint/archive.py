@@ -10,7 +10,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from moekit.checkpoint.contents import short, storage_sizes
+from moekit.checkpoint.contents import clip, short, storage_sizes
 from moekit.checkpoint.objects import Pairs, Unreadable
 from moekit.checkpoint.pickles import EACH, MOST_BYTES, Parsed, parse
 
@@ -223,7 +223,7 @@ def _of_old_file(memory: np.ndarray, each: int) -> Layout:
         at += 8
         if count * size > len(memory) - at:
             raise Unreadable(
-                f"is cut short: it has {len(memory):,} bytes, and its storage {name} ends behind them"
+                f"is cut short: it has {len(memory):,} bytes, and its storage {clip(name)} ends behind them"
             )
         storages[name] = Record(name, at, count * size, None)
         at += count * size

@@ -14,7 +14,20 @@ import torch
 from moekit.checkpoint.objects import Call, Group, Name, Pairs, Reference, Unreadable
 from moekit.checkpoint.pickles import Parsed
 
-_cut = reprlib.Repr()
+
+class _Cut(reprlib.Repr):
+    """It cuts what a pickle makes, too. The library writes objects of classes that it does not know whole, which may never end."""
+
+    repr_Pairs = repr_Group = reprlib.Repr.repr_list
+
+    def repr_Call(self, call: Call, level: int) -> str:
+        return "a call"
+
+    def repr_Reference(self, reference: Reference, level: int) -> str:
+        return "a reference"
+
+
+_cut = _Cut()
 _cut.maxlevel, _cut.maxstring, _cut.maxother, _cut.maxlong = 2, 60, 60, 40
 
 
@@ -249,8 +262,10 @@ class Stored:
         if len(parts) == 6 and parts[5] is not None:
             raise Unreadable("has storages that are parts of others, as torch before version 0.4 wrote them")
         dtype = STORAGES.get(kind.rpartition(".")[2]) if type(kind) is Name else None
-        if dtype is None or type(name) is not str or type(count) is not int or count < 0:
+        if dtype is None or type(name) is not str:
             raise Unreadable(f"is damaged, or has a storage of an unknown kind: {short(kind)}")
+        if type(count) is not int or not 0 <= count < 2**48:
+            raise Unreadable(f"is damaged: the length of a storage is {short(count)}")
         self.name, self.count, self.dtype = name, count, dtype
         self.bytes: int = count * dtype.itemsize
 

@@ -52,6 +52,3 @@ class Reference:
 
     def __init__(self, name: Any):
         self.name, self.meaning = name, None
-
-    def __repr__(self) -> str:
-        return f"Reference(name={self.name!r})"
