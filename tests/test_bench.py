@@ -175,6 +175,21 @@ def test_ceilings_leave_torchs_draws_as_they_are():
     assert found.matmul > 0 and torch.equal(torch.get_rng_state(), before)
 
 
+def test_the_ceiling_of_a_product_is_that_of_a_linear_layer(monkeypatch):
+    """torch has another way for a matrix that lies otherwise, which is much slower where a CPU has no float16."""
+    lying, mm = set(), torch.mm
+
+    def seen(a, b, out):
+        lying.add((a.stride(), b.stride()))
+        return mm(a, b, out=out)
+
+    monkeypatch.setattr(torch, "mm", seen)
+    measure.ceilings(Rank(0, 1, CPU), torch.float32)
+    ((rows, columns),) = lying
+    layer = torch.nn.Linear(rows[0], rows[0], device="meta")
+    assert rows == layer.weight.stride() and columns == layer.weight.T.stride()
+
+
 def test_ceilings_are_the_slowest_ranks():
     found = measure.slowest([Ceilings(3, 5, 7, "x"), Ceilings(4, 4, 4, "x")])
     assert found == Ceilings(3, 4, 4, "2 x x")
@@ -355,6 +370,10 @@ def test_a_wrong_layer_is_an_error():
     [
         (["score", "--device", "cpu", "--backend", "triton"], "backend='triton' needs"),
         (["decode", "--device", "cpu", "--world-size", "0"], "world_size=0"),
+        (
+            ["score", "--device", "cpu", "--world-size", "1000"],
+            "--world-size 1000: ranks on the CPU need a core each",
+        ),
         (
             ["decode", "--device", "cpu", "--shape", "dense-tiny", "--experts", "int8"],
             "--experts int8: the shape dense-tiny has no experts",

@@ -81,7 +81,12 @@ class Setting:
             ValueError: this machine does not support the setting.
         """
         device = ranks.choose_devices(args.world_size, args.device)[0]
-        on_gpu = device.type == "cuda"
+        on_gpu, cores = device.type == "cuda", ranks.usable_cores()
+        if not on_gpu and args.world_size > cores:
+            raise ValueError(
+                f"--world-size {args.world_size}: ranks on the CPU need a core each to be measured, and this machine has "
+                f"{cores}: give {cores} at most"
+            )
         dtype = args.dtype or ("float16" if on_gpu else "float32")
         kind = None if args.experts is None else KINDS[args.experts]
         setting = cls(
