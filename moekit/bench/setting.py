@@ -165,7 +165,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend", choices=("auto", *BACKENDS), default="auto", help="auto: the fastest one for the device"
     )
-    parser.add_argument("--world-size", type=int, default=1, help="ranks; each has a GPU or a process (1)")
+    parser.add_argument("--world-size", type=int, default=1, help="ranks; each has a GPU or a core (1)")
 
 
 def add_shape(parser: argparse._ActionsContainer) -> None:
