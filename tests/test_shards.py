@@ -90,6 +90,26 @@ def test_log_probabilities_are_those_of_the_branch(written, case, kind):
     np.testing.assert_allclose(logits.log_softmax(-1).numpy(), recorded[case], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("folder", "one", "other"),
+    [
+        ("plain", "rank-0", "rank-2"),
+        ("wrapped", "rank-1-shard1", "rank-2-shard2"),
+        ("flat", "shared-shard0", "shared-shard1"),
+    ],
+)
+def test_swapped_files_are_refused(written, tmp_path, folder, one, other):
+    """Their archives have one name, and each tells the rank that wrote it."""
+    there = shutil.copytree(written / "3ranks_3experts" / folder, tmp_path / "there")
+    one, other = (there / f"checkpoint_last-{part}.pt" for part in (one, other))
+    checkpoint.survey(checkpoint.find(there))
+    one.rename(there / "kept")
+    other.rename(one)
+    (there / "kept").rename(other)
+    with pytest.raises(ValueError, match=rf"{one} was written by rank \d: were files swapped"):
+        checkpoint.survey(checkpoint.find(there))
+
+
 def test_results_are_those_of_the_plain_files(written):
     folder, ids = written / "4ranks_2experts", [[5, 6, 7, 8, 9], [10, 11]]
     with moekit.load(folder / "plain", 1, "cpu", progress=False) as model:

@@ -43,6 +43,8 @@ def check_belongs(files: Files, states: Mapping[Path, Mapping[str, Any]]) -> Non
             options_of(states[path], str(path))
     for path in files.all:
         _check_name(path, states[path]["model"].folder)
+    _check_order({path: _writer(states[path]) for path in files.ranks})
+    _check_order({path: _writer(states[path]) for path in files.common})
     _check_copies({path: states[path]["model"] for path in files.ranks})
     _check_parts({path: states[path]["model"] for path in files.common})
     odd: dict[Path, tuple[Path, str]] = {}
@@ -107,6 +109,28 @@ def _check_name(path: Path, folder: str | None) -> None:
         raise ValueError(
             f"{path} was written as {folder}: were files swapped? If it was renamed on purpose, save it anew under its name"
         )
+
+
+def _check_order(writers: Mapping[Path, int | None]) -> None:
+    """Each file of the branch tells the rank that wrote it. Who writes files anew may leave other ranks there.
+
+    So files are swapped only where they tell the very ranks of the names in another order.
+    """
+    numbers = {path: _numbers(path.name) for path in writers}
+    named = {path: told.get("rank", told.get("shard")) for path, told in numbers.items()}
+    if set(writers.values()) != set(named.values()):
+        return
+    for path, writer in writers.items():
+        if writer != named[path]:
+            raise ValueError(f"{path} was written by rank {writer}: were files swapped? Fetch them again")
+
+
+def _writer(state: Mapping[str, Any]) -> int | None:
+    """The rank that wrote a file, where it tells."""
+    cfg = state.get("cfg")
+    told = cfg.get("distributed_training") if isinstance(cfg, Mapping) else state.get("args")
+    rank = told.get("distributed_rank") if isinstance(told, Mapping) else None
+    return rank if type(rank) is int else None
 
 
 def _numbers(name: str) -> dict[str, str | int]:
