@@ -1,8 +1,10 @@
-"""Whether processes have ended, and what they have left."""
+"""Whether processes have ended, and what they have left; a limit for what would hang."""
 
+import contextlib
 import os
+import signal
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 import psutil
 
@@ -30,3 +32,19 @@ def left_in_shared_memory(before: Collection[str], within: float = 2.0) -> set[s
     while (left := set(os.listdir("/dev/shm")) - set(before)) and time.monotonic() < end:
         time.sleep(0.02)
     return left
+
+
+@contextlib.contextmanager
+def limited(seconds: int) -> Iterator[None]:
+    """In this block of the main thread, a TimeoutError after so many seconds, also where it waits for a lock."""
+
+    def late(*_: object) -> None:
+        raise TimeoutError(f"this takes longer than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)

@@ -24,15 +24,21 @@ import threading
 import time
 import traceback
 import weakref
+from collections.abc import Callable
 from typing import Any, NoReturn
 
+from moekit.interrupts import hold_interrupts
 from moekit.processes.channel import from_standard_input, readable
+from moekit.processes.system import Process, exit_code
 
 # Seconds for the server to start.
 START_LIMIT = 120.0
 
 # Seconds for a fork.
 FORK_LIMIT = 20.0
+
+# Seconds between two looks at a server that is waited for, and looks in a row at which it is stopped that end the wait.
+LOOK, STOPPED = 0.1, 5
 
 # Seconds without a rank after which the server ends; in a notebook, a person reads between one cell and the next.
 IDLE = 5.0
@@ -97,7 +103,8 @@ os.register_at_fork(after_in_child=_after_fork)
 def prepare() -> Server:
     """The server of this process and environment; started, not awaited, if there is none."""
     global _server
-    with _starting:
+    # A lock that an interrupt leaves locked would be waited for in vain.
+    with hold_interrupts(), _starting:
         if _server is None or not _server.fits():
             if _server is not None:
                 _server.retire()
@@ -121,12 +128,15 @@ class Server:
 
     def __init__(self) -> None:
         self._owner, self._environment = os.getpid(), _lasting()
-        self._lock = threading.Lock()
+        # The garbage collector may end a pool, which listens, while its thread listens already.
+        self._lock = threading.RLock()
         # Answers to requests to fork: a pid, or a negative number for an error.
         self._answers: list[int] = []
         # Exit codes by pid.
         self._codes: dict[int, int] = {}
         self._ready = self._gone = False
+        # Whether it was waited for in vain: it is asked for no other ranks, and those that it has may live.
+        self._given_up = False
         path = [os.path.abspath(entry) for entry in sys.path]
         code = (
             f"import sys; sys.path[:] = {path!r}; from moekit.processes.forkserver import main; "
@@ -135,6 +145,8 @@ class Server:
         # Threads of a BLAS that starts with its library would be lost in a fork.
         single = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         self._pipe, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        # A server that is stopped reads nothing.
+        self._pipe.setblocking(False)
         try:
             with theirs, tempfile.TemporaryFile() as log:
                 process = subprocess.Popen(
@@ -148,17 +160,19 @@ class Server:
         except BaseException:
             self._pipe.close()
             raise
+        self._pid = process.pid
         # With the last one that can ask it, the server ends.
         weakref.finalize(self, self._pipe.close)
         # Its end is waited for, so that no zombie stays.
         threading.Thread(target=process.wait, name="forkserver", daemon=True).start()
 
     def fits(self) -> bool:
-        """Whether this server is this process's and alive, and libraries read the same environment there as here."""
+        """Whether this server is this process's, alive and not stopped, and libraries read the same environment there as here."""
         if self._owner != os.getpid():
             return False
         self.listen()
-        return not self._gone and self._environment == _lasting()
+        lives = not (self._gone or self._given_up or self._stopped())
+        return lives and self._environment == _lasting()
 
     @property
     def ready(self) -> bool:
@@ -175,10 +189,11 @@ class Server:
     def listen(self, seconds: float = 0.0) -> None:
         """Read the server's messages, waiting for them at most this many seconds."""
         readable(self._pipe, seconds)
-        with self._lock:
+        # An interrupt would lose a message that is read.
+        with self._lock, hold_interrupts():
             while not self._gone:
                 try:
-                    message = self._pipe.recv(LARGEST, socket.MSG_DONTWAIT)
+                    message = self._pipe.recv(LARGEST)
                 except BlockingIOError:
                     return
                 except OSError:
@@ -189,25 +204,52 @@ class Server:
                 kind, *content = pickle.loads(message)
                 if kind == "ready":
                     self._ready = True
+                elif kind == "forked" and self._given_up:
+                    # Nobody waits for this one any more. Its pipe is closed, and so it ends.
+                    self.release(content[0])
                 elif kind == "forked":
+                    # A number is used again.
+                    self._codes.pop(content[0], None)
                     self._answers.append(content[0])
                 else:
                     self._codes[content[0]] = content[1]
 
     def wait_ready(self) -> None:
-        end = time.monotonic() + START_LIMIT
-        while not self._ready:
-            self.listen(0.2)
-            if self._gone or time.monotonic() > end:
-                self._gone = True
+        """Return once it can fork; raises as :meth:`_await`."""
+        self._await(lambda: self._ready, START_LIMIT)
+
+    def _await(self, come: Callable[[], bool], seconds: float) -> None:
+        """Listen until ``come()``.
+
+        Raises:
+            Unavailable: the server is gone.
+            TimeoutError: it is stopped, or says nothing for this many seconds. The next start makes another server.
+        """
+        end, stopped = time.monotonic() + seconds, 0
+        while not come():
+            if self._gone:
                 raise Unavailable
+            stopped = stopped + 1 if self._stopped() else 0
+            if stopped == STOPPED or time.monotonic() > end:
+                self._given_up = True
+                how = "has been stopped by a signal" if stopped else f"has not answered for {seconds:g} s"
+                raise TimeoutError(
+                    errno.ETIMEDOUT, f"process {self._pid}, from which ranks are forked, {how}"
+                )
+            self.listen(LOOK)
+
+    def _stopped(self) -> bool:
+        """Whether a signal has stopped it."""
+        process = Process.of(self._pid)
+        return process is not None and process.stopped
 
     def fork(self, order: dict[str, Any], pipe: int, log: int) -> Forked:
         """A rank, forked: ``pipe`` is its stdin, ``log`` its stdout and stderr.
 
         Raises:
             Unavailable: the server is gone.
-            OSError: it cannot fork, or does not answer.
+            TimeoutError: it is stopped, or does not answer.
+            OSError: it cannot fork.
         """
         with _starting:
             # One request at a time, as an answer does not name its request.
@@ -216,16 +258,7 @@ class Server:
                 socket.send_fds(self._pipe, [pickle.dumps(("fork", order))], [pipe, log])
             except OSError as error:
                 raise Unavailable from error
-            end = time.monotonic() + FORK_LIMIT
-            while not self._answers:
-                self.listen(0.2)
-                if not self._answers and self._gone:
-                    # The server was idle and ended without reading the request.
-                    raise Unavailable
-                if not self._answers and time.monotonic() > end:
-                    # The next start makes another server.
-                    self._gone = True
-                    raise OSError(errno.EAGAIN, "the process that ranks are forked from does not answer")
+            self._await(lambda: bool(self._answers), FORK_LIMIT)
             if (pid := self._answers.pop()) < 0:
                 raise OSError(-pid, os.strerror(-pid))
             return Forked(self, pid)
@@ -235,7 +268,8 @@ class Server:
         if self._gone:
             # Ranks end with their server.
             return self._codes.get(pid, -signal.SIGKILL)
-        return self._codes.get(pid)
+        # A server that is stopped does not tell, and the system does.
+        return self._codes[pid] if pid in self._codes else exit_code(pid)
 
     def release(self, pid: int) -> None:
         """Let the system use ``pid`` again."""

@@ -8,6 +8,7 @@ caller's ``__main__`` again in each of them. No rank outlives its driver, howeve
 Another kind of pool is another subclass of :class:`Ranks`: functions that run on a rank see a :class:`Rank` alone.
 """
 
+from moekit.processes.system import usable_cores
 from moekit.ranks.base import Each, Rank, RankError, Ranks, Stream
 from moekit.ranks.devices import WHERE, choose_devices, devices_to_come
 from moekit.ranks.launch import prepare, ready
@@ -15,7 +16,6 @@ from moekit.ranks.lent import LentRanks
 from moekit.ranks.pools import start
 from moekit.ranks.ray_ranks import RayRanks
 from moekit.ranks.spawned import SpawnedRanks
-from moekit.ranks.system import usable_cores
 from moekit.ranks.this_process import ThisProcess
 
 __all__ = [

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import torch
 
-from moekit.ranks.system import usable_cores
+from moekit.processes.system import usable_cores
 
 
 class RankError(RuntimeError):

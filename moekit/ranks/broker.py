@@ -19,8 +19,8 @@ from typing import Any
 import cloudpickle
 
 from moekit.headlines import first_line, folded, headline
-from moekit.processes import channel
-from moekit.ranks import links, supervisor, system
+from moekit.processes import channel, system
+from moekit.ranks import links, supervisor
 
 # Seconds between two looks at the links between nodes, for one connection, and between two looks at the head.
 EACH, CONNECT, HEAD = 3.0, 2.5, 2.0

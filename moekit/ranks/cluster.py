@@ -17,8 +17,8 @@ import cloudpickle
 
 from moekit.interrupts import hold_interrupts
 from moekit.processes import channel
+from moekit.processes.system import Process
 from moekit.ranks.piped import Member, read_tail
-from moekit.ranks.system import Process
 
 # Seconds for the broker to end the actors.
 END_LIMIT = 8.0

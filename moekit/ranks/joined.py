@@ -28,13 +28,13 @@ import torch.distributed as dist
 from moekit.headlines import headline
 from moekit.interrupts import hold_interrupts
 from moekit.processes import channel
+from moekit.processes.system import Process, any_ready, pid_space
 from moekit.ranks import links
 from moekit.ranks.base import Rank
 from moekit.ranks.launch import launch
 from moekit.ranks.piped import Member, PipedRanks
 from moekit.ranks.server import serve
 from moekit.ranks.spawned import Child, end_processes
-from moekit.ranks.system import Process, any_ready, pid_space
 from moekit.ranks.watch import silence_limit
 
 # Seconds for all processes of the launcher to come, and for a rank to reach rank 0's store.

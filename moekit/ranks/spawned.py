@@ -19,11 +19,11 @@ from moekit.headlines import headline
 from moekit.interrupts import hold_interrupts
 from moekit.processes import channel
 from moekit.processes.forkserver import Forked, Server
+from moekit.processes.system import Process, any_ready, end_of
 from moekit.ranks.base import Rank
 from moekit.ranks.launch import await_server, launch
 from moekit.ranks.piped import START_LIMIT, Member, PipedRanks, read_tail
 from moekit.ranks.server import join
-from moekit.ranks.system import Process, any_ready, end_of
 
 # Seconds for killed processes to end.
 END_LIMIT = 10.0
@@ -113,6 +113,8 @@ def _cannot_start(error: OSError) -> str:
         advice = "close files and models, or raise `ulimit -n`, and load the model again"
     if error.errno in (errno.EAGAIN, errno.ENOMEM):
         advice = "end other processes, or raise `ulimit -u` and the memory, and load the model again"
+    if error.errno == errno.ETIMEDOUT:
+        advice = "find out what holds that process up, and load the model again, which starts another one in its place"
     return f"no rank can be started ({headline(error)}): {advice}"
 
 

@@ -20,7 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from moekit.ranks import links, system
+from moekit.processes import system
+from moekit.ranks import links
 
 # Seconds after which an actor whose rank has ended, or that was never told to start one, ends by itself.
 FORGOTTEN = 60.0

@@ -15,8 +15,8 @@ import torch
 
 from moekit.headlines import headline
 from moekit.interrupts import hold_interrupts
+from moekit.processes.system import usable_cores
 from moekit.ranks.base import Rank, RankError, Ranks, Stream, busy, forked, gone, noting, own
-from moekit.ranks.system import usable_cores
 
 
 class ThisProcess(Ranks):

@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from moekit.processes.system import Process
 from moekit.ranks.base import RankError
-from moekit.ranks.system import Process
 
 # Seconds between two beats of a rank.
 BEAT = 1.0

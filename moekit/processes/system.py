@@ -50,6 +50,16 @@ class Process:
         return f"its process {STATES.get(self.state, 'is in an unknown state')}: state {self.state}"
 
 
+def exit_code(pid: int) -> int | None:
+    """That of a process that has ended and that its parent has not taken leave of, negative for a signal; None where it runs, or
+    where the system does not tell."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return os.waitstatus_to_exitcode(int(fields[-1])) if fields[0] == "Z" else None
+    except (OSError, IndexError, ValueError):
+        return None
+
+
 def pid_space() -> str | None:
     """What all processes have in common that know one another by the same numbers; None where the system does not tell."""
     try:
