@@ -473,8 +473,10 @@ def test_any_kind_of_driver(tmp_path, how):
     assert not list(temp.iterdir())
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_no_rank_outlives_its_driver(tmp_path, number):
+@pytest.mark.parametrize(
+    "number, stopped", [(signal.SIGKILL, False), (signal.SIGKILL, True), (signal.SIGINT, False)]
+)
+def test_no_rank_outlives_its_driver(tmp_path, number, stopped):
     def heed():  # a shell's job in the background is started deaf to SIGINT
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -483,6 +485,8 @@ def test_no_rank_outlives_its_driver(tmp_path, number):
         pids = [int(p) for p in driver.stdout.readline().split()]
         assert len(pids) == 2, driver.stderr.read()
         assert [driver.stdout.readline(), driver.stdout.readline()] == ["stuck\n"] * 2
+        for rank in pids if stopped else ():
+            psutil.Process(rank).suspend()
         os.killpg(driver.pid, number)
         _, err = driver.communicate(timeout=20)
     finally:

@@ -22,9 +22,11 @@ SMALL = 65_536
 def from_standard_input() -> socket.socket:
     """The pipe to the driver that a new process has as its standard input, which is empty from then on.
 
-    Ctrl-C reaches the processes of a terminal all at once; it is the driver's to handle.
+    Ctrl-C reaches the processes of a terminal all at once; it is the driver's to handle. SIGHUP comes with SIGCONT to a process that
+    is stopped while its parent ends: it goes on, finds that out, and cleans up.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     pipe = socket.socket(fileno=os.dup(0))
     with open(os.devnull) as nothing:
         os.dup2(nothing.fileno(), 0)
