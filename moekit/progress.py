@@ -63,4 +63,6 @@ def bar(label: str, total: int, unit: str, *, done: int = 0, show: bool = True, 
     show = check("progress", show, Flag())
     kind = KernelBar if under_kernel() else tqdm
     options = {"initial": done, "unit": unit, "unit_scale": True, "mininterval": 0.3, "delay": delay}
-    return kind(desc=label, total=total, disable=not show, **options)
+    # A service, say, may have no standard error.
+    nowhere = kind is tqdm and sys.stderr is None
+    return kind(desc=label, total=total, disable=nowhere or not show, **options)

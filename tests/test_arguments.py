@@ -161,6 +161,12 @@ def test_a_bar_takes_a_flag_alone(show):
         bar("x", 1, "B", show=show)
 
 
+def test_a_bar_of_a_process_without_standard_error(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    with bar("x", 2, "B") as shown:
+        shown.update(2)
+
+
 def test_long_values_are_cut():
     with pytest.raises(ValueError, match="x=<a number of 16610 bits>: expected at most 9223372036854775807"):
         check("x", 10**5000, Whole())
