@@ -1,6 +1,7 @@
 """The pool of ranks: what it promises, and what it leaves behind when something goes wrong."""
 
 import contextlib
+import functools
 import itertools
 import os
 import signal
@@ -17,12 +18,14 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
-from processes import gone
+from processes import gone, limited
 
 from moekit import ranks
 from moekit.ranks import Each, RankError, Stream, start, streams
 from moekit.ranks.devices import waking
 from moekit.ranks.joined import Word, sharing
+from moekit.ranks.piped import PipedRanks
+from moekit.ranks.this_process import ThisProcess
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # as if these functions stood in a notebook
 HERE = Path(ranks.__file__).parents[2]
@@ -355,6 +358,75 @@ def test_a_death_is_seen_though_a_child_holds_the_pipe():
 
     with start(2, "cpu") as pool, pytest.raises(RankError, match="rank 1 ended with exit code 4"):
         pool.call(orphan, timeout=30)
+
+
+def pressed(call, kind, at):
+    """What comes of ``call``, or None, and the lines that it has in the method of ``kind``; the interrupt key is pressed at one."""
+    lines, result = 0, None
+
+    def trace(frame, event, _):
+        nonlocal lines
+        if frame.f_code is not kind.call.__code__:
+            return None
+        lines += event == "line"
+        if event == "line" and lines == at:
+            signal.raise_signal(signal.SIGINT)
+        return trace
+
+    handler, tracer = signal.signal(signal.SIGINT, signal.default_int_handler), sys.gettrace()
+    sys.settrace(trace)
+    try:
+        with limited(20):
+            result = call()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(tracer)
+        signal.signal(signal.SIGINT, handler)
+    return result, lines
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_interrupt_key_at_any_line_of_a_call_leaves_ranks_that_work_or_are_gone(world_size, temp):
+    kind, at, lines, survived = ThisProcess if world_size == 1 else PipedRanks, 0, 1, 0
+    pool = start(world_size, "cpu")
+    while at <= lines:
+        at += 1
+        result, lines = pressed(functools.partial(pool.call, number_of, at), kind, at)
+        assert result in (None, [at] * world_size)
+        try:
+            assert pool.call(number_of, -at) == [-at] * world_size
+            survived += 1
+        except RuntimeError as error:
+            assert str(error) == "the ranks are gone (interrupted): load the model again"
+            assert world_size > 1
+            pool = start(world_size, "cpu")
+    pool.close()
+    assert lines > 10 and survived and not list(temp.iterdir())
+
+
+def test_a_second_interrupt_leaves_no_answers_to_the_next_call(monkeypatch):
+    def give_up(pool, *failure, before=PipedRanks._give_up):
+        signal.raise_signal(signal.SIGINT)
+        before(pool, *failure)
+
+    def on_report(rank, message):
+        raise KeyboardInterrupt
+
+    def work(rank):
+        rank.report(None)
+        return "of the first call"
+
+    monkeypatch.setattr(PipedRanks, "_give_up", give_up)
+    with start(2, "cpu") as pool:
+        with pytest.raises(KeyboardInterrupt):
+            pool.call(work, on_report=on_report)
+        with pytest.raises(RuntimeError, match=r"the ranks are gone \(interrupted\)"):
+            pool.call(number_of, 1)
+
+
+def number_of(rank, number):
+    return number
 
 
 def test_timeout_names_the_late_ranks():

@@ -221,9 +221,13 @@ class JoinedRanks(PipedRanks):
         self, launched: Launch, device: torch.device, timeout: float = 1800.0, silence: float | None = None
     ):
         super().__init__([device] * launched.world_size, timeout, silence_limit(silence))
-        self._folder = Path(tempfile.mkdtemp(prefix="moekit-ranks-"))
         self._children: list[Child] = []
-        self._end = weakref.finalize(self, _end_all, self._owner, self._children, self._pipes, self._folder)
+        with hold_interrupts():
+            # An interrupt in between would leave a folder that is never removed.
+            self._folder = Path(tempfile.mkdtemp(prefix="moekit-ranks-"))
+            self._end = weakref.finalize(
+                self, _end_all, self._owner, self._children, self._pipes, self._folder
+            )
         try:
             self._start(launched)
         except BaseException:

@@ -72,7 +72,7 @@ class PipedRanks(Ranks):
         super().__init__(devices)
         self._timeout, self._silence, self._owner = timeout, silence, os.getpid()
         self._why_gone = "closed"
-        self._lock, self._caller, self._joined = threading.Lock(), None, False
+        self._lock, self._busy, self._joined = threading.Lock(), False, False
         self._members: list[Member] = []
         self._pipes: list[socket.socket] = []
         self._incoming: list[channel.Incoming] = []
@@ -85,23 +85,24 @@ class PipedRanks(Ranks):
         operation = getattr(fn, "__name__", type(fn).__name__)
         feed = next((Feed(arg, self._pipes) for arg in args if isinstance(arg, Stream)), None)
         jobs = self._jobs(fn, args, kwargs)
-        me, failed = object(), []
-        try:
+        failed = []
+        # A second interrupt while the first one ends the ranks would leave them in the middle of this call.
+        with hold_interrupts() as as_before:
             with self._lock:
-                if self._caller is not None:
+                if self._busy:
                     raise busy()
-                self._caller = me
-            self._await_joined()
-            results = self._run(operation, self._outgoing(jobs), timeout, on_report, feed, failed)
-        except BaseException as error:
-            if failed:
-                error.add_note(f"Before it, in the driver: {headline(failed[0])}")
-            if self._caller is me:
+                self._busy = True
+            try:
+                with as_before():
+                    self._await_joined()
+                    results = self._run(operation, self._outgoing(jobs), timeout, on_report, feed, failed)
+            except BaseException as error:
+                if failed:
+                    error.add_note(f"Before it, in the driver: {headline(failed[0])}")
                 self._give_up(operation, error)
-            raise
-        finally:
-            if self._caller is me:
-                self._caller = None
+                raise
+            finally:
+                self._busy = False
         if failed:
             raise failed[0]
         return results

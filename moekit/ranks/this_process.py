@@ -29,7 +29,7 @@ class ThisProcess(Ranks):
         super().__init__(devices)
         self._owner = os.getpid()
         self._rank: Rank | None = Rank(0, 1, devices[0])
-        self._lock, self._caller = threading.Lock(), None
+        self._lock, self._busy = threading.Lock(), False
         # The interpreter's exit closes the pool before it takes modules apart. An abandoned stream has nothing to end then.
         self._end = weakref.finalize(self, int)
         torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
@@ -40,17 +40,17 @@ class ThisProcess(Ranks):
             raise forked(self._owner)
         if self._rank is None or not self._end.alive:
             raise gone("closed")
-        me = object()
-        try:
+        # An interrupt while torch's settings change would leave them changed by half.
+        with hold_interrupts() as as_before:
             with self._lock:
-                if self._caller is not None:
+                if self._busy:
                     # This call would change under the other one what both use: experts that are fetched, caches, graphs.
                     raise busy()
-                self._caller = me
-            return self._call(fn, args, kwargs, on_report)
-        finally:
-            if self._caller is me:
-                self._caller = None
+                self._busy = True
+            try:
+                return self._call(fn, args, kwargs, on_report, as_before)
+            finally:
+                self._busy = False
 
     def _call(
         self,
@@ -58,7 +58,9 @@ class ThisProcess(Ranks):
         args: tuple,
         kwargs: dict[str, Any],
         on_report: Callable[[int, Any], None] | None,
+        as_before: Callable[[], contextlib.AbstractContextManager[None]],
     ) -> list[Any]:
+        """The result. Interrupts come while the function runs, in ``as_before``, and not before and after it."""
         # As with ranks in processes of their own, an error of the driver's ends a stream, and does not go through the function.
         streams = any(isinstance(arg, Stream) for arg in args)
         failed: list[BaseException] = []
@@ -86,8 +88,7 @@ class ThisProcess(Ranks):
             else contextlib.nullcontext()
         )
         try:
-            # An interrupt while torch's settings change would leave them changed by half.
-            with hold_interrupts() as as_before, here, _torchs_defaults(), as_before():
+            with here, _torchs_defaults(), as_before():
                 result = fn(self._rank, *args, **kwargs)
         except (Exception, SystemExit) as error:
             if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
