@@ -410,6 +410,18 @@ def test_mistakes_are_one_sentence(arguments, said, capsys):
     assert said in error and error.count("\n") == 1
 
 
+def test_a_wait_that_is_too_long_says_so(capsys, monkeypatch):
+    """It is an error of the system's kind, and of no file."""
+
+    def ended(*_: object) -> None:
+        raise TimeoutError("no progress from ranks [1]")
+
+    monkeypatch.setattr(bench, "tables_of", ended)
+    with pytest.raises(SystemExit, match="2"):
+        bench.main(["network"])
+    assert capsys.readouterr().err.endswith(": no progress from ranks [1]\n")
+
+
 def test_a_folder_with_something_else_in_it_stays_as_it_is(tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("mine")
     for folder, said in (

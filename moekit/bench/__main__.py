@@ -115,7 +115,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, RankError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     except OSError as error:
-        parser.exit(2, f"{parser.prog}: {error.filename}: {error.strerror}\n")
+        # Some, such as a wait that was too long, are about no file.
+        said = error if error.filename is None else f"{error.filename}: {error.strerror}"
+        parser.exit(2, f"{parser.prog}: {said}\n")
 
 
 def check_writable(path: Path) -> None:

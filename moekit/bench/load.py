@@ -62,7 +62,7 @@ def run(setting: Setting, args: argparse.Namespace) -> list[Figure]:
 
 
 def holds(setting: Setting, folder: Path) -> bool:
-    """Whether files of the setting's shape lie in ``folder``; if not, it is there, empty, and can be written to.
+    """Whether files with the setting's layers, dims and experts lie in ``folder``; if not, it is there, empty, and can be written to.
 
     Raises:
         ValueError: something else is there, or it cannot be written to.

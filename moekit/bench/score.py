@@ -27,6 +27,7 @@ from moekit.nn.memory import TOKENS_A_PASS
 from moekit.nn.passes import Pass
 from moekit.nn.resident import Counts
 from moekit.nn.transformer import Transformer
+from moekit.profiling.naming import BY_NAME
 from moekit.profiling.work import Size
 from moekit.ranks import Rank
 from moekit.scoring import score_batches
@@ -235,7 +236,7 @@ def describe(rank: Rank, batches: Sequence[Batch], fraction: float | None = FRAC
 
 # Names of the kernels that move rows or wait for other ranks. The second product of the experts also moves rows if it
 # writes results straight into the peers' memory; that time is not counted.
-MOVING = ("nccl", "_publish", "_meet", "_merge", "_pull", "_hand_out", "_send", "_collect")
+MOVING = ("nccl", "_meet", *(name for name, part in BY_NAME.items() if part in ("dispatch", "combine")))
 
 
 def exchanged(rank: Rank, work: Callable[[], object]) -> float:
