@@ -23,7 +23,17 @@ NUMBERED = re.compile(
 UPDATES = "optimizer_history[-1].num_updates"
 # Sections of cfg that are alike on all ranks of a training, but for paths, which a copy of it may have changed.
 SECTIONS = ("model", "task", "criterion", "optimizer", "lr_scheduler", "optimization")
-FLAT = ("arch", "seed", "lr", "max_update", "total_num_update", "update_freq", "optimizer", "clip_norm")
+FLAT = (
+    "arch",
+    "seed",
+    "lr",
+    "max_update",
+    "total_num_update",
+    "update_freq",
+    "optimizer",
+    "clip_norm",
+    *sorted(READ),
+)
 
 
 def check_belongs(files: Files, states: Mapping[Path, Mapping[str, Any]]) -> None:
@@ -90,7 +100,9 @@ class _Compared(NamedTuple):
 
 
 def _compared(files: Files, states: Mapping[Path, Mapping[str, Any]]) -> Iterator[_Compared]:
-    told = {path: _training(states[path]) for path in (files.first, *files.all) if path in states}
+    told = {
+        path: _training(states[path]) for path in dict.fromkeys((files.first, *files.all)) if path in states
+    }
     for name in dict.fromkeys(name for one in told.values() for name in one):
         held = {path: one[name] for path, one in told.items() if name in one}
         ((expected, _),) = Counter(held.values()).most_common(1)
@@ -206,7 +218,7 @@ def _training(state: Mapping[str, Any]) -> dict[str, Any]:
 def _sections(state: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     args = state.get("args")
     if isinstance(args, Mapping):
-        return {"args.": {name: args[name] for name in (*FLAT, *sorted(READ)) if name in args}}
+        return {"args.": {name: args[name] for name in FLAT if name in args}}
     cfg = state.get("cfg")
     if not isinstance(cfg, Mapping):
         return {}

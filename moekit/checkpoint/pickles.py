@@ -70,8 +70,8 @@ class _Machine:
     def run(self) -> Any:
         """Carry out all instructions; returns the object that the pickle makes.
 
-        A file of many tensors has a million instructions of these few kinds, so they stand here in a loop without calls. All
-        others are in ``ACTIONS``.
+        Most instructions are of these few kinds, and where tensors are not written as rebuilt.py knows them a file has a million
+        of them, so they stand here in a loop without calls. All others are in ``ACTIONS``.
         """
         data, size, stack, marks, memo, act = (
             self.data,

@@ -286,7 +286,7 @@ def fill(
         ValueError: a tensor is damaged, or a file has changed since the survey.
     """
     targets = Targets(model, held.start)
-    filled: list[Place] = []
+    filled = Filled()
     inspections: list[Inspection] = []
 
     def wanted(source: Source, weights: Weights) -> Iterator[tuple[Wanted, Part, int]]:
@@ -347,9 +347,8 @@ def fill(
     copying.copy(pieces(), targets.device, threads, progress, kernels=model.backend == "triton")
     for inspection in inspections:
         inspection.remember()
-    result = Filled(filled)
-    result.nonfinite = [found for inspection in inspections for found in inspection.nonfinite]
-    return result
+    filled.nonfinite = [found for inspection in inspections for found in inspection.nonfinite]
+    return filled
 
 
 def _check_whole(targets: Targets) -> None:

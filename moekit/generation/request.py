@@ -107,7 +107,8 @@ class Generation:
             np.array_equal(getattr(self, name), getattr(other, name), equal_nan=True)
             if name in numbers
             else getattr(self, name) == getattr(other, name)
-            for name in _FIELDS[:-1]
+            for name in _FIELDS
+            if name != "trace"
         )
         return all(alike) and self.trace is other.trace
 

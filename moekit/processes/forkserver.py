@@ -29,16 +29,13 @@ from typing import Any, NoReturn
 
 from moekit.interrupts import hold_interrupts
 from moekit.processes.channel import from_standard_input, readable
-from moekit.processes.system import Process, exit_code
+from moekit.processes.system import LOOK, STOPPED, Process, exit_code
 
 # Seconds for the server to start.
 START_LIMIT = 120.0
 
 # Seconds for a fork.
 FORK_LIMIT = 20.0
-
-# Seconds between two looks at a server that is waited for, and looks in a row at which it is stopped that end the wait.
-LOOK, STOPPED = 0.1, 5
 
 # Seconds without a rank after which the server ends; in a notebook, a person reads between one cell and the next.
 IDLE = 5.0

@@ -10,6 +10,13 @@ from pathlib import Path
 # Bytes of a rank's log that go into an error.
 LOG_TAIL = 4000
 
+# Seconds between two looks at a process that others wait for.
+LOOK = 0.1
+
+# Looks in a row at which a process is stopped that end a wait for it. A process may be stopped for a moment. Looks are counted in
+# place of time, since a driver that was stopped together with its ranks may go on before they do.
+STOPPED = 5
+
 STATES = {
     "T": "is stopped",
     "t": "is stopped by a debugger",
@@ -31,7 +38,7 @@ class Process:
     def of(cls, pid: int | str) -> Process | None:
         """Of a process, or of its thread ``pid/task/tid``; None where the system does not tell."""
         try:
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            fields = _fields(pid)
             return cls(fields[0], (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"))
         except (OSError, IndexError, ValueError):
             return None
@@ -54,10 +61,15 @@ def exit_code(pid: int) -> int | None:
     """That of a process that has ended and that its parent has not taken leave of, negative for a signal; None where it runs, or
     where the system does not tell."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = _fields(pid)
         return os.waitstatus_to_exitcode(int(fields[-1])) if fields[0] == "Z" else None
     except (OSError, IndexError, ValueError):
         return None
+
+
+def _fields(pid: int | str) -> list[str]:
+    """What the system tells of a process or a thread, behind its name: the first one is its state."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
 def pid_space() -> str | None:

@@ -30,7 +30,7 @@ from moekit.ranks.watch import Watch
 # Seconds for the interpreters to start, import torch and join the process group.
 START_LIMIT = 180.0
 
-# Seconds by which a rank's death may be seen later than the errors that it causes.
+# Seconds by which a rank's death may be seen later than the errors that it causes, and between two looks for their cause.
 LATER = 0.2
 
 # Seconds by which the cause of an error may come later than its echo from another rank.

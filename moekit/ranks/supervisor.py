@@ -26,9 +26,6 @@ from moekit.ranks import links
 # Seconds after which an actor whose rank has ended, or that was never told to start one, ends by itself.
 FORGOTTEN = 60.0
 
-# Seconds between two looks at whether the rank has ended or is stopped.
-LOOK = 0.1
-
 # Packages that all nodes have in one version, as functions and results are pickled.
 ALIKE = ("moekit", "torch", "numpy", "cloudpickle")
 
@@ -129,7 +126,7 @@ class Supervisor:
             # The rank removes its log when the driver is gone.
             tail = self.log_tail() or tail
             with contextlib.suppress(subprocess.TimeoutExpired):
-                return "ended", self._process.wait(timeout=LOOK), self.log_tail() or tail
+                return "ended", self._process.wait(timeout=system.LOOK), self.log_tail() or tail
             seen = system.Process.of(self._process.pid)
             if seen is not None and seen.stopped != stopped:
                 return "stopped", seen.stopped

@@ -19,18 +19,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from moekit.processes.system import Process
+from moekit.processes.system import LOOK, STOPPED, Process
 from moekit.ranks.base import RankError
 
 # Seconds between two beats of a rank.
 BEAT = 1.0
-
-# Seconds between two looks at the ranks.
-LOOK = 0.1
-
-# Looks in a row at which a process is stopped that end a call. A process may be stopped for a moment. Looks are counted in place of
-# time, since a driver that was stopped together with its ranks may go on before they do.
-STOPPED = 5
 
 # Seconds without a sign of life after which a call ends; the environment's MOEKIT_SILENCE overrides it.
 SILENCE = 30.0
