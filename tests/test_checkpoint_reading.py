@@ -406,6 +406,23 @@ def test_options_of_one_file_are_not_blamed_on_the_tensors_of_others(folder, opt
         (folder / name).write_bytes(before)
 
 
+@pytest.mark.parametrize("taken", [True, False], ids=["without it", "None"])
+def test_an_option_that_one_file_does_not_tell_is_not_blamed_on_others(folder, taken):
+    def missing(state: dict) -> None:
+        model = state["cfg"]["model"]
+        if taken:
+            del model["moe_freq"]
+        else:
+            model["moe_freq"] = None
+
+    first = folder / "model-rank-0.pt"
+    change(first, missing)
+    with pytest.raises(
+        ValueError, match=rf"^{first}: cfg\.model\.moe_freq is None, expected 2 as in all other files: "
+    ):
+        checkpoint.survey(checkpoint.find(folder))
+
+
 def test_options_that_a_user_changed_are_not_blamed_for_damage(folder):
     """They are changed in rank 0's file alone, and the model fits the files with them."""
     change(folder / "model-rank-0.pt", lambda state: state["cfg"]["task"].update(tokens_per_sample=32))

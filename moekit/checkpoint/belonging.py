@@ -75,10 +75,12 @@ def other_config(files: Files, states: Mapping[Path, Mapping[str, Any]]) -> tupl
     """An option of which rank 0's file tells another value than all others, in words, and one of these; None without one."""
     for told in _compared(files, states):
         others = {path: value for path, value in told.held.items() if path != files.first}
-        if told.is_option and files.first in told.held and len(set(others.values())) == 1:
+        if told.is_option and len(set(others.values())) == 1:
             like, expected = next(iter(others.items()))
-            if told.held[files.first] != expected:
-                return f"{told.name} is {short(told.held[files.first])}, expected {short(expected)}", like
+            # An option that rank 0's file does not tell is None there.
+            found = told.held.get(files.first)
+            if found != expected:
+                return f"{told.name} is {short(found)}, expected {short(expected)}", like
     return None
 
 
