@@ -422,6 +422,16 @@ def test_a_wait_that_is_too_long_says_so(capsys, monkeypatch):
     assert capsys.readouterr().err.endswith(": no progress from ranks [1]\n")
 
 
+def test_the_interrupt_key_ends_it_in_one_sentence(capsys, monkeypatch):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "tables_of", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        bench.main(["network"])
+    assert capsys.readouterr().err == "python -m moekit.bench: interrupted\n"
+
+
 def test_a_folder_with_something_else_in_it_stays_as_it_is(tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("mine")
     for folder, said in (

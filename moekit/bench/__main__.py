@@ -118,6 +118,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # Some, such as a wait that was too long, are about no file.
         said = error if error.filename is None else f"{error.filename}: {error.strerror}"
         parser.exit(2, f"{parser.prog}: {said}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"{parser.prog}: interrupted\n")
 
 
 def check_writable(path: Path) -> None:
