@@ -266,7 +266,9 @@ class Server:
             # Ranks end with their server.
             return self._codes.get(pid, -signal.SIGKILL)
         # A server that is stopped does not tell, and the system does.
-        return self._codes[pid] if pid in self._codes else exit_code(pid)
+        if pid not in self._codes and (self._given_up or self._stopped()):
+            return exit_code(pid)
+        return self._codes.get(pid)
 
     def release(self, pid: int) -> None:
         """Let the system use ``pid`` again."""
