@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from moekit.nn.kernels.cuts import cut_for, cuts_of, kind_of
-from moekit.nn.kernels.gate import top
+from moekit.nn.kernels.gate import chooses, top
 from moekit.nn.kernels.grouped import planned_ffn
 from moekit.nn.kernels.norm import normalised, with_parts
 from moekit.nn.kernels.overlap import overlapped, start, wait
@@ -50,9 +50,7 @@ class Coming:
 
 def fits(moe: MoE, rows: int) -> bool:
     """Whether :func:`sent` supports this layer, where no rank brings more than ``rows`` rows."""
-    # The kernel that makes the gate's choice supports only softmax, and one or two choices.
-    chosen = moe.rule.softmax_top_k and moe.rule.top_k <= 2
-    return isinstance(moe.dispatch, PeerDispatch) and chosen and rows <= WRITTEN
+    return isinstance(moe.dispatch, PeerDispatch) and chooses(moe.rule) and rows <= WRITTEN
 
 
 def sent(moe: MoE, logits: Tensor, x: Tensor, most: int) -> Coming:

@@ -19,6 +19,11 @@ from moekit.nn.kernels.overlap import overlapped, start, wait
 ROWS, FEW = 2, 2048
 
 
+def chooses(gate: Gate) -> bool:
+    """Whether the kernels make the choice of ``gate``: only softmax, and one or two choices."""
+    return gate.softmax_top_k and gate.top_k <= 2
+
+
 def choose(
     gate: Gate,
     logits: Tensor,

@@ -21,7 +21,7 @@ from moekit.nn.graphs import whole
 from moekit.nn.kernels import short_peers
 from moekit.nn.kernels.attention import attend_one
 from moekit.nn.kernels.embedding import embedded
-from moekit.nn.kernels.gate import choose
+from moekit.nn.kernels.gate import choose, chooses
 from moekit.nn.kernels.peer_dispatch import PeerDispatch
 from moekit.nn.kernels.vectors import experts_linear, linear, takes
 from moekit.nn.parts import part
@@ -44,11 +44,11 @@ def few(dim: int) -> int:
 
 def fits(model: Transformer, sequences: int) -> bool:
     """Whether :func:`read_on` supports this model and ``sequences`` sequences per rank."""
-    # With peers, the gate's choice is part of a kernel that supports only softmax and top-k.
     gate = gate_of(model.config)
     if not takes(gate.top_k) or (model.slots is not None and sequences * gate.top_k > CHUNK):
         return False
-    through_peers = isinstance(model.dispatch, PeerDispatch) and gate.softmax_top_k and gate.top_k <= 2
+    # With peers, the gate's choice is part of a kernel of the exchange.
+    through_peers = isinstance(model.dispatch, PeerDispatch) and chooses(gate)
     one_place = isinstance(model.dispatch, Local)
     # The kernel that makes the gate's choice knows experts by their own numbers.
     in_order = all(layer.moe is None or layer.moe.numbers is None for layer in model.layers)
