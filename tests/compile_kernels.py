@@ -34,6 +34,7 @@ from moekit.nn.kernels import (
     rounding,
     short_peers,
     specialised,
+    streamed,
     tiles,
     vectors,
 )
@@ -125,6 +126,17 @@ class Target:
             self.compile(
                 specialised._specialised_linear, types, constants, blocks.warps, maxnreg=options["maxnreg"]
             )
+
+    def streamed(self, kind: str) -> None:
+        """The gate's choice and the experts of up to eight rows."""
+        block = streamed.block_layout(gl.float16 if kind == "fp16" else gl.bfloat16)
+        matrix = f"tensordesc<{kind}[{streamed.COLUMNS.value}, {streamed.INNER.value}],{block!r}>"
+        types = dict.fromkeys(("x", "hidden", "up_b", "down_b", "out", "logits", "weights"), f"*{kind}")
+        types |= {"up": matrix, "down": matrix, "order": "*i64", "table": "*i32", "count": "*i64"}
+        types |= {"rows": "i32", "eps": "fp32"}
+        constants = {"E": 512, "D": 768, "F": 3072, "ACTIVATION": 2, "HALF": False, "BRAIN": False}
+        constants |= {"PROGRAMS": 132} | self.overlap
+        self.compile(streamed._streamed_ffn, types, constants, streamed.WARPS)
 
     def counting(self) -> None:
         """The places of choices in buffers, and the order of choices."""
@@ -229,6 +241,7 @@ def compile_all(target: Target) -> None:
         for kind in ("fp16", "bf16"):
             target.specialised(kind, cuts.Cut(cuts.ANY, cuts.ANY, cuts.SPECIALISED, cuts.SPECIALISED))
             target.output(kind)
+            target.streamed(kind)
         target.grouped("fp16", cuts.CUTS[-1], over_peers=True)
         target.grouped("fp16", cuts.ONE_BYTE_CUTS[-1], 1, over_peers=True)
         target.grouped("fp16", cuts.CUTS[0], over_peers=True, sorted_rows=False)

@@ -49,6 +49,7 @@ from moekit.nn.kernels import (
     rounding,
     short_step,
     specialised,
+    streamed,
     tiles,
     vectors,
 )
@@ -56,7 +57,7 @@ from moekit.nn.kernels import gate as fused_gate
 from moekit.nn.kernels.activations import ACTIVATIONS
 from moekit.nn.kernels.cuts import ANY, CUTS, ONE_BYTE_CUTS, SPECIALISED, Blocks, Cut
 from moekit.nn.kernels.gpu import is_hopper
-from moekit.nn.kernels.grouped import gathered_ffn, grouped_ffn
+from moekit.nn.kernels.grouped import gathered_ffn, grouped_ffn, planned_ffn
 from moekit.nn.kernels.logprobs import best, target_log_probs
 from moekit.nn.kernels.peer_dispatch import PeerDispatch
 from moekit.nn.kernels.peers import Mailbox, publish
@@ -277,6 +278,52 @@ def test_specialised_warps(rows, choices, warps, dtype):
     exact = experts.float()(x.float(), replace(some, weights=some.weights.float()))
     error = (found.float() - exact).norm() / exact.norm().clamp(min=1e-9)
     assert error < {torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+
+
+@on_hopper
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "name, rows, held",
+    [
+        ("before_dropping", 8, 512),
+        ("before_dropping", 1, 3),
+        ("gate_in_weights_dtype", 7, 600),
+    ],
+)
+def test_the_gates_choice_and_the_experts_in_one_kernel(name, rows, held, dtype):
+    rule = gate_of(replace(CASES[name].config, experts=held))
+    experts = experts_of(held, 128, 256, dtype=dtype)
+    x = torch.randn(rows, 128, device=DEVICE).to(dtype)
+    logits = torch.randn(rows, held, device=DEVICE).to(dtype)
+    # Ties of all experts, and of all but one.
+    logits[0] = 0.5
+    logits[-1, 1:] = logits[-1, 1]
+    _, chosen, _, weights = fused_gate.choose(rule, logits)
+    order, table, weights = tiles.planned(chosen, weights, held, 16, dtype)
+    wanted = x.new_empty(rows * rule.top_k, 128)
+    planned_ffn(experts, x, (order, table), rule.top_k, weights, CUTS[0], wanted)
+    assert streamed.fits(rule, experts, x)
+    for _ in range(3):
+        found = streamed.chosen_ffn(rule, experts, logits, x)
+        # The last bit of a weight may differ.
+        most = {torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+        torch.testing.assert_close(found, wanted.view_as(found), rtol=most, atol=1e-6)
+    streamed.check(x.device)
+
+
+def test_which_experts_take_one_kernel(monkeypatch):
+    config = CASES["before_dropping"].config
+    with torch.device("meta"):
+        experts, many = (Experts(count, 128, 256, "gelu").half() for count in (9, 1025))
+        odd, wide = Experts(9, 128, 192, "gelu").half(), Experts(9, 128, 256, "gelu")
+    x = torch.empty(8, 128, dtype=torch.float16, device="meta")
+    assert not streamed.fits(gate_of(config), experts, x), "no GPU of Hopper"
+    monkeypatch.setattr(streamed, "is_hopper", lambda device: True)
+    assert streamed.fits(gate_of(config), experts, x)
+    assert not streamed.fits(gate_of(config), experts, x.repeat(2, 1)), "too many rows"
+    assert not any(streamed.fits(gate_of(config), other, x) for other in (odd, wide, many))
+    for other in (replace(config, second_expert="sampling"), CASES["top1"].config):
+        assert not streamed.fits(gate_of(other), experts, x)
 
 
 def part_of(experts: Experts, held: range) -> Experts:
@@ -1354,12 +1401,13 @@ def test_they_compile_for_all_gpus_since_turing(tmp_path):
     units: dict[str, dict[int, set[str]]] = {gpu: {} for part in parts for gpu in part}
     for line in lines:
         gpu, kernel, *_ = line.split(" ", 2)
-        if kernel in ("_specialised_linear", "_output"):
+        if kernel in ("_specialised_linear", "_streamed_ffn", "_output"):
             assert line.endswith("wgmma.mma_async"), line
         if kernel == "_grouped_linear" and "'EXACT': False" in line:
             rows = int(line.split("'ROWS': ")[1].split(",")[0])
             units[gpu].setdefault(rows, set()).add(line.rsplit(" ", 1)[1])
     assert sum("_specialised_linear" in line for line in lines) == 8
+    assert sum("_streamed_ffn" in line for line in lines) == 2
     # Triton has no matrix instructions for Turing.
     assert set().union(*units["75"].values()) == {"-"}
     for gpu in ("80", "86", "89", "120"):

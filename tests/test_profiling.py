@@ -90,6 +90,16 @@ def test_experts_of_specialised_warps_by_hand():
     assert parts_of(*((name, ("dispatch", "experts")) for name, _ in inside)) == [part for _, part in inside]
 
 
+def test_experts_of_one_kernel_by_hand():
+    inside = [("_tiles", "plan"), ("_streamed_ffn", "experts"), ("_collect_norm", "combine")]
+    assert parts_of(*((name, "dispatch") for name, _ in inside)) == [part for _, part in inside]
+    assert parts_of(("_linear", "gate"), ("_streamed_ffn", "experts"), ("_add_norm", "norm")) == [
+        "gate",
+        "experts",
+        "norm",
+    ]
+
+
 def test_a_layer_through_the_peers_memory_by_hand():
     names = [
         "_publish",
@@ -291,6 +301,18 @@ def test_a_step_in_one_kernel_costs_what_its_parts_do():
     frame = table([Seen([(0, 40)], own, [])], True, [{0: parts}])
     assert frame["part"].tolist() == ["whole step", "sampling"]
     assert frame["bytes"].tolist() == [1000, 70] and frame["flop"].tolist() == [60, 0]
+
+
+def test_both_products_in_one_kernel_have_the_cost_of_both():
+    own = kernels(("_streamed_ffn", "experts", 30), ranges=("call", "step 0", "layer 1"))
+    costs = {
+        (1, "experts up"): Cost(500.0, 20.0),
+        (1, "experts down"): Cost(70.0, 3.0),
+        (2, "experts up"): Cost(9.0, 9.0),
+    }
+    frame = table([Seen([(0, 40)], own, [], [])], True, [{0: costs}])
+    first = frame.iloc[0]
+    assert (first["part"], first["layer"], first["bytes"], first["flop"]) == ("experts", 1, 570, 23)
 
 
 def copy_of(start: int, end: int, nbytes: int, layer: int = 1, launched: int = 0) -> Kernel:

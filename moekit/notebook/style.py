@@ -27,6 +27,7 @@ PART_COLOURS = {
     "plan": "#E8C4E0",
     "dispatch": "#EE8866",
     "fetch": "#C5705D",
+    "experts": "#CCBB44",
     "experts up": "#EEDD88",
     "experts down": "#AAAA00",
     "combine": "#F5B48F",

@@ -9,7 +9,7 @@ Shape letters: N tokens, D model dim, F expert width, V dictionary, H dense widt
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -122,8 +122,17 @@ def least(config: ModelConfig, one: Pass) -> dict[tuple[int, str], Cost]:
 
 def of_whole_step(costs: Mapping[tuple[int, str], Cost]) -> Cost:
     """The least cost of a decode step that is one kernel: of all parts but the choice of the next token."""
-    inside = [cost for (_, part), cost in costs.items() if part != SAMPLING]
-    return Cost(sum(cost.bytes for cost in inside), sum(cost.flop for cost in inside))
+    return _added(cost for (_, part), cost in costs.items() if part != SAMPLING)
+
+
+def of_both_products(costs: Mapping[tuple[int, str], Cost], layer: int) -> Cost:
+    """The least cost of a layer's experts where one kernel computes both products."""
+    return _added(costs.get((layer, part), Cost()) for part in ("experts up", "experts down"))
+
+
+def _added(costs: Iterable[Cost]) -> Cost:
+    costs = list(costs)
+    return Cost(sum(cost.bytes for cost in costs), sum(cost.flop for cost in costs))
 
 
 def routed(

@@ -1,7 +1,7 @@
 """Which part of the model a kernel belongs to: by the range that it was launched in, by its name, and by its order.
 
-A range says most of it. The experts' two products look alike and come in turns, and what follows them in a dispatch is the
-combine. A CUDA graph has no ranges: the same work ran once outside of it, and its kernels come in the same order.
+A range says most of it. The experts' two products look alike and come in turns, or are one kernel, and what follows them in a
+dispatch is the combine. A CUDA graph has no ranges: the same work ran once outside of it, and its kernels come in the same order.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from moekit.nn.parts import FETCH, WHOLE
 from moekit.profiling.events import Kernel
 from moekit.worker.steps import CALL
 
+# Both products of the experts, where they are one kernel.
+EXPERTS = "experts"
 # The parts, in the order of a pass; then what is no work.
 PARTS = (
     "embedding",
@@ -26,6 +28,7 @@ PARTS = (
     "plan",
     "dispatch",
     FETCH,
+    EXPERTS,
     "experts up",
     "experts down",
     "combine",
@@ -48,6 +51,7 @@ BY_NAME = {
     "_send": "dispatch",
     "_tiles": "plan",
     "_by_expert": "plan",
+    "_streamed_ffn": EXPERTS,
     "_experts_up": "experts up",
     "_experts_down": "experts down",
     "_up": "experts up",
@@ -85,7 +89,7 @@ def placed(ranges: Sequence[str], step: int = 0) -> Name:
             step = int(number)
         elif kind == "layer" and number.isdigit():
             layer, part = int(number), ""
-        elif name in ("experts", *PARTS):
+        elif name in PARTS:
             part = name
         elif kind == FETCH and number.isdigit():
             part = FETCH
@@ -107,12 +111,12 @@ def named(kernels: Sequence[Kernel]) -> list[Name]:
         if (step, layer) != before:
             before, products, begun = (step, layer), 0, False
         own = next((of for begin, of in BY_NAME.items() if kernel.name.startswith(begin)), None)
-        if part not in ("experts", "dispatch"):
+        if part not in (EXPERTS, "dispatch"):
             part = part or own or "other"
         elif own is not None:
             begun = begun or own.startswith("experts")
             part = own
-        elif part == "experts" or kernel.name.startswith(GROUPED):
+        elif part == EXPERTS or kernel.name.startswith(GROUPED):
             begun = True
             products += bool(PRODUCT.search(kernel.name))
             part = "experts down" if products and products % 2 == 0 else "experts up"

@@ -17,7 +17,7 @@ from moekit.arguments import Path as PathKind
 from moekit.arguments import check, shown
 from moekit.nn.parts import FETCH
 from moekit.profiling import table
-from moekit.profiling.naming import PARTS
+from moekit.profiling.naming import EXPERTS, PARTS
 from moekit.profiling.perfetto import trace_of
 from moekit.worker.steps import seconds_a_step
 
@@ -103,7 +103,7 @@ class Profile:
         frame = self.frame
         steps = frame["step"].nunique()
         at = ["layer", "rank"]
-        inside = frame[frame["part"].isin(["experts up", "experts down"])]
+        inside = frame[frame["part"].isin([EXPERTS, "experts up", "experts down"])]
         found = self.rows.groupby(at)[["rows", "experts"]].mean()
         for name, rows in {"seconds": inside, "waiting": frame[frame["part"] == "waiting"]}.items():
             found[name] = (rows.groupby(at)["exclusive"].sum() / steps).reindex(found.index)

@@ -12,8 +12,17 @@ import numpy as np
 
 from moekit.nn.parts import FETCH, WHOLE
 from moekit.profiling.events import Row, Seen, rows_of
-from moekit.profiling.least import Cost, of_whole_step
-from moekit.profiling.naming import NO_WORK, OUTSIDE, PARTS, Name, is_exchange, named_of_graphs, placed
+from moekit.profiling.least import Cost, of_both_products, of_whole_step
+from moekit.profiling.naming import (
+    EXPERTS,
+    NO_WORK,
+    OUTSIDE,
+    PARTS,
+    Name,
+    is_exchange,
+    named_of_graphs,
+    placed,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -59,6 +68,8 @@ def table(
                 cost = Cost(fetched[rank][name])
             elif name.part == WHOLE:
                 cost = of_whole_step(of_step)
+            elif name.part == EXPERTS:
+                cost = of_both_products(of_step, name.layer)
             records.append(
                 (
                     rank,

@@ -18,7 +18,7 @@ from moekit.nn.cache import Cache
 from moekit.nn.dispatch import Local
 from moekit.nn.gates import gate_of
 from moekit.nn.graphs import whole
-from moekit.nn.kernels import batch_peers, short_step
+from moekit.nn.kernels import batch_peers, short_step, streamed
 from moekit.nn.kernels.attention import attend_one
 from moekit.nn.kernels.batch_peers import Coming
 from moekit.nn.kernels.cuts import cut_for, cuts_of, kind_of, shared_memory
@@ -155,9 +155,13 @@ def _experts(
         with part("gate"):
             routing = rule.route(logits[:, None], fraction=None, choose=choose)
         return onto, moe.dispatched(x, routing, rows_expected).view(len(x), rule.top_k, -1)
+    apart = choices <= APART and takes(rule.top_k)
+    if not apart and streamed.fits(rule, experts, x):
+        with part("experts"):
+            return onto, streamed.chosen_ffn(rule, experts, logits, x)
     with part("gate"):
         _, chosen, _, weights = choose(rule, logits)
-    if choices <= APART and takes(rule.top_k):
+    if apart:
         with part("experts"):
             return experts_linear(experts, x, chosen, weights, onto), None
     cut = cut_for(choices, experts.held, cuts_of(x.device, kind_of(x.dtype, experts.w1.dtype)))

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from moekit.nn import operations as plain
 from moekit.nn.cache import Cache
 from moekit.nn.dispatch import Local
-from moekit.nn.kernels import batch_step, dense, flash, one_launch, output, short_step
+from moekit.nn.kernels import batch_step, dense, flash, one_launch, output, short_step, streamed
 from moekit.nn.kernels.attention import attend_one
 from moekit.nn.kernels.counting import fill
 from moekit.nn.kernels.gate import choose
@@ -71,16 +71,19 @@ def read_on(model: Transformer, tokens: Tensor, asked: Pass, vocab: int) -> Tens
         if kernels.fits(model, rows):
             if trusted(model, name, rows, step, ordinary):
                 return step()
+            # A barrier that gave up in the comparison is no failure of what comes now.
             if kernels is one_launch:
-                # A barrier that gave up in the comparison is no failure of what comes now.
                 one_launch.forget(model)
+            elif kernels is batch_step:
+                streamed.forget(tokens.device)
     return ordinary()
 
 
 def check(model: Transformer) -> None:
-    """Compute :func:`moekit.nn.operations.check_work`, of steps in one launch, too."""
+    """Compute :func:`moekit.nn.operations.check_work`, of kernels with a barrier, too."""
     plain.check_work(model)
     one_launch.check(model)
+    streamed.check(model.embed.weight.device)
 
 
 TRITON = plain.Operations(
