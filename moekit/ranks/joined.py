@@ -15,7 +15,6 @@ import socket
 import subprocess
 import tempfile
 import time
-import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -222,12 +221,7 @@ class JoinedRanks(PipedRanks):
     ):
         super().__init__([device] * launched.world_size, timeout, silence_limit(silence))
         self._children: list[Child] = []
-        with hold_interrupts():
-            # An interrupt in between would leave a folder that is never removed.
-            self._folder = Path(tempfile.mkdtemp(prefix="moekit-ranks-"))
-            self._end = weakref.finalize(
-                self, _end_all, self._owner, self._children, self._pipes, self._folder
-            )
+        self._make_folder(_end_all, self._children)
         try:
             self._start(launched)
         except BaseException:

@@ -9,10 +9,13 @@ import select
 import signal
 import socket
 import subprocess
+import tempfile
 import threading
 import time
+import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import cloudpickle
@@ -117,6 +120,16 @@ class PipedRanks(Ranks):
 
     def _outgoing(self, jobs: list[bytes]) -> dict[int, channel.Outgoing]:
         return {rank: channel.Outgoing(pipe, jobs[rank]) for rank, pipe in enumerate(self._pipes)}
+
+    def _make_folder(self, end: Callable[..., None], children: list) -> None:
+        """Make the folder of the ``children``, the ranks that this process starts.
+
+        ``_end`` becomes a call of ``end`` with the owner, the children, the pipes and the folder, which it removes.
+        """
+        with hold_interrupts():
+            # An interrupt in between would leave a folder that is never removed.
+            self._folder = Path(tempfile.mkdtemp(prefix="moekit-ranks-"))
+            self._end = weakref.finalize(self, end, self._owner, children, self._pipes, self._folder)
 
     def _meet(self, host: str, seconds: float) -> None:
         """Have ranks of several machines, whose pipes are there, join at a store on ``host`` that they reach in ``seconds``."""

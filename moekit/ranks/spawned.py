@@ -7,9 +7,7 @@ import shutil
 import signal
 import socket
 import subprocess
-import tempfile
 import time
-import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,12 +65,7 @@ class SpawnedRanks(PipedRanks):
         try:
             # Python's end takes what was made last first: the ranks end while the server can be asked.
             server = await_server()
-            with hold_interrupts():
-                # An interrupt in between would leave a folder that is never removed.
-                self._folder = Path(tempfile.mkdtemp(prefix="moekit-ranks-"))
-                self._end = weakref.finalize(
-                    self, end_processes, self._owner, self._members, self._pipes, self._folder
-                )
+            self._make_folder(end_processes, self._members)
             self._incoming = [self._launch(rank, server) for rank in range(self.world_size)]
             jobs = self._jobs(join, (str(self._folder / "rendezvous"), timeout), {})
             # The first job, until the ranks have done it.
