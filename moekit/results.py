@@ -106,6 +106,19 @@ def whole(path: str | Path, make: bool = False) -> Iterator[Path]:
         yield folder / path.name
 
 
+def check_writable(folder: str | Path, make: bool = True) -> None:
+    """Check that files could be written into ``folder`` now: for long work that writes at its end.
+
+    Args:
+        make: as for :func:`together`.
+
+    Raises:
+        NotWritten: as :func:`together`.
+    """
+    with together(folder, make):
+        pass
+
+
 def settle(folder: str | Path) -> None:
     """Move what killed runs had written whole, and remove what they had not: no process holds their lock any more.
 

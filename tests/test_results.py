@@ -244,6 +244,20 @@ def test_folders_that_cannot_be(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.txt"]
 
 
+def test_a_folder_is_checked_before_anything_is_written(tmp_path):
+    results.check_writable(tmp_path / "new" / "folder")
+    assert contents(tmp_path / "new" / "folder") == {}
+    (tmp_path / "file").write_text("old")
+    for folder, make, said in (
+        (tmp_path / "file", True, "file is not a folder"),
+        (tmp_path / "nowhere", False, "nowhere does not exist"),
+        (Path("/proc/self"), True, "/proc/[0-9]+: nothing can be written there"),
+    ):
+        with pytest.raises(results.NotWritten, match=said):
+            results.check_writable(folder, make)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "new"]
+
+
 def test_what_a_killed_run_left_goes_and_what_a_running_one_writes_stays(tmp_path):
     left = tmp_path / f"{results.PREFIX}left"
     left.mkdir()

@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     try:
         if args.json is not None:
-            check_writable(args.json)
+            check_json(args.json)
         tables = tables_of(args, arguments[1:], parser, benches)
         if args.json is not None:
             with results.whole(args.json) as part:
@@ -122,12 +122,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.exit(130, f"{parser.prog}: interrupted\n")
 
 
-def check_writable(path: Path) -> None:
+def check_json(path: Path) -> None:
     """If the file of ``--json`` cannot be written, the error comes before hours of measuring, and not after."""
     if path.exists() and not path.is_file():
         raise ValueError(f"--json {path} is no file: name another one")
-    with results.together(path.parent, make=False):
-        pass
+    results.check_writable(path.parent, make=False)
 
 
 def tables_of(

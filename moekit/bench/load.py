@@ -77,8 +77,8 @@ def holds(setting: Setting, folder: Path) -> bool:
     if not any(map(NAME.fullmatch, names)):
         if names:
             raise ValueError(f"--folder {folder} holds {clip(names[0])} and no checkpoint: {hint}")
-        with results.together(folder):
-            return False
+        results.check_writable(folder)
+        return False
     found = checkpoint.survey(checkpoint.find(folder)).config
     for name in ("layers", "dim", "ffn_dim", "experts"):
         got, wanted = getattr(found, name), getattr(setting.config, name)

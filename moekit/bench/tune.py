@@ -116,8 +116,7 @@ def _config(setting: Setting, path: str | None) -> ModelConfig:
 
 def _old(path: Path) -> tuple[dict, dict]:
     """The tables in the file, and how they were made; an error comes before hours of measuring, and not after."""
-    with results.together(path.parent):
-        pass
+    results.check_writable(path.parent)
     if not path.exists():
         return {}, {}
     with reading(path):
