@@ -395,7 +395,8 @@ def test_options_of_one_file_are_not_blamed_on_the_tensors_of_others(folder, opt
         change(folder / name, of_the_model(**options))
         if name == "model-rank-0.pt":
             with pytest.raises(
-                ValueError, match=f"^{folder / name}: {said} as in all other files: .*with it, "
+                ValueError,
+                match=rf"^{folder / name} has another config than all other files \({said}\): .*with it, ",
             ):
                 checkpoint.survey(checkpoint.find(folder))
         else:
@@ -404,6 +405,39 @@ def test_options_of_one_file_are_not_blamed_on_the_tensors_of_others(folder, opt
             ):
                 checkpoint.survey(checkpoint.find(folder))
         (folder / name).write_bytes(before)
+
+
+@pytest.mark.parametrize(
+    ("number", "more"), [(2, None), (3, None), (4, "and 1 more"), (5, "and 2 more")], ids=str
+)
+def test_all_options_in_which_one_file_differs_are_named_or_counted(folder, number, more):
+    """The first one may be a user's change, with which the model fits the files, while another one is the cause."""
+    options = {
+        "activation_fn": ("relu", "gelu"),
+        "decoder_ffn_embed_dim": (68, 64),
+        "decoder_layers": (3, 4),
+        "moe_freq": (1, 2),
+        "moe_expert_count": (2, 8),
+    }
+    changed = dict(list(options.items())[:number])
+    first = folder / "model-rank-0.pt"
+    change(first, of_the_model(**{option: value for option, (value, _) in changed.items()}))
+    said = [
+        f"cfg.model.{option} is {value!r}, expected {before!r}" for option, (value, before) in changed.items()
+    ]
+    said = "; ".join(said[:3] + ([more] if more else []))
+    said = re.escape(f"{first} has another config than all other files ({said}): fetch it again, ")
+    with pytest.raises(ValueError, match=f"^{said}"):
+        checkpoint.survey(checkpoint.find(folder))
+
+
+def test_the_config_of_a_file_that_lacks_options_does_not_hide_the_one_that_differs(folder):
+    """The first of the others tells only some of the options that differ; the model does not fit its config, either."""
+    change(folder / "model-shared.pt", lambda state: state["cfg"]["model"].pop("moe_freq"))
+    change(folder / "model-rank-0.pt", of_the_model(decoder_layers=3, moe_freq=1))
+    said = r"decoder_layers is 3, expected 4; cfg\.model\.moe_freq is 1, expected 2\)"
+    with pytest.raises(ValueError, match=rf"model-rank-0\.pt has another config .*{said}"):
+        checkpoint.survey(checkpoint.find(folder))
 
 
 @pytest.mark.parametrize("taken", [True, False], ids=["without it", "None"])
@@ -418,7 +452,7 @@ def test_an_option_that_one_file_does_not_tell_is_not_blamed_on_others(folder, t
     first = folder / "model-rank-0.pt"
     change(first, missing)
     with pytest.raises(
-        ValueError, match=rf"^{first}: cfg\.model\.moe_freq is None, expected 2 as in all other files: "
+        ValueError, match=rf"^{first} .* all other files \(cfg\.model\.moe_freq is None, expected 2\): "
     ):
         checkpoint.survey(checkpoint.find(folder))
 

@@ -34,6 +34,8 @@ FLAT = (
     "clip_norm",
     *sorted(READ),
 )
+# The most options that an error names; it counts the others.
+NAMED = 3
 
 
 def check_belongs(files: Files, states: Mapping[Path, Mapping[str, Any]]) -> None:
@@ -60,7 +62,7 @@ def check_belongs(files: Files, states: Mapping[Path, Mapping[str, Any]]) -> Non
     odd: dict[Path, tuple[Path, str]] = {}
     for told in _compared(files, states):
         for path in told.odd:
-            said = f"{told.name} is {short(told.held[path])}, expected {short(told.expected)}"
+            said = _said(told.name, told.held[path], told.expected)
             if told.name == UPDATES:
                 raise ValueError(f"{path} is of another training than {told.like.name}: {said}")
             if not told.is_option or (path != files.first and 2 * len(told.odd) < len(told.held)):
@@ -72,16 +74,30 @@ def check_belongs(files: Files, states: Mapping[Path, Mapping[str, Any]]) -> Non
 
 
 def other_config(files: Files, states: Mapping[Path, Mapping[str, Any]]) -> tuple[str, Path] | None:
-    """An option of which rank 0's file tells another value than all others, in words, and one of these; None without one."""
+    """In words, the options of which rank 0's file tells another value than all others; and which of these tells most of them.
+
+    None where there is no such option.
+    """
+    odd: list[str] = []
+    tellers: Counter[Path] = Counter()
     for told in _compared(files, states):
         others = {path: value for path, value in told.held.items() if path != files.first}
         if told.is_option and len(set(others.values())) == 1:
-            like, expected = next(iter(others.items()))
+            expected = next(iter(others.values()))
             # An option that rank 0's file does not tell is None there.
             found = told.held.get(files.first)
             if found != expected:
-                return f"{told.name} is {short(found)}, expected {short(expected)}", like
-    return None
+                odd.append(_said(told.name, found, expected))
+                tellers.update(others.keys())
+    if not odd:
+        return None
+    ((like, _),) = tellers.most_common(1)
+    more = [f"and {len(odd) - NAMED} more"] if len(odd) > NAMED else []
+    return "; ".join(odd[:NAMED] + more), like
+
+
+def _said(name: str, found: Any, expected: Any) -> str:
+    return f"{name} is {short(found)}, expected {short(expected)}"
 
 
 class _Compared(NamedTuple):

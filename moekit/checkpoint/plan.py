@@ -141,7 +141,10 @@ def _blamed(
         _fitted(files, states, dictionary, like)
     except ValueError:
         return None
-    return f"{files.first}: {said} as in all other files: fetch it again, or correct its config (with it, {error})"
+    return (
+        f"{files.first} has another config than all other files ({said}): fetch it again, or correct its config (with it, "
+        f"{error})"
+    )
 
 
 def _sources(
