@@ -61,6 +61,18 @@ def reading(what: object) -> Iterator[None]:
         ) from None
 
 
+def check_regular(path: pathlib.Path, expected: str) -> None:
+    """Check that ``path`` is a regular file: a pipe that nobody writes is waited for without end, and a device may have no end.
+
+    Raises:
+        ValueError: there is no such file, or it is something else; OSError: the system does not tell.
+    """
+    if not path.exists():
+        raise ValueError(f"there is no file {path}; expected {expected}")
+    if not path.is_file():
+        raise ValueError(f"{path} is no regular file; expected {expected}")
+
+
 def first_few(numbers: Sequence[int] | Sequence[str]) -> str:
     """The first five of ``numbers``, and dots for the others: for messages."""
     return ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")

@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import re
+import subprocess
 from dataclasses import replace
 
 import numpy as np
@@ -379,8 +381,12 @@ def test_a_wrong_layer_is_an_error():
             "--experts int8: the shape dense-tiny has no experts",
         ),
         (["data", "--bpe", "/nowhere"], "--bpe /nowhere: there is no /nowhere/encoder.json"),
-        (["data", "--text", "/nowhere"], "/nowhere cannot be read (No such file or directory)"),
-        (["data", "--text", "/dev/null"], "--text /dev/null has no whole line in its first 40,000,000 bytes"),
+        (["data", "--text", "/nowhere"], "there is no file /nowhere; expected a text file for --text"),
+        (["data", "--text", "/dev/zero"], "/dev/zero is no regular file; expected a text file for --text"),
+        (
+            ["data", "--text", __file__, "--megabytes", "1e-5"],
+            f"--text {__file__} has no whole line in its first 10 bytes: name a text file",
+        ),
         (["network", "--ranks", "16", "--gbit", "nan"], "--gbit=nan: expected a number above 0"),
         (["network", "--ranks", "80000000"], "--ranks=80000000: expected at most 4096"),
         (["network", "--ranks", "16", "--shape", "dense-tiny"], "--shape dense-tiny has no experts"),
@@ -408,6 +414,21 @@ def test_mistakes_are_one_sentence(arguments, said, capsys):
         bench.main(arguments)
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
+
+
+def test_a_text_that_is_a_pipe_is_not_waited_for(tmp_path, capsys):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    # Were the pipe opened, it would have a line, so that this test would fail and not wait.
+    with subprocess.Popen(["sh", "-c", 'exec echo > "$0"', pipe]) as writer:
+        try:
+            with pytest.raises(SystemExit, match="2"):
+                bench.main(["data", "--text", str(pipe)])
+            assert writer.poll() is None
+        finally:
+            writer.kill()
+    error = capsys.readouterr().err
+    assert f"{pipe} is no regular file; expected a text file for --text" in error and error.count("\n") == 1
 
 
 def test_a_wait_that_is_too_long_says_so(capsys, monkeypatch):

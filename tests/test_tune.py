@@ -2,6 +2,7 @@
 
 import json
 import os
+import stat
 from dataclasses import replace
 from pathlib import Path
 
@@ -225,6 +226,18 @@ def test_a_damaged_file_is_refused_before_anything_is_measured(tmp_path, monkeyp
     error = capsys.readouterr().err
     assert "own.json: found no table of cuts" in error and error.count("\n") == 1
     assert (tmp_path / "own.json").read_text() == "{}"
+
+
+def test_what_is_no_file_is_not_opened(tmp_path, monkeypatch, capsys):
+    """As a pipe, which would be waited for; to open a socket is an error at once, so that this test never waits."""
+    os.mknod(tmp_path / "own.json", stat.S_IFSOCK | 0o600)
+    monkeypatch.setattr(measure, "ceilings", None)
+    with pytest.raises(SystemExit, match="2"):
+        run(tmp_path, "--shape", "tiny")
+    error = capsys.readouterr().err
+    assert (
+        "own.json is no regular file; expected a file of cuts for --out" in error and error.count("\n") == 1
+    )
 
 
 def test_a_machine_without_kernels_says_so(tmp_path, monkeypatch, capsys):

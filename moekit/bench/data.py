@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from moekit import paths
-from moekit.arguments import reading
+from moekit.arguments import check_regular, reading
 from moekit.bench import measure
 from moekit.bench.figures import rounded
 from moekit.bench.setting import number, whole
@@ -134,8 +134,10 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
 def _text(path: Path | None, size: int) -> bytes:
     """About ``size`` bytes of text, and not more, in whole lines."""
     if path is not None:
-        with reading(path), open(path, "rb") as file:
-            data = file.read(size)
+        with reading(path):
+            check_regular(path, "a text file for --text")
+            with open(path, "rb") as file:
+                data = file.read(size)
         if b"\n" not in data:
             raise ValueError(f"--text {path} has no whole line in its first {size:,} bytes: name a text file")
     else:

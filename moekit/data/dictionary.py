@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
+from moekit.arguments import check_regular
+
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
 # The most bytes of a dictionary; one with GPT-2's 50,257 types has 0.6 MB, one with 800,000 words 11 MB.
 MOST_BYTES = 16 << 20
@@ -67,10 +69,7 @@ def text_of(path: Path, what: str) -> str:
         ValueError: the file is missing, not a regular file, larger than :data:`MOST_BYTES`, or not UTF-8.
     """
     try:
-        if not path.exists():
-            raise ValueError(f"there is no file {path}")
-        if not path.is_file():
-            raise ValueError(f"{path} is no regular file; expected {what}")
+        check_regular(path, what)
         if (size := path.stat().st_size) > MOST_BYTES:
             raise ValueError(f"{path} is not {what}: it has {size:,} bytes, expected {MOST_BYTES:,} at most")
         return path.read_text(encoding="utf-8")

@@ -35,7 +35,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moekit import results
-from moekit.arguments import Choice, Whole, Wholes, check, reading
+from moekit.arguments import Choice, Whole, Wholes, check, check_regular, reading
 from moekit.arguments import Path as PathKind
 from moekit.checked import checked
 from moekit.headlines import headline
@@ -93,8 +93,8 @@ def read(
         there = path.exists()
     if not there:
         raise ValueError(f"there is no file or folder {path}; expected what {layout} writes")
-    if not path.is_file() and not (path.is_dir() and layout in ("megatron", "vllm")):
-        raise ValueError(f"{path} is no regular file; expected what {layout} writes")
+    if not (path.is_dir() and layout in ("megatron", "vllm")):
+        check_regular(path, f"what {layout} writes")
     try:
         with reading(path):
             samples = list(reader(path, layers))

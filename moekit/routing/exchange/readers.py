@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from moekit import checkpoint, json_text
-from moekit.arguments import shown
+from moekit.arguments import check_regular, shown
 from moekit.routing.exchange import objects
 from moekit.routing.parquet import MOST_EXPERTS, MOST_LAYERS
 from moekit.routing.trace import Trace
@@ -259,8 +259,7 @@ def _whole(path: Path, name: str, values: Any, axes: int) -> np.ndarray:
 
 
 def _json_lines(path: Path) -> Iterator[dict]:
-    if not path.is_file():
-        raise ValueError(f"{path} is no regular file")
+    check_regular(path, "lines of JSON objects")
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             try:
