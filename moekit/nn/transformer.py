@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
@@ -132,10 +133,15 @@ class Transformer(nn.Module):
         Args:
             rows_expected: that of the other ranks' :class:`Pass`.
         """
+        for moe in self.moes():
+            moe.serve(self.embed.weight, rows_expected)
+
+    def moes(self) -> Iterator[MoE]:
+        """The layers' experts with their gates, each within the range of its layer."""
         for number, layer in enumerate(self.layers):
             if layer.moe is not None:
                 with part(f"layer {number}"):
-                    layer.moe.serve(self.embed.weight, rows_expected)
+                    yield layer.moe
 
     @is_part("output")
     def logits(self, features: Tensor, vocab: int | None = None) -> Tensor:

@@ -126,14 +126,12 @@ def _serve(model: Transformer, rows_expected: int | None) -> None:
     """Run the experts held here on the choices of other ranks."""
     nothing = model.embed.weight.new_empty(0, model.config.dim)
     logits = nothing.new_empty(0, model.config.experts)
-    for number, layer in enumerate(model.layers):
-        if layer.moe is not None:
-            with part(f"layer {number}"):
-                if _written(layer.moe, rows_expected):
-                    with part("dispatch"):
-                        batch_peers.arrived(batch_peers.sent(layer.moe, logits, nothing, rows_expected))
-                else:
-                    layer.moe.serve(nothing, rows_expected)
+    for moe in model.moes():
+        if _written(moe, rows_expected):
+            with part("dispatch"):
+                batch_peers.arrived(batch_peers.sent(moe, logits, nothing, rows_expected))
+        else:
+            moe.serve(nothing, rows_expected)
 
 
 def _written(moe: MoE, rows_expected: int | None) -> bool:

@@ -165,7 +165,5 @@ def _serve(model: Transformer, rows: int) -> None:
     """Run the experts held here on the choices of other ranks."""
     nothing = model.embed.weight.new_empty(0, model.config.dim)
     logits = nothing.new_empty(0, model.config.experts)
-    for number, layer in enumerate(model.layers):
-        if layer.moe is not None:
-            with part(f"layer {number}"):
-                _experts(model, layer.moe, logits, nothing, nothing, rows)
+    for moe in model.moes():
+        _experts(model, moe, logits, nothing, nothing, rows)
