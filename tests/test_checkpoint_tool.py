@@ -58,11 +58,13 @@ def same_weights(a: Path, b: Path) -> None:
 
 
 def same_files(a: Path, b: Path) -> None:
-    """The same names, keys, types, numbers and settings."""
+    """The same names, keys, types, numbers and settings; one process has written the recorded files of all ranks."""
     names = sorted(path.name for path in a.iterdir() if path.suffix == ".pt")
     assert names == sorted(path.name for path in b.iterdir() if path.suffix == ".pt")
     for name in names:
         one, other = (torch.load(folder / name, weights_only=True) for folder in (a, b))
+        for state in (one, other):
+            state["cfg"]["distributed_training"]["distributed_rank"] = None
         assert {**one, "model": None} == {**other, "model": None}
         assert one["model"].keys() == other["model"].keys()
         for key, tensor in one["model"].items():
@@ -97,6 +99,22 @@ def test_other_numbers_of_files_and_back(source, tmp_path, number):
     same_weights(tmp_path / "other", source)
     run("reshard", tmp_path / "other", tmp_path / "back", "--files", "4", "--quiet")
     same_files(tmp_path / "back", source)
+
+
+@pytest.mark.parametrize("end", [".pt", ".safetensors"])
+def test_files_that_are_swapped_are_refused(source, tmp_path, end):
+    """Each file tells the rank of its name, in whatever number and format the tool writes it."""
+    to = "fairseq" if end == ".pt" else "safetensors"
+    run("convert", source, tmp_path / "there", "--to", to, "--quiet")
+    run("reshard", tmp_path / "there", tmp_path / "two", "--files", "2", "--quiet")
+    for folder, one, other in (("there", 1, 3), ("two", 0, 1)):
+        one, other = (tmp_path / folder / f"model-rank-{rank}{end}" for rank in (one, other))
+        checkpoint.survey(checkpoint.find(tmp_path / folder))
+        one.rename(tmp_path / "kept")
+        other.rename(one)
+        (tmp_path / "kept").rename(other)
+        with pytest.raises(ValueError, match=r"model-rank-\d\.\w+ was written .*: were files swapped"):
+            checkpoint.survey(checkpoint.find(tmp_path / folder))
 
 
 def test_one_file_with_all_experts_stays_one(source, tmp_path):

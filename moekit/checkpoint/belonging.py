@@ -18,7 +18,7 @@ from moekit.checkpoint.weights import Weights
 
 # torch's names of folders lack the file's end.
 NUMBERED = re.compile(
-    r"(?P<stem>.+?)(-shared|-rank-(?P<rank>[0-9]+))?(-shard(?P<shard>[0-9]+))?(\.pt)?", re.DOTALL
+    r"(?P<stem>.+?)(-shared|-rank-(?P<rank>[0-9]+))?(-shard(?P<shard>[0-9]+))?(\.pt|\.safetensors)?", re.DOTALL
 )
 UPDATES = "optimizer_history[-1].num_updates"
 # Sections of cfg that are alike on all ranks of a training, but for paths, which a copy of it may have changed.
@@ -34,6 +34,8 @@ FLAT = (
     "clip_norm",
     *sorted(READ),
 )
+# What tells the rank that wrote a file.
+RANK = "distributed_rank"
 # The most options that an error names; it counts the others.
 NAMED = 3
 
@@ -159,8 +161,19 @@ def _writer(state: Mapping[str, Any]) -> int | None:
     """The rank that wrote a file, where it tells."""
     cfg = state.get("cfg")
     told = cfg.get("distributed_training") if isinstance(cfg, Mapping) else state.get("args")
-    rank = told.get("distributed_rank") if isinstance(told, Mapping) else None
+    rank = told.get(RANK) if isinstance(told, Mapping) else None
     return rank if type(rank) is int else None
+
+
+def written_by(rank: int, state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """``state`` as ``rank`` writes it, if it tells who wrote it: so files that are swapped are refused."""
+    if _writer(state) is None:
+        return state
+    cfg = state.get("cfg")
+    if not isinstance(cfg, Mapping):
+        return {**state, "args": {**state["args"], RANK: rank}}
+    training = {**cfg["distributed_training"], RANK: rank}
+    return {**state, "cfg": {**cfg, "distributed_training": training}}
 
 
 def _numbers(name: str) -> dict[str, str | int]:

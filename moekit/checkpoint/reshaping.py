@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from moekit.arguments import shown
+from moekit.checkpoint.belonging import written_by
 from moekit.checkpoint.files import NAME, Files, find
 from moekit.checkpoint.hugging import writing
 from moekit.checkpoint.hugging.names import packed
@@ -254,13 +256,14 @@ def _write(
             tensors[key] = tensors[key][list(chosen)]
         return tensors, settings
 
-    def rank(held: range) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
-        return content.rank(
-            {layer: chosen[held.start : held.stop] for layer, chosen in every.items()}
-        ), settings
+    def experts(held: range) -> dict[str, Tensor]:
+        return content.rank({layer: chosen[held.start : held.stop] for layer, chosen in every.items()})
+
+    def rank(index: int) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
+        return experts(owned(count, number, index)), written_by(index, settings)
 
     def whole() -> tuple[dict[str, Tensor], Mapping[str, Any]]:
-        return shared()[0] | rank(range(count))[0], settings
+        return shared()[0] | experts(range(count)), settings
 
     def made() -> Iterable[File]:
         if not number:
@@ -268,7 +271,7 @@ def _write(
             return
         yield f"{stem}-shared{end}", shared
         for index in range(number):
-            yield f"{stem}-rank-{index}{end}", lambda index=index: rank(owned(count, number, index))
+            yield f"{stem}-rank-{index}{end}", functools.partial(rank, index)
 
     parts: Iterable[File] = made()
     if to == "hf":
