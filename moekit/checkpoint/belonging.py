@@ -18,7 +18,8 @@ from moekit.checkpoint.weights import Weights
 
 # torch's names of folders lack the file's end.
 NUMBERED = re.compile(
-    r"(?P<stem>.+?)(-shared|-rank-(?P<rank>[0-9]+))?(-shard(?P<shard>[0-9]+))?(\.pt|\.safetensors)?", re.DOTALL
+    r"(?P<stem>.+?)(-shared|-rank-(?P<rank>[0-9]+))?(-shard(?P<shard>[0-9]+))?(\.pt|\.safetensors)?",
+    re.DOTALL,
 )
 UPDATES = "optimizer_history[-1].num_updates"
 # Sections of cfg that are alike on all ranks of a training, but for paths, which a copy of it may have changed.
