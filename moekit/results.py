@@ -107,10 +107,10 @@ def whole(path: str | Path, make: bool = False) -> Iterator[Path]:
 
 
 def check_writable(folder: str | Path, make: bool = True) -> None:
-    """Check that files could be written into ``folder`` now: for long work that writes at its end.
+    """Check that files could be written into ``folder`` now: for long work that writes at its end. A missing folder is made.
 
     Args:
-        make: as for :func:`together`.
+        make: False refuses a missing folder.
 
     Raises:
         NotWritten: as :func:`together`.

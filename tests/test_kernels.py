@@ -43,6 +43,7 @@ from moekit.nn.kernels import (
     counting,
     dense,
     flash,
+    grid_barrier,
     narrow,
     ordered,
     output,
@@ -283,32 +284,63 @@ def test_specialised_warps(rows, choices, warps, dtype):
 @on_hopper
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
-    "name, rows, held",
+    "name, rows, held, dims",
     [
-        ("before_dropping", 8, 512),
-        ("before_dropping", 1, 3),
-        ("gate_in_weights_dtype", 7, 600),
+        # A program has several tiles of each product, and blocks of weights go round the ring.
+        ("before_dropping", 8, 24, (768, 3072)),
+        ("before_dropping", 8, 512, (128, 256)),
+        ("before_dropping", 1, 3, (128, 256)),
+        ("before_dropping", 8, 1, (128, 256)),
+        ("gate_in_weights_dtype", 7, 600, (128, 256)),
     ],
 )
-def test_the_gates_choice_and_the_experts_in_one_kernel(name, rows, held, dtype):
+def test_the_gates_choice_and_the_experts_in_one_kernel(name, rows, held, dims, dtype):
     rule = gate_of(replace(CASES[name].config, experts=held))
-    experts = experts_of(held, 128, 256, dtype=dtype)
-    x = torch.randn(rows, 128, device=DEVICE).to(dtype)
+    experts = experts_of(held, *dims, dtype=dtype)
+    x = torch.randn(rows, dims[0], device=DEVICE).to(dtype)
+    count = grid_barrier.counter(x.device)
     logits = torch.randn(rows, held, device=DEVICE).to(dtype)
     # Ties of all experts, and of all but one.
     logits[0] = 0.5
     logits[-1, 1:] = logits[-1, 1]
     _, chosen, _, weights = fused_gate.choose(rule, logits)
     order, table, weights = tiles.planned(chosen, weights, held, 16, dtype)
-    wanted = x.new_empty(rows * rule.top_k, 128)
+    wanted = x.new_empty(rows * rule.top_k, dims[0])
     planned_ffn(experts, x, (order, table), rule.top_k, weights, CUTS[0], wanted)
     assert streamed.fits(rule, experts, x)
     for _ in range(3):
-        found = streamed.chosen_ffn(rule, experts, logits, x)
+        found = streamed.chosen_ffn(rule, experts, logits, x, count)
         # The last bit of a weight may differ.
         most = {torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
         torch.testing.assert_close(found, wanted.view_as(found), rtol=most, atol=1e-6)
-    streamed.check(x.device)
+    grid_barrier.check(count)
+
+
+@on_hopper
+def test_a_row_of_nan_is_nan_alone():
+    rule = gate_of(replace(CASES["before_dropping"].config, experts=40))
+    experts, count = experts_of(40, 128, 256, dtype=torch.float16), grid_barrier.counter(torch.device("cuda"))
+    x, logits = (torch.randn(8, width, device=DEVICE).half() for width in (128, 40))
+    wanted = streamed.chosen_ffn(rule, experts, logits, x, count)
+    logits[3] = torch.nan
+    found = streamed.chosen_ffn(rule, experts, logits, x, count)
+    others = [0, 1, 2, 4, 5, 6, 7]
+    assert found[3].isnan().all() and found[others].equal(wanted[others])
+
+
+@on_hopper
+@pytest.mark.parametrize("sequences", [7, 8])
+def test_seven_and_eight_sequences_take_one_kernel(sequences, monkeypatch):
+    config = replace(CASES["before_dropping"].config, dim=128, ffn_dim=256)
+    torch.manual_seed(sequences)
+    model = Transformer(config).requires_grad_(False)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    model = model.to(DEVICE, torch.float16)
+    calls, own = [], streamed.chosen_ffn
+    monkeypatch.setattr(streamed, "chosen_ffn", lambda *given: calls.append(1) or own(*given))
+    few_against_slow(model, sequences, 1e-2)
+    assert calls
 
 
 def test_which_experts_take_one_kernel(monkeypatch):
@@ -320,7 +352,9 @@ def test_which_experts_take_one_kernel(monkeypatch):
     assert not streamed.fits(gate_of(config), experts, x), "no GPU of Hopper"
     monkeypatch.setattr(streamed, "is_hopper", lambda device: True)
     assert streamed.fits(gate_of(config), experts, x)
-    assert not streamed.fits(gate_of(config), experts, x.repeat(2, 1)), "too many rows"
+    assert not streamed.fits(gate_of(config), experts, torch.cat([x, x[:1]])), "too many rows"
+    assert not streamed.fits(gate_of(config), experts, x[:0])
+    assert not streamed.fits(gate_of(config), wide, x.float()), "numbers of four bytes"
     assert not any(streamed.fits(gate_of(config), other, x) for other in (odd, wide, many))
     for other in (replace(config, second_expert="sampling"), CASES["top1"].config):
         assert not streamed.fits(gate_of(other), experts, x)

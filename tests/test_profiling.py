@@ -91,8 +91,6 @@ def test_experts_of_specialised_warps_by_hand():
 
 
 def test_experts_of_one_kernel_by_hand():
-    inside = [("_tiles", "plan"), ("_streamed_ffn", "experts"), ("_collect_norm", "combine")]
-    assert parts_of(*((name, "dispatch") for name, _ in inside)) == [part for _, part in inside]
     assert parts_of(("_linear", "gate"), ("_streamed_ffn", "experts"), ("_add_norm", "norm")) == [
         "gate",
         "experts",

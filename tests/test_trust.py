@@ -12,13 +12,15 @@ if not torch.cuda.is_available():
     os.environ[INTERPRET] = "1"  # read when a kernel is defined: by the imports that follow
 
 pytest.importorskip("triton")
-from branch_cases import build
+from branch_cases import CASES, build
 
 from moekit import checkpoint
 from moekit.nn.cache import Cache
 from moekit.nn.dispatch import Local
-from moekit.nn.kernels import batch_step, operations, short_step, trust
+from moekit.nn.kernels import batch_step, operations, short_step, streamed, trust
+from moekit.nn.kernels.grid_barrier import GAVE_UP
 from moekit.nn.passes import Pass
+from moekit.nn.transformer import Transformer
 
 os.environ.pop(INTERPRET, None)  # other tests know nothing of it
 
@@ -31,6 +33,35 @@ class Model:
 def pretended(monkeypatch):
     monkeypatch.setattr(trust, "compares", lambda model: True)
     monkeypatch.setattr(trust, "_trusted", type(trust._trusted)())
+
+
+def test_what_a_failed_comparison_left_behind_is_forgotten_once(pretended):
+    model, logits, forgotten = Model(), torch.randn(2, 50), []
+
+    def asked(rows, off):
+        return trust.trusted(
+            model, "a", rows, lambda: logits + off, lambda: logits, lambda: forgotten.append(rows)
+        )
+
+    assert asked(2, 0.0) and not forgotten
+    with pytest.warns(UserWarning, match="a decode step of 3 sequences in a is off by"):
+        assert not asked(3, logits.flip(1))
+    assert not asked(3, 0.0) and asked(2, 0.0) and forgotten == [3]
+
+
+def test_a_barrier_that_gave_up_is_an_error_of_its_model_and_once():
+    one, other = (Transformer(CASES["before_dropping"].config) for _ in range(2))
+    count = streamed.counter(one)
+    assert streamed.counter(one) is count and streamed.counter(other) is not count
+    count.fill_(GAVE_UP + 17)
+    operations.check(other)
+    with pytest.raises(RuntimeError, match="did not all run at the same time"):
+        operations.check(one)
+    operations.check(one)
+    count.fill_(GAVE_UP)
+    streamed.forget(one)
+    operations.check(one)
+    assert streamed.counter(one) is count, "graphs use it"
 
 
 def test_a_step_is_compared_once_a_size(pretended):

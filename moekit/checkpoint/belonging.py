@@ -77,9 +77,9 @@ def check_belongs(files: Files, states: Mapping[Path, Mapping[str, Any]]) -> Non
 
 
 def other_config(files: Files, states: Mapping[Path, Mapping[str, Any]]) -> tuple[str, Path] | None:
-    """In words, the options of which rank 0's file tells another value than all others; and which of these tells most of them.
+    """In words, the options of which rank 0's file tells another value than all others that tell one; and who tells most of them.
 
-    None where there is no such option.
+    None where there is no such option. Where no file tells all of these options, none may have a config that fits.
     """
     odd: list[str] = []
     tellers: Counter[Path] = Counter()

@@ -126,7 +126,7 @@ def of_whole_step(costs: Mapping[tuple[int, str], Cost]) -> Cost:
 
 
 def of_both_products(costs: Mapping[tuple[int, str], Cost], layer: int) -> Cost:
-    """The least cost of a layer's experts where one kernel computes both products."""
+    """The least cost of a layer's experts where one kernel computes both products. Its gate's choice counts in "gate"."""
     return _added(costs.get((layer, part), Cost()) for part in ("experts up", "experts down"))
 
 

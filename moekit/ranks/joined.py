@@ -221,7 +221,7 @@ class JoinedRanks(PipedRanks):
     ):
         super().__init__([device] * launched.world_size, timeout, silence_limit(silence))
         self._children: list[Child] = []
-        self._make_folder(_end_all, self._children)
+        self._own(_end_all, self._children)
         try:
             self._start(launched)
         except BaseException:

@@ -68,7 +68,7 @@ class PipedRanks(Ranks):
 
     A process group that lost a member is of no further use, and nothing else frees peers from a collective. A subclass
     starts the processes: it fills ``_members``, ``_pipes`` and ``_incoming``, sets ``_end`` to a ``weakref.finalize`` that
-    ends them, and ``_joined`` once they have a process group.
+    ends them (:meth:`_own` does, where this process starts them), and ``_joined`` once they have a process group.
     """
 
     def __init__(self, devices: list[torch.device], timeout: float, silence: float):
@@ -121,8 +121,8 @@ class PipedRanks(Ranks):
     def _outgoing(self, jobs: list[bytes]) -> dict[int, channel.Outgoing]:
         return {rank: channel.Outgoing(pipe, jobs[rank]) for rank, pipe in enumerate(self._pipes)}
 
-    def _make_folder(self, end: Callable[..., None], children: list) -> None:
-        """Make the folder of the ``children``, the ranks that this process starts.
+    def _own(self, end: Callable[..., None], children: list) -> None:
+        """Make the folder of the ``children``, the ranks that this process starts, and have them end with this pool.
 
         ``_end`` becomes a call of ``end`` with the owner, the children, the pipes and the folder, which it removes.
         """

@@ -65,7 +65,7 @@ class SpawnedRanks(PipedRanks):
         try:
             # Python's end takes what was made last first: the ranks end while the server can be asked.
             server = await_server()
-            self._make_folder(end_processes, self._members)
+            self._own(end_processes, self._members)
             self._incoming = [self._launch(rank, server) for rank in range(self.world_size)]
             jobs = self._jobs(join, (str(self._folder / "rendezvous"), timeout), {})
             # The first job, until the ranks have done it.

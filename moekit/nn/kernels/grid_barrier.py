@@ -17,27 +17,26 @@ LOOKS = tl.constexpr(150_000_000)
 GAVE_UP = 1 << 62
 LIMIT = tl.constexpr(GAVE_UP)
 
-# One thread adds 1 to the counter at $1, after all that its program wrote.
-ARRIVE = tl.constexpr(
-    """
+# The number of the thread that speaks for a program, which is 0, and for a warp.
+OF_A_PROGRAM, OF_A_WARP = "%tid.x", "%laneid"
+# One thread adds 1 to the counter at $1, after all that the threads it speaks for wrote.
+_ARRIVE = """
     {
     .reg .pred one;
     .reg .b32 thread;
-    mov.u32 thread, %tid.x;
+    mov.u32 thread, THREAD;
     setp.eq.u32 one, thread, 0;
     @one red.release.gpu.global.add.u64 [$1], 1;
     mov.u32 $0, 0;
     }
     """
-)
 # One thread looks at the counter at $1 until it is $2 or more, $3 times at most; then it sets the bit 62.
-WAIT = tl.constexpr(
-    """
+_WAIT = """
     {
     .reg .pred ends;
     .reg .b32 thread, looks;
     .reg .b64 count;
-    mov.u32 thread, %tid.x;
+    mov.u32 thread, THREAD;
     setp.ne.u32 ends, thread, 0;
     @ends bra done;
     mov.u32 looks, 0;
@@ -54,7 +53,14 @@ WAIT = tl.constexpr(
     mov.u32 $0, 0;
     }
     """
-)
+
+
+def spoken(asm: str, thread: str) -> tl.constexpr:
+    return tl.constexpr(asm.replace("THREAD", thread))
+
+
+ARRIVE, WAIT = spoken(_ARRIVE, OF_A_PROGRAM), spoken(_WAIT, OF_A_PROGRAM)
+ARRIVE_OF_A_WARP, WAIT_OF_A_WARP = spoken(_ARRIVE, OF_A_WARP), spoken(_WAIT, OF_A_WARP)
 
 
 def counter(device: torch.device) -> Tensor:

@@ -62,20 +62,25 @@ def read_on(model: Transformer, tokens: Tensor, asked: Pass, vocab: int) -> Tens
         with part(WHOLE):
             return one_launch.read_on(model, tokens, asked.cache, vocab)
 
+    def for_many() -> Tensor | None:
+        return batch_step.read_on(model, tokens, asked, vocab)
+
+    def for_few() -> Tensor | None:
+        return short_step.read_on(model, tokens, asked.cache, vocab, rows)
+
+    def forget() -> None:
+        """Barriers that gave up."""
+        one_launch.forget(model)
+        streamed.forget(model)
+
     fused = {
         "one launch": (one_launch, in_one_launch),
-        "kernels for many": (batch_step, lambda: batch_step.read_on(model, tokens, asked, vocab)),
-        "kernels for few": (short_step, lambda: short_step.read_on(model, tokens, asked.cache, vocab, rows)),
+        "kernels for many": (batch_step, for_many),
+        "kernels for few": (short_step, for_few),
     }
     for name, (kernels, step) in fused.items():
-        if kernels.fits(model, rows):
-            if trusted(model, name, rows, step, ordinary):
-                return step()
-            # A barrier that gave up in the comparison is no failure of what comes now.
-            if kernels is one_launch:
-                one_launch.forget(model)
-            elif kernels is batch_step:
-                streamed.forget(tokens.device)
+        if kernels.fits(model, rows) and trusted(model, name, rows, step, ordinary, forget):
+            return step()
     return ordinary()
 
 
@@ -83,7 +88,7 @@ def check(model: Transformer) -> None:
     """Compute :func:`moekit.nn.operations.check_work`, of kernels with a barrier, too."""
     plain.check_work(model)
     one_launch.check(model)
-    streamed.check(model.embed.weight.device)
+    streamed.check(model)
 
 
 TRITON = plain.Operations(

@@ -1,6 +1,6 @@
 """Kernels that start while the previous kernel still runs: Hopper's programmatic dependent launch.
 
-A kernel calls ``start`` first, so that the next one may start, and ``wait`` before it touches what an earlier kernel
+A kernel calls ``start`` where the next one may start, mostly first, and ``wait`` before it touches what an earlier kernel
 writes or reads. Between the two calls it may prefetch data that no kernel writes, such as weights. Since every such
 kernel calls both, a kernel that has waited can rely on all earlier ones being complete.
 """

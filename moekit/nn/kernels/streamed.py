@@ -1,7 +1,7 @@
 """The experts of a few sequences: the gate's choice and both products in one kernel that reads the weights as one stream, for Hopper.
 
-Reading the weights takes the time, and here it hardly ever stops. A program stays for many tiles, one for each chosen expert and block
-of columns. First each program makes the gate's choice of all rows and sorts it for itself, which takes less time than two more
+Reading the weights takes the time, and here it hardly ever stops. There is a tile for each chosen expert and block of columns. A program
+stays, and takes many of them. First each program makes the gate's choice of all rows and sorts it for itself, which takes less time than two more
 kernels. Then its warps have four kinds of work:
 
     weights    one warp lets the copy engine fill a ring of blocks in shared memory, ahead of the products, across tiles, and on
@@ -12,13 +12,14 @@ kernels. Then its warps have four kinds of work:
     results    one warp stores what they have found
 
 Products and sums are those of grouped.py, to the last bit. The gate's sum of exponentials has another order than in gate.py, so the last
-bits of weights may differ.
+bits of weights may differ, and among experts whose probabilities round alike the choice.
 
 Shape letters: N rows, P = 2 N choices, E experts. D model dim, F expert width.
 """
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING
 
 import torch
@@ -41,41 +42,45 @@ from moekit.nn.kernels import gate, grid_barrier, overlap
 from moekit.nn.kernels.activations import ACTIVATIONS
 from moekit.nn.kernels.activations import activate as _activate
 from moekit.nn.kernels.gpu import is_hopper, multiprocessors
+from moekit.nn.kernels.grid_barrier import ARRIVE_OF_A_WARP, LOOKS, WAIT_OF_A_WARP
 from moekit.nn.kernels.overlap import overlapped
 
 if TYPE_CHECKING:
     from moekit.nn.experts import Experts
+    from moekit.nn.transformer import Transformer
 
 activate, _rounded = gluon.jit(_activate.fn), gluon.jit(gate._rounded.fn)
 start, wait = gluon.jit(overlap.start.fn), gluon.jit(overlap.wait.fn)
+begun = gluon.jit(grid_barrier.begun.fn)
 # Triton 3.6 has it by another name.
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
-LIMIT, LOOKS = grid_barrier.LIMIT, grid_barrier.LOOKS
-# The barrier's words, for the first thread of a warp.
-ARRIVE, WAIT = (
-    gl.constexpr(asm.value.replace("%tid.x", "%laneid")) for asm in (grid_barrier.ARRIVE, grid_barrier.WAIT)
-)
-# The most rows: with more, making the choice takes longer than two kernels do. Each program has the logits of all experts.
+# The most rows: with 16, making the choice takes as long as two kernels do. Each program has the logits of all experts.
 MOST, EXPERTS = gl.constexpr(8), 1024
 # A tile has up to ROWS rows of one expert and COLUMNS columns, INNER terms at a time. WARPS multiply; STAGES blocks are under way, and SLOTS
 # tiles wait to be stored.
 ROWS, COLUMNS, INNER = gl.constexpr(16), gl.constexpr(64), gl.constexpr(128)
 WARPS, STAGES, SLOTS = 4, gl.constexpr(10), gl.constexpr(2)
 
-# By device, since kernels run one after the other there.
-_counters: dict[torch.device, Tensor] = {}
+# The counter of the barrier by model. Graphs that were captured use it on, so it stays where it is.
+_counters: weakref.WeakKeyDictionary[Transformer, Tensor] = weakref.WeakKeyDictionary()
 
 
-def check(device: torch.device) -> None:
-    """Raise an error if a kernel on ``device`` since the last check did not run through; it waits for the device."""
-    if device in _counters:
-        grid_barrier.check(_counters[device])
+def counter(model: Transformer) -> Tensor:
+    if model not in _counters:
+        _counters[model] = grid_barrier.counter(model.embed.weight.device)
+    return _counters[model]
 
 
-def forget(device: torch.device) -> None:
-    """Know of no barrier that gave up. Graphs that were captured use the counter on, so it stays where it is."""
-    if device in _counters:
-        _counters[device].zero_()
+def check(model: Transformer) -> None:
+    """Raise an error if a kernel of ``model`` since the last check did not run through; it waits for the device."""
+    if model in _counters:
+        grid_barrier.check(_counters[model])
+
+
+def forget(model: Transformer) -> None:
+    """Know of no barrier that gave up."""
+    if model in _counters:
+        _counters[model].zero_()
 
 
 def fits(rule: Gate, experts: Experts, x: Tensor) -> bool:
@@ -92,17 +97,16 @@ def fits(rule: Gate, experts: Experts, x: Tensor) -> bool:
     )
 
 
-def chosen_ffn(rule: Gate, experts: Experts, logits: Tensor, x: Tensor) -> Tensor:
+def chosen_ffn(rule: Gate, experts: Experts, logits: Tensor, x: Tensor, count: Tensor) -> Tensor:
     """The weighted outputs of both experts that the gate chooses, [N, 2, D]; for inference.
 
     Args:
         logits: [N, E].
         x: [N, D], for which :func:`fits` says yes.
+        count: the :func:`counter` of the model.
     """
     (rows, dim), device = x.shape, x.device
     choices, programs = 2 * rows, multiprocessors(device)
-    if device not in _counters:
-        _counters[device] = grid_barrier.counter(device)
     # Each program plans in memory of its own.
     order = torch.empty(programs, choices, dtype=torch.long, device=device)
     table = torch.empty(programs, 3, choices, dtype=torch.int32, device=device)
@@ -110,6 +114,7 @@ def chosen_ffn(rule: Gate, experts: Experts, logits: Tensor, x: Tensor) -> Tenso
     hidden, out = x.new_empty(choices, experts.width), x.new_empty(rows, 2, dim)
     kind = torch.float32 if rule.config.gate_fp32 else logits.dtype
     assert all(tensor.is_contiguous() for tensor in (logits, x, *experts.tensors.values()))
+    assert logits.shape == (rows, experts.held)
     _streamed_ffn[(programs,)](
         descriptor(experts.w1),
         descriptor(experts.w2),
@@ -122,7 +127,7 @@ def chosen_ffn(rule: Gate, experts: Experts, logits: Tensor, x: Tensor) -> Tenso
         order,
         table,
         weights,
-        _counters[device],
+        count,
         rows,
         torch.finfo(kind).eps,
         E=logits.shape[1],
@@ -201,9 +206,8 @@ def _streamed_ffn(
         mbarrier.init(full.index(stage), count=33)
         mbarrier.init(empty.index(stage), count=1)
     wait(OVERLAP)
-    # What the counter is when all programs have arrived. After a wait that gave up, no other wait takes long.
-    now = gl.load(count, volatile=True)
-    target = gl.where(now < LIMIT, now // PROGRAMS * PROGRAMS, 0) + PROGRAMS
+    # What the counter is when all programs have arrived.
+    target = begun(count, PROGRAMS) + PROGRAMS
     choices = 2 * rows
     order += gl.program_id(0) * choices
     weights += gl.program_id(0) * choices
@@ -212,17 +216,18 @@ def _streamed_ffn(
     used = _planned(chosen, order, table, choices)
     barrier()
     ring = w_ring, x_ring, full, empty
-    held = results, ready, free
+    slots = results, ready, free
     plan = table, choices, used
     gl.warp_specialize(
         [
-            (_multiply, (plan, ring, held, up_b, down_b, order, weights, D, F, ACTIVATION)),
+            (_multiply, (plan, ring, slots, up_b, down_b, order, weights, D, F, ACTIVATION)),
             (_load_weights, (plan, ring, up, down, D, F, OVERLAP)),
             (_load_rows, (plan, ring, x, hidden, order, count, target, D, F)),
-            (_store, (plan, held, hidden, out, order, count, D, F)),
+            (_store, (plan, slots, hidden, out, order, count, D, F)),
         ],
         [1, 1, 1],
-        [40, 80, 120],
+        # Four warps at a time change their number of registers.
+        [120, 120, 120],
     )
 
 
@@ -239,7 +244,9 @@ def _chosen(logits, weights, rows, eps, E: gl.constexpr, HALF: gl.constexpr, BRA
     most = gl.max(x, axis=1)
     whole = gl.sum(gl.exp(x - most[:, None]), axis=1)
     p = gl.where(real, _rounded(gl.exp(x - most[:, None]) / whole[:, None], HALF, BRAIN), -1.0)
+    # Gluon has no argmax.
     first = gl.min(gl.where(p == gl.max(p, axis=1)[:, None], expert, E - 1), axis=1)
+    # exp(most - most) is 1, and NaN where the greatest logit is not finite.
     greatest = _rounded(gl.exp(most - most) / whole, HALF, BRAIN)
     rest = gl.where(expert == first[:, None], float("-inf"), x)
     best = gl.max(rest, axis=1)
@@ -253,8 +260,10 @@ def _chosen(logits, weights, rows, eps, E: gl.constexpr, HALF: gl.constexpr, BRA
 
 @gluon.jit
 def _planned(chosen, order, table, choices):
-    """Sort the choices by expert, and make a tile for each expert, since none has more than MOST rows; the number of tiles."""
+    """Sort the choices by expert, and make a tile for each expert, since none has more choices than rows fit; the number of tiles."""
     CHOICES: gl.constexpr = chosen.shape[0]
+    # Both choices of a row are one expert where there is no other, or where logits are NaN.
+    gl.static_assert(CHOICES <= ROWS)
     PAIRS: gl.constexpr = gl.BlockedLayout([1, 1], [4, 8], [gl.num_warps(), 1], [1, 0])
     me = gl.arange(0, CHOICES, layout=gl.SliceLayout(1, PAIRS))
     before = gl.arange(0, CHOICES, layout=gl.SliceLayout(0, PAIRS))[None, :] < me[:, None]
@@ -284,7 +293,7 @@ def _expert(work, plan, ACROSS: gl.constexpr):
 
 
 @gluon.jit
-def _rows(work, plan, ACROSS: gl.constexpr):
+def _places(work, plan, ACROSS: gl.constexpr):
     """The first place and the end of the tile of a block of columns; none behind the last one."""
     table, choices, used = plan
     at = table + choices + work // ACROSS
@@ -294,14 +303,14 @@ def _rows(work, plan, ACROSS: gl.constexpr):
 
 @gluon.jit
 def _load_weights(plan, ring, up, down, D: gl.constexpr, F: gl.constexpr, OVERLAP: gl.constexpr):
-    work, block = _stream(gl.program_id(0), gl.to_tensor(0), plan, ring, up, F, D)
-    _stream(work, block, plan, ring, down, D, F)
+    work, block = _load_weights_of(gl.program_id(0), gl.to_tensor(0), plan, ring, up, F, D)
+    _load_weights_of(work, block, plan, ring, down, D, F)
     # Earlier, what other kernels fetch ahead would come between.
     start(OVERLAP)
 
 
 @gluon.jit
-def _stream(work, block, plan, ring, w, N: gl.constexpr, K: gl.constexpr):
+def _load_weights_of(work, block, plan, ring, w, N: gl.constexpr, K: gl.constexpr):
     """Read the weights of the blocks of columns of this program; the first one of the next product, and the place in the ring."""
     w_ring, _, full, empty = ring
     ACROSS: gl.constexpr = N // COLUMNS
@@ -323,15 +332,15 @@ def _stream(work, block, plan, ring, w, N: gl.constexpr, K: gl.constexpr):
 
 @gluon.jit
 def _load_rows(plan, ring, x, hidden, order, count, target, D: gl.constexpr, F: gl.constexpr):
-    work, block = _copy(gl.program_id(0), gl.to_tensor(0), plan, ring, x, order, F, D)
+    work, block = _load_rows_of(gl.program_id(0), gl.to_tensor(0), plan, ring, x, order, F, D)
     gl.inline_asm_elementwise(
-        WAIT, "=r,l,l,r", [count.to(gl.int64), target, LOOKS], dtype=gl.int32, is_pure=False, pack=1
+        WAIT_OF_A_WARP, "=r,l,l,r", [count.to(gl.int64), target, LOOKS], dtype=gl.int32, is_pure=False, pack=1
     )
-    _copy(work, block, plan, ring, hidden, None, D, F)
+    _load_rows_of(work, block, plan, ring, hidden, None, D, F)
 
 
 @gluon.jit
-def _copy(work, block, plan, ring, x, order, N: gl.constexpr, K: gl.constexpr):
+def _load_rows_of(work, block, plan, ring, x, order, N: gl.constexpr, K: gl.constexpr):
     """Copy the rows of this program's tiles, of the choices in ``order``; without it, rows are sorted by expert."""
     _, x_ring, full, empty = ring
     ACROSS: gl.constexpr = N // COLUMNS
@@ -339,7 +348,7 @@ def _copy(work, block, plan, ring, x, order, N: gl.constexpr, K: gl.constexpr):
     BY_THREAD: gl.constexpr = gl.BlockedLayout([1, 8], [256 // INNER, INNER // 8], [1, 1], [1, 0])
     inner = gl.arange(0, INNER, layout=gl.SliceLayout(0, BY_THREAD))
     most = plan[2] * ACROSS
-    first, end = _rows(work, plan, ACROSS)
+    first, end = _places(work, plan, ACROSS)
     while work < most:
         row = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, BY_THREAD))
         live = row < end
@@ -347,7 +356,7 @@ def _copy(work, block, plan, ring, x, order, N: gl.constexpr, K: gl.constexpr):
             row = gl.load(order + row, mask=live, other=0) // 2
         at = x + row.to(gl.int64)[:, None] * K + inner[None, :]
         work += gl.num_programs(0)
-        first, end = _rows(work, plan, ACROSS)
+        first, end = _places(work, plan, ACROSS)
         for k in range(0, K, INNER):
             stage = block % STAGES
             mbarrier.wait(empty.index(stage), block // STAGES & 1 ^ 1)
@@ -359,25 +368,34 @@ def _copy(work, block, plan, ring, x, order, N: gl.constexpr, K: gl.constexpr):
 
 @gluon.jit
 def _multiply(
-    plan, ring, held, up_b, down_b, order, weights, D: gl.constexpr, F: gl.constexpr, ACTIVATION: gl.constexpr
+    plan,
+    ring,
+    slots,
+    up_b,
+    down_b,
+    order,
+    weights,
+    D: gl.constexpr,
+    F: gl.constexpr,
+    ACTIVATION: gl.constexpr,
 ):
     begin = gl.program_id(0), gl.to_tensor(0), gl.to_tensor(0)
-    work, block, n = _products(*begin, plan, ring, held, up_b, None, None, F, D, ACTIVATION)
-    _products(work, block, n, plan, ring, held, down_b, order, weights, D, F, 0)
+    work, block, n = _multiply_of(*begin, plan, ring, slots, up_b, None, None, F, D, ACTIVATION)
+    _multiply_of(work, block, n, plan, ring, slots, down_b, order, weights, D, F, 0)
 
 
 @gluon.jit
-def _products(
-    work, block, n, plan, ring, held, b, order, weights, N: gl.constexpr, K: gl.constexpr, ACTIVATION: gl.constexpr
+def _multiply_of(
+    work, block, n, plan, ring, slots, b, order, weights, N: gl.constexpr, K: gl.constexpr, ACTIVATION: gl.constexpr
 ):  # fmt: skip
     """The products of this program's tiles, times the ``weights`` by choice if there are any."""
     w_ring, x_ring, full, empty = ring
-    results, ready, free = held
+    results, ready, free = slots
     ACROSS: gl.constexpr = N // COLUMNS
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, ROWS, 16])
     most = plan[2] * ACROSS
     expert = _expert(work, plan, ACROSS)
-    first, end = _rows(work, plan, ACROSS)
+    first, end = _places(work, plan, ACROSS)
     while work < most:
         # What the end of the tile needs from memory is under way while the team multiplies.
         column = work % ACROSS * COLUMNS + gl.arange(0, COLUMNS, layout=gl.SliceLayout(1, SUMS))
@@ -389,7 +407,7 @@ def _products(
             weight = gl.load(weights + choice, mask=live, other=0.0)
         work += gl.num_programs(0)
         expert = _expert(work, plan, ACROSS)
-        first, end = _rows(work, plan, ACROSS)
+        first, end = _places(work, plan, ACROSS)
 
         sums = gl.zeros((COLUMNS, ROWS), gl.float32, SUMS)
         for k in range(0, K, INNER):
@@ -413,30 +431,32 @@ def _products(
         slot = n % SLOTS
         mbarrier.wait(free.index(slot), n // SLOTS & 1 ^ 1)
         results.index(slot).permute((1, 0)).store(total.to(results.dtype))
-        barrier()
         mbarrier.arrive(ready.index(slot))
         n += 1
     return work - most, block, n
 
 
 @gluon.jit
-def _store(plan, held, hidden, out, order, count, D: gl.constexpr, F: gl.constexpr):
-    work, n = _stored(gl.program_id(0), gl.to_tensor(0), plan, held, hidden, None, F)
+def _store(plan, slots, hidden, out, order, count, D: gl.constexpr, F: gl.constexpr):
+    work, n = _store_of(gl.program_id(0), gl.to_tensor(0), plan, slots, hidden, None, F)
+    # What all threads of the warp have stored comes before the arrival of one.
     barrier()
-    gl.inline_asm_elementwise(ARRIVE, "=r,l", [count.to(gl.int64)], dtype=gl.int32, is_pure=False, pack=1)
-    _stored(work, n, plan, held, out, order, D)
+    gl.inline_asm_elementwise(
+        ARRIVE_OF_A_WARP, "=r,l", [count.to(gl.int64)], dtype=gl.int32, is_pure=False, pack=1
+    )
+    _store_of(work, n, plan, slots, out, order, D)
 
 
 @gluon.jit
-def _stored(work, n, plan, held, out, order, N: gl.constexpr):
+def _store_of(work, n, plan, slots, out, order, N: gl.constexpr):
     """Store the results of this program's tiles; by choice with an ``order``, else sorted by expert."""
-    results, ready, free = held
+    results, ready, free = slots
     ACROSS: gl.constexpr = N // COLUMNS
     # 16 bytes of a thread at a time.
     OUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // COLUMNS, COLUMNS // 8], [1, 1], [1, 0])
     own = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, OUT))
     most = plan[2] * ACROSS
-    first, end = _rows(work, plan, ACROSS)
+    first, end = _places(work, plan, ACROSS)
     while work < most:
         row = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, OUT))
         live = row < end
@@ -444,7 +464,7 @@ def _stored(work, n, plan, held, out, order, N: gl.constexpr):
             row = gl.load(order + row, mask=live, other=0)
         at = out + row.to(gl.int64)[:, None] * N + (work % ACROSS * COLUMNS + own)[None, :]
         work += gl.num_programs(0)
-        first, end = _rows(work, plan, ACROSS)
+        first, end = _places(work, plan, ACROSS)
         slot = n % SLOTS
         mbarrier.wait(ready.index(slot), n // SLOTS & 1)
         gl.store(at, results.index(slot).load(OUT), mask=live[:, None])

@@ -30,7 +30,12 @@ _trusted: weakref.WeakKeyDictionary[Transformer, dict[tuple[str, int], bool]] = 
 
 
 def trusted(
-    model: Transformer, name: str, rows: int, step: Callable[[], Tensor], slow: Callable[[], Tensor]
+    model: Transformer,
+    name: str,
+    rows: int,
+    step: Callable[[], Tensor],
+    slow: Callable[[], Tensor],
+    forget: Callable[[], object] = lambda: None,
 ) -> bool:
     """Whether ``step`` may be used for ``rows`` sequences; the first question of a model compares it with ``slow``.
 
@@ -40,6 +45,7 @@ def trusted(
     Args:
         name: what warnings call the step.
         step, slow: they compute logits [B, V] of the same tokens, and may be called several times.
+        forget: called once after a comparison that failed, since what ``step`` left behind is no failure of what comes later.
     """
     if not compares(model):
         return True
@@ -53,6 +59,7 @@ def trusted(
                 f"a decode step of {rows} sequences in {name} {why}: the ordinary kernels are used, which are slower",
                 stacklevel=2,
             )
+            forget()
         known[name, rows] = not why
     return known[name, rows]
 

@@ -90,11 +90,8 @@ def read(
     reader = READERS[check("layout", layout, Choice(tuple(READERS)))]
     layers = None if layers is None else tuple(layers)
     with reading(path):
-        there = path.exists()
-    if not there:
-        raise ValueError(f"there is no file or folder {path}; expected what {layout} writes")
-    if not (path.is_dir() and layout in ("megatron", "vllm")):
-        check_regular(path, f"what {layout} writes")
+        if not (path.is_dir() and layout in ("megatron", "vllm")):
+            check_regular(path, f"what {layout} writes")
     try:
         with reading(path):
             samples = list(reader(path, layers))
