@@ -148,10 +148,11 @@ def test_sizes_of_a_codec():
 
 def test_a_capacity_of_1_is_none_and_runs_no_pass_again(model, swept):
     one, none = of(swept, 1.0), of(swept, None)
-    assert one["bits_per_token"] == none["bits_per_token"] and one["dropped"] == none["dropped"] == 0
+    # A block with padding runs again, and with other rows beside them a processor may add up its rows in another order.
+    assert one["bits_per_token"] == pytest.approx(none["bits_per_token"], abs=1e-7)
+    assert one["dropped"] == none["dropped"] == 0
     direct = model.evaluate("demo", capacity_token_fraction=1.0, max_batches=BATCHES, progress=False)
     assert direct.loss_base2 == pytest.approx(none["bits_per_token"], abs=1e-6)
-    # A block with padding runs again.
     padded = sum(batch.padded() for batch in blocks(model))
     assert padded <= 1 and one["run"] == padded and one["batches"] == BATCHES
     assert [of(swept, c)["run"] for c in (None, 0.25, "training")] == [BATCHES] * 3
