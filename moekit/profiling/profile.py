@@ -97,8 +97,8 @@ class Profile:
 
         Returns:
             One row per (layer, rank), means over steps: ``layer``, ``rank``, ``rows``, ``experts`` (with a row),
-            ``seconds`` (of both products, and of the gate's choice where it is in their kernel), ``waiting`` (seconds in which the rank waits for others in that layer),
-            ``busiest`` (rows of the busiest rank as a multiple of the mean).
+            ``seconds`` (of both products, and of the gate's choice where it is in their kernel), ``waiting`` (seconds in which the
+            rank waits for others in that layer), ``busiest`` (rows of the busiest rank as a multiple of the mean).
         """
         frame = self.frame
         steps = frame["step"].nunique()

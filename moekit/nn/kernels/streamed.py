@@ -66,6 +66,7 @@ _counters: weakref.WeakKeyDictionary[Transformer, Tensor] = weakref.WeakKeyDicti
 
 
 def counter(model: Transformer) -> Tensor:
+    """[1] int64, of ``model``'s kernels."""
     if model not in _counters:
         _counters[model] = grid_barrier.counter(model.embed.weight.device)
     return _counters[model]
@@ -302,6 +303,16 @@ def _places(work, plan, ACROSS: gl.constexpr):
 
 
 @gluon.jit
+def _rows(first, end, order, LAYOUT: gl.constexpr):
+    """The choices of a tile, or without an ``order`` their places, and which of the tile's rows there are."""
+    row = first + gl.arange(0, ROWS, layout=LAYOUT)
+    live = row < end
+    if order is not None:
+        row = gl.load(order + row, mask=live, other=0)
+    return row, live
+
+
+@gluon.jit
 def _load_weights(plan, ring, up, down, D: gl.constexpr, F: gl.constexpr, OVERLAP: gl.constexpr):
     work, block = _load_weights_of(gl.program_id(0), gl.to_tensor(0), plan, ring, up, F, D)
     _load_weights_of(work, block, plan, ring, down, D, F)
@@ -350,10 +361,9 @@ def _load_rows_of(work, block, plan, ring, x, order, N: gl.constexpr, K: gl.cons
     most = plan[2] * ACROSS
     first, end = _places(work, plan, ACROSS)
     while work < most:
-        row = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, BY_THREAD))
-        live = row < end
+        row, live = _rows(first, end, order, gl.SliceLayout(1, BY_THREAD))
         if order is not None:
-            row = gl.load(order + row, mask=live, other=0) // 2
+            row = row // 2
         at = x + row.to(gl.int64)[:, None] * K + inner[None, :]
         work += gl.num_programs(0)
         first, end = _places(work, plan, ACROSS)
@@ -401,9 +411,7 @@ def _multiply_of(
         column = work % ACROSS * COLUMNS + gl.arange(0, COLUMNS, layout=gl.SliceLayout(1, SUMS))
         bias = gl.load(b + expert * N + column)
         if weights is not None:
-            row = first + gl.arange(0, ROWS, layout=gl.SliceLayout(0, SUMS))
-            live = row < end
-            choice = gl.load(order + row, mask=live, other=0)
+            choice, live = _rows(first, end, order, gl.SliceLayout(0, SUMS))
             weight = gl.load(weights + choice, mask=live, other=0.0)
         work += gl.num_programs(0)
         expert = _expert(work, plan, ACROSS)
@@ -458,10 +466,7 @@ def _store_of(work, n, plan, slots, out, order, N: gl.constexpr):
     most = plan[2] * ACROSS
     first, end = _places(work, plan, ACROSS)
     while work < most:
-        row = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, OUT))
-        live = row < end
-        if order is not None:
-            row = gl.load(order + row, mask=live, other=0)
+        row, live = _rows(first, end, order, gl.SliceLayout(1, OUT))
         at = out + row.to(gl.int64)[:, None] * N + (work % ACROSS * COLUMNS + own)[None, :]
         work += gl.num_programs(0)
         first, end = _places(work, plan, ACROSS)
