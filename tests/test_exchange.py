@@ -423,3 +423,9 @@ def test_a_compressed_archive_and_what_is_no_file_are_refused(tmp_path):
     for layout in ("vllm", "sglang", "olmoe", "megatron"):
         with pytest.raises(ValueError, match="pipe is no regular file"):
             exchange.read(tmp_path / "pipe", layout)
+
+
+def test_a_pipe_in_a_folder_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.npy")
+    with pytest.raises(ValueError, match=r"a\.npy is no regular file"):
+        exchange.read(tmp_path, "vllm")

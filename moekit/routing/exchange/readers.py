@@ -67,6 +67,7 @@ def _requests(path: Path) -> list[np.ndarray]:
         if not files:
             raise ValueError(f"{path} holds no .npy file; expected one for each request")
         return [array for file in files for array in _requests(file)]
+    check_regular(path, "a .npy or .npz file")
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
