@@ -298,11 +298,12 @@ def test_the_gates_choice_and_the_experts_in_one_kernel(name, rows, held, dims, 
     rule = gate_of(replace(CASES[name].config, experts=held))
     experts = experts_of(held, *dims, dtype=dtype)
     x = torch.randn(rows, dims[0], device=DEVICE).to(dtype)
-    count = grid_barrier.counter(x.device)
+    model = torch.nn.Module()
+    count = grid_barrier.counter(model, x.device)
     logits = torch.randn(rows, held, device=DEVICE).to(dtype)
     # Ties of all experts, and of all but one.
     logits[0] = 0.5
-    logits[-1, 1:] = logits[-1, 1]
+    logits[-1, 1:] = logits[-1, -1]
     _, chosen, _, weights = fused_gate.choose(rule, logits)
     order, table, weights = tiles.planned(chosen, weights, held, 16, dtype)
     wanted = x.new_empty(rows * rule.top_k, dims[0])
@@ -313,13 +314,14 @@ def test_the_gates_choice_and_the_experts_in_one_kernel(name, rows, held, dims, 
         # The last bit of a weight may differ.
         most = {torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
         torch.testing.assert_close(found, wanted.view_as(found), rtol=most, atol=1e-6)
-    grid_barrier.check(count)
+    grid_barrier.check(model)
 
 
 @on_hopper
 def test_a_row_of_nan_is_nan_alone():
     rule = gate_of(replace(CASES["before_dropping"].config, experts=40))
-    experts, count = experts_of(40, 128, 256, dtype=torch.float16), grid_barrier.counter(torch.device("cuda"))
+    experts = experts_of(40, 128, 256, dtype=torch.float16)
+    count = torch.zeros(1, dtype=torch.long, device=DEVICE)
     x, logits = (torch.randn(8, width, device=DEVICE).half() for width in (128, 40))
     wanted = streamed.chosen_ffn(rule, experts, logits, x, count)
     logits[3] = torch.nan

@@ -71,7 +71,7 @@ def in_one_launch_against_slow(
         return one_launch.read_on(model, read.contiguous(), asked.cache, VOCAB, programs)
 
     against_slow(model, 1, read_on, tolerance, "loop", steps)
-    one_launch.check(model)
+    grid_barrier.check(model)
 
 
 @pytest.mark.parametrize(
@@ -149,12 +149,13 @@ def test_what_is_not_finite_or_too_large_makes_a_sum_nan(bad, times):
 
 
 def test_a_wait_that_gave_up_is_an_error_once():
-    count = grid_barrier.counter(torch.device(DEVICE))
-    grid_barrier.check(count)
+    model = torch.nn.Module()
+    count = grid_barrier.counter(model, torch.device(DEVICE))
+    grid_barrier.check(model)
     count += grid_barrier.GAVE_UP + 17
     with pytest.raises(RuntimeError, match="did not all run at the same time"):
-        grid_barrier.check(count)
-    grid_barrier.check(count)
+        grid_barrier.check(model)
+    grid_barrier.check(model)
     assert count.item() == 0
 
 

@@ -17,7 +17,7 @@ from branch_cases import CASES, build
 from moekit import checkpoint
 from moekit.nn.cache import Cache
 from moekit.nn.dispatch import Local
-from moekit.nn.kernels import batch_step, operations, short_step, streamed, trust
+from moekit.nn.kernels import batch_step, grid_barrier, operations, short_step, trust
 from moekit.nn.kernels.grid_barrier import GAVE_UP
 from moekit.nn.passes import Pass
 from moekit.nn.transformer import Transformer
@@ -51,17 +51,18 @@ def test_what_a_failed_comparison_left_behind_is_forgotten_once(pretended):
 
 def test_a_barrier_that_gave_up_is_an_error_of_its_model_and_once():
     one, other = (Transformer(CASES["before_dropping"].config) for _ in range(2))
-    count = streamed.counter(one)
-    assert streamed.counter(one) is count and streamed.counter(other) is not count
+    cpu = torch.device("cpu")
+    count = grid_barrier.counter(one, cpu)
+    assert grid_barrier.counter(one, cpu) is count and grid_barrier.counter(other, cpu) is not count
     count.fill_(GAVE_UP + 17)
     operations.check(other)
     with pytest.raises(RuntimeError, match="did not all run at the same time"):
         operations.check(one)
     operations.check(one)
     count.fill_(GAVE_UP)
-    streamed.forget(one)
+    grid_barrier.forget(one)
     operations.check(one)
-    assert streamed.counter(one) is count, "graphs use it"
+    assert grid_barrier.counter(one, cpu) is count, "graphs use it"
 
 
 def test_a_step_is_compared_once_a_size(pretended):

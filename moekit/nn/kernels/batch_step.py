@@ -18,7 +18,7 @@ from moekit.nn.cache import Cache
 from moekit.nn.dispatch import Local
 from moekit.nn.gates import gate_of
 from moekit.nn.graphs import whole
-from moekit.nn.kernels import batch_peers, short_step, streamed
+from moekit.nn.kernels import batch_peers, grid_barrier, short_step, streamed
 from moekit.nn.kernels.attention import attend_one
 from moekit.nn.kernels.batch_peers import Coming
 from moekit.nn.kernels.cuts import cut_for, cuts_of, kind_of, shared_memory
@@ -156,7 +156,7 @@ def _experts(
     apart = choices <= APART and takes(rule.top_k)
     if not apart and streamed.fits(rule, experts, x):
         with part("experts"):
-            return onto, streamed.chosen_ffn(rule, experts, logits, x, streamed.counter(model))
+            return onto, streamed.chosen_ffn(rule, experts, logits, x, grid_barrier.counter(model, x.device))
     with part("gate"):
         _, chosen, _, weights = choose(rule, logits)
     if apart:

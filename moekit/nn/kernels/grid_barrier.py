@@ -7,10 +7,12 @@ waits too long sets the bit :data:`GAVE_UP`. The counter is then greater than wh
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, nn
 
 # The most looks at the counter in a wait: about a minute.
 LOOKS = tl.constexpr(150_000_000)
@@ -63,14 +65,27 @@ ARRIVE, WAIT = spoken(_ARRIVE, OF_A_PROGRAM), spoken(_WAIT, OF_A_PROGRAM)
 ARRIVE_OF_A_WARP, WAIT_OF_A_WARP = spoken(_ARRIVE, OF_A_WARP), spoken(_WAIT, OF_A_WARP)
 
 
-def counter(device: torch.device) -> Tensor:
-    """[1] int64. Each kernel that uses it has the same number of programs, and one runs at a time."""
-    return torch.zeros(1, dtype=torch.long, device=device)
+_counters: weakref.WeakKeyDictionary[nn.Module, Tensor] = weakref.WeakKeyDictionary()
 
 
-def check(count: Tensor) -> None:
+def counter(model: nn.Module, device: torch.device) -> Tensor:
+    """[1] int64, of all of the model's kernels with a barrier: each has the same number of programs, and one runs at a time."""
+    count = _counters.get(model)
+    if count is None or count.device != device:
+        count = _counters[model] = torch.zeros(1, dtype=torch.long, device=device)
+    return count
+
+
+def forget(model: nn.Module) -> None:
+    """Know of no wait that took too long. Graphs that were captured use the counter on, so it stays where it is."""
+    if model in _counters:
+        _counters[model].zero_()
+
+
+def check(model: nn.Module) -> None:
     """Raise an error if a wait has taken too long since the last check; it waits for the device."""
-    if int(count) >= GAVE_UP:
+    count = _counters.get(model)
+    if count is not None and int(count) >= GAVE_UP:
         count.zero_()
         raise RuntimeError(
             "a kernel's programs did not all run at the same time; expected a GPU that does nothing else at that time: "

@@ -86,13 +86,11 @@ class Plan(NamedTuple):
     Attributes:
         addresses: those that ``table`` was made of.
         table: [layers + 1, COLUMNS] int64, the addresses of each layer's tensors.
-        count: the counter of the kernel's barrier.
         post: what ranks exchange through, if there are several.
     """
 
     addresses: tuple[int, ...]
     table: Tensor
-    count: Tensor
     post: Post | None
 
 
@@ -130,18 +128,6 @@ def _through_peers(model: Transformer) -> bool:
     return isinstance(model.dispatch, PeerDispatch) and in_order
 
 
-def check(model: Transformer) -> None:
-    """Raise an error if a step of ``model`` since the last check did not run through; it waits for the device."""
-    if model in _plans:
-        grid_barrier.check(_plans[model].count)
-
-
-def forget(model: Transformer) -> None:
-    """Know of no barrier that gave up. Graphs that were captured use the counter on, so it stays where it is."""
-    if model in _plans:
-        _plans[model].count.zero_()
-
-
 def read_on(
     model: Transformer,
     tokens: Tensor,
@@ -165,13 +151,13 @@ def read_on(
     # The counter of the barrier is for as many programs as there are.
     assert len(tokens) <= FEW and (programs is None or device.type != "cuda")
     sizes = sizes_of(model, vocab, programs or multiprocessors(device))
-    plan, moe = plan_of(model), config.moe_layers
+    plan, count, moe = plan_of(model), grid_barrier.counter(model, device), config.moe_layers
     exchange = (None, 0, 0, 0)
     if plan.post is not None:
         held = model.layers[moe[0]].moe.experts.held
         exchange = (plan.post.table, model.dispatch.rank, model.dispatch.first, held)
     if len(tokens) == 0:
-        serving = (plan.table, plan.count, model.embed.weight, *exchange)
+        serving = (plan.table, count, model.embed.weight, *exchange)
         _launched(serve, serving, SERVED, config, sizes, device)
         return None
     out = torch.empty(len(tokens), vocab, dtype=kind, device=device)
@@ -183,7 +169,7 @@ def read_on(
         None if model.positions is None else model.positions.rows(cache.slots, device),
         out,
         plan.table,
-        plan.count,
+        count,
         cache.kv,
         cache.lengths,
         torch.empty(2, config.dim, dtype=torch.long, device=device),
@@ -275,7 +261,7 @@ def plan_of(model: Transformer) -> Plan:
         # The kernel looks at the addresses of one more layer, and does not use them.
         table = torch.tensor(addresses + (0,) * COLUMNS.value, dtype=torch.long, device=device)
         shared = post_of(dispatch) if isinstance(dispatch, PeerDispatch) else None
-        plan = _plans[model] = Plan(addresses, table, grid_barrier.counter(device), shared)
+        plan = _plans[model] = Plan(addresses, table, shared)
     return plan
 
 

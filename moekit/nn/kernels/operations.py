@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 from torch import Tensor, nn
 
 from moekit.nn import operations as plain
 from moekit.nn.cache import Cache
 from moekit.nn.dispatch import Local
-from moekit.nn.kernels import batch_step, dense, flash, one_launch, output, short_step, streamed
+from moekit.nn.kernels import batch_step, dense, flash, grid_barrier, one_launch, output, short_step
 from moekit.nn.kernels.attention import attend_one
 from moekit.nn.kernels.counting import fill
 from moekit.nn.kernels.gate import choose
@@ -68,11 +70,7 @@ def read_on(model: Transformer, tokens: Tensor, asked: Pass, vocab: int) -> Tens
     def for_few() -> Tensor | None:
         return short_step.read_on(model, tokens, asked.cache, vocab, rows)
 
-    def forget() -> None:
-        """Barriers that gave up."""
-        one_launch.forget(model)
-        streamed.forget(model)
-
+    forget = functools.partial(grid_barrier.forget, model)
     fused = {
         "one launch": (one_launch, in_one_launch),
         "kernels for many": (batch_step, for_many),
@@ -87,8 +85,7 @@ def read_on(model: Transformer, tokens: Tensor, asked: Pass, vocab: int) -> Tens
 def check(model: Transformer) -> None:
     """Compute :func:`moekit.nn.operations.check_work`, of kernels with a barrier, too."""
     plain.check_work(model)
-    one_launch.check(model)
-    streamed.check(model)
+    grid_barrier.check(model)
 
 
 TRITON = plain.Operations(

@@ -19,7 +19,6 @@ Shape letters: N rows, P = 2 N choices, E experts. D model dim, F expert width.
 
 from __future__ import annotations
 
-import weakref
 from typing import TYPE_CHECKING
 
 import torch
@@ -47,7 +46,6 @@ from moekit.nn.kernels.overlap import overlapped
 
 if TYPE_CHECKING:
     from moekit.nn.experts import Experts
-    from moekit.nn.transformer import Transformer
 
 activate, _rounded = gluon.jit(_activate.fn), gluon.jit(gate._rounded.fn)
 start, wait = gluon.jit(overlap.start.fn), gluon.jit(overlap.wait.fn)
@@ -60,28 +58,6 @@ MOST, EXPERTS = gl.constexpr(8), 1024
 # tiles wait to be stored.
 ROWS, COLUMNS, INNER = gl.constexpr(16), gl.constexpr(64), gl.constexpr(128)
 WARPS, STAGES, SLOTS = 4, gl.constexpr(10), gl.constexpr(2)
-
-# The counter of the barrier by model. Graphs that were captured use it on, so it stays where it is.
-_counters: weakref.WeakKeyDictionary[Transformer, Tensor] = weakref.WeakKeyDictionary()
-
-
-def counter(model: Transformer) -> Tensor:
-    """[1] int64, of ``model``'s kernels."""
-    if model not in _counters:
-        _counters[model] = grid_barrier.counter(model.embed.weight.device)
-    return _counters[model]
-
-
-def check(model: Transformer) -> None:
-    """Raise an error if a kernel of ``model`` since the last check did not run through; it waits for the device."""
-    if model in _counters:
-        grid_barrier.check(_counters[model])
-
-
-def forget(model: Transformer) -> None:
-    """Know of no barrier that gave up."""
-    if model in _counters:
-        _counters[model].zero_()
 
 
 def fits(rule: Gate, experts: Experts, x: Tensor) -> bool:
@@ -104,7 +80,7 @@ def chosen_ffn(rule: Gate, experts: Experts, logits: Tensor, x: Tensor, count: T
     Args:
         logits: [N, E].
         x: [N, D], for which :func:`fits` says yes.
-        count: the :func:`counter` of the model.
+        count: the model's :func:`moekit.nn.kernels.grid_barrier.counter`.
     """
     (rows, dim), device = x.shape, x.device
     choices, programs = 2 * rows, multiprocessors(device)
