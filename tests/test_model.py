@@ -18,6 +18,7 @@ from moekit.batches import Batch, shares, text_batches
 from moekit.fairseq_data import open_data
 from moekit.nn.cache import Cache
 from moekit.nn.config import ModelConfig
+from moekit.nn.copies import Copy, Feed, on_device
 from moekit.nn.dispatch import AllToAll, Local, owned
 from moekit.nn.experts import Assignment
 from moekit.nn.noise import Noise
@@ -27,7 +28,6 @@ from moekit.nn.transformer import AddNorm, Attention, MoE, Transformer
 from moekit.ranks import Rank
 from moekit.scoring import plan_steps
 from moekit.symbols import PAD
-from moekit.worker.copies import Copy, on_device
 from moekit.worker.scoring import collected
 
 
@@ -401,3 +401,24 @@ def test_arrays_of_ids_travel_together_and_keep_their_shapes(device):
         assert (one.dtype, one.device.type, tuple(one.shape)) == (torch.long, device, other.shape)
         assert one.tolist() == other.tolist()
         assert one.is_contiguous() and (device == "cpu" or one.data_ptr() % 16 == 0)
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")),
+    ],
+)
+def test_tensors_that_are_filled_again_stay_where_they_are(device):
+    feed, seen = Feed(torch.device(device), (3,), (2, 2)), []
+    places = [tensor.data_ptr() for tensor in feed.tensors]
+    for turn in range(3):
+        if device == "cuda":
+            # The copies are made later than the host asks for them.
+            torch.cuda._sleep(10**8)
+        own, other = np.full(3, turn, np.int32), np.full((2, 2), -turn)
+        seen.append([tensor.clone() for tensor in feed(own, other)])
+        own[:] = other[:] = 99
+    assert [tensor.data_ptr() for tensor in feed.tensors] == places
+    assert [[tensor.unique().tolist() for tensor in one] for one in seen] == [[[r], [-r]] for r in range(3)]

@@ -11,10 +11,12 @@ from collections.abc import Callable, Generator, Hashable, Sequence
 from types import ModuleType
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from moekit.nn.cache import Cache
+from moekit.nn.copies import Feed, on_device
 from moekit.nn.gates import gate_of
 from moekit.nn.passes import Pass
 from moekit.nn.transformer import Transformer
@@ -68,12 +70,12 @@ def capturing(device: int) -> torch.cuda.Stream:
 
 
 class Graph:
-    """A graph of ``work`` on tensors of the shapes of ``inputs``; all other tensors in it must keep their addresses."""
+    """A graph of ``work`` on ``inputs``, which the graph keeps; all other tensors in it must keep their addresses."""
 
     def __init__(self, work: Callable[..., Tensor | None], *inputs: Tensor):
         # A profiler runs the work outside of the graph, to learn which kernel belongs to which part.
         self.work = work
-        self.inputs = [tensor.clone() for tensor in inputs]
+        self.inputs = list(inputs)
         aside = capturing(torch.cuda.current_device())
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
@@ -100,7 +102,7 @@ class InParts:
 
     def __init__(self, work: Callable[..., Generator[Callable[[], None], None, Tensor]], *inputs: Tensor):
         self.work = functools.partial(whole, work)
-        self.inputs = [tensor.clone() for tensor in inputs]
+        self.inputs = list(inputs)
         aside = capturing(torch.cuda.current_device())
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
@@ -159,29 +161,35 @@ class Repeated:
     is raised, because either all ranks capture or none does.
     """
 
-    def __init__(self, alone: bool) -> None:
-        self.alone = alone
+    def __init__(self, device: torch.device, alone: bool) -> None:
+        self.device, self.alone = device, alone
         self.key: Hashable = None
         self.times: float = 0
         self.graph: Graph | None = None
+        # The inputs of the graph.
+        self.feed: Feed | None = None
 
-    def __call__(self, key: Hashable, work: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """Return ``work(*inputs)``, which the next call may overwrite. Work with an equal ``key`` counts as the same."""
+    def __call__(self, key: Hashable, work: Callable[..., Tensor], *ids: np.ndarray) -> Tensor:
+        """Return what ``work`` makes of ``ids`` on the device, which the next call may overwrite.
+
+        Work with an equal ``key`` counts as the same.
+        """
         if key != self.key:
             self.key, self.times, self.graph = key, 0, None
         self.times += 1
         if self.times <= AFTER:
-            return work(*inputs)
+            return work(*on_device(self.device, *ids))
         if self.graph is None:
+            self.feed = Feed(self.device, *(own.shape for own in ids))
             try:
-                self.graph = Graph(work, *inputs)
+                self.graph = Graph(work, *self.feed(*ids))
             except torch.OutOfMemoryError:
                 # The graph needs extra memory, so a run without it may still fit.
                 if not self.alone:
                     raise
                 self.times = -math.inf
-                return work(*inputs)
-        return self.graph(*inputs)
+                return work(*self.feed.tensors)
+        return self.graph(*self.feed(*ids))
 
 
 def of_step(
@@ -221,7 +229,7 @@ def of_step(
 
     inputs = [torch.zeros(len(cache.lengths), dtype=torch.long, device=cache.lengths.device)]
     if end is not None:
-        inputs.append(cache.lengths)
+        inputs.append(cache.lengths.clone())
     if model.slots is None:
         return Graph(step, *inputs)
     kernels = _in_parts(model, len(cache.lengths))

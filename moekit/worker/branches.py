@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moekit.nn.cache import Cache, slots_for
+from moekit.nn.copies import Copy, on_device
 from moekit.nn.gates import interacts
 from moekit.nn.intervene import Intervention
 from moekit.nn.logprobs import LOGIT_ROWS
@@ -23,7 +24,6 @@ from moekit.nn.passes import Pass
 from moekit.nn.transformer import Transformer
 from moekit.ranks import Rank
 from moekit.symbols import PAD
-from moekit.worker.copies import Copy, on_device
 from moekit.worker.scoring import GRAPH, collected
 from moekit.worker.sequences import SPARE
 

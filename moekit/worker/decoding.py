@@ -20,6 +20,7 @@ from torch import Tensor
 
 from moekit.nn import graphs
 from moekit.nn.cache import Cache, slots_for
+from moekit.nn.copies import on_device
 from moekit.nn.logprobs import log_probs
 from moekit.nn.noise import Noise
 from moekit.nn.parts import is_part, part
@@ -27,7 +28,6 @@ from moekit.nn.passes import Pass
 from moekit.nn.record import Recorder
 from moekit.nn.transformer import Transformer
 from moekit.ranks import Rank
-from moekit.worker.copies import on_device
 from moekit.worker.found import Found
 from moekit.worker.greedy import Greedy
 from moekit.worker.prompts import Prompts, most_tokens
@@ -265,11 +265,10 @@ def _read(
 
     ``kept`` runs the forward pass, which clears ``cache``; None runs it as it is, on a cache that is clear.
     """
-    device = model.embed.weight.device
-    lengths, tokens = on_device(device, prompts.lengths, prompts.tokens)
+    device, longest = model.embed.weight.device, prompts.tokens.shape[1]
     cache = _cache(model, len(prompts), slots) if cache is None else cache
     numbers = prompts.numbers
-    asked = _asked(settings, numbers, 0, cache, tokens.shape[1])
+    asked = _asked(settings, numbers, 0, cache, longest)
     asked.rows_expected = rows_expected
 
     def cleared(read: Tensor) -> Tensor:
@@ -277,15 +276,20 @@ def _read(
         cache.clear()
         return model(read, asked)
 
-    features = model(tokens, asked) if kept is None else kept(cleared, tokens)
+    if kept is None:
+        lengths, tokens = on_device(device, prompts.lengths, prompts.tokens)
+        features = model(tokens, asked)
+    else:
+        features = kept(cleared, prompts.tokens)
+        [lengths] = on_device(device, prompts.lengths)
     real = None
     if isinstance(asked.record, Recorder):
-        real = torch.arange(tokens.shape[1], device=device) < lengths[:, None]
+        real = torch.arange(longest, device=device) < lengths[:, None]
     parts = _traced(asked, numbers, real)
     cache.advance(lengths)
     last = features[torch.arange(len(prompts), device=device), lengths - 1]
     scores = torch.zeros(len(prompts), device=device)
-    if settings.beam_size > 1 and tokens.shape[1] > 1:
+    if settings.beam_size > 1 and longest > 1:
         # fairseq includes the prompt in the score, and adds one token after the other.
         found = log_probs(model, features[:, :-1], tokens[:, 1:], settings.vocab)
         for position in range(found.shape[1]):

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moekit.nn.copies import Copy
 from moekit.nn.transformer import Transformer
-from moekit.worker.copies import Copy
 from moekit.worker.greedy import Greedy
 from moekit.worker.sampling import Chosen
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moekit.batches import Batch, Share, shares
 from moekit.nn import graphs
+from moekit.nn.copies import Copy, on_device
 from moekit.nn.dispatch import Local
 from moekit.nn.intervene import Intervention
 from moekit.nn.logprobs import log_probs, predictions, scored
@@ -22,7 +23,6 @@ from moekit.nn.record import LoadRecorder, Options, Recorder
 from moekit.nn.transformer import Transformer
 from moekit.ranks import Rank
 from moekit.symbols import PAD
-from moekit.worker.copies import Copy, on_device
 from moekit.worker.sequences import SPARE
 
 T = TypeVar("T")
@@ -111,25 +111,27 @@ def _launched(
         loads: count what is not dispatched, and how full experts get; without ``trace``.
     """
     model: Transformer = rank.state["model"]
+    plain = trace is None and intervention is None and not loads
     for step in steps:
         mine = step.batches
-        inputs = Inputs.of(step.joined(), rank.device) if mine else None
-        asked = ask(step, inputs, fraction, seed, trace, intervention) if inputs is not None else Pass()
-        if loads:
-            asked.record = LoadRecorder()
-        captured = worth_capturing(model, asked, step, rank.world_size)
+        captured = plain and worth_capturing(model, fraction, step, rank.world_size)
         if not captured:
             # A large pass may need the memory of the graph. The other ranks drop their graphs in the same step.
             rank.state.pop(GRAPH, None)
             rank.state.pop(SPARE, None)
         by_expectation = captured or model.dispatch.by_expectation
-        asked.rows_expected = step.rows(rank.world_size) if by_expectation else None
-        if inputs is None:
-            model.serve(asked.rows_expected)
+        rows_expected = step.rows(rank.world_size) if by_expectation else None
+        if not mine:
+            model.serve(rows_expected)
             continue
         if captured:
-            found = repeated(rank, asked, inputs, step, vocab)
+            found = repeated(rank, step, Pass(fraction, len(mine), rows_expected=rows_expected), vocab)
         else:
+            inputs = Inputs.of(step.joined(), rank.device)
+            asked = ask(step, inputs, fraction, seed, trace, intervention)
+            asked.rows_expected = rows_expected
+            if loads:
+                asked.record = LoadRecorder()
             features = model(inputs.tokens, asked)
             found = log_probs(model, features, inputs.targets, vocab)
         parts: list[dict[str, np.ndarray]] = []
@@ -231,8 +233,8 @@ def ask(
     return asked
 
 
-def worth_capturing(model: Transformer, asked: Pass, step: Share, world_size: int) -> bool:
-    """Whether the ranks run passes like ``step`` as a graph.
+def worth_capturing(model: Transformer, fraction: float | None, step: Share, world_size: int) -> bool:
+    """Whether the ranks run passes like ``step``, from which nothing but scores is wanted, as a graph.
 
     The result has to be the same on all ranks, so it depends only on the whole step and on arguments that all ranks have.
     If a rank has no batches, the first condition is false on every rank.
@@ -240,17 +242,18 @@ def worth_capturing(model: Transformer, asked: Pass, step: Share, world_size: in
     return (
         step.count >= world_size
         and graphs.few(model, step.rows(world_size), world_size)
-        and graphs.fits(model, asked)
-        and not step.padding_matters(asked.fraction)
+        and graphs.fits(model, Pass())
+        and not step.padding_matters(fraction)
     )
 
 
-def repeated(rank: Rank, asked: Pass, inputs: Inputs, step: Share, vocab: int) -> Tensor:
+def repeated(rank: Rank, step: Share, asked: Pass, vocab: int) -> Tensor:
     """Log-probabilities [B, T] of this rank's share of ``step``, with a graph after enough equal steps."""
     model: Transformer = rank.state["model"]
-    kept = rank.state.setdefault(GRAPH, graphs.Repeated(isinstance(model.dispatch, Local)))
+    kept = rank.state.setdefault(GRAPH, graphs.Repeated(rank.device, isinstance(model.dispatch, Local)))
     key = step.shape, step.count, asked.fraction, vocab
-    return kept(key, functools.partial(scored, model, asked, vocab), inputs.tokens, inputs.targets)
+    whole = step.joined()
+    return kept(key, functools.partial(scored, model, asked, vocab), whole.tokens, whole.targets)
 
 
 def _on_host(batches: Sequence[Batch], found: Copy, parts: list[dict[str, np.ndarray]]) -> Found:

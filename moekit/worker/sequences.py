@@ -83,5 +83,5 @@ def take_spare(rank: Rank, alike: Hashable) -> Spare:
     """The spare if its ``alike`` is equal; otherwise it is dropped, and the result is empty. Its cache holds old tokens."""
     spare: Spare | None = rank.state.pop(SPARE, None)
     if spare is None or spare.alike != alike:
-        return Spare(alike, graphs.Repeated(isinstance(rank.state["model"].dispatch, Local)))
+        return Spare(alike, graphs.Repeated(rank.device, isinstance(rank.state["model"].dispatch, Local)))
     return spare
