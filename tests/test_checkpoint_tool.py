@@ -1,5 +1,6 @@
 """``python -m moekit.checkpoint``: every verb, what it makes bit for bit, and what it refuses."""
 
+import argparse
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import moekit
 from moekit import checkpoint, paths
 from moekit.checkpoint import safetensors, writing
 from moekit.checkpoint.__main__ import main
+from moekit.checkpoint.options import options_of
 from moekit.nn.transformer import Transformer
 
 KEY = "decoder.layers.1.moe_layer.experts.1.fc2.weight"
@@ -101,14 +103,37 @@ def test_other_numbers_of_files_and_back(source, tmp_path, number):
     same_files(tmp_path / "back", source)
 
 
+def in_args(state) -> None:
+    """One flat ``args`` tells the rank and all options; ``cfg`` is there and empty."""
+    model, task = options_of(state, "a file")
+    state |= {"args": argparse.Namespace(**{**task, **model, "distributed_rank": 0}), "cfg": {}}
+
+
+# How the files that the tool reads tell their rank.
+TOLD = {
+    "as the branch does": lambda state: None,
+    "in args": in_args,
+    "nowhere": lambda state: state["cfg"].pop("distributed_training"),
+    "as text": lambda state: state["cfg"]["distributed_training"].update(distributed_rank="0"),
+}
+
+
+@pytest.mark.parametrize("told", TOLD)
 @pytest.mark.parametrize("end", [".pt", ".safetensors"])
-def test_files_that_are_swapped_are_refused(source, tmp_path, end):
-    """Each file tells the rank of its name, in whatever number and format the tool writes it."""
+def test_files_that_are_swapped_are_refused(source, tmp_path, end, told):
+    """Each file tells the rank of its name, in whatever number and format the tool writes it, and whatever it was made of."""
+    before = tmp_path / "before"
+    before.mkdir()
+    for path in source.glob("*.pt"):
+        state = torch.load(path, weights_only=True)
+        TOLD[told](state)
+        torch.save(state, before / path.name)
     to = "fairseq" if end == ".pt" else "safetensors"
-    run("convert", source, tmp_path / "there", "--to", to, "--quiet")
+    run("convert", before, tmp_path / "there", "--to", to, "--quiet")
     run("reshard", tmp_path / "there", tmp_path / "two", "--files", "2", "--quiet")
-    for folder, one, other in (("there", 1, 3), ("two", 0, 1)):
-        one, other = (tmp_path / folder / f"model-rank-{rank}{end}" for rank in (one, other))
+    run("strip", before, tmp_path / "small", "--quiet")
+    for folder, suffix, one, other in (("there", end, 1, 3), ("two", end, 0, 1), ("small", ".pt", 0, 2)):
+        one, other = (tmp_path / folder / f"model-rank-{rank}{suffix}" for rank in (one, other))
         checkpoint.survey(checkpoint.find(tmp_path / folder))
         one.rename(tmp_path / "kept")
         other.rename(one)

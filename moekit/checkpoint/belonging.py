@@ -35,8 +35,8 @@ FLAT = (
     "clip_norm",
     *sorted(READ),
 )
-# What tells the rank that wrote a file.
-RANK = "distributed_rank"
+# What tells the rank that wrote a file, and the section of cfg that has it.
+RANK, TRAINING = "distributed_rank", "distributed_training"
 # The most options that an error names; it counts the others.
 NAMED = 3
 
@@ -149,8 +149,7 @@ def _check_order(writers: Mapping[Path, int | None]) -> None:
 
     So files are swapped only where they tell the very ranks of the names in another order.
     """
-    numbers = {path: _numbers(path.name) for path in writers}
-    named = {path: told.get("rank", told.get("shard")) for path, told in numbers.items()}
+    named = {path: _named(path.name) for path in writers}
     if set(writers.values()) != set(named.values()):
         return
     for path, writer in writers.items():
@@ -159,22 +158,33 @@ def _check_order(writers: Mapping[Path, int | None]) -> None:
 
 
 def _writer(state: Mapping[str, Any]) -> int | None:
-    """The rank that wrote a file, where it tells."""
-    cfg = state.get("cfg")
-    told = cfg.get("distributed_training") if isinstance(cfg, Mapping) else state.get("args")
+    """The rank that wrote a file, where it tells: in ``args``, which win as they do for the model's options, or else in ``cfg``."""
+    told, cfg = state.get("args"), state.get("cfg")
+    if told is None and isinstance(cfg, Mapping):
+        told = cfg.get(TRAINING)
     rank = told.get(RANK) if isinstance(told, Mapping) else None
     return rank if type(rank) is int else None
 
 
-def written_by(rank: int, state: Mapping[str, Any]) -> Mapping[str, Any]:
-    """``state`` as ``rank`` writes it, if it tells who wrote it: so files that are swapped are refused."""
-    if _writer(state) is None:
+def written_as(name: str, state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """``state`` as the rank in ``name`` writes it, so that files that are swapped are refused.
+
+    It is unchanged where no rank is in ``name``, or where it has no config.
+    """
+    rank, args, cfg = _named(name), state.get("args"), state.get("cfg")
+    if rank is None or (args is None and cfg is None):
         return state
-    cfg = state.get("cfg")
-    if not isinstance(cfg, Mapping):
-        return {**state, "args": {**state["args"], RANK: rank}}
-    training = {**cfg["distributed_training"], RANK: rank}
-    return {**state, "cfg": {**cfg, "distributed_training": training}}
+    if args is not None:
+        return {**state, "args": {**args, RANK: rank}}
+    training = cfg.get(TRAINING)
+    told = training if isinstance(training, Mapping) else {}
+    return {**state, "cfg": {**cfg, TRAINING: {**told, RANK: rank}}}
+
+
+def _named(name: str) -> int | None:
+    """The rank that writes a file of this name."""
+    told = _numbers(name)
+    return told.get("rank", told.get("shard"))
 
 
 def _numbers(name: str) -> dict[str, str | int]:

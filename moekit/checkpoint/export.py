@@ -16,7 +16,7 @@ from moekit import results
 from moekit.arguments import Path as PathKind
 from moekit.arguments import Whole, check, reading
 from moekit.checkpoint import branch, writing
-from moekit.checkpoint.belonging import written_by
+from moekit.checkpoint.belonging import written_as
 from moekit.checkpoint.files import NAME
 from moekit.checkpoint.keys import fairseq_parts
 from moekit.nn.config import DENSE, ModelConfig
@@ -99,7 +99,7 @@ def write(
         for path, rank in ranks.items():
             part = expert_part(experts(owned(config.experts, files, rank)))
             with open(place / path, "wb") as file:
-                writing.save({**written_by(rank, top), "model": part}, file)
+                writing.save({**written_as(path, top), "model": part}, file)
 
 
 def _check_alone(folder: Path, names: set[str]) -> None:

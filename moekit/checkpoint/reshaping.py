@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from moekit.arguments import shown
-from moekit.checkpoint.belonging import written_by
+from moekit.checkpoint.belonging import written_as
 from moekit.checkpoint.files import NAME, Files, find
 from moekit.checkpoint.hugging import writing
 from moekit.checkpoint.hugging.names import packed
@@ -141,7 +141,7 @@ def strip(source: str | Path, target: str | Path, *, force: bool = False, show: 
 
     def content(path: Path):
         state = read(path)
-        return state.pop("model"), state
+        return state.pop("model"), written_as(path.name, state)
 
     made: list[File] = [(path.name, lambda path=path: content(path)) for path in files.all]
     total = sum(tensor.nbytes for path in files.all for tensor in read(path)["model"].values())
@@ -259,8 +259,8 @@ def _write(
     def experts(held: range) -> dict[str, Tensor]:
         return content.rank({layer: chosen[held.start : held.stop] for layer, chosen in every.items()})
 
-    def rank(index: int) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
-        return experts(owned(count, number, index)), written_by(index, settings)
+    def rank(index: int, name: str) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
+        return experts(owned(count, number, index)), written_as(name, settings)
 
     def whole() -> tuple[dict[str, Tensor], Mapping[str, Any]]:
         return shared()[0] | experts(range(count)), settings
@@ -271,7 +271,8 @@ def _write(
             return
         yield f"{stem}-shared{end}", shared
         for index in range(number):
-            yield f"{stem}-rank-{index}{end}", functools.partial(rank, index)
+            name = f"{stem}-rank-{index}{end}"
+            yield name, functools.partial(rank, index, name)
 
     parts: Iterable[File] = made()
     if to == "hf":
