@@ -99,11 +99,30 @@ def whole(path: str | Path, make: bool = False) -> Iterator[Path]:
         NotWritten: as :func:`together`.
         ValueError: ``path`` is no path.
     """
+    target = _target(path)
+    with together(target.parent, make) as folder:
+        yield folder / target.name
+
+
+def _target(path: str | Path) -> Path:
+    """What a file of the name ``path`` replaces: a link itself, and not what it leads to."""
     path = check("path", path, PathKind())
     # A folder that may not be looked into tells of no link.
-    path = path.parent.resolve() / path.name if os.path.islink(path) else path.resolve()
-    with together(path.parent, make) as folder:
-        yield folder / path.name
+    return path.parent.resolve() / path.name if os.path.islink(path) else path.resolve()
+
+
+def check_file(path: str | Path, make: bool = False) -> None:
+    """Check that :func:`whole` could write ``path`` now: for long work that writes at its end.
+
+    Args:
+        make: make the folder of ``path`` where it is missing.
+
+    Raises:
+        NotWritten, ValueError: as :func:`whole`.
+    """
+    target = _target(path)
+    with together(target.parent, make):
+        _check_replaceable(target)
 
 
 def check_writable(folder: str | Path, make: bool = True) -> None:
@@ -165,17 +184,10 @@ def _move(place: Path, folder: Path, lock: IO[str]) -> None:
     files = sorted(path for path in place.rglob("*") if path.is_file() and path != place / LOCK)
     targets = [folder / path.relative_to(place) for path in files]
     for path, target in zip(files, targets, strict=True):
-        if target.is_dir():
-            raise NotWritten(f"{target} is a folder, expected a file or nothing there: remove or rename it")
+        _check_replaceable(target)
         if not target.parent.resolve().is_relative_to(folder):
             raise NotWritten(
                 f"{target.parent} leads out of {folder}: remove that link or name another folder"
-            )
-        # Who may write into /dev would lose the device. A link into /proc, as /dev/stdout is, is an open file.
-        opened = target.is_symlink() and os.readlink(target).startswith("/proc/")
-        if opened or (target.exists() and not target.is_file()):
-            raise NotWritten(
-                f"{target} is a device, a pipe or a socket, which no file replaces: name another path"
             )
         _flush(path)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -190,6 +202,20 @@ def _move(place: Path, folder: Path, lock: IO[str]) -> None:
         moving.move(place, folder)
     for changed in {target.parent for target in targets}:
         _flush(changed)
+
+
+def _check_replaceable(target: Path) -> None:
+    """Check that a file may take the place of what ``target`` is now."""
+    if target.is_dir():
+        raise NotWritten(
+            f"{target} is a folder, expected a file or nothing there: remove or rename it, or name another path"
+        )
+    # Who may write into /dev would lose the device. A link into /proc, as /dev/stdout is, is an open file.
+    opened = target.is_symlink() and os.readlink(target).startswith("/proc/")
+    if opened or (target.exists() and not target.is_file()):
+        raise NotWritten(
+            f"{target} is a device, a pipe or a socket, which no file replaces: name another path"
+        )
 
 
 def _mark(place: Path, names: list[str]) -> None:

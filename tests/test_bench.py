@@ -396,8 +396,11 @@ def test_a_wrong_layer_is_an_error():
             "--tokens 515: they go through the gate in 2 groups of one length; expected a multiple of 2, such as 514",
         ),
         (["score", "--json", "/nowhere/figures.json"], "/nowhere does not exist, so nothing was written"),
-        (["score", "--json", "/dev/null"], "--json /dev/null is no file: name another one"),
-        (["score", "--shape", "tiny", "--json", "/"], "--json / is no file: name another one"),
+        (
+            ["score", "--json", "/dev/null"],
+            "/dev/null is a device, a pipe or a socket, which no file replaces",
+        ),
+        (["score", "--shape", "tiny", "--json", "/"], "/ is a folder, expected a file or nothing there"),
         (
             ["score", "--device", "cpu", "--shape", "dense-tiny", "--zipf", "1"],
             "--zipf 1: the shape dense-tiny has no gates to skew",

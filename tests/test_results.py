@@ -258,6 +258,32 @@ def test_a_folder_is_checked_before_anything_is_written(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "new"]
 
 
+def test_a_file_is_checked_before_anything_is_written(tmp_path):
+    """What ends the block of ``whole`` is known before it; a link is replaced, wherever it leads."""
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "link").symlink_to("/nowhere/file")
+    for name in ("new", "file", "link"):
+        results.check_file(tmp_path / name)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "opened").symlink_to("/proc/self/fd/9")
+    (tmp_path / "circle").symlink_to("circle")
+    for name, said in (
+        ("folder", "folder is a folder, expected a file"),
+        ("opened", "opened is a device, a pipe or a socket"),
+        ("circle", "lead round in a circle"),
+        ("file/new", "file is not a folder"),
+        ("nowhere/new", "nowhere does not exist"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            results.check_file(tmp_path / name)
+        with pytest.raises(ValueError, match=said), results.whole(tmp_path / name) as part:
+            part.write_text("new")
+    results.check_file(tmp_path / "made" / "new", make=True)
+    names = ["circle", "file", "folder", "link", "made", "opened"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert (tmp_path / "file").read_text() == "old"
+
+
 def test_what_a_killed_run_left_goes_and_what_a_running_one_writes_stays(tmp_path):
     left = tmp_path / f"{results.PREFIX}left"
     left.mkdir()

@@ -228,16 +228,26 @@ def test_a_damaged_file_is_refused_before_anything_is_measured(tmp_path, monkeyp
     assert (tmp_path / "own.json").read_text() == "{}"
 
 
-def test_what_is_no_file_is_not_opened(tmp_path, monkeypatch, capsys):
-    """As a pipe, which would be waited for; to open a socket is an error at once, so that this test never waits."""
-    os.mknod(tmp_path / "own.json", stat.S_IFSOCK | 0o600)
+@pytest.mark.parametrize("name", ["own.json", "figures.json"])
+def test_what_cannot_be_written_is_said_before_anything_is_measured(tmp_path, monkeypatch, capsys, name):
+    """The socket stands for a pipe, which would be waited for; to open it is an error at once, so that this test never waits."""
     monkeypatch.setattr(measure, "ceilings", None)
-    with pytest.raises(SystemExit, match="2"):
-        run(tmp_path, "--shape", "tiny")
-    error = capsys.readouterr().err
-    assert (
-        "own.json is no regular file; expected a file of cuts for --out" in error and error.count("\n") == 1
-    )
+    path = tmp_path / name
+
+    def refused(said: str) -> None:
+        with pytest.raises(SystemExit, match="2"):
+            run(tmp_path, "--shape", "tiny")
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1
+        path.unlink()
+
+    os.mknod(path, stat.S_IFSOCK | 0o600)
+    refused(f"{name} is a device, a pipe or a socket, which no file replaces")
+    path.symlink_to(path)
+    refused("its links lead round in a circle")
+    # Into a folder that nobody can write into: --out follows the link, and --json would replace it.
+    path.symlink_to("/proc/self/nowhere")
+    refused("nothing can be written there" if name == "own.json" else "which no file replaces")
 
 
 def test_a_machine_without_kernels_says_so(tmp_path, monkeypatch, capsys):

@@ -107,7 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     try:
         if args.json is not None:
-            check_json(args.json)
+            # The error comes before hours of measuring, and not after.
+            results.check_file(args.json)
         tables = tables_of(args, arguments[1:], parser, benches)
         if args.json is not None:
             with results.whole(args.json) as part:
@@ -120,13 +121,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.exit(2, f"{parser.prog}: {said}\n")
     except KeyboardInterrupt:
         parser.exit(130, f"{parser.prog}: interrupted\n")
-
-
-def check_json(path: Path) -> None:
-    """If the file of ``--json`` cannot be written, the error comes before hours of measuring, and not after."""
-    if path.exists() and not path.is_file():
-        raise ValueError(f"--json {path} is no file: name another one")
-    results.check_writable(path.parent, make=False)
 
 
 def tables_of(

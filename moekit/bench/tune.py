@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moekit import checkpoint, results
 from moekit.arguments import Path as PathKind
-from moekit.arguments import check, check_regular, reading
+from moekit.arguments import check, reading
 from moekit.bench import measure
 from moekit.bench.figures import Figure
 from moekit.bench.moe_layer import layer_too_large, random_layer, same
@@ -116,11 +116,10 @@ def _config(setting: Setting, path: str | None) -> ModelConfig:
 
 def _old(path: Path) -> tuple[dict, dict]:
     """The tables in the file, and how they were made; an error comes before hours of measuring, and not after."""
-    results.check_writable(path.parent)
+    results.check_file(path, make=True)
     with reading(path):
         if not path.exists():
             return {}, {}
-        check_regular(path, "a file of cuts for --out, or none")
         text = path.read_text()
     return cuts.tables(text, f"--out {path}"), cuts.made(text)
 
