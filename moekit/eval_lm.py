@@ -22,13 +22,12 @@ import time
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import moekit
-from moekit import checkpoint
+from moekit import checkpoint, results
 from moekit import fairseq_data as data_order
 from moekit.arguments import Capacity, check, shown
 from moekit.batches import Batch, count_scored
@@ -198,9 +197,10 @@ def applied(files: checkpoint.Files, overrides: dict[str, Any]) -> tuple[float |
 def run(args: Namespace, ranks: Ranks | None = None) -> dict[str, Any]:
     """Score what ``args`` ask for on ``ranks``, and log it as the branch does. Returns its figures."""
     start = time.perf_counter()
-    stats = None if args.stats_path is None else Path(f"{args.stats_path}.json").expanduser()
-    if stats is not None and (stats.is_dir() or not os.access(stats.parent, os.W_OK)):
-        raise ValueError(f"--stats-path {args.stats_path}: {stats} cannot be written, is its folder there?")
+    stats = None if args.stats_path is None else f"{args.stats_path}.json"
+    if stats is not None:
+        # The error comes before the scoring, and not after.
+        results.check_file(stats)
     log_config(args)
     logger.info("loading model(s) from %s", args.path)
     files = checkpoint.find(args.path)
@@ -267,10 +267,8 @@ def run(args: Namespace, ranks: Ranks | None = None) -> dict[str, Any]:
         total = time.perf_counter() - start
         times = {"wall_time": total, "wall_time_load": load_time, "wall_time_model": total - load_time}
         rounded = {name: round(value, 4) for name, value in (figures | times).items()}
-        # A full disk or an interrupt leaves an earlier file as it was.
-        part = stats.with_name(f"{stats.name}.part")
-        part.write_text(json.dumps({args.gen_subset: rounded}, indent=4))
-        part.replace(stats)
+        with results.whole(stats) as part:
+            part.write_text(json.dumps({args.gen_subset: rounded}, indent=4))
         logger.info("Evaluation results saved to %s", stats)
     return figures
 

@@ -130,7 +130,8 @@ def test_max_tokens_cut_other_batches(command):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--stats-path", "nowhere/stats"], "nowhere"),
+        (["--stats-path", "nowhere/stats"], "nowhere does not exist"),
+        (["--stats-path", "/proc/self/stats"], "nothing can be written there"),
         (["--gen-subset", "nowhere"], "nowhere"),
         (["--context-window", "64"], "--context-window 64"),
         (["--batch-size", "0"], "--batch-size 0"),
