@@ -70,7 +70,8 @@ def check_regular(path: pathlib.Path, expected: str) -> None:
     if not path.exists():
         raise ValueError(f"there is no file {path}; expected {expected}")
     if not path.is_file():
-        raise ValueError(f"{path} is no regular file; expected {expected}")
+        found = "a folder" if path.is_dir() else "a device, a pipe or a socket"
+        raise ValueError(f"{path} is {found}; expected {expected}")
 
 
 def first_few(numbers: Sequence[int] | Sequence[str]) -> str:

@@ -382,7 +382,10 @@ def test_a_wrong_layer_is_an_error():
         ),
         (["data", "--bpe", "/nowhere"], "--bpe /nowhere: there is no /nowhere/encoder.json"),
         (["data", "--text", "/nowhere"], "there is no file /nowhere; expected a text file for --text"),
-        (["data", "--text", "/dev/zero"], "/dev/zero is no regular file; expected a text file for --text"),
+        (
+            ["data", "--text", "/dev/zero"],
+            "/dev/zero is a device, a pipe or a socket; expected a text file for --text",
+        ),
         (
             ["data", "--text", __file__, "--megabytes", "1e-5"],
             f"--text {__file__} has no whole line in its first 10 bytes: name a text file",
@@ -431,7 +434,10 @@ def test_a_text_that_is_a_pipe_is_not_waited_for(tmp_path, capsys):
         finally:
             writer.kill()
     error = capsys.readouterr().err
-    assert f"{pipe} is no regular file; expected a text file for --text" in error and error.count("\n") == 1
+    assert (
+        f"{pipe} is a device, a pipe or a socket; expected a text file for --text" in error
+        and error.count("\n") == 1
+    )
 
 
 def test_a_wait_that_is_too_long_says_so(capsys, monkeypatch):

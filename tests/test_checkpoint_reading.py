@@ -592,8 +592,24 @@ def test_cut_short_says_how_many_bytes_and_what_to_do(folder):
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_a_file_without_permission_is_one_sentence(folder):
     (folder / "model-rank-2.pt").chmod(0)
-    with pytest.raises(ValueError, match=r"model-rank-2\.pt cannot be read .*check its permissions"):
+    with pytest.raises(ValueError, match=r"model-rank-2\.pt cannot be read .*change its permissions"):
         checkpoint.survey(checkpoint.find(folder))
+
+
+@pytest.mark.parametrize(
+    "kind, found",
+    [("nothing", "there is no file"), ("pipe", "is a device, a pipe or a socket"), ("folder", "is a folder")],
+)
+def test_what_is_no_file_is_told_with_what_was_expected(tmp_path, kind, found):
+    path = tmp_path / "model.pt"
+    if kind == "pipe":
+        os.mkfifo(path)
+    if kind == "folder":
+        path.mkdir()
+    with pytest.raises(ValueError, match=rf"{found}.*; expected a file of SGLang's recorder"):
+        reading.content(path, "file of SGLang's recorder")
+    with pytest.raises(ValueError, match=rf"{found}.*; expected a checkpoint file"):
+        checkpoint.read(path)
 
 
 def test_an_archive_of_more_than_4_gb_has_its_sizes_elsewhere(tmp_path):

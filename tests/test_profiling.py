@@ -934,9 +934,9 @@ def test_a_profile_is_read_as_it_was_written(profile, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="its frame has the part 'nope', expected one of"):
         Profile.load(tmp_path / "bad")
     os.mkfifo(tmp_path / "fifo")
-    for nothing in ("missing", "fifo"):
-        with pytest.raises(ValueError, match=f"no file .*{nothing}; expected a profile"):
-            Profile.load(tmp_path / nothing)
+    for name, found in (("missing", "there is no file .*missing"), ("fifo", "fifo is a device, a pipe")):
+        with pytest.raises(ValueError, match=f"{found}.*; expected a profile"):
+            Profile.load(tmp_path / name)
 
 
 def test_a_profile_from_elsewhere_has_every_part_of_its_kind(tmp_path):

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moekit.arguments import check_regular, reading
 from moekit.checkpoint import safetensors
 from moekit.checkpoint.archive import START, Layout, Record, layout
 from moekit.checkpoint.contents import Stored, clip, harmless, is_known, layout_of, refused, short, walk
@@ -92,7 +93,7 @@ def content(path: Path, what: str) -> Any:
 @contextlib.contextmanager
 def _mapped(path: Path, what: str) -> Iterator[tuple[np.ndarray, torch.UntypedStorage, BinaryIO]]:
     """A file mapped into memory, and opened in this block; what is unreadable in it becomes one sentence."""
-    before, size = stamp(path), _size(path)
+    before, size = stamp(path), _size(path, what)
     try:
         str(path).encode()
     except UnicodeEncodeError:
@@ -126,20 +127,14 @@ def _layout(path: Path, memory: np.ndarray, file: BinaryIO, what: str, each: int
     return found
 
 
-def _size(path: Path) -> int:
+def _size(path: Path, what: str) -> int:
     """Bytes of a regular file that can be read."""
-    try:
-        if not path.exists():
-            raise ValueError(f"there is no file {path}")
-        if not path.is_file():
-            what = "a folder" if path.is_dir() else "a device, a pipe or a socket"
-            raise ValueError(f"{path} is {what}; expected a checkpoint file")
+    with reading(path):
+        check_regular(path, f"a {what}")
         with open(path, "rb"):
             size = path.stat().st_size
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({_reason(error)}): check its permissions") from error
     if size == 0:
-        raise ValueError(f"{path} is not a readable checkpoint file: it is empty; fetch it again")
+        raise ValueError(f"{path} is not a readable {what}: it is empty; fetch it again")
     return size
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from moekit import json_text, results
 from moekit.arguments import Path as PathKind
-from moekit.arguments import check, shown
+from moekit.arguments import check, check_regular, shown
 from moekit.nn.parts import FETCH
 from moekit.profiling import table
 from moekit.profiling.naming import EXPERTS, PARTS
@@ -152,8 +152,7 @@ class Profile:
         import pandas as pd
 
         path = check("path", path, PathKind())
-        if not path.is_file():
-            raise ValueError(f"there is no file {path}; expected a profile that Profile.save wrote")
+        check_regular(path, "a profile that Profile.save wrote")
         try:
             with gzip.open(path) as file:
                 text = file.read(MOST + 1)
