@@ -440,6 +440,67 @@ def test_the_config_of_a_file_that_lacks_options_does_not_hide_the_one_that_diff
         checkpoint.survey(checkpoint.find(folder))
 
 
+def without(*names):
+    def edit(state):
+        for name in names:
+            del state["cfg"]["model"][name]
+
+    return edit
+
+
+def in_args(state):
+    """One flat ``args`` in place of ``cfg``; it wins where a file has both."""
+    state |= {"args": state["cfg"]["task"] | state["cfg"]["model"] | {"decoder_layers": 3}, "cfg": {}}
+
+
+TWO_OPTIONS = r"cfg\.model\.decoder_layers is 3, expected 4; cfg\.model\.moe_freq is 1, expected 2\)"
+
+
+@pytest.mark.parametrize(
+    ("first", "others", "said"),
+    [
+        (
+            of_the_model(decoder_layers=3, moe_freq=1),
+            {"shared": without("moe_freq")} | {f"rank-{n}": without("decoder_layers") for n in (1, 2, 3)},
+            TWO_OPTIONS,
+        ),
+        (
+            of_the_model(decoder_layers=3),
+            {"shared": without("moe_freq")} | {f"rank-{n}": without("decoder_layers") for n in (1, 2, 3)},
+            r"cfg\.model\.decoder_layers is 3, expected 4\)",
+        ),
+        (of_the_model(decoder_layers=3, moe_freq=1), {"shared": of_the_model(moe_freq=3)}, TWO_OPTIONS),
+        (
+            of_the_model(alternate_decoder_ffn_embed_dim=48),
+            {
+                name: without("alternate_decoder_ffn_embed_dim")
+                for name in ("shared", "rank-1", "rank-2", "rank-3")
+            },
+            r"cfg\.model\.alternate_decoder_ffn_embed_dim is 48, expected None\)",
+        ),
+        (in_args, {}, r"cfg\.model\._name is None, expected 'transformer_lm_gpt'; .* more\)"),
+    ],
+    ids=["none tells all", "none tells the rest", "others differ, too", "none tells it", "another form"],
+)
+def test_rank_0s_config_is_named_whichever_options_other_files_tell(folder, first, others, said):
+    """What most of the others tell makes the config that fits, and no file need tell all of it."""
+    for name, edit in {"rank-0": first, **others}.items():
+        change(folder / f"model-{name}.pt", edit)
+    with pytest.raises(
+        ValueError, match=rf"model-rank-0\.pt has another config than all other files \({said}"
+    ):
+        checkpoint.survey(checkpoint.find(folder))
+
+
+def test_what_another_file_tells_too_is_not_blamed_on_rank_0s_alone(folder):
+    for name in ("rank-0", "rank-1"):
+        change(folder / f"model-{name}.pt", of_the_model(decoder_layers=3))
+    with pytest.raises(
+        ValueError, match=r"model-shared\.pt: .* has no place in the model that cfg describes"
+    ):
+        checkpoint.survey(checkpoint.find(folder))
+
+
 @pytest.mark.parametrize("taken", [True, False], ids=["without it", "None"])
 def test_an_option_that_one_file_does_not_tell_is_not_blamed_on_others(folder, taken):
     def missing(state: dict) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 from collections import Counter, defaultdict
@@ -76,27 +77,42 @@ def check_belongs(files: Files, states: Mapping[Path, Mapping[str, Any]]) -> Non
         warnings.warn(f"{path} may be of another training than {like.name}: {clip(said)}{more}", stacklevel=4)
 
 
-def other_config(files: Files, states: Mapping[Path, Mapping[str, Any]]) -> tuple[str, Path] | None:
-    """In words, the options of which rank 0's file tells another value than all others that tell one; and who tells most of them.
+def other_config(files: Files, states: Mapping[Path, Mapping[str, Any]]) -> tuple[str, dict[str, Any]] | None:
+    """In words, the options in which rank 0's file differs from all others; and its ``args`` and ``cfg`` with what most others tell.
 
-    None where there is no such option. Where no file tells all of these options, none may have a config that fits.
+    An option that a file does not tell is None there. No file need tell all of these options. None where there is no such option.
     """
-    odd: list[str] = []
-    tellers: Counter[Path] = Counter()
-    for told in _compared(files, states):
-        others = {path: value for path, value in told.held.items() if path != files.first}
-        if told.is_option and len(set(others.values())) == 1:
-            expected = next(iter(others.values()))
-            # An option that rank 0's file does not tell is None there.
-            found = told.held.get(files.first)
-            if found != expected:
-                odd.append(_said(told.name, found, expected))
-                tellers.update(others.keys())
+    compared = [told for told in _compared(files, states) if told.is_option]
+    # Another form of config has other sections, of which rank 0's file may tell none.
+    sections = {told.section for told in compared if set(told.held) != {files.first}}
+    odd: dict[str, Any] = {}
+    said: list[str] = []
+    for told in compared:
+        found = told.held.get(files.first)
+        others = [value for path, value in told.held.items() if path != files.first]
+        if told.section in sections and found not in others:
+            ((odd[told.name], _),) = Counter(others or [None]).most_common(1)
+            said.append(_said(told.name, found, odd[told.name]))
     if not odd:
         return None
-    ((like, _),) = tellers.most_common(1)
-    more = [f"and {len(odd) - NAMED} more"] if len(odd) > NAMED else []
-    return "; ".join(odd[:NAMED] + more), like
+    more = [f"and {len(said) - NAMED} more"] if len(said) > NAMED else []
+    return "; ".join(said[:NAMED] + more), _changed(states[files.first], odd)
+
+
+def _changed(state: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``args`` and ``cfg`` of a file, with other ``options``, by their names with the sections; no ``args`` win over these."""
+    config: dict[str, Any] = copy.deepcopy({name: state.get(name) for name in ("args", "cfg")})
+    if not any(name.startswith("args.") for name in options):
+        config["args"] = None
+    for name, value in options.items():
+        *sections, option = name.split(".")
+        place = config
+        for section in sections:
+            if not isinstance(place.get(section), dict):
+                place[section] = {}
+            place = place[section]
+        place[option] = value
+    return config
 
 
 def _said(name: str, found: Any, expected: Any) -> str:
@@ -118,6 +134,10 @@ class _Compared(NamedTuple):
     like: Path
     odd: list[Path]
     is_option: bool
+
+    @property
+    def section(self) -> str:
+        return self.name.rpartition(".")[0]
 
 
 def _compared(files: Files, states: Mapping[Path, Mapping[str, Any]]) -> Iterator[_Compared]:

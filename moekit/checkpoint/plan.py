@@ -101,22 +101,24 @@ class _Fitted(NamedTuple):
 
 
 def _fitted(
-    files: Files, states: dict[Path, dict[str, Any]], dictionary: int | None, like: Path | None = None
+    files: Files,
+    states: dict[Path, dict[str, Any]],
+    dictionary: int | None,
+    other: Mapping[str, Any] | None = None,
 ) -> _Fitted:
     """Compare the files' tensors with the model that the config of rank 0's file describes.
 
     Args:
         states: what was read of the files before; what is read here is added.
-        like: the file whose config counts in place of that of rank 0's file.
+        other: the ``args`` and ``cfg`` that count in place of those of rank 0's file.
     """
 
     def state(path: Path) -> dict[str, Any]:
         if path not in states:
             states[path] = read(path)
-        told = states[path]
-        if like is None or path != files.first:
-            return told
-        return told | {name: states[like].get(name) for name in ("args", "cfg")}
+        if other is None or path != files.first:
+            return states[path]
+        return states[path] | other
 
     files, copies = _once(files, state(files.first))
     stamps = {path: stamp(path) for path in files.all}
@@ -133,12 +135,12 @@ def _blamed(
     files: Files, states: dict[Path, dict[str, Any]], dictionary: int | None, error: ValueError
 ) -> str | None:
     """An error that names rank 0's file in place of ``error``, if all fits with the config of the others; None if it does not."""
-    other = other_config(files, states)
-    if other is None or str(error).startswith(str(files.first)):
+    found = other_config(files, states)
+    if found is None or str(error).startswith(str(files.first)):
         return None
-    said, like = other
+    said, other = found
     try:
-        _fitted(files, states, dictionary, like)
+        _fitted(files, states, dictionary, other)
     except ValueError:
         return None
     return (
