@@ -1,8 +1,9 @@
-"""The lock of an open file or folder."""
+"""Who still holds something: the lock of an open file or folder, and a process that may have ended."""
 
 from __future__ import annotations
 
 import fcntl
+import os
 from typing import IO
 
 
@@ -19,3 +20,14 @@ def take(lock: IO[str] | int) -> bool | None:
     except OSError:
         return None
     return True
+
+
+def has_ended(pid: int) -> bool:
+    """Whether no process of this machine has the number ``pid``."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except (PermissionError, OverflowError):
+        pass
+    return False

@@ -267,15 +267,8 @@ def _process(pid: int) -> str:
 def _is_orphan(place: Path) -> bool:
     """Whether the process of this machine that made a temporary folder has ended."""
     pid = place.name.removeprefix(PREFIX).removeprefix(f"{socket.gethostname()}-").partition("-")[0]
-    if not pid.isdecimal() or not place.name.startswith(f"{PREFIX}{_process(int(pid))}"):
-        return False
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return True
-    except (PermissionError, OverflowError):
-        return False
-    return False
+    named = pid.isdecimal() and place.name.startswith(f"{PREFIX}{_process(int(pid))}")
+    return named and locks.has_ended(int(pid))
 
 
 def _sentence(folder: Path, error: OSError) -> str:

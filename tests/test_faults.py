@@ -559,6 +559,27 @@ def test_the_server_ends_without_work_and_with_its_driver(monkeypatch, tmp_path)
     assert gone({int(word.strip("(),")) for word in ended.stdout.split()}) and ended.stdout
 
 
+@LINUX
+def test_what_a_killed_driver_left_goes_with_the_next_start(temp):
+    """It is killed when it has made its folder, and before there is a rank that would remove it."""
+    code = (
+        "import os; from moekit.ranks import spawned, start;"
+        "spawned.SpawnedRanks._launch = lambda *_: os.kill(os.getpid(), 9); start(2, 'cpu')"
+    )
+    environment = os.environ | {"TMPDIR": str(temp), "PYTHONPATH": str(HERE), "MOEKIT_FORK": "0"}
+    subprocess.run([sys.executable, "-c", code], env=environment, timeout=60)
+    (left,) = temp.iterdir()
+    with start(2, "cpu") as pool:
+        assert not left.exists() and len(pool.call(pid)) == 2
+    # That of a process that lives, and that of a process with the same number in another container.
+    *_, space, number, _ = left.name.split("-")
+    others = [temp / left.name.replace(number, str(os.getppid())), temp / left.name.replace(space, "0" * 8)]
+    for folder in others:
+        folder.mkdir()
+    start(2, "cpu").close()
+    assert sorted(temp.iterdir()) == sorted(others)
+
+
 def test_ranks_start_without_a_server(temp, monkeypatch):
     monkeypatch.setenv("MOEKIT_FORK", "0")
     with start(2, "cpu") as pool:

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
+import tempfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
+
+from moekit import locks
 
 # Bytes of a rank's log that go into an error.
 LOG_TAIL = 4000
@@ -79,6 +84,22 @@ def pid_space() -> str | None:
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return None
+
+
+def temporary_folder() -> Path:
+    """A new temporary folder, for ranks. A process that is killed leaves its own, which goes when another one is made.
+
+    The name tells the process that made it, where processes know one another by their numbers.
+    """
+    space, name = pid_space(), "moekit-ranks-"
+    if space is not None:
+        name += f"{zlib.crc32(space.encode()):08x}-"
+        for place in Path(tempfile.gettempdir()).glob(f"{name}*"):
+            pid = place.name.removeprefix(name).partition("-")[0]
+            if pid.isdecimal() and locks.has_ended(int(pid)):
+                shutil.rmtree(place, ignore_errors=True)
+        name += f"{os.getpid()}-"
+    return Path(tempfile.mkdtemp(prefix=name))
 
 
 def any_ready(pid: int) -> bool:

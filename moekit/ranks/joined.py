@@ -11,9 +11,9 @@ import errno
 import os
 import pickle
 import secrets
+import shutil
 import socket
 import subprocess
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ import torch.distributed as dist
 from moekit.headlines import headline
 from moekit.interrupts import hold_interrupts
 from moekit.processes import channel
-from moekit.processes.system import Process, any_ready, pid_space
+from moekit.processes.system import Process, any_ready, pid_space, temporary_folder
 from moekit.ranks import links
 from moekit.ranks.base import Rank
 from moekit.ranks.launch import launch
@@ -158,17 +158,20 @@ def attend(launch: Launch, device: torch.device) -> NoReturn:
     os.dup2(pipe.fileno(), 0)
     pipe.close()
     # The launcher's store is closed with its last reference.
-    with tempfile.TemporaryDirectory(prefix="moekit-ranks-") as folder:
+    folder = temporary_folder()
+    try:
         serve(
             launch.rank,
             launch.world_size,
             str(device),
             parent=os.getppid(),
-            folder=folder,
+            folder=str(folder),
             machines=machines,
             sharing=shares[launch.rank],
             launched=True,
         )
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
     raise AssertionError("serve returned")
 
 

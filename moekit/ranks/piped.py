@@ -9,13 +9,11 @@ import select
 import signal
 import socket
 import subprocess
-import tempfile
 import threading
 import time
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import cloudpickle
@@ -24,6 +22,7 @@ import torch
 from moekit.headlines import first_line, headline
 from moekit.interrupts import hold_interrupts
 from moekit.processes import channel
+from moekit.processes.system import temporary_folder
 from moekit.ranks import watch as watching
 from moekit.ranks.base import Each, RankError, Ranks, Stream, busy, forked, gone, noting
 from moekit.ranks.server import join_at, keep_store
@@ -128,7 +127,7 @@ class PipedRanks(Ranks):
         """
         with hold_interrupts():
             # An interrupt in between would leave a folder that is never removed.
-            self._folder = Path(tempfile.mkdtemp(prefix="moekit-ranks-"))
+            self._folder = temporary_folder()
             self._end = weakref.finalize(self, end, self._owner, children, self._pipes, self._folder)
 
     def _meet(self, host: str, seconds: float) -> None:

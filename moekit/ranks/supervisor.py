@@ -14,7 +14,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -98,7 +97,7 @@ class Supervisor:
             raise OSError(
                 f"cannot reach the driver at {order['driver'][0]}:{order['driver'][1]} ({error})"
             ) from None
-        self._folder = tempfile.mkdtemp(prefix="moekit-ranks-")
+        self._folder = str(system.temporary_folder())
         code = order["code"].replace("{own}", f"parent={os.getpid()}, folder={self._folder!r}")
         # A node may lack the driver's folder.
         cwd = order["cwd"] if os.path.isdir(order["cwd"]) else None
