@@ -531,10 +531,11 @@ def test_ranks_are_forked_and_have_the_drivers_environment_folder_and_path(tmp_p
 @LINUX
 def test_ranks_end_with_their_server_and_the_next_ones_start():
     with start(2, "cpu") as pool:
-        pids = pool.call(pid)
-        os.kill(pool.call(parent)[0][0], signal.SIGKILL)
+        pids, server = pool.call(pid), pool.call(parent)[0][0]
+        os.kill(server, signal.SIGKILL)
         assert gone(pids)
-        with pytest.raises(RankError, match="was ended by SIGKILL"):
+        said = rf"rank \d ended with process {server}, from which ranks are forked and which was ended by SIGKILL \("
+        with pytest.raises(RankError, match=said):
             pool.call(pid)
     with start(2, "cpu") as pool:
         assert len(pool.call(pid)) == 2

@@ -114,7 +114,7 @@ def test_a_server_that_stops_before_it_forks_is_named_and_the_next_ranks_start(s
 def test_a_server_that_is_stopped_while_it_starts_is_not_waited_for(stopped, monkeypatch):
     monkeypatch.setenv("SEEN", "a server that is stopped while it starts")
     server = forkserver.prepare()
-    stopped(server._pid)
+    stopped(server.process.pid)
     # Else another one is made at once.
     monkeypatch.setattr(server, "fits", lambda: True)
     assert await_server() is None

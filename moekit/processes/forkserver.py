@@ -157,7 +157,7 @@ class Server:
         except BaseException:
             self._pipe.close()
             raise
-        self._pid = process.pid
+        self.process = process
         # With the last one that can ask it, the server ends.
         weakref.finalize(self, self._pipe.close)
         # Its end is waited for, so that no zombie stays.
@@ -231,13 +231,13 @@ class Server:
                 self._given_up = True
                 how = "has been stopped by a signal" if stopped else f"has not answered for {seconds:g} s"
                 raise TimeoutError(
-                    errno.ETIMEDOUT, f"process {self._pid}, from which ranks are forked, {how}"
+                    errno.ETIMEDOUT, f"process {self.process.pid}, from which ranks are forked, {how}"
                 )
             self.listen(LOOK)
 
     def _stopped(self) -> bool:
         """Whether a signal has stopped it."""
-        process = Process.of(self._pid)
+        process = Process.of(self.process.pid)
         return process is not None and process.stopped
 
     def fork(self, order: dict[str, Any], pipe: int, log: int) -> Forked:
@@ -260,11 +260,14 @@ class Server:
                 raise OSError(-pid, os.strerror(-pid))
             return Forked(self, pid)
 
+    def took(self, pid: int) -> bool:
+        """Whether it has ended without a word of the end of ``pid``: ranks end with their server."""
+        return self._gone and pid not in self._codes
+
     def code(self, pid: int) -> int | None:
         self.listen()
-        if self._gone:
-            # Ranks end with their server.
-            return self._codes.get(pid, -signal.SIGKILL)
+        if self.took(pid):
+            return -signal.SIGKILL
         # A server that is stopped does not tell, and the system does.
         if pid not in self._codes and (self._given_up or self._stopped()):
             return exit_code(pid)
@@ -296,6 +299,10 @@ class Forked:
                 raise subprocess.TimeoutExpired(f"rank process {self.pid}", timeout)
             self._server.listen(0.05)
         return self.returncode
+
+    def ended_with(self) -> subprocess.Popen | None:
+        """The process of its server, if it has ended with that one."""
+        return self._server.process if self._server.took(self.pid) else None
 
     def release(self) -> None:
         self._server.release(self.pid)

@@ -53,6 +53,10 @@ class Member(watching.Member):
     def wait(self, timeout: float) -> int:
         """The exit code once it has ended, or subprocess.TimeoutExpired."""
 
+    def cause(self, code: int) -> str:
+        """How it ended, by its exit ``code``."""
+        return how_ended(code)
+
     @abstractmethod
     def lost(self, error: BaseException | None) -> str:
         """What to say of a pipe that broke with ``error`` while nobody tells of the process's end."""
@@ -287,12 +291,10 @@ class PipedRanks(Ranks):
             code = member.wait(timeout=5)
         except subprocess.TimeoutExpired:
             return watch.error(rank, f"{member.lost(lost)}{member.log_tail()}")
-        cause = f"ended with exit code {code}" if code >= 0 else f"was ended by {signal.Signals(-code).name}"
+        cause = member.cause(code)
         if code == -signal.SIGABRT and (behind := self._behind(rank, watch, cause)):
             # NCCL ends a process this way when it gives up.
             return behind
-        if code == -signal.SIGKILL:
-            cause += " (often the out-of-memory killer: compare the memory a rank needs with what is free)"
         return watch.error(rank, f"{cause} while it ran '{watch.operation}'{member.log_tail()}")
 
     def _fault(self, watch: Watch) -> Exception | None:
@@ -302,6 +304,16 @@ class PipedRanks(Ranks):
     def close(self) -> None:
         with hold_interrupts():
             self._end()
+
+
+def how_ended(code: int) -> str:
+    """How a process ended, by its exit code, which is negative for a signal."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    cause = f"was ended by {signal.Signals(-code).name}"
+    if code == -signal.SIGKILL:
+        cause += " (often the out-of-memory killer: compare the memory a rank needs with what is free)"
+    return cause
 
 
 def read_tail(text: bytes) -> str:

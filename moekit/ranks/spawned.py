@@ -20,7 +20,7 @@ from moekit.processes.forkserver import Forked, Server
 from moekit.processes.system import Process, any_ready, end_of
 from moekit.ranks.base import Rank
 from moekit.ranks.launch import await_server, launch
-from moekit.ranks.piped import START_LIMIT, Member, PipedRanks, read_tail
+from moekit.ranks.piped import START_LIMIT, Member, PipedRanks, how_ended, read_tail
 from moekit.ranks.server import join
 
 # Seconds for killed processes to end.
@@ -46,6 +46,15 @@ class Child(Member):
 
     def wait(self, timeout):
         return self.process.wait(timeout=timeout)
+
+    def cause(self, code):
+        server = self.process.ended_with() if isinstance(self.process, Forked) else None
+        if server is not None:
+            # Its pipe is closed before the system tells how it ended.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                how = how_ended(server.wait(END_LIMIT))
+                return f"ended with process {server.pid}, from which ranks are forked and which {how}"
+        return super().cause(code)
 
     def lost(self, error):
         return "closed its pipe"
