@@ -15,7 +15,7 @@ import torch
 
 import moekit
 from moekit import checkpoint, paths
-from moekit.checkpoint import safetensors, writing
+from moekit.checkpoint import reshaping, safetensors, writing
 from moekit.checkpoint.__main__ import main
 from moekit.checkpoint.options import options_of
 from moekit.nn.transformer import Transformer
@@ -531,13 +531,50 @@ def test_a_file_that_is_not_what_was_written_is_not_kept(source, tmp_path, monke
     [
         (("inspect", "/nowhere"), "/nowhere does not exist"),
         (("reshard", "SOURCE", "T", "--files", "9"), "--files 9: expected 1 to 8, the number of experts"),
-        (("reshard", "SOURCE", "T", "--files", "0"), "--files 0: expected 1 to 8"),
+        (("reshard", "SOURCE", "T", "--files", "0"), "files=0: expected a whole number of at least 1"),
+        (("keep", "SOURCE", "T", "--experts", "*:0-3,*:7-6"), "'*:7-6' ends before it begins"),
         (("strip", "/nowhere", "T"), "/nowhere does not exist"),
     ],
 )
 def test_errors_are_one_sentence(source, tmp_path, capsys, arguments, said):
     arguments = [source if one == "SOURCE" else tmp_path / "T" if one == "T" else one for one in arguments]
     assert said in refused(capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    "verb, asked, said",
+    [
+        ("keep", {"experts": [1, 2]}, "experts=[1, 2]: expected the experts to keep by layer"),
+        (
+            "keep",
+            {"experts": {1: [0.5, 1], 3: [0, 1]}},
+            "experts[1]=[0.5, 1]: expected a list of whole numbers",
+        ),
+        ("keep", {"experts": {"1": [0, 1]}}, "experts='1': expected a whole number"),
+        ("reshard", {"files": 2.5}, "files=2.5: expected a whole number of at least 1"),
+        ("reshard", {"files": None}, "files=None: expected a whole number"),
+        ("reshard", {"files": 2, "to": "onnx"}, "to='onnx': expected one of fairseq, safetensors, hf"),
+        ("convert", {"to": ""}, "to='': expected one of fairseq, safetensors, hf"),
+        ("convert", {"to": "hf", "dictionary": "dict.txt"}, "dictionary='dict.txt': expected a whole number"),
+        ("convert", {"to": "hf", "texts": {"../a": "b"}}, "texts names '../a': expected the name of a file"),
+        ("convert", {"to": "hf", "texts": {"a": 3}}, "texts=['a', 3]: expected a list of texts"),
+        ("strip", {"force": "no"}, "force='no': expected True or False"),
+    ],
+)
+def test_a_wrong_argument_from_python_is_named_and_makes_nothing(source, tmp_path, verb, asked, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        getattr(reshaping, verb)(source, tmp_path / "made", **{"show": False} | asked)
+    assert not list(tmp_path.iterdir())
+
+
+def test_numpys_numbers_name_experts_and_files(source, tmp_path):
+    layers = checkpoint.survey(checkpoint.find(source)).config.moe_layers
+    chosen = {np.int64(layer): np.array([2, 0]) for layer in layers}
+    reshaping.keep(source, tmp_path / "numpy", chosen, show=False)
+    reshaping.keep(source, tmp_path / "plain", {layer: [0, 2] for layer in layers}, show=False)
+    same_weights(tmp_path / "numpy", tmp_path / "plain")
+    reshaping.reshard(source, tmp_path / "two", np.int64(2), show=False)
+    assert (tmp_path / "two" / "model-rank-1.pt").is_file()
 
 
 def test_the_module_runs(source):

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moekit.arguments import shown
+from moekit.arguments import Choice, Flag, Texts, Whole, Wholes, check, shown
+from moekit.checked import checked
 from moekit.checkpoint.belonging import written_as
 from moekit.checkpoint.files import NAME, Files, find
 from moekit.checkpoint.hugging import writing
@@ -35,6 +36,7 @@ OUTPUT = "decoder.output_projection.weight"
 # The ends of the files' names.
 FORMATS = {"fairseq": ".pt", "safetensors": ".safetensors", "hf": ".safetensors"}
 FORMAT = {".pt": "fairseq", ".safetensors": "safetensors"}
+HOW = {"force": Flag(), "show": Flag()}
 
 
 class Content:
@@ -125,6 +127,7 @@ def _job(verb: str, files: Files, **asked: Any) -> dict[str, Any]:
     return {"verb": verb, "files": [[str(path), *stamp(path)] for path in files.all]} | asked
 
 
+@checked(**HOW)
 def strip(source: str | Path, target: str | Path, *, force: bool = False, show: bool = True) -> None:
     """Write the same files without the optimizer's state.
 
@@ -148,16 +151,20 @@ def strip(source: str | Path, target: str | Path, *, force: bool = False, show: 
     write_folder(files.shared.parent, target, _job("strip", files), made, total=total, force=force, show=show)
 
 
+@checked(files=Whole(), to=Choice(tuple(FORMATS)), **HOW)
 def reshard(
     source: str | Path,
     target: str | Path,
     files: int,
     *,
-    to: str = "",
+    to: str | None = None,
     force: bool = False,
     show: bool = True,
 ) -> None:
     """Write the model with its experts in another number of files; a dense model in one.
+
+    Args:
+        to: one of :data:`FORMATS`; None: that of the source, and fairseq's of a Hugging Face folder.
 
     Raises:
         ValueError: fewer files than 1 or more than experts; and as :func:`strip`.
@@ -166,6 +173,7 @@ def reshard(
     _write(found, target, _job("reshard", found, number=files, to=to), files, None, to, force, show)
 
 
+@checked(to=Choice(tuple(FORMATS)), dictionary=Whole(), **HOW)
 def convert(
     source: str | Path,
     target: str | Path,
@@ -186,11 +194,13 @@ def convert(
     Raises:
         ValueError: as :func:`strip`.
     """
+    _check_texts(texts)
     found = find(source)
     job = _job("convert", found, to=to, texts=sorted(texts.items()), dictionary=dictionary)
     _write(found, target, job, None, None, to, force, show, texts, dictionary)
 
 
+@checked(**HOW)
 def keep(
     source: str | Path,
     target: str | Path,
@@ -210,9 +220,9 @@ def keep(
     Raises:
         ValueError: layers or experts that the model does not have; and as :func:`strip`.
     """
+    kept = _kept(experts)
     found = find(source)
-    kept = {layer: sorted(set(chosen)) for layer, chosen in sorted(experts.items())}
-    _write(found, target, _job("keep", found, kept=sorted(kept.items())), None, kept, "", force, show)
+    _write(found, target, _job("keep", found, kept=list(kept.items())), None, kept, None, force, show)
 
 
 def _write(
@@ -221,7 +231,7 @@ def _write(
     job: dict[str, Any],
     number: int | None,
     kept: dict[int, list[int]] | None,
-    to: str,
+    to: str | None,
     force: bool,
     show: bool,
     texts: Mapping[str, str] = MappingProxyType({}),
@@ -287,6 +297,29 @@ def _write(
     write_folder(folder, target, job, parts, texts, total=content.bytes, force=force, show=show)
 
 
+def _check_texts(texts: Mapping[str, str]) -> None:
+    """Check that ``texts`` are texts by the names of files in one folder; else a ValueError."""
+    if not isinstance(texts, Mapping):
+        raise ValueError(f"texts={shown(texts)}: expected texts by the names of their files")
+    for name in texts:
+        check("texts", [name, texts[name]], Texts())
+        if Path(name).name != name or not name:
+            raise ValueError(f"texts names {shown(name)}: expected the name of a file in the folder to make")
+
+
+def _kept(experts: Mapping[int, Sequence[int]]) -> dict[int, list[int]]:
+    """What :func:`keep` is asked for as plain numbers: the layers in order, and the experts of each."""
+    if not isinstance(experts, Mapping):
+        raise ValueError(
+            f"experts={shown(experts)}: expected the experts to keep by layer, {{layer: [experts]}}"
+        )
+    found = {
+        check("experts", layer, Whole(0)): sorted(set(check(f"experts[{layer}]", chosen, Wholes())))
+        for layer, chosen in experts.items()
+    }
+    return dict(sorted(found.items()))
+
+
 def _check_kept(kept: dict[int, list[int]], config: ModelConfig) -> int:
     """How many experts each layer keeps."""
     layers, experts = config.moe_layers, config.experts
@@ -334,6 +367,8 @@ def experts_of(text: str, layers: Sequence[int]) -> dict[int, list[int]]:
                 f"--experts {shown(one)}: expected LAYER:EXPERT or LAYER:FIRST-LAST, from 0, as in 1:0,1:4-6"
             )
         first, last = int(match[2]), int(match[3] or match[2])
+        if last < first:
+            raise ValueError(f"--experts {shown(one)} ends before it begins: expected FIRST-LAST")
         for layer in layers if match[1] == "*" else [int(match[1])]:
             kept[layer] += range(first, last + 1)
     return dict(kept)
