@@ -114,6 +114,12 @@ def is_many(value: Any) -> bool:
     return isinstance(value, Iterable) and getattr(value, "ndim", 1) != 0
 
 
+def has_order(value: Any) -> bool:
+    """Whether what ``value`` holds has an order: a mapping, a set and a table have none, and the keys of a dict have one."""
+    unordered = isinstance(value, Mapping) or hasattr(value, "columns")
+    return not unordered and (not isinstance(value, Set) or isinstance(value, KeysView))
+
+
 @dataclass(frozen=True)
 class Text:
     """A string; a path, or a number that papermill made of one, becomes a string again."""
@@ -324,10 +330,7 @@ def _items(value: Any) -> list:
         except RuntimeError:
             # A sparse tensor, or one without data.
             raise ValueError from None
-    unordered = isinstance(value, Mapping) or hasattr(value, "columns")
-    # The keys of a dict are a set with an order.
-    unordered |= isinstance(value, Set) and not isinstance(value, KeysView)
-    if unordered or not is_many(value):
+    if not has_order(value) or not is_many(value):
         raise ValueError
     return list(value)
 

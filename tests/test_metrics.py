@@ -1,10 +1,12 @@
 """Every metric by hand on a trace of a few tokens, and against plain loops on random traces."""
 
+import dataclasses
 import itertools
 import math
 from collections import Counter, defaultdict
 
 import numpy as np
+import pandas as pd
 import pytest
 from synthetic_traces import synthetic
 
@@ -579,6 +581,61 @@ def test_nobody_beats_the_oracle(random):
     trace, _ = random
     found = metrics.cache_hits(trace).pivot(index=["layer", "size"], columns="policy", values="value")
     assert (found["oracle"] >= found[["lru", "lfu"]].max(axis=1)).all()
+
+
+def half_generated(tokens=400, block=20):
+    """A trace whose samples are continued in their second half, and the same one as if all of it was read."""
+    trace, labels = synthetic(tokens=tokens, block=block, experts=8)
+    return dataclasses.replace(trace, generated=trace.position >= block // 2), trace, labels
+
+
+def same(one, other):
+    if isinstance(one, metrics.Pairs):
+        assert (one.counts == other.counts).all() and (one.base == other.base).all()
+    elif isinstance(one, np.ndarray):
+        assert (one == other).all()
+    else:
+        pd.testing.assert_frame_equal(one, other)
+
+
+@pytest.mark.parametrize("name", metrics.METRICS)
+def test_with_the_prompt_all_tokens_count_as_if_they_had_been_read(name):
+    written, read, _ = half_generated()
+    metric = metrics.METRICS[name]
+    same(metric(written, prompt=True), metric(read))
+    same(metric(written), metric(read.select(mask=written.generated)))
+
+
+@pytest.mark.parametrize("name", ["load", "gate", "cache_hits", "repeats"])
+def test_a_bootstrap_with_the_prompt_is_of_the_metric_with_the_prompt(name):
+    written, read, _ = half_generated()
+    same(
+        metrics.bootstrap(written, name, resamples=20, prompt=True),
+        metrics.bootstrap(read, name, resamples=20),
+    )
+
+
+def test_sizes_are_no_labels_though_there_are_as_many_as_tokens():
+    written, read, _ = half_generated(tokens=8, block=8)
+    new, sizes = read.select(mask=written.generated), range(1, 9)
+    for metric in (metrics.hot_set, metrics.cache_hits):
+        same(metric(written, sizes=list(sizes)), metric(new, sizes=list(sizes)))
+    same(
+        metrics.bootstrap(read, "cache_hits", resamples=5, sizes=list(sizes)),
+        metrics.bootstrap(read, "cache_hits", resamples=5, sizes=np.array([*sizes, 8])),
+    )
+
+
+def test_labels_of_generated_text_come_from_any_iterable():
+    written, _, labels = half_generated()
+    wanted = metrics.domain_specialisation(written, labels)
+    for given in (iter(labels), (label for label in labels), dict(enumerate(labels)).values()):
+        same(metrics.domain_specialisation(written, given), wanted)
+    told = metrics.information(written, classes={"sizes": iter(labels)})
+    same(told, metrics.information(written, classes={"sizes": labels}))
+    for unordered in (set(labels), dict.fromkeys(labels)):
+        with pytest.raises(ValueError, match="expected one for each token"):
+            metrics.domain_specialisation(written, unordered)
 
 
 def test_all_metrics_run_on_a_large_capacity_and_top_1():

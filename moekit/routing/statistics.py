@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moekit.arguments import Whole, check, is_many, shown
+from moekit.arguments import Whole, check, has_order, is_many, shown
 
 if TYPE_CHECKING:
     from moekit.routing.trace import Trace
@@ -78,8 +78,9 @@ def array_of(name: str, given: Iterable[Any] | np.ndarray) -> np.ndarray:
         ValueError: it has no items, or they make no array.
     """
     try:
-        if is_many(given):
-            return np.asarray(given if hasattr(given, "__len__") else list(given))
+        if is_many(given) and has_order(given):
+            as_it_is = hasattr(given, "__array__") or isinstance(given, Sequence)
+            return np.asarray(given if as_it_is else list(given))
     except (TypeError, ValueError, RuntimeError):
         # A tensor without data, of a type that NumPy has not, or lists of several lengths.
         pass

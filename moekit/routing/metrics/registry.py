@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
 
 from moekit.arguments import Flag, Number, Whole, check
 from moekit.checked import check_bound, checked
+from moekit.routing.statistics import array_of
 from moekit.routing.trace import TRACE, Trace, need_layers
 
 METRICS: dict[str, Callable[[Trace], Any]] = {}
@@ -22,6 +24,10 @@ KINDS = {
     **dict.fromkeys(("bins", "min_count", "resamples", "size"), Whole()),
     "level": Number(above=0, most=1),
 }
+# Lists that have no item for each token, however many items they have.
+OF_NO_TOKEN = ("sizes",)
+# Whether the metric that calls another one counts the prompt's tokens, too: then so does the other one.
+_with_prompt: ContextVar[bool] = ContextVar("_with_prompt", default=False)
 
 
 def measured(metric: Callable[..., Any]) -> Callable[..., Any]:
@@ -48,12 +54,21 @@ def measured(metric: Callable[..., Any]) -> Callable[..., Any]:
             need_layers(trace, f"metrics.{metric.__name__}")
         first = traces[0]
         check_bound(bound, {"choice": Whole(0, most=first.top_k - 1)})
-        args, options = bound.args, bound.kwargs
-        if not check("prompt", prompt, Flag()) and (new := new_tokens(first)) is not None:
-            tokens = len(first)
-            args = tuple(_cut(value, new, tokens) for value in args)
-            options = {name: _cut(value, new, tokens) for name, value in options.items()}
-        return metric(*args, **options)
+        whole = check("prompt", prompt, Flag()) or _with_prompt.get()
+        if not whole and (new := new_tokens(first)) is not None:
+            for name, value in bound.arguments.items():
+                kind = signature.parameters[name].kind
+                if kind is inspect.Parameter.VAR_POSITIONAL:
+                    bound.arguments[name] = tuple(_cut(name, one, new) for one in value)
+                elif kind is inspect.Parameter.VAR_KEYWORD:
+                    bound.arguments[name] = {own: _cut(own, one, new) for own, one in value.items()}
+                else:
+                    bound.arguments[name] = _cut(name, value, new)
+        outer = _with_prompt.set(whole)
+        try:
+            return metric(*bound.args, **bound.kwargs)
+        finally:
+            _with_prompt.reset(outer)
 
     _, *others = signature.parameters.values()
     if all(option.default is not option.empty for option in others):
@@ -67,13 +82,21 @@ def new_tokens(trace: Trace) -> np.ndarray | None:
     return trace.generated if trace.generated.any() and not trace.generated.all() else None
 
 
-def _cut(value: Any, new: np.ndarray, tokens: int) -> Any:
-    """A metric's argument, cut to the new tokens if it is a trace or has an item for each token."""
-    if isinstance(value, Trace):
-        own = new_tokens(value)
-        return value if own is None else value.select(mask=own)
-    if isinstance(value, dict):
-        return {name: _cut(part, new, tokens) for name, part in value.items()}
-    if isinstance(value, str) or not hasattr(value, "__len__") or len(value) != tokens:
+def of_tokens(name: str, value: Any, rows: np.ndarray, tokens: int) -> Any:
+    """A metric's argument ``name`` for the ``rows`` alone, where it has an item for each of ``tokens``; else as it is."""
+    if isinstance(value, Mapping):
+        # The names of labels are the user's.
+        return {own: of_tokens(f"{name}[{own!r}]", part, rows, tokens) for own, part in value.items()}
+    if isinstance(value, Iterator):
+        value = array_of(name, value)
+    if isinstance(value, str) or name in OF_NO_TOKEN or getattr(value, "__len__", lambda: -1)() != tokens:
         return value
-    return np.asarray(value)[new]
+    return array_of(name, value)[rows]
+
+
+def _cut(name: str, value: Any, new: np.ndarray) -> Any:
+    """A metric's argument, cut to the new tokens if it is a trace or has an item for each token."""
+    if not isinstance(value, Trace):
+        return of_tokens(name, value, new, len(new))
+    own = new_tokens(value)
+    return value if own is None else value.select(mask=own)

@@ -11,7 +11,7 @@ import numpy as np
 
 from moekit.arguments import Choice, Whole, check, shown
 from moekit.routing import statistics
-from moekit.routing.metrics.registry import METRICS, measured
+from moekit.routing.metrics.registry import METRICS, measured, of_tokens
 from moekit.routing.metrics.tables import block_counts, broadcast_table, chosen_experts, labels_of, layers_of
 from moekit.routing.statistics import BLOCK, FEW, SEED, entropy_bits
 from moekit.routing.trace import ARRAYS, Trace
@@ -114,11 +114,9 @@ def _redrawn_interval(
         labels = {name: given[rows] for name, given in trace.labels.items()}
         drawn = dataclasses.replace(trace, **some, full=full, labels=labels)
 
-        def of_rows(value: Any, rows: np.ndarray = rows) -> Any:
-            per_token = not isinstance(value, str) and getattr(value, "__len__", lambda: -1)() == len(trace)
-            return np.asarray(value)[rows] if per_token else value
-
-        one = metric(drawn, *map(of_rows, args), **{name: of_rows(value) for name, value in options.items()})
+        own_args = [of_tokens("args", value, rows, len(trace)) for value in args]
+        own = {name: of_tokens(name, value, rows, len(trace)) for name, value in options.items()}
+        one = metric(drawn, *own_args, **own)
         again[number] = one.set_index(keys)["value"].reindex(index) if keys else one["value"]
     value = frame["value"].to_numpy(float)
     known = ~np.isnan(again).any(axis=0)
