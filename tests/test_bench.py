@@ -482,6 +482,17 @@ def test_a_folder_with_something_else_in_it_stays_as_it_is(tmp_path, capsys):
         assert sorted(path.name for path in folder.iterdir()) == before
 
 
+def test_a_trace_without_routing_has_nothing_to_send(tmp_path, capsys):
+    trace, _ = synthetic(tokens=40)
+    for part, missing in ((trace.select(samples=[]), "tokens"), (trace.select(layers=[]), "layers")):
+        part.save(tmp_path / "t.parquet")
+        with pytest.raises(SystemExit, match="2"):
+            bench.main(["network", "--trace", str(tmp_path / "t.parquet")])
+        error = capsys.readouterr().err
+        assert f"t.parquet: the trace has no {missing}, expected at least one" in error
+        assert error.count("\n") == 1
+
+
 def test_a_bench_that_fails_leaves_no_file(tmp_path):
     (tmp_path / "old.json").write_text("{}")
     for name in ("new.json", "old.json"):

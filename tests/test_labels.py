@@ -42,6 +42,7 @@ def test_labels_are_a_column():
     [
         ({"token": ["a"] * 300}, "has a column token of its own"),
         ({"layer": ["a"] * 300}, "has a column layer of its own"),
+        ({"prob_1": ["a"] * 300}, "has a column prob_1 of its own"),
         ({"x": ["a"]}, r"x has shape \[1\]; expected a label for each of 300 tokens"),
         ({"x": ["a"] * 299 + ["\ud800"]}, r"x=\['\\ud800'\]: its character 0 is half of a surrogate pair"),
         ({"x": 3}, "x=3: expected a label for each token"),

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -99,7 +100,7 @@ def test_a_trace_without_experts(made, tmp_path):
     assert pq.read_table(tmp_path / "t.parquet").column_names == list(TOKEN_COLUMNS)
 
 
-LABELS = np.array(["French", "ümläut,\n", "", "c\u0301ode"])
+LABELS = np.array(["French", "ümläut,\n", "", "c\u0301ode\0\0x"])
 
 
 def test_labels_are_saved_with_the_trace(made, tmp_path):
@@ -194,6 +195,22 @@ def test_heads_that_make_no_sense(made, tmp_path, change, said):
     with_head(path, change)
     with pytest.raises(ValueError, match=f"t.parquet.*{said}"):
         Trace.load(path)
+
+
+def test_experts_that_the_head_does_not_have(made, tmp_path):
+    path = tmp_path / "t.parquet"
+    made.select(layers=[1]).save(path)
+    with_head(path, lambda head: head.update(num_experts=7))
+    with pytest.raises(ValueError, match=r"t.parquet is damaged: the experts are 0 to 7; expected 0 to 6"):
+        Trace.load(path)
+
+
+@pytest.mark.parametrize("value", [np.float32(1), np.arange(3), Path("x"), {1, 2}, b"x"])
+def test_a_meta_that_is_no_json_is_named_and_nothing_is_written(made, tmp_path, value):
+    edited = dataclasses.replace(made, meta=made.meta | {"note": {"deep": [value]}})
+    with pytest.raises(ValueError, match=r"^meta\['note'\]=.* cannot be saved; expected what JSON has"):
+        edited.save(tmp_path / "t.parquet")
+    assert not list(tmp_path.iterdir())
 
 
 def test_files_that_are_no_traces(made, tmp_path):

@@ -475,6 +475,15 @@ def test_wrong_columns_are_refused(made):
     for name, wrong in (("experts", made.experts.astype(np.int8)), ("kept", made.kept[:-1])):
         with pytest.raises(ValueError, match=rf"{name} is .*; expected"):
             Trace(**(columns | {name: wrong}), num_experts=300, meta={})
+    for wrong in (-1, 300):
+        experts = made.experts.copy()
+        experts[7, 1, 1] = wrong
+        with pytest.raises(ValueError, match=rf"the experts are .*{wrong}.*; expected 0 to 299"):
+            Trace(**(columns | {"experts": experts}), num_experts=300, meta={})
+    with pytest.raises(
+        ValueError, match=rf"the layers are \[{made.layers[0]}, {made.layers[0]}\]; expected each once"
+    ):
+        made.select(layers=[made.layers[0]] * 2)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from moekit.bench import shapes
 from moekit.bench.routing import synthetic
 from moekit.bench.setting import whole
 from moekit.routing.placement import contiguous
-from moekit.routing.trace import Trace
+from moekit.routing.trace import Trace, need_layers, need_tokens
 
 # Bytes of the number of an expert that goes along with each choice.
 NUMBER = 4
@@ -137,6 +137,8 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
         trace = synthetic(TOKENS, len(config.moe_layers), config.experts)
     else:
         trace = Trace.load(args.trace)
+        need_tokens(trace, f"--trace {args.trace}")
+        need_layers(trace, f"--trace {args.trace}")
     top_k = trace.experts.shape[2]
     flat, hierarchical = expected(cluster, trace.num_experts, top_k)
     real_flat, real_hierarchical, busiest = counted(trace, cluster)

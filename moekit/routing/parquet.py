@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from moekit import json_text, results
-from moekit.arguments import reading
+from moekit.arguments import reading, shown
 from moekit.headlines import first_line, headline
 from moekit.nn.record import CHOICE_COLUMNS
 from moekit.routing.trace import TOKEN_COLUMNS, Trace
@@ -69,7 +69,7 @@ def write(trace: Trace, path: str | Path) -> None:
     texts = {name: np.unique(given, return_inverse=True) for name, given in trace.labels.items()}
     named = {name: different.tolist() for name, (different, _) in texts.items()}
     head = Head(trace.layers, trace.top_k, trace.num_experts, trace.meta, named)
-    text = json.dumps({"format": FORMAT} | vars(head)).encode()
+    text = _text_of(head)
     checksum, columns = zlib.crc32(text), {}
     for column, name, dtype in head.columns(tuple(trace.full), FORMAT):
         if name == "labels":
@@ -81,7 +81,10 @@ def write(trace: Trace, path: str | Path) -> None:
             kind = pa.binary(values.itemsize * trace.num_experts)
             columns[column] = pa.Array.from_buffers(kind, len(trace), [None, pa.py_buffer(values)])
         elif name == "labels":
-            columns[column] = pa.array(trace.labels[column.removeprefix("labels.")])
+            # An array of NumPy's text would end each label at its first NUL.
+            columns[column] = pa.array(named[column.removeprefix("labels.")], pa.string()).take(
+                pa.array(values)
+            )
         else:
             columns[column] = pa.array(values)
     table = pa.table(columns).replace_schema_metadata({HEAD: text, CHECKSUM: str(checksum)})
@@ -144,7 +147,10 @@ def read(path: Path) -> Trace:
         checksum = zlib.crc32(_bytes(values), checksum)
     if version > 1 and found.get(CHECKSUM) != str(checksum).encode():
         raise _damaged(path, "its checksum differs from its content")
-    return _trace(head, arrays, layers)
+    try:
+        return _trace(head, arrays, layers)
+    except ValueError as error:
+        raise _damaged(path, str(error)) from None
 
 
 def _of_trace(trace: Trace, column: str, name: str) -> np.ndarray:
@@ -203,6 +209,21 @@ def _trace(head: Head, arrays: dict[str, np.ndarray], full: tuple[int, ...]) -> 
         meta=head.meta,
         labels={name: np.array(texts, str)[arrays[f"labels.{name}"]] for name, texts in head.labels.items()},
     )
+
+
+def _text_of(head: Head) -> bytes:
+    """The head as it is written; a ValueError names what of ``meta`` is no JSON."""
+    try:
+        return json.dumps({"format": FORMAT} | vars(head)).encode()
+    except (TypeError, ValueError):
+        for name, value in head.meta.items():
+            try:
+                json.dumps({name: value})
+            except (TypeError, ValueError):
+                raise ValueError(
+                    f"meta[{name!r}]={shown(value)} cannot be saved; expected what JSON has: texts, Python's numbers, lists, dicts"
+                ) from None
+        raise
 
 
 def _head(text: bytes, path: Path) -> tuple[Head, int]:

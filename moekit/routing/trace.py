@@ -41,6 +41,8 @@ TOKEN_COLUMNS = {
     "predicted": np.int32,
     "output_entropy": np.float32,
 }
+# What a column of one choice is called in a table.
+CHOICE_NAMES = {"experts": "expert", "probs": "prob", "weights": "weight", "kept": "kept"}
 
 
 # ------------------------------------------------------------------------------------------------ what a trace is
@@ -105,6 +107,12 @@ class Trace:
             if column.shape != shape or column.dtype != dtypes[name]:
                 wanted = f"{np.dtype(dtypes[name])} {list(shape)}"
                 raise ValueError(f"{name} is {column.dtype} {list(column.shape)}; expected {wanted}")
+        if len(set(self.layers)) < depth:
+            raise ValueError(f"the layers are {list(self.layers)}; expected each once")
+        if self.experts.size and not 0 <= self.experts.min() <= self.experts.max() < self.num_experts:
+            raise ValueError(
+                f"the experts are {self.experts.min()} to {self.experts.max()}; expected 0 to {self.num_experts - 1}"
+            )
         for layer, probs in self.full.items():
             if layer not in self.layers or probs.shape != (tokens, self.num_experts):
                 raise ValueError(
@@ -152,8 +160,9 @@ class Trace:
             ValueError: not a label for each token, or a name that a column of the trace has.
         """
         found = dict(self.labels)
+        of_choices = [f"{short}_{k}" for short in CHOICE_NAMES.values() for k in range(self.top_k)]
         for name, given in labels.items():
-            if name in (*TOKEN_COLUMNS, *CHOICE_COLUMNS, "entropy", "layer"):
+            if name in (*TOKEN_COLUMNS, *CHOICE_COLUMNS, *of_choices, "entropy", "layer"):
                 raise ValueError(f"a trace has a column {name} of its own: give the labels another name")
             found.pop(name, None)
             if given is not None:
@@ -242,7 +251,7 @@ class Trace:
         columns |= {name: np.repeat(given, depth) for name, given in self.labels.items()}
         columns["layer"] = np.tile(np.array(self.layers, dtype=np.int16), len(self))
         for k in range(self.top_k):
-            for name, short in zip(CHOICE_COLUMNS, ("expert", "prob", "weight", "kept"), strict=True):
+            for name, short in CHOICE_NAMES.items():
                 columns[f"{short}_{k}"] = getattr(self, name)[:, :, k].ravel()
         columns["entropy"] = self.entropy.ravel()
         return pd.DataFrame(columns, copy=False)
@@ -290,6 +299,16 @@ def need_layers(trace: Trace, what: str) -> None:
             "its model is dense: trace one with experts" if not trace.num_experts else "select or record more"
         )
         raise ValueError(f"{what}: the trace has no layers, expected at least one; {why}")
+
+
+def need_tokens(trace: Trace, what: str) -> None:
+    """Raise an error if the trace has no tokens; ``what`` as in :func:`need_layers`.
+
+    Raises:
+        ValueError: the trace has no tokens.
+    """
+    if not len(trace):
+        raise ValueError(f"{what}: the trace has no tokens, expected at least one; select or record more")
 
 
 # ----------------------------------------------------------------------------------------------- merging the ranks

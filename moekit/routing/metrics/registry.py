@@ -13,7 +13,7 @@ import numpy as np
 from moekit.arguments import Flag, Number, Whole, check
 from moekit.checked import check_bound, checked
 from moekit.routing.statistics import array_of
-from moekit.routing.trace import TRACE, Trace, need_layers
+from moekit.routing.trace import TRACE, Trace, need_layers, need_tokens
 
 METRICS: dict[str, Callable[[Trace], Any]] = {}
 # What the arguments of metrics may be, by their names; "choice" is one of the trace's.
@@ -47,10 +47,7 @@ def measured(metric: Callable[..., Any]) -> Callable[..., Any]:
         check_bound(bound, KINDS)
         traces = [value for value in bound.arguments.values() if isinstance(value, Trace)]
         for trace in traces:
-            if not len(trace):
-                raise ValueError(
-                    f"metrics.{metric.__name__}: the trace has no tokens, expected at least one; select or record more"
-                )
+            need_tokens(trace, f"metrics.{metric.__name__}")
             need_layers(trace, f"metrics.{metric.__name__}")
         first = traces[0]
         check_bound(bound, {"choice": Whole(0, most=first.top_k - 1)})
