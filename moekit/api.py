@@ -165,7 +165,8 @@ class Model(Handle):
 
         Args:
             data_or_texts: a folder of binarised data or "demo", read as :meth:`evaluate` reads it; or a text, texts or their
-                ids: each is a sample, and ``batch_size`` of them are routed together.
+                ids: each is a sample, and ``batch_size`` of them are routed together. ``subset`` and what cuts data into
+                samples have no effect on texts.
             layers, full, predicted: what to record (:class:`moekit.nn.record.Options`).
             max_tokens: stop before the batch that would make the trace longer; the first batch is always traced.
 

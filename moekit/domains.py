@@ -47,6 +47,7 @@ class DomainScores:
 
 
 SCORES = Instance(DomainScores, "what score_domains gives")
+HOW = Instance(Data, "moekit.fairseq_data.Data, such as Data('demo')")
 
 
 def evaluate_domains(
@@ -82,7 +83,7 @@ def evaluate_domains(
     return score_domains(model, domains, how, fractions, max_batches, seed, progress).table
 
 
-@checked(model=MODEL, max_batches=Whole(), seed=Whole(0))
+@checked(model=MODEL, how=HOW, max_batches=Whole(), seed=Whole(0))
 def score_domains(
     model: Handle,
     domains: str | Path | Mapping[str, str | Path],

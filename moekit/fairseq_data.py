@@ -95,7 +95,8 @@ def is_data(what: object) -> bool:
     """
     if isinstance(what, Path) or paths.of_demo(what, "data") is not None:
         return True
-    if not isinstance(what, str) or "\0" in what:
+    # An empty path would be the current folder.
+    if not isinstance(what, str) or not what or "\0" in what:
         return False
     if "\n" not in what and len(what) < 4096:
         with reading(what):

@@ -427,7 +427,13 @@ def test_a_byte_order_mark_is_no_part_of_a_domain(tmp_path):
 
 @pytest.mark.parametrize(
     ("how", "said"),
-    [({"max_batches": -1}, "max_batches=-1"), ({"seed": -1}, "seed=-1"), ({"model": "demo"}, "model='demo'")],
+    [
+        ({"max_batches": -1}, "max_batches=-1"),
+        ({"seed": -1}, "seed=-1"),
+        ({"model": "demo"}, "model='demo'"),
+        ({"how": "demo"}, "how='demo'"),
+        ({"how": None}, "how=None"),
+    ],
 )
 def test_scores_of_domains_check_their_arguments(model, how, said):
     with pytest.raises(ValueError, match=f"^{said}: expected"):

@@ -169,7 +169,10 @@ def test_only_named_layers_move(alone):
         ([0, 1], "expected ranks by layer"),
         ({2: [0] * 16}, "layer 2 holds no experts; those that do are"),
         ({1: [0, 1]}, r"placement\[1\] names a rank for 2 experts; expected 16"),
-        ({1: [0] * 16}, r"placement\[1\] gives rank 0 16 experts; expected 8"),
+        (
+            {1: [0] * 16},
+            r"placement\[1\] gives rank 0 16 experts; expected 8 of 16, as rank 0 of 2 has without it",
+        ),
         ({1: [0] * 8 + [2] * 8}, "gives rank 1 0 experts"),
         ({1: "ab"}, r"placement\[1\]"),
     ],

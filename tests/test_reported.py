@@ -299,6 +299,8 @@ def test_a_folder_may_be_called_like_the_demo(reference, tmp_path, monkeypatch):
         assert checkpoint.find(name).shared.parent == folder
         assert data_folder(name) == paths.DEMO_DATA and is_data(name)
         assert len(Codec.load(name)) == 8192
+    # The path of the current folder is ".", and nothing is an empty text.
+    assert is_data(".") and not is_data("")
     with moekit.load(demo, 1, "cpu", dictionary=demo, **QUIET) as model:
         assert model.vocab == 200
         assert len(model.trace(demo, tokens_per_sample=64, max_tokens=100, **QUIET))

@@ -7,7 +7,6 @@ import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -508,9 +507,13 @@ def test_what_a_mask_changes(runs):
     )
     same = compare(before, before)
     assert (same["change"] == 0).all() and (same["changed"] == 0).all() and same["low"].isna().all()
-    small = SimpleNamespace(items=before.items[before.items["task"] == "none"])
+    small = replace(before, items=before.items[before.items["task"] == "none"])
     with pytest.raises(ValueError, match="the two runs share no item"):
         compare(before, small)
+    for both in ((before, None), (before.items, after)):
+        for verb in (compare, changed_items):
+            with pytest.raises(ValueError, match=r"^(before|after)=.*: expected what evaluate_tasks gives"):
+                verb(*both)
 
 
 def test_the_harness_finds_the_model():
@@ -597,6 +600,8 @@ def test_data_is_given_as_files(tmp_path, one):
         ({"tasks": []}, r"tasks=\[\]: expected at least one"),
         ({"tasks": "fair_nothing"}, "there is no such task; moekit's own are .*fair_copa"),
         ({"tasks": "/nowhere/x.yaml"}, "there is no task file /nowhere/x.yaml"),
+        ({"tasks": Path("/nowhere/x.yaml")}, "there is no task file /nowhere/x.yaml"),
+        ({"tasks": ["copa_release", Path("/nowhere/x.yaml")]}, "there is no task file /nowhere/x.yaml"),
         (
             {"tasks": "copa_release", "data": {"fair_piqa": []}},
             "data is given for 'fair_piqa', which is none",

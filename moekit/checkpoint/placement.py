@@ -72,8 +72,8 @@ def _numbers(layer: int, ranks: list[int], experts: int, world_size: int) -> tup
         room = owned(experts, world_size, rank)
         if len(own) != len(room):
             raise ValueError(
-                f"placement[{layer}] gives rank {rank} {len(own)} experts; expected {len(room)} of {experts} on each of "
-                f"{world_size} ranks"
+                f"placement[{layer}] gives rank {rank} {len(own)} experts; expected {len(room)} of {experts}, as rank {rank} of "
+                f"{world_size} has without it"
             )
         for number, expert in zip(room, own, strict=True):
             numbers[expert] = number

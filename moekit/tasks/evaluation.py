@@ -16,6 +16,7 @@ from lm_eval.api.task import Task
 
 from moekit.api import Model
 from moekit.arguments import Texts, Whole, check, shown
+from moekit.checked import Instance, checked
 from moekit.headlines import headline
 from moekit.nn.quantise import dtype_name
 from moekit.ranks import RankError
@@ -55,9 +56,12 @@ class TaskResults:
     meta: dict[str, Any]
 
 
+RESULTS = Instance(TaskResults, "what evaluate_tasks gives")
+
+
 def evaluate_tasks(
     model: Model,
-    tasks: str | Sequence[str],
+    tasks: str | Path | Sequence[str | Path],
     *,
     data: Mapping[str, Rows | Mapping[str, Rows]] | None = None,
     limit: int | None = None,
@@ -88,7 +92,7 @@ def evaluate_tasks(
         ValueError: an argument makes no sense, there is no such task, or a data set cannot be had.
         moekit.ranks.RankError: a rank failed.
     """
-    names = check("tasks", tasks, Texts())
+    names = check("tasks", _names(tasks), Texts())
     if not names:
         raise ValueError(f"tasks={shown(tasks)}: expected at least one, such as {', '.join(known_tasks())}")
     limit = check("limit", limit, Whole(optional=True))
@@ -129,6 +133,16 @@ def evaluate_tasks(
     return TaskResults(_task_table(found, loaded, items), items, harness.tokens, seconds, meta)
 
 
+def _names(tasks: Any) -> Any:
+    """``tasks`` with paths as texts."""
+    if isinstance(tasks, Path):
+        return str(tasks)
+    if isinstance(tasks, list | tuple):
+        return [str(one) if isinstance(one, Path) else one for one in tasks]
+    return tasks
+
+
+@checked(before=RESULTS, after=RESULTS)
 def compare(before: TaskResults, after: TaskResults) -> pd.DataFrame:
     """What changed between two runs over the same items: a mask, a capacity, another checkpoint.
 
@@ -165,6 +179,7 @@ def compare(before: TaskResults, after: TaskResults) -> pd.DataFrame:
     return table
 
 
+@checked(before=RESULTS, after=RESULTS)
 def changed_items(before: TaskResults, after: TaskResults) -> pd.DataFrame:
     """The items of both runs side by side: ``task``, ``item``, ``metric``, ``text``, ``target``, and ``value``, ``answer`` and
     ``scores`` with ``_before`` and ``_after``; ``changed``: whether the answer is another one.
