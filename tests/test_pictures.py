@@ -1,5 +1,7 @@
 """Pictures with descriptions, tables as LaTeX, settings, and the explorer within a notebook."""
 
+import functools
+
 import nbconvert
 import nbformat
 import numpy as np
@@ -84,6 +86,13 @@ def scored(samples: int, length: int, bits: np.ndarray) -> pd.DataFrame:
     number, position = np.divmod(np.arange(samples * length), length)
     columns = {"sample": number, "position": position, "token": 2, "target": 5}
     return pd.DataFrame(columns | {"logprob": -bits.ravel() * np.log(2)})
+
+
+@pytest.mark.parametrize("tokens", [None, [1], {"logprob": [1.0]}])
+def test_pictures_of_tokens_take_the_table_of_tokens(tokens):
+    for picture in (plots.loss_by_position, functools.partial(plots.passage, codec=None)):
+        with pytest.raises(ValueError, match=r"^tokens=.*: expected Evaluation\.tokens"):
+            picture(tokens)
 
 
 def test_the_loss_by_position_has_intervals_over_samples():

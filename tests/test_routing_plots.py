@@ -122,6 +122,43 @@ def test_coactivation_puts_partners_side_by_side():
     assert np.isclose(bars.lines[0].get_xdata()[0], 100 / 28)  # one pair of 28
 
 
+def test_pictures_of_written_text_are_those_of_its_new_tokens():
+    trace, _ = synthetic(tokens=800, layers=(1, 3), experts=8, block=100)
+    written = dataclasses.replace(trace, generated=trace.position >= 70)
+    new = trace.select(mask=written.generated)
+    for picture in (routing_plots.load_heatmap, routing_plots.coactivation):
+        found, wanted = (picture(one).axes for one in (written, new))
+        assert np.allclose(found[0].images[0].get_array(), wanted[0].images[0].get_array(), equal_nan=True)
+        assert found[0].get_title() == wanted[0].get_title()
+        for line, same in zip(found[1].lines, wanted[1].lines, strict=True):
+            assert np.allclose(line.get_data(), same.get_data(), equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "said"),
+    [
+        ("load_heatmap", {"seed": 0.5}, "seed=0.5: expected a whole number"),
+        ("choices", {"named": None}, "named=None: expected a whole number"),
+        ("drops_by_position", {"bins": 0}, "bins=0: expected a whole number of at least 1"),
+        ("coactivation", {"pairs": "x"}, "pairs='x': expected a whole number"),
+        ("paths", {"start": -1}, "start=-1: expected a whole number of at least 0"),
+        ("paths", {"codec": "demo"}, "codec='demo': expected a model's codec or None"),
+        ("text_figure", {"max_tokens": -3}, "max_tokens=-3: expected a whole number of at least 1"),
+        ("text_html", {"by": "domain"}, "by='domain': expected one of expert, confidence"),
+        ("text_html", {"sample": 1.5}, "sample=1.5: expected a whole number"),
+    ],
+)
+def test_pictures_say_what_they_do_not_take(small, name, asked, said):
+    trace, _ = small
+    picture = getattr(routing_plots, name)
+    with pytest.raises(ValueError, match=re.escape(said)):
+        picture(trace, **asked)
+    with pytest.raises(ValueError, match="^trace='demo': expected a trace"):
+        picture("demo")
+    with pytest.raises(ValueError, match="the trace has no tokens, expected at least one"):
+        picture(trace.select(samples=[]))
+
+
 def test_coactivation_needs_two_choices():
     trace, _ = synthetic(tokens=64, choices=1)
     with pytest.raises(ValueError, match="one choice"):

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import Protocol, runtime_checkable
 
+from moekit.checked import Instance
+from moekit.data.codec import Codec
 from moekit.notebook.coloured_text import visible
 
-if TYPE_CHECKING:
-    from moekit.data import Codec
-
 UNKNOWN = "?"
+
+
+@runtime_checkable
+class Pieces(Protocol):
+    """What is needed of a codec here."""
+
+    def pieces(self, ids: Iterable[int]) -> list[str]: ...
+
+
+# what an argument that takes a codec may be
+CODEC = Instance(Pieces, "a model's codec", optional=True)
 
 
 def pieces(codec: Codec | None, ids: Iterable[int]) -> list[str]:

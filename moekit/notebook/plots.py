@@ -9,23 +9,24 @@ from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from matplotlib.colors import ListedColormap, to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter
 
 from moekit import checkpoint as ckpt
+from moekit.arguments import Whole
+from moekit.checked import Instance, checked
 from moekit.nn.dispatch import owned
 from moekit.nn.experts import TENSORS
 from moekit.notebook import coloured_text
 from moekit.notebook.coloured_text import Span
-from moekit.notebook.pieces import visible_pieces
+from moekit.notebook.pieces import CODEC, visible_pieces
 from moekit.notebook.style import done
 from moekit.routing import statistics
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from moekit.data.codec import Codec
 
 RANK_COLOURS = plt.get_cmap("tab10").colors
@@ -34,6 +35,7 @@ FILLED = ListedColormap(["#EE8866", "#77AADD"])
 SURPRISE = plt.get_cmap("YlOrRd")
 # bits that the legend of a passage shows; more than the last have its colour
 SURPRISE_KEYS = (0, 3, 6, 9, 12)
+TOKENS = Instance(pd.DataFrame, "Evaluation.tokens, or what model.score gives")
 
 
 def shards(checkpoint: str | Path, world_size: int) -> Figure:
@@ -142,6 +144,7 @@ def filled(table: pd.DataFrame) -> Figure:
     return done(figure)
 
 
+@checked(tokens=TOKENS, bins=Whole())
 def loss_by_position(tokens: pd.DataFrame, bins: int = 32) -> Figure:
     """Mean loss in bits by how much of the sample was read, with the 95 % interval of each mean over samples.
 
@@ -183,6 +186,7 @@ def loss_by_position(tokens: pd.DataFrame, bins: int = 32) -> Figure:
     return done(figure)
 
 
+@checked(tokens=TOKENS, codec=CODEC, sample=Whole(0), limit=Whole())
 def passage(tokens: pd.DataFrame, codec: Codec | None, sample: int | None = None, limit: int = 220) -> Figure:
     """The beginning of a sample, each piece coloured by how much it surprised the model.
 

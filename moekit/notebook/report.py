@@ -27,7 +27,7 @@ from moekit.nn.gates import gate_of
 from moekit.nn.quantise import dtype_name, name_of
 from moekit.nn.transformer import weight_bytes
 from moekit.notebook.pictures import DPI
-from moekit.notebook.pieces import pieces
+from moekit.notebook.pieces import CODEC, pieces
 from moekit.notebook.quantisation import quantisation
 from moekit.ranks.machine import free_memory, gpus, host_memory
 from moekit.scoring import Evaluation
@@ -54,7 +54,6 @@ if TYPE_CHECKING:
 
 EVALUATION = Instance(Evaluation, "what model.evaluate gives")
 PARAMETERS = Instance(Mapping, "parameters by name, as vars(p) has them")
-CODEC = Instance((Codec, Ids), "a model's codec", optional=True)
 FIGURES = Named(Figure, "figures by name")
 TABLE = Instance(pd.DataFrame, "a table", optional=True)
 TABLES = Named(pd.DataFrame, "tables by name")

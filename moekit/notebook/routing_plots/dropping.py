@@ -6,14 +6,18 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from moekit.arguments import Whole
+from moekit.checked import checked
 from moekit.notebook.pictures import capacity_name
 from moekit.notebook.style import CHOICE_COLOURS, STYLE
 from moekit.routing import metrics
-from moekit.routing.trace import Trace, need_layers
+from moekit.routing.trace import TRACE, Trace, need_layers, need_tokens
 
 
+@checked(trace=TRACE, bins=Whole())
 def drops_by_position(trace: Trace, bins: int = 32) -> Figure:
     """Share of choices that capacity dropped, along the sample: one panel per layer, one line per choice."""
+    need_tokens(trace, "drops_by_position")
     need_layers(trace, "drops_by_position")
     edges = np.linspace(0, trace.position.max() + 1, min(bins, int(trace.position.max()) + 1) + 1)
     where = np.digitize(trace.position, edges) - 1

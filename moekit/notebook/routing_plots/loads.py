@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from moekit.arguments import Whole
+from moekit.checked import checked
 from moekit.notebook.style import (
     CHOICE_COLOURS,
     INK,
@@ -20,20 +20,20 @@ from moekit.notebook.style import (
     ratio_bar,
 )
 from moekit.routing import metrics
+from moekit.routing.trace import TRACE, Trace
 
 # experts of a layer whose numbers fit into the cells of a heat map
 NUMBERED = 32
 
-if TYPE_CHECKING:
-    from moekit.routing.trace import Trace
 
-
+@checked(trace=TRACE, seed=Whole(0))
 def load_heatmap(trace: Trace, seed: int = 0) -> Figure:
     """Load of every expert of every layer, busiest first: a heat map with the experts' numbers, and the curves below it.
 
     Load is the share of all K T choices, dropped ones included, as a multiple of the uniform share 1/E. The grey band
     holds 90 % of what uniform random routing gives at this number of tokens: even then some experts are busier.
     """
+    trace = metrics.counted(trace)
     counts = metrics.counts(trace)
     total, experts = len(trace) * trace.top_k, trace.num_experts
     order = np.argsort(-counts, axis=1, kind="stable")
@@ -89,6 +89,7 @@ def load_heatmap(trace: Trace, seed: int = 0) -> Figure:
     return fig
 
 
+@checked(trace=TRACE, named=Whole(0))
 def choices(trace: Trace, named: int = 5) -> Figure:
     """First against second choices: one panel a layer, and in it each expert's share of either, with 95 % intervals over samples.
 

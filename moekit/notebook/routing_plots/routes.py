@@ -9,14 +9,17 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from moekit.notebook.pieces import visible_pieces
+from moekit.arguments import Whole
+from moekit.checked import checked
+from moekit.notebook.pieces import CODEC, visible_pieces
 from moekit.notebook.style import INK, STYLE, commonest
-from moekit.routing.trace import Trace, need_layers
+from moekit.routing.trace import TRACE, Trace, need_layers, need_tokens
 
 if TYPE_CHECKING:
     from moekit.data import Codec
 
 
+@checked(trace=TRACE, codec=CODEC, sample=Whole(0), start=Whole(0), tokens=Whole())
 def paths(
     trace: Trace, codec: Codec | None = None, sample: int | None = None, start: int = 0, tokens: int = 40
 ) -> Figure:
@@ -28,6 +31,7 @@ def paths(
         sample: its number in the trace; None: the first.
         start, tokens: which of its tokens.
     """
+    need_tokens(trace, "paths")
     need_layers(trace, "paths")
     sample = int(trace.sample[0]) if sample is None else sample
     part = trace.select(samples=sample)

@@ -9,22 +9,31 @@ from matplotlib import colormaps
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
+from moekit.arguments import Choice, Whole
+from moekit.checked import checked
 from moekit.notebook import coloured_text
 from moekit.notebook.coloured_text import Span
-from moekit.notebook.pieces import visible_pieces
+from moekit.notebook.pieces import CODEC, visible_pieces
 from moekit.notebook.style import commonest
-from moekit.routing.trace import Trace, need_layers
+from moekit.routing.trace import TRACE, Trace, need_layers, need_tokens
 
 if TYPE_CHECKING:
     from IPython.display import HTML
 
     from moekit.data import Codec
-    from moekit.routing.trace import Trace
 
 # The darkest colour of a probability, as a part of its scale: black text stands on it.
 DARKEST = 0.65
+HOW = {
+    "trace": TRACE,
+    "codec": CODEC,
+    "sample": Whole(0),
+    "layer": Whole(0),
+    "by": Choice(("expert", "confidence")),
+}
 
 
+@checked(**HOW)
 def text_html(
     trace: Trace,
     codec: Codec | None = None,
@@ -52,6 +61,7 @@ def text_html(
     )
 
 
+@checked(**HOW, max_tokens=Whole())
 def text_figure(
     trace: Trace,
     codec: Codec | None = None,
@@ -74,8 +84,7 @@ class _Passage:
 
 
 def _passage(trace: Trace, codec: Codec | None, sample: int | None, layer: int | None, by: str) -> _Passage:
-    if by not in ("expert", "confidence"):
-        raise ValueError(f"by={by!r}; expected expert or confidence")
+    need_tokens(trace, "text")
     need_layers(trace, "text")
     sample = int(trace.sample[0]) if sample is None else sample
     part = trace.select(samples=sample)

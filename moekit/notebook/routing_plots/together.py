@@ -6,11 +6,14 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from moekit.arguments import Whole
+from moekit.checked import checked
 from moekit.notebook.style import INK, KINDS, RATIO, RATIO_COLOURS, STYLE, log2, ratio_bar
 from moekit.routing import metrics
-from moekit.routing.trace import Trace, need_layers
+from moekit.routing.trace import TRACE, Trace, need_layers
 
 
+@checked(trace=TRACE, layer=Whole(0), pairs=Whole(0))
 def coactivation(trace: Trace, layer: int | None = None, pairs: int = 15) -> Figure:
     """Which experts of a layer are chosen together: N(i, j) / N(i), clustered, as a multiple of chance.
 
@@ -25,6 +28,7 @@ def coactivation(trace: Trace, layer: int | None = None, pairs: int = 15) -> Fig
     need_layers(trace, "coactivation")
     if trace.top_k < 2:
         raise ValueError("each token has one choice in this trace, no second one; expected two or more")
+    trace = metrics.counted(trace)
     layer = trace.layers[0] if layer is None else layer
     found = metrics.coactivation(trace.select(layers=layer))
     experts, chance, both, alone = trace.num_experts, found.chance, found.counts[0], found.base[0]

@@ -26,7 +26,7 @@ from moekit.routing.metrics.loads import balance, counts, dead_experts, hot_set,
 from moekit.routing.metrics.overlap import agreement, repeats
 from moekit.routing.metrics.pairs import Pairs, coactivation, predictability, transitions
 from moekit.routing.metrics.placing import fitted_placement, placement
-from moekit.routing.metrics.registry import METRICS, measured, new_tokens
+from moekit.routing.metrics.registry import METRICS, counted, measured, new_tokens
 from moekit.routing.metrics.resampling import bootstrap, permutation
 from moekit.routing.metrics.specialisation import top_tokens, vocabulary_specialisation
 from moekit.routing.statistics import wilson
@@ -40,6 +40,7 @@ __all__ = [
     "cache_hits",
     "classes_of",
     "coactivation",
+    "counted",
     "counts",
     "dead_experts",
     "domain_information",

@@ -79,6 +79,13 @@ def new_tokens(trace: Trace) -> np.ndarray | None:
     return trace.generated if trace.generated.any() and not trace.generated.all() else None
 
 
+@checked(trace=TRACE)
+def counted(trace: Trace) -> Trace:
+    """The trace of the tokens that metrics count: the new ones of generated text, else all."""
+    new = new_tokens(trace)
+    return trace if new is None else trace.select(mask=new)
+
+
 def of_tokens(name: str, value: Any, rows: np.ndarray, tokens: int) -> Any:
     """A metric's argument ``name`` for the ``rows`` alone, where it has an item for each of ``tokens``; else as it is."""
     if isinstance(value, Mapping):
@@ -93,7 +100,4 @@ def of_tokens(name: str, value: Any, rows: np.ndarray, tokens: int) -> Any:
 
 def _cut(name: str, value: Any, new: np.ndarray) -> Any:
     """A metric's argument, cut to the new tokens if it is a trace or has an item for each token."""
-    if not isinstance(value, Trace):
-        return of_tokens(name, value, new, len(new))
-    own = new_tokens(value)
-    return value if own is None else value.select(mask=own)
+    return counted(value) if isinstance(value, Trace) else of_tokens(name, value, new, len(new))
