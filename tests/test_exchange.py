@@ -2,6 +2,9 @@
 
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -429,3 +432,33 @@ def test_a_pipe_in_a_folder_is_refused_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "a.npy")
     with pytest.raises(ValueError, match=r"a\.npy is a device, a pipe or a socket"):
         exchange.read(tmp_path, "vllm")
+
+
+FULL = """
+import pathlib, resource, sys
+from synthetic_traces import synthetic
+from moekit.routing import exchange
+
+trace, _ = synthetic(tokens=2000, block=100)
+resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))
+for layout in exchange.LAYOUTS:
+    try:
+        exchange.write(trace, pathlib.Path(sys.argv[1]) / layout, layout)
+    except Exception as error:
+        print(layout, type(error).__name__, error)
+"""
+
+
+def test_a_full_disk_is_one_sentence_in_every_layout(tmp_path):
+    tests = Path(__file__).parent
+    ran = subprocess.run(
+        [sys.executable, "-c", FULL, tmp_path],
+        env=os.environ | {"PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    said = ran.stdout.splitlines()
+    assert [line.split()[0] for line in said] == list(exchange.LAYOUTS), ran.stderr
+    assert all(f" NotWritten {tmp_path}: the disk is full" in line for line in said), said
+    assert not list(tmp_path.iterdir())

@@ -6,6 +6,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -46,6 +47,8 @@ def _write_vllm(trace: Trace, path: Path) -> None:
 def _write_sglang(trace: Trace, path: Path) -> None:
     import torch
 
+    from moekit.checkpoint.writing import save
+
     records = []
     for number, rows in enumerate(_samples(trace)):
         tokens = rows.stop - rows.start
@@ -63,7 +66,8 @@ def _write_sglang(trace: Trace, path: Path) -> None:
             }
         )
     logical = torch.arange(trace.num_experts).repeat(max(trace.layers) + 1, 1)
-    torch.save({"records": records, "last_physical_to_logical_map": logical}, path)
+    with open(path, "wb") as file:
+        save({"records": records, "last_physical_to_logical_map": logical}, file)
 
 
 def _write_megatron(trace: Trace, path: Path) -> None:
@@ -105,7 +109,8 @@ def _write_counts(trace: Trace, path: Path) -> None:
 def _save_array(path: Path, array: np.ndarray) -> None:
     """``np.save`` to this very name: given a name, it would add an ending."""
     with open(path, "wb") as file:
-        np.save(file, array)
+        # To a file NumPy writes by itself, and its error does not tell that the disk is full.
+        np.save(SimpleNamespace(write=file.write), array)
 
 
 WRITERS: dict[str, Callable[[Trace, Path], None]] = {
