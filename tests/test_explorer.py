@@ -11,6 +11,7 @@ import pytest
 from synthetic_traces import synthetic
 
 import moekit
+from moekit.data.codec import Ids
 from moekit.notebook.explorer import explore, save_html
 from moekit.notebook.explorer.pack import DROPPED, NONE, UNIT, choose_samples, pack
 from moekit.symbols import PAD
@@ -56,6 +57,17 @@ def test_bad_domains_are_refused():
         explore(trace, domains=domains[:-1])
     with pytest.raises(ValueError, match="no tokens"):
         explore(trace.select(samples=999))
+    for asked, said in (
+        ({"trace": None}, "trace=None: expected a trace"),
+        ({"trace": trace, "model": "demo"}, "model='demo': expected a model that moekit.load gave"),
+        # In the place of the codec.
+        ({"trace": trace, "model": Ids("")}, "^model=.*: expected a model that moekit.load gave"),
+        ({"trace": trace, "codec": "demo"}, "codec='demo': expected a model's codec or None"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            explore(**asked)
+    with pytest.raises(ValueError, match="trace='demo': expected a trace"):
+        save_html("demo", "page.html")
 
 
 def test_a_full_size_trace_stays_small():

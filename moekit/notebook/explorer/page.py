@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moekit.arguments import Whole, check
+from moekit.arguments import Whole
+from moekit.checked import checked
 from moekit.notebook import standalone
 from moekit.notebook.explorer.pack import choose_samples, pack
+from moekit.notebook.pieces import CODEC
+from moekit.routing.trace import TRACE, Trace
 
 if TYPE_CHECKING:
     from moekit.data import Codec
-    from moekit.routing.trace import Trace
 
 HERE = Path(__file__).parent
 NO_KERNEL = "masking needs the model: call moekit.explore(trace, model=model) in a notebook"
@@ -43,11 +45,11 @@ def save_html(
     return standalone.save(path, page(trace, codec, domains, max_tokens))
 
 
+@checked(trace=TRACE, codec=CODEC, max_tokens=Whole())
 def page(
     trace: Trace, codec: Codec | None = None, domains: np.ndarray | None = None, max_tokens: int = 20_000
 ) -> str:
     """The text of the page that :func:`save_html` writes."""
-    max_tokens = check("max_tokens", max_tokens, Whole())
     domains = None if domains is None else trace.labels_of(domains)
     chosen = choose_samples(trace.sample, domains, max_tokens)
     here = np.isin(trace.sample, chosen)

@@ -10,17 +10,20 @@ import numpy as np
 import traitlets
 
 from moekit.batches import Batch
+from moekit.checked import checked
+from moekit.handle import MODEL
 from moekit.headlines import headline
 from moekit.notebook import pictures
 from moekit.notebook.explorer import page
 from moekit.notebook.explorer.pack import pack
+from moekit.notebook.pieces import CODEC
+from moekit.routing.trace import TRACE, Trace
 from moekit.scoring import score_batches
 from moekit.symbols import PAD
 
 if TYPE_CHECKING:
     from moekit.api import Model
     from moekit.data import Codec
-    from moekit.routing.trace import Trace
 
 HERE = Path(__file__).parent
 NO_MODEL = "masking needs the model: explore(trace, model=model)"
@@ -111,6 +114,7 @@ class Explorer(anywidget.AnyWidget):
         return delta, f"scored alone, with and without it; capacity: {pictures.capacity_name(fraction)}"
 
 
+@checked(trace=TRACE, model=MODEL, codec=CODEC)
 def explore(
     trace: Trace,
     model: Model | None = None,
