@@ -406,6 +406,14 @@ def test_counts_tables_and_the_picture(tmp_path):
     row = prepared.subsets_table().loc["valid"]
     assert (row["lines"], row["text"]) == (10, "120 B")
     assert prepared.passage(2, 3) == "a $x$ a\na $x$ a"
+    assert prepared.passage(1, 12) == "a $x$ a 中"
+
+
+def test_a_text_of_blank_lines_has_a_picture(tmp_path):
+    (tmp_path / "x.txt").write_text("\n\n\n")
+    prepared, _ = run(tmp_path, source=str(tmp_path / "x.txt"), bpe="demo")
+    plots.picture(prepared).savefig(tmp_path / "picture.png")
+    assert prepared.passage() == "" and plots.round_trip(prepared.codec, prepared.passage())
 
 
 def test_a_round_trip_shows_every_token(tmp_path):

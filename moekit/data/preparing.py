@@ -81,15 +81,20 @@ class Prepared:
         return pd.DataFrame(self.files)
 
     def passage(self, lines: int = 2, words: int = 12) -> str:
-        """The beginnings of the first ``lines`` lines with at least ``words`` words, or of fewer lines if the text ends."""
-        beginnings = []
+        """The beginnings of the first ``lines`` lines with more than ``words`` words, or of fewer lines if the text ends.
+
+        Of a text without such lines, its first ones with any.
+        """
+        return "\n".join(self._beginnings(lines, words, words) or self._beginnings(lines, words, 0))
+
+    def _beginnings(self, lines: int, words: int, blanks: int) -> list[str]:
+        """The first ``words`` words of lines that have ``blanks`` blanks at least."""
+        found = []
         for path in next(iter(self.texts.values())):
             with open(path, encoding="utf-8") as file:
-                long = (line.split() for line in file if line.count(" ") >= words)
-                beginnings += [
-                    " ".join(line[:words]) for line in itertools.islice(long, lines - len(beginnings))
-                ]
-        return "\n".join(beginnings)
+                long = (line.split() for line in file if line.strip() and line.count(" ") >= blanks)
+                found += [" ".join(line[:words]) for line in itertools.islice(long, lines - len(found))]
+        return found
 
 
 def prepare(settings: Settings, say: Say = print) -> Prepared:

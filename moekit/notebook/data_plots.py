@@ -59,10 +59,13 @@ def type_counts(data: Binarised, types: int) -> np.ndarray:
 
 
 def plot_lengths(axes: Axes, lengths: dict[str, np.ndarray]) -> None:
-    longest = max(int(of_subset.max()) for of_subset in lengths.values())
+    # Blank lines alone are no document.
+    longest = max(int(of_subset.max(initial=1)) for of_subset in lengths.values())
     bins = np.unique(np.geomspace(1, longest + 1, 40).astype(int))
     for name, of_subset in lengths.items():
-        label = f"{name}: {len(of_subset):,}, median {int(np.median(of_subset)):,}"
+        label = f"{name}: {len(of_subset):,}"
+        if len(of_subset):
+            label += f", median {int(np.median(of_subset)):,}"
         axes.hist(of_subset, bins, histtype="step", linewidth=1.5, label=label)
     axes.set(xscale="log", xlabel="tokens a document", ylabel="documents", title="Document lengths")
     axes.margins(y=0.2)
