@@ -561,6 +561,25 @@ def test_moekits_command_knows_its_tasks(monkeypatch, given, added):
     assert seen == given + added
 
 
+@pytest.mark.parametrize(
+    ("checkpoint", "said"),
+    [
+        ('"/nowhere"', "/nowhere does not exist: name a checkpoint's folder"),
+        ('"demo", "mask": {"5": [88]}', "mask: layer 5 has no expert 88: they are 0 to 15"),
+    ],
+)
+def test_a_wrong_argument_of_the_command_is_one_sentence(monkeypatch, capsys, checkpoint, said):
+    from moekit.tasks import __main__ as command
+
+    model_args = f'{{"checkpoint": {checkpoint}}}'
+    monkeypatch.setattr(
+        sys, "argv", ["x", "--model", "moekit", "--model_args", model_args, "--tasks", "demo_endings"]
+    )
+    with pytest.raises(SystemExit, match="2"):
+        command.main()
+    assert f"python -m moekit.tasks: error: {said}" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_every_file_is_a_task():
     assert set(known_tasks()) >= {f"fair_{name}" for name in ("hellaswag", "piqa", "record", "winogrande")}
     rows = {

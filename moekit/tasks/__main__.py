@@ -13,11 +13,18 @@ from moekit.tasks import FILES
 
 
 def main() -> None:
-    """Run ``lm_eval``; moekit's task files are its ``--include_path`` where none is given."""
+    """Run ``lm_eval``; moekit's task files are its ``--include_path`` where none is given.
+
+    A wrong argument is one sentence, and the exit code 2.
+    """
     runs = len(sys.argv) > 2 and sys.argv[1] not in ("ls", "validate")
     if runs and not any(argument.startswith("--include_path") for argument in sys.argv):
         sys.argv += ["--include_path", str(FILES)]
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except ValueError as error:
+        print(f"python -m moekit.tasks: error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":
