@@ -47,8 +47,18 @@ def test_latex():
     table = pd.DataFrame({"a_b": ["x_1", "50 %"], "p": [0.0001, 0.25], "n": [1234, 5], "ok": [True, False]})
     text = pictures.latex(table, "A & b", "t", digits=2)
     assert r"\begin{tabular}{lrrl}" in text and r"\caption{A \& b}" in text and r"\label{tab:t}" in text
-    assert r"x\_1 & $<0.01$ & $1,234$ & yes \\" in text and r"50 \% & $0.25$ & $5$ & no \\" in text
+    assert r"x\_1 & $<0.01$ & $1{,}234$ & yes \\" in text and r"50 \% & $0.25$ & $5$ & no \\" in text
     assert pictures.latex(pd.DataFrame({"v": [np.nan]}), "c", "l").count("--") == 1
+    odd = pictures.latex(pd.DataFrame({"v": [np.inf, -np.inf], "piece": ["<a|b>", "~^\\"]}), "c", "l")
+    assert r"$\infty$ & \textless{}a\textbar{}b\textgreater{} \\" in odd
+    assert r"$-\infty$ & \textasciitilde{}\textasciicircum{}\textbackslash{} \\" in odd
+    for asked, said in (
+        (("x", "c", "l"), "^table='x': expected a table"),
+        ((table, None, "l"), "^caption=None: expected text"),
+        ((table, "c", "l", "x"), "^digits='x': expected a whole number of at least 0"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            pictures.latex(*asked)
 
 
 def test_files_for_a_paper(tmp_path):

@@ -8,19 +8,22 @@ import io
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 
 from moekit import progress, results
+from moekit.arguments import Text, Whole
+from moekit.checked import Instance, checked
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    import pandas as pd
     from matplotlib.figure import Figure
 
     from moekit.routing.trace import Trace
 
 DPI = 160
+TABLE = Instance(pd.DataFrame, "a table")
 
 
 class Picture:
@@ -138,6 +141,7 @@ def settings(traces: Mapping[str, Trace]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+@checked(table=TABLE, caption=Text(), label=Text(), digits=Whole(0))
 def latex(table: pd.DataFrame, caption: str, label: str, digits: int = 3) -> str:
     """A table for a paper, in LaTeX with the package booktabs.
 
@@ -151,8 +155,12 @@ def latex(table: pd.DataFrame, caption: str, label: str, digits: int = 3) -> str
             least = 10.0**-digits
             if np.isnan(value):
                 return "--"
+            if np.isinf(value):
+                return r"$\infty$" if value > 0 else r"$-\infty$"
             return f"$<{least:.{digits}f}$" if name == "p" and value < least else f"${value:.{digits}f}$"
-        return f"${value:,}$" if isinstance(value, int | np.integer) else _escaped(str(value))
+        # A comma alone is punctuation there, with a space behind it.
+        whole = isinstance(value, int | np.integer)
+        return f"${value:,}$".replace(",", "{,}") if whole else _escaped(str(value))
 
     names = [_escaped(str(name).replace("_", " ")) for name in table.columns]
     kinds = "".join("l" if table[name].dtype.kind in "OUbT" else "r" for name in table.columns)
@@ -165,7 +173,17 @@ def latex(table: pd.DataFrame, caption: str, label: str, digits: int = 3) -> str
     return "\n".join([*head, *body, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])
 
 
-SPECIAL = {sign: "\\" + sign for sign in "&%$#_{}"} | {"\\": r"\textbackslash{}", "×": r"$\times$", "−": "--"}
+SPECIAL = {sign: "\\" + sign for sign in "&%$#_{}"} | {
+    "\\": r"\textbackslash{}",
+    "^": r"\textasciicircum{}",
+    "~": r"\textasciitilde{}",
+    # TeX's first fonts have other signs in these places.
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    "×": r"$\times$",
+    "−": "--",
+}
 
 
 def _escaped(text: str) -> str:
