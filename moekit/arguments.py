@@ -114,6 +114,12 @@ def is_many(value: Any) -> bool:
     return isinstance(value, Iterable) and getattr(value, "ndim", 1) != 0
 
 
+def listed(value: Any) -> list:
+    """What any iterable holds, read once; a text, bytes, and what holds nothing are one item."""
+    # Bytes are no numbers.
+    return [value] if isinstance(value, str | bytes) or not is_many(value) else list(value)
+
+
 def has_order(value: Any) -> bool:
     """Whether what ``value`` holds has an order: a mapping, a set and a table have none, and the keys of a dict have one."""
     unordered = isinstance(value, Mapping) or hasattr(value, "columns")

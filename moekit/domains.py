@@ -99,9 +99,7 @@ def score_domains(
     named = isinstance(domains, Mapping)
     for name, folder in domains.items() if named else [(None, domains)]:
         check(f"domains[{shown(name)}]" if named else "domains", folder, arguments.Path())
-    # Bytes are no numbers.
-    one = isinstance(fractions, str | bytes) or not arguments.is_many(fractions)
-    given = [fractions] if one else list(fractions)
+    given = arguments.listed(fractions)
     if not given:
         raise ValueError("capacity_token_fraction=[]: expected at least one")
     held = list(dict.fromkeys(model.capacity(fraction) for fraction in given))

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moekit.arguments import sequences
+from moekit.arguments import Number, Wholes, listed, sequences
+from moekit.checked import checked
 from moekit.fairseq_data import is_data
+from moekit.handle import MODEL
 from moekit.routing.compare import compare
 
 if TYPE_CHECKING:
@@ -39,11 +41,12 @@ class Invariance:
     traces: dict[tuple[int, float | None], Trace]
 
 
+@checked(model=MODEL, batch_sizes=Wholes(), tolerance=Number(0))
 def batch_invariance(
     model: Model,
     texts: str | Path | Sequence[str] | Sequence[Sequence[int]],
     batch_sizes: Sequence[int] = (1, 2, 4),
-    capacities: Sequence[float | None] = (None, 0.05),
+    capacities: float | str | Sequence[float | str | None] | None = (None, 0.05),
     tolerance: float = 1e-3,
     **options: Any,
 ) -> Invariance:
@@ -52,6 +55,7 @@ def batch_invariance(
     Args:
         texts: whatever :meth:`moekit.api.Model.trace` takes; ``options`` are further arguments of it.
         batch_sizes: texts routed together; "alone" (1) is always run.
+        capacities: each a ``capacity_token_fraction``, or one of them.
     """
     import pandas as pd
 
@@ -59,7 +63,7 @@ def batch_invariance(
     texts = texts if is_data(texts) else sequences("texts", texts)
     sizes = sorted({1, *batch_sizes})
     traces, rows = {}, []
-    for fraction in capacities:
+    for fraction in listed(capacities):
         for size in sizes:
             traces[size, fraction] = trace = model.trace(
                 texts, batch_size=size, capacity_token_fraction=fraction, **options

@@ -323,3 +323,15 @@ def test_batch_invariance(models):
     assert free["max_abs_delta"] < 1e-5
     assert tight["dropped"] > 0.1 and tight["kept_changed"] > 0 and tight["max_abs_delta"] > 0.01
     assert (found.iloc[[0, 2]][["experts_changed", "max_abs_delta"]] == 0).all().all()
+
+
+def test_batch_invariance_takes_one_capacity_and_says_what_it_does_not_take(models):
+    found = batch_invariance(models[0], TEXTS[:2], batch_sizes=2, capacities=0.5, progress=False).summary
+    assert found["capacity_token_fraction"].tolist() == [0.5, 0.5] and found["batch_size"].tolist() == [1, 2]
+    for asked, said in (
+        ({"model": "demo"}, "model='demo': expected a model"),
+        ({"batch_sizes": "x"}, "batch_sizes='x': expected a list of whole numbers"),
+        ({"tolerance": None}, "tolerance=None: expected a number of at least 0"),
+    ):
+        with pytest.raises(ValueError, match=f"^{said}"):
+            batch_invariance(**{"model": models[0], "texts": TEXTS[:2]} | asked)
