@@ -193,6 +193,26 @@ def test_a_force_that_meets_no_token_is_a_mistake(models, force, told):
             model.generate(TEXTS, max_new_tokens=2, progress=False)
 
 
+def test_of_two_forces_for_one_token_the_last_counts(models):
+    """As if the first one had not named the token: no token has one expert twice."""
+    layer = models[0].config.moe_layers[-1]
+    both, one = Force((4, 2), sample=0, positions=(0, 1), layers=layer), Force(2, sample=0, positions=(1, 2))
+    for model in models:
+        found = {}
+        for name, forces in {
+            "one": [one],
+            "both": [both],
+            "one last": [both, one],
+            "both last": [one, both],
+        }.items():
+            with model.route(force=forces):
+                trace = model.trace(TEXTS[:1], progress=False)
+            assert (trace.experts[..., 0] != trace.experts[..., 1]).all()
+            found[name] = trace.experts[:, trace.at(layer)]
+        assert (found["one last"][1] == found["one"][1]).all() and (found["one last"][0] == [4, 2]).all()
+        assert (found["both last"][1] == [4, 2]).all() and found["both last"][2, 0] == 2
+
+
 def test_a_force_may_reach_beyond_the_sample_and_into_new_tokens(models):
     new = Force((3, 4), sample=1, positions=range(len(TEXTS[1]) + 1, 999))  # after </s> and the prompt
     with models[0].route(force=new):

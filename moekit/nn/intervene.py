@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Force:
-    """Send some tokens of a sample to chosen experts.
+    """Send some tokens of a sample to chosen experts. Of several for one token and layer the last one counts.
 
     Attributes:
         experts: the choices, best first: one leaves the second choice to the gate (the best of the others), two fix
@@ -120,6 +120,8 @@ class Intervention:
             here = (samples == sample)[:, None].expand_as(positions)
             if chosen is not None:
                 here = here & torch.isin(positions, positions.new_tensor(chosen))
+            # A second choice that an earlier one forced may be the expert of this one.
+            forced[here] = -1
             for k, expert in enumerate(experts):
                 forced[..., k][here] = expert
         if forced is not None:
