@@ -434,6 +434,15 @@ def test_a_pipe_in_a_folder_is_refused_and_not_waited_for(tmp_path):
         exchange.read(tmp_path, "vllm")
 
 
+@pytest.mark.parametrize("layout", exchange.LAYOUTS)
+def test_a_trace_without_tokens_would_be_a_file_that_nobody_reads(trace, layout, tmp_path):
+    with pytest.raises(
+        ValueError, match=f"layout='{layout}': the trace has no tokens, expected at least one"
+    ):
+        exchange.write(trace.select(samples=[]), tmp_path / "trace", layout)
+    assert not list(tmp_path.iterdir())
+
+
 FULL = """
 import pathlib, resource, sys
 from synthetic_traces import synthetic

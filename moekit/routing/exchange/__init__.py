@@ -42,7 +42,7 @@ from moekit.headlines import headline
 from moekit.mapped import whole_files
 from moekit.routing.exchange.readers import MOST_EXPERTS, READERS, as_trace
 from moekit.routing.exchange.writers import WRITERS
-from moekit.routing.trace import TRACE, Trace, need_layers
+from moekit.routing.trace import TRACE, Trace, need_layers, need_tokens
 
 LAYOUTS = tuple(WRITERS)
 
@@ -54,10 +54,11 @@ def write(trace: Trace, path: str | Path, layout: str) -> None:
     """Write ``trace`` in one of the ``LAYOUTS``; see the table above for what of it each holds.
 
     Raises:
-        ValueError: there is no such layout, or the trace has no layers.
+        ValueError: there is no such layout, or the trace has no tokens or no layers.
         moekit.results.NotWritten: (a ValueError) the folder is missing or cannot be written to, or its disk is full.
     """
     writer = WRITERS[check("layout", layout, Choice(LAYOUTS))]
+    need_tokens(trace, f"layout={layout!r}")
     need_layers(trace, f"layout={layout!r}")
     if layout == "megatron" and path.is_dir():
         more = sorted(
