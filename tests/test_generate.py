@@ -120,6 +120,22 @@ def test_every_moe_layer_records(recorded):
     assert seen == [(n, (5, t, 2)) for t in (longest, 1, 1) for n in (1, 3)]
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_what_a_function_raises_in_a_layer_costs_no_rank(reference, world_size):
+    def fails(layer, routing):
+        layer // (routing.experts.shape[1] - 1)
+
+    with moekit.load(reference / "checkpoint", world_size, "cpu", **QUIET) as model:
+        wanted = model.generate(IDS, max_new_tokens=3, **QUIET)
+        said = r"record raised ZeroDivisionError: .* in line \d+ of fails, on rank 0; .* the same model"
+        for how in ({}, {"temperature": 1.0}, {"beam_size": 2}):
+            with pytest.raises(ValueError, match=said):
+                model.generate(IDS, max_new_tokens=3, record=fails, **how, **QUIET)
+        with pytest.raises(ValueError, match="record raised"):
+            list(model.stream(IDS, 3, record=fails))
+        same(model.generate(IDS, max_new_tokens=3, **QUIET), wanted)
+
+
 # ------------------------------------------------------------------------------------- in whatever company
 
 

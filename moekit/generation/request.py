@@ -14,6 +14,7 @@ from moekit.generation.written import Written
 from moekit.handle import Handle
 from moekit.nn.record import Options
 from moekit.routing import trace as tracing
+from moekit.worker.listener import Listener
 from moekit.worker.sampling import Settings
 
 if TYPE_CHECKING:
@@ -163,6 +164,7 @@ def rules(asked: dict[str, Any]) -> dict[str, Any]:
     record = asked.get("record")
     if record is not None and not callable(record):
         raise ValueError(f"record={shown(record)}: expected a function that the ranks call, or None")
+    found["record"] = None if record is None else Listener(record)
     if "" in found["stop"]:
         raise ValueError(f"stop={found['stop']}: expected texts, none of them empty")
     beam_size, copies = found["beam_size"], found["num_return_sequences"]

@@ -61,10 +61,10 @@ class Session:
         new = self.request.max_new_tokens
         bursts = Stream([*range(longest, new, longest), new])
         ended = self._read(decode.generate, new, bursts, report=report)
-        for rank, (last, parts) in enumerate(ended):
+        for rank, (last, _) in enumerate(ended):
             if last is not None:
                 report(rank, last)
-            self.parts += parts
+        self._take([one for _, one in ended])
 
     def _read(
         self, fn: Callable[..., Any], *more: Any, report: Callable[[int, Any], None] | None = None
@@ -169,9 +169,22 @@ class Session:
     def __enter__(self) -> Session:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
-            self.parts = [part for parts in self.model.ranks.call(decode.end, self.key) for part in parts]
+            ended = self.model.ranks.call(decode.end, self.key)
         except RuntimeError:
             # The ranks are busy with another call, or they have ended together with their sequences.
             self.model.abandoned.append(self.key)
+            return
+        if kind is None:
+            self._take(ended)
+
+    def _take(self, ended: Sequence[decode.Ended]) -> None:
+        """Take what is left of the sequences of each rank; an error if the user's ``record`` raised one."""
+        for rank, one in enumerate(ended):
+            if one.raised:
+                raise ValueError(
+                    f"record raised {one.raised}, on rank {rank}; expected a function that takes (layer, routing): mend it, and "
+                    "generate again with the same model"
+                )
+            self.parts += one.parts

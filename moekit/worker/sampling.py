@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moekit.nn.gate import Routing
 from moekit.nn.intervene import Intervention
 from moekit.nn.noise import uniform
 from moekit.nn.record import Options
 from moekit.symbols import EOS, PAD
+from moekit.worker.listener import Listener
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Settings:
     alternatives: int = 0
     fraction: float | None = None
     intervention: Intervention | None = None
-    record: Callable[[int, Routing], None] | None = None
+    record: Listener | None = None
     trace: Options | None = None
 
     @property
