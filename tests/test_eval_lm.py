@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from branch_cases import BASE
 from test_data_verify import texts_of, write_cached
 
@@ -268,6 +269,26 @@ def test_from_python_too_long_samples_are_a_mistake(reference, tmp_path):
         assert model.evaluate(data, tokens_per_sample=63, max_batches=1, progress=False).ntokens
         with pytest.raises(ValueError, match="65 tokens, .* 64 learned positions"):
             model.evaluate(data, progress=False)
+
+
+def with_weights(**options) -> Transformer:
+    """A model of the reference's shape with these options."""
+    torch.manual_seed(1)
+    model = Transformer(ModelConfig(**(vars(BASE) | options)))
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.3)
+    return model
+
+
+def test_where_there_are_no_positions_none_are_learned(reference, tmp_path):
+    """The two options together are allowed; then nothing limits a sample, as in the branch."""
+    found = []
+    for learned in (False, True):
+        folder = tmp_path / str(learned)
+        export.save(with_weights(positions=False, learned_positions=learned, add_bos=True), folder)
+        with moekit.load(folder, device="cpu", progress=False) as model:  # <s> comes on top of a full block
+            found.append(model.evaluate(reference / "data-bin", progress=False).loss_base2)
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize(

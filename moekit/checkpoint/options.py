@@ -211,8 +211,9 @@ def from_fairseq(
     heads = options.whole("decoder_attention_heads", 8, 1, MOST)
     if dim % heads:
         raise options.error("decoder_attention_heads", f"a number that divides decoder_embed_dim={dim}")
-    learned = options.flag("decoder_learned_pos")
     positions = not options.flag("no_token_positional_embeddings")
+    # Without positions there are none to learn, and nothing limits how many tokens are read.
+    learned = options.flag("decoder_learned_pos") and positions
     if dim in (2, 3) and positions and not learned:
         # fairseq divides by dim // 2 - 1 there.
         raise options.error("decoder_embed_dim", "4 or more, as its positions are sinusoids")

@@ -27,7 +27,7 @@ class ModelConfig:
         pre_norm: each norm stands before attention and before the feed-forward network; False: after them.
         final_norm: the last layer is followed by a norm, if ``pre_norm`` holds.
         before_final_norm: the file is older than the final norm, so the model has none, whatever the file holds.
-        learned_positions: positions are learned; False: they are sinusoids.
+        learned_positions: positions are learned; False: they are sinusoids, or there are none.
         positions: False: the model adds no positions.
         scale_embedding: embeddings are multiplied by ``sqrt(dim)``.
         embedding_norm: a norm follows the embedding and the positions.
