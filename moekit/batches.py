@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from moekit.nn.config import ModelConfig
 from moekit.symbols import EOS, PAD
 
 
@@ -89,12 +90,14 @@ class Share:
         """The most tokens that any rank has."""
         return -(-self.count // world_size) * self.shape[0] * self.shape[1]
 
-    def padding_matters(self, fraction: float | None) -> bool:
-        """Whether a pass needs a mask of the padding.
+    def padding_matters(self, config: ModelConfig, fraction: float | None) -> bool:
+        """Whether a pass of a model of ``config`` needs a mask of the padding.
 
-        Causal attention ignores padding behind the text, and without a capacity it displaces no token.
+        Causal attention ignores padding behind the text, and without a capacity it displaces no token. With a context
+        window there may be more columns than learned positions: then padding must not be given one.
         """
-        return self.padded and (fraction is not None or not self.trailing)
+        beyond = config.learned_positions and self.shape[1] > config.max_positions
+        return self.padded and (fraction is not None or not self.trailing or beyond)
 
 
 _ARRAYS = ("ids", "tokens", "targets", "starts")

@@ -291,6 +291,17 @@ def test_where_there_are_no_positions_none_are_learned(reference, tmp_path):
     assert found[0] == found[1]
 
 
+def test_padding_beyond_the_learned_positions_has_none(reference, tmp_path):
+    """A line longer than a block and the context before it leave more columns than the model has learned positions."""
+    export.save(with_weights(learned_positions=True), tmp_path)
+    how = {"sample_break_mode": "eos", "context_window": 62, "batch_size": 2, "progress": False}
+    with moekit.load(tmp_path, device="cpu", progress=False) as model:
+        # Where everything has a place, nothing is dropped, and padding has a mask.
+        masked = model.evaluate(reference / "data-bin", capacity_token_fraction=1.0, **how)
+        plain = model.evaluate(reference / "data-bin", **how)
+    np.testing.assert_allclose(plain.tokens["logprob"], masked.tokens["logprob"], atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("failure", "told"),
     [(KeyboardInterrupt(), "KeyboardInterrupt"), (RuntimeError("a rank failed\n\nits log"), "a rank failed")],

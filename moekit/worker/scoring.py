@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moekit.batches import Batch, Share, shares
 from moekit.nn import graphs
+from moekit.nn.config import ModelConfig
 from moekit.nn.copies import Copy, on_device
 from moekit.nn.dispatch import Local
 from moekit.nn.intervene import Intervention
@@ -128,7 +129,7 @@ def _launched(
             found = repeated(rank, step, Pass(fraction, len(mine), rows_expected=rows_expected), vocab)
         else:
             inputs = Inputs.of(step.joined(), rank.device)
-            asked = ask(step, inputs, fraction, seed, trace, intervention)
+            asked = ask(model.config, step, inputs, fraction, seed, trace, intervention)
             asked.rows_expected = rows_expected
             if loads:
                 asked.record = LoadRecorder()
@@ -188,7 +189,7 @@ def first_not_finite(
     try:
         [share] = shares([batch], 1)
         inputs = Inputs.of(share.joined(), rank.device)
-        asked = ask(share, inputs, fraction, seed, None, intervention)
+        asked = ask(model.config, share, inputs, fraction, seed, None, intervention)
         logits = model.logits(model(inputs.tokens, asked), vocab)
         if not names and not bool(logits.isfinite().all()):
             names.append("output matrix")
@@ -211,6 +212,7 @@ class Inputs(NamedTuple):
 
 
 def ask(
+    config: ModelConfig,
     step: Share,
     inputs: Inputs,
     fraction: float | None,
@@ -228,7 +230,7 @@ def ask(
     if intervention is not None:
         positions = torch.arange(inputs.tokens.shape[1], device=inputs.tokens.device)
         intervention.apply(asked, torch.from_numpy(inputs.samples).to(positions.device), positions)
-    if step.padding_matters(asked.fraction):
+    if step.padding_matters(config, asked.fraction):
         asked.padding = inputs.tokens == PAD
     return asked
 
@@ -243,7 +245,7 @@ def worth_capturing(model: Transformer, fraction: float | None, step: Share, wor
         step.count >= world_size
         and graphs.few(model, step.rows(world_size), world_size)
         and graphs.fits(model, Pass())
-        and not step.padding_matters(fraction)
+        and not step.padding_matters(model.config, fraction)
     )
 
 
