@@ -35,6 +35,7 @@ from moekit.checkpoint.options import from_fairseq, options_of
 from moekit.handle import check_size, find_dictionary
 from moekit.headlines import first_line, headline
 from moekit.nn.changes import CHANGEABLE
+from moekit.nn.config import ModelConfig
 from moekit.ranks import Ranks
 from moekit.ranks.joined import Launch
 from moekit.scoring import perplexity_of, score_batches
@@ -98,7 +99,7 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
 
     parser = options.get_eval_lm_parser()
     group = parser.add_argument_group("fairseq's moe branch")
-    group.add_argument("--is-moe", action="store_true", help="the model has experts in files of their own")
+    group.add_argument("--is-moe", action="store_true", help="the model has experts")
     group.add_argument("--stats-path", "--sp", help="write the figures to STATS_PATH.json")
     group.add_argument("--log-nvidia-smi", action="store_true", help="no effect")
     group.add_argument("--num-workers-valid", type=int, default=0, help="no effect")
@@ -170,8 +171,10 @@ def read_overrides(text: str) -> dict[str, Any]:
     return overrides
 
 
-def applied(files: checkpoint.Files, overrides: dict[str, Any]) -> tuple[float | None, dict[str, Any]]:
-    """The capacity fraction that holds, and the fields of the model's config that ``overrides`` change.
+def applied(
+    files: checkpoint.Files, overrides: dict[str, Any]
+) -> tuple[ModelConfig, float | None, dict[str, Any]]:
+    """The model's config, the capacity fraction that holds, and the fields of the config that ``overrides`` change.
 
     Raises:
         ValueError: an override would change the shape of the weights, or makes no sense.
@@ -181,14 +184,14 @@ def applied(files: checkpoint.Files, overrides: dict[str, Any]) -> tuple[float |
     if unknown:
         logger.warning("--model-overrides names what the checkpoint does not have: %s", ", ".join(unknown))
     before, after = (
-        asdict(from_fairseq(model | change, task | change, vocab_rows=0, before_final_norm=False))
+        from_fairseq(model | change, task | change, vocab_rows=0, before_final_norm=False)
         for change in ({}, overrides)
     )
-    changed = {name: value for name, value in after.items() if value != before[name]}
+    changed = {name: value for name, value in asdict(after).items() if value != getattr(before, name)}
     if fixed := sorted(set(changed) - set(CHANGEABLE)):
         raise ValueError(f"--model-overrides changes the shape of the weights: {', '.join(fixed)}")
     fraction = (model | overrides).get("moe_eval_capacity_token_fraction", 0.25)
-    return check("moe_eval_capacity_token_fraction", fraction, Capacity(zero=True)), changed
+    return before, check("moe_eval_capacity_token_fraction", fraction, Capacity(zero=True)), changed
 
 
 # --------------------------------------------------------------------------------------------------- evaluating
@@ -204,9 +207,10 @@ def run(args: Namespace, ranks: Ranks | None = None) -> dict[str, Any]:
     log_config(args)
     logger.info("loading model(s) from %s", args.path)
     files = checkpoint.find(args.path)
-    if files.ranks and not args.is_moe:
-        raise ValueError(f"{args.path} has experts in files of their own: add --is-moe")
-    fraction, changed = applied(files, args.model_overrides)
+    config, fraction, changed = applied(files, args.model_overrides)
+    # Of experts that lie in one file with all else, the branch without --is-moe fills other buffers.
+    if (files.ranks or not config.dense) and not args.is_moe:
+        raise ValueError(f"{args.path} has experts: add --is-moe")
     own = find_dictionary(files, None)
     data_order.check_files(args.data, args.gen_subset, own)
     model = moekit.load(

@@ -302,6 +302,22 @@ def test_padding_beyond_the_learned_positions_has_none(reference, tmp_path):
     np.testing.assert_allclose(plain.tokens["logprob"], masked.tokens["logprob"], atol=1e-5, rtol=0)
 
 
+def test_experts_in_one_file_with_all_else_need_the_option_too(command, tmp_path, capsys):
+    """Without it the branch counts other padding among the tokens of a batch, on which the capacity depends."""
+    export.save(with_weights(), tmp_path / "files")
+    shared, experts = (
+        torch.load(tmp_path / "files" / f"model-{part}.pt", weights_only=True)
+        for part in ("shared", "rank-0")
+    )
+    torch.save(shared | {"model": shared["model"] | experts["model"]}, tmp_path / "model.pt")
+    assert command("--path", str(tmp_path / "model.pt"))[0] == 1
+    assert f"{tmp_path / 'model.pt'} has experts: add --is-moe" in capsys.readouterr().err
+    status, messages = command("--is-moe", "--path", str(tmp_path / "model.pt"))
+    assert status == 0
+    in_files = command("--is-moe", "--path", str(tmp_path / "files" / "model.pt"))[1]
+    assert messages[-1] == in_files[-1]
+
+
 @pytest.mark.parametrize(
     ("failure", "told"),
     [(KeyboardInterrupt(), "KeyboardInterrupt"), (RuntimeError("a rank failed\n\nits log"), "a rank failed")],
