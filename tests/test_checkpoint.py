@@ -254,12 +254,19 @@ def as_references(state):
     state["cfg"]["model"]["decoder_moe_freq"] = "${common.nowhere}"  # leads nowhere: as if it were not there
 
 
+def as_of_the_task(state):
+    """The model's limit is the task's, however long its samples were."""
+    limit = state["cfg"]["model"].pop("max_target_positions")
+    state["cfg"]["model"]["tokens_per_sample"] = 16
+    state["cfg"]["task"] |= {"max_target_positions": limit, "tokens_per_sample": 16}
+
+
 def as_args(state):
     state["args"] = argparse.Namespace(**state["cfg"]["task"] | state["cfg"]["model"])
     state["cfg"] = None
 
 
-@pytest.mark.parametrize("edit", [as_namespace, as_dictconfig, as_references, as_args])
+@pytest.mark.parametrize("edit", [as_namespace, as_dictconfig, as_references, as_of_the_task, as_args])
 def test_every_form_of_config(folder, edit):
     expected = checkpoint.survey(checkpoint.find(folder)).config
     for path in folder.iterdir():

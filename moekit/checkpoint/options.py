@@ -218,6 +218,8 @@ def from_fairseq(
         # fairseq divides by dim // 2 - 1 there.
         raise options.error("decoder_embed_dim", "4 or more, as its positions are sinusoids")
     tokens_per_sample = of_task.whole("tokens_per_sample", 1024, 1, MOST)
+    # An option that is not there is the task's; one that is None is not.
+    of_limit = options if "max_target_positions" in model else of_task
     config = ModelConfig(
         layers=options.whole("decoder_layers", 6, 1, LAYERS),
         dim=dim,
@@ -226,7 +228,7 @@ def from_fairseq(
         vocab_rows=vocab_rows,
         input_dim=options.whole("decoder_input_dim", dim, 1, MOST),
         output_dim=options.whole("decoder_output_dim", dim, 1, MOST),
-        max_positions=options.whole(
+        max_positions=of_limit.whole(
             "max_target_positions", options.whole("tokens_per_sample", tokens_per_sample, 1, MOST), 1, MOST
         ),
         activation=options.word("activation_fn", "relu", ACTIVATIONS),
