@@ -177,7 +177,7 @@ def applied(
     """The model's config, the capacity fraction that holds, and the fields of the config that ``overrides`` change.
 
     Raises:
-        ValueError: an override would change the shape of the weights, or makes no sense.
+        ValueError: an override would change what the weights were made for, or makes no sense.
     """
     model, task = options_of(checkpoint.read(files.first), str(files.first))
     unknown = [name for name in overrides if name not in {*model, *task, "world_size", "bpe"}]
@@ -189,7 +189,8 @@ def applied(
     )
     changed = {name: value for name, value in asdict(after).items() if value != getattr(before, name)}
     if fixed := sorted(set(changed) - set(CHANGEABLE)):
-        raise ValueError(f"--model-overrides changes the shape of the weights: {', '.join(fixed)}")
+        made = ", ".join(f"{name}={getattr(before, name)}" for name in fixed)
+        raise ValueError(f"--model-overrides: the weights are of a model with {made}; leave that out")
     fraction = (model | overrides).get("moe_eval_capacity_token_fraction", 0.25)
     return before, check("moe_eval_capacity_token_fraction", fraction, Capacity(zero=True)), changed
 

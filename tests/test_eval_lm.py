@@ -233,7 +233,11 @@ def test_one_process_of_a_launcher_is_no_other_than_none(command, monkeypatch):
         (["--is-moe", "--bf16"], "--bf16 has"),
         (["--is-moe", "--task", "multilingual_language_modeling"], "multilingual_language_modeling"),
         (["--is-moe", "--model-overrides", "__import__('os').system('false')"], "--model-overrides"),
-        (["--is-moe", "--model-overrides", "{'decoder_layers': 2}"], "layers"),
+        (
+            ["--is-moe", "--model-overrides", "{'decoder_layers': 2}"],
+            "of a model with layers=4; leave that out",
+        ),
+        (["--is-moe", "--model-overrides", "{'decoder_attention_heads': 2}"], "with heads=4"),
         (
             ["--is-moe", "--model-overrides", "{'moe_second_expert_policy': 'none'}"],
             "moe_second_expert_policy",
