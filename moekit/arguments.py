@@ -115,7 +115,7 @@ def is_many(value: Any) -> bool:
 
 
 def listed(value: Any) -> list:
-    """What any iterable holds, read once; a text, bytes, and what holds nothing are one item."""
+    """What any iterable holds, read once; a text, bytes, and what holds no others are one item."""
     # Bytes are no numbers.
     return [value] if isinstance(value, str | bytes) or not is_many(value) else list(value)
 

@@ -94,7 +94,7 @@ class Share:
         """Whether a pass of a model of ``config`` needs a mask of the padding.
 
         Causal attention ignores padding behind the text, and without a capacity it displaces no token. With a context
-        window there may be more columns than learned positions: then padding must not be given one.
+        window there may be more columns than learned positions: then padding must not take one.
         """
         beyond = config.learned_positions and self.shape[1] > config.max_positions
         return self.padded and (fraction is not None or not self.trailing or beyond)

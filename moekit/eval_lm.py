@@ -190,7 +190,9 @@ def applied(
     changed = {name: value for name, value in asdict(after).items() if value != getattr(before, name)}
     if fixed := sorted(set(changed) - set(CHANGEABLE)):
         made = ", ".join(f"{name}={getattr(before, name)}" for name in fixed)
-        raise ValueError(f"--model-overrides: the weights are of a model with {made}; leave that out")
+        raise ValueError(
+            f"--model-overrides: the weights are of a model with {made}; leave out what changes that"
+        )
     fraction = (model | overrides).get("moe_eval_capacity_token_fraction", 0.25)
     return before, check("moe_eval_capacity_token_fraction", fraction, Capacity(zero=True)), changed
 

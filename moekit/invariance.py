@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moekit.arguments import Number, Wholes, listed, sequences
+from moekit.arguments import Capacity, Number, Wholes, check, listed, sequences
 from moekit.checked import checked
 from moekit.fairseq_data import is_data
 from moekit.handle import MODEL
@@ -61,9 +61,14 @@ def batch_invariance(
 
     # An iterator can be read only once.
     texts = texts if is_data(texts) else sequences("texts", texts)
+    given = listed(capacities)
+    for one in given:
+        check("capacities", one, Capacity())
+    if not given:
+        raise ValueError("capacities=[]: expected one or more, such as (None, 0.05)")
     sizes = sorted({1, *batch_sizes})
     traces, rows = {}, []
-    for fraction in listed(capacities):
+    for fraction in given:
         for size in sizes:
             traces[size, fraction] = trace = model.trace(
                 texts, batch_size=size, capacity_token_fraction=fraction, **options

@@ -1,4 +1,4 @@
-"""Who still holds something: the lock of an open file or folder, and a process that may have ended."""
+"""Whether somebody still holds a file or folder, and whether a process has ended."""
 
 from __future__ import annotations
 

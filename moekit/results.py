@@ -121,8 +121,10 @@ def check_file(path: str | Path, make: bool = False) -> None:
         NotWritten, ValueError: as :func:`whole`.
     """
     target = _target(path)
-    with together(target.parent, make):
+    with contextlib.suppress(PermissionError):
+        # Into the folder of a device only root may write, and the device is what is wrong.
         _check_replaceable(target)
+    check_writable(target.parent, make)
 
 
 def check_writable(folder: str | Path, make: bool = True) -> None:

@@ -557,6 +557,7 @@ def test_errors_are_one_sentence(source, tmp_path, capsys, arguments, said):
         ("convert", {"to": ""}, "to='': expected one of fairseq, safetensors, hf"),
         ("convert", {"to": "hf", "dictionary": "dict.txt"}, "dictionary='dict.txt': expected a whole number"),
         ("convert", {"to": "hf", "texts": {"../a": "b"}}, "texts names '../a': expected the name of a file"),
+        ("convert", {"to": "hf", "texts": {"..": "b"}}, "texts names '..': expected the name of a file"),
         ("convert", {"to": "hf", "texts": {"a": 3}}, "texts=['a', 3]: expected a list of texts"),
         ("strip", {"force": "no"}, "force='no': expected True or False"),
     ],

@@ -17,7 +17,7 @@ from test_data_verify import texts_of, write_cached
 
 import moekit
 from moekit import eval_lm
-from moekit.checkpoint import export
+from moekit.checkpoint import export, reshaping
 from moekit.nn.config import ModelConfig
 from moekit.nn.transformer import Transformer
 
@@ -235,7 +235,7 @@ def test_one_process_of_a_launcher_is_no_other_than_none(command, monkeypatch):
         (["--is-moe", "--model-overrides", "__import__('os').system('false')"], "--model-overrides"),
         (
             ["--is-moe", "--model-overrides", "{'decoder_layers': 2}"],
-            "of a model with layers=4; leave that out",
+            "of a model with layers=4; leave out what changes that",
         ),
         (["--is-moe", "--model-overrides", "{'decoder_attention_heads': 2}"], "with heads=4"),
         (
@@ -285,14 +285,19 @@ def with_weights(**options) -> Transformer:
 
 
 def test_where_there_are_no_positions_none_are_learned(reference, tmp_path):
-    """The two options together are allowed; then nothing limits a sample, as in the branch."""
-    found = []
-    for learned in (False, True):
-        folder = tmp_path / str(learned)
-        export.save(with_weights(positions=False, learned_positions=learned, add_bos=True), folder)
-        with moekit.load(folder, device="cpu", progress=False) as model:  # <s> comes on top of a full block
-            found.append(model.evaluate(reference / "data-bin", progress=False).loss_base2)
-    assert found[0] == found[1]
+    """The two options together are allowed; then <s> may come on top of a full block, as in the branch."""
+    export.save(with_weights(positions=False, add_bos=True), tmp_path / "branch")
+    reshaping.convert(tmp_path / "branch", tmp_path / "hf", to="hf", show=False)
+    for path in (tmp_path / "branch").iterdir():
+        state = torch.load(path, weights_only=True)
+        state["cfg"]["model"]["decoder_learned_pos"] = True
+        torch.save(state, path)
+    told = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(told | {"learned_positions": True}))
+    for folder in ("branch", "hf"):
+        with moekit.load(tmp_path / folder, device="cpu", progress=False) as model:
+            assert not model.config.learned_positions
+            assert model.evaluate(reference / "data-bin", progress=False).ntokens
 
 
 def test_padding_beyond_the_learned_positions_has_none(reference, tmp_path):

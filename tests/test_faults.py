@@ -534,7 +534,7 @@ def test_ranks_end_with_their_server_and_the_next_ones_start():
         pids, server = pool.call(pid), pool.call(parent)[0][0]
         os.kill(server, signal.SIGKILL)
         assert gone(pids)
-        said = rf"rank \d ended with process {server}, from which ranks are forked and which was ended by SIGKILL \("
+        said = rf"rank \d ended with process {server}, which was ended by SIGKILL \(.*\) and from which ranks are forked, while"
         with pytest.raises(RankError, match=said):
             pool.call(pid)
     with start(2, "cpu") as pool:
@@ -574,7 +574,8 @@ def test_what_a_killed_driver_left_goes_with_the_next_start(temp):
         assert not left.exists() and len(pool.call(pid)) == 2
     # That of a process that lives, and that of a process with the same number in another container.
     *_, space, number, _ = left.name.split("-")
-    others = [temp / left.name.replace(number, str(os.getppid())), temp / left.name.replace(space, "0" * 8)]
+    changes = {f"-{number}-": f"-{os.getppid()}-", f"-{space}-": f"-{'0' * 8}-"}
+    others = [temp / left.name.replace(*change) for change in changes.items()]
     for folder in others:
         folder.mkdir()
     start(2, "cpu").close()

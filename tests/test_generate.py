@@ -131,6 +131,10 @@ def test_what_a_function_raises_in_a_layer_costs_no_rank(reference, world_size):
         for how in ({}, {"temperature": 1.0}, {"beam_size": 2}):
             with pytest.raises(ValueError, match=said):
                 model.generate(IDS, max_new_tokens=3, record=fails, **how, **QUIET)
+        with pytest.raises(
+            ValueError, match=r"record raised TypeError: .*takes 1 positional argument but 2 were given, on"
+        ):
+            model.generate(IDS, max_new_tokens=3, record=lambda layer: None, **QUIET)
         with pytest.raises(ValueError, match="record raised"):
             list(model.stream(IDS, 3, record=fails))
         same(model.generate(IDS, max_new_tokens=3, **QUIET), wanted)

@@ -351,6 +351,8 @@ def test_batch_invariance_takes_one_capacity_and_says_what_it_does_not_take(mode
     for asked, said in (
         ({"model": "demo"}, "model='demo': expected a model"),
         ({"batch_sizes": "x"}, "batch_sizes='x': expected a list of whole numbers"),
+        ({"capacities": []}, r"capacities=\[\]: expected one or more"),
+        ({"capacities": [0.5, "x"]}, "capacities='x': expected"),
         ({"tolerance": None}, "tolerance=None: expected a number of at least 0"),
     ):
         with pytest.raises(ValueError, match=f"^{said}"):

@@ -624,6 +624,18 @@ def test_sizes_are_no_labels_though_there_are_as_many_as_tokens():
         metrics.bootstrap(read, "cache_hits", resamples=5, sizes=list(sizes)),
         metrics.bootstrap(read, "cache_hits", resamples=5, sizes=np.array([*sizes, 8])),
     )
+    for trace in (written, read):
+        same(
+            metrics.bootstrap(trace, "cache_hits", list(sizes), resamples=5),
+            metrics.bootstrap(trace, metrics.cache_hits, sizes=list(sizes), resamples=5),
+        )
+
+
+def test_an_iterator_of_labels_lasts_for_all_resamples():
+    _, read, labels = half_generated()
+    how = {"resamples": 5}
+    wanted = metrics.bootstrap(read, metrics.information, labels, **how)
+    same(metrics.bootstrap(read, metrics.information, iter(labels), **how), wanted)
 
 
 def test_labels_of_generated_text_come_from_any_iterable():

@@ -100,7 +100,10 @@ def other_config(files: Files, states: Mapping[Path, Mapping[str, Any]]) -> tupl
 
 
 def _changed(state: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """The ``args`` and ``cfg`` of a file, with other ``options``, by their names with the sections; no ``args`` win over these."""
+    """The ``args`` and ``cfg`` of a file with other ``options``, by their names with the sections.
+
+    ``args``, which would win, are left out where the options are of ``cfg``.
+    """
     config: dict[str, Any] = copy.deepcopy({name: state.get(name) for name in ("args", "cfg")})
     if not any(name.startswith("args.") for name in options):
         config["args"] = None

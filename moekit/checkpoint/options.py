@@ -212,8 +212,7 @@ def from_fairseq(
     if dim % heads:
         raise options.error("decoder_attention_heads", f"a number that divides decoder_embed_dim={dim}")
     positions = not options.flag("no_token_positional_embeddings")
-    # Without positions there are none to learn, and nothing limits how many tokens are read.
-    learned = options.flag("decoder_learned_pos") and positions
+    learned = options.flag("decoder_learned_pos")
     if dim in (2, 3) and positions and not learned:
         # fairseq divides by dim // 2 - 1 there.
         raise options.error("decoder_embed_dim", "4 or more, as its positions are sinusoids")

@@ -251,7 +251,7 @@ def _write(
         if number != 1:
             raise ValueError(f"--files {number}: {DENSE} to spread over files; expected 1")
         number = 0
-    elif not 1 <= number <= count:
+    elif number > count:
         raise ValueError(f"--files {number}: expected 1 to {count}, the number of experts")
     settings = content.settings if kept is None else _with_experts(content.settings, count)
     # The number of files means nothing to Hugging Face's libraries.
@@ -303,7 +303,7 @@ def _check_texts(texts: Mapping[str, str]) -> None:
         raise ValueError(f"texts={shown(texts)}: expected texts by the names of their files")
     for name in texts:
         check("texts", [name, texts[name]], Texts())
-        if Path(name).name != name or not name:
+        if Path(name).name != name or name in ("", "..") or "\0" in name:
             raise ValueError(f"texts names {shown(name)}: expected the name of a file in the folder to make")
 
 

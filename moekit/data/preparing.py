@@ -83,7 +83,7 @@ class Prepared:
     def passage(self, lines: int = 2, words: int = 12) -> str:
         """The beginnings of the first ``lines`` lines with more than ``words`` words, or of fewer lines if the text ends.
 
-        Of a text without such lines, its first ones with any.
+        Of a text without such lines, the first ones that are not blank.
         """
         return "\n".join(self._beginnings(lines, words, words) or self._beginnings(lines, words, 0))
 

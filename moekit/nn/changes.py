@@ -10,7 +10,7 @@ from moekit.arguments import Choice, Flag, Whole, check, shown
 from moekit.nn.config import ACTIVATIONS, SECOND_EXPERT, ModelConfig
 from moekit.nn.gates import GATES
 
-# Fields that a running model can change; the others give the weights their shapes.
+# Fields that a running model can change; the weights were made for the others.
 CHANGEABLE = """max_positions activation pre_norm scale_embedding gate gate_fp32 second_expert normalize_before_dropping
     batch_prioritized mask_padding add_bos""".split()
 

@@ -74,6 +74,10 @@ class ModelConfig:
     mask_padding: bool = False
     add_bos: bool = False
 
+    def __post_init__(self) -> None:
+        # Without positions there are none to learn, so that <s> and context may come on top of a full block.
+        object.__setattr__(self, "learned_positions", self.learned_positions and self.positions)
+
     def is_moe(self, layer: int) -> bool:
         """Whether layer ``layer`` (from 0) holds experts."""
         return self._at_frequency(layer) and self.alternate_ffn_dim == 0

@@ -119,8 +119,6 @@ def settings(traces: Mapping[str, Trace]) -> pd.DataFrame:
     Returns:
         ``shows``, ``tokens``, ``samples``, ``capacity``, ``mask``, ``batch_size``, ``tokens_per_sample``, ``dtype``, ``seed``.
     """
-    import pandas as pd
-
     rows = []
     for name, trace in traces.items():
         meta = trace.meta

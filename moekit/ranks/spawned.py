@@ -53,7 +53,7 @@ class Child(Member):
             # Its pipe is closed before the system tells how it ended.
             with contextlib.suppress(subprocess.TimeoutExpired):
                 how = how_ended(server.wait(END_LIMIT))
-                return f"ended with process {server.pid}, from which ranks are forked and which {how}"
+                return f"ended with process {server.pid}, which {how} and from which ranks are forked,"
         return super().cause(code)
 
     def lost(self, error):

@@ -81,10 +81,11 @@ def write(trace: Trace, path: str | Path) -> None:
             kind = pa.binary(values.itemsize * trace.num_experts)
             columns[column] = pa.Array.from_buffers(kind, len(trace), [None, pa.py_buffer(values)])
         elif name == "labels":
-            # An array of NumPy's text would end each label at its first NUL.
-            columns[column] = pa.array(named[column.removeprefix("labels.")], pa.string()).take(
-                pa.array(values)
-            )
+            # An array of NumPy's text would end each label at its first NUL, and one array holds 2 GiB of text at most.
+            different = pa.array(named[column.removeprefix("labels.")], pa.string())
+            starts = range(0, len(values), ROWS)
+            parts = [different.take(pa.array(values[at : at + ROWS])) for at in starts]
+            columns[column] = pa.chunked_array(parts, pa.string())
         else:
             columns[column] = pa.array(values)
     table = pa.table(columns).replace_schema_metadata({HEAD: text, CHECKSUM: str(checksum)})

@@ -9,6 +9,7 @@ import sys
 
 from lm_eval.__main__ import cli_evaluate
 
+from moekit.headlines import first_line
 from moekit.tasks import FILES
 
 
@@ -23,7 +24,7 @@ def main() -> None:
     try:
         cli_evaluate()
     except ValueError as error:
-        print(f"python -m moekit.tasks: error: {error}", file=sys.stderr)
+        print(f"python -m moekit.tasks: error: {first_line(error)}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -24,5 +24,7 @@ class Listener:
         try:
             self.function(layer, routing)
         except Exception as error:
-            [*_, place] = traceback.extract_tb(error.__traceback__)
-            self.raised = f"{headline(error)} in line {place.lineno} of {place.name}"
+            # The first place is the call above. Where the function does not take these arguments, there is no other.
+            _, *places = traceback.extract_tb(error.__traceback__)
+            where = f" in line {places[0].lineno} of {places[0].name}" if places else ""
+            self.raised = f"{headline(error)}{where}"

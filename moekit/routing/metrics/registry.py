@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -56,7 +56,9 @@ def measured(metric: Callable[..., Any]) -> Callable[..., Any]:
             for name, value in bound.arguments.items():
                 kind = signature.parameters[name].kind
                 if kind is inspect.Parameter.VAR_POSITIONAL:
-                    bound.arguments[name] = tuple(_cut(name, one, new) for one in value)
+                    names = names_of(bound.arguments.get("metric"), value)
+                    cut = (_cut(own, one, new) for own, one in zip(names, value, strict=True))
+                    bound.arguments[name] = tuple(cut)
                 elif kind is inspect.Parameter.VAR_KEYWORD:
                     bound.arguments[name] = {own: _cut(own, one, new) for own, one in value.items()}
                 else:
@@ -84,6 +86,16 @@ def counted(trace: Trace) -> Trace:
     """The trace of the tokens that metrics count: the new ones of generated text, else all."""
     new = new_tokens(trace)
     return trace if new is None else trace.select(mask=new)
+
+
+def names_of(metric: Callable[..., Any] | str | None, args: Sequence[Any]) -> list[str]:
+    """What ``metric``, or that of the name, calls ``args``, which follow the trace; "args" where it does not tell."""
+    metric = METRICS.get(metric) if isinstance(metric, str) else metric
+    try:
+        _, *names = inspect.signature(metric).parameters
+    except (TypeError, ValueError):
+        names = []
+    return (names + ["args"] * len(args))[: len(args)]
 
 
 def of_tokens(name: str, value: Any, rows: np.ndarray, tokens: int) -> Any:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from moekit.arguments import Choice, Whole, check, shown
 from moekit.routing import statistics
-from moekit.routing.metrics.registry import METRICS, measured, of_tokens
+from moekit.routing.metrics.registry import METRICS, measured, names_of, of_tokens
 from moekit.routing.metrics.tables import block_counts, broadcast_table, chosen_experts, labels_of, layers_of
 from moekit.routing.statistics import BLOCK, FEW, SEED, entropy_bits
 from moekit.routing.trace import ARRAYS, Trace
@@ -63,6 +63,9 @@ def bootstrap(
     chosen = METRICS.get(metric) if isinstance(metric, str) else metric
     if not callable(chosen):
         raise ValueError(f"metric={shown(metric)}: expected a function or one of {', '.join(METRICS)}")
+    # The metric may be computed again, and an iterator can be read only once.
+    args = tuple(list(one) if isinstance(one, Iterator) else one for one in args)
+    options = {name: list(one) if isinstance(one, Iterator) else one for name, one in options.items()}
     plan = statistics.Plan(by, size, resamples, seed)
     with statistics.resampling(plan):
         frame = chosen(trace, *args, **options)
@@ -99,7 +102,7 @@ def _redrawn_interval(
             f"the metric's rows are not told apart by {keys}; expected columns among {', '.join(KEYS)}"
         )
     rows_of = np.split(np.argsort(found.unit, kind="stable"), np.cumsum(np.bincount(found.unit))[:-1])
-    again = np.full((len(found.draws), len(frame)), np.nan)
+    again, names = np.full((len(found.draws), len(frame)), np.nan), names_of(metric, args)
     for number, draw in enumerate(found.draws.astype(int)):
         rows, copy = [], []
         for unit in np.flatnonzero(draw):
@@ -114,7 +117,7 @@ def _redrawn_interval(
         labels = {name: given[rows] for name, given in trace.labels.items()}
         drawn = dataclasses.replace(trace, **some, full=full, labels=labels)
 
-        own_args = [of_tokens("args", value, rows, len(trace)) for value in args]
+        own_args = [of_tokens(name, value, rows, len(trace)) for name, value in zip(names, args, strict=True)]
         own = {name: of_tokens(name, value, rows, len(trace)) for name, value in options.items()}
         one = metric(drawn, *own_args, **own)
         again[number] = one.set_index(keys)["value"].reindex(index) if keys else one["value"]
