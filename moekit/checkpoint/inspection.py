@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moekit.arguments import first_few
 from moekit.checkpoint.archive import Record
 from moekit.checkpoint.contents import clip
 from moekit.checkpoint.keys import Place
@@ -188,7 +189,7 @@ def warn_unchecked(opened: dict[Path, Weights]) -> None:
     ]
     if without:
         warnings.warn(
-            f"{len(without)} of {len(opened)} files tell no checksums ({clip(', '.join(without[:3]))}, ...): "
+            f"{len(without)} of {len(opened)} files tell no checksums ({clip(first_few(sorted(without)))}): "
             "damage in their weights cannot be noticed",
             stacklevel=3,
         )
