@@ -1,12 +1,28 @@
-"""Whether processes have ended, and what they have left; a limit for what would hang."""
+"""Python in a process of its own; whether processes have ended, and what they have left; a limit for what would hang."""
 
 import contextlib
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Collection, Iterator
+from pathlib import Path
 
 import psutil
+
+HERE = Path(__file__).parent
+
+
+def ran(*arguments: str | Path, seconds: float) -> subprocess.CompletedProcess[str]:
+    """What came of Python with these arguments; it finds the project and what stands beside the tests."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env=os.environ | {"PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"},
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+    )
 
 
 def gone(pids: Collection[int], within: float = 10.0) -> bool:

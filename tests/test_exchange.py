@@ -2,13 +2,11 @@
 
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from processes import ran
 from synthetic_traces import synthetic
 
 from moekit.routing import exchange
@@ -459,15 +457,8 @@ for layout in exchange.LAYOUTS:
 
 
 def test_a_full_disk_is_one_sentence_in_every_layout(tmp_path):
-    tests = Path(__file__).parent
-    ran = subprocess.run(
-        [sys.executable, "-c", FULL, tmp_path],
-        env=os.environ | {"PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    said = ran.stdout.splitlines()
-    assert [line.split()[0] for line in said] == list(exchange.LAYOUTS), ran.stderr
+    ended = ran("-c", FULL, tmp_path, seconds=120)
+    said = ended.stdout.splitlines()
+    assert [line.split()[0] for line in said] == list(exchange.LAYOUTS), ended.stderr
     assert all(f" NotWritten {tmp_path}: the disk is full" in line for line in said), said
     assert not list(tmp_path.iterdir())

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import saving
+from processes import ran
 from synthetic_traces import synthetic
 
 from moekit import moving, results
@@ -100,15 +101,9 @@ def test_200_moments_of_an_end(tmp_path):
 
 
 def kills(folder: Path, trials: int, counted) -> dict:
-    ran = subprocess.run(
-        [sys.executable, HERE / "saving.py", folder, str(trials), "1"],
-        env=os.environ | {"PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert ran.returncode == 0, ran.stderr
-    found = json.loads(ran.stdout)
+    ended = ran(HERE / "saving.py", folder, str(trials), "1", seconds=600)
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads(ended.stdout)
     counted("kills while results are saved", "with every file whole", found["killed"] - len(found["broken"]))
     counted("of these, kills around the moves", "with every file whole", found["moved"])
     counted("kills while results are saved", "with files of two runs", len(found["mixed"]))
@@ -216,14 +211,9 @@ def test_a_limit_on_the_size_of_files(tmp_path):
         "try: saving.save(pathlib.Path(sys.argv[1]), 1)\n"
         "except OSError as error: print(type(error).__name__, error)\n"
     )
-    ran = subprocess.run(
-        [sys.executable, "-c", code, tmp_path],
-        env=os.environ | {"PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert ran.stdout.startswith(f"NotWritten {tmp_path}: the disk is full or the file too large"), ran.stderr
+    ended = ran("-c", code, tmp_path, seconds=120)
+    said = f"NotWritten {tmp_path}: the disk is full or the file too large"
+    assert ended.stdout.startswith(said), ended.stderr
     assert contents(tmp_path) == {"tokens.parquet": b"old"}
 
 
