@@ -175,20 +175,22 @@ class Repeated:
         Work with an equal ``key`` counts as the same.
         """
         if key != self.key:
-            self.key, self.times, self.graph = key, 0, None
+            self.key, self.times, self.graph, self.feed = key, 0, None, None
         self.times += 1
         if self.times <= AFTER:
             return work(*on_device(self.device, *ids))
         if self.graph is None:
-            self.feed = Feed(self.device, *(own.shape for own in ids))
+            feed = Feed(self.device, *(own.shape for own in ids))
+            inputs = feed(*ids)
             try:
-                self.graph = Graph(work, *self.feed(*ids))
+                self.graph, self.feed = Graph(work, *inputs), feed
             except torch.OutOfMemoryError:
                 # The graph needs extra memory, so a run without it may still fit.
                 if not self.alone:
                     raise
                 self.times = -math.inf
-                return work(*self.feed.tensors)
+                return work(*inputs)
+            return self.graph(*inputs)
         return self.graph(*self.feed(*ids))
 
 

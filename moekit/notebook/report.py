@@ -26,7 +26,7 @@ from moekit.nn.experts import TENSORS
 from moekit.nn.gates import gate_of
 from moekit.nn.quantise import dtype_name, name_of
 from moekit.nn.transformer import weight_bytes
-from moekit.notebook.pictures import DPI
+from moekit.notebook.pictures import DPI, TABLE
 from moekit.notebook.pieces import CODEC, pieces
 from moekit.notebook.quantisation import quantisation
 from moekit.ranks.machine import free_memory, gpus, host_memory
@@ -55,7 +55,6 @@ if TYPE_CHECKING:
 EVALUATION = Instance(Evaluation, "what model.evaluate gives")
 PARAMETERS = Instance(Mapping, "parameters by name, as vars(p) has them")
 FIGURES = Named(Figure, "figures by name")
-TABLE = Instance(pd.DataFrame, "a table", optional=True)
 TABLES = Named(pd.DataFrame, "tables by name")
 
 
