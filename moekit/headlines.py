@@ -14,7 +14,12 @@ def headline(error: BaseException, most: int = MOST) -> str:
 
 def first_line(error: BaseException | str, most: int = MOST) -> str:
     """The first line of what an error says, at most ``most`` characters of it; its kind where it says nothing."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
+    try:
+        said = str(error)
+    except Exception:
+        # What makes an error's text may fail itself.
+        said = ""
+    lines = said.strip().splitlines() or [type(error).__name__]
     return folded(lines[0], most)
 
 

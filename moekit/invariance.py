@@ -61,9 +61,11 @@ def batch_invariance(
 
     # An iterator can be read only once.
     texts = texts if is_data(texts) else sequences("texts", texts)
-    given = listed(capacities)
-    for one in given:
-        check("capacities", one, Capacity())
+    given = []
+    for one in listed(capacities):
+        number = check("capacities", one, Capacity())
+        # A word stays one in the table.
+        given.append(one if isinstance(one, str) else number)
     if not given:
         raise ValueError("capacities=[]: expected one or more, such as (None, 0.05)")
     sizes = sorted({1, *batch_sizes})

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import gc
 import itertools
 import json
@@ -120,6 +121,17 @@ def test_every_moe_layer_records(recorded):
     assert seen == [(n, (5, t, 2)) for t in (longest, 1, 1) for n in (1, 3)]
 
 
+class Mute(Exception):
+    """An error whose text cannot be made."""
+
+    def __str__(self):
+        raise RuntimeError
+
+
+def raises(error, *_):
+    raise error
+
+
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_what_a_function_raises_in_a_layer_costs_no_rank(reference, world_size):
     def fails(layer, routing):
@@ -135,6 +147,9 @@ def test_what_a_function_raises_in_a_layer_costs_no_rank(reference, world_size):
             ValueError, match=r"record raised TypeError: .*takes 1 positional argument but 2 were given, on"
         ):
             model.generate(IDS, max_new_tokens=3, record=lambda layer: None, **QUIET)
+        for error, said in ((SystemExit("bye"), "SystemExit: bye"), (Mute(), "Mute")):
+            with pytest.raises(ValueError, match=f"record raised {said} in line"):
+                model.generate(IDS, max_new_tokens=3, record=functools.partial(raises, error), **QUIET)
         with pytest.raises(ValueError, match="record raised"):
             list(model.stream(IDS, 3, record=fails))
         same(model.generate(IDS, max_new_tokens=3, **QUIET), wanted)

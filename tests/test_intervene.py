@@ -346,7 +346,9 @@ def test_batch_invariance(models):
 
 
 def test_batch_invariance_takes_one_capacity_and_says_what_it_does_not_take(models):
-    found = batch_invariance(models[0], TEXTS[:2], batch_sizes=2, capacities=0.5, progress=False).summary
+    found = batch_invariance(
+        models[0], TEXTS[:2], batch_sizes=2, capacities=np.array(0.5), progress=False
+    ).summary
     assert found["capacity_token_fraction"].tolist() == [0.5, 0.5] and found["batch_size"].tolist() == [1, 2]
     for asked, said in (
         ({"model": "demo"}, "model='demo': expected a model"),

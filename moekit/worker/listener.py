@@ -23,7 +23,7 @@ class Listener:
             return
         try:
             self.function(layer, routing)
-        except Exception as error:
+        except (Exception, SystemExit, GeneratorExit) as error:
             # The first place is the call above. Where the function does not take these arguments, there is no other.
             _, *places = traceback.extract_tb(error.__traceback__)
             where = f" in line {places[0].lineno} of {places[0].name}" if places else ""
