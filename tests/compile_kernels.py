@@ -128,7 +128,7 @@ class Target:
             )
 
     def streamed(self, kind: str) -> None:
-        """The gate's choice and the experts of up to eight rows."""
+        """The gate's choice and the experts of up to 8 and of up to 16 rows."""
         block = streamed.block_layout(gl.float16 if kind == "fp16" else gl.bfloat16)
         matrix = f"tensordesc<{kind}[{streamed.COLUMNS.value}, {streamed.INNER.value}],{block!r}>"
         types = dict.fromkeys(("x", "hidden", "up_b", "down_b", "out", "logits", "weights"), f"*{kind}")
@@ -136,7 +136,8 @@ class Target:
         types |= {"rows": "i32", "eps": "fp32"}
         constants = {"E": 512, "D": 768, "F": 3072, "ACTIVATION": 2, "HALF": False, "BRAIN": False}
         constants |= {"PROGRAMS": 132} | self.overlap
-        self.compile(streamed._streamed_ffn, types, constants, streamed.WARPS)
+        for most in (8, streamed.MOST):
+            self.compile(streamed._streamed_ffn, types, constants | {"MOST": most}, streamed.WARPS)
 
     def counting(self) -> None:
         """The places of choices in buffers, and the order of choices."""

@@ -1,7 +1,7 @@
 """A decode step of 2 to 64 sequences through the whole model: ``Transformer.forward`` with fewer kernels, which overlap.
 
 Linear layers are those of narrow.py. As in the general path, what attention and experts make stays pending until the next
-norm adds it. One kernel sorts the choices by expert and makes their tiles; on Hopper, seven and eight sequences have choice,
+norm adds it. One kernel sorts the choices by expert and makes their tiles; on Hopper, seven to 16 sequences have choice,
 sorting and experts in one (streamed.py). Over ranks that reach one another's memory, the layers of experts are those of batch_peers.py.
 
 Shape letters: B sequences, D model dim, V dictionary, E experts, K choices a token.

@@ -52,8 +52,8 @@ start, wait = gluon.jit(overlap.start.fn), gluon.jit(overlap.wait.fn)
 begun = gluon.jit(grid_barrier.begun.fn)
 # Triton 3.6 has it by another name.
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
-# The most rows: with 16, making the choice takes as long as two kernels do. Each program has the logits of all experts.
-MOST, EXPERTS = gl.constexpr(8), 1024
+# The most rows, and the most experts: each program has the logits of all.
+MOST, EXPERTS = 16, 1024
 # A tile has up to ROWS rows of one expert and COLUMNS columns, INNER terms at a time. WARPS multiply; STAGES blocks are under way, and SLOTS
 # tiles wait to be stored.
 ROWS, COLUMNS, INNER = gl.constexpr(16), gl.constexpr(64), gl.constexpr(128)
@@ -66,7 +66,7 @@ def fits(rule: Gate, experts: Experts, x: Tensor) -> bool:
     return (
         is_hopper(x.device)
         and x.dtype == experts.w1.dtype in (torch.float16, torch.bfloat16)
-        and 0 < len(x) <= MOST.value
+        and 0 < len(x) <= MOST
         and experts.held <= EXPERTS
         and gate.chooses(rule)
         and rule.top_k == 2
@@ -107,6 +107,8 @@ def chosen_ffn(rule: Gate, experts: Experts, logits: Tensor, x: Tensor, count: T
         count,
         rows,
         torch.finfo(kind).eps,
+        # Half of the work for up to eight rows.
+        MOST=8 if rows <= 8 else MOST,
         E=logits.shape[1],
         D=dim,
         F=experts.width,
@@ -158,6 +160,7 @@ def _streamed_ffn(
     count,
     rows,
     eps,
+    MOST: gl.constexpr,
     E: gl.constexpr,
     D: gl.constexpr,
     F: gl.constexpr,
@@ -189,7 +192,7 @@ def _streamed_ffn(
     order += gl.program_id(0) * choices
     weights += gl.program_id(0) * choices
     table += gl.program_id(0) * 3 * choices
-    chosen = _chosen(logits, weights, rows, eps, E, HALF, BRAIN)
+    chosen = _chosen(logits, weights, rows, eps, MOST, E, HALF, BRAIN)
     used = _planned(chosen, order, table, choices)
     barrier()
     ring = w_ring, x_ring, full, empty
@@ -209,10 +212,14 @@ def _streamed_ffn(
 
 
 @gluon.jit
-def _chosen(logits, weights, rows, eps, E: gl.constexpr, HALF: gl.constexpr, BRAIN: gl.constexpr):
+def _chosen(
+    logits, weights, rows, eps, MOST: gl.constexpr, E: gl.constexpr, HALF: gl.constexpr, BRAIN: gl.constexpr
+):
     """The experts that the gate chooses, [2 MOST], and E where there is no row; the formulas are those of ``top`` in gate.py."""
     kind: gl.constexpr = weights.dtype.element_ty
-    LOGITS: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [gl.num_warps(), 1], [1, 0])
+    # A warp has all of its rows at once, so their reductions take as long as those of one.
+    TOGETHER: gl.constexpr = MOST // gl.num_warps()
+    LOGITS: gl.constexpr = gl.BlockedLayout([1, 8], [TOGETHER, 32 // TOGETHER], [gl.num_warps(), 1], [1, 0])
     expert = gl.arange(0, triton.next_power_of_2(E), layout=gl.SliceLayout(0, LOGITS))[None, :]
     row = gl.arange(0, MOST, layout=gl.SliceLayout(1, LOGITS))
     here = row < rows
@@ -237,10 +244,8 @@ def _chosen(logits, weights, rows, eps, E: gl.constexpr, HALF: gl.constexpr, BRA
 
 @gluon.jit
 def _planned(chosen, order, table, choices):
-    """Sort the choices by expert, and make a tile for each expert, since none has more choices than rows fit; the number of tiles."""
+    """Sort the choices by expert, and make a tile for each expert, or for each ROWS choices of it; the number of tiles."""
     CHOICES: gl.constexpr = chosen.shape[0]
-    # Both choices of a row are one expert where there is no other, or where logits are NaN.
-    gl.static_assert(CHOICES <= ROWS)
     PAIRS: gl.constexpr = gl.BlockedLayout([1, 1], [4, 8], [gl.num_warps(), 1], [1, 0])
     me = gl.arange(0, CHOICES, layout=gl.SliceLayout(1, PAIRS))
     before = gl.arange(0, CHOICES, layout=gl.SliceLayout(0, PAIRS))[None, :] < me[:, None]
@@ -252,13 +257,14 @@ def _planned(chosen, order, table, choices):
     number = gl.sum(same.to(gl.int32), axis=1)
     begin = gl.sum(less.to(gl.int32), axis=1)
     here = me < choices
-    first = here & (place == 0)
+    # An expert has more choices than rows where both choices of a row are one expert, as there is no other, or logits are NaN.
+    first = here & (place % ROWS == 0)
     of_others = gl.convert_layout(first.to(gl.int32), gl.SliceLayout(0, PAIRS))[None, :]
-    tile = gl.sum(gl.where(less, of_others, 0), axis=1)
+    tile = gl.sum(gl.where(less | (same & before), of_others, 0), axis=1)
     gl.store(order + begin + place, me.to(gl.int64), mask=here)
     gl.store(table + tile, mine, mask=first)
-    gl.store(table + choices + tile, begin, mask=first)
-    gl.store(table + 2 * choices + tile, begin + number, mask=first)
+    gl.store(table + choices + tile, begin + place, mask=first)
+    gl.store(table + 2 * choices + tile, begin + gl.minimum(place + ROWS, number), mask=first)
     return gl.sum(first.to(gl.int32), axis=0)
 
 
