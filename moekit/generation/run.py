@@ -11,6 +11,7 @@ in the result.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,7 +25,7 @@ from moekit.generation.beams import search
 from moekit.generation.request import Generation, Request, Token
 from moekit.generation.session import Session
 from moekit.generation.text import Text
-from moekit.generation.written import Burst
+from moekit.generation.written import Burst, Written
 from moekit.handle import describe_run
 from moekit.nn.record import Options
 from moekit.progress import bar as progress_bar
@@ -190,22 +191,27 @@ def _tokens(model: Handle, request: Request) -> Iterator[Token]:
     """The tokens of all sequences as a stream, step by step."""
     texts = [Text(request.codec, ()) for _ in request.prompts]
     written = request.written()
-    for burst in _bursts(model, request, [], ahead=False):
-        written.add(burst)
-        rows = list(zip(burst.numbers.tolist(), *(column.tolist() for column in burst.chosen), strict=True))
-        lengths, over = burst.lengths.tolist(), written.over()[burst.numbers].tolist()
-        for place in range(max(lengths)):
-            for (number, tokens, logprobs, best, others), length, ends in zip(
-                rows, lengths, over, strict=True
-            ):
-                if place >= length:
-                    continue
-                piece, reason = texts[number].add(tokens[place]), None
-                if ends and place == length - 1:
-                    reason = written.finish_reason(number)
-                    piece = None if piece is None else piece + texts[number].rest()
-                alternatives = list(zip(best[place], others[place], strict=True))
-                yield Token(number, tokens[place], piece, logprobs[place], alternatives, reason)
+    # Not every Python lets go of what a closed generator reads from.
+    with contextlib.closing(_bursts(model, request, [], ahead=False)) as bursts:
+        for burst in bursts:
+            written.add(burst)
+            yield from _of_burst(burst, written, texts)
+
+
+def _of_burst(burst: Burst, written: Written, texts: list[Text]) -> Iterator[Token]:
+    """The tokens of a burst, which ``written`` has already: the first ones of all its sequences, then the second ones."""
+    rows = list(zip(burst.numbers.tolist(), *(column.tolist() for column in burst.chosen), strict=True))
+    lengths, over = burst.lengths.tolist(), written.over()[burst.numbers].tolist()
+    for place in range(max(lengths)):
+        for (number, tokens, logprobs, best, others), length, ends in zip(rows, lengths, over, strict=True):
+            if place >= length:
+                continue
+            piece, reason = texts[number].add(tokens[place]), None
+            if ends and place == length - 1:
+                reason = written.finish_reason(number)
+                piece = None if piece is None else piece + texts[number].rest()
+            alternatives = list(zip(best[place], others[place], strict=True))
+            yield Token(number, tokens[place], piece, logprobs[place], alternatives, reason)
 
 
 def _bursts(
