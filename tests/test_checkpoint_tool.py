@@ -555,7 +555,39 @@ def test_errors_are_one_sentence(source, tmp_path, capsys, arguments, said):
         ("reshard", {"files": None}, "files=None: expected a whole number"),
         ("reshard", {"files": 2, "to": "onnx"}, "to='onnx': expected one of fairseq, safetensors, hf"),
         ("convert", {"to": ""}, "to='': expected one of fairseq, safetensors, hf"),
-        ("convert", {"to": "hf", "dictionary": "dict.txt"}, "dictionary='dict.txt': expected a whole number"),
+        (
+            "convert",
+            {"to": "hf", "dictionary": "dict.txt"},
+            "dictionary='dict.txt': expected how many types the dictionary has",
+        ),
+        ("convert", {"to": "hf", "dictionary": 10**9}, "rows, too few for a dictionary of 1000000000 types"),
+        ("convert", {"to": "fairseq", "dictionary": 100}, "dictionary=100: only the format 'hf' tells it"),
+        (
+            "convert",
+            {"to": "hf", "texts": {"model.safetensors": "a"}},
+            "texts names 'model.safetensors', which",
+        ),
+        (
+            "convert",
+            {"to": "hf", "texts": {"config.json": "{}"}},
+            "texts names 'config.json', which is kept for",
+        ),
+        (
+            "convert",
+            {"to": "hf", "texts": {"modeling_moekit.py": ""}},
+            "texts names 'modeling_moekit.py', which",
+        ),
+        ("convert", {"to": "hf", "texts": {"job.json": "{}"}}, "texts names 'job.json', which is kept for"),
+        (
+            "convert",
+            {"to": "fairseq", "texts": {"model-rank-0.pt.part": "a"}},
+            "texts names 'model-rank-0.pt.part', which",
+        ),
+        (
+            "convert",
+            {"to": "fairseq", "texts": {"model-rank-99.pt": "a"}},
+            "texts names 'model-rank-99.pt', which",
+        ),
         ("convert", {"to": "hf", "texts": {"../a": "b"}}, "texts names '../a': expected the name of a file"),
         ("convert", {"to": "hf", "texts": {"..": "b"}}, "texts names '..': expected the name of a file"),
         ("convert", {"to": "hf", "texts": {"a": 3}}, "texts=['a', 3]: expected a list of texts"),
@@ -566,6 +598,12 @@ def test_a_wrong_argument_from_python_is_named_and_makes_nothing(source, tmp_pat
     with pytest.raises(ValueError, match=re.escape(said)):
         getattr(reshaping, verb)(source, tmp_path / "made", **{"show": False} | asked)
     assert not list(tmp_path.iterdir())
+
+
+def test_texts_go_along_in_any_format(source, tmp_path):
+    for to in reshaping.FORMATS:
+        reshaping.convert(source, tmp_path / to, to, texts={"notes.md": "é"}, show=False)
+        assert (tmp_path / to / "notes.md").read_text("utf-8") == "é"
 
 
 def test_numpys_numbers_name_experts_and_files(source, tmp_path):

@@ -160,9 +160,7 @@ def _tokenizer(asked: argparse.Namespace) -> dict[str, Any]:
     if bpe is None:
         print("convert: no tokenizer is made, as no --bpe names the folder of the BPE", file=sys.stderr)
         there = (folder / "dict.txt").is_file()
-        types = len(Dictionary(folder / "dict.txt")) if there else None
-        survey(files, types)
-        return {"dictionary": types}
+        return {"dictionary": len(Dictionary(folder / "dict.txt")) if there else None}
     codec = Codec.load(bpe)
     config = survey(files, len(codec)).config
     texts = tokenizer.files(codec, "<s>" if config.add_bos else "</s>", config.max_positions)

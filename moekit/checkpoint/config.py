@@ -12,6 +12,14 @@ from moekit.checkpoint.weights import Weights
 from moekit.nn.config import ModelConfig
 
 
+def check_rows(files: Files, rows: int, dictionary: int | None) -> None:
+    """Check that the matrices have a row for each of the ``dictionary``'s types, where they are known; else a ValueError."""
+    if dictionary is not None and dictionary > rows:
+        raise ValueError(
+            f"{files.shared}: {SHARED_KEY} has {rows} rows, too few for a dictionary of {dictionary} types"
+        )
+
+
 def config_of(
     files: Files, states: dict[Path, dict], opened: dict[Path, Weights], dictionary: int | None
 ) -> ModelConfig:
@@ -25,10 +33,7 @@ def config_of(
         if len(shape) != 2 or 0 in shape:
             raise ValueError(f"{keys[key].path}: {key} has shape {list(shape)}, expected a row for each type")
     rows = min(shape[0] for _, shape in matrices)
-    if dictionary is not None and dictionary > rows:
-        raise ValueError(
-            f"{files.shared}: {SHARED_KEY} has {rows} rows, too few for a dictionary of {dictionary} types"
-        )
+    check_rows(files, rows, dictionary)
     version = shared.get("decoder.version")
     if version is not None and version.numel() != 1:
         raise ValueError(

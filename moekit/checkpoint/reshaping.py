@@ -18,6 +18,7 @@ from torch import Tensor
 from moekit.arguments import Choice, Flag, Texts, Whole, Wholes, check, shown
 from moekit.checked import checked
 from moekit.checkpoint.belonging import written_as
+from moekit.checkpoint.config import check_rows
 from moekit.checkpoint.files import NAME, Files, find
 from moekit.checkpoint.hugging import writing
 from moekit.checkpoint.hugging.names import packed
@@ -37,6 +38,12 @@ OUTPUT = "decoder.output_projection.weight"
 FORMATS = {"fairseq": ".pt", "safetensors": ".safetensors", "hf": ".safetensors"}
 FORMAT = {".pt": "fairseq", ".safetensors": "safetensors"}
 HOW = {"force": Flag(), "show": Flag()}
+
+
+class Types(Whole):
+    """How many types a dictionary has; :func:`moekit.load` takes its path."""
+
+    expected = "how many types the dictionary has, as len(moekit.data.dictionary.Dictionary(path)) tells"
 
 
 class Content:
@@ -173,7 +180,7 @@ def reshard(
     _write(found, target, _job("reshard", found, number=files, to=to), files, None, to, force, show)
 
 
-@checked(to=Choice(tuple(FORMATS)), dictionary=Whole(), **HOW)
+@checked(to=Choice(tuple(FORMATS)), dictionary=Types(), **HOW)
 def convert(
     source: str | Path,
     target: str | Path,
@@ -188,13 +195,17 @@ def convert(
 
     Args:
         to: one of :data:`FORMATS`.
-        texts: with "hf", more files of the folder, such as the tokenizer's.
+        texts: more files of the folder by their names, such as the tokenizer's.
         dictionary: with "hf", types of the dictionary; logits of the matrices' rows beyond it are -inf there.
 
     Raises:
-        ValueError: as :func:`strip`.
+        ValueError: the matrices have fewer rows than the dictionary has types; and as :func:`strip`.
     """
     _check_texts(texts)
+    if dictionary is not None and to != "hf":
+        raise ValueError(
+            f"dictionary={dictionary}: only the format 'hf' tells it; leave it out with to={to!r}"
+        )
     found = find(source)
     job = _job("convert", found, to=to, texts=sorted(texts.items()), dictionary=dictionary)
     _write(found, target, job, None, None, to, force, show, texts, dictionary)
@@ -240,6 +251,7 @@ def _write(
     target = check_target(files, target, force)
     content = Content(files)
     config = content.config
+    check_rows(files, config.vocab_rows, dictionary)
     count = config.experts if config.moe_layers else 0
     if kept is not None:
         count = _check_kept(kept, config)
@@ -285,6 +297,7 @@ def _write(
             yield name, functools.partial(rank, index, name)
 
     parts: Iterable[File] = made()
+    own: Mapping[str, str] = {}
     if to == "hf":
         config = replace(config, experts=count) if kept else config
         tensors = shared()[0]
@@ -292,9 +305,8 @@ def _write(
         source = Source(files.shared, range(0), 0, 0, ())
         placed = [(tensors[key], place) for key, place in places(source, tensors, config)]
         besides = {**settings, "buffers": packed(tensors), "files": number}
-        parts, beside = writing.made(config, placed, every, content.expert, besides, dictionary)
-        texts = {**texts, **beside}
-    write_folder(folder, target, job, parts, texts, total=content.bytes, force=force, show=show)
+        parts, own = writing.made(config, placed, every, content.expert, besides, dictionary)
+    write_folder(folder, target, job, parts, texts, own, total=content.bytes, force=force, show=show)
 
 
 def _check_texts(texts: Mapping[str, str]) -> None:

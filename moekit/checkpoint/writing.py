@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import IO, Any
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from moekit import arguments, locks
-from moekit.arguments import check
+from moekit.arguments import check, first_few, shown
 from moekit.checkpoint import safetensors
 from moekit.checkpoint.contents import clip
 from moekit.checkpoint.files import NAME, Files
@@ -55,6 +55,7 @@ def write_folder(
     job: Mapping[str, Any],
     files: Iterable[File],
     texts: Mapping[str, str] = MappingProxyType({}),
+    own: Mapping[str, str] = MappingProxyType({}),
     *,
     total: int,
     force: bool,
@@ -66,15 +67,20 @@ def write_folder(
         source: the folder that they are made of.
         job: what tells this question from another, as JSON.
         files: their names, and functions that give a file's tensors and settings.
-        texts: more files, by their names.
+        texts: more files that the user asked for, by their names.
+        own: texts that the format has, by their names.
         total: bytes of all tensors, for the bar.
         target: as :func:`check_target` gives it.
         force: replace ``target``.
         show: a bar with the rate.
 
     Raises:
-        ValueError: ``target`` cannot be written or is there by now, another run makes it, or a file is not what was written.
+        ValueError: ``target`` cannot be written or is there by now, another run makes it, a text has a name of weights or of
+            what is written anyway, or a file is not what was written.
     """
+    files = list(files)
+    _check_names(texts, [*own, *(name for name, _ in files)])
+    texts = {**texts, **own}
     place = _part(target)
     try:
         with _job_of(place, json.dumps(job, sort_keys=True)):
@@ -95,6 +101,17 @@ def write_folder(
             _move(place, target, force)
     except OSError as error:
         raise ValueError(f"{target} cannot be written: {error.strerror or error}") from error
+
+
+def _check_names(texts: Iterable[str], own: Sequence[str]) -> None:
+    """Check that no text takes the place of a file in ``own``, of weights, or of a note that is gone at the end."""
+    for name in texts:
+        if name in (*own, JOB, REPLACED) or NAME.fullmatch(name.removesuffix(".part")):
+            written = first_few(sorted(own))
+            raise ValueError(
+                f"texts names {shown(name)}, which is kept for weights and for what the folder has anyway ({written}): leave it "
+                "out, or give it another name"
+            )
 
 
 @contextlib.contextmanager
