@@ -26,6 +26,7 @@ from moekit.nn.config import ModelConfig
 from moekit.nn.intervene import Force
 from moekit.nn.noise import splitmix64, uniform
 from moekit.nn.passes import Pass
+from moekit.nn.record import Options
 from moekit.nn.transformer import Transformer
 from moekit.paths import DEMO_BPE as DEMO
 from moekit.ranks import streams
@@ -121,6 +122,20 @@ def test_every_moe_layer_records(recorded):
     assert seen == [(n, (5, t, 2)) for t in (longest, 1, 1) for n in (1, 3)]
 
 
+def test_a_trace_and_a_function_that_records_see_the_same(recorded):
+    seen = []
+    found = recorded.generate(
+        IDS[:1],
+        max_new_tokens=3,
+        record=lambda layer, routing: seen.append((layer, routing.experts.flatten(0, 1).clone())),
+        trace=Options(layers=[3]),
+        **QUIET,
+    )
+    assert [layer for layer, _ in seen] == [1, 3] * 3
+    told = torch.cat([experts for layer, experts in seen if layer == 3])
+    np.testing.assert_array_equal(told, found[0].trace.experts[:, 0])
+
+
 class Mute(Exception):
     """An error whose text cannot be made."""
 
@@ -150,6 +165,10 @@ def test_what_a_function_raises_in_a_layer_costs_no_rank(reference, world_size):
         for error, said in ((SystemExit("bye"), "SystemExit: bye"), (Mute(), "Mute")):
             with pytest.raises(ValueError, match=f"record raised {said} in line"):
                 model.generate(IDS, max_new_tokens=3, record=functools.partial(raises, error), **QUIET)
+        with pytest.raises(ValueError, match=said):
+            model.generate(
+                IDS, max_new_tokens=3, record=functools.partial(raises, Mute()), trace=True, **QUIET
+            )
         with pytest.raises(ValueError, match="record raised"):
             list(model.stream(IDS, 3, record=fails))
         same(model.generate(IDS, max_new_tokens=3, **QUIET), wanted)

@@ -5,7 +5,7 @@ Shape letters: T tokens, L recorded MoE layers, K choices a token, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -93,15 +93,21 @@ class Recorder:
 
     A layer that never calls it is an error in :meth:`rows`: a trace cannot silently lack what an execution path
     forgot to record.
+
+    Args:
+        first: also called in every layer, recorded or not, before anything of the layer is kept.
     """
 
-    def __init__(self, options: Options):
-        self.options = options
+    def __init__(self, options: Options, first: Callable[[int, Routing], None] | None = None):
+        self.options, self.first = options, first
         self.found: dict[int, dict[str, torch.Tensor]] = {}
 
     def __call__(self, layer: int, routing: Routing) -> None:
         import torch
 
+        # A function that changes the routing is seen in what is kept, as the layer computes with it.
+        if self.first is not None:
+            self.first(layer, routing)
         if layer not in self.options.layers:
             return
         assert layer not in self.found, f"layer {layer} recorded twice in one forward pass"

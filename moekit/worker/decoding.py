@@ -355,7 +355,7 @@ def _read_on(
 def _asked(settings: Settings, numbers: Sequence[int], step: int, cache: Cache, tokens: int) -> Pass:
     """A pass in which each sequence is a routing group with separate noise, so that sequences are independent."""
     noise = Noise(settings.seed, [number << 32 | step for number in numbers])
-    record = settings.record if settings.trace is None else Recorder(settings.trace)
+    record = settings.record if settings.trace is None else Recorder(settings.trace, settings.record)
     # The buffers have room for all choices of a group of one token, for any fraction.
     fraction = settings.fraction if tokens > 1 else None
     asked = Pass(fraction, groups=len(numbers), record=record, noise=noise, cache=cache)

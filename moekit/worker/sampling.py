@@ -25,7 +25,7 @@ class Settings:
         vocab: types of the dictionary; only ids below this number are chosen.
         intervention: the change of the routing by :meth:`moekit.api.Model.route`; its samples are the sequences' numbers.
         record: passed to every forward pass (:class:`moekit.nn.passes.Pass`). Its routing groups are the sequences.
-        trace: the options of the trace whose parts :func:`moekit.worker.decoding.end` returns, in place of ``record``.
+        trace: the options of the trace whose parts :func:`moekit.worker.decoding.end` returns.
     """
 
     vocab: int
