@@ -159,6 +159,68 @@ def test_a_metric_of_the_users_own():
     assert frame["layer"].tolist() == [1, 3] and frame["note"].eq("").all()
 
 
+class Busiest(pd.DataFrame):
+    """A table that is a metric of the user's own."""
+
+    def __init__(self, trace, kind=float, factor=1):
+        value = metrics.counts(trace).max(axis=1) / len(trace) * factor
+        super().__init__({"layer": trace.layers, "value": value.astype(kind)})
+
+
+@pytest.mark.parametrize("generated", [False, True])
+def test_a_trace_of_the_same_tokens_is_drawn_with_the_first(generated):
+    before, _ = synthetic(tokens=800, block=20, experts=6)
+    after, _ = synthetic(tokens=800, block=20, experts=6, seed=1)
+    if generated:
+        before = dataclasses.replace(before, generated=before.position >= 5)
+    after = dataclasses.replace(after, token=before.token, generated=before.generated)
+    fast = metrics.bootstrap(before, metrics.agreement, after, resamples=60)
+    assert (fast["note"] == "").any()
+    again = slow(metrics.agreement)
+    for drawn in (
+        metrics.bootstrap(before, again, after, resamples=60),
+        metrics.bootstrap(before, again, after=after, resamples=60),
+        metrics.bootstrap(
+            before, lambda one, others: again(one, *others.values()), {"x": after}, resamples=60
+        ),
+    ):
+        np.testing.assert_allclose(fast[["low", "high"]], drawn[["low", "high"]], atol=1e-6)
+
+
+def test_a_trace_of_other_tokens_stays_whole():
+    trace, _ = synthetic(tokens=400, block=20, experts=6)
+    for other in (synthetic(tokens=400, block=20, seed=1)[0], synthetic(tokens=100, block=20)[0]):
+        seen = []
+
+        def against(one, other, seen=seen):
+            seen.append(other)
+            return Busiest(one)
+
+        metrics.bootstrap(trace, against, other, resamples=5)
+        assert len(seen) == 6 and all(one is other for one in seen)
+
+
+def test_a_class_is_a_metric_and_an_option_and_has_no_items():
+    read, _ = synthetic(tokens=400, block=20)
+    written = dataclasses.replace(read, generated=read.position >= 10)
+    new = read.select(mask=written.generated)
+    how = {"kind": np.float32, "factor": np.array(2.0), "resamples": 20}
+    wanted = metrics.bootstrap(new, lambda trace, **options: Busiest(trace, **options), **how)
+    pd.testing.assert_frame_equal(metrics.bootstrap(written, Busiest, **how), wanted)
+    with pytest.raises(TypeError, match="'Trace' object is not iterable"):
+        metrics.bootstrap(written, dict)
+
+
+def test_iterators_last_for_all_resamples():
+    trace, labels = synthetic(tokens=400, block=20)
+    units = np.arange(400) // 40
+    wanted = metrics.bootstrap(trace, metrics.information, by=units, classes={"x": labels}, resamples=5)
+    told = metrics.bootstrap(
+        trace, metrics.information, by=iter(units), classes={"x": iter(labels)}, resamples=5
+    )
+    pd.testing.assert_frame_equal(told, wanted)
+
+
 # ------------------------------------------------------------------------------------------------------ permutation
 
 

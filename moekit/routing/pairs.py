@@ -23,7 +23,7 @@ def align(one: Trace, other: Trace) -> tuple[Trace, Trace]:
                 f"the traces' {name} differ: {getattr(one, name)} and {getattr(other, name)}; select(layers=...) what both "
                 "have, or compare log-probabilities alone by without_experts() of both"
             )
-    places = [t.sample.astype(np.int64) << 32 | t.position for t in (one, other)]
+    places = [_places(one), _places(other)]
     if not np.array_equal(*places):
         common = np.intersect1d(*places, assume_unique=True)
         one, other = (t.select(mask=np.isin(p, common)) for t, p in zip((one, other), places, strict=True))
@@ -32,11 +32,25 @@ def align(one: Trace, other: Trace) -> tuple[Trace, Trace]:
             "the traces have no sample and position in common; expected traces of the same text: "
             "join([trace], renumber=True) numbers samples from 0"
         )
-    known = (one.token >= 0) & (other.token >= 0)
-    differ = int((one.token != other.token)[known].sum())
-    if differ:
+    if differ := _differing(one, other):
         raise ValueError(f"{differ} of {len(one)} tokens differ: the traces are not of the same text")
     return one, other
+
+
+def same_tokens(one: Trace, other: Trace) -> bool:
+    """Whether row by row two traces are of the same tokens, as :func:`align` gives them."""
+    return one is other or (np.array_equal(_places(one), _places(other)) and not _differing(one, other))
+
+
+def _places(trace: Trace) -> np.ndarray:
+    """[T] int64, each token's sample and position."""
+    return trace.sample.astype(np.int64) << 32 | trace.position
+
+
+def _differing(one: Trace, other: Trace) -> int:
+    """How many tokens of traces with the same places differ."""
+    known = (one.token >= 0) & (other.token >= 0)
+    return int((one.token != other.token)[known].sum())
 
 
 def kept_by_expert(trace: Trace) -> np.ndarray:

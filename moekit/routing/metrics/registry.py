@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
 
-from moekit.arguments import Flag, Number, Whole, check
+from moekit.arguments import Flag, Number, Whole, check, is_many
 from moekit.checked import check_bound, checked
 from moekit.routing.statistics import array_of
 from moekit.routing.trace import TRACE, Trace, need_layers, need_tokens
@@ -24,8 +24,8 @@ KINDS = {
     **dict.fromkeys(("bins", "min_count", "resamples", "size"), Whole()),
     "level": Number(above=0, most=1),
 }
-# Lists that have no item for each token, however many items they have.
-OF_NO_TOKEN = ("sizes",)
+# Arguments that have no item for each token, however many items they have.
+OF_NO_TOKEN = ("metric", "sizes")
 # Whether the metric that calls another one counts the prompt's tokens, too: then so does the other one.
 _with_prompt: ContextVar[bool] = ContextVar("_with_prompt", default=False)
 
@@ -98,18 +98,30 @@ def names_of(metric: Callable[..., Any] | str | None, args: Sequence[Any]) -> li
     return (names + ["args"] * len(args))[: len(args)]
 
 
-def of_tokens(name: str, value: Any, rows: np.ndarray, tokens: int) -> Any:
-    """A metric's argument ``name`` for the ``rows`` alone, where it has an item for each of ``tokens``; else as it is."""
+def of_tokens(
+    name: str, value: Any, rows: np.ndarray, tokens: int, of_trace: Callable[[Trace], Trace]
+) -> Any:
+    """A metric's argument ``name`` for the ``rows`` alone, where it has an item for each of ``tokens``; else as it is.
+
+    Args:
+        of_trace: what becomes of a trace.
+    """
+    if name in OF_NO_TOKEN:
+        return value
+    if isinstance(value, Trace):
+        return of_trace(value)
     if isinstance(value, Mapping):
         # The names of labels are the user's.
-        return {own: of_tokens(f"{name}[{own!r}]", part, rows, tokens) for own, part in value.items()}
+        return {
+            own: of_tokens(f"{name}[{own!r}]", part, rows, tokens, of_trace) for own, part in value.items()
+        }
     if isinstance(value, Iterator):
         value = array_of(name, value)
-    if isinstance(value, str) or name in OF_NO_TOKEN or getattr(value, "__len__", lambda: -1)() != tokens:
-        return value
-    return array_of(name, value)[rows]
+    # A class and an array of one number have no length, though they say to have one.
+    items = len(value) if isinstance(value, Sized) and is_many(value) and not isinstance(value, str) else -1
+    return array_of(name, value)[rows] if items == tokens else value
 
 
 def _cut(name: str, value: Any, new: np.ndarray) -> Any:
     """A metric's argument, cut to the new tokens if it is a trace or has an item for each token."""
-    return counted(value) if isinstance(value, Trace) else of_tokens(name, value, new, len(new))
+    return of_tokens(name, value, new, len(new), counted)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from moekit.arguments import Choice, Whole, check, shown
 from moekit.routing import statistics
 from moekit.routing.metrics.registry import METRICS, measured, names_of, of_tokens
 from moekit.routing.metrics.tables import block_counts, broadcast_table, chosen_experts, labels_of, layers_of
+from moekit.routing.pairs import same_tokens
 from moekit.routing.statistics import BLOCK, FEW, SEED, entropy_bits
 from moekit.routing.trace import ARRAYS, Trace
 
@@ -47,7 +48,8 @@ def bootstrap(
 
     Args:
         metric: one of the metrics, its name, or a function of a trace that returns a table with ``value``.
-        args, options: the metric's own; those with an item for each token are drawn with it.
+        args, options: the metric's own; those with an item for each token, and traces of the same tokens, are drawn with it.
+            Other traces stay whole.
         by: "sample"; "block": ``size`` neighbouring samples, for documents that lie across samples; or [T] units.
         resamples: of the units. Metrics that count draw counts, 1,000 resamples in seconds; others are computed for each
             resample again.
@@ -63,9 +65,8 @@ def bootstrap(
     chosen = METRICS.get(metric) if isinstance(metric, str) else metric
     if not callable(chosen):
         raise ValueError(f"metric={shown(metric)}: expected a function or one of {', '.join(METRICS)}")
-    # The metric may be computed again, and an iterator can be read only once.
-    args = tuple(list(one) if isinstance(one, Iterator) else one for one in args)
-    options = {name: list(one) if isinstance(one, Iterator) else one for name, one in options.items()}
+    by, args = _lasting(by), tuple(map(_lasting, args))
+    options = {name: _lasting(one) for name, one in options.items()}
     plan = statistics.Plan(by, size, resamples, seed)
     with statistics.resampling(plan):
         frame = chosen(trace, *args, **options)
@@ -84,6 +85,13 @@ def bootstrap(
         frame = frame.assign(units=float(min(int(unit.max()) + 1, statistics.BLOCKS)))
     few = (frame["units"] < FEW) | (frame["low"].isna() & thin)
     return frame.assign(note=np.where(few, "too few", np.where(frame["low"].isna(), "does not vary", "")))
+
+
+def _lasting(value: Any) -> Any:
+    """``value`` with lists in place of iterators: the metric may be computed again, and an iterator can be read only once."""
+    if isinstance(value, Mapping) and any(isinstance(one, Iterator) for one in value.values()):
+        return {name: _lasting(one) for name, one in value.items()}
+    return list(value) if isinstance(value, Iterator) else value
 
 
 def _redrawn_interval(
@@ -112,19 +120,28 @@ def _redrawn_interval(
                 copy.append(trace.sample[rows_of[unit]].astype(np.int64) + (len(copy) << 32))
         rows, copy = np.concatenate(rows), np.concatenate(copy)
         sample = np.unique(copy, return_inverse=True)[1].astype(np.int32)
-        some = {name: getattr(trace, name)[rows] for name in ARRAYS} | {"sample": sample}
-        full = {layer: probs[rows] for layer, probs in trace.full.items()}
-        labels = {name: given[rows] for name, given in trace.labels.items()}
-        drawn = dataclasses.replace(trace, **some, full=full, labels=labels)
 
-        own_args = [of_tokens(name, value, rows, len(trace)) for name, value in zip(names, args, strict=True)]
-        own = {name: of_tokens(name, value, rows, len(trace)) for name, value in options.items()}
-        one = metric(drawn, *own_args, **own)
+        def drawn(other: Trace, rows: np.ndarray = rows, sample: np.ndarray = sample) -> Trace:
+            return _at(other, rows, sample) if same_tokens(trace, other) else other
+
+        own_args = [
+            of_tokens(name, value, rows, len(trace), drawn) for name, value in zip(names, args, strict=True)
+        ]
+        own = {name: of_tokens(name, value, rows, len(trace), drawn) for name, value in options.items()}
+        one = metric(drawn(trace), *own_args, **own)
         again[number] = one.set_index(keys)["value"].reindex(index) if keys else one["value"]
     value = frame["value"].to_numpy(float)
     known = ~np.isnan(again).any(axis=0)
     low, high = statistics.interval(np.nan_to_num(again), np.nan_to_num(value), found.number)
     return frame.assign(low=np.where(known, low, np.nan), high=np.where(known, high, np.nan)), known
+
+
+def _at(trace: Trace, rows: np.ndarray, sample: np.ndarray) -> Trace:
+    """The tokens of these ``rows``, in samples with other numbers."""
+    some = {name: getattr(trace, name)[rows] for name in ARRAYS} | {"sample": sample}
+    full = {layer: probs[rows] for layer, probs in trace.full.items()}
+    labels = {name: given[rows] for name, given in trace.labels.items()}
+    return dataclasses.replace(trace, **some, full=full, labels=labels)
 
 
 @measured
