@@ -70,6 +70,39 @@ def test_drops_are_those_of_the_trace():
     assert "3.1 %" in figure.axes[0].get_title(loc="left")
 
 
+def test_drops_and_their_baseline_are_of_the_tokens_that_count():
+    """The samples of 16 begin with 8 tokens that were read, whose choices are dropped; the last two are new in one alone."""
+    trace, _ = synthetic(tokens=64, layers=(1,), experts=4, block=16)
+    kept = np.ones((64, 1, 2), bool)
+    kept[trace.position < 8] = False
+    kept[(trace.position == 9) & (trace.sample == 0), 0, 1] = False
+    known = {"capacity_token_fraction": 0.25, "groups": [[1, 16, 4]]}
+    generated = (trace.position >= 8) & ((trace.position < 14) | (trace.sample == 2))
+    read = dataclasses.replace(trace, kept=kept, meta=known)
+    written = dataclasses.replace(read, generated=generated)
+    axes = routing_plots.drops_by_position(written).axes[0]
+    first, chance, second, _ = axes.lines
+    np.testing.assert_array_equal(first.get_xdata(), np.arange(8, 16) + 0.5)
+    assert not np.any(first.get_ydata()) and np.allclose(second.get_ydata(), [0, 25] + [0] * 6)
+    table = metrics.drops(written, "position")
+    np.testing.assert_allclose(np.mean([first.get_ydata(), second.get_ydata()], 0), 100 * table["value"])
+    assert np.isnan(chance.get_ydata()[:8]).all()
+    np.testing.assert_allclose(chance.get_ydata()[8:], 100 * metrics.drop_chance(read)[8:, 0])
+    assert f"{100 * metrics.drops(written)['value'][0]:.1f} %" in axes.get_title(loc="left")
+
+    for line, same in zip(
+        routing_plots.drops_by_position(written, prompt=True).axes[0].lines,
+        routing_plots.drops_by_position(read).axes[0].lines,
+        strict=True,
+    ):
+        np.testing.assert_array_equal(line.get_xydata(), same.get_xydata())
+    # Positions 12 and 13 are of no new token.
+    gap = dataclasses.replace(written, generated=generated & ((trace.position < 12) | (trace.position > 13)))
+    for line in routing_plots.drops_by_position(gap).axes[0].lines:
+        missing = np.isnan(line.get_ydata())
+        assert set(line.get_xdata()[missing].astype(int)) - set(range(8)) == {12, 13}
+
+
 def test_drops_have_a_baseline_where_the_capacity_is_known():
     trace, _ = synthetic(tokens=64, layers=(1,), experts=4, block=16)
     known = {"capacity_token_fraction": 0.25, "groups": [[1, 16, 4]]}

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from moekit.arguments import Whole
+from moekit.arguments import Flag, Whole
 from moekit.checked import checked
 from moekit.notebook.pictures import capacity_name
 from moekit.notebook.style import CHOICE_COLOURS, STYLE
@@ -14,16 +14,26 @@ from moekit.routing import metrics
 from moekit.routing.trace import TRACE, Trace, need_layers, need_tokens
 
 
-@checked(trace=TRACE, bins=Whole())
-def drops_by_position(trace: Trace, bins: int = 32) -> Figure:
-    """Share of choices that capacity dropped, along the sample: one panel per layer, one line per choice."""
+@checked(trace=TRACE, bins=Whole(), prompt=Flag())
+def drops_by_position(trace: Trace, bins: int = 32, *, prompt: bool = False) -> Figure:
+    """Share of choices that capacity dropped, along the sample: one panel per layer, one line per choice.
+
+    Of a trace of generated text the new tokens count, which ``model.generate`` never drops; ``prompt=True`` counts the prompt's, too.
+    """
     need_tokens(trace, "drops_by_position")
     need_layers(trace, "drops_by_position")
-    edges = np.linspace(0, trace.position.max() + 1, min(bins, int(trace.position.max()) + 1) + 1)
+    trace = trace if prompt else metrics.counted(trace)
+    begin, end = int(trace.position.min()), int(trace.position.max()) + 1
+    edges = np.linspace(begin, end, min(bins, end - begin) + 1)
     where = np.digitize(trace.position, edges) - 1
+    # A place without tokens has no share, and no point on a line.
     size = np.bincount(where, minlength=len(edges) - 1)
+    size = np.where(size > 0, size, np.nan)
     middle = (edges[:-1] + edges[1:]) / 2
     chance = metrics.drop_chance(trace)
+    if chance is not None:
+        there = np.bincount(trace.position, minlength=end) > 0
+        chance = np.where(there[:, None], chance, np.nan)
     columns = min(3, len(trace.layers))
     rows = -(-len(trace.layers) // columns)
     with rc_context(STYLE):
@@ -34,7 +44,7 @@ def drops_by_position(trace: Trace, bins: int = 32) -> Figure:
                 lost = np.bincount(where, weights=~trace.kept[:, layer_index, k], minlength=len(size))
                 ax.plot(
                     middle,
-                    100 * lost / np.maximum(size, 1),
+                    100 * lost / size,
                     color=CHOICE_COLOURS[k % len(CHOICE_COLOURS)],
                     lw=1.6,
                     label=f"choice {k + 1}",
