@@ -10,7 +10,7 @@ from moekit.notebook import routing_plots
 from moekit.notebook.explorer import page
 from moekit.routing import metrics
 from moekit.routing.compare import change_by_domain
-from moekit.routing.trace import join
+from moekit.routing.trace import Trace, join
 
 
 def test_labels_are_a_column():
@@ -45,6 +45,7 @@ def test_labels_are_a_column():
         ({"prob_1": ["a"] * 300}, "has a column prob_1 of its own"),
         ({"x": ["a"]}, r"x has shape \[1\]; expected a label for each of 300 tokens"),
         ({"x": ["a"] * 299 + ["\ud800"]}, r"x=\['\\ud800'\]: its character 0 is half of a surrogate pair"),
+        ({"\ud800": ["a"] * 300}, r"labels=\['\\ud800'\]: its character 0 is half of a surrogate pair"),
         ({"x": 3}, "x=3: expected a label for each token"),
         ({"x": "y"}, r"no column of labels called 'y': there is none; trace\.labelled"),
     ],
@@ -73,6 +74,14 @@ def test_pictures_and_the_explorer_take_a_columns_name():
     assert page.page(found, None, "x") == page.page(found, None, found.labels["x"])
     change = change_by_domain(found, found, "x")
     assert set(change["domain"]) == {"a", "b"}
+
+
+def test_labels_have_any_name_and_are_saved_by_it(tmp_path):
+    names = ["self", "labels", "", "a.b", "é\n", "\0"]
+    found = synthetic(tokens=300)[0].labelled(**{name: [name] * 300 for name in names})
+    found.save(tmp_path / "t.parquet")
+    again = Trace.load(tmp_path / "t.parquet")
+    assert list(again.labels) == names and again.labels_of("self").tolist() == ["self"] * 300
 
 
 def test_labels_of_no_tokens():

@@ -150,15 +150,17 @@ class Trace:
             raise ValueError(f"layer {layer} is not in the trace; expected one of {list(self.layers)}")
         return self.layers.index(layer)
 
-    def labelled(self, **labels: Iterable[Any] | None) -> Trace:
+    def labelled(self, /, **labels: Iterable[Any] | None) -> Trace:
         """The trace with columns of labels, such as ``domain=domains_of(trace)``; they are saved, selected and joined with it.
 
         Args:
             labels: [T] each, from any iterable, kept as text; None removes the column.
 
         Raises:
-            ValueError: not a label for each token, or a name that a column of the trace has.
+            ValueError: not a label for each token, or a name that is no text or that a column of the trace has.
         """
+        # Half of a surrogate pair cannot be saved, in a name or in a label.
+        check("labels", list(labels), Texts())
         found = dict(self.labels)
         of_choices = [f"{short}_{k}" for short in CHOICE_NAMES.values() for k in range(self.top_k)]
         for name, given in labels.items():
@@ -167,7 +169,6 @@ class Trace:
             found.pop(name, None)
             if given is not None:
                 found[name] = self.labels_of(given, name).astype(str)
-                # Half of a surrogate pair cannot be saved.
                 codes = found[name].view(np.uint32).reshape(len(self), found[name].itemsize // 4)
                 halves = np.flatnonzero(((codes >= 0xD800) & (codes < 0xE000)).any(axis=1))
                 check(name, found[name][halves[:1]].tolist(), Texts())
