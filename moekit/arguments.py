@@ -24,6 +24,8 @@ from typing import Any
 
 # The greatest number of the ranks' int64; the characters of a path, on Linux.
 MOST, LONGEST_PATH = 2**63 - 1, 4096
+# Python reads a number from each byte of these, which no argument means.
+BYTES = (bytes, bytearray, memoryview)
 
 
 _short = reprlib.Repr()
@@ -116,8 +118,7 @@ def is_many(value: Any) -> bool:
 
 def listed(value: Any) -> list:
     """What any iterable holds, read once; a text, bytes, and what holds no others are one item."""
-    # Bytes are no numbers.
-    return [value] if isinstance(value, str | bytes) or not is_many(value) else list(value)
+    return [value] if isinstance(value, (str, *BYTES)) or not is_many(value) else list(value)
 
 
 def has_order(value: Any) -> bool:
@@ -328,7 +329,7 @@ def _items(value: Any) -> list:
     if isinstance(value, str):
         return [value]
     # A memoryview has "tolist", too: it is refused before that is asked.
-    if isinstance(value, bytes | bytearray | memoryview):
+    if isinstance(value, BYTES):
         raise ValueError
     if hasattr(value, "tolist"):
         try:

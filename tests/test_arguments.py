@@ -20,6 +20,7 @@ from moekit.arguments import (
     Whole,
     Wholes,
     check,
+    listed,
     sequences,
 )
 from moekit.notebook.parameters import ParameterError, parameter
@@ -229,6 +230,12 @@ def test_texts_and_ids_come_from_any_iterable(given, meant):
 def test_what_is_neither_text_nor_ids_is_named(given, said):
     with pytest.raises(ValueError, match=re.escape(said)):
         sequences("texts", given)
+
+
+@pytest.mark.parametrize("one", ["ab", b"ab", bytearray(b"ab"), memoryview(b"ab"), 3, np.array(0.5), None])
+def test_what_holds_no_others_is_one_item(one):
+    assert listed(one) == [one]
+    assert listed(iter([one, "x"])) == [one, "x"]
 
 
 def test_links_that_lead_round_in_a_circle_are_one_sentence(tmp_path):
