@@ -55,7 +55,7 @@ def batch_invariance(
     Args:
         texts: whatever :meth:`moekit.api.Model.trace` takes; ``options`` are further arguments of it.
         batch_sizes: texts routed together; "alone" (1) is always run.
-        capacities: each a ``capacity_token_fraction``, or one of them.
+        capacities: each a ``capacity_token_fraction``, or one of them; one that is given twice is run once.
     """
     import pandas as pd
 
@@ -68,6 +68,7 @@ def batch_invariance(
         given.append(one if isinstance(one, str) else number)
     if not given:
         raise ValueError("capacities=[]: expected one or more, such as (None, 0.05)")
+    given = list(dict.fromkeys(given))
     sizes = sorted({1, *batch_sizes})
     traces, rows = {}, []
     for fraction in given:

@@ -350,11 +350,17 @@ def test_batch_invariance_takes_one_capacity_and_says_what_it_does_not_take(mode
         models[0], TEXTS[:2], batch_sizes=2, capacities=np.array(0.5), progress=False
     ).summary
     assert found["capacity_token_fraction"].tolist() == [0.5, 0.5] and found["batch_size"].tolist() == [1, 2]
+    found = batch_invariance(
+        models[0], TEXTS[:2], batch_sizes=(1,), capacities=(None, 0.5, None, np.float64(0.5)), progress=False
+    )
+    assert found.summary["capacity_token_fraction"].tolist() == pytest.approx([np.nan, 0.5], nan_ok=True)
+    assert list(found.traces) == [(1, None), (1, 0.5)]
     for asked, said in (
         ({"model": "demo"}, "model='demo': expected a model"),
         ({"batch_sizes": "x"}, "batch_sizes='x': expected a list of whole numbers"),
         ({"capacities": []}, r"capacities=\[\]: expected one or more"),
         ({"capacities": [0.5, "x"]}, "capacities='x': expected"),
+        ({"capacities": bytearray([1])}, r"capacities=bytearray\(b'\\x01'\): expected"),
         ({"tolerance": None}, "tolerance=None: expected a number of at least 0"),
     ):
         with pytest.raises(ValueError, match=f"^{said}"):
