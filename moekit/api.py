@@ -201,10 +201,13 @@ class Model(Handle):
             clear: afterwards set all counts to zero, and fill the slots as after loading.
 
         Returns:
-            One row per MoE layer, of all ranks together: ``layer``, ``requests`` (choices of tokens), ``hits`` (requests
-            whose expert was in a slot, counted as :func:`moekit.metrics.cache_hits` counts them, for generated text with
-            ``prompt=True``), ``value`` (hits / requests), ``copied`` (experts copied to their device; a pass copies each once
-            at most), ``GiB`` of them, ``ahead`` (those copied ahead of their request) and ``used`` (of those, the requested).
+            One row per MoE layer, of all ranks together: ``layer``, ``requests`` (choices), ``hits`` (requests whose expert was
+            in a slot), ``value`` (hits / requests), ``copied`` (experts copied to their device; a pass copies each once at
+            most), ``GiB`` of them, ``ahead`` (those copied ahead of their request) and ``used`` (of those, the requested).
+
+            Padding counts, as its experts are fetched like any others: a batch of texts of several lengths has more requests
+            than its trace has choices, and other hits. Without padding, as with ``batch_size=1``, both are those of
+            :func:`moekit.metrics.cache_hits`, for generated text with ``prompt=True``.
 
         Raises:
             ValueError: all experts are on their devices.

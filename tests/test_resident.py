@@ -333,6 +333,17 @@ def test_hits_are_those_of_the_simulator(which, policy, request):
                 assert copied == copies(passes, policy, size)
 
 
+def test_rows_of_padding_request_experts_as_others_do():
+    ids = [[5, 6, 7, 8, 9, 10, 11, 12], [13, 14], [15, 16, 17]]
+    with moekit.load("demo", 1, "cpu", resident=3, prefetch=False, **QUIET) as model:
+        for size, rows in ((1, 9 + 3 + 4), (3, 3 * 9)):
+            model.residency(clear=True)
+            trace = model.trace(ids, batch_size=size, progress=False)
+            table = model.residency()
+            assert (table["requests"] == 2 * rows).all() and len(trace) == 16
+            assert (table["hits"].tolist() == simulated(trace, "lru", 3)) == (size == 1)
+
+
 def copies(passes: list[np.ndarray], policy: str, size: int) -> int:
     """Experts that are needed and not there, pass by pass; after a pass those are there that the policy's words say."""
     there, before, count = set(), [], 0

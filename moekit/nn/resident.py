@@ -45,7 +45,7 @@ class Counts:
     """What happened in a layer since loading, or since :func:`begin`.
 
     Attributes:
-        requests: choices of tokens, of experts held here.
+        requests: choices of experts held here. Rows of padding count: a rank cannot tell them among the rows that others send.
         hits: those whose expert was in a slot, in the order of the text (:class:`~moekit.nn.policies.Policy`).
         copied: experts copied to the device, ahead of time or not. A pass, or a request of a step in parts, copies an expert
             that is not there once, for all of its tokens, and needs no copy of one that is there when it begins.
