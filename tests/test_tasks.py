@@ -520,6 +520,11 @@ def test_the_harness_finds_the_model():
     assert get_model("moekit") is HarnessModel
 
 
+def test_a_loaded_model_is_of_no_other_checkpoint(one):
+    with pytest.raises(ValueError, match="^a model and a checkpoint, too: expected a loaded model"):
+        HarnessModel(one, checkpoint="demo")
+
+
 @pytest.mark.slow
 def test_the_command_line(tmp_path):
     """``lm_eval`` itself finds the model where a task is one of the files."""
@@ -562,19 +567,26 @@ def test_moekits_command_knows_its_tasks(monkeypatch, given, added):
 
 
 @pytest.mark.parametrize(
-    ("checkpoint", "said"),
+    ("model_args", "said"),
     [
-        ('"/nowhere"', "/nowhere does not exist: name a checkpoint's folder"),
-        ('"demo", "mask": {"5": [88]}', "mask: layer 5 has no expert 88: they are 0 to 15"),
+        (["checkpoint=/nowhere"], "/nowhere does not exist: name a checkpoint's folder"),
+        (
+            ['{"checkpoint": "demo", "mask": {"5": [88]}}'],
+            "mask: layer 5 has no expert 88: they are 0 to 15",
+        ),
+        (
+            ["world_size=1"],
+            "no model and no checkpoint: expected a loaded model, or what to load",
+        ),
+        ([], "no model and no checkpoint: expected a loaded model, or what to load"),
+        (["pretrained=demo"], "pretrained: moekit's model has no such argument; expected those of"),
     ],
 )
-def test_a_wrong_argument_of_the_command_is_one_sentence(monkeypatch, capsys, checkpoint, said):
+def test_a_wrong_argument_of_the_command_is_one_sentence(monkeypatch, capsys, model_args, said):
     from moekit.tasks import __main__ as command
 
-    model_args = f'{{"checkpoint": {checkpoint}}}'
-    monkeypatch.setattr(
-        sys, "argv", ["x", "--model", "moekit", "--model_args", model_args, "--tasks", "demo_endings"]
-    )
+    given = ["--model_args", *model_args] if model_args else []
+    monkeypatch.setattr(sys, "argv", ["x", "--model", "moekit", *given, "--tasks", "demo_endings"])
     with pytest.raises(SystemExit, match="2"):
         command.main()
     assert f"python -m moekit.tasks: error: {said}" in capsys.readouterr().err.splitlines()[-1]

@@ -58,8 +58,9 @@ class HarnessModel(LM):
     number among the different texts of a call.
 
     Args:
-        model: a loaded model; None loads ``checkpoint`` with ``world_size``, ``device``, ``dtype``, ``bpe``, ``backend``,
-            ``ranks``, ``experts``, ``resident`` and ``gpu_memory``, the arguments of :func:`moekit.load`.
+        model: a loaded model; None loads ``checkpoint``, which the harness's other models call ``pretrained``, with
+            ``world_size``, ``device``, ``dtype``, ``bpe``, ``backend``, ``ranks``, ``experts``, ``resident`` and ``gpu_memory``,
+            the arguments of :func:`moekit.load`.
         capacity_token_fraction, seed: as for :meth:`moekit.api.Model.score`, where each text is a routing group.
         mask, drop_second: a change of the routing for the whole run, as in :meth:`moekit.api.Model.route`.
         blank_lines: keep empty lines. They end a document, so by default several line ends count as one, as in FAIR's
@@ -69,14 +70,14 @@ class HarnessModel(LM):
         batch_size, max_batch_size: without effect: texts of like lengths share a pass by themselves.
 
     Raises:
-        ValueError: an argument makes no sense, or no codec turns text into ids.
+        ValueError: there is neither a model nor a checkpoint, an argument makes no sense, or no codec turns text into ids.
     """
 
     def __init__(
         self,
         model: Model | None = None,
         *,
-        checkpoint: str = "demo",
+        checkpoint: str | None = None,
         world_size: int | None = None,
         device: str = "auto",
         dtype: str = "auto",
@@ -95,8 +96,20 @@ class HarnessModel(LM):
         progress: bool = True,
         batch_size: Any = None,
         max_batch_size: Any = None,
+        **unknown: Any,
     ):
         super().__init__()
+        if unknown:
+            raise ValueError(
+                f"{', '.join(unknown)}: moekit's model has no such argument; expected those of moekit.tasks.HarnessModel, where "
+                "checkpoint names what other models call pretrained"
+            )
+        if (model is None) == (checkpoint is None):
+            found = "no model and no checkpoint" if model is None else "a model and a checkpoint, too"
+            raise ValueError(
+                f"{found}: expected a loaded model, or what to load, as in --model_args checkpoint=/data/en_moe_lm_15b "
+                "(checkpoint=demo is moekit's demo)"
+            )
         self.seed = check("seed", seed, SEED)
         self.blank_lines = check("blank_lines", blank_lines, Flag())
         self.max_gen_toks = check("max_gen_toks", max_gen_toks, Whole())
