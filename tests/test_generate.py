@@ -10,6 +10,7 @@ import math
 import pickle
 import subprocess
 import sys
+import threading
 import weakref
 
 import numpy as np
@@ -21,6 +22,7 @@ from moekit.checkpoint import export
 from moekit.data.codec import Codec
 from moekit.generation import request, run, session
 from moekit.generation.text import Text
+from moekit.generation.written import Written
 from moekit.nn.cache import Cache
 from moekit.nn.config import ModelConfig
 from moekit.nn.intervene import Force
@@ -172,6 +174,78 @@ def test_what_a_function_raises_in_a_layer_costs_no_rank(reference, world_size):
         with pytest.raises(ValueError, match="record raised"):
             list(model.stream(IDS, 3, record=fails))
         same(model.generate(IDS, max_new_tokens=3, **QUIET), wanted)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_an_interrupt_of_a_function_is_one_and_costs_no_rank(reference, world_size):
+    """In the driver's own process it is the key, which Python raises as it is; from other ranks it is told."""
+
+    def stops(layer, routing):
+        if routing.experts.shape[1] == 1:
+            raise KeyboardInterrupt("enough")
+
+    said = (
+        "^enough$" if world_size == 1 else r"record raised KeyboardInterrupt: enough in line \d+ of stops, on"
+    )
+    with moekit.load(reference / "checkpoint", world_size, "cpu", **QUIET) as model:
+        wanted = model.generate(IDS, max_new_tokens=3, **QUIET)
+        for how in ({}, {"beam_size": 2}):
+            with pytest.raises(KeyboardInterrupt, match=said):
+                model.generate(IDS, max_new_tokens=3, record=stops, **how, **QUIET)
+        with pytest.raises(KeyboardInterrupt, match=said):
+            list(model.stream(IDS, 3, record=stops))
+        same(model.generate(IDS, max_new_tokens=3, **QUIET), wanted)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_what_a_function_raises_ends_the_generation(reference, world_size, monkeypatch):
+    """The ranks make the bursts that they were told of, two ahead, and a stream its step."""
+    monkeypatch.setitem(run.UNHEARD, "cpu", 1)
+    bursts, add = [], Written.add
+    monkeypatch.setattr(Written, "add", lambda self, burst: bursts.append(burst) or add(self, burst))
+
+    def fails(layer, routing):
+        raise KeyError("mine")
+
+    with moekit.load(reference / "checkpoint", world_size, "cpu", **QUIET) as model:
+        with pytest.raises(ValueError, match="record raised KeyError: 'mine'"):
+            model.generate(IDS, max_new_tokens=40, record=fails, **QUIET)
+        assert len(bursts) <= 3 * world_size
+        bursts.clear()
+        with pytest.raises(ValueError, match="record raised KeyError: 'mine'"):
+            list(model.stream(IDS, 40, record=fails))
+        assert not bursts
+
+
+def test_a_function_that_cannot_be_sent_is_told(reference, tmp_path, monkeypatch):
+    (tmp_path / "of_the_driver.py").write_text("def listens(layer, routing):\n    pass\n")
+    lock, seen = threading.Lock(), []
+
+    def holds(layer, routing):
+        with lock:
+            seen.append(layer)
+
+    with moekit.load(reference / "checkpoint", 2, "cpu", **QUIET) as model:
+        wanted = model.generate(IDS, max_new_tokens=3, **QUIET)
+        said = r"record=<function .*holds at .*> cannot be sent .* \(TypeError: cannot pickle '_thread.lock' object\); expected"
+        with pytest.raises(ValueError, match=said):
+            model.generate(IDS, max_new_tokens=3, record=holds, **QUIET)
+        with pytest.raises(ValueError, match=said):
+            next(model.stream(IDS, 3, record=holds))
+        with pytest.raises(ValueError, match="record=.* cannot be sent .* loaded model"):
+            model.generate(IDS, max_new_tokens=3, record=lambda layer, routing: model.config, **QUIET)
+        # The ranks know the folders of the time of the load.
+        monkeypatch.syspath_prepend(tmp_path)
+        from of_the_driver import listens
+
+        with pytest.raises(
+            ValueError, match="record raised ModuleNotFoundError: No module named 'of_the_driver'"
+        ):
+            model.generate(IDS, max_new_tokens=3, record=listens, **QUIET)
+        same(model.generate(IDS, max_new_tokens=3, **QUIET), wanted)
+    with moekit.load(reference / "checkpoint", 1, "cpu", **QUIET) as model:
+        same(model.generate(IDS, max_new_tokens=3, record=holds, **QUIET), wanted)
+    assert seen
 
 
 # ------------------------------------------------------------------------------------- in whatever company

@@ -83,8 +83,8 @@ def generate(
         alternatives: the number of best tokens to return at each position.
         capacity_token_fraction: the capacity of the experts during prefill, for each prompt by itself, as in
             :meth:`moekit.api.Model.evaluate`. None drops nothing. New tokens are never dropped.
-        record: called on the ranks by every MoE layer, see :class:`moekit.nn.passes.Pass`; a group is a sequence. What it raises is
-            raised at the end, and no rank is lost.
+        record: called on the ranks by every MoE layer, see :class:`moekit.nn.passes.Pass`; a group is a sequence. What it raises
+            ends the generation and is raised here, and no rank is lost.
         trace: also record the routing, one sample per sequence; :class:`moekit.nn.record.Options` select its columns. A
             beam search cannot be traced. The trace's ``predicted`` stays empty, because ``alternatives`` hold the best
             tokens.

@@ -14,6 +14,7 @@ from moekit.ranks import Each, Stream
 from moekit.ranks.base import noting
 from moekit.symbols import PAD
 from moekit.worker import decoding as decode
+from moekit.worker.listener import Raised
 from moekit.worker.prompts import dealt
 from moekit.worker.sampling import Candidates, Chosen
 
@@ -31,6 +32,7 @@ class Session:
     Attributes:
         sequences: for each rank the numbers of its sequences, in the order of their rows on the rank.
         parts: the parts of the trace, after the end of the session.
+        raised: by rank, what the user's ``record`` raised there.
     """
 
     keys = itertools.count()
@@ -43,6 +45,7 @@ class Session:
         ]
         self.rows_each = 1
         self.parts: list[dict[str, np.ndarray]] = []
+        self.raised: dict[int, Raised] = {}
 
     def begin(self) -> tuple[np.ndarray, Chosen | Candidates]:
         """Prefill the prompts. Returns the numbers of the sequences, ascending, and their rows of the ranks' proposals."""
@@ -51,20 +54,19 @@ class Session:
     def at_once(self, longest: int, take: Callable[[Burst], None]) -> None:
         """Generate all tokens in one call, where no sequence ends before the others, and end the session.
 
-        ``take`` gets what a rank has, while the ranks make the next ``longest`` tokens. After an error in it, which is raised
-        here, the ranks make the bursts that they were told of, and no others.
+        ``take`` gets what a rank has, while the ranks make the next ``longest`` tokens. After an error in it or in ``record``, which is
+        raised here, the ranks make the bursts that they were told of, and no others.
         """
 
         def report(rank: int, found: Chosen) -> None:
             take(Burst.of(np.array(self.sequences[rank]), found, {}))
 
         new = self.request.max_new_tokens
-        bursts = Stream([*range(longest, new, longest), new])
-        ended = self._read(decode.generate, new, bursts, report=report)
-        for rank, (last, _) in enumerate(ended):
+        goals = itertools.takewhile(lambda _: not self.raised, [*range(longest, new, longest), new])
+        for rank, (last, parts) in enumerate(self._read(decode.generate, new, Stream(goals), report=report)):
             if last is not None:
                 report(rank, last)
-        self._take([one for _, one in ended])
+            self.parts += parts
 
     def _read(
         self, fn: Callable[..., Any], *more: Any, report: Callable[[int, Any], None] | None = None
@@ -80,8 +82,24 @@ class Session:
     def _call(
         self, fn: Callable[..., Any], *args: Any, report: Callable[[int, Any], None] | None = None
     ) -> list[Any]:
-        """Call a function of the ranks on this session."""
-        return self.model.ranks.call(fn, self.key, *args, on_report=report)
+        """Call a function of the ranks on this session; what ``record`` raises in it is raised here when all ranks are done."""
+
+        def listen(rank: int, message: Any) -> None:
+            if isinstance(message, Raised):
+                self.raised[rank] = message
+            else:
+                report(rank, message)
+
+        found = self.model.ranks.call(fn, self.key, *args, on_report=listen)
+        if self.raised:
+            rank = min(self.raised)
+            raised = f"record raised {self.raised[rank].said}, on rank {rank}"
+            if self.raised[rank].interrupt:
+                raise KeyboardInterrupt(f"{raised}: the generation has ended, and the model can be used on")
+            raise ValueError(
+                f"{raised}; expected a function that takes (layer, routing): mend it, and generate again with the same model"
+            )
+        return found
 
     @property
     def keeps_rows(self) -> bool:
@@ -177,14 +195,4 @@ class Session:
             self.model.abandoned.append(self.key)
             return
         if kind is None:
-            self._take(ended)
-
-    def _take(self, ended: Sequence[decode.Ended]) -> None:
-        """Take what is left of the sequences of each rank; an error if the user's ``record`` raised one."""
-        for rank, one in enumerate(ended):
-            if one.raised:
-                raise ValueError(
-                    f"record raised {one.raised}, on rank {rank}; expected a function that takes (layer, routing): mend it, and "
-                    "generate again with the same model"
-                )
-            self.parts += one.parts
+            self.parts += itertools.chain.from_iterable(ended)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -40,19 +39,6 @@ from moekit.worker.sequences import SPARE, Sequences, Spare, take_spare
 READ = 2
 
 
-class Ended(NamedTuple):
-    """What is left of sequences that have ended.
-
-    Attributes:
-        parts: those of their trace: tables with ``sample`` (the sequence's number), ``position`` and the columns of
-            :meth:`moekit.nn.record.Recorder.rows`.
-        raised: what the user's ``record`` raised, in words; "" if nothing.
-    """
-
-    parts: list[dict[str, np.ndarray]]
-    raised: str = ""
-
-
 @torch.inference_mode()
 def generate(
     rank: Rank,
@@ -63,7 +49,7 @@ def generate(
     new: int,
     bursts: Iterable[int],
     abandoned: Sequence[int] = (),
-) -> tuple[Chosen | None, Ended]:
+) -> tuple[Chosen | None, list[dict[str, np.ndarray]]]:
     """Generate ``new`` tokens of each sequence in one call, in which no sequence ends before the others.
 
     The other arguments are those of :func:`begin`. ``bursts`` are the numbers of tokens, from 1 on, that a sequence has after
@@ -87,8 +73,8 @@ def generate(
                 rank.report(told)
         last = found.told(model)
     finally:
-        ended = end(rank, key)
-    return last, ended
+        parts = end(rank, key)
+    return last, parts
 
 
 @torch.inference_mode()
@@ -121,6 +107,8 @@ def _begin(
     """As :func:`begin`, with the next tokens still on the device."""
     for old in abandoned:
         end(rank, old)
+    if settings.record is not None:
+        settings.record.report = rank.report
     model: Transformer = rank.state["model"]
     alone = settings.fraction is not None
     shapes = prompts.shapes(alone)
@@ -242,17 +230,21 @@ def grow(
     return candidates(logprobs, scores, beams, 2 * beams, None, only_end=last)
 
 
-def end(rank: Rank, key: int) -> Ended:
-    """Remove the sequences of ``key``."""
+def end(rank: Rank, key: int) -> list[dict[str, np.ndarray]]:
+    """Remove the sequences of ``key``.
+
+    Returns:
+        The parts of their trace: tables with ``sample`` (the sequence's number), ``position`` and the columns of
+        :meth:`moekit.nn.record.Recorder.rows`.
+    """
     sequences = rank.state.pop(key, None)
     if sequences is None:
-        return Ended([])
+        return []
     spare = Spare(sequences.alike, sequences.prefill, sequences.cache, sequences.graph)
     # A short generation has no graph of a step, and its prompts count all the same.
     if spare.alike is not None and (spare.graph is not None or spare.prefill.times > 0):
         rank.state[SPARE] = spare
-    listener = sequences.settings.record
-    return Ended(sequences.parts, "" if listener is None else listener.raised)
+    return sequences.parts
 
 
 def _worth_capturing(model: Transformer, settings: Settings, on_ranks: list[int], rows: int) -> bool:

@@ -157,7 +157,7 @@ class Generation(Steps):
         return decoding.begin(self.rank, KEY, prompts, settings, longest + self.more + 1)
 
     def end(self) -> list[dict[str, np.ndarray]]:
-        return decoding.end(self.rank, KEY).parts
+        return decoding.end(self.rank, KEY)
 
     def options(self) -> Options | None:
         config = self.rank.state["model"].config
