@@ -281,18 +281,24 @@ class Flag:
 
 @dataclass(frozen=True)
 class Texts:
-    """Texts in an order, from any iterable; one text counts as a list of one."""
+    """Texts in an order, from any iterable; one text counts as a list of one. Where ``paths`` are texts, too, a path is its own."""
 
     optional: bool = False
-    expected = "a list of texts"
+    paths: bool = False
+
+    @property
+    def expected(self) -> str:
+        return "a list of texts or paths" if self.paths else "a list of texts"
 
     def convert(self, value: Any) -> list[str]:
-        texts = _items(value)
-        if not all(isinstance(text, str) for text in texts):
+        kinds = (str, pathlib.PurePath) if self.paths else str
+        texts = [value] if isinstance(value, kinds) else _items(value)
+        if not all(isinstance(text, kinds) for text in texts):
             raise ValueError
+        texts = [str(text) for text in texts]
         for text in texts:
             _whole_characters(text)
-        return [str(text) for text in texts]
+        return texts
 
 
 @dataclass(frozen=True)

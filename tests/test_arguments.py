@@ -53,6 +53,8 @@ for _ in range(3000):
         (Texts(), (t for t in ["a", "b"]), ["a", "b"]),
         (Texts(), pd.Series(["a", "b"]), ["a", "b"]),
         (Texts(), {"x": "a"}.values(), ["a"]),
+        (Texts(paths=True), File("a/b"), ["a/b"]),
+        (Texts(paths=True), iter(["a", File("b/c")]), ["a", "b/c"]),
         (Texts(), '["a", "b"]', ['["a", "b"]']),
         (Wholes(), np.int64(3), [3]),
         (Wholes(), range(1, 4), [1, 2, 3]),
@@ -133,6 +135,8 @@ def test_what_papermill_spells(kind, given, meant):
         (Texts(), {"a": 1}, "x={'a': 1}: expected a list of texts"),
         (Texts(), {"a"}, "x={'a'}: expected a list of texts"),
         (Texts(), ["a", 1], "x=['a', 1]: expected a list of texts"),
+        (Texts(), [File("a")], "x=[PosixPath('a')]: expected a list of texts"),
+        (Texts(paths=True), [File("a"), 1], "x=[PosixPath('a'), 1]: expected a list of texts or paths"),
         (
             Texts(),
             ["\ud800"],

@@ -633,6 +633,9 @@ def test_data_is_given_as_files(tmp_path, one):
         ({"tasks": "/nowhere/x.yaml"}, "there is no task file /nowhere/x.yaml"),
         ({"tasks": Path("/nowhere/x.yaml")}, "there is no task file /nowhere/x.yaml"),
         ({"tasks": ["copa_release", Path("/nowhere/x.yaml")]}, "there is no task file /nowhere/x.yaml"),
+        ({"tasks": Path("/").glob("nothing")}, "tasks=.*: expected at least one"),
+        ({"tasks": (Path(folder, "x.yaml") for folder in ("/nowhere",))}, "no task file /nowhere/x.yaml"),
+        ({"tasks": [Path("x"), 1]}, "expected a list of texts or paths"),
         (
             {"tasks": "copa_release", "data": {"fair_piqa": []}},
             "data is given for 'fair_piqa', which is none",

@@ -195,7 +195,7 @@ EVALUATE_TASKS: Table = {
     **RANKS,
     **FETCHED,
     "baseline": Location(optional=True),
-    "tasks": Texts(),
+    "tasks": Texts(paths=True),
     "task_data": Locations(optional=True),
     "limit": Whole(optional=True),
     "num_fewshot": Whole(0, optional=True),

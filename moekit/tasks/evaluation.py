@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ RESULTS = Instance(TaskResults, "what evaluate_tasks gives")
 
 def evaluate_tasks(
     model: Model,
-    tasks: str | Path | Sequence[str | Path],
+    tasks: str | Path | Iterable[str | Path],
     *,
     data: Mapping[str, Rows | Mapping[str, Rows]] | None = None,
     limit: int | None = None,
@@ -92,7 +92,7 @@ def evaluate_tasks(
         ValueError: an argument makes no sense, there is no such task, or a data set cannot be had.
         moekit.ranks.RankError: a rank failed.
     """
-    names = check("tasks", _names(tasks), Texts())
+    names = check("tasks", tasks, Texts(paths=True))
     if not names:
         raise ValueError(f"tasks={shown(tasks)}: expected at least one, such as {', '.join(known_tasks())}")
     limit = check("limit", limit, Whole(optional=True))
@@ -131,15 +131,6 @@ def evaluate_tasks(
     }
     items = _item_table(found, loaded)
     return TaskResults(_task_table(found, loaded, items), items, harness.tokens, seconds, meta)
-
-
-def _names(tasks: Any) -> Any:
-    """``tasks`` with paths as texts."""
-    if isinstance(tasks, Path):
-        return str(tasks)
-    if isinstance(tasks, list | tuple):
-        return [str(one) if isinstance(one, Path) else one for one in tasks]
-    return tasks
 
 
 @checked(before=RESULTS, after=RESULTS)
