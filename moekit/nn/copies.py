@@ -34,20 +34,26 @@ class Feed:
 
     def __call__(self, *ids: np.ndarray) -> list[Tensor]:
         """The tensors, with ``ids`` in them once the device has done what was launched before."""
-        if self.copied is not None:
-            # The device may still copy what was here before.
-            self.copied.synchronize()
+        if self.copied is None:
+            return self.fill(*ids)
+        # The device may still copy what was here before.
+        self.copied.synchronize()
+        tensors = self.fill(*ids)
+        self.copied.record()
+        return tensors
+
+    def fill(self, *ids: np.ndarray) -> list[Tensor]:
+        """As a call that is the only one, for which no other waits."""
         for own, given in zip(self.arrays, ids, strict=True):
             own[...] = given
-        if self.copied is not None:
+        if self.there is not self.host:
             self.there.copy_(self.host, non_blocking=True)
-            self.copied.record()
         return self.tensors
 
 
 def on_device(device: torch.device, *ids: np.ndarray) -> list[Tensor]:
     """Arrays of ids as int64 on ``device``, all in one copy."""
-    return Feed(device, *(own.shape for own in ids))(*ids)
+    return Feed(device, *(own.shape for own in ids)).fill(*ids)
 
 
 class Copy:
