@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from typing import Protocol, runtime_checkable
 
 from moekit.checked import Instance
-from moekit.data.codec import Codec
 from moekit.notebook.coloured_text import visible
 
 UNKNOWN = "?"
@@ -23,7 +22,7 @@ class Pieces(Protocol):
 CODEC = Instance(Pieces, "a model's codec", optional=True)
 
 
-def pieces(codec: Codec | None, ids: Iterable[int]) -> list[str]:
+def pieces(codec: Pieces | None, ids: Iterable[int]) -> list[str]:
     """Each token's piece; its id where there is no codec; ? for -1, a token that an imported trace does not tell."""
     ids = [int(number) for number in ids]
     told = [number for number in ids if number >= 0]
@@ -31,6 +30,6 @@ def pieces(codec: Codec | None, ids: Iterable[int]) -> list[str]:
     return [next(known) if number >= 0 else UNKNOWN for number in ids]
 
 
-def visible_pieces(codec: Codec | None, ids: Iterable[int]) -> list[str]:
+def visible_pieces(codec: Pieces | None, ids: Iterable[int]) -> list[str]:
     """The same with line ends and tabs that can be seen (:func:`moekit.notebook.coloured_text.visible`)."""
     return [visible(piece) for piece in pieces(codec, ids)]
