@@ -22,7 +22,7 @@ from moekit.nn.changes import changed
 from moekit.nn.operations import choose_backend
 from moekit.nn.record import Options
 from moekit.planning.fitting import cached_tokens, fitting
-from moekit.planning.residence import residence, residency
+from moekit.planning.residence import USUAL, residence, residency
 from moekit.planning.runs import Run, room, unknown
 from moekit.profiling import profile
 from moekit.progress import bar as progress_bar
@@ -259,7 +259,7 @@ def load(
     experts: str | None = None,
     resident: int | None = None,
     gpu_memory: str | float | None = None,
-    policy: str | tracing.Trace | Path = "lru",
+    policy: str | tracing.Trace | Path = USUAL,
     prefetch: bool = True,
 ) -> Model:
     """Load a checkpoint of fairseq's ``moe`` branch onto ``world_size`` ranks.
@@ -296,7 +296,8 @@ def load(
         gpu_memory: what a rank may take of its GPU, such as "14GiB" or a number of bytes; ``resident`` follows from it
             (:func:`moekit.plan`). "auto": what is free.
         policy: which experts stay: "lru" (requested last), "lfu" (requested most often), or a trace of the model or its
-            file, whose most requested ones stay always.
+            file, whose most requested ones stay always. Another one than "lru" needs ``resident`` or ``gpu_memory``, as False for
+            ``prefetch`` does.
         prefetch: in passes of few tokens, also fetch the experts of the next layer that this layer's choices predict.
 
     Raises:
@@ -344,7 +345,8 @@ def load(
             backend = choose_backend(backend, devices[0], weights, kind)
             run = Run.of(plan.config, devices, weights, backend, types, one_byte=kind is not None)
             run, within = fitting(run, free or unknown(world_size), resident, gpu_memory)
-            staying = residence(run, policy, prefetch)
+            limited = resident is not None or gpu_memory is not None
+            staying = residence(run, policy, prefetch, limited)
         if pool is None:
             pool = start(world_size, devices[0].type) if ranks is None else LentRanks(ranks)
         _check_seen(pool, files)

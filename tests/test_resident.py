@@ -636,6 +636,24 @@ def test_arguments(how, said):
         moekit.load("demo", 1, "cpu", **{"resident": 2, **how} if "policy" in how else how, **QUIET)
 
 
+@pytest.mark.parametrize(
+    "how, said",
+    [
+        ({"policy": "lfu"}, "policy='lfu' says how experts are fetched, and all stay .* give resident or"),
+        ({"policy": "a_trace.parquet"}, "policy='a_trace.parquet' says how experts are fetched"),
+        ({"prefetch": False}, "prefetch=False says how experts are fetched"),
+    ],
+)
+def test_how_experts_are_fetched_is_asked_only_where_some_are(how, said):
+    """A limit that all experts keep within is no contradiction: the same call fetches some on another GPU."""
+    with pytest.raises(ValueError, match=said):
+        moekit.load("demo", 1, "cpu", **how, **QUIET)
+    if "parquet" not in str(how):
+        for limit in ({"resident": 16}, {"gpu_memory": "10GiB"}):
+            with moekit.load("demo", 1, "cpu", **how, **limit, **QUIET) as model:
+                assert model.parts[0]["resident"] is None
+
+
 def test_policies_of_other_models(many):
     with moekit.load("demo", 1, "cpu", **QUIET) as model:
         trace = model.trace(texts(), progress=False)

@@ -20,18 +20,30 @@ from moekit.worker import loading
 if TYPE_CHECKING:
     import pandas as pd
 
+# The policy of :func:`moekit.load` where none is named.
+USUAL = "lru"
 
-def residence(run: Run, policy: str | Trace | Path, prefetch: bool) -> Residence | None:
+
+def residence(run: Run, policy: str | Trace | Path, prefetch: bool, limited: bool) -> Residence | None:
     """What the ranks have to know of a run whose experts are fetched; None if all are on their devices.
 
+    Args:
+        limited: whether ``resident`` or ``gpu_memory`` was asked for, of which it may follow that all stay on their devices.
+
     Raises:
-        ValueError: there is no such policy, or it is a trace of another model.
+        ValueError: there is no such policy, it is a trace of another model, or nothing was asked for that has experts fetched.
     """
     prefetch = check("prefetch", prefetch, Flag())
     unknown = isinstance(policy, str) and policy not in POLICIES and not policy.endswith(".parquet")
     if unknown or not isinstance(policy, str | Trace | Path):
         raise ValueError(
             f"policy={shown(policy)}: expected {', '.join(POLICIES)}, a trace or the path of one's .parquet file"
+        )
+    usual = isinstance(policy, str) and policy == USUAL
+    if not (limited or (usual and prefetch)):
+        told = f"prefetch={prefetch}" if usual else f"policy={shown(policy)}"
+        raise ValueError(
+            f"{told} says how experts are fetched, and all stay on their devices: give resident or gpu_memory, too, or leave it out"
         )
     if isinstance(policy, str) and policy in POLICIES:
         return Residence(run.resident, policy, prefetch) if run.fetched else None
