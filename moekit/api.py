@@ -364,17 +364,17 @@ def load(
     except BaseException as error:
         if pool is not None:
             pool.close()
-        if isinstance(error, RankError) and (said := _of_a_file(error, files)):
+        if isinstance(error, RankError) and (said := _of_what_was_given(error, files)):
             raise ValueError(said) from error
         raise
     return model
 
 
-def _of_a_file(error: RankError, files: ckpt.Files) -> str | None:
-    """The error's sentence, if a rank failed because a checkpoint file is wrong; else None."""
+def _of_what_was_given(error: RankError, files: ckpt.Files) -> str | None:
+    """The error's sentence, if a rank failed because a checkpoint file or a field of ``config`` is wrong; else None."""
     said = str(error.__cause__)
     names = [str(name) for path in files.all for name in (path, path.resolve())]
-    about = isinstance(error.__cause__, ValueError) and said.startswith(tuple(names))
+    about = isinstance(error.__cause__, ValueError) and said.startswith((*names, "config["))
     return said if about else None
 
 

@@ -2,15 +2,18 @@
 
 import itertools
 import math
+import re
 
 import pytest
 import torch
 from branch_cases import BASE
 
+import moekit
+from moekit.headlines import headline
 from moekit.nn import gate
-from moekit.nn.config import ModelConfig
+from moekit.nn.config import SECOND_EXPERT, ModelConfig
 from moekit.nn.gate import Gate
-from moekit.nn.gates import gate_of
+from moekit.nn.gates import GATES, Top2, gate_of
 
 LOG = torch.log
 
@@ -222,3 +225,71 @@ def test_what_a_gate_says_of_itself():
     assert (
         drawing == ["sampling", "random"] and not gate_of(config(gate="top1", second_expert="random")).draws
     )
+
+
+# -------------------------------------------------------------------------------------- gates of the user's
+
+
+def raising(*_, **__):
+    raise KeyError("mine")
+
+
+FAULTS = {
+    "raises": ({"choose": raising}, "KeyError: 'mine'"),
+    "raises in its order": ({"order": raising}, "KeyError: 'mine'"),
+    "raises where an experiment edits": (
+        {"choose": lambda self, logits, noise, edit: raising() if edit else Top2.choose(self, logits, noise)},
+        "KeyError: 'mine'",
+    ),
+    "has no words": ({"describe": Gate.describe}, "NotImplementedError"),
+    "numbers from 1": (
+        {"choose": lambda *asked: at(Top2.choose(*asked), 1, lambda experts: experts + 1)},
+        r"experts are \[1, .*8\] in torch.int64, expected 0 to 7 in torch.int64",
+    ),
+    "numbers of another type": (
+        {"choose": lambda *asked: at(Top2.choose(*asked), 1, lambda experts: experts + 0.0)},
+        "index|int64",
+    ),
+    "one choice too few": (
+        {"choose": lambda *asked: at(Top2.choose(*asked), 1, lambda experts: experts[..., :1])},
+        r"experts have the shape \[2, 3, 1\], expected \[2, 3, 2\]",
+    ),
+}
+
+
+def at(found, place, change):
+    return tuple(change(one) if number == place else one for number, one in enumerate(found))
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_gate_that_fails_is_told_before_a_pass(fault):
+    methods, said = FAULTS[fault]
+    own = type("Own", (Top2,), methods)(config(experts=8, second_expert="all"))
+    with pytest.raises((ValueError, KeyError, NotImplementedError, RuntimeError)) as caught:
+        own.try_out(torch.device("cpu"))
+    assert re.search(said, headline(caught.value))
+
+
+@pytest.mark.parametrize("experts", [2, 3, 512])
+@pytest.mark.parametrize("second", SECOND_EXPERT)
+@pytest.mark.parametrize("kind", GATES)
+def test_gates_that_work_pass_the_trial(kind, second, experts):
+    for changes in ({}, {"batch_prioritized": True, "gate_fp32": True, "normalize_before_dropping": True}):
+        gate_of(config(gate=kind, second_expert=second, experts=experts, **changes)).try_out(
+            torch.device("cpu")
+        )
+
+
+def test_a_gate_is_tried_when_a_model_is_loaded_with_it(monkeypatch):
+    monkeypatch.setitem(GATES, "own", type("Own", (Top2,), {"choose": raising}))
+    how = {"device": "cpu", "config": {"gate": "own"}, "progress": False}
+    with pytest.raises(
+        ValueError, match=r"^config\['gate'\]='own' fails .*KeyError: 'mine'.* load the model again$"
+    ):
+        moekit.load("demo", 1, **how)
+    # A dense model asks no gate.
+    moekit.load("demo-dense", 1, **how).close()
+    with pytest.raises(
+        ValueError, match=r"^config\['gate'\]='own': rank \d has top1, top2, .* world_size=1$"
+    ):
+        moekit.load("demo", 2, **how)

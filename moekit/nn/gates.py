@@ -115,6 +115,8 @@ def normalized(weights: Tensor) -> Tensor:
 
 
 GATES: dict[str, type[Gate]] = {"top1": Top1, "top2": Top2}
+# Those of the branch, which files name. Another one is tried before a model is loaded with it.
+PROVEN = "top1", "top2"
 
 
 def top_k_of(config: ModelConfig) -> int:
