@@ -237,6 +237,14 @@ def test_a_file_that_changes_between_survey_and_load_is_noticed(folder):
         checkpoint.fill(Transformer(plan.config), plan, range(8))
 
 
+def test_a_file_that_changes_between_find_and_survey_is_read_again(folder):
+    files = checkpoint.find(folder)
+    assert list(files.seen) == [files.shared] and not pickle.loads(pickle.dumps(files)).seen
+    change(folder / "model-shared.pt", lambda state: state["model"].pop("decoder.layer_norm.weight"))
+    with pytest.raises(ValueError, match="no file fills"):
+        checkpoint.survey(files)
+
+
 # ------------------------------------------------------------------------------------------------ configs
 
 

@@ -410,13 +410,16 @@ def test_what_a_gpu_is_asked_for_without_one(reference, monkeypatch, threads):
 
 def test_a_header_is_read_once_by_who_reads_the_weights_too(reference, monkeypatch):
     read, seen = checkpoint.read, []
-    monkeypatch.setattr("moekit.checkpoint.plan.read", lambda path: seen.append(path.name) or read(path))
+    for module in ("files", "plan"):
+        monkeypatch.setattr(
+            f"moekit.checkpoint.{module}.read", lambda path: seen.append(path.name) or read(path)
+        )
     files = checkpoint.find(reference / "checkpoint")
-    seen.clear()
     plan = checkpoint.survey(files)
     assert sorted(seen) == sorted(path.name for path in files.all)
     filled(None, torch.float32, 2, plan)
-    assert len(seen) == len(files.all) and not plan.opened  # nothing stays mapped
+    # Nothing stays mapped.
+    assert len(seen) == len(files.all) and not plan.opened and not files.seen
     filled(None, torch.float32, 2, plan)
     assert len(seen) == 2 * len(files.all)
 

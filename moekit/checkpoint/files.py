@@ -10,16 +10,28 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from moekit import paths
 from moekit.arguments import shown
 from moekit.checkpoint.contents import clip
 from moekit.checkpoint.hugging import folder as folder_of_hugging
 from moekit.checkpoint.keys import SHARED_KEY
-from moekit.checkpoint.reading import read
+from moekit.checkpoint.reading import read, stamp
 from moekit.checkpoint.shards import tensors
+
+
+class Seen(NamedTuple):
+    """A file's stamp, and the top level that was read after it."""
+
+    stamp: tuple[int, ...]
+    state: dict[str, Any]
+
+    @classmethod
+    def of(cls, path: Path) -> Seen:
+        return cls(stamp(path), read(path))
 
 
 @dataclass(frozen=True)
@@ -28,11 +40,21 @@ class Files:
 
     Attributes:
         shards: more files with parts of what every rank needs.
+        seen: what :func:`find` has read, so that :func:`moekit.checkpoint.survey` need not parse it again. It is not pickled.
     """
 
     shared: Path
     ranks: tuple[Path, ...]
     shards: tuple[Path, ...] = ()
+    seen: dict[Path, Seen] = field(default_factory=dict, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"seen": {}}
+
+    def read(self, path: Path) -> dict[str, Any]:
+        """The top level of one of them: what was seen of it, once, if it was not written to since."""
+        seen = self.seen.pop(path, None)
+        return read(path) if seen is None or seen.stamp != stamp(path) else seen.state
 
     @property
     def common(self) -> tuple[Path, ...]:
@@ -95,7 +117,7 @@ def find(checkpoint: str | Path) -> Files:
     in_order = tuple(ranks[rank] for rank in sorted(ranks))
     if chosen is sharded:
         return _of_shards(folder, stem, sharded, in_order)
-    return Files(_shared(folder, stem, path, parts, end), in_order)
+    return _with_shared(folder, stem, path, parts, end, in_order)
 
 
 def _path(checkpoint: str | Path) -> Path:
@@ -199,23 +221,33 @@ def _of_shards(folder: Path, stem: str, sharded: dict[str, re.Match], ranks: tup
     if not shared:
         raise ValueError(f"{folder} has no shared part of '{stem}': expected {stem}-shared-shard0.pt, ...")
     first, *rest = (shared[number] for number in sorted(shared))
-    found = tensors(read(first), first)
+    seen = Seen.of(first)
+    found = tensors(seen.state, first)
     if found.cut:
         _check_gaps(folder, shared, lambda number: f"{stem}{part}-shard{number}.pt")
-        return Files(first, ranks, tuple(rest))
+        return Files(first, ranks, tuple(rest), {first: seen})
     if SHARED_KEY not in found:
         raise ValueError(f"{first} is no shared part: it lacks {SHARED_KEY}")
     # The others are copies, which the branch's evaluation does not read either.
-    return Files(first, ranks)
+    return Files(first, ranks, seen={first: seen})
 
 
-def _shared(folder: Path, stem: str, path: Path, parts: dict[str, re.Match], end: str) -> Path:
-    """The file with the shared part; of two the one that ``path`` names."""
+def _with_shared(
+    folder: Path,
+    stem: str,
+    path: Path,
+    parts: dict[str, re.Match],
+    end: str,
+    ranks: tuple[Path, ...],
+) -> Files:
+    """The files with the one that has the shared part; of two the one that ``path`` names."""
     candidates = [folder / f"{stem}-shared{end}", folder / f"{stem}{end}"]
     candidates.sort(key=lambda candidate: candidate != path)
     for candidate in candidates:
-        if candidate.name in parts and SHARED_KEY in tensors(read(candidate), candidate):
-            return candidate
+        if candidate.name in parts:
+            seen = Seen.of(candidate)
+            if SHARED_KEY in tensors(seen.state, candidate):
+                return Files(candidate, ranks, seen={candidate: seen})
     there = ", ".join(parts) or "no such file"
     raise ValueError(
         f"{folder} has no shared part of '{stem}' ({there}): expected {stem}-shared{end}, or {stem}{end}, with {SHARED_KEY}"

@@ -115,7 +115,7 @@ def _fitted(
 
     def state(path: Path) -> dict[str, Any]:
         if path not in states:
-            states[path] = read(path)
+            states[path] = files.read(path)
         if other is None or path != files.first:
             return states[path]
         return states[path] | other
