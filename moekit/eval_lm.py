@@ -63,8 +63,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     level = os.environ.get("LOGLEVEL", "INFO").upper()
     form = "%(asctime)s | %(levelname)s | %(name)s | %(message)s"
     logging.basicConfig(format=form, datefmt="%Y-%m-%d %H:%M:%S", level=level, stream=sys.stdout)
-    # fairseq logs remarks when it is imported.
-    logging.getLogger("fairseq").setLevel(logging.WARNING)
     try:
         launched, args = Launch.of(), parse(argv)
         if launched is None:
@@ -95,7 +93,8 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
     Raises:
         ValueError: an option is unknown, malformed, or has no meaning here.
     """
-    from fairseq import options
+    with data_order.importing_fairseq():
+        from fairseq import options
 
     parser = options.get_eval_lm_parser()
     group = parser.add_argument_group("fairseq's moe branch")

@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -253,7 +254,8 @@ def data_folder(data: str | Path) -> Path:
 def importing_fairseq() -> Iterator[None]:
     """Import fairseq in here: it sets the whole process's logging to DEBUG, and half an import of it cannot be mended.
 
-    So an interrupt waits for the import's end, and after an error what was imported is forgotten.
+    So an interrupt waits for the import's end, and after an error what was imported is forgotten. It warns of what torch and NumPy will
+    lack one day, which nobody here can change and which is an error where warnings are errors.
     """
     root = logging.getLogger()
     level, handlers = root.level, root.handlers[:]
@@ -261,7 +263,7 @@ def importing_fairseq() -> Iterator[None]:
     mend_numpy()
     before = set(sys.modules)
     try:
-        with hold_interrupts():
+        with warnings.catch_warnings(action="ignore"), hold_interrupts():
             yield
     except ImportError:
         for name in set(sys.modules) - before:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import ran
 
 import moekit
 from moekit.data.dictionary import Dictionary
@@ -241,6 +242,25 @@ def test_an_interrupt_waits_for_the_import(monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
         done.append("imported")
     assert done == ["imported"] and signal.getsignal(signal.SIGINT) is before
+
+
+WITH_FAIRSEQ = {
+    "data": """
+from moekit.fairseq_data import Data, open_data
+print(len(open_data(Data("demo"), max_positions=64)) > 9)
+""",
+    "the command line": """
+from moekit.eval_lm import parse
+print(parse(["/data", "--path", "model.pt"]).path == "model.pt")
+""",
+}
+
+
+@pytest.mark.parametrize("what", WITH_FAIRSEQ)
+def test_fairseq_is_imported_where_warnings_are_errors(what):
+    """Its import warns of what torch will lack one day."""
+    found = ran("-W", "error", "-c", WITH_FAIRSEQ[what], seconds=120)
+    assert found.stdout == "True\n", found.stderr
 
 
 def test_a_folder_that_is_none_is_named(tmp_path, data):
