@@ -281,7 +281,7 @@ class Flag:
 
 @dataclass(frozen=True)
 class Texts:
-    """Texts in an order, from any iterable; one text counts as a list of one. Where ``paths`` are texts, too, a path is its own."""
+    """Texts in an order, from any iterable; one text counts as a list of one. With ``paths``, a path counts as its text."""
 
     optional: bool = False
     paths: bool = False

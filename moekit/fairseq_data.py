@@ -254,8 +254,8 @@ def data_folder(data: str | Path) -> Path:
 def importing_fairseq() -> Iterator[None]:
     """Import fairseq in here: it sets the whole process's logging to DEBUG, and half an import of it cannot be mended.
 
-    So an interrupt waits for the import's end, and after an error what was imported is forgotten. It warns of what torch and NumPy will
-    lack one day, which nobody here can change and which is an error where warnings are errors.
+    So an interrupt waits for the import's end, and after an error what was imported is forgotten. Warnings of fairseq are ignored: they tell what
+    torch and NumPy will lack one day, which nobody here can change, and they would end the import where warnings are errors.
     """
     root = logging.getLogger()
     level, handlers = root.level, root.handlers[:]

@@ -1,8 +1,8 @@
 """The experts of a few sequences: the gate's choice and both products in one kernel that reads the weights as one stream, for Hopper.
 
-Reading the weights takes the time, and here it hardly ever stops. There is a tile for each chosen expert and block of columns. A program
-stays, and takes many of them. First each program makes the gate's choice of all rows and sorts it for itself, which takes less time than two more
-kernels. Then its warps have four kinds of work:
+Reading the weights takes the time, and here it hardly ever stops. There is a tile for each chosen expert, or each ROWS choices of it, and
+block of columns. A program stays, and takes many of them. First each program makes the gate's choice of all rows and sorts it for itself, which
+takes less time than two more kernels. Then its warps have four kinds of work:
 
     weights    one warp lets the copy engine fill a ring of blocks in shared memory, ahead of the products, across tiles, and on
                into the second product while other programs still compute the first one
@@ -257,7 +257,7 @@ def _planned(chosen, order, table, choices):
     number = gl.sum(same.to(gl.int32), axis=1)
     begin = gl.sum(less.to(gl.int32), axis=1)
     here = me < choices
-    # An expert has more choices than rows where both choices of a row are one expert, as there is no other, or logits are NaN.
+    # An expert has more than ROWS choices where both choices of a row are one expert, as there is no other, or logits are NaN.
     first = here & (place % ROWS == 0)
     of_others = gl.convert_layout(first.to(gl.int32), gl.SliceLayout(0, PAIRS))[None, :]
     tile = gl.sum(gl.where(less | (same & before), of_others, 0), axis=1)
