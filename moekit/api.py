@@ -19,6 +19,7 @@ from moekit.generation.run import generate, stream
 from moekit.handle import Handle, describe_run, experts_dtype, find_codec, find_dictionary, weights_dtype
 from moekit.interrupts import import_whole
 from moekit.nn.changes import changed
+from moekit.nn.gates import PROVEN
 from moekit.nn.operations import choose_backend
 from moekit.nn.record import Options
 from moekit.planning.fitting import cached_tokens, fitting
@@ -35,6 +36,8 @@ from moekit.worker import loading
 if TYPE_CHECKING:
     import pandas as pd
     import torch
+
+    from moekit.nn.config import ModelConfig
 
 SEED = Whole(0)
 
@@ -350,6 +353,7 @@ def load(
         if pool is None:
             pool = start(world_size, devices[0].type) if ranks is None else LentRanks(ranks)
         _check_seen(pool, files)
+        _check_gate(pool, plan.config, weights)
         model = Model(plan, files, pool, weights, known, codec, experts)
         model.cached_tokens = cached_tokens(run, within)
         total = sum(source.bytes * (world_size if source.common else 1) for source in plan.sources)
@@ -364,18 +368,27 @@ def load(
     except BaseException as error:
         if pool is not None:
             pool.close()
-        if isinstance(error, RankError) and (said := _of_what_was_given(error, files)):
+        if isinstance(error, RankError) and (said := _of_a_file(error, files)):
             raise ValueError(said) from error
         raise
     return model
 
 
-def _of_what_was_given(error: RankError, files: ckpt.Files) -> str | None:
-    """The error's sentence, if a rank failed because a checkpoint file or a field of ``config`` is wrong; else None."""
+def _of_a_file(error: RankError, files: ckpt.Files) -> str | None:
+    """The error's sentence, if a rank failed because a checkpoint file is wrong; else None."""
     said = str(error.__cause__)
     names = [str(name) for path in files.all for name in (path, path.resolve())]
-    about = isinstance(error.__cause__, ValueError) and said.startswith((*names, "config["))
+    about = isinstance(error.__cause__, ValueError) and said.startswith(tuple(names))
     return said if about else None
+
+
+def _check_gate(pool: Ranks, config: ModelConfig, dtype: torch.dtype) -> None:
+    """Check that a gate of the user's works on every rank: what it raises in a pass costs all ranks, as others wait there."""
+    if config.dense or config.gate in PROVEN:
+        return
+    for fault in pool.call(loading.gate_fault, config, dtype):
+        if fault is not None:
+            raise ValueError(fault)
 
 
 def _check_seen(pool: Ranks, files: ckpt.Files) -> None:

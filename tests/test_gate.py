@@ -14,6 +14,7 @@ from moekit.nn import gate
 from moekit.nn.config import SECOND_EXPERT, ModelConfig
 from moekit.nn.gate import Gate
 from moekit.nn.gates import GATES, Top2, gate_of
+from moekit.ranks import start
 
 LOG = torch.log
 
@@ -234,8 +235,16 @@ def raising(*_, **__):
     raise KeyError("mine")
 
 
+def raising_for(dtype):
+    """Top-2 but for logits of this type."""
+    return lambda self, logits, *more: (
+        raising() if logits.dtype == dtype else Top2.choose(self, logits, *more)
+    )
+
+
 FAULTS = {
     "raises": ({"choose": raising}, "KeyError: 'mine'"),
+    "raises for the model's type alone": ({"choose": raising_for(torch.float16)}, "KeyError: 'mine'"),
     "raises in its order": ({"order": raising}, "KeyError: 'mine'"),
     "raises where an experiment edits": (
         {"choose": lambda self, logits, noise, edit: raising() if edit else Top2.choose(self, logits, noise)},
@@ -248,7 +257,7 @@ FAULTS = {
     ),
     "numbers of another type": (
         {"choose": lambda *asked: at(Top2.choose(*asked), 1, lambda experts: experts + 0.0)},
-        "index|int64",
+        r"in torch\.float32, expected 0 to 7 in torch\.int64",
     ),
     "one choice too few": (
         {"choose": lambda *asked: at(Top2.choose(*asked), 1, lambda experts: experts[..., :1])},
@@ -265,31 +274,61 @@ def at(found, place, change):
 def test_a_gate_that_fails_is_told_before_a_pass(fault):
     methods, said = FAULTS[fault]
     own = type("Own", (Top2,), methods)(config(experts=8, second_expert="all"))
-    with pytest.raises((ValueError, KeyError, NotImplementedError, RuntimeError)) as caught:
-        own.try_out(torch.device("cpu"))
+    with pytest.raises((ValueError, KeyError, NotImplementedError)) as caught:
+        own.try_out(torch.device("cpu"), torch.float16)
     assert re.search(said, headline(caught.value))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("experts", [2, 3, 512])
 @pytest.mark.parametrize("second", SECOND_EXPERT)
 @pytest.mark.parametrize("kind", GATES)
-def test_gates_that_work_pass_the_trial(kind, second, experts):
+def test_gates_that_work_pass_the_trial(kind, second, experts, dtype):
     for changes in ({}, {"batch_prioritized": True, "gate_fp32": True, "normalize_before_dropping": True}):
         gate_of(config(gate=kind, second_expert=second, experts=experts, **changes)).try_out(
-            torch.device("cpu")
+            torch.device("cpu"), dtype
         )
 
 
-def test_a_gate_is_tried_when_a_model_is_loaded_with_it(monkeypatch):
-    monkeypatch.setitem(GATES, "own", type("Own", (Top2,), {"choose": raising}))
-    how = {"device": "cpu", "config": {"gate": "own"}, "progress": False}
+HOW = {"config": {"gate": "own"}, "progress": False}
+
+
+def test_a_gate_is_tried_in_the_type_of_the_model(monkeypatch):
+    """The demo's softmax is in float32, and a gate gets logits of the model's type all the same. NumPy has no bfloat16."""
+
+    def by_numpy(self, logits, *more):
+        return Top2.choose(self, torch.from_numpy(logits.numpy()), *more)
+
+    monkeypatch.setitem(GATES, "own", type("Own", (Top2,), {"choose": by_numpy}))
+    with moekit.load("demo", 1, "cpu", **HOW) as model, moekit.load("demo", 1, "cpu", progress=False) as top2:
+        assert model.config.gate_fp32
+        assert model.score("def main").equals(top2.score("def main"))
     with pytest.raises(
-        ValueError, match=r"^config\['gate'\]='own' fails .*KeyError: 'mine'.* load the model again$"
+        ValueError, match=r"^the gate 'own' fails on a few tokens in torch.bfloat16 on rank 0 \(TypeError"
     ):
-        moekit.load("demo", 1, **how)
+        moekit.load("demo", 1, "cpu", "bfloat16", **HOW)
+    monkeypatch.setitem(GATES, "own", type("Own", (Top2,), {"choose": raising_for(torch.float16)}))
+    with pytest.raises(
+        ValueError, match=r"in torch.float16 on rank 0 \(KeyError: 'mine'\); .* load the model again$"
+    ):
+        moekit.load("demo", 1, "cpu", "float16", **HOW)
     # A dense model asks no gate.
-    moekit.load("demo-dense", 1, **how).close()
-    with pytest.raises(
-        ValueError, match=r"^config\['gate'\]='own': rank \d has top1, top2, .* world_size=1$"
-    ):
-        moekit.load("demo", 2, **how)
+    moekit.load("demo-dense", 1, "cpu", "float16", **HOW).close()
+
+
+def test_a_gate_that_does_not_work_costs_no_rank(monkeypatch):
+    monkeypatch.setitem(GATES, "own", Top2)
+
+    def enter(rank):
+        moekit.nn.gates.GATES["own"] = type("Own", (Top2,), {"choose": raising} if rank.rank == 1 else {})
+
+    with start(2, "cpu") as pool:
+        with pytest.raises(
+            ValueError, match=r"^the gate 'own' is not on rank 0, which has top1, top2, .* world_size=1$"
+        ):
+            moekit.load("demo", ranks=pool, **HOW)
+        pool.call(enter)
+        with pytest.raises(ValueError, match=r"^the gate 'own' fails .* on rank 1 \(KeyError: 'mine'\);"):
+            moekit.load("demo", ranks=pool, **HOW)
+        with moekit.load("demo", ranks=pool, progress=False) as model:
+            assert len(model.score("def main"))

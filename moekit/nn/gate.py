@@ -220,38 +220,34 @@ class Gate:
             kept &= buffer_positions(wanted, self.order(probs)) < capacity
         return kept, (self.weigh(gate_probs, weights, kept) * kept).to(dtype), None
 
-    def try_out(self, device: torch.device) -> None:
-        """Route a few tokens on ``device`` in the ways in which a model does.
+    def try_out(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Route a few tokens on ``device`` in the ways in which a model of this ``dtype`` does.
 
         Raises:
             ValueError: what comes of it is no :class:`Routing` of a model; or whatever the gate raises.
         """
         self.describe()
         groups, tokens, experts, choices = 2, 3, self.config.experts, self.top_k
-        logits = torch.arange(groups * tokens * experts, device=device).view(groups, tokens, experts).sin()
+        numbers = torch.arange(groups * tokens * experts, device=device)
+        logits = numbers.view(groups, tokens, experts).sin().to(dtype)
         # The first expert is masked where enough others are left, and one token is forced.
         mask = torch.arange(experts, device=device) < int(experts > choices)
         forced = torch.full((groups, tokens, choices), -1, device=device)
         forced[0, 0, 0] = experts - 1
         edited = Edit(mask, forced, drop_second=choices > 1)
         sizes = {"probs": experts, "experts": choices, "gate_probs": choices, "weights": choices}
-        for dtype, fraction, edit in itertools.product(
-            (torch.float32, torch.bfloat16), (None, 0.5), (None, edited)
-        ):
+        for fraction, edit in itertools.product((None, 0.5), (None, edited)):
             found = self.route(
-                logits.to(dtype),
-                fraction=fraction,
-                noise=lambda _, like: torch.full_like(like, 0.5),
-                edit=edit,
+                logits, fraction=fraction, noise=lambda _, like: torch.full_like(like, 0.5), edit=edit
             )
             for name, size in sizes.items():
                 shape, wanted = list(getattr(found, name).shape), [groups, tokens, size]
                 if shape != wanted:
                     raise ValueError(f"{name} have the shape {shape}, expected {wanted}")
-            kind, numbers = found.experts.dtype, found.experts.unique().tolist()
-            if kind != torch.long or not 0 <= min(numbers) <= max(numbers) < experts:
+            kind, chosen = found.experts.dtype, found.experts.unique().tolist()
+            if kind != torch.long or not 0 <= min(chosen) <= max(chosen) < experts:
                 raise ValueError(
-                    f"experts are {numbers} in {kind}, expected 0 to {experts - 1} in {torch.long}"
+                    f"experts are {chosen} in {kind}, expected 0 to {experts - 1} in {torch.long}"
                 )
 
 

@@ -15,7 +15,7 @@ from moekit.interrupts import hold_interrupts
 from moekit.nn import resident, transformer
 from moekit.nn.config import ModelConfig
 from moekit.nn.dispatch import AllToAll, Dispatch, Hierarchical, owned
-from moekit.nn.gates import GATES, PROVEN, gate_of, top_k_of
+from moekit.nn.gates import GATES, gate_of, top_k_of
 from moekit.nn.kernels.cuts import cuts_of, kind_of
 from moekit.nn.peer_memory import reachable
 from moekit.nn.resident import Counts, Residence
@@ -97,7 +97,6 @@ def empty(
         kind: of the experts' matrices; None: ``dtype``.
         at_home: the experts' weights are in host memory, for :mod:`moekit.nn.resident`.
     """
-    _try_gate(rank, config)
     if _has_cuts(config, backend):
         # A damaged table is an error before anything is read.
         cuts_of(rank.device, kind_of(dtype, kind or dtype))
@@ -107,24 +106,6 @@ def empty(
     with hold_interrupts():
         model = transformer.empty(config, rank.device, dtype, len(held), dispatch, kind, at_home)
         return model.use(backend)
-
-
-def _try_gate(rank: Rank, config: ModelConfig) -> None:
-    """Check that a gate of the user's works on this rank: what it raises in a pass would cost all ranks, as others wait there."""
-    if config.dense or config.gate in PROVEN:
-        return
-    if config.gate not in GATES:
-        raise ValueError(
-            f"config['gate']={config.gate!r}: rank {rank.rank} has {', '.join(GATES)}, as ranks in processes of their own know the gates "
-            "of moekit/nn/gates.py alone: enter it there, or load the model with world_size=1"
-        )
-    try:
-        gate_of(config).try_out(rank.device)
-    except Exception as error:
-        raise ValueError(
-            f"config['gate']={config.gate!r} fails on a few tokens ({headline(error, 200)}); expected a gate as moekit/nn/gate.py "
-            "describes it: mend it, and load the model again"
-        ) from error
 
 
 def _has_cuts(config: ModelConfig, backend: str) -> bool:
@@ -147,6 +128,26 @@ def _dispatch(
 
         return PeerDispatch(config.experts, top_k_of(config), config.dim, dtype, rank.device)
     return AllToAll(config.experts) if one_host else Hierarchical(config.experts, rank.machines)
+
+
+def gate_fault(rank: Rank, config: ModelConfig, dtype: torch.dtype) -> str | None:
+    """What is wrong on this rank with the gate of a model of this ``dtype``, as a sentence; None: it works on a few tokens.
+
+    An error here would cost the rank.
+    """
+    if config.gate not in GATES:
+        return (
+            f"the gate {config.gate!r} is not on rank {rank.rank}, which has {', '.join(GATES)}, as ranks in processes of their own "
+            "know the gates of moekit/nn/gates.py alone: enter it there, or load the model with world_size=1"
+        )
+    try:
+        gate_of(config).try_out(rank.device, dtype)
+    except Exception as error:
+        return (
+            f"the gate {config.gate!r} fails on a few tokens in {dtype} on rank {rank.rank} ({headline(error, 200)}); expected a "
+            "gate as moekit/nn/gate.py describes it: mend it, and load the model again"
+        )
+    return None
 
 
 def missing(rank: Rank, sizes: dict[Path, int]) -> tuple[str, list[str]]:
