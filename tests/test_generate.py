@@ -238,10 +238,12 @@ def test_a_function_that_cannot_be_sent_is_told(reference, tmp_path, monkeypatch
         monkeypatch.syspath_prepend(tmp_path)
         from of_the_driver import listens
 
-        with pytest.raises(
-            ValueError, match="record raised ModuleNotFoundError: No module named 'of_the_driver'"
-        ):
-            model.generate(IDS, max_new_tokens=3, record=listens, **QUIET)
+        said = r"^record cannot be made on rank 0 \(ModuleNotFoundError: No module named 'of_the_driver'\); .* in sys.path$"
+        for how in ({}, {"trace": True}):
+            with pytest.raises(ValueError, match=said):
+                model.generate(IDS, max_new_tokens=3, record=listens, **how, **QUIET)
+        with pytest.raises(ValueError, match=said):
+            list(model.stream(IDS, 3, record=listens))
         same(model.generate(IDS, max_new_tokens=3, **QUIET), wanted)
     with moekit.load(reference / "checkpoint", 1, "cpu", **QUIET) as model:
         same(model.generate(IDS, max_new_tokens=3, record=holds, **QUIET), wanted)

@@ -32,7 +32,7 @@ class Session:
     Attributes:
         sequences: for each rank the numbers of its sequences, in the order of their rows on the rank.
         parts: the parts of the trace, after the end of the session.
-        raised: by rank, what the user's ``record`` raised there.
+        raised: by rank, what the user's ``record`` raised there, or why it cannot be made there.
     """
 
     keys = itertools.count()
@@ -92,13 +92,8 @@ class Session:
 
         found = self.model.ranks.call(fn, self.key, *args, on_report=listen)
         if self.raised:
-            rank = min(self.raised)
-            raised = f"record raised {self.raised[rank].said}, on rank {rank}"
-            if self.raised[rank].interrupt:
-                raise KeyboardInterrupt(f"{raised}: the generation has ended, and the model can be used on")
-            raise ValueError(
-                f"{raised}; expected a function that takes (layer, routing): mend it, and generate again with the same model"
-            )
+            first = self.raised[min(self.raised)]
+            raise (KeyboardInterrupt if first.interrupt else ValueError)(first.said)
         return found
 
     @property

@@ -108,7 +108,7 @@ def _begin(
     for old in abandoned:
         end(rank, old)
     if settings.record is not None:
-        settings.record.report = rank.report
+        settings.record.rank = rank
     model: Transformer = rank.state["model"]
     alone = settings.fraction is not None
     shapes = prompts.shapes(alone)

@@ -11,14 +11,15 @@ import cloudpickle
 from moekit.arguments import shown
 from moekit.headlines import headline
 from moekit.nn.gate import Routing
+from moekit.ranks import Rank
 
 
 class Raised(NamedTuple):
-    """What a rank reports of a function that raised.
+    """What a rank reports of a function that raised there, or cannot be made there.
 
     Attributes:
-        said: the error, and its place in the function.
-        interrupt: whether it is a KeyboardInterrupt.
+        said: a sentence on the error, its place and what to do.
+        interrupt: whether the function raised a KeyboardInterrupt.
     """
 
     said: str
@@ -32,30 +33,50 @@ class Listener:
     driver's own process an interrupt is the user's key, and no other rank waits: it ends the pass.
 
     Attributes:
-        report: the rank's :meth:`moekit.ranks.Rank.report`, once it is on a rank.
+        rank: the one that it is on, once it is on one.
     """
 
     def __init__(self, function: Callable[[int, Routing], None]):
-        self.report: Callable[[Raised], None] | None = None
-        self._function, self._pickled, self._raised = function, None, False
+        self.rank: Rank | None = None
+        self._function, self._pickled, self._ended = function, None, False
 
     def __call__(self, layer: int, routing: Routing) -> None:
-        if self._raised:
+        if self._ended or not self._made():
             return
-        sent = self._pickled is not None
         try:
-            if self._function is None:
-                self._function = cloudpickle.loads(self._pickled)
             self._function(layer, routing)
         except BaseException as error:
             interrupt = isinstance(error, KeyboardInterrupt)
-            if interrupt and not sent:
+            if interrupt and self._pickled is None:
                 raise
-            self._raised = True
             # The first place is the call above. Where the function does not take these arguments, there is no other.
             _, *places = traceback.extract_tb(error.__traceback__)
             where = f" in line {places[0].lineno} of {places[0].name}" if places else ""
-            self.report(Raised(f"{headline(error)}{where}", interrupt))
+            self._end(
+                f"record raised {headline(error)}{where}, on rank {self.rank.rank}; "
+                + (
+                    "the generation has ended, and the model can be used on"
+                    if interrupt
+                    else "expected a function that takes (layer, routing): mend it, and generate again with the same model"
+                ),
+                interrupt,
+            )
+
+    def _made(self) -> bool:
+        """Whether the function is here, made of what was sent; else the error is reported."""
+        if self._function is None:
+            try:
+                self._function = cloudpickle.loads(self._pickled)
+            except BaseException as error:
+                self._end(
+                    f"record cannot be made on rank {self.rank.rank} ({headline(error, 200)}); expected a function of a module that "
+                    "ranks find too: define it in the notebook, or load the model when the module's folder is in sys.path"
+                )
+        return not self._ended
+
+    def _end(self, said: str, interrupt: bool = False) -> None:
+        self._ended = True
+        self.rank.report(Raised(said, interrupt))
 
     def __getstate__(self) -> dict[str, Any]:
         """What is sent to a rank: the function is made there when it is called, where an error costs no rank."""
