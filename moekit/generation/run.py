@@ -84,7 +84,7 @@ def generate(
         capacity_token_fraction: the capacity of the experts during prefill, for each prompt by itself, as in
             :meth:`moekit.api.Model.evaluate`. None drops nothing. New tokens are never dropped.
         record: called on the ranks by every MoE layer, see :class:`moekit.nn.passes.Pass`; a group is a sequence. What it raises
-            ends the generation and is raised here, and no rank is lost.
+            ends the generation, no rank is lost, and a ValueError here tells it (a KeyboardInterrupt stays one).
         trace: also record the routing, one sample per sequence; :class:`moekit.nn.record.Options` select its columns. A
             beam search cannot be traced. The trace's ``predicted`` stays empty, because ``alternatives`` hold the best
             tokens.
@@ -94,7 +94,8 @@ def generate(
         ``num_return_sequences`` results per prompt, prompt by prompt; those of a beam search best first.
 
     Raises:
-        ValueError: an argument is invalid, or a prompt leaves too little room; it is raised before anything runs.
+        ValueError: an argument is invalid, or a prompt leaves too little room: it is raised before anything runs; or ``record``
+            raised, or cannot be sent to the ranks.
         moekit.ranks.RankError: a rank failed.
     """
     # The request takes all arguments by their names; it ignores ``progress``.
@@ -182,6 +183,11 @@ def stream(
     """Yield the tokens of :func:`generate` as they are chosen: the first token of all sequences, then the second, and so on.
 
     Closing the iterator ends the generation. A beam search cannot be streamed: its tokens are known only at its end.
+
+    Raises:
+        ValueError: an argument is invalid, or a prompt leaves too little room: it is raised before anything runs; or ``record``
+            raised, or cannot be sent to the ranks.
+        moekit.ranks.RankError: a rank failed.
     """
     request = Request.of(**locals(), beam_size=1, trace=False)
     return _tokens(model, request)
