@@ -21,9 +21,10 @@ from moekit.interrupts import import_whole
 from moekit.nn.changes import changed
 from moekit.nn.gates import PROVEN
 from moekit.nn.operations import choose_backend
+from moekit.nn.policies import USUAL
 from moekit.nn.record import Options
 from moekit.planning.fitting import cached_tokens, fitting
-from moekit.planning.residence import USUAL, residence, residency
+from moekit.planning.residence import residence, residency
 from moekit.planning.runs import Run, room, unknown
 from moekit.profiling import profile
 from moekit.progress import bar as progress_bar

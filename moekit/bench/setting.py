@@ -144,7 +144,7 @@ class Setting:
         """The handle of a model with random weights, as ``moekit.load`` returns it, and the ceilings of its devices."""
         with ranks.start(self.world_size, self.device) as pool:
             ceilings = measure.slowest(pool.call(measure.ceilings, self.kind))
-            staying = None if self.resident is None else Residence(self.resident, "lru", self.prefetch)
+            staying = None if self.resident is None else Residence(self.resident, prefetch=self.prefetch)
             how = {"kind": self.experts_kind, "residence": staying, "zipf": self.zipf}
             pool.call(shapes.build, self.config, self.kind, self.backend, **how)
             plan = checkpoint.Plan(self.config, self.kind, ())

@@ -128,3 +128,5 @@ class Hottest(Policy):
 
 
 POLICIES = {"lru": Lru, "lfu": Lfu}
+# The one where none is named.
+USUAL = "lru"

@@ -27,7 +27,7 @@ from moekit.nn.experts import Assignment, Experts, expert_of
 from moekit.nn.operations import PLAIN
 from moekit.nn.parts import FETCH, part
 from moekit.nn.pinning import pin
-from moekit.nn.policies import POLICIES, Hottest, Policy
+from moekit.nn.policies import POLICIES, USUAL, Hottest, Policy
 from moekit.nn.slots import CHUNK, Slots, grow_in_place, transit
 from moekit.nn.successors import Successors
 
@@ -311,7 +311,7 @@ class Residence:
     """
 
     count: int
-    policy: str | np.ndarray = "lru"
+    policy: str | np.ndarray = USUAL
     prefetch: bool = True
 
     def of_layer(self, layer: int, held: range, numbers: Tensor | None = None) -> Policy:

@@ -10,7 +10,7 @@ from moekit import arguments
 from moekit.arguments import Flag, check, shown
 from moekit.handle import Handle
 from moekit.nn.config import DENSE
-from moekit.nn.policies import POLICIES
+from moekit.nn.policies import POLICIES, USUAL
 from moekit.nn.resident import Counts, Residence
 from moekit.planning.runs import Run
 from moekit.routing.trace import Trace
@@ -19,9 +19,6 @@ from moekit.worker import loading
 
 if TYPE_CHECKING:
     import pandas as pd
-
-# The policy of :func:`moekit.load` where none is named.
-USUAL = "lru"
 
 
 def residence(run: Run, policy: str | Trace | Path, prefetch: bool, limited: bool) -> Residence | None:
