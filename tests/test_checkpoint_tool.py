@@ -588,6 +588,11 @@ def test_errors_are_one_sentence(source, tmp_path, capsys, arguments, said):
             {"to": "fairseq", "texts": {"model-rank-99.pt": "a"}},
             "texts names 'model-rank-99.pt', which",
         ),
+        (
+            "convert",
+            {"to": "hf", "texts": {"notes.rst": "a"}},
+            "texts names 'notes.rst': expected LICENSE, or a name that ends in .json, .md or .txt",
+        ),
         ("convert", {"to": "hf", "texts": {"../a": "b"}}, "texts names '../a': expected the name of a file"),
         ("convert", {"to": "hf", "texts": {"..": "b"}}, "texts names '..': expected the name of a file"),
         ("convert", {"to": "hf", "texts": {"a": 3}}, "texts=['a', 3]: expected a list of texts"),
@@ -602,8 +607,31 @@ def test_a_wrong_argument_from_python_is_named_and_makes_nothing(source, tmp_pat
 
 def test_texts_go_along_in_any_format(source, tmp_path):
     for to in reshaping.FORMATS:
-        reshaping.convert(source, tmp_path / to, to, texts={"notes.md": "é"}, show=False)
-        assert (tmp_path / to / "notes.md").read_text("utf-8") == "é"
+        for text in ("é", "è"):
+            texts = {"notes.md": text, "LICENSE": text}
+            reshaping.convert(source, tmp_path / to, to, texts=texts, force=text == "è", show=False)
+            assert (tmp_path / to / "notes.md").read_text("utf-8") == text
+            assert (tmp_path / to / "LICENSE").read_text("utf-8") == text
+
+
+def test_another_question_replaces_the_texts_of_the_first(source, tmp_path, monkeypatch):
+    """Its note tells an unfinished run's texts from what somebody put there."""
+
+    def ends(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(writing, "_write", ends)
+        reshaping.convert(source, tmp_path / "made", "hf", texts={"notes.md": "é"}, show=False)
+    part = tmp_path / "made.part"
+    assert (part / "notes.md").is_file()
+    (part / "mine.md").write_text("mine")
+    with pytest.raises(ValueError, match=r"made\.part is in the way: it holds mine\.md"):
+        reshaping.convert(source, tmp_path / "made", "hf", show=False)
+    assert (part / "mine.md").read_text() == "mine" and (part / "notes.md").is_file()
+    (part / "mine.md").unlink()
+    reshaping.convert(source, tmp_path / "made", "hf", show=False)
+    assert not (tmp_path / "made" / "notes.md").exists()
 
 
 def test_numpys_numbers_name_experts_and_files(source, tmp_path):

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moekit import arguments, locks
+from moekit import arguments, json_text, locks
 from moekit.arguments import check, first_few, shown
 from moekit.checkpoint import safetensors
 from moekit.checkpoint.contents import clip
@@ -38,11 +38,10 @@ from moekit.progress import bar
 JOB = "job.json"
 # What turns text into ids and back goes along with a checkpoint.
 BESIDE = ("dict.txt", "encoder.json", "vocab.bpe")
-OTHERS = re.compile(rf"vocab\.bpe|.*\.(json|md|txt)|{re.escape(BRIDGE)}")
-# What an unfinished run has made.
-MADE = re.compile(
-    rf"({NAME.pattern})(\.part)?|.*\.json|README\.md|merges\.txt|{'|'.join(map(re.escape, (*BESIDE, BRIDGE)))}"
-)
+# What a checkpoint's folder may hold besides weights: the texts that a run writes have such names, and --force removes them.
+OTHERS = re.compile(rf"vocab\.bpe|LICENSE|.*\.(json|md|txt)|{re.escape(BRIDGE)}")
+# What an unfinished run has made, besides the texts that its note names.
+MADE = re.compile(rf"({NAME.pattern})(\.part)?|.*\.json|{'|'.join(map(re.escape, (*BESIDE, BRIDGE)))}")
 # Marks a folder that is replaced, so that no other is removed.
 REPLACED = ".moekit-replaced"
 
@@ -75,8 +74,8 @@ def write_folder(
         show: a bar with the rate.
 
     Raises:
-        ValueError: ``target`` cannot be written or is there by now, another run makes it, a text has a name of weights or of
-            what is written anyway, or a file is not what was written.
+        ValueError: ``target`` cannot be written or is there by now, another run makes it, a text has a name of weights, of
+            what is written anyway or of what no checkpoint's folder holds, or a file is not what was written.
     """
     files = list(files)
     _check_names(texts, [*own, *(name for name, _ in files)])
@@ -86,15 +85,15 @@ def write_folder(
         with _job_of(place, json.dumps(job, sort_keys=True)):
             for name, text in texts.items():
                 (place / name).write_text(text, "utf-8")
-            with bar(target.name, total, "B", show=show) as shown:
+            with bar(target.name, total, "B", show=show) as done:
                 for name, content in files:
                     size = 0
                     if not (place / name).exists():
                         tensors, settings = content()
                         _write(place / name, tensors, settings)
                         size = sum(tensor.nbytes for tensor in tensors.values())
-                    shown.update(size or (place / name).stat().st_size)
-                shown.total = shown.n
+                    done.update(size or (place / name).stat().st_size)
+                done.total = done.n
             for name in BESIDE:
                 if (source / name).is_file() and name not in texts:
                     shutil.copyfile(source / name, place / name)
@@ -104,13 +103,18 @@ def write_folder(
 
 
 def _check_names(texts: Iterable[str], own: Sequence[str]) -> None:
-    """Check that no text takes the place of a file in ``own``, of weights, or of a note that is gone at the end."""
+    """Check that no text takes the place of a file in ``own``, of weights, or of a note that is gone at the end, and that the
+    folder can be replaced with them."""
     for name in texts:
         if name in (*own, JOB, REPLACED) or NAME.fullmatch(name.removesuffix(".part")):
             written = first_few(sorted(own))
             raise ValueError(
                 f"texts names {shown(name)}, which is kept for weights and for what the folder has anyway ({written}): leave it "
                 "out, or give it another name"
+            )
+        if not OTHERS.fullmatch(name):
+            raise ValueError(
+                f"texts names {shown(name)}: expected LICENSE, or a name that ends in .json, .md or .txt"
             )
 
 
@@ -129,9 +133,13 @@ def _job_of(place: Path, asked: str) -> Iterator[None]:
         if locks.take(file) is False:
             raise ValueError(f"another run makes files in {place}: wait for its end, or name another folder")
         file.seek(0)
-        if file.read() != asked:
-            made = [path for path in place.iterdir() if path != note]
-            foreign = [path.name for path in made if path.is_dir() or not MADE.fullmatch(path.name)]
+        if (noted := file.read()) != asked:
+            made, texts = [path for path in place.iterdir() if path != note], _texts_of(noted)
+            foreign = [
+                path.name
+                for path in made
+                if path.is_dir() or not (MADE.fullmatch(path.name) or path.name in texts)
+            ]
             if foreign:
                 raise ValueError(
                     f"{place} is in the way: it holds {clip(foreign[0])}; move it away, the files are made there"
@@ -142,6 +150,14 @@ def _job_of(place: Path, asked: str) -> Iterator[None]:
             file.write(asked)
             file.flush()
         yield
+
+
+def _texts_of(note: str) -> set[str]:
+    """The names of the texts of the job that ``note`` tells; none if it tells no job."""
+    try:
+        return {name for name, _ in json_text.loads(note, json_text.MANY_VALUES)["texts"]}
+    except (KeyError, TypeError, ValueError):
+        return set()
 
 
 def check_target(source: Files, target: str | Path, force: bool) -> Path:
