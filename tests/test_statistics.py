@@ -211,6 +211,20 @@ def test_a_class_is_a_metric_and_an_option_and_has_no_items():
         metrics.bootstrap(written, dict)
 
 
+def test_labels_that_a_metric_of_the_users_calls_metric_are_drawn_with_the_tokens():
+    read, labels = synthetic(tokens=400, block=20)
+    written = dataclasses.replace(read, generated=read.position >= 10)
+
+    def of_groups(trace, groups):
+        return metrics.information(trace, groups)
+
+    def of_metric(trace, metric):
+        return metrics.information(trace, metric)
+
+    wanted = metrics.bootstrap(written, of_groups, labels, resamples=5)
+    pd.testing.assert_frame_equal(metrics.bootstrap(written, of_metric, labels, resamples=5), wanted)
+
+
 def test_iterators_last_for_all_resamples():
     trace, labels = synthetic(tokens=400, block=20)
     units = np.arange(400) // 40

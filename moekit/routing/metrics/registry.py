@@ -25,7 +25,7 @@ KINDS = {
     "level": Number(above=0, most=1),
 }
 # Arguments that have no item for each token, however many items they have.
-OF_NO_TOKEN = ("metric", "sizes")
+OF_NO_TOKEN = ("sizes",)
 # Whether the metric that calls another one counts the prompt's tokens, too: then so does the other one.
 _with_prompt: ContextVar[bool] = ContextVar("_with_prompt", default=False)
 
@@ -117,7 +117,7 @@ def of_tokens(
         }
     if isinstance(value, Iterator):
         value = array_of(name, value)
-    # A class and an array of one number have no length, though they say to have one.
+    # A class, and an array without dimensions, say that they have a length, and have none.
     items = len(value) if isinstance(value, Sized) and is_many(value) and not isinstance(value, str) else -1
     return array_of(name, value)[rows] if items == tokens else value
 
