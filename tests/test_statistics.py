@@ -234,6 +234,12 @@ def test_iterators_last_for_all_resamples():
     )
     pd.testing.assert_frame_equal(told, wanted)
 
+    def deep(trace, classes):
+        return metrics.information(trace, classes=classes["a"])
+
+    told = metrics.bootstrap(trace, deep, by=units, classes={"a": {"x": iter(labels)}}, resamples=5)
+    pd.testing.assert_frame_equal(told, wanted)
+
 
 # ------------------------------------------------------------------------------------------------------ permutation
 

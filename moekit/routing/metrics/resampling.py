@@ -89,7 +89,7 @@ def bootstrap(
 
 def _lasting(value: Any) -> Any:
     """``value`` with lists in place of iterators: the metric may be computed again, and an iterator can be read only once."""
-    if isinstance(value, Mapping) and any(isinstance(one, Iterator) for one in value.values()):
+    if isinstance(value, Mapping):
         return {name: _lasting(one) for name, one in value.items()}
     return list(value) if isinstance(value, Iterator) else value
 
