@@ -187,6 +187,35 @@ def test_a_trace_of_the_same_tokens_is_drawn_with_the_first(generated):
         np.testing.assert_allclose(fast[["low", "high"]], drawn[["low", "high"]], atol=1e-6)
 
 
+@pytest.mark.parametrize("told", [True, False])
+def test_a_longer_trace_of_the_same_text_is_drawn_with_the_first_by_a_metric_that_aligns_both(told):
+    """Samples of a resample have numbers of their own: drawn alone, they would be aligned with other ones."""
+    longer, _ = synthetic(tokens=800, block=20, experts=6)
+    other, _ = synthetic(tokens=800, block=20, experts=6, seed=1)
+    other = dataclasses.replace(other, token=longer.token if told else np.full_like(longer.token, -1))
+    trace = longer.select(samples=range(10, 30))
+    fast = metrics.bootstrap(trace, metrics.agreement, other, resamples=60)
+    assert (fast["note"] == "").any()
+    drawn = metrics.bootstrap(trace, slow(metrics.agreement), other, resamples=60)
+    np.testing.assert_allclose(fast[["low", "high"]], drawn[["low", "high"]], atol=1e-6)
+
+
+def test_a_longer_trace_of_the_same_text_stays_whole_where_all_of_it_counts():
+    longer, _ = synthetic(tokens=800, block=20, experts=6)
+    trace = longer.select(samples=range(10, 30))
+
+    def shares(one):
+        return metrics.counts(one).max(axis=1) / len(one)
+
+    def more(one, other):
+        return pd.DataFrame({"layer": one.layers, "value": shares(one) - shares(other)})
+
+    wanted = metrics.bootstrap(trace, Busiest, resamples=60)
+    told = metrics.bootstrap(trace, more, longer, resamples=60)
+    for name in ("low", "high"):
+        np.testing.assert_allclose(told[name], wanted[name] - shares(longer), atol=1e-6)
+
+
 def test_a_trace_of_other_tokens_stays_whole():
     trace, _ = synthetic(tokens=400, block=20, experts=6)
     for other in (synthetic(tokens=400, block=20, seed=1)[0], synthetic(tokens=100, block=20)[0]):
@@ -197,7 +226,7 @@ def test_a_trace_of_other_tokens_stays_whole():
             return Busiest(one)
 
         metrics.bootstrap(trace, against, other, resamples=5)
-        assert len(seen) == 6 and all(one is other for one in seen)
+        assert len(seen) == 7 and all(one is other for one in seen)
 
 
 def test_a_class_is_a_metric_and_an_option_and_has_no_items():

@@ -32,14 +32,17 @@ def align(one: Trace, other: Trace) -> tuple[Trace, Trace]:
             "the traces have no sample and position in common; expected traces of the same text: "
             "join([trace], renumber=True) numbers samples from 0"
         )
-    if differ := _differing(one, other):
+    if differ := _differing(one.token, other.token):
         raise ValueError(f"{differ} of {len(one)} tokens differ: the traces are not of the same text")
     return one, other
 
 
-def same_tokens(one: Trace, other: Trace) -> bool:
-    """Whether row by row two traces are of the same tokens, as :func:`align` gives them."""
-    return one is other or (np.array_equal(_places(one), _places(other)) and not _differing(one, other))
+def rows_in(other: Trace, one: Trace) -> np.ndarray | None:
+    """[T] int64, the rows of ``other`` with the tokens of ``one``; None where it lacks any, or has another text."""
+    wanted, places = _places(one), _places(other)
+    rows = np.flatnonzero(np.isin(places, wanted))
+    same = np.array_equal(places[rows], wanted) and not _differing(one.token, other.token[rows])
+    return rows if same else None
 
 
 def _places(trace: Trace) -> np.ndarray:
@@ -47,10 +50,10 @@ def _places(trace: Trace) -> np.ndarray:
     return trace.sample.astype(np.int64) << 32 | trace.position
 
 
-def _differing(one: Trace, other: Trace) -> int:
-    """How many tokens of traces with the same places differ."""
-    known = (one.token >= 0) & (other.token >= 0)
-    return int((one.token != other.token)[known].sum())
+def _differing(one: np.ndarray, other: np.ndarray) -> int:
+    """How many tokens of the same places differ."""
+    known = (one >= 0) & (other >= 0)
+    return int((one != other)[known].sum())
 
 
 def kept_by_expert(trace: Trace) -> np.ndarray:

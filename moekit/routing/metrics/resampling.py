@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from moekit.arguments import Choice, Whole, check, shown
 from moekit.routing import statistics
 from moekit.routing.metrics.registry import METRICS, measured, names_of, of_tokens
 from moekit.routing.metrics.tables import block_counts, broadcast_table, chosen_experts, labels_of, layers_of
-from moekit.routing.pairs import same_tokens
+from moekit.routing.pairs import rows_in
 from moekit.routing.statistics import BLOCK, FEW, SEED, entropy_bits
 from moekit.routing.trace import ARRAYS, Trace
 
@@ -49,7 +50,8 @@ def bootstrap(
     Args:
         metric: one of the metrics, its name, or a function of a trace that returns a table with ``value``.
         args, options: the metric's own; those with an item for each token, and traces of the same tokens, are drawn with it.
-            Other traces stay whole.
+            So is a longer trace of the same text, if the metric gives the same value without the tokens that the first
+            one lacks, as a metric does that aligns both. Other traces stay whole.
         by: "sample"; "block": ``size`` neighbouring samples, for documents that lie across samples; or [T] units.
         resamples: of the units. Metrics that count draw counts, 1,000 resamples in seconds; others are computed for each
             resample again.
@@ -111,6 +113,27 @@ def _redrawn_interval(
         )
     rows_of = np.split(np.argsort(found.unit, kind="stable"), np.cumsum(np.bincount(found.unit))[:-1])
     again, names = np.full((len(found.draws), len(frame)), np.nan), names_of(metric, args)
+    value = frame["value"].to_numpy(float)
+    places = functools.cache(functools.partial(rows_in, one=trace))
+
+    def values(rows: np.ndarray, sample: np.ndarray, longer: bool) -> np.ndarray:
+        """The metric of these ``rows``, in these samples; ``longer``: of traces with more tokens, too, the same ones alone."""
+
+        def drawn(other: Trace) -> Trace:
+            if (there := places(other)) is None or (len(other) > len(trace) and not longer):
+                return other
+            return _at(other, there[rows], sample)
+
+        own_args = [
+            of_tokens(name, value, rows, len(trace), drawn) for name, value in zip(names, args, strict=True)
+        ]
+        own = {name: of_tokens(name, value, rows, len(trace), drawn) for name, value in options.items()}
+        one = metric(drawn(trace), *own_args, **own)
+        return (one.set_index(keys)["value"].reindex(index) if keys else one["value"]).to_numpy(float)
+
+    # A metric that reads all of a longer trace has another value without the tokens that the first one lacks, and resamples of
+    # that value tell nothing of its own.
+    longer = np.allclose(values(np.arange(len(trace)), trace.sample, True), value, equal_nan=True)
     for number, draw in enumerate(found.draws.astype(int)):
         rows, copy = [], []
         for unit in np.flatnonzero(draw):
@@ -120,17 +143,7 @@ def _redrawn_interval(
                 copy.append(trace.sample[rows_of[unit]].astype(np.int64) + (len(copy) << 32))
         rows, copy = np.concatenate(rows), np.concatenate(copy)
         sample = np.unique(copy, return_inverse=True)[1].astype(np.int32)
-
-        def drawn(other: Trace, rows: np.ndarray = rows, sample: np.ndarray = sample) -> Trace:
-            return _at(other, rows, sample) if same_tokens(trace, other) else other
-
-        own_args = [
-            of_tokens(name, value, rows, len(trace), drawn) for name, value in zip(names, args, strict=True)
-        ]
-        own = {name: of_tokens(name, value, rows, len(trace), drawn) for name, value in options.items()}
-        one = metric(drawn(trace), *own_args, **own)
-        again[number] = one.set_index(keys)["value"].reindex(index) if keys else one["value"]
-    value = frame["value"].to_numpy(float)
+        again[number] = values(rows, sample, longer)
     known = ~np.isnan(again).any(axis=0)
     low, high = statistics.interval(np.nan_to_num(again), np.nan_to_num(value), found.number)
     return frame.assign(low=np.where(known, low, np.nan), high=np.where(known, high, np.nan)), known
