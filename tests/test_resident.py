@@ -654,6 +654,11 @@ def test_how_experts_are_fetched_is_asked_only_where_some_are(how, said):
                 assert model.parts[0]["resident"] is None
 
 
+def test_a_dense_model_has_no_experts_to_fetch():
+    with pytest.raises(ValueError, match="policy='lfu' says how .* and the model is dense, .*: leave it out"):
+        moekit.load("demo-dense", 1, "cpu", policy="lfu", **QUIET)
+
+
 def test_policies_of_other_models(many):
     with moekit.load("demo", 1, "cpu", **QUIET) as model:
         trace = model.trace(texts(), progress=False)

@@ -39,6 +39,8 @@ def residence(run: Run, policy: str | Trace | Path, prefetch: bool, limited: boo
     usual = isinstance(policy, str) and policy == USUAL
     if not (limited or (usual and prefetch)):
         told = f"prefetch={prefetch}" if usual else f"policy={shown(policy)}"
+        if not run.config.moe_layers:
+            raise ValueError(f"{told} says how experts are fetched, and {DENSE}: leave it out")
         raise ValueError(
             f"{told} says how experts are fetched, and all stay on their devices: give resident or gpu_memory, too, or leave it out"
         )
