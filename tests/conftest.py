@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import triton_interpreter
 
 DATA = Path(__file__).parent / "data"
 
@@ -40,6 +41,8 @@ def _import_triton() -> None:
         if not torch.cuda.is_available():
             patch.setenv("TRITON_INTERPRET", "1")
         importlib.import_module("triton.language")
+        if not torch.cuda.is_available():
+            triton_interpreter.replace_once()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 import triton.language as tl
 from branch_cases import BASE, CASES, build
 from steps import VOCAB, against_slow
+from triton_interpreter import replace_once
 
 import moekit
 from moekit import checkpoint
@@ -1380,6 +1381,8 @@ def test_ranks_that_compute_with_kernels(reference):
             reference / "checkpoint", world_size, device, "float32", backend=backend, progress=False
         ) as model:
             assert {part["backend"] for part in model.parts} == {backend}
+            if DEVICE == "cpu":
+                model.ranks.call(replace_once)
             result = model.evaluate(
                 reference / "data-bin",
                 tokens_per_sample=24,
@@ -1415,6 +1418,8 @@ def test_ranks_that_compute_a_dense_model_with_kernels(tmp_path):
         device = "auto" if DEVICE == "cuda" else "cpu"
         how = {"backend": backend, "progress": False}
         with moekit.load(tmp_path, world_size, device, "float32", **how) as model:
+            if DEVICE == "cpu":
+                model.ranks.call(replace_once)
             written = model.generate(texts[:3], max_new_tokens=4, progress=False)
             found[backend] = model.score(texts, batch_size=2)["logprob"], [one.ids for one in written]
     np.testing.assert_allclose(found["loop"][0], found["triton"][0], atol=1e-4)

@@ -10,6 +10,8 @@ from eager_graph import EagerGraph
 INTERPRET = "TRITON_INTERPRET"
 pytest.importorskip("triton")
 
+from triton_interpreter import replace_once
+
 from moekit import ranks
 from moekit.nn import graphs
 from moekit.nn.cache import Cache
@@ -40,6 +42,7 @@ def interpreted():
 @pytest.fixture(scope="module", params=[2, 3])
 def pool(request, interpreted):
     with ranks.start(request.param, "cpu") as found:
+        found.call(replace_once)
         yield found
 
 
