@@ -42,9 +42,10 @@ test: env lint ## all tests, in two runs beside one another
 quick: env ## the tests that start no browser and few processes
 	$(BIN)/python -m pytest -m "not slow"
 
-fuzz: env ## the property tests for longer (FUZZ=5000 make fuzz), and 50 interrupts
-	FUZZ=$${FUZZ:-5000} INTERRUPTS=50 $(BIN)/python -m pytest tests/test_*fuzz*.py \
-		tests/test_faults.py::test_interrupts_at_random_moments
+fuzz: env ## the property tests for longer (FUZZ=5000 make fuzz), 50 interrupts, and 200 kills
+	FUZZ=$${FUZZ:-5000} INTERRUPTS=50 KILLS=200 $(BIN)/python -m pytest tests/test_*fuzz*.py \
+		tests/test_faults.py::test_interrupts_at_random_moments \
+		tests/test_results.py::test_files_of_notebooks_are_whole_after_kills
 
 lint: env ## ruff, which folder may import which, and notebooks without outputs
 	$(BIN)/ruff check .

@@ -1,5 +1,6 @@
 """Results appear whole: after an error, a kill at any moment, and on a full disk."""
 
+import contextlib
 import json
 import os
 import random
@@ -16,6 +17,7 @@ from moekit import moving, results
 from moekit.routing.trace import Trace
 
 HERE = Path(__file__).parent
+KILLS = int(os.environ.get("KILLS", "50"))
 pytestmark = pytest.mark.slow
 
 
@@ -82,10 +84,15 @@ def test_200_moments_of_an_end(tmp_path):
     total, draw, kept = ended_at(None, 0), random.Random(0), 0
     for version in range(1, 201):
         before = {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*.txt")}
+        held = set(os.listdir("/proc/self/fd"))
         try:
             ended_at(draw.randrange(1, total), version)
         except Killed:
             pass
+        # A process that is killed leaves no descriptor. Here one would keep a lock, for which each later save waits 10 s.
+        for left in set(os.listdir("/proc/self/fd")) - held:
+            with contextlib.suppress(OSError):
+                os.close(int(left))
         after = {
             p.relative_to(folder): p.read_bytes() for p in folder.rglob("*.txt") if ".moekit" not in str(p)
         }
@@ -100,29 +107,15 @@ def test_200_moments_of_an_end(tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == ["a.txt", "b.txt", "c.txt", "sub"]
 
 
-def kills(folder: Path, trials: int, counted) -> dict:
-    ended = ran(HERE / "saving.py", folder, str(trials), "1", seconds=600)
+def test_files_of_notebooks_are_whole_after_kills(tmp_path, counted):
+    ended = ran(HERE / "saving.py", tmp_path, str(KILLS), "1", seconds=30 + 5 * KILLS)
     assert ended.returncode == 0, ended.stderr
     found = json.loads(ended.stdout)
     counted("kills while results are saved", "with every file whole", found["killed"] - len(found["broken"]))
     counted("of these, kills around the moves", "with every file whole", found["moved"])
     counted("kills while results are saved", "with files of two runs", len(found["mixed"]))
     counted("kills while results are saved", "with a file that cannot be read", len(found["broken"]))
-    return found
-
-
-def test_files_of_notebooks_are_whole_after_kills(tmp_path, counted):
-    found = kills(tmp_path, 25, counted)
-    assert (
-        found["killed"] >= 15
-        and found["moved"] >= 8
-        and found["broken"] == found["mixed"] == found["left"] == []
-    )
-
-
-def test_files_of_notebooks_are_whole_after_200_kills(tmp_path, counted):
-    found = kills(tmp_path, 200, counted)
-    assert found["killed"] >= 150 and found["moved"] >= 80
+    assert found["killed"] >= 0.6 * KILLS and found["moved"] >= 0.3 * KILLS
     assert found["broken"] == found["mixed"] == found["left"] == []
 
 
