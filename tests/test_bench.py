@@ -15,7 +15,19 @@ from synthetic_traces import synthetic
 import moekit
 from moekit import paths, scoring
 from moekit.bench import __main__ as bench
-from moekit.bench import decode, figures, load, measure, moe_layer, network, profile, score, shapes
+from moekit.bench import (
+    data,
+    decode,
+    figures,
+    load,
+    measure,
+    moe_layer,
+    network,
+    profile,
+    routing,
+    score,
+    shapes,
+)
 from moekit.bench.figures import Figure
 from moekit.bench.measure import Ceilings
 from moekit.bench.setting import Setting
@@ -735,8 +747,10 @@ def test_profiles_beside_the_bench(tmp_path):
 
 
 def test_all_at_once(tmp_path, monkeypatch):
-    """Those that take long with what they do by default, the profiles, have a test of their own."""
-    asked = []
+    """Those that take long with what they do by default, the profiles, have a test of their own; others do less here."""
+    asked, text, trace = [], data._text, routing.synthetic
+    monkeypatch.setattr(data, "_text", lambda path, size: text(path, size // 40))
+    monkeypatch.setattr(routing, "synthetic", lambda tokens, *sizes: trace(tokens // 50, *sizes))
     monkeypatch.setattr(
         profile, "run", lambda setting, args: asked.append(args) or [Figure("profile", 1.0, "ms")]
     )

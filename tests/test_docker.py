@@ -557,8 +557,8 @@ def test_the_health_check_turns_healthy(lab):
         ("README", {}, []),
         ("prepare_data", {"data_dir": "out/data"}, ["out/data"]),
         ("load_shards", {"world_size": 3}, ["out/load_shards/shares.csv"]),
-        ("run_inference", {"world_size": 4, "max_batches": 40}, ["out/run_inference/results.json"]),
-        ("inspect_routing", {"max_tokens": 5000}, ["out/inspect_routing"]),
+        ("run_inference", {"world_size": 4, "max_batches": 10}, ["out/run_inference/results.json"]),
+        ("inspect_routing", {"max_tokens": 1500}, ["out/inspect_routing"]),
     ],
 )
 def test_a_notebook_runs_headless(start, home, name, parameters, made):
