@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -51,21 +52,21 @@ def cache_hits(trace: Trace, sizes: Sequence[int] | None = None, *, dispatched: 
     for layer_index in range(len(trace.layers)):
         flat = chosen_experts(trace, layer_index, None, dispatched).ravel()
         streams.append(flat[flat < experts])
-    random = random_choices(np.random.default_rng(SEED), RANDOM_REQUESTS // k, k, experts).ravel()
     # NumPy releases the interpreter's lock, so two threads use two cores.
     with ThreadPoolExecutor(2) as pool:
-        oracle = pool.submit(expert_caches.oracle_hits, [*streams, random], experts, sizes)
+        oracle = pool.submit(expert_caches.oracle_hits, streams, experts, sizes)
         lru = list(
             pool.map(lambda stream: expert_caches.hits(expert_caches.lru_distance(stream), sizes), streams)
         )
         lfu = list(
             pool.map(lambda stream: expert_caches.hits(expert_caches.lfu_rank(stream), sizes), streams)
         )
-    *best, oracle_chance = oracle.result()
+        oracle_chance = _oracle_chance(k, experts, tuple(sizes.tolist()))
+    best = oracle.result()
     chance = {
         "lru": np.mean([np.maximum(sizes - i, 0) / (experts - i) for i in range(min(k, experts))], axis=0),
         "lfu": sizes / experts,
-        "oracle": oracle_chance / len(random),
+        "oracle": oracle_chance,
     }
     rows = []
     for layer_index, (layer, stream) in enumerate(zip(trace.layers, streams, strict=True)):
@@ -79,3 +80,10 @@ def cache_hits(trace: Trace, sizes: Sequence[int] | None = None, *, dispatched: 
                 value = hits[i] / len(stream) if len(stream) else math.nan
                 rows.append((layer, policy, size, len(stream), value, low[i], high[i], chance[policy][i]))
     return table_of_rows(rows, "layer policy size requests value low high chance")
+
+
+@functools.lru_cache(maxsize=64)
+def _oracle_chance(k: int, experts: int, sizes: tuple[int, ...]) -> np.ndarray:
+    """The oracle's hit rate of each size in random requests. No trace changes it, and each resample of a bootstrap asks for it."""
+    random = random_choices(np.random.default_rng(SEED), RANDOM_REQUESTS // k, k, experts).ravel()
+    return expert_caches.oracle_hits([random], experts, np.array(sizes))[0] / len(random)
