@@ -231,13 +231,22 @@ def weights_of(one_byte: int) -> dict:
 
 
 def compile_all(target: Target) -> None:
-    """All kernels; of those of the experts and of attention some variants for Hopper only, since compiling takes its time."""
+    """All kernels; of the larger ones some variants for Hopper only, since compiling takes its time."""
     most = target.capability == 90
     for cut in cuts.built_in("", "float16", target.shared):
         target.grouped("fp16", cut)
     for cut in cuts.built_in("", "int8", target.shared):
         target.grouped("fp16", cut, 1)
     target.grouped("fp16", cuts.built_in("", "fp8", target.shared)[0], 2)
+    for kind, largest in ((tl.int8, 127.0), (tl.float8e4nv, 448.0)):
+        if kind == tl.int8 or target.capability >= 89:
+            types = {"table": "*i64", "count": "i32"}
+            constants = {"SOURCE": tl.float16, "KIND": kind, "LARGEST": largest, "WHOLE": kind == tl.int8}
+            constants |= {"TINY": 2.0**-126, "MATRICES": 64, "COLUMNS": 4096}
+            target.compile(rounding._quantise, types, constants, rounding.WARPS)
+    if target.capability in (86, 89):
+        # The other kernels are the same for 80, and 120 has no more shared memory.
+        return
     if most:
         for kind in ("fp16", "bf16"):
             target.specialised(kind, cuts.Cut(cuts.ANY, cuts.ANY, cuts.SPECIALISED, cuts.SPECIALISED))
@@ -252,11 +261,13 @@ def compile_all(target: Target) -> None:
     for one_byte in (0, 1, 2) if most else (0, 1):
         target.few_rows(one_byte)
         target.few_rows_over_peers(one_byte)
-    if target.capability >= 90:
+    # A whole step takes as long as all other kernels together, so that no variant is compiled for each GPU.
+    if target.capability in (90, 120):
         target.whole_step("fp16")
+    if target.capability == 100:
         target.whole_step("fp16", ranks=8)
-        target.whole_step("fp16", ranks=8, dim=1024)
     if most:
+        target.whole_step("fp16", ranks=8, dim=1024)
         target.whole_step("bf16", 1)
     for probs in ("fp32", "fp16"):
         types = {"logits": "*fp16", "chosen": "*i64", "tokens": "i32", "eps": "fp32"}
@@ -311,12 +322,6 @@ def compile_all(target: Target) -> None:
     types = {"parts": "*fp32"} | dict.fromkeys(("rows", "slots"), "i32")
     types |= dict.fromkeys(("read", "lengths", "before", "words"), "*i64")
     target.compile(logprobs._feed_back, types, {"PARTS": 32, "ROOM": 128} | target.overlap, 1)
-    for kind, largest in ((tl.int8, 127.0), (tl.float8e4nv, 448.0)):
-        if kind == tl.int8 or target.capability >= 89:
-            types = {"table": "*i64", "count": "i32"}
-            constants = {"SOURCE": tl.float16, "KIND": kind, "LARGEST": largest, "WHOLE": kind == tl.int8}
-            constants |= {"TINY": 2.0**-126, "MATRICES": 64, "COLUMNS": 4096}
-            target.compile(rounding._quantise, types, constants, rounding.WARPS)
     types = {"tokens": "*i64", "table": "*fp16", "places": "*fp32", "lengths": "*i64", "out": "*fp16"}
     types |= {"scale": "fp32", "first": "i32"}
     target.compile(embedding._embedded, types, {"D": 768, "BLOCK": 1024} | target.overlap)
