@@ -116,10 +116,21 @@ class Gate:
             logits: [..., E]; the others as in :meth:`route`.
 
         Returns:
-            ``probs`` [..., E], ``experts`` [..., K] and ``gate_probs`` [..., K] of a :class:`Routing`; and the weights
-            [..., K] that the choices have if none of them is dropped.
+            ``probs`` [..., E], ``experts`` [..., K], of any integer type, and ``gate_probs`` [..., K] of a :class:`Routing`; and
+            the weights [..., K] that the choices have if none of them is dropped.
         """
         raise NotImplementedError
+
+    def chosen(
+        self,
+        logits: Tensor,
+        noise: Callable[[str, Tensor], Tensor] | None = None,
+        edit: Edit | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What :meth:`choose` returns, with ``experts`` in int64."""
+        probs, experts, gate_probs, weights = self.choose(logits, noise, edit)
+        # Fractions would become wrong numbers in silence: the trial refuses them.
+        return probs, experts if experts.is_floating_point() else experts.long(), gate_probs, weights
 
     def dispatched(
         self,
@@ -171,14 +182,14 @@ class Gate:
             noise: ``noise("gumbel" or "uniform", like)`` draws a tensor of the shape, dtype and device of ``like``;
                 only a gate that :attr:`draws` needs it.
             edit: an experiment's changes.
-            choose: called as ``choose(gate, logits, noise, edit)`` in place of :meth:`choose`; must return the same.
+            choose: called as ``choose(gate, logits, noise, edit)`` in place of :meth:`chosen`; must return the same.
             fill: called as ``fill(gate, probs, experts, gate_probs, weights, kept, padding, capacity, dtype)`` in place of
                 :meth:`fill`; must return the same, and may sort the choices, too.
 
         Returns:
             The routing. No number is read back from the device.
         """
-        choose = choose or type(self).choose
+        choose = choose or type(self).chosen
         probs, experts, gate_probs, weights = choose(self, logits, noise, edit)
         kept = self.dispatched(gate_probs, weights, noise, edit)
         capacity = self.capacity(logits.shape[1], fraction)

@@ -97,7 +97,7 @@ def choose(
     edit: gate.Edit | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """:meth:`moekit.nn.gate.Gate.choose` of ``rule``."""
-    return rule.choose(logits, noise, edit)
+    return rule.chosen(logits, noise, edit)
 
 
 def target_log_probs(logits: Tensor, targets: Tensor) -> Tensor:

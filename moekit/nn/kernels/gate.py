@@ -30,9 +30,9 @@ def choose(
     noise: Callable[[str, Tensor], Tensor] | None = None,
     edit: Edit | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute :meth:`moekit.nn.gate.Gate.choose`, with the kernel if the gate is only softmax and top-k; for inference."""
+    """Compute :meth:`moekit.nn.gate.Gate.chosen`, with the kernel if the gate is only softmax and top-k; for inference."""
     if not gate.softmax_top_k or edit is not None:
-        return gate.choose(logits, noise, edit)
+        return gate.chosen(logits, noise, edit)
     # The kernel writes two choices at most.
     assert gate.top_k <= 2, f"the kernel makes 1 or 2 choices a token, not {gate.top_k}"
     *shape, experts = logits.shape
