@@ -387,7 +387,7 @@ def _check_gate(pool: Ranks, config: ModelConfig, dtype: torch.dtype) -> None:
     """Check that a gate of the user's works on every rank: what it raises in a pass costs all ranks, as others wait there."""
     if config.dense or config.gate in PROVEN:
         return
-    for fault in pool.call(loading.gate_fault, config, dtype):
+    for fault in pool.call(loading.try_gate, config, dtype):
         if fault is not None:
             raise ValueError(fault)
 

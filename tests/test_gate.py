@@ -2,8 +2,10 @@
 
 import itertools
 import math
+import random
 import re
 
+import numpy as np
 import pytest
 import torch
 from branch_cases import BASE
@@ -242,12 +244,19 @@ def raising_for(dtype):
     )
 
 
+HOW = {"config": {"gate": "own"}, "progress": False}
+
+
 FAULTS = {
     "raises": ({"choose": raising}, "KeyError: 'mine'"),
     "raises for the model's type alone": ({"choose": raising_for(torch.float16)}, "KeyError: 'mine'"),
     "raises in its order": ({"order": raising}, "KeyError: 'mine'"),
-    "raises where an experiment edits": (
-        {"choose": lambda self, logits, noise, edit: raising() if edit else Top2.choose(self, logits, noise)},
+    "raises in a decode step": (
+        {"choose": lambda *asked: raising() if asked[1].shape[1] == 1 else Top2.choose(*asked)},
+        "KeyError: 'mine'",
+    ),
+    "raises for one text": (
+        {"choose": lambda *asked: raising() if len(asked[1]) == 1 else Top2.choose(*asked)},
         "KeyError: 'mine'",
     ),
     "has no words": ({"describe": Gate.describe}, "NotImplementedError"),
@@ -290,7 +299,84 @@ def test_gates_that_work_pass_the_trial(kind, second, experts, dtype):
         )
 
 
-HOW = {"config": {"gate": "own"}, "progress": False}
+def overwriting(self, logits, *more):
+    """Top-2, with logits of which nothing is left: those of another call are not zero."""
+    found = Top2.choose(self, logits, *more)
+    assert logits.any()
+    logits.zero_()
+    return found
+
+
+def in_inference_mode(*asked):
+    assert torch.is_inference_mode_enabled()
+    return Top2.choose(*asked)
+
+
+def without_edits(self, logits, noise=None, edit=None):
+    return raising() if edit is not None else Top2.choose(self, logits, noise)
+
+
+def in_type(dtype):
+    return lambda *asked: at(Top2.choose(*asked), 1, lambda experts: experts.to(dtype))
+
+
+WORKING = {
+    "makes no experiments": without_edits,
+    "writes into its logits": overwriting,
+    "expects the mode of passes": in_inference_mode,
+    "numbers of two bytes": in_type(torch.int16),
+    "numbers of four bytes": in_type(torch.int32),
+}
+
+
+@pytest.mark.parametrize("kind", WORKING)
+def test_a_gate_that_works_in_passes_is_loaded(kind, monkeypatch):
+    monkeypatch.setitem(GATES, "own", type("Own", (Top2,), {"choose": WORKING[kind]}))
+    with moekit.load("demo", 1, "cpu", **HOW) as model, moekit.load("demo", 1, "cpu", progress=False) as top2:
+        # A capacity fills buffers, which sorts the choices in another place.
+        for fraction in (None, 0.3):
+            how = {"capacity_token_fraction": fraction}
+            assert model.score("def main", **how).equals(top2.score("def main", **how))
+
+
+def test_a_trial_draws_and_calls_little(monkeypatch):
+    """What the user has seeded before a load gives the same numbers after it; a slow gate is called three times."""
+    calls = []
+
+    def drawing(self, logits, *more):
+        calls.append((torch.rand(1), np.random.rand(), random.random()))
+        return Top2.choose(self, logits, *more)
+
+    def drawn():
+        return torch.rand(4).tolist(), np.random.rand(4).tolist(), [random.random() for _ in range(4)]
+
+    def seeded():
+        torch.manual_seed(1)
+        np.random.seed(1)
+        random.seed(1)
+
+    monkeypatch.setitem(GATES, "own", type("Own", (Top2,), {"choose": drawing}))
+    seeded()
+    expected = drawn()
+    seeded()
+    with moekit.load("demo", 1, "cpu", **HOW):
+        assert len(calls) == 3 and drawn() == expected
+
+
+def leaving(error):
+    def choose(*asked):
+        raise error
+
+    return choose
+
+
+def test_a_gate_that_leaves_is_told_and_an_interrupt_is_one(monkeypatch):
+    monkeypatch.setitem(GATES, "own", type("Own", (Top2,), {"choose": leaving(SystemExit(3))}))
+    with pytest.raises(ValueError, match=r"^the gate 'own' fails .* on rank 0 \(SystemExit: 3\);"):
+        moekit.load("demo", 1, "cpu", **HOW)
+    monkeypatch.setitem(GATES, "own", type("Own", (Top2,), {"choose": leaving(KeyboardInterrupt())}))
+    with pytest.raises(KeyboardInterrupt):
+        moekit.load("demo", 1, "cpu", **HOW)
 
 
 def test_a_gate_is_tried_in_the_type_of_the_model(monkeypatch):

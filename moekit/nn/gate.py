@@ -10,7 +10,6 @@ A routing group is what fairseq routes together: the tokens of one forward call 
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +18,10 @@ import torch
 from torch import Tensor
 
 from moekit.nn.config import ModelConfig
+
+# Groups, tokens of each, and the capacity's fraction, in the calls of a trial: several texts, one, and a decode step of two.
+# A gate may be slow, so they are few.
+TRIED = (2, 3, None), (1, 3, 0.5), (2, 1, None)
 
 
 @dataclass(frozen=True)
@@ -231,26 +234,20 @@ class Gate:
             kept &= buffer_positions(wanted, self.order(probs)) < capacity
         return kept, (self.weigh(gate_probs, weights, kept) * kept).to(dtype), None
 
+    @torch.inference_mode()
     def try_out(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Route a few tokens on ``device`` in the ways in which a model of this ``dtype`` does.
+        """Route a few tokens on ``device`` in the ways in which a model of this ``dtype`` does, without an experiment.
 
         Raises:
             ValueError: what comes of it is no :class:`Routing` of a model; or whatever the gate raises.
         """
         self.describe()
-        groups, tokens, experts, choices = 2, 3, self.config.experts, self.top_k
-        numbers = torch.arange(groups * tokens * experts, device=device)
-        logits = numbers.view(groups, tokens, experts).sin().to(dtype)
-        # The first expert is masked where enough others are left, and one token is forced.
-        mask = torch.arange(experts, device=device) < int(experts > choices)
-        forced = torch.full((groups, tokens, choices), -1, device=device)
-        forced[0, 0, 0] = experts - 1
-        edited = Edit(mask, forced, drop_second=choices > 1)
+        experts, choices = self.config.experts, self.top_k
         sizes = {"probs": experts, "experts": choices, "gate_probs": choices, "weights": choices}
-        for fraction, edit in itertools.product((None, 0.5), (None, edited)):
-            found = self.route(
-                logits, fraction=fraction, noise=lambda _, like: torch.full_like(like, 0.5), edit=edit
-            )
+        for groups, tokens, fraction in TRIED:
+            numbers = torch.arange(groups * tokens * experts, device=device)
+            logits = numbers.view(groups, tokens, experts).sin().to(dtype)
+            found = self.route(logits, fraction=fraction, noise=lambda _, like: torch.full_like(like, 0.5))
             for name, size in sizes.items():
                 shape, wanted = list(getattr(found, name).shape), [groups, tokens, size]
                 if shape != wanted:

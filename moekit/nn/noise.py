@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -59,3 +61,15 @@ def from_torch(layer: int, kind: str, like: Tensor) -> Tensor:
     """Noise of ``kind``, as :class:`Noise` has it, drawn anew in each call from torch's own generator."""
     drawn = torch.rand(like.shape, device=like.device).clamp(2.0**-24, 1 - 2.0**-24)
     return -torch.log(-torch.log(drawn)) if kind == "gumbel" else drawn
+
+
+@contextmanager
+def unchanged(device: torch.device) -> Iterator[None]:
+    """Leave the generators that all code of a process shares as they are: torch's, for ``device`` too, NumPy's and Python's."""
+    numpy_state, python_state = np.random.get_state(legacy=False), random.getstate()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)

@@ -12,7 +12,7 @@ import torch
 from moekit import checkpoint
 from moekit.headlines import headline
 from moekit.interrupts import hold_interrupts
-from moekit.nn import resident, transformer
+from moekit.nn import noise, resident, transformer
 from moekit.nn.config import ModelConfig
 from moekit.nn.dispatch import AllToAll, Dispatch, Hierarchical, owned
 from moekit.nn.gates import GATES, gate_of, top_k_of
@@ -130,7 +130,7 @@ def _dispatch(
     return AllToAll(config.experts) if one_host else Hierarchical(config.experts, rank.machines)
 
 
-def gate_fault(rank: Rank, config: ModelConfig, dtype: torch.dtype) -> str | None:
+def try_gate(rank: Rank, config: ModelConfig, dtype: torch.dtype) -> str | None:
     """What is wrong on this rank with the gate of a model of this ``dtype``, as a sentence; None: it works on a few tokens.
 
     An error here would cost the rank.
@@ -141,8 +141,11 @@ def gate_fault(rank: Rank, config: ModelConfig, dtype: torch.dtype) -> str | Non
             "know the gates of moekit/nn/gates.py alone: enter it there, or load the model with world_size=1"
         )
     try:
-        gate_of(config).try_out(rank.device, dtype)
-    except Exception as error:
+        with noise.unchanged(rank.device):
+            gate_of(config).try_out(rank.device, dtype)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         return (
             f"the gate {config.gate!r} fails on a few tokens in {dtype} on rank {rank.rank} ({headline(error, 200)}); expected a "
             "gate as moekit/nn/gate.py describes it: mend it, and load the model again"
