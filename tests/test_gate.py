@@ -379,6 +379,32 @@ def test_a_gate_that_leaves_is_told_and_an_interrupt_is_one(monkeypatch):
         moekit.load("demo", 1, "cpu", **HOW)
 
 
+class Asking(Top2):
+    def __init__(self, config, more):
+        super().__init__(config)
+
+
+NO_GATES = {
+    "another class": (dict, r"^GATES\['own'\]=.*dict.*: expected a subclass of moekit.nn.gate.Gate$"),
+    "no class": (3, r"^GATES\['own'\]=3: expected a subclass of"),
+    "more arguments": (Asking, r"GATES\['own'\] raised TypeError: .*'more'; expected a class that makes a"),
+    "no choices": (
+        type("Own", (Top2,), {"top_k": None}),
+        r"^GATES\['own'\]\.top_k=None: expected an integer of at least 1$",
+    ),
+    "a fraction of choices": (type("Own", (Top2,), {"top_k": 2.0}), r"\.top_k=2\.0: expected an integer"),
+    "choices not said": (type("Own", (Gate,), {}), r"^GATES\['own'\]\.top_k=None: expected an integer"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_GATES)
+def test_what_makes_no_gate_is_told(kind, monkeypatch):
+    entered, said = NO_GATES[kind]
+    monkeypatch.setitem(GATES, "own", entered)
+    with pytest.raises(ValueError, match=said):
+        moekit.load("demo", 1, "cpu", **HOW)
+
+
 def test_a_gate_is_tried_in_the_type_of_the_model(monkeypatch):
     """The demo's softmax is in float32, and a gate gets logits of the model's type all the same. NumPy has no bfloat16."""
 

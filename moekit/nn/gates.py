@@ -6,11 +6,14 @@ Top-1 and top-2 are those of fairseq's ``moe`` branch (fairseq/modules/moe/top1g
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Integral
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moekit.arguments import shown
+from moekit.headlines import headline
 from moekit.nn.config import ModelConfig
 from moekit.nn.gate import Edit, Gate
 
@@ -121,12 +124,32 @@ PROVEN = "top1", "top2"
 
 def top_k_of(config: ModelConfig) -> int:
     """K, the choices a token that the gate of ``config`` makes."""
-    return GATES[config.gate].top_k
+    return _kind_of(config).top_k
 
 
 def gate_of(config: ModelConfig) -> Gate:
-    """The gate that ``config`` names."""
-    return GATES[config.gate](config)
+    """The gate that ``config`` names.
+
+    Raises:
+        ValueError: what is entered under this name makes no gate.
+    """
+    kind = _kind_of(config)
+    try:
+        return kind(config)
+    except Exception as error:
+        raise ValueError(
+            f"GATES[{config.gate!r}] raised {headline(error, 200)}; expected a class that makes a gate of a ModelConfig alone"
+        ) from error
+
+
+def _kind_of(config: ModelConfig) -> type[Gate]:
+    kind = GATES[config.gate]
+    if not (isinstance(kind, type) and issubclass(kind, Gate)):
+        raise ValueError(f"GATES[{config.gate!r}]={shown(kind)}: expected a subclass of moekit.nn.gate.Gate")
+    choices = getattr(kind, "top_k", None)
+    if not (isinstance(choices, Integral) and choices > 0):
+        raise ValueError(f"GATES[{config.gate!r}].top_k={shown(choices)}: expected an integer of at least 1")
+    return kind
 
 
 def interacts(config: ModelConfig, fraction: float | None) -> bool:
