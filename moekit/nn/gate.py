@@ -93,12 +93,18 @@ class Gate:
         top_k: K, choices a token.
         draws: whether routing draws random numbers, from the ``noise`` that :meth:`route` is given.
         softmax_top_k: whether :meth:`choose` is the softmax and its K best experts, with weights normalised to a sum
-            of 1 where K is 2: then a fused kernel may take its place.
+            of 1 where K is 2: then a fused kernel may take its place. A class says it of its own :meth:`choose` alone, so
+            a subclass with another one says it anew.
     """
 
     top_k: int
     draws = False
     softmax_top_k = False
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "choose" in vars(cls) and "softmax_top_k" not in vars(cls):
+            cls.softmax_top_k = False
 
     def __init__(self, config: ModelConfig):
         self.config = config
