@@ -30,13 +30,13 @@ from moekit.batches import shares
 from moekit.bench.gelu import gelu
 from moekit.bench.score import random_batch
 from moekit.checkpoint import copying
-from moekit.nn import gate, transformer
+from moekit.nn import gate, gates, transformer
 from moekit.nn import graphs as graph
 from moekit.nn.cache import Cache
 from moekit.nn.config import ModelConfig
 from moekit.nn.dispatch import owned
 from moekit.nn.experts import Assignment, Experts, QuantisedExperts
-from moekit.nn.gates import gate_of
+from moekit.nn.gates import Top2, gate_of
 from moekit.nn.graphs import Graph
 from moekit.nn.kernels import (
     attention,
@@ -61,6 +61,7 @@ from moekit.nn.kernels.cuts import ANY, CUTS, ONE_BYTE_CUTS, SPECIALISED, Blocks
 from moekit.nn.kernels.gpu import is_hopper
 from moekit.nn.kernels.grouped import gathered_ffn, grouped_ffn, planned_ffn
 from moekit.nn.kernels.logprobs import best, target_log_probs
+from moekit.nn.kernels.operations import TRITON
 from moekit.nn.kernels.peer_dispatch import PeerDispatch
 from moekit.nn.kernels.peers import Mailbox, publish
 from moekit.nn.logprobs import log_probs
@@ -1065,6 +1066,29 @@ def test_many_sequences_with_parts_of_sums_and_few_terms_at_a_time(tmp_path, mon
         narrow, "division_for", lambda rows, n, k, split: replace(own, parts=2) if split else own
     )
     few_against_slow(load("before_dropping", tmp_path).half(), 6, 1e-2)
+
+
+def test_a_users_gate_that_drops_takes_no_fused_step(monkeypatch):
+    """Their kernels compute all that is chosen."""
+
+    def dispatched(self, gate_probs, weights, noise, edit):
+        return gate_probs > gate_probs.amin(-1, keepdim=True)
+
+    monkeypatch.setitem(gates.GATES, "own", type("Own", (Top2,), {"dispatched": dispatched}))
+    torch.manual_seed(0)
+    model = Transformer(replace(CASES["before_dropping"].config, gate="own")).requires_grad_(False)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    for sequences in (1, 3, 6):
+        assert not short_step.fits(model, sequences) and not batch_step.fits(model, sequences)
+        against_slow(
+            model.to(DEVICE),
+            sequences,
+            lambda read, asked: TRITON.read_on(model, read, asked, VOCAB),
+            1e-5,
+            "triton",
+            2,
+        )
 
 
 def few_against_slow(model: Transformer, sequences: int, tolerance: float) -> None:

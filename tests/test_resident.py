@@ -6,7 +6,6 @@ import os
 import re
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,6 +25,7 @@ from moekit.likelihood import Text, score_texts
 from moekit.nn import graphs, resident
 from moekit.nn.cache import Cache
 from moekit.nn.dispatch import owned
+from moekit.nn.gate import Gate
 from moekit.nn.kernels import batch_step, short_step
 from moekit.nn.memory import Sizes
 from moekit.nn.passes import Pass
@@ -263,7 +263,7 @@ def test_steps_take_only_as_many_choices_as_their_kernels(interpreted):
         with pytest.MonkeyPatch.context() as changed:
             assert short_step.fits(model, sequences) or batch_step.fits(model, sequences)
             for top_k in (3, 9, 16):
-                gate = SimpleNamespace(top_k=top_k, softmax_top_k=False, draws=False)
+                gate = type("Own", (Gate,), {"top_k": top_k})(config)
                 for kernels in (short_step, batch_step):
                     changed.setattr(kernels, "gate_of", lambda config, gate=gate: gate)
                     assert not kernels.fits(model, sequences)

@@ -23,7 +23,7 @@ from moekit.nn.kernels.attention import attend_one
 from moekit.nn.kernels.batch_peers import Coming
 from moekit.nn.kernels.cuts import cut_for, cuts_of, kind_of, shared_memory
 from moekit.nn.kernels.embedding import embedded
-from moekit.nn.kernels.gate import choose
+from moekit.nn.kernels.gate import choose, keeps
 from moekit.nn.kernels.gpu import since_hopper
 from moekit.nn.kernels.grouped import planned_ffn
 from moekit.nn.kernels.narrow import linear
@@ -53,9 +53,10 @@ def fits(model: Transformer, sequences: int) -> bool:
         # Numbers of four bytes would take twice the memory.
         and model.embed.weight.dtype.itemsize == 2
     )
-    if not apt or not model.config.pre_norm or model.config.dim > DIM:
+    gate = gate_of(model.config)
+    if not apt or not keeps(gate) or not model.config.pre_norm or model.config.dim > DIM:
         return False
-    one_place, choices = isinstance(model.dispatch, Local), gate_of(model.config).top_k
+    one_place, choices = isinstance(model.dispatch, Local), gate.top_k
     if model.slots is not None and not (one_place and takes(choices) and choices <= CHUNK):
         return False
     # With experts that are fetched, a few sequences are one request of the host.

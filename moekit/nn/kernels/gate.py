@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moekit.nn.gate import Edit, Gate
+from moekit.nn.gates import Top2
 from moekit.nn.kernels.overlap import overlapped, start, wait
 
 # Tokens per program; one where they are few.
@@ -22,6 +23,11 @@ ROWS, FEW = 2, 2048
 def chooses(gate: Gate) -> bool:
     """Whether the kernels make the choice of ``gate``: only softmax, and one or two choices."""
     return gate.softmax_top_k and gate.top_k <= 2
+
+
+def keeps(gate: Gate) -> bool:
+    """Whether a decode step, without capacity, padding and experiment, keeps all that ``gate`` chooses: a user's gate may drop by itself."""
+    return type(gate).dispatched in (Gate.dispatched, Top2.dispatched) and type(gate).route is Gate.route
 
 
 def choose(

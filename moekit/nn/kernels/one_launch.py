@@ -33,7 +33,7 @@ from moekit.nn.dispatch import Local
 from moekit.nn.gates import gate_of
 from moekit.nn.kernels import grid_barrier, one_byte
 from moekit.nn.kernels.activations import ACTIVATIONS
-from moekit.nn.kernels.gate import chooses
+from moekit.nn.kernels.gate import chooses, keeps
 from moekit.nn.kernels.gpu import multiprocessors, since_hopper
 from moekit.nn.kernels.one_kernel import (
     ALL,
@@ -110,7 +110,7 @@ def fits(model: Transformer, sequences: int) -> bool:
         and config.input_dim == config.dim == config.output_dim
         and not config.embedding_norm
         and widths <= {config.ffn_dim}
-        and (config.dense or chooses(gate))
+        and (config.dense or (chooses(gate) and keeps(gate)))
         # Memory is read 16 bytes at a time.
         and config.dim % 16 == config.ffn_dim % 16 == config.dim // config.heads % 8 == 0
         and embed.dtype.itemsize == 2

@@ -21,7 +21,7 @@ from moekit.nn.graphs import whole
 from moekit.nn.kernels import short_peers
 from moekit.nn.kernels.attention import attend_one
 from moekit.nn.kernels.embedding import embedded
-from moekit.nn.kernels.gate import choose, chooses
+from moekit.nn.kernels.gate import choose, chooses, keeps
 from moekit.nn.kernels.peer_dispatch import PeerDispatch
 from moekit.nn.kernels.vectors import experts_linear, linear, takes
 from moekit.nn.parts import part
@@ -45,7 +45,11 @@ def few(dim: int) -> int:
 def fits(model: Transformer, sequences: int) -> bool:
     """Whether :func:`read_on` supports this model and ``sequences`` sequences per rank."""
     gate = gate_of(model.config)
-    if not takes(gate.top_k) or (model.slots is not None and sequences * gate.top_k > CHUNK):
+    if (
+        not keeps(gate)
+        or not takes(gate.top_k)
+        or (model.slots is not None and sequences * gate.top_k > CHUNK)
+    ):
         return False
     # With peers, the gate's choice is part of a kernel of the exchange.
     through_peers = isinstance(model.dispatch, PeerDispatch) and chooses(gate)
