@@ -187,6 +187,20 @@ def test_a_trace_of_the_same_tokens_is_drawn_with_the_first(generated):
         np.testing.assert_allclose(fast[["low", "high"]], drawn[["low", "high"]], atol=1e-6)
 
 
+def test_a_metric_whose_interval_is_dropped_is_drawn():
+    before, _ = synthetic(tokens=800, block=20, experts=6)
+    after, _ = synthetic(tokens=800, block=20, experts=6, seed=1)
+    after = dataclasses.replace(after, token=before.token)
+    fast = metrics.bootstrap(before, metrics.agreement, after, resamples=60)
+    for dropped in (["low"], ["low", "high", "chance"]):
+
+        def value(one, other, dropped=dropped):
+            return metrics.agreement(one, other).drop(columns=dropped)
+
+        told = metrics.bootstrap(before, value, after, resamples=60)
+        np.testing.assert_allclose(fast[["low", "high"]], told[["low", "high"]], atol=1e-6)
+
+
 @pytest.mark.parametrize("told", [True, False])
 def test_a_longer_trace_of_the_same_text_is_drawn_with_the_first_by_a_metric_that_aligns_both(told):
     """Samples of a resample have numbers of their own: drawn alone, they would be aligned with other ones."""

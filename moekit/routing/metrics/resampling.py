@@ -74,7 +74,9 @@ def bootstrap(
         frame = chosen(trace, *args, **options)
         if not hasattr(frame, "columns") or "value" not in frame:
             raise ValueError(f"{getattr(chosen, '__name__', chosen)} returns no table with the column value")
-        found = statistics.units(trace) if not plan.used else None
+        # A function of the user's may keep the value of a metric and drop its interval.
+        counted = plan.used and {"low", "high"} <= set(frame.columns)
+        found = None if counted else statistics.units(trace)
     thin = plan.thin
     if found is not None:
         frame, known = _redrawn_interval(trace, chosen, args, options, frame, found)
