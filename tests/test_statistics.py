@@ -1,5 +1,6 @@
 """Intervals over whole units, tests by permutation, and information: by hand, against slow ways, and calibrated."""
 
+import collections
 import dataclasses
 import itertools
 import math
@@ -185,6 +186,58 @@ def test_a_trace_of_the_same_tokens_is_drawn_with_the_first(generated):
         ),
     ):
         np.testing.assert_allclose(fast[["low", "high"]], drawn[["low", "high"]], atol=1e-6)
+
+
+Both = collections.namedtuple("Both", "labels trace")
+
+
+@pytest.mark.parametrize("generated", [False, True])
+def test_what_a_container_holds_is_drawn_as_if_it_stood_alone(generated):
+    before, labels = synthetic(tokens=400, block=20, experts=6)
+    if generated:
+        before = dataclasses.replace(before, generated=before.position >= 5)
+    after, _ = synthetic(tokens=400, block=20, experts=6, seed=1)
+    after = dataclasses.replace(after, token=before.token, generated=before.generated)
+
+    def of_both(one, two):
+        of_labels = metrics.domain_information(one, two.labels).assign(statistic="information")
+        tables = of_labels, metrics.agreement(one, two.trace)
+        return pd.concat([table[["layer", "statistic", "value"]] for table in tables])
+
+    def alone(one, labels, trace):
+        return of_both(one, Both(labels, trace))
+
+    def held(one, others, name):
+        return of_both(one, others[name][0])
+
+    def unordered(one, labels, traces):
+        return alone(one, *labels, *traces)
+
+    wanted = metrics.bootstrap(before, alone, labels, after, resamples=20)
+    assert (wanted["note"] == "").any()
+    objects = np.empty(2, object)
+    objects[:] = labels, after
+    for told in (
+        metrics.bootstrap(before, lambda one, two: alone(one, *two), [labels, after], resamples=20),
+        metrics.bootstrap(before, lambda one, two: alone(one, *two), iter((labels, after)), resamples=20),
+        metrics.bootstrap(before, lambda one, two: alone(one, *two), objects, resamples=20),
+        metrics.bootstrap(before, of_both, two=Both(iter(labels), after), resamples=20),
+        metrics.bootstrap(before, held, {"x": iter([Both(labels, after)])}, "x", resamples=20),
+        metrics.bootstrap(before, held, [1, (Both(labels, after), 2)], name=1, resamples=20),
+        metrics.bootstrap(before, unordered, {"a": labels}.values(), {after}, resamples=20),
+    ):
+        pd.testing.assert_frame_equal(told, wanted)
+
+
+def test_a_container_without_anything_of_tokens_is_given_as_it_is():
+    trace, _ = synthetic(tokens=400, block=20)
+    given = [1, ("a", None), np.arange(3), {"b"}]
+
+    def same(one, other):
+        assert other is given
+        return Busiest(one)
+
+    metrics.bootstrap(trace, same, given, resamples=2)
 
 
 def test_a_metric_whose_interval_is_dropped_is_drawn():

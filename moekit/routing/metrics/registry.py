@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Sized
 from contextvars import ContextVar
 from typing import Any
 
@@ -34,7 +34,7 @@ def measured(metric: Callable[..., Any]) -> Callable[..., Any]:
     """Make ``metric`` count the right tokens and refuse a trace without any, and list it if it needs only a trace.
 
     Of a trace of generated text it counts the new tokens; ``prompt=True``, which every metric takes, counts the prompt's too.
-    Arguments with an item for each token, such as labels, are cut to the same tokens.
+    Arguments with an item for each token, such as labels, are cut to the same tokens, and so is what a list or dict holds.
 
     Raises:
         ValueError: (the metric, when it is called) a trace has no tokens or no layers, or an argument is none of its kind.
@@ -101,7 +101,7 @@ def names_of(metric: Callable[..., Any] | str | None, args: Sequence[Any]) -> li
 def of_tokens(
     name: str, value: Any, rows: np.ndarray, tokens: int, of_trace: Callable[[Trace], Trace]
 ) -> Any:
-    """A metric's argument ``name`` for the ``rows`` alone, where it has an item for each of ``tokens``; else as it is.
+    """A metric's argument ``name`` for the ``rows`` alone, where it or what it holds has an item for each of ``tokens``.
 
     Args:
         of_trace: what becomes of a trace.
@@ -110,16 +110,40 @@ def of_tokens(
         return value
     if isinstance(value, Trace):
         return of_trace(value)
+    if isinstance(value, Iterator):
+        value = list(value)
+    # A class, and an array without dimensions, say that they have a length, and have none.
+    many = isinstance(value, Sized) and is_many(value) and not isinstance(value, Mapping | str)
+    if many and len(value) == tokens and not any(isinstance(part, Trace) for part in _parts(value)):
+        return array_of(name, value)[rows]
+    return _with_parts(name, value, lambda own, part: of_tokens(own, part, rows, tokens, of_trace))
+
+
+def lasting(name: str, value: Any) -> Any:
+    """A metric's argument with lists in place of iterators, which can be read only once, at any depth."""
+    return _with_parts(name, list(value) if isinstance(value, Iterator) else value, lasting)
+
+
+def _with_parts(name: str, value: Any, change: Callable[[str, Any], Any]) -> Any:
+    """``value`` with ``change`` of the name and the value of all that it holds; itself, where nothing changes."""
     if isinstance(value, Mapping):
         # The names of labels are the user's.
-        return {
-            own: of_tokens(f"{name}[{own!r}]", part, rows, tokens, of_trace) for own, part in value.items()
-        }
-    if isinstance(value, Iterator):
-        value = array_of(name, value)
-    # A class, and an array without dimensions, say that they have a length, and have none.
-    items = len(value) if isinstance(value, Sized) and is_many(value) and not isinstance(value, str) else -1
-    return array_of(name, value)[rows] if items == tokens else value
+        return {own: change(f"{name}[{own!r}]", part) for own, part in value.items()}
+    parts = _parts(value)
+    made = [change(f"{name}[{number}]", part) for number, part in enumerate(parts)]
+    if all(new is part for new, part in zip(made, parts, strict=True)):
+        return value
+    # A tuple with names is made of a list by a method.
+    own_kind = isinstance(value, list | tuple | set | frozenset)
+    return getattr(value, "_make", type(value))(made) if own_kind else made
+
+
+def _parts(value: Any) -> list:
+    """What ``value`` holds, if it may hold traces or labels: a text, a table and an array of numbers do not."""
+    if not isinstance(value, Collection) or not is_many(value) or isinstance(value, str | bytes):
+        return []
+    numbers = hasattr(value, "dtype") and getattr(value.dtype, "kind", "") != "O"
+    return [] if numbers or hasattr(value, "columns") else list(value)
 
 
 def _cut(name: str, value: Any, new: np.ndarray) -> Any:

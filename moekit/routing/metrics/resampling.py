@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from moekit.arguments import Choice, Whole, check, shown
 from moekit.routing import statistics
-from moekit.routing.metrics.registry import METRICS, measured, names_of, of_tokens
+from moekit.routing.metrics.registry import METRICS, lasting, measured, names_of, of_tokens
 from moekit.routing.metrics.tables import block_counts, broadcast_table, chosen_experts, labels_of, layers_of
 from moekit.routing.pairs import rows_in
 from moekit.routing.statistics import BLOCK, FEW, SEED, entropy_bits
@@ -49,7 +49,8 @@ def bootstrap(
 
     Args:
         metric: one of the metrics, its name, or a function of a trace that returns a table with ``value``.
-        args, options: the metric's own; those with an item for each token, and traces of the same tokens, are drawn with it.
+        args, options: the metric's own; what has an item for each token, and traces of the same tokens, are drawn
+            with it, in lists and dicts, too.
             So is a longer trace of the same text, if the metric gives the same value without the tokens that the first
             one lacks, as a metric does that aligns both. Other traces stay whole.
         by: "sample"; "block": ``size`` neighbouring samples, for documents that lie across samples; or [T] units.
@@ -67,8 +68,7 @@ def bootstrap(
     chosen = METRICS.get(metric) if isinstance(metric, str) else metric
     if not callable(chosen):
         raise ValueError(f"metric={shown(metric)}: expected a function or one of {', '.join(METRICS)}")
-    by, args = _lasting(by), tuple(map(_lasting, args))
-    options = {name: _lasting(one) for name, one in options.items()}
+    by, args, options = lasting("by", by), lasting("args", args), lasting("options", options)
     plan = statistics.Plan(by, size, resamples, seed)
     with statistics.resampling(plan):
         frame = chosen(trace, *args, **options)
@@ -89,13 +89,6 @@ def bootstrap(
         frame = frame.assign(units=float(min(int(unit.max()) + 1, statistics.BLOCKS)))
     few = (frame["units"] < FEW) | (frame["low"].isna() & thin)
     return frame.assign(note=np.where(few, "too few", np.where(frame["low"].isna(), "does not vary", "")))
-
-
-def _lasting(value: Any) -> Any:
-    """``value`` with lists in place of iterators: the metric may be computed again, and an iterator can be read only once."""
-    if isinstance(value, Mapping):
-        return {name: _lasting(one) for name, one in value.items()}
-    return list(value) if isinstance(value, Iterator) else value
 
 
 def _redrawn_interval(
