@@ -240,6 +240,52 @@ def test_a_container_without_anything_of_tokens_is_given_as_it_is():
     metrics.bootstrap(trace, same, given, resamples=2)
 
 
+@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("by", ["sample", "part"])
+@pytest.mark.parametrize("lacking", ["one", "other", "both"])
+def test_a_trace_with_other_tokens_of_the_same_samples_is_drawn_with_the_first(lacking, by, told):
+    """A trace of generated text, cut to its new tokens, beside one that is not marked so; and one that lacks tokens."""
+    trace, _ = synthetic(tokens=800, block=20, experts=6)
+    other, _ = synthetic(tokens=800, block=20, experts=6, seed=1)
+    other = dataclasses.replace(other, token=trace.token if told else np.full_like(trace.token, -1))
+    first = trace.select(mask=trace.position >= 5)
+    if lacking != "other":
+        trace = dataclasses.replace(trace, generated=trace.position >= 5)
+    if lacking != "one":
+        other = other.select(mask=other.position % 10 != 9)
+    if lacking == "both":
+        other = other.select(mask=other.position % 4 != 0)
+
+    def bootstrap(one, two):
+        units = one.sample if by == "sample" else one.sample * 2 + (one.position >= 10)
+        return metrics.bootstrap(one, slow(metrics.agreement), two, by=units, resamples=60)
+
+    # What both have, as two traces with the same tokens.
+    wanted = bootstrap(*align(first if lacking != "other" else trace, other))
+    assert (wanted["note"] == "").any()
+    pd.testing.assert_frame_equal(bootstrap(trace, other), wanted)
+
+
+def test_a_trace_that_lacks_samples_is_drawn_where_it_has_them():
+    trace, _ = synthetic(tokens=800, block=20, experts=6)
+    other, _ = synthetic(tokens=800, block=20, experts=6, seed=1)
+    other = dataclasses.replace(other, token=trace.token)
+
+    def first(one, other):
+        one, other = align(one, other)
+        same = one.experts[..., 0] == other.experts[..., 0]
+        return pd.DataFrame({"layer": one.layers, "value": same.mean(axis=0)})
+
+    told = metrics.bootstrap(trace, first, other.select(samples=range(30)), resamples=60)
+    draws = statistics.units_of(trace.sample, 60).draws[:, :30]
+    same = (trace.experts[..., 0] == other.experts[..., 0]).reshape(40, 20, 2)[:30].mean(axis=1)
+    again = draws @ same / draws.sum(axis=1, keepdims=True)
+    low, high = statistics.interval(again, same.mean(axis=0), 40)
+    np.testing.assert_allclose(told[["low", "high"]], np.stack([low, high], axis=1), atol=1e-6)
+    with pytest.raises(ValueError, match="holds no token of a trace with tokens in 1 of 40 units"):
+        metrics.bootstrap(trace, first, other.select(samples=3), resamples=60)
+
+
 def test_a_metric_whose_interval_is_dropped_is_drawn():
     before, _ = synthetic(tokens=800, block=20, experts=6)
     after, _ = synthetic(tokens=800, block=20, experts=6, seed=1)
@@ -267,7 +313,7 @@ def test_a_longer_trace_of_the_same_text_is_drawn_with_the_first_by_a_metric_tha
     np.testing.assert_allclose(fast[["low", "high"]], drawn[["low", "high"]], atol=1e-6)
 
 
-def test_a_longer_trace_of_the_same_text_stays_whole_where_all_of_it_counts():
+def test_a_longer_trace_of_the_same_text_keeps_its_other_samples_where_all_of_it_counts():
     longer, _ = synthetic(tokens=800, block=20, experts=6)
     trace = longer.select(samples=range(10, 30))
 
@@ -277,15 +323,20 @@ def test_a_longer_trace_of_the_same_text_stays_whole_where_all_of_it_counts():
     def more(one, other):
         return pd.DataFrame({"layer": one.layers, "value": shares(one) - shares(other)})
 
-    wanted = metrics.bootstrap(trace, Busiest, resamples=60)
     told = metrics.bootstrap(trace, more, longer, resamples=60)
-    for name in ("low", "high"):
-        np.testing.assert_allclose(told[name], wanted[name] - shares(longer), atol=1e-6)
+    draws = statistics.units_of(trace.sample - 10, 60).draws
+    counts = np.stack([metrics.counts(longer.select(samples=sample)) for sample in range(40)])
+    own = np.tensordot(draws, counts[10:30], 1)
+    whole = own + counts[:10].sum(axis=0) + counts[30:].sum(axis=0)
+    again = own.max(axis=2) / 400 - whole.max(axis=2) / 800
+    low, high = statistics.interval(again, told["value"].to_numpy(), 20)
+    np.testing.assert_allclose(told[["low", "high"]], np.stack([low, high], axis=1), atol=1e-6)
 
 
 def test_a_trace_of_other_tokens_stays_whole():
     trace, _ = synthetic(tokens=400, block=20, experts=6)
-    for other in (synthetic(tokens=400, block=20, seed=1)[0], synthetic(tokens=100, block=20)[0]):
+    elsewhere = dataclasses.replace(trace, sample=trace.sample + 20)
+    for other in (synthetic(tokens=400, block=20, seed=1)[0], elsewhere):
         seen = []
 
         def against(one, other, seen=seen):
@@ -293,7 +344,7 @@ def test_a_trace_of_other_tokens_stays_whole():
             return Busiest(one)
 
         metrics.bootstrap(trace, against, other, resamples=5)
-        assert len(seen) == 7 and all(one is other for one in seen)
+        assert len(seen) == 6 and all(one is other for one in seen)
 
 
 def test_a_class_is_a_metric_and_an_option_and_has_no_items():

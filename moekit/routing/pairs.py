@@ -37,12 +37,26 @@ def align(one: Trace, other: Trace) -> tuple[Trace, Trace]:
     return one, other
 
 
-def rows_in(other: Trace, one: Trace) -> np.ndarray | None:
-    """[T] int64, the rows of ``other`` with the tokens of ``one``; None where it lacks any, or has another text."""
+def units_in(other: Trace, one: Trace, unit: np.ndarray) -> np.ndarray | None:
+    """The units of the tokens of ``other``, whose samples may have more or fewer tokens than those of ``one``.
+
+    Args:
+        unit: [T] the units of the tokens of ``one``.
+
+    Returns:
+        For each token of ``other`` the unit of the token of ``one`` at its place, else of the last one before it in its sample,
+        else of the sample's first; -1 in samples that ``one`` lacks. None where they share no sample, or a token differs.
+    """
     wanted, places = _places(one), _places(other)
-    rows = np.flatnonzero(np.isin(places, wanted))
-    same = np.array_equal(places[rows], wanted) and not _differing(one.token, other.token[rows])
-    return rows if same else None
+    order = np.argsort(wanted, kind="stable")
+    after = np.searchsorted(wanted, places, side="right", sorter=order)
+    before = order[np.maximum(after - 1, 0)]
+    same = wanted[before] == places
+    nearest = np.where(one.sample[before] == other.sample, before, order[np.minimum(after, len(wanted) - 1)])
+    shared = one.sample[nearest] == other.sample
+    if not shared.any() or _differing(one.token[before[same]], other.token[same]):
+        return None
+    return np.where(shared, unit[nearest], -1)
 
 
 def _places(trace: Trace) -> np.ndarray:

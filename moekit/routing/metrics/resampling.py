@@ -14,7 +14,7 @@ from moekit.arguments import Choice, Whole, check, shown
 from moekit.routing import statistics
 from moekit.routing.metrics.registry import METRICS, lasting, measured, names_of, of_tokens
 from moekit.routing.metrics.tables import block_counts, broadcast_table, chosen_experts, labels_of, layers_of
-from moekit.routing.pairs import rows_in
+from moekit.routing.pairs import units_in
 from moekit.routing.statistics import BLOCK, FEW, SEED, entropy_bits
 from moekit.routing.trace import ARRAYS, Trace
 
@@ -49,10 +49,9 @@ def bootstrap(
 
     Args:
         metric: one of the metrics, its name, or a function of a trace that returns a table with ``value``.
-        args, options: the metric's own; what has an item for each token, and traces of the same tokens, are drawn
-            with it, in lists and dicts, too.
-            So is a longer trace of the same text, if the metric gives the same value without the tokens that the first
-            one lacks, as a metric does that aligns both. Other traces stay whole.
+        args, options: the metric's own. What has an item for each token is drawn with the tokens, in lists and dicts, too. So are
+            other traces of the same text, by their numbers of samples: they may have more tokens, or fewer. Their
+            samples that the first trace lacks stay, and so do traces of other text.
         by: "sample"; "block": ``size`` neighbouring samples, for documents that lie across samples; or [T] units.
         resamples: of the units. Metrics that count draw counts, 1,000 resamples in seconds; others are computed for each
             resample again.
@@ -63,7 +62,7 @@ def bootstrap(
         ``FEW_FOR_SPREAD`` of :mod:`moekit.routing.statistics`), "does not vary" where all resamples give the value itself.
 
     Raises:
-        ValueError: no such metric, or it returns no table with ``value``.
+        ValueError: no such metric, it returns no table with ``value``, or a resample holds no token of another trace.
     """
     chosen = METRICS.get(metric) if isinstance(metric, str) else metric
     if not callable(chosen):
@@ -106,42 +105,56 @@ def _redrawn_interval(
         raise ValueError(
             f"the metric's rows are not told apart by {keys}; expected columns among {', '.join(KEYS)}"
         )
-    rows_of = np.split(np.argsort(found.unit, kind="stable"), np.cumsum(np.bincount(found.unit))[:-1])
     again, names = np.full((len(found.draws), len(frame)), np.nan), names_of(metric, args)
-    value = frame["value"].to_numpy(float)
-    places = functools.cache(functools.partial(rows_in, one=trace))
+    rows_of = functools.cache(functools.partial(_rows_of_units, one=trace, found=found))
+    for number, draw in enumerate(found.draws.astype(int)):
+        units = np.repeat(np.arange(found.number), draw)
+        rows, copies = _copies(trace, rows_of(trace), units)
+        samples = np.unique(copies)
 
-    def values(rows: np.ndarray, sample: np.ndarray, longer: bool) -> np.ndarray:
-        """The metric of these ``rows``, in these samples; ``longer``: of traces with more tokens, too, the same ones alone."""
-
-        def drawn(other: Trace) -> Trace:
-            if (there := places(other)) is None or (len(other) > len(trace) and not longer):
+        def drawn(other: Trace, units: np.ndarray = units, samples: np.ndarray = samples) -> Trace:
+            if (pieces := rows_of(other)) is None:
                 return other
-            return _at(other, there[rows], sample)
+            own, copies = _copies(other, pieces, units)
+            # A metric that reads all of the other trace would have another value without these.
+            rest = pieces[-1]
+            if not len(own) + len(rest):
+                raise ValueError(
+                    f"a resample holds no token of a trace with tokens in {sum(len(piece) > 0 for piece in pieces)} of "
+                    f"{found.number} units; expected tokens in more of them: select(samples=...) of the first trace what both have"
+                )
+            sample = np.searchsorted(samples, copies)
+            added = len(samples) + np.unique(other.sample[rest], return_inverse=True)[1]
+            return _at(other, np.concatenate([own, rest]), np.concatenate([sample, added]).astype(np.int32))
 
         own_args = [
             of_tokens(name, value, rows, len(trace), drawn) for name, value in zip(names, args, strict=True)
         ]
         own = {name: of_tokens(name, value, rows, len(trace), drawn) for name, value in options.items()}
         one = metric(drawn(trace), *own_args, **own)
-        return (one.set_index(keys)["value"].reindex(index) if keys else one["value"]).to_numpy(float)
-
-    # A metric that reads all of a longer trace has another value without the tokens that the first one lacks, and resamples of
-    # that value tell nothing of its own.
-    longer = np.allclose(values(np.arange(len(trace)), trace.sample, True), value, equal_nan=True)
-    for number, draw in enumerate(found.draws.astype(int)):
-        rows, copy = [], []
-        for unit in np.flatnonzero(draw):
-            for _ in range(draw[unit]):
-                rows.append(rows_of[unit])
-                # Each copy of a sample is a sample of its own.
-                copy.append(trace.sample[rows_of[unit]].astype(np.int64) + (len(copy) << 32))
-        rows, copy = np.concatenate(rows), np.concatenate(copy)
-        sample = np.unique(copy, return_inverse=True)[1].astype(np.int32)
-        again[number] = values(rows, sample, longer)
+        again[number] = one.set_index(keys)["value"].reindex(index) if keys else one["value"]
+    value = frame["value"].to_numpy(float)
     known = ~np.isnan(again).any(axis=0)
     low, high = statistics.interval(np.nan_to_num(again), np.nan_to_num(value), found.number)
     return frame.assign(low=np.where(known, low, np.nan), high=np.where(known, high, np.nan)), known
+
+
+def _rows_of_units(other: Trace, one: Trace, found: statistics.Units) -> list[np.ndarray] | None:
+    """The rows of each unit of ``one`` in ``other``, and, at the end, those of no unit; None for a trace of other text."""
+    unit = found.unit if other is one else units_in(other, one, found.unit)
+    if unit is None:
+        return None
+    unit = np.where(unit < 0, found.number, unit)
+    ends = np.cumsum(np.bincount(unit, minlength=found.number + 1))
+    return np.split(np.argsort(unit, kind="stable"), ends[:-1])
+
+
+def _copies(trace: Trace, rows_of: list[np.ndarray], units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The rows of these ``units``, and a number for each copy of a sample, as each is a sample of its own."""
+    pieces = [rows_of[unit] for unit in units]
+    rows = np.concatenate(pieces)
+    copy = np.repeat(np.arange(len(units)), [len(piece) for piece in pieces])
+    return rows, copy << 32 | trace.sample[rows]
 
 
 def _at(trace: Trace, rows: np.ndarray, sample: np.ndarray) -> Trace:
