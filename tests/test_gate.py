@@ -15,8 +15,7 @@ from moekit.headlines import headline
 from moekit.nn import gate
 from moekit.nn.config import SECOND_EXPERT, ModelConfig
 from moekit.nn.gate import Gate
-from moekit.nn.gates import GATES, Top1, Top2, gate_of
-from moekit.nn.kernels import gate as kernel_gate
+from moekit.nn.gates import GATES, Top2, gate_of
 from moekit.ranks import start
 
 LOG = torch.log
@@ -207,22 +206,6 @@ class Hashed(Gate):
         probs = torch.softmax(logits, dim=-1)
         weights = torch.full(experts.shape, 1 / 3)
         return probs, experts, probs.gather(-1, experts), weights
-
-
-@pytest.mark.parametrize("kind", [Top1, Top2])
-def test_no_kernel_takes_the_place_of_a_users_choice(kind):
-    """What the class above says of its own choice is not true of this one."""
-
-    def choose(self, logits, noise=None, edit=None):
-        return kind.choose(self, -logits, noise, edit)
-
-    logits = torch.randn(1, 5, 8)
-    top = config(gate=kind.__name__.lower(), experts=8)
-    assert kind(top).softmax_top_k and type("Other", (kind,), {"order": Top2.order})(top).softmax_top_k
-    own = type("Own", (kind,), {"choose": choose})(top)
-    assert not own.softmax_top_k and not kernel_gate.chooses(own)
-    found, wanted = kernel_gate.choose(own, logits)[1], kind(top).choose(-logits)[1]
-    assert found.equal(wanted)
 
 
 def test_another_gate_has_capacity_and_drops_as_the_others():

@@ -766,6 +766,24 @@ def test_ties_go_to_the_first_expert():
     assert probs[0, 0].tolist() == pytest.approx([1 / 12, 1 / 12])
 
 
+@pytest.mark.parametrize("kind", [gates.Top1, Top2])
+def test_no_kernel_takes_the_place_of_a_users_choice(kind):
+    """What the class above says of its own choice is not true of this one."""
+
+    def choose(self, logits, noise=None, edit=None):
+        return kind.choose(self, -logits, noise, edit)
+
+    logits = torch.randn(1, 5, 8)
+    top = replace(BASE, gate=kind.__name__.lower(), experts=8)
+    for same in (kind, type("Named", (kind,), {"describe": gate.Gate.describe})):
+        assert same(top).softmax_top_k and same(top).repeats
+    own = type("Own", (kind,), {"choose": choose})(top)
+    assert not own.softmax_top_k and not own.repeats and not fused_gate.chooses(own)
+    assert type("Told", (kind,), {"choose": choose, "repeats": True})(top).repeats
+    found, wanted = fused_gate.choose(own, logits)[1], kind(top).choose(-logits)[1]
+    assert found.equal(wanted)
+
+
 def test_a_gate_that_the_kernel_cannot_compute():
     """More choices than the kernel writes are an error; a gate with a rule of its own computes them itself."""
     rule = gate_of(config())
@@ -1319,6 +1337,19 @@ def test_a_dense_model_is_captured_whatever_gate_its_config_names(dense):
         embed=SimpleNamespace(weight=SimpleNamespace(is_cuda=True)),
     )
     assert graph.fits(seen, Pass()) == dense
+
+
+@pytest.mark.parametrize("told", [{}, {"repeats": True}])
+def test_a_users_gate_is_captured_if_it_says_that_it_repeats(told, monkeypatch):
+    """What it does on the host would run once, at the capture, or fail there."""
+    monkeypatch.setitem(gates.GATES, "own", type("Own", (Top2,), {"order": Top2.order, **told}))
+    seen = SimpleNamespace(
+        config=replace(BASE, gate="own"),
+        backend="triton",
+        slots=None,
+        embed=SimpleNamespace(weight=SimpleNamespace(is_cuda=True)),
+    )
+    assert graph.fits(seen, Pass()) == bool(told)
 
 
 def test_what_comes_again_is_captured_once(monkeypatch):

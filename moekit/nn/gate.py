@@ -93,18 +93,23 @@ class Gate:
         top_k: K, choices a token.
         draws: whether routing draws random numbers, from the ``noise`` that :meth:`route` is given.
         softmax_top_k: whether :meth:`choose` is the softmax and its K best experts, with weights normalised to a sum
-            of 1 where K is 2: then a fused kernel may take its place. A class says it of its own :meth:`choose` alone, so
-            a subclass with another one says it anew.
+            of 1 where K is 2: then a fused kernel may take its place.
+        repeats: whether :meth:`route` computes on the device alone, and the same each time, so that a CUDA graph may replay it:
+            Python then runs once for many steps.
+
+    A class says the last two of its own methods: a subclass that routes in another way says them anew.
     """
 
     top_k: int
     draws = False
     softmax_top_k = False
+    repeats = False
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        if "choose" in vars(cls) and "softmax_top_k" not in vars(cls):
-            cls.softmax_top_k = False
+        if vars(cls).keys() & {"choose", "dispatched", "order", "weigh", "capacity", "fill", "route"}:
+            for told in {"softmax_top_k", "repeats"} - vars(cls).keys():
+                setattr(cls, told, False)
 
     def __init__(self, config: ModelConfig):
         self.config = config

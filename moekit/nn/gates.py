@@ -23,6 +23,7 @@ class Top1(Gate):
 
     top_k = 1
     softmax_top_k = True
+    repeats = True
 
     def describe(self) -> str:
         return "top-1"
@@ -51,6 +52,10 @@ class Top2(Gate):
     @property
     def draws(self) -> bool:
         return self.config.second_expert != "all"
+
+    @property
+    def repeats(self) -> bool:
+        return not self.draws
 
     @property
     def softmax_top_k(self) -> bool:

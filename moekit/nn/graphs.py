@@ -47,10 +47,10 @@ def fits(model: Transformer, asked: Pass, sequences: int | None = None) -> bool:
     capture at the same time, because a capture runs the work several times.
     """
     # A dense model's config names a gate all the same.
-    draws = bool(model.config.moe_layers) and gate_of(model.config).draws
+    repeats = not model.config.moe_layers or gate_of(model.config).repeats
     on_gpu = model.embed.weight.is_cuda and model.backend == "triton"
     plain = asked.record is None and asked.edit is None and asked.padding is None
-    return on_gpu and plain and not draws and (model.slots is None or _in_parts(model, sequences) is not None)
+    return on_gpu and plain and repeats and (model.slots is None or _in_parts(model, sequences) is not None)
 
 
 def _in_parts(model: Transformer, sequences: int | None) -> ModuleType | None:
