@@ -591,7 +591,7 @@ def test_errors_are_one_sentence(source, tmp_path, capsys, arguments, said):
         (
             "convert",
             {"to": "hf", "texts": {"notes.rst": "a"}},
-            "texts names 'notes.rst': expected LICENSE, or a name that ends in .json, .md or .txt",
+            "texts names 'notes.rst': expected LICENSE, vocab.bpe, or a name that ends in .json, .md or .txt",
         ),
         ("convert", {"to": "hf", "texts": {"../a": "b"}}, "texts names '../a': expected the name of a file"),
         ("convert", {"to": "hf", "texts": {"..": "b"}}, "texts names '..': expected the name of a file"),

@@ -405,6 +405,15 @@ def test_what_makes_no_gate_is_told(kind, monkeypatch):
         moekit.load("demo", 1, "cpu", **HOW)
 
 
+def test_the_branchs_gates_are_not_replaced(monkeypatch):
+    """Ranks in processes of their own would compute the branch's all the same."""
+    monkeypatch.setitem(GATES, "top2", type("Own", (Top2,), {}))
+    with pytest.raises(
+        ValueError, match=r"^GATES\['top2'\]=.*Own.*: expected the branch's gate, .* a name of its own$"
+    ):
+        moekit.load("demo", 1, "cpu", progress=False)
+
+
 def test_a_gate_is_tried_in_the_type_of_the_model(monkeypatch):
     """The demo's softmax is in float32, and a gate gets logits of the model's type all the same. NumPy has no bfloat16."""
 

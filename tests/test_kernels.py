@@ -778,24 +778,28 @@ def test_no_kernel_takes_the_place_of_a_users_choice(kind):
     for same in (kind, type("Named", (kind,), {"describe": gate.Gate.describe})):
         assert same(top).softmax_top_k and same(top).repeats
     own = type("Own", (kind,), {"choose": choose})(top)
-    assert not own.softmax_top_k and not own.repeats and not fused_gate.chooses(own)
+    beside = type("Beside", (type("Mixin", (), {"choose": choose}), kind), {})(top)
+    for other in (own, beside):
+        assert not other.softmax_top_k and not other.repeats and not fused_gate.chooses(other)
+    dropping = type("Dropping", (kind,), {"weigh": Top2.weigh, "order": lambda self, probs: None})(top)
+    assert dropping.softmax_top_k and not dropping.repeats
     assert type("Told", (kind,), {"choose": choose, "repeats": True})(top).repeats
     found, wanted = fused_gate.choose(own, logits)[1], kind(top).choose(-logits)[1]
     assert found.equal(wanted)
 
 
 def test_a_gate_that_the_kernel_cannot_compute():
-    """More choices than the kernel writes are an error; a gate with a rule of its own computes them itself."""
-    rule = gate_of(config())
-    rule.top_k = 3
+    """A gate with a rule of its own, or with more choices than the kernel writes, computes them itself."""
     logits = torch.zeros(1, 2, BASE.experts, device=DEVICE)
-    with pytest.raises(AssertionError, match="1 or 2 choices a token, not 3"):
-        fused_gate.choose(rule, logits)
 
     class Own(gate.Gate):
         def choose(self, logits, noise=None, edit=None):
             return "own", logits.argmin(dim=-1, keepdim=True).int(), None, None
 
+    class Three(Own):
+        top_k, softmax_top_k = 3, True
+
+    assert fused_gate.choose(Three(config()), logits)[0] == "own"
     probs, experts, *_ = fused_gate.choose(Own(config()), logits)
     # Kernels read the numbers of experts as eight bytes.
     assert probs == "own" and experts.dtype == torch.long
@@ -1092,7 +1096,9 @@ def test_a_users_gate_that_drops_takes_no_fused_step(monkeypatch):
     def dispatched(self, gate_probs, weights, noise, edit):
         return gate_probs > gate_probs.amin(-1, keepdim=True)
 
-    monkeypatch.setitem(gates.GATES, "own", type("Own", (Top2,), {"dispatched": dispatched}))
+    monkeypatch.setitem(
+        gates.GATES, "own", type("Own", (Top2,), {"dispatched": dispatched, "softmax_top_k": True})
+    )
     torch.manual_seed(0)
     model = Transformer(replace(CASES["before_dropping"].config, gate="own")).requires_grad_(False)
     for parameter in model.parameters():
@@ -1339,17 +1345,17 @@ def test_a_dense_model_is_captured_whatever_gate_its_config_names(dense):
     assert graph.fits(seen, Pass()) == dense
 
 
-@pytest.mark.parametrize("told", [{}, {"repeats": True}])
+@pytest.mark.parametrize("told", [{}, {"repeats": True}, {"repeats": True, "draws": True}])
 def test_a_users_gate_is_captured_if_it_says_that_it_repeats(told, monkeypatch):
     """What it does on the host would run once, at the capture, or fail there."""
-    monkeypatch.setitem(gates.GATES, "own", type("Own", (Top2,), {"order": Top2.order, **told}))
+    monkeypatch.setitem(gates.GATES, "own", type("Own", (Top2,), {"order": lambda self, probs: None, **told}))
     seen = SimpleNamespace(
         config=replace(BASE, gate="own"),
         backend="triton",
         slots=None,
         embed=SimpleNamespace(weight=SimpleNamespace(is_cuda=True)),
     )
-    assert graph.fits(seen, Pass()) == bool(told)
+    assert graph.fits(seen, Pass()) == (told == {"repeats": True})
 
 
 def test_what_comes_again_is_captured_once(monkeypatch):

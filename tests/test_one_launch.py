@@ -21,6 +21,7 @@ from steps import VOCAB, against_slow
 
 from moekit.nn.cache import Cache
 from moekit.nn.experts import QuantisedExperts
+from moekit.nn.gates import GATES, Top2
 from moekit.nn.kernels import grid_barrier, one_launch, operations
 from moekit.nn.kernels.fixed_point import fixed, floating
 from moekit.nn.passes import Pass
@@ -173,7 +174,10 @@ def test_what_the_kernel_is_not_made_for_takes_the_others(monkeypatch):
 
     assert fits() and fits(one_launch.FEW) and fits(gate="top1") and fits(moe_freq=0, experts=0)
     assert not fits(one_launch.FEW + 1)
+    dropping = {"dispatched": lambda self, *chosen: None, "softmax_top_k": True}
+    monkeypatch.setitem(GATES, "own", type("Own", (Top2,), dropping))
     for options in (
+        {"gate": "own"},
         {"pre_norm": False},
         {"embedding_norm": True},
         {"input_dim": 16},

@@ -231,13 +231,14 @@ def test_what_a_container_holds_is_drawn_as_if_it_stood_alone(generated):
 
 def test_a_container_without_anything_of_tokens_is_given_as_it_is():
     trace, _ = synthetic(tokens=400, block=20)
-    given = [1, ("a", None), np.arange(3), {"b"}]
+    # As many items as tokens, in no order, are none of tokens.
+    for given in ([1, ("a", None), np.arange(3), {"b"}], collections.Counter("a"), {*range(400)}, bytes(400)):
 
-    def same(one, other):
-        assert other is given
-        return Busiest(one)
+        def same(one, other, given=given):
+            assert other is given
+            return Busiest(one)
 
-    metrics.bootstrap(trace, same, given, resamples=2)
+        metrics.bootstrap(trace, same, given, resamples=2)
 
 
 @pytest.mark.parametrize("told", [True, False])
@@ -282,8 +283,12 @@ def test_a_trace_that_lacks_samples_is_drawn_where_it_has_them():
     again = draws @ same / draws.sum(axis=1, keepdims=True)
     low, high = statistics.interval(again, same.mean(axis=0), 40)
     np.testing.assert_allclose(told[["low", "high"]], np.stack([low, high], axis=1), atol=1e-6)
-    with pytest.raises(ValueError, match="holds no token of a trace with tokens in 1 of 40 units"):
-        metrics.bootstrap(trace, first, other.select(samples=3), resamples=60)
+    # The samples of a trace that the first one lacks are in none of its units.
+    more, _ = synthetic(tokens=1000, block=20, experts=6, seed=1)
+    more = dataclasses.replace(more, token=np.concatenate([trace.token, more.token[800:]]))
+    for samples in ([3], [3, *range(40, 50)]):
+        with pytest.raises(ValueError, match="holds no token of a trace with tokens in 1 of 40 units"):
+            metrics.bootstrap(trace, first, more.select(samples=samples), resamples=60)
 
 
 def test_a_metric_whose_interval_is_dropped_is_drawn():

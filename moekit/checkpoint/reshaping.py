@@ -195,13 +195,13 @@ def convert(
 
     Args:
         to: one of :data:`FORMATS`.
-        texts: more files of the folder by their names, such as the tokenizer's: LICENSE, or names that end in .json, .md or
-            .txt.
+        texts: more files of the folder by their names, such as the tokenizer's: LICENSE, vocab.bpe, or names that end in
+            .json, .md or .txt.
         dictionary: with "hf", types of the dictionary; logits of the matrices' rows beyond it are -inf there.
 
     Raises:
         ValueError: the matrices have fewer rows than the dictionary has types, or ``dictionary`` is given with another format
-            than "hf"; a text's name is kept for weights or the folder's own files, or is none of LICENSE, .json, .md and .txt;
+            than "hf"; a text's name is kept for weights or the folder's own files, or is none that ``texts`` may have;
             and as :func:`strip`.
     """
     _check_texts(texts)

@@ -114,7 +114,7 @@ def _check_names(texts: Iterable[str], own: Sequence[str]) -> None:
             )
         if not OTHERS.fullmatch(name):
             raise ValueError(
-                f"texts names {shown(name)}: expected LICENSE, or a name that ends in .json, .md or .txt"
+                f"texts names {shown(name)}: expected LICENSE, vocab.bpe, or a name that ends in .json, .md or .txt"
             )
 
 

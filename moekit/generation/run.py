@@ -95,7 +95,7 @@ def generate(
 
     Raises:
         ValueError: an argument is invalid, or a prompt leaves too little room: it is raised before anything runs; or ``record``
-            raised, or cannot be sent to the ranks.
+            raised, cannot be sent to the ranks, or cannot be made there.
         moekit.ranks.RankError: a rank failed.
     """
     # The request takes all arguments by their names; it ignores ``progress``.
@@ -186,7 +186,7 @@ def stream(
 
     Raises:
         ValueError: an argument is invalid, or a prompt leaves too little room: it is raised before anything runs; or ``record``
-            raised, or cannot be sent to the ranks.
+            raised, cannot be sent to the ranks, or cannot be made there.
         moekit.ranks.RankError: a rank failed.
     """
     request = Request.of(**locals(), beam_size=1, trace=False)

@@ -97,7 +97,8 @@ class Gate:
         repeats: whether :meth:`route` computes on the device alone, and the same each time, so that a CUDA graph may replay it:
             Python then runs once for many steps.
 
-    A class says the last two of its own methods: a subclass that routes in another way says them anew.
+    A class says the last two of its own methods: a subclass with another :meth:`choose` says ``softmax_top_k`` anew, and one that
+    routes in another way ``repeats``.
     """
 
     top_k: int
@@ -107,8 +108,14 @@ class Gate:
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        if vars(cls).keys() & {"choose", "dispatched", "order", "weigh", "capacity", "fill", "route"}:
-            for told in {"softmax_top_k", "repeats"} - vars(cls).keys():
+        above = next(base for base in cls.__mro__[1:] if issubclass(base, Gate))
+        choice = ("choose", "chosen")
+        routing = (*choice, "dispatched", "order", "weigh", "capacity", "fill", "route")
+        for told, methods in (("softmax_top_k", choice), ("repeats", routing)):
+            # A method may come from a class beside the gate above.
+            if told not in vars(cls) and any(
+                getattr(cls, name) is not getattr(above, name) for name in methods
+            ):
                 setattr(cls, told, False)
 
     def __init__(self, config: ModelConfig):
@@ -173,7 +180,7 @@ class Gate:
         return weights
 
     def capacity(self, tokens: int, fraction: float | None) -> int | None:
-        """:func:`capacity` of this gate."""
+        """:func:`capacity` of this gate; it is asked only where there is a fraction."""
         return capacity(tokens, fraction, self.top_k, self.config.experts)
 
     def route(
@@ -206,7 +213,7 @@ class Gate:
         choose = choose or type(self).chosen
         probs, experts, gate_probs, weights = choose(self, logits, noise, edit)
         kept = self.dispatched(gate_probs, weights, noise, edit)
-        capacity = self.capacity(logits.shape[1], fraction)
+        capacity = None if fraction is None else self.capacity(logits.shape[1], fraction)
         dtype = logits.dtype
         if kept is None and padding is None and capacity is None:
             kept, weights, ordered = torch.ones_like(experts, dtype=torch.bool), weights.to(dtype), None

@@ -48,14 +48,11 @@ class Top2(Gate):
     """
 
     top_k = 2
+    repeats = True
 
     @property
     def draws(self) -> bool:
         return self.config.second_expert != "all"
-
-    @property
-    def repeats(self) -> bool:
-        return not self.draws
 
     @property
     def softmax_top_k(self) -> bool:
@@ -122,9 +119,9 @@ def normalized(weights: Tensor) -> Tensor:
     return weights / weights.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).eps)
 
 
-GATES: dict[str, type[Gate]] = {"top1": Top1, "top2": Top2}
 # Those of the branch, which files name. Another one is tried before a model is loaded with it.
-PROVEN = "top1", "top2"
+PROVEN: dict[str, type[Gate]] = {"top1": Top1, "top2": Top2}
+GATES = dict(PROVEN)
 
 
 def top_k_of(config: ModelConfig) -> int:
@@ -149,6 +146,11 @@ def gate_of(config: ModelConfig) -> Gate:
 
 def _kind_of(config: ModelConfig) -> type[Gate]:
     kind = GATES[config.gate]
+    if kind is not PROVEN.get(config.gate, kind):
+        raise ValueError(
+            f"GATES[{config.gate!r}]={shown(kind)}: expected the branch's gate, which files mean by this name and ranks in processes "
+            "of their own have: enter another one by a name of its own"
+        )
     if not (isinstance(kind, type) and issubclass(kind, Gate)):
         raise ValueError(f"GATES[{config.gate!r}]={shown(kind)}: expected a subclass of moekit.nn.gate.Gate")
     choices = getattr(kind, "top_k", None)

@@ -47,7 +47,8 @@ def fits(model: Transformer, asked: Pass, sequences: int | None = None) -> bool:
     capture at the same time, because a capture runs the work several times.
     """
     # A dense model's config names a gate all the same.
-    repeats = not model.config.moe_layers or gate_of(model.config).repeats
+    gate = gate_of(model.config) if model.config.moe_layers else None
+    repeats = gate is None or (gate.repeats and not gate.draws)
     on_gpu = model.embed.weight.is_cuda and model.backend == "triton"
     plain = asked.record is None and asked.edit is None and asked.padding is None
     return on_gpu and plain and repeats and (model.slots is None or _in_parts(model, sequences) is not None)

@@ -26,7 +26,7 @@ def chooses(gate: Gate) -> bool:
 
 
 def keeps(gate: Gate) -> bool:
-    """Whether a decode step, without capacity, padding and experiment, keeps all that ``gate`` chooses: a user's gate may drop by itself."""
+    """Whether a step keeps all that ``gate`` chooses, without capacity, padding, draws and experiment: a user's gate may drop by itself."""
     return type(gate).dispatched in (Gate.dispatched, Top2.dispatched) and type(gate).route is Gate.route
 
 
@@ -36,11 +36,9 @@ def choose(
     noise: Callable[[str, Tensor], Tensor] | None = None,
     edit: Edit | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute :meth:`moekit.nn.gate.Gate.chosen`, with the kernel if the gate is only softmax and top-k; for inference."""
-    if not gate.softmax_top_k or edit is not None:
+    """Compute :meth:`moekit.nn.gate.Gate.chosen`, with the kernel if it makes the gate's choice; for inference."""
+    if not chooses(gate) or edit is not None:
         return gate.chosen(logits, noise, edit)
-    # The kernel writes two choices at most.
-    assert gate.top_k <= 2, f"the kernel makes 1 or 2 choices a token, not {gate.top_k}"
     *shape, experts = logits.shape
     dtype = torch.float32 if gate.config.gate_fp32 else logits.dtype
     probs = torch.empty(logits.shape, dtype=dtype, device=logits.device)

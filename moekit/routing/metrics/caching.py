@@ -83,7 +83,7 @@ def cache_hits(trace: Trace, sizes: Sequence[int] | None = None, *, dispatched: 
 
 
 @functools.lru_cache(maxsize=64)
-def _oracle_chance(k: int, experts: int, sizes: tuple[int, ...]) -> np.ndarray:
+def _oracle_chance(k: int, experts: int, sizes: tuple[int, ...]) -> tuple[float, ...]:
     """The oracle's hit rate of each size in random requests. No trace changes it, and each resample of a bootstrap asks for it."""
     random = random_choices(np.random.default_rng(SEED), RANDOM_REQUESTS // k, k, experts).ravel()
-    return expert_caches.oracle_hits([random], experts, np.array(sizes))[0] / len(random)
+    return tuple(expert_caches.oracle_hits([random], experts, np.array(sizes))[0] / len(random))

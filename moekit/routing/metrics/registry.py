@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Collection, Iterator, KeysView, Mapping, Sequence, Set, Sized
 from contextvars import ContextVar
 from typing import Any
 
@@ -112,30 +112,33 @@ def of_tokens(
         return of_trace(value)
     if isinstance(value, Iterator):
         value = list(value)
-    # A class, and an array without dimensions, say that they have a length, and have none.
-    many = isinstance(value, Sized) and is_many(value) and not isinstance(value, Mapping | str)
+    # A class, and an array without dimensions, say that they have a length, and have none. The keys of a dict have an order.
+    unordered = isinstance(value, Mapping | Set) and not isinstance(value, KeysView)
+    many = (
+        isinstance(value, Sized) and is_many(value) and not unordered and not isinstance(value, str | bytes)
+    )
     if many and len(value) == tokens and not any(isinstance(part, Trace) for part in _parts(value)):
         return array_of(name, value)[rows]
-    return _with_parts(name, value, lambda own, part: of_tokens(own, part, rows, tokens, of_trace))
+    # The names of labels are the user's.
+    return _with_parts(value, lambda own, part: of_tokens(f"{name}[{own!r}]", part, rows, tokens, of_trace))
 
 
-def lasting(name: str, value: Any) -> Any:
+def lasting(value: Any) -> Any:
     """A metric's argument with lists in place of iterators, which can be read only once, at any depth."""
-    return _with_parts(name, list(value) if isinstance(value, Iterator) else value, lasting)
+    return _with_parts(list(value) if isinstance(value, Iterator) else value, lambda own, part: lasting(part))
 
 
-def _with_parts(name: str, value: Any, change: Callable[[str, Any], Any]) -> Any:
-    """``value`` with ``change`` of the name and the value of all that it holds; itself, where nothing changes."""
-    if isinstance(value, Mapping):
-        # The names of labels are the user's.
-        return {own: change(f"{name}[{own!r}]", part) for own, part in value.items()}
-    parts = _parts(value)
-    made = [change(f"{name}[{number}]", part) for number, part in enumerate(parts)]
-    if all(new is part for new, part in zip(made, parts, strict=True)):
+def _with_parts(value: Any, change: Callable[[Any, Any], Any]) -> Any:
+    """``value`` with ``change`` of the key or number and the value of all that it holds; itself, where nothing changes."""
+    parts = value if isinstance(value, Mapping) else dict(enumerate(_parts(value)))
+    made = {own: change(own, part) for own, part in parts.items()}
+    if all(made[own] is part for own, part in parts.items()):
         return value
-    # A tuple with names is made of a list by a method.
-    own_kind = isinstance(value, list | tuple | set | frozenset)
-    return getattr(value, "_make", type(value))(made) if own_kind else made
+    if isinstance(value, Mapping):
+        return made
+    # A tuple with names is made of a list by a method. Other kinds may want more than that.
+    kind = type(value) if type(value) in (list, tuple, set, frozenset) else list
+    return getattr(value, "_make", kind)(list(made.values()))
 
 
 def _parts(value: Any) -> list:
@@ -143,7 +146,9 @@ def _parts(value: Any) -> list:
     if not isinstance(value, Collection) or not is_many(value) or isinstance(value, str | bytes):
         return []
     numbers = hasattr(value, "dtype") and getattr(value.dtype, "kind", "") != "O"
-    return [] if numbers or hasattr(value, "columns") else list(value)
+    parts = [] if numbers or hasattr(value, "columns") else list(value)
+    # Long lists of these are common, and each resample would look at each item.
+    return [] if set(map(type, parts)) <= {str, bytes, int, float, bool, complex, type(None)} else parts
 
 
 def _cut(name: str, value: Any, new: np.ndarray) -> Any:

@@ -49,9 +49,9 @@ def bootstrap(
 
     Args:
         metric: one of the metrics, its name, or a function of a trace that returns a table with ``value``.
-        args, options: the metric's own. What has an item for each token is drawn with the tokens, in lists and dicts, too. So are
-            other traces of the same text, by their numbers of samples: they may have more tokens, or fewer. Their
-            samples that the first trace lacks stay, and so do traces of other text.
+        args, options: the metric's own. What has an item for each token is drawn with the tokens, in lists and dicts, too. Other
+            traces of the same text are drawn sample by sample, as ``sample`` numbers them: they may have more tokens, or
+            fewer. Their samples that the first trace lacks stay, and so do traces of other text.
         by: "sample"; "block": ``size`` neighbouring samples, for documents that lie across samples; or [T] units.
         resamples: of the units. Metrics that count draw counts, 1,000 resamples in seconds; others are computed for each
             resample again.
@@ -67,7 +67,7 @@ def bootstrap(
     chosen = METRICS.get(metric) if isinstance(metric, str) else metric
     if not callable(chosen):
         raise ValueError(f"metric={shown(metric)}: expected a function or one of {', '.join(METRICS)}")
-    by, args, options = lasting("by", by), lasting("args", args), lasting("options", options)
+    by, args, options = lasting(by), lasting(args), lasting(options)
     plan = statistics.Plan(by, size, resamples, seed)
     with statistics.resampling(plan):
         frame = chosen(trace, *args, **options)
@@ -118,9 +118,9 @@ def _redrawn_interval(
             own, copies = _copies(other, pieces, units)
             # A metric that reads all of the other trace would have another value without these.
             rest = pieces[-1]
-            if not len(own) + len(rest):
+            if not len(own):
                 raise ValueError(
-                    f"a resample holds no token of a trace with tokens in {sum(len(piece) > 0 for piece in pieces)} of "
+                    f"a resample holds no token of a trace with tokens in {sum(len(piece) > 0 for piece in pieces[:-1])} of "
                     f"{found.number} units; expected tokens in more of them: select(samples=...) of the first trace what both have"
                 )
             sample = np.searchsorted(samples, copies)
