@@ -19,7 +19,7 @@ from moekit.generation.run import generate, stream
 from moekit.handle import Handle, describe_run, experts_dtype, find_codec, find_dictionary, weights_dtype
 from moekit.interrupts import import_whole
 from moekit.nn.changes import changed
-from moekit.nn.gates import PROVEN
+from moekit.nn.gates import PROVEN, top_k_of
 from moekit.nn.operations import choose_backend
 from moekit.nn.policies import USUAL
 from moekit.nn.record import Options
@@ -385,7 +385,11 @@ def _of_a_file(error: RankError, files: ckpt.Files) -> str | None:
 
 def _check_gate(pool: Ranks, config: ModelConfig, dtype: torch.dtype) -> None:
     """Check that a gate of the user's works on every rank: what it raises in a pass costs all ranks, as others wait there."""
-    if config.dense or config.gate in PROVEN:
+    if config.dense:
+        return
+    # One that is entered under a name of the branch is refused here.
+    top_k_of(config)
+    if config.gate in PROVEN:
         return
     for fault in pool.call(loading.try_gate, config, dtype):
         if fault is not None:

@@ -266,7 +266,7 @@ def _swept(
     gate = gate_of(model.config) if model.config.moe_layers else None
 
     def room(batch: Batch, fraction: float | None) -> float:
-        places = None if gate is None else gate.capacity(batch.tokens.size, fraction)
+        places = None if gate is None or fraction is None else gate.capacity(batch.tokens.size, fraction)
         return math.inf if places is None else places
 
     order = sorted(

@@ -562,31 +562,16 @@ def test_errors_are_one_sentence(source, tmp_path, capsys, arguments, said):
         ),
         ("convert", {"to": "hf", "dictionary": 10**9}, "rows, too few for a dictionary of 1000000000 types"),
         ("convert", {"to": "fairseq", "dictionary": 100}, "dictionary=100: only the format 'hf' tells it"),
-        (
-            "convert",
-            {"to": "hf", "texts": {"model.safetensors": "a"}},
-            "texts names 'model.safetensors', which",
-        ),
-        (
-            "convert",
-            {"to": "hf", "texts": {"config.json": "{}"}},
-            "texts names 'config.json', which is kept for",
-        ),
-        (
-            "convert",
-            {"to": "hf", "texts": {"modeling_moekit.py": ""}},
-            "texts names 'modeling_moekit.py', which",
-        ),
-        ("convert", {"to": "hf", "texts": {"job.json": "{}"}}, "texts names 'job.json', which is kept for"),
-        (
-            "convert",
-            {"to": "fairseq", "texts": {"model-rank-0.pt.part": "a"}},
-            "texts names 'model-rank-0.pt.part', which",
-        ),
-        (
-            "convert",
-            {"to": "fairseq", "texts": {"model-rank-99.pt": "a"}},
-            "texts names 'model-rank-99.pt', which",
+        *(
+            ("convert", {"to": to, "texts": {name: "{}"}}, f"texts names '{name}', which is kept for weights")
+            for to, name in (
+                ("hf", "model.safetensors"),
+                ("hf", "config.json"),
+                ("hf", "modeling_moekit.py"),
+                ("hf", "job.json"),
+                ("fairseq", "model-rank-0.pt.part"),
+                ("fairseq", "model-rank-99.pt"),
+            )
         ),
         (
             "convert",

@@ -16,6 +16,7 @@ from moekit.nn import gate
 from moekit.nn.config import SECOND_EXPERT, ModelConfig
 from moekit.nn.gate import Gate
 from moekit.nn.gates import GATES, Top2, gate_of
+from moekit.nn.operations import PLAIN
 from moekit.ranks import start
 
 LOG = torch.log
@@ -206,6 +207,15 @@ class Hashed(Gate):
         probs = torch.softmax(logits, dim=-1)
         weights = torch.full(experts.shape, 1 / 3)
         return probs, experts, probs.gather(-1, experts), weights
+
+
+def test_a_users_fill_is_asked_by_the_plain_back_end():
+    def fill(self, probs, experts, gate_probs, weights, kept, padding, capacity, dtype):
+        return torch.zeros_like(experts, dtype=torch.bool), torch.zeros_like(weights), None
+
+    own = type("Own", (Top2,), {"fill": fill})(config())
+    found = own.route(torch.randn(1, 4, BASE.experts), fraction=0.5, fill=PLAIN.fill)
+    assert not found.kept.any()
 
 
 def test_another_gate_has_capacity_and_drops_as_the_others():
@@ -405,13 +415,14 @@ def test_what_makes_no_gate_is_told(kind, monkeypatch):
         moekit.load("demo", 1, "cpu", **HOW)
 
 
-def test_the_branchs_gates_are_not_replaced(monkeypatch):
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_branchs_gates_are_not_replaced(world_size, monkeypatch):
     """Ranks in processes of their own would compute the branch's all the same."""
     monkeypatch.setitem(GATES, "top2", type("Own", (Top2,), {}))
     with pytest.raises(
         ValueError, match=r"^GATES\['top2'\]=.*Own.*: expected the branch's gate, .* a name of its own$"
     ):
-        moekit.load("demo", 1, "cpu", progress=False)
+        moekit.load("demo", world_size, "cpu", progress=False)
 
 
 def test_a_gate_is_tried_in_the_type_of_the_model(monkeypatch):

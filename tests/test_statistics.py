@@ -232,7 +232,13 @@ def test_what_a_container_holds_is_drawn_as_if_it_stood_alone(generated):
 def test_a_container_without_anything_of_tokens_is_given_as_it_is():
     trace, _ = synthetic(tokens=400, block=20)
     # As many items as tokens, in no order, are none of tokens.
-    for given in ([1, ("a", None), np.arange(3), {"b"}], collections.Counter("a"), {*range(400)}, bytes(400)):
+    for given in (
+        [1, ("a", None), np.arange(3), {"b"}],
+        collections.Counter("a"),
+        {*range(400)},
+        bytes(400),
+        bytearray(400),
+    ):
 
         def same(one, other, given=given):
             assert other is given

@@ -93,7 +93,7 @@ class Gate:
         top_k: K, choices a token.
         draws: whether routing draws random numbers, from the ``noise`` that :meth:`route` is given.
         softmax_top_k: whether :meth:`choose` is the softmax and its K best experts, with weights normalised to a sum
-            of 1 where K is 2: then a fused kernel may take its place.
+            of 1 where K is 2: then a fused kernel may take its place, where K is 1 or 2.
         repeats: whether :meth:`route` computes on the device alone, and the same each time, so that a CUDA graph may replay it:
             Python then runs once for many steps.
 

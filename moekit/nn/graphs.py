@@ -46,12 +46,14 @@ def fits(model: Transformer, asked: Pass, sequences: int | None = None) -> bool:
     With several ranks, the number of expected rows has to be known (:attr:`moekit.nn.passes.Pass.rows_expected`). All ranks
     capture at the same time, because a capture runs the work several times.
     """
+    on_gpu = model.embed.weight.is_cuda and model.backend == "triton"
+    plain = asked.record is None and asked.edit is None and asked.padding is None
+    if not on_gpu or not plain:
+        return False
     # A dense model's config names a gate all the same.
     gate = gate_of(model.config) if model.config.moe_layers else None
     repeats = gate is None or (gate.repeats and not gate.draws)
-    on_gpu = model.embed.weight.is_cuda and model.backend == "triton"
-    plain = asked.record is None and asked.edit is None and asked.padding is None
-    return on_gpu and plain and repeats and (model.slots is None or _in_parts(model, sequences) is not None)
+    return repeats and (model.slots is None or _in_parts(model, sequences) is not None)
 
 
 def _in_parts(model: Transformer, sequences: int | None) -> ModuleType | None:

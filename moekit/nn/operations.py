@@ -12,7 +12,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -96,8 +96,13 @@ def choose(
     noise: Callable[[str, Tensor], Tensor] | None = None,
     edit: gate.Edit | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """:meth:`moekit.nn.gate.Gate.choose` of ``rule``."""
+    """:meth:`moekit.nn.gate.Gate.chosen` of ``rule``."""
     return rule.chosen(logits, noise, edit)
+
+
+def fill(rule: gate.Gate, *given: Any) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+    """:meth:`moekit.nn.gate.Gate.fill` of ``rule``."""
+    return rule.fill(*given)
 
 
 def target_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
@@ -170,7 +175,7 @@ PLAIN = Operations(
     add_norm=add_norm,
     linear=linear,
     choose=choose,
-    fill=gate.Gate.fill,
+    fill=fill,
     by_expert=gate.by_expert,
     experts_ffn=loop,
     target_log_probs=target_log_probs,

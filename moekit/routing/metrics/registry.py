@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Collection, Iterator, KeysView, Mapping, Sequence, Set, Sized
+from collections.abc import Callable, Collection, ItemsView, Iterator, KeysView, Mapping, Sequence, Set, Sized
 from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
 
-from moekit.arguments import Flag, Number, Whole, check, is_many
+from moekit.arguments import BYTES, Flag, Number, Whole, check, is_many
 from moekit.checked import check_bound, checked
 from moekit.routing.statistics import array_of
 from moekit.routing.trace import TRACE, Trace, need_layers, need_tokens
@@ -113,9 +113,9 @@ def of_tokens(
     if isinstance(value, Iterator):
         value = list(value)
     # A class, and an array without dimensions, say that they have a length, and have none. The keys of a dict have an order.
-    unordered = isinstance(value, Mapping | Set) and not isinstance(value, KeysView)
+    unordered = isinstance(value, Mapping | Set) and not isinstance(value, KeysView | ItemsView)
     many = (
-        isinstance(value, Sized) and is_many(value) and not unordered and not isinstance(value, str | bytes)
+        isinstance(value, Sized) and is_many(value) and not unordered and not isinstance(value, (str, *BYTES))
     )
     if many and len(value) == tokens and not any(isinstance(part, Trace) for part in _parts(value)):
         return array_of(name, value)[rows]
@@ -136,19 +136,25 @@ def _with_parts(value: Any, change: Callable[[Any, Any], Any]) -> Any:
         return value
     if isinstance(value, Mapping):
         return made
-    # A tuple with names is made of a list by a method. Other kinds may want more than that.
-    kind = type(value) if type(value) in (list, tuple, set, frozenset) else list
-    return getattr(value, "_make", kind)(list(made.values()))
+    made = list(made.values())
+    # A tuple with names is made of a list by a method.
+    kind = getattr(value, "_make", type(value)) if isinstance(value, list | tuple) else list
+    try:
+        return kind(made)
+    except TypeError:
+        # A kind of the user's may want more than what it holds.
+        return made
 
 
 def _parts(value: Any) -> list:
     """What ``value`` holds, if it may hold traces or labels: a text, a table and an array of numbers do not."""
-    if not isinstance(value, Collection) or not is_many(value) or isinstance(value, str | bytes):
+    if not isinstance(value, Collection) or not is_many(value) or isinstance(value, (str, *BYTES)):
         return []
     numbers = hasattr(value, "dtype") and getattr(value.dtype, "kind", "") != "O"
     parts = [] if numbers or hasattr(value, "columns") else list(value)
     # Long lists of these are common, and each resample would look at each item.
-    return [] if set(map(type, parts)) <= {str, bytes, int, float, bool, complex, type(None)} else parts
+    plain = (str, bytes, int, float, complex, np.generic, type(None))
+    return [] if all(issubclass(kind, plain) for kind in set(map(type, parts))) else parts
 
 
 def _cut(name: str, value: Any, new: np.ndarray) -> Any:
