@@ -1,5 +1,6 @@
 """The Triton kernels against their plain counterparts; on machines without a GPU under Triton's interpreter."""
 
+import functools
 import itertools
 import os
 import subprocess
@@ -775,17 +776,39 @@ def test_no_kernel_takes_the_place_of_a_users_choice(kind):
 
     logits = torch.randn(1, 5, 8)
     top = replace(BASE, gate=kind.__name__.lower(), experts=8)
-    for same in (kind, type("Named", (kind,), {"describe": gate.Gate.describe})):
-        assert same(top).softmax_top_k and same(top).repeats
+    words = {"softmax_top_k": True, "repeats": True}
+    mixin, telling = type("Mixin", (), {"choose": choose}), type("Telling", (), {"choose": choose, **words})
+    for same in (
+        kind,
+        type("Named", (kind,), {"describe": gate.Gate.describe}),
+        type("Both", (telling, kind), {}),
+    ):
+        assert said_by(same(top)) == ["softmax_top_k", "repeats"] and fused_gate.chooses(same(top))
     own = type("Own", (kind,), {"choose": choose})(top)
-    beside = type("Beside", (type("Mixin", (), {"choose": choose}), kind), {})(top)
-    for other in (own, beside):
-        assert not other.softmax_top_k and not other.repeats and not fused_gate.chooses(other)
+    late, inner = type("Late", (kind,), {}), kind(top)
+    late.choose = choose
+    inner.choose = functools.partial(choose, inner)
+    above = type("Above", (mixin, type("Told", (kind,), words)), {})(top)
+    for other in (own, late(top), inner, above, type("Beside", (mixin, kind), {})(top)):
+        assert said_by(other) == [] and not fused_gate.chooses(other)
+        found, wanted = other.route(logits, fraction=None).experts, kind(top).choose(-logits)[1]
+        assert found.equal(wanted) and fused_gate.choose(other, logits)[1].equal(wanted)
     dropping = type("Dropping", (kind,), {"weigh": Top2.weigh, "order": lambda self, probs: None})(top)
-    assert dropping.softmax_top_k and not dropping.repeats
-    assert type("Told", (kind,), {"choose": choose, "repeats": True})(top).repeats
-    found, wanted = fused_gate.choose(own, logits)[1], kind(top).choose(-logits)[1]
-    assert found.equal(wanted)
+    assert said_by(dropping) == ["softmax_top_k"]
+    assert said_by(type("Told", (kind,), {"choose": choose, "repeats": True})(top)) == ["repeats"]
+
+
+def said_by(rule):
+    return [word for word in ("softmax_top_k", "repeats") if rule.says(word)]
+
+
+def test_a_step_does_without_what_a_gate_drops_by_itself():
+    kept = Top2(BASE)
+    assert fused_gate.keeps(kept)
+    dropping = Top2(BASE)
+    dropping.dispatched = lambda *chosen: None
+    for other in (dropping, type("Own", (Top2,), {"route": lambda *given, **how: None})(BASE)):
+        assert not fused_gate.keeps(other)
 
 
 def test_a_gate_that_the_kernel_cannot_compute():

@@ -23,6 +23,13 @@ from moekit.nn.config import ModelConfig
 # A gate may be slow, so they are few.
 TRIED = (2, 3, None), (1, 3, 0.5), (2, 1, None)
 
+# What a gate says of itself, and the methods of which it says that.
+CHOICE = frozenset({"choose", "chosen"})
+WORDS = {
+    "softmax_top_k": CHOICE,
+    "repeats": CHOICE | {"dispatched", "order", "weigh", "capacity", "fill", "route"},
+}
+
 
 @dataclass(frozen=True)
 class Routing:
@@ -97,8 +104,8 @@ class Gate:
         repeats: whether :meth:`route` computes on the device alone, and the same each time, so that a CUDA graph may replay it:
             Python then runs once for many steps.
 
-    A class says the last two of its own methods: a subclass with another :meth:`choose` says ``softmax_top_k`` anew, and one that
-    routes in another way ``repeats``.
+    The last two count for the methods they were said of (:meth:`says`): a subclass with another :meth:`choose` says ``softmax_top_k``
+    anew, and one that routes in another way ``repeats``.
     """
 
     top_k: int
@@ -106,20 +113,21 @@ class Gate:
     softmax_top_k = False
     repeats = False
 
-    def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
-        above = next(base for base in cls.__mro__[1:] if issubclass(base, Gate))
-        choice = ("choose", "chosen")
-        routing = (*choice, "dispatched", "order", "weigh", "capacity", "fill", "route")
-        for told, methods in (("softmax_top_k", choice), ("repeats", routing)):
-            # A method may come from a class beside the gate above.
-            if told not in vars(cls) and any(
-                getattr(cls, name) is not getattr(above, name) for name in methods
-            ):
-                setattr(cls, told, False)
-
     def __init__(self, config: ModelConfig):
         self.config = config
+
+    def says(self, word: str) -> bool:
+        """Whether the gate says ``softmax_top_k`` or ``repeats`` of the methods it has.
+
+        The nearest of the instance and its classes that has the word or one of its methods decides: a method that is nearer is another
+        one than the word was said of.
+        """
+        for scope in (vars(self), *map(vars, type(self).__mro__)):
+            if word in scope:
+                return bool(getattr(self, word))
+            if not WORDS[word].isdisjoint(scope):
+                return False
+        return False
 
     def describe(self) -> str:
         """The gate in a few words, for tables."""
@@ -210,17 +218,16 @@ class Gate:
         Returns:
             The routing. No number is read back from the device.
         """
-        choose = choose or type(self).chosen
-        probs, experts, gate_probs, weights = choose(self, logits, noise, edit)
+        asked = logits, noise, edit
+        probs, experts, gate_probs, weights = choose(self, *asked) if choose else self.chosen(*asked)
         kept = self.dispatched(gate_probs, weights, noise, edit)
         capacity = None if fraction is None else self.capacity(logits.shape[1], fraction)
         dtype = logits.dtype
         if kept is None and padding is None and capacity is None:
             kept, weights, ordered = torch.ones_like(experts, dtype=torch.bool), weights.to(dtype), None
         else:
-            fill = fill or type(self).fill
-            filled = fill(self, probs, experts, gate_probs, weights, kept, padding, capacity, dtype)
-            kept, weights, ordered = filled
+            asked = probs, experts, gate_probs, weights, kept, padding, capacity, dtype
+            kept, weights, ordered = fill(self, *asked) if fill else self.fill(*asked)
         return Routing(probs, experts, gate_probs, kept, weights, capacity, ordered)
 
     def fill(

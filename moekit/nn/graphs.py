@@ -52,7 +52,7 @@ def fits(model: Transformer, asked: Pass, sequences: int | None = None) -> bool:
         return False
     # A dense model's config names a gate all the same.
     gate = gate_of(model.config) if model.config.moe_layers else None
-    repeats = gate is None or (gate.repeats and not gate.draws)
+    repeats = gate is None or (gate.says("repeats") and not gate.draws)
     return repeats and (model.slots is None or _in_parts(model, sequences) is not None)
 
 

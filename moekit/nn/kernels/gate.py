@@ -22,12 +22,14 @@ ROWS, FEW = 2, 2048
 
 def chooses(gate: Gate) -> bool:
     """Whether the kernels make the choice of ``gate``: only softmax, and one or two choices."""
-    return gate.softmax_top_k and gate.top_k <= 2
+    return gate.says("softmax_top_k") and gate.top_k <= 2
 
 
 def keeps(gate: Gate) -> bool:
     """Whether a step keeps all that ``gate`` chooses, without capacity, padding, draws and experiment: a user's gate may drop by itself."""
-    return type(gate).dispatched in (Gate.dispatched, Top2.dispatched) and type(gate).route is Gate.route
+    # What is set on the instance has no function of a class behind it.
+    dispatched, route = (getattr(method, "__func__", None) for method in (gate.dispatched, gate.route))
+    return dispatched in (Gate.dispatched, Top2.dispatched) and route is Gate.route
 
 
 def choose(
