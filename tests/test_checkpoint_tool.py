@@ -569,6 +569,9 @@ def test_errors_are_one_sentence(source, tmp_path, capsys, arguments, said):
                 ("hf", "config.json"),
                 ("hf", "modeling_moekit.py"),
                 ("hf", "job.json"),
+                ("hf", "CONFIG.json"),
+                ("safetensors", "config.json"),
+                ("fairseq", "model.safetensors.index.json"),
                 ("fairseq", "model-rank-0.pt.part"),
                 ("fairseq", "model-rank-99.pt"),
             )

@@ -15,6 +15,7 @@ from moekit.nn import gate
 from moekit.nn.config import ModelConfig
 from moekit.nn.gates import gate_of
 from moekit.nn.intervene import Force, plan
+from moekit.nn.passes import Pass
 from moekit.routing.compare import compare, weight_change
 
 TEXTS = [list(range(5, 25)), list(range(40, 73)), list(range(100, 111))]
@@ -54,6 +55,23 @@ def on_both(models, texts, *, options=None, **changes):
 
 
 # -------------------------------------------------------------------------------------------------------- the gate
+
+
+@pytest.mark.parametrize(
+    "changes, layers",
+    [
+        ({"capacity_token_fraction": 0.5}, []),
+        ({"mask": {1: [0, 2]}, "capacity_token_fraction": 0.5}, [1]),
+        ({"force": Force(3, sample=1, layers=1)}, [1]),
+        ({"drop_second": True}, [1, 3]),
+    ],
+)
+def test_only_layers_that_change_get_changes(changes, layers):
+    """Any other layer routes as it does without an experiment, with the same kernels."""
+    seen, settings = Pass(), config(layers=4, moe_freq=2)
+    plan(settings, **changes).apply(seen, torch.arange(2), torch.arange(3))
+    assert [n for n in (1, 3) if seen.edit is not None and seen.edit(n, settings) is not None] == layers
+    assert (seen.edit is None) == (layers == [])
 
 
 def test_masked_experts_by_hand():

@@ -523,6 +523,10 @@ def test_the_harness_finds_the_model():
 def test_a_loaded_model_is_of_no_other_checkpoint(one):
     with pytest.raises(ValueError, match="^a model and a checkpoint, too: expected a loaded model"):
         HarnessModel(one, checkpoint="demo")
+    with pytest.raises(
+        ValueError, match="^world_size, dtype: a loaded model has its own; expected none of these"
+    ):
+        HarnessModel(one, world_size=2, dtype="float16", device="auto")
 
 
 @pytest.mark.slow

@@ -28,6 +28,7 @@ from moekit.checkpoint import safetensors
 from moekit.checkpoint.contents import clip
 from moekit.checkpoint.files import NAME, Files
 from moekit.checkpoint.hugging.config import BRIDGE
+from moekit.checkpoint.hugging.config import FILE as CONFIG
 from moekit.checkpoint.inspection import crc32
 from moekit.checkpoint.plain_data import Opaque
 from moekit.checkpoint.reading import read
@@ -40,6 +41,8 @@ JOB = "job.json"
 BESIDE = ("dict.txt", "encoder.json", "vocab.bpe")
 # What a checkpoint's folder may hold besides weights: the texts that a run writes have such names, and --force removes them.
 OTHERS = re.compile(rf"vocab\.bpe|LICENSE|.*\.(json|md|txt)|{re.escape(BRIDGE)}")
+# Beside a config.json, it says which files have the weights.
+INDEX = re.compile(r".*\.index\.json")
 # What an unfinished run has made, besides the texts that its note names.
 MADE = re.compile(rf"({NAME.pattern})(\.part)?|.*\.json|{'|'.join(map(re.escape, (*BESIDE, BRIDGE)))}")
 # Marks a folder that is replaced, so that no other is removed.
@@ -105,8 +108,14 @@ def write_folder(
 def _check_names(texts: Iterable[str], own: Sequence[str]) -> None:
     """Check that no text takes the place of a file in ``own``, of weights, or of a note that is gone at the end, and that the
     folder can be replaced with them."""
+    # Some file systems take no notice of case.
+    kept = {name.lower() for name in (*own, JOB, REPLACED, CONFIG)}
     for name in texts:
-        if name in (*own, JOB, REPLACED) or NAME.fullmatch(name.removesuffix(".part")):
+        if (
+            name.lower() in kept
+            or NAME.fullmatch(name.removesuffix(".part"))
+            or INDEX.fullmatch(name.lower())
+        ):
             written = first_few(sorted(own))
             raise ValueError(
                 f"texts names {shown(name)}, which is kept for weights and for what the folder has anyway ({written}): leave it "

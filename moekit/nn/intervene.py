@@ -84,7 +84,8 @@ class Intervention:
         The capacity does not change here: ``asked.fraction`` is the intervention's already, since the driver puts it there
         (:meth:`moekit.handle.Handle.capacity`).
         """
-        asked.edit = functools.partial(self.edit, asked.groups, samples, positions)
+        if self.mask or self.force or self.drop_second:
+            asked.edit = functools.partial(self.edit, asked.groups, samples, positions)
 
     def check(self, lengths: Mapping[int, int]) -> None:
         """Check that every :class:`Force` names a token of the samples ``lengths`` (id -> tokens).
@@ -105,8 +106,10 @@ class Intervention:
                     f"0 to {lengths[sample] - 1}"
                 )
 
-    def edit(self, groups: int, samples: Tensor, positions: Tensor, layer: int, config: ModelConfig) -> Edit:
-        """The changes in one layer."""
+    def edit(
+        self, groups: int, samples: Tensor, positions: Tensor, layer: int, config: ModelConfig
+    ) -> Edit | None:
+        """The changes in one layer; None if there are none."""
         mask = forced = None
         if experts := self.mask.get(layer):
             mask = torch.zeros(config.experts, dtype=torch.bool, device=samples.device)
@@ -126,7 +129,8 @@ class Intervention:
                 forced[..., k][here] = expert
         if forced is not None:
             forced = forced.view(groups, -1, top_k_of(config))
-        return Edit(mask, forced, self.drop_second)
+        changed = mask is not None or forced is not None or self.drop_second
+        return Edit(mask, forced, self.drop_second) if changed else None
 
     def describe(self) -> dict[str, Any]:
         """For a trace's meta: JSON."""

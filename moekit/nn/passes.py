@@ -37,5 +37,5 @@ class Pass:
     record: Callable[[int, Routing], None] | None = None
     noise: Callable[[int, str, Tensor], Tensor] | None = None
     cache: Cache | None = None
-    edit: Callable[[int, ModelConfig], Edit] | None = None
+    edit: Callable[[int, ModelConfig], Edit | None] | None = None
     rows_expected: int | None = None

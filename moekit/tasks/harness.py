@@ -110,15 +110,29 @@ class HarnessModel(LM):
                 f"{found}: expected a loaded model, or what to load, as in --model_args checkpoint=/data/en_moe_lm_15b "
                 "(checkpoint=demo is moekit's demo)"
             )
+        how = {
+            "world_size": world_size,
+            "dtype": dtype,
+            "bpe": bpe,
+            "backend": backend,
+            "ranks": ranks,
+            "experts": experts,
+        }
+        how |= {"resident": resident, "gpu_memory": gpu_memory, "device": device}
+        without_effect = [name for name, value in how.items() if value not in (None, "auto")]
+        if model is not None and without_effect:
+            raise ValueError(
+                f"{', '.join(without_effect)}: a loaded model has its own; expected none of these beside a model, or a checkpoint "
+                "in its place"
+            )
         self.seed = check("seed", seed, SEED)
         self.blank_lines = check("blank_lines", blank_lines, Flag())
         self.max_gen_toks = check("max_gen_toks", max_gen_toks, Whole())
         self.progress = check("progress", progress, Flag())
         if model is None:
-            device = "auto" if device == HARNESS_DEVICE else device
-            how = {"bpe": bpe, "backend": backend, "ranks": ranks, "experts": experts, "resident": resident}
-            how |= {"gpu_memory": gpu_memory, "progress": progress}
-            model = load(checkpoint, world_size, device, dtype, **how)
+            if device == HARNESS_DEVICE:
+                how["device"] = "auto"
+            model = load(checkpoint, progress=progress, **how)
         self.model = model
         self.capacity_token_fraction = capacity_token_fraction
         model.capacity(capacity_token_fraction)
