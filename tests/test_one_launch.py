@@ -3,8 +3,10 @@
 The interpreter runs one program after the other, so there each phase is a launch of its own, and no barrier is tested.
 """
 
+import math
 import os
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +24,7 @@ from steps import VOCAB, against_slow
 from moekit.nn.cache import Cache
 from moekit.nn.experts import QuantisedExperts
 from moekit.nn.gates import GATES, Top2
-from moekit.nn.kernels import grid_barrier, one_launch, operations
+from moekit.nn.kernels import grid_barrier, one_launch, one_peers, operations
 from moekit.nn.kernels.fixed_point import fixed, floating
 from moekit.nn.passes import Pass
 from moekit.nn.quantise import KINDS
@@ -226,18 +228,18 @@ def test_all_programs_of_a_gpu_and_the_same_bits_again():
 
 
 @torch.inference_mode()
-def compared(rank, sequences: list[int]) -> tuple[bool, list[tuple[float, bool]]]:
+def compared(rank, sequences: list[int], dim: int) -> tuple[bool, list[tuple[float, torch.Tensor, bool]]]:
     """Whether a step in one launch is for this model, and of some steps the distance from the one in several kernels.
 
-    Besides, whether the same step gives the same bits again. ``sequences`` of each rank: 1 or 0.
+    Besides, its logits, and whether the same step gives the same bits each time. ``sequences`` of each rank: 1 or 0.
     """
     from moekit.nn.dispatch import owned
     from moekit.nn.kernels import short_step
     from moekit.nn.kernels.peer_dispatch import PeerDispatch
 
-    config = replace(BASE, dim=256, input_dim=256, output_dim=256, ffn_dim=512, heads=4, experts=16, layers=4)
+    config = replace(BASE, dim=dim, input_dim=dim, output_dim=dim, ffn_dim=512, heads=4, experts=16, layers=4)
     held, count, device = owned(16, rank.world_size, rank.rank), sequences[rank.rank], rank.device
-    dispatch = PeerDispatch(16, 2, 256, torch.float16, device)
+    dispatch = PeerDispatch(16, 2, dim, torch.float16, device)
     model = Transformer(config, len(held), dispatch)
     for n, (name, p) in enumerate(model.named_parameters()):
         # Each rank draws what the others draw, and takes its own experts.
@@ -254,23 +256,40 @@ def compared(rank, sequences: list[int]) -> tuple[bool, list[tuple[float, bool]]
         slow = short_step.read_on(model, tokens, cache, VOCAB, 1)
         cache.kv.copy_(kept)
         fast = one_launch.read_on(model, tokens, cache, VOCAB)
-        again = one_launch.read_on(model, tokens, cache, VOCAB)
+        again = [one_launch.read_on(model, tokens, cache, VOCAB) for _ in range(20)]
         cache.advance(1)
         if count:
             off = (fast.float() - slow.float()).norm() / slow.float().norm()
-            found.append((off.item(), torch.equal(fast, again)))
+            found.append((off.item(), fast.cpu(), all(torch.equal(fast, one) for one in again)))
     model.operations.check(model)
     return fits, found
 
 
+# Rows of 128 words have fewer than a program of eight warps has threads.
+@pytest.mark.parametrize("dim", [128, 256, 640])
 @pytest.mark.parametrize("world_size", [2, 4, 8])
-def test_several_gpus(world_size):
+def test_several_gpus(world_size, dim):
     if torch.cuda.device_count() < world_size:
         pytest.skip(f"needs {world_size} GPUs")
     from moekit import ranks
 
     with ranks.start(world_size, "cuda") as pool:
         for sequences in ([1] * world_size, [0] * (world_size - 1) + [1], [1, 0] * (world_size // 2)):
-            for (fits, found), count in zip(pool.call(compared, sequences), sequences, strict=True):
+            logits = []
+            for (fits, found), count in zip(pool.call(compared, sequences, dim), sequences, strict=True):
                 assert fits and len(found) == 5 * count
-                assert all(off < 1e-2 and same for off, same in found)
+                assert all(off < 1e-2 and same for off, _, same in found)
+                logits += [torch.cat([step for _, step, _ in found])] if count else []
+            # All of them read the same.
+            assert all(one.equal(logits[0]) for one in logits)
+
+
+def test_no_two_threads_look_at_one_word():
+    """They may see it at different times, and then a program would compute with a word that is not there yet."""
+    for dim in (48, 128, 160, 640, 768, 1024):
+        chunk = math.gcd(one_launch.FORM["chunk"], dim)
+        warps = one_peers.warps_of(chunk)
+        assert warps == 1 or 32 * warps == chunk
+    assert one_peers.warps_of(256) == one_launch.FORM["warps"]
+    for top_k, ranks, fits in ((2, 16, True), (1, 32, True), (2, 17, False)):
+        assert one_peers.fits(SimpleNamespace(of=(top_k, 64, 128, torch.float16, ranks))) == fits

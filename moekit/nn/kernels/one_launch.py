@@ -31,7 +31,7 @@ from moekit.nn.cache import Cache
 from moekit.nn.config import ModelConfig
 from moekit.nn.dispatch import Local
 from moekit.nn.gates import gate_of
-from moekit.nn.kernels import grid_barrier, one_byte
+from moekit.nn.kernels import grid_barrier, one_byte, one_peers
 from moekit.nn.kernels.activations import ACTIVATIONS
 from moekit.nn.kernels.gate import chooses, keeps
 from moekit.nn.kernels.gpu import multiprocessors, since_hopper
@@ -125,7 +125,7 @@ def fits(model: Transformer, sequences: int) -> bool:
 def _through_peers(model: Transformer) -> bool:
     """Whether the ranks reach one another's memory, and experts are found by the numbers that the gate gives them."""
     in_order = all(layer.moe is None or layer.moe.numbers is None for layer in model.layers)
-    return isinstance(model.dispatch, PeerDispatch) and in_order
+    return isinstance(model.dispatch, PeerDispatch) and in_order and one_peers.fits(model.dispatch)
 
 
 def read_on(
@@ -224,6 +224,10 @@ def sizes_of(model: Transformer, vocab: int, programs: int) -> Sizes:
     bytes_of = {"ONE_BYTE": 0, "PTX": False} if experts is None else one_byte.layers(experts)[0].options
     gate_dtype = torch.float32 if config.gate_fp32 else kind
     ranks = model.dispatch.world_size if isinstance(model.dispatch, PeerDispatch) else 1
+    # Chunks, and rows of the output projection, have to divide D.
+    form = FORM | {name: math.gcd(FORM[name], config.dim) for name in ("chunk", "outputs")}
+    if ranks > 1:
+        form["warps"] = one_peers.warps_of(form["chunk"])
     return Sizes(
         d=config.dim,
         h=config.heads,
@@ -241,8 +245,7 @@ def sizes_of(model: Transformer, vocab: int, programs: int) -> Sizes:
         ranks=ranks,
         programs=programs,
         of_a_choice=_of_a_choice(programs, gate.top_k if moe else 1, config),
-        # Chunks, and rows of the output projection, have to divide D.
-        **FORM | {name: math.gcd(FORM[name], config.dim) for name in ("chunk", "outputs")},
+        **form,
     )
 
 

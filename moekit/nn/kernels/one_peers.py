@@ -10,6 +10,9 @@ The next phase waits for the sums of the rank's own choices. No signal follows w
 bits whose other half is the number of the exchange, the *stamp*, and a program looks at a word until it has the right stamp. So
 nothing waits for a write to arrive before a signal may be sent, which takes as long as the way itself.
 
+Threads of a program that look at the same word may see it at different times. So a word of a row has one thread (:func:`warps_of`),
+and each warp looks at the words of all choices, and goes on by what it saw itself.
+
 No program overwrites what a peer may still read. Behind the barrier of its programs, a rank acknowledges the exchange to all
 others, and none of them hands out its next row before. The sums go home after the next row came, so the sums before them have
 been read.
@@ -38,6 +41,8 @@ from moekit.nn.peer_memory import symmetric
 AT_CHOICES, AT_WEIGHTS, AT_ROWS, AT_HOME, AT_SEEN, AT_REACH, AT_SUMS, AT_STAMP, AT_GAVE_UP, COLUMNS = map(
     tl.constexpr, range(10)
 )
+# The threads of a warp.
+WARP = 32
 # Looks from one question whether a wait has given up to the next; each takes as long as a look.
 BETWEEN = tl.constexpr(64)
 
@@ -59,6 +64,17 @@ class Post(NamedTuple):
     reach: Tensor
     sums: Tensor
     stamp: Tensor
+
+
+def fits(dispatch: PeerDispatch) -> bool:
+    """Whether a warp can look at the choices of all ranks, a thread at each."""
+    choices, *_, ranks = dispatch.of
+    return ranks * choices <= WARP
+
+
+def warps_of(chunk: int) -> int:
+    """The warps of a program: a thread looks at each word of a chunk, and none at the word of another one."""
+    return max(chunk // WARP, 1)
 
 
 _posts: weakref.WeakKeyDictionary[PeerDispatch, Post] = weakref.WeakKeyDictionary()
