@@ -25,7 +25,7 @@ from moekit.nn.transformer import Transformer
 from moekit.symbols import EOS, PAD
 from moekit.tasks import FILES, HarnessModel, Scored, compare, evaluate_tasks, fair, known_tasks, loading
 from moekit.tasks.evaluation import changed_items
-from moekit.tasks.loading import load_tasks
+from moekit.tasks.loading import load_tasks, set_apart
 from moekit.tasks.rows import dataset
 from moekit.worker.decoding import SPARE
 from moekit.worker.scoring import GRAPH
@@ -735,6 +735,97 @@ def test_fields_of_a_task_file_that_make_no_sense_are_one_sentence(one, tmp_path
     with pytest.raises(ValueError, match=said) as caught:
         evaluate_tasks(one, str(tmp_path / "x.yaml"), data={"tiny": ROWS}, progress=False)
     assert "\n" not in str(caught.value)
+
+
+SHOTS = 2
+# The field of a template that tells one item from another.
+NUMBERED = {
+    "hellaswag": "activity_label",
+    "piqa": "goal",
+    "record": "passage",
+    "winogrande": "sentence",
+    "storycloze": "InputSentence1",
+    "openbookqa": "question_stem",
+    "arc": "question",
+    "copa": "premise",
+}
+
+
+def numbered(doc, field, letter="n"):
+    return [doc | {field: f"<{letter}{number}> {doc[field]}"} for number in range(8)]
+
+
+def answered(prompts, solved) -> int:
+    """How many prompts have what their own item would be with its answer."""
+    return sum(own in prompt for own, prompt in zip(solved, prompts, strict=True))
+
+
+def prompts_of(name, data, apart=set_apart):
+    [task] = load_tasks([name], data).values()
+    task.set_config("num_fewshot", SHOTS)
+    task.set_fewshot_seed(1234)
+    apart(task)
+    return [task.fewshot_context(doc, SHOTS) for doc in task.eval_docs]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_no_item_of_a_given_data_set_has_its_answer_in_its_examples(name):
+    task = f"fair_{'arc_challenge' if name == 'arc' else name}"
+    evaluated, shots = ("test", "validation") if name == "storycloze" else ("validation", "train")
+    doc, field = TEMPLATES[name][0], NUMBERED[name]
+    rows = numbered(doc, field)
+    solved = [made["text"] + made["choices"][made["gold"]] for made in getattr(fair, name)(rows)]
+    for given in (rows, {evaluated: rows, shots: rows}, {evaluated: rows, shots: rows[4:] + rows[4:]}):
+        prompts = prompts_of(task, {task: given})
+        assert answered(prompts, solved) == 0
+        assert all(prompt.count("<n") == 1 + SHOTS for prompt in prompts)
+    # Of splits without a common item, the harness's own draw stands.
+    given = {evaluated: rows, shots: numbered(doc, field, "m")}
+    plain = prompts_of(task, {task: given}, apart=lambda _: None)
+    assert prompts_of(task, {task: given}) == plain
+
+
+@pytest.mark.parametrize("name", ["demo_endings", "copa_release"])
+def test_no_item_of_the_package_has_its_answer_in_its_examples(name):
+    """Nor where the command ``lm_eval`` reads the task file."""
+    solved = [doc["text"] + doc["choices"][doc["gold"]] for doc in load_tasks([name], {})[name].eval_docs]
+    for apart in (set_apart, lambda _: None):
+        assert answered(prompts_of(name, {}, apart), solved) == 0
+
+
+@pytest.mark.parametrize(
+    "splits",
+    [
+        {"test_split": "test"},
+        {"test_split": "test", "fewshot_split": "test"},
+        {"test_split": None, "validation_split": "test"},
+        {"test_split": None, "validation_split": "test", "fewshot_split": "test"},
+        {"test_split": None, "validation_split": "test", "training_split": "train"},
+        {"training_split": "train", "fewshot_split": "train"},
+    ],
+)
+def test_no_item_of_a_task_file_has_its_answer_in_its_examples(tmp_path, splits):
+    rows = numbered(ROWS[0], "question")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = dict.fromkeys(("test", "train"), str(tmp_path / "rows.jsonl"))
+    path = tmp_path / "x.yaml"
+    path.write_text(yaml.safe_dump(TASK | splits | {"dataset_kwargs": {"data_files": files}}))
+    solved = [f"{row['question']} {row['choices'][row['answer']]}" for row in rows]
+    for data in ({}, {"tiny": rows}, {"tiny": dict.fromkeys(files, rows)}):
+        assert answered(prompts_of(str(path), data), solved) == 0
+
+
+def test_copies_of_an_item_are_no_examples_of_it(one):
+    doc = TEMPLATES["piqa"][0]
+    rows = [doc, doc, *numbered(doc, "goal")[:4]]
+    for shots, good in ((4, True), (5, False)):
+        asked = {"data": {"fair_piqa": rows}, "num_fewshot": shots, "progress": False}
+        if good:
+            text = evaluate_tasks(one, "fair_piqa", **asked).items["text"][0]
+            assert text.count("<n") == 4 and text.endswith(" Turn the lid.\nOpen a jar ")
+        else:
+            with pytest.raises(ValueError, match="num_fewshot=5: fair_piqa has 6 examples, and 7 are needed"):
+                evaluate_tasks(one, "fair_piqa", **asked)
 
 
 @pytest.mark.parametrize("answer", [-1, 7, "other"])

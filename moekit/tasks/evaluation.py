@@ -23,7 +23,7 @@ from moekit.ranks import RankError
 from moekit.routing.statistics import holm, paired
 from moekit.tasks.fair import ChoiceTask
 from moekit.tasks.harness import HarnessModel
-from moekit.tasks.loading import known_tasks, load_tasks, need_examples, quiet
+from moekit.tasks.loading import known_tasks, load_tasks, quiet, set_apart
 from moekit.tasks.rows import Rows
 
 # The harness's own default for the draw of few-shot examples.
@@ -81,7 +81,8 @@ def evaluate_tasks(
             of these for each split; the fields are those of the hub's. Without it a data set is fetched by its name, which
             needs a network the first time.
         limit: the first items of each task; None: all.
-        num_fewshot: examples in front of each item; None: as the task says, which is none for moekit's own.
+        num_fewshot: examples in front of each item, none of which is the item itself; None: as the task says, which is none for
+            moekit's own.
         capacity_token_fraction, seed: as for :meth:`moekit.api.Model.score`, where each text is a routing group.
         shots_seed: of the draw of examples; FAIR reports the mean over 25 draws.
         blank_lines: see :class:`moekit.tasks.harness.HarnessModel`.
@@ -113,7 +114,7 @@ def evaluate_tasks(
             elif task.config.num_fewshot is None:
                 task.set_config("num_fewshot", 0)
             task.set_fewshot_seed(shots_seed)
-            need_examples(task)
+            set_apart(task)
         began = time.perf_counter()
         found = _evaluated(harness, loaded, limit)
         seconds = time.perf_counter() - began

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -144,18 +145,27 @@ def _given(name: str, rows: Rows | Mapping[str, Rows], config: Mapping[str, Any]
     }
 
 
-def need_examples(task: Task) -> None:
-    """Check that there are as many examples as the harness draws; else a ValueError."""
+def set_apart(task: Task) -> None:
+    """Keep each item out of its own examples, and check that there are as many as are drawn; else a ValueError."""
     shots = task.config.num_fewshot
     if not shots:
         return
-    # One more is drawn where the item itself may be among them.
-    drawn = shots + (task.fewshot_cfg.split == task.config.test_split)
-    if drawn > (there := len(list(task.fewshot_docs()))):
+    examples = Counter(map(_content, task.fewshot_docs()))
+    # Each copy of an item may be drawn, and is then replaced.
+    copies = max((examples[content] for content in map(_content, task.eval_docs)), default=0)
+    if copies:
+        # The harness looks for the item itself only where this says that both are of one split.
+        task.fewshot_cfg.split = task.config.test_split
+    needed = shots + max(copies, task.fewshot_cfg.split == task.config.test_split)
+    if needed > (there := examples.total()):
         raise ValueError(
-            f"num_fewshot={shots}: {task.config.task} has {there} examples, and {drawn} are drawn; ask for fewer, or give "
+            f"num_fewshot={shots}: {task.config.task} has {there} examples, and {needed} are needed; ask for fewer, or give "
             "more with data={'TASK': {'SPLIT': 'FILE.jsonl'}}"
         )
+
+
+def _content(doc: Any) -> str:
+    return repr(sorted(doc.items()) if isinstance(doc, Mapping) else doc)
 
 
 @contextlib.contextmanager
