@@ -362,12 +362,12 @@ class Words:
             if joins[place]:
                 logprobs[place + 1] += logprobs[place]
                 logprobs[place] = 0
-        finite = np.isfinite(logprobs)
-        if not finite.all():
-            left_out = [symbol for symbol, good in zip(symbols, finite, strict=True) if not good]
+        counted = ~np.isinf(logprobs)
+        if not counted.all():
+            left_out = [symbol for symbol, good in zip(symbols, counted, strict=True) if not good]
             logger.info("skipping tokens with inf scores: %s", " ".join(left_out))
-        self.total += logprobs[finite].sum(dtype=np.float64)
-        self.count += int(finite.sum()) - sum(joins[:-1])
+        self.total += logprobs[counted].sum(dtype=np.float64)
+        self.count += int(counted.sum()) - sum(joins[:-1])
 
         words, word, joined = [], "", False
         for place, symbol in enumerate(symbols):

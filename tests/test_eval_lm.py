@@ -351,6 +351,24 @@ def test_infinite_scores_are_left_out():
     assert found.loss_base2 == pytest.approx(3 / math.log(2))
 
 
+def test_scores_that_are_no_numbers_count_as_in_fairseq(command, tmp_path, monkeypatch):
+    """Only infinite ones are left out there, so one NaN makes the loss one."""
+    score_batches = eval_lm.score_batches
+
+    def spoiled(*arguments, **options):
+        scores = score_batches(*arguments, **options)
+        for array in scores.values():
+            array[:, 0] = np.nan
+        return scores
+
+    monkeypatch.setattr(eval_lm, "score_batches", spoiled)
+    status, messages = command("--is-moe", "--stats-path", str(tmp_path / "stats"))
+    assert status == 0 and messages[-2] == "valid Loss (base 2): nan, Perplexity: nan"
+    assert not any(message.startswith("skipping tokens") for message in messages)
+    figures = json.loads((tmp_path / "stats.json").read_text())["valid"]
+    assert math.isnan(figures["loss"]) and math.isnan(figures["perplexity"])
+
+
 def test_options_of_a_bpe_are_without_effect_as_the_bpe_is(command):
     plain = command("--is-moe", "--batch-size", "2")[1][-1]
     status, messages = command(
