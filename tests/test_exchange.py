@@ -33,6 +33,29 @@ def test_round_trip(trace, layout, tmp_path):
         assert np.array_equal(back.predicted, trace.predicted)
 
 
+@pytest.mark.parametrize(
+    ("layout", "other"), [("vllm", "sample_00000001.npy"), ("megatron", "router_trace_rank1.jsonl")]
+)
+def test_a_folder_of_another_trace_is_left_as_it_is(trace, layout, other, tmp_path):
+    path = tmp_path / "trace"
+    first = trace.select(samples=0)
+    exchange.write(trace, path, layout)
+    if not (path / other).exists():
+        exchange.write(first, path, layout)
+        (path / other).write_text("")
+    before = {file.name: file.read_bytes() for file in path.iterdir()}
+    with pytest.raises(ValueError, match=f"trace holds {other} of another trace, .*: name another folder"):
+        exchange.write(first, path, layout)
+    assert {file.name: file.read_bytes() for file in path.iterdir()} == before
+    # What is not read with the trace may stay.
+    (path / other).rename(path / "notes.txt")
+    for file in path.glob("sample_00000002.npy"):
+        file.unlink()
+    exchange.write(first, path, layout)
+    back = exchange.read(path, layout, num_experts=300)
+    assert np.array_equal(back.experts, first.experts)
+
+
 def test_files_are_as_the_others_write_them(trace, tmp_path):
     exchange.write(trace, tmp_path / "v", "vllm")
     files = sorted((tmp_path / "v").iterdir())
@@ -327,11 +350,6 @@ def test_mistakes_are_told(trace, tmp_path):
     ]:
         with pytest.raises(ValueError, match=said):
             exchange.read(**{"path": tmp_path / "v.npy", "layout": "vllm"} | asked)
-    exchange.write(trace, tmp_path / "meg", "megatron")
-    exchange.write(trace.select(samples=0), tmp_path / "meg", "megatron")
-    (tmp_path / "meg" / "router_trace_rank1.jsonl").write_text("")
-    with pytest.raises(ValueError, match="meg holds router_trace_rank1.jsonl of another trace"):
-        exchange.write(trace, tmp_path / "meg", "megatron")
     exchange.write(trace.select(samples=0), tmp_path / "v.npz", "vllm")
     with pytest.raises(ValueError, match=r"v.npz has the layers .*1, 1, 3.*; expected each once"):
         exchange.read(tmp_path / "v.npz", "vllm", layers=[1, 1, 3])

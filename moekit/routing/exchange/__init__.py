@@ -40,7 +40,7 @@ from moekit.arguments import Path as PathKind
 from moekit.checked import checked
 from moekit.headlines import headline
 from moekit.mapped import whole_files
-from moekit.routing.exchange.readers import MOST_EXPERTS, READERS, as_trace
+from moekit.routing.exchange.readers import FOLDERS, MOST_EXPERTS, READERS, as_trace, files_of
 from moekit.routing.exchange.writers import WRITERS
 from moekit.routing.trace import TRACE, Trace, need_layers, need_tokens
 
@@ -54,24 +54,20 @@ def write(trace: Trace, path: str | Path, layout: str) -> None:
     """Write ``trace`` in one of the ``LAYOUTS``; see the table above for what of it each holds.
 
     Raises:
-        ValueError: there is no such layout, or the trace has no tokens or no layers.
+        ValueError: there is no such layout, the trace has no tokens or no layers, or the folder holds files of another trace.
         moekit.results.NotWritten: (a ValueError) the folder is missing or cannot be written to, or its disk is full.
     """
     writer = WRITERS[check("layout", layout, Choice(LAYOUTS))]
     need_tokens(trace, f"layout={layout!r}")
     need_layers(trace, f"layout={layout!r}")
-    if layout == "megatron" and path.is_dir():
-        more = sorted(
-            one.name
-            for one in path.glob("router_trace_rank*.jsonl")
-            if one.name != "router_trace_rank0.jsonl"
-        )
-        if more:
-            raise ValueError(
-                f"{path} holds {more[0]} of another trace, which would be read with this one: name another folder"
-            )
     with results.whole(path) as part:
         writer(trace, part)
+        if part.is_dir() and path.is_dir():
+            written = {file.name for file in part.iterdir()}
+            if more := [file.name for file in files_of(path, layout) if file.name not in written]:
+                raise ValueError(
+                    f"{path} holds {more[0]} of another trace, which would be read with this one: name another folder"
+                )
 
 
 @whole_files()
@@ -91,7 +87,7 @@ def read(
     reader = READERS[check("layout", layout, Choice(tuple(READERS)))]
     layers = None if layers is None else tuple(layers)
     with reading(path):
-        if not (path.is_dir() and layout in ("megatron", "vllm")):
+        if not (path.is_dir() and layout in FOLDERS):
             check_regular(path, f"what {layout} writes")
     try:
         with reading(path):

@@ -25,6 +25,14 @@ Layers = tuple[int, ...] | None
 NONE = -1
 # SGLang's mark of a prefill pass. In other passes nothing tells which request a token belongs to.
 EXTEND = 1
+# The names of the files that are read of a folder, for each layout that may be one.
+FOLDERS = {"vllm": "*.npy", "megatron": "router_trace_rank*.jsonl"}
+
+
+def files_of(folder: Path, layout: str) -> list[Path]:
+    """The files of a folder that are read as ``layout``, in the order of their names."""
+    # Unlike glob, iterdir does not keep quiet about a folder that may not be listed.
+    return sorted(file for file in folder.iterdir() if file.match(FOLDERS[layout]))
 
 
 # -------------------------------------------------------------------------------------------------------- vLLM
@@ -63,7 +71,7 @@ def _read_vllm(path: Path, layers: Layers) -> Iterator[dict]:
 def _requests(path: Path) -> list[np.ndarray]:
     """The arrays [T, L, k] of a file, one for each request; of a folder, those of its files in the order of their names."""
     if path.is_dir():
-        files = sorted(path.glob("*.npy"))
+        files = files_of(path, "vllm")
         if not files:
             raise ValueError(f"{path} holds no .npy file; expected one for each request")
         return [array for file in files for array in _requests(file)]
@@ -169,9 +177,7 @@ def _bounds(path: Path, record: dict, position: np.ndarray) -> Sequence[int]:
 
 
 def _read_megatron(path: Path, layers: Layers) -> Iterator[dict]:
-    # Unlike glob, iterdir does not keep quiet about a folder that may not be listed.
-    there = path.iterdir() if path.is_dir() else [path]
-    files = sorted(f for f in there if f == path or f.match("router_trace_rank*.jsonl"))
+    files = files_of(path, "megatron") if path.is_dir() else [path]
     passes: dict[tuple[int, int], dict[int, list]] = {}
     for file in files:
         for record in _json_lines(file):
