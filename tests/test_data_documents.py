@@ -1,6 +1,7 @@
 """Files of documents in the Pile's form: what becomes of them, and damage."""
 
 import json
+import tracemalloc
 
 import pytest
 import zstandard
@@ -35,6 +36,21 @@ def test_documents_are_lines_with_an_empty_one_after_each(tmp_path, name):
     assert found == {"documents": 4, "lines": 11, "domains": 3}
     assert (tmp_path / "text").read_text() == TEXT
     assert (tmp_path / "domains").read_text().split("\n") == [*DOMAINS, ""]
+
+
+def test_the_domains_of_many_lines_take_little_memory(tmp_path):
+    name, count = "d" * 100, 200_000
+    path = written(tmp_path / "x.jsonl", [{"text": "\n" * count + "x", "meta": {"pile_set_name": name}}])
+    tracemalloc.start()
+    try:
+        found = unfold([path], tmp_path / "text", tmp_path / "domains")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert found == {"documents": 1, "lines": count + 2, "domains": 1}
+    assert (tmp_path / "domains").read_text() == f"{name}\n" * (count + 2)
+    # All of them are 20 MB.
+    assert peak < 8e6
 
 
 def test_prepare_reads_the_piles_form(tmp_path):
@@ -83,9 +99,9 @@ def test_prepare_reads_the_piles_form(tmp_path):
         (
             # It would be written once for each of the text's lines.
             zstandard.ZstdCompressor().compress(
-                b'{"text": "a", "meta": {"pile_set_name": "' + b"x" * 10_000 + b'"}}'
+                b'{"text": "a", "meta": {"pile_set_name": "' + b"x" * 101 + b'"}}'
             ),
-            "line 1: a pile_set_name of 10,000 characters",
+            "line 1: a pile_set_name of 101 characters, more than 100;",
         ),
         (
             zstandard.ZstdCompressor(write_content_size=True).compress(b'{"text": "abc"}\n' * 99)[:-9],

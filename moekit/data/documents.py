@@ -19,8 +19,10 @@ DOCUMENTS = (".jsonl.zst", ".jsonl")
 MOST = 2**30
 # Bytes of a file that are read at a time. Compressed, they can stand for 30,000 times as many.
 PIECE = 4096
-# Characters of a domain's name at most: it is written once for each line.
-LONGEST_NAME = 500
+# Characters of a domain's name at most: it is written once for each line, of which a text may have as many as bytes.
+LONGEST_NAME = 100
+# Lines whose domains are written at a time.
+LABELS = 1 << 13
 # The domain of a document that names none.
 UNNAMED = "unnamed"
 
@@ -52,7 +54,8 @@ def unfold(files: Sequence[Path], text: Path, domains: Path) -> dict[str, int]:
                 body = document["text"].replace("\r\n", "\n").replace("\r", "\n").rstrip("\n")
                 count = body.count("\n") + 2
                 words.write(body + "\n\n")
-                labels.write(f"{domain}\n" * count)
+                for start in range(0, count, LABELS):
+                    labels.write(f"{domain}\n" * min(LABELS, count - start))
                 documents, lines = documents + 1, lines + count
                 seen.add(domain)
                 progress.update(read - done)
