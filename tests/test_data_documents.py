@@ -38,6 +38,12 @@ def test_documents_are_lines_with_an_empty_one_after_each(tmp_path, name):
     assert (tmp_path / "domains").read_text().split("\n") == [*DOMAINS, ""]
 
 
+def test_a_document_of_numbers_is_a_text_like_any_other(tmp_path):
+    text = "1," * 700_000
+    unfold([written(tmp_path / "x.jsonl", [{"text": text}])], tmp_path / "text", tmp_path / "domains")
+    assert (tmp_path / "text").read_text() == text + "\n\n"
+
+
 def test_the_domains_of_many_lines_take_little_memory(tmp_path):
     name, count = "d" * 100, 200_000
     path = written(tmp_path / "x.jsonl", [{"text": "\n" * count + "x", "meta": {"pile_set_name": name}}])

@@ -1,5 +1,8 @@
 """JSON from elsewhere: read within bounds, or one reason."""
 
+import json
+import random
+
 import pytest
 
 from moekit import json_text
@@ -25,6 +28,46 @@ def test_what_a_text_has_is_counted_at_its_bound():
         json_text.loads(text, held)
         with pytest.raises(ValueError, match=f"has more than {held - 1} values"):
             json_text.loads(text, held - 1)
+
+
+def test_signs_within_strings_are_no_values():
+    for text in (
+        "1,[{" * json_text.MOST_VALUES,
+        '\\",\\\\' * json_text.MOST_VALUES,
+        "ü\ud800,\n" * json_text.MOST_VALUES,
+    ):
+        for spelled in (json.dumps({"text": text}), json.dumps({"text": text}, ensure_ascii=False)):
+            assert json_text.values(spelled) == 2
+            assert json_text.loads(spelled) == {"text": text}
+    long = '{"a": "' + "," * json_text.MOST_VALUES + '", "b": [' + "1," * json_text.MOST_VALUES + "1]}"
+    for cut in (long, long[:-2], long + '"'):
+        with pytest.raises(ValueError, match="has more than 600,000 values"):
+            json_text.loads(cut)
+
+
+def test_the_count_is_that_of_a_reader_that_goes_sign_by_sign():
+    draw = random.Random(1)
+    ended = 0
+    for _ in range(3000):
+        text = "".join(draw.choices('"\\,[{}]:a ü', k=draw.randrange(40)))
+        for spelled in (text, json.dumps([text, {text: text}])):
+            count, inside, escaped, ends = 0, False, False, False
+            for sign in spelled:
+                if escaped:
+                    escaped = False
+                elif sign == "\\":
+                    escaped = True
+                    # No JSON has one there: what is read ends.
+                    if ends := not inside:
+                        break
+                elif sign == '"':
+                    inside = not inside
+                elif not inside:
+                    count += {"[": 1, ",": 1, "{": 2}.get(sign, 0)
+            found = json_text.values(spelled)
+            assert found == count or (ends and found > count)
+            ended += ends
+    assert 0 < ended < 3000
 
 
 @pytest.mark.parametrize(
