@@ -113,6 +113,14 @@ def test_offsets_written_in_several_steps(tmp_path, monkeypatch):
         assert offsets.tolist() == [0, 6, 8, 16, 18, 28, 46]
 
 
+def test_a_dictionary_that_changes_counts_at_once(tmp_path):
+    (tmp_path / "text").write_text("a b\nb a\n")
+    for symbols, ids in ((["a", "b"], [4, 5, 2, 5, 4, 2]), (["b", "a"], [5, 4, 2, 4, 5, 2])):
+        vocabulary = dictionary(tmp_path / "dict.txt", symbols)
+        binarise(tmp_path / "text", tmp_path / "data", vocabulary)
+        assert Binarised(tmp_path / "data").ids.tolist() == ids
+
+
 def test_nothing_half_written_gets_a_name(tmp_path):
     vocabulary = dictionary(tmp_path / "dict.txt", ["a"])
     (tmp_path / "text").write_bytes(b"a a\n" * 200_000 + b"\xff\n")

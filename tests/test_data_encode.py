@@ -137,6 +137,21 @@ def test_several_workers_and_blocks_write_the_same(tmp_path):
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
 
 
+def test_an_encoder_that_changes_counts_at_once(tmp_path):
+    files = [tmp_path / "encoder.json", tmp_path / "vocab.bpe"]
+    alphabet = [symbol for symbol in json.loads(ENCODER.read_text()) if len(symbol) == 1]
+    (tmp_path / "text").write_text("abc")
+    for ids, merges, expected in (
+        ({"ab": 900, "bc": 901}, "a b\nb c\n", [900, alphabet.index("c")]),
+        ({"ab": 900, "bc": 901}, "b c\na b\n", [alphabet.index("a"), 901]),
+        ({"ab": 901, "bc": 900}, "b c\na b\n", [alphabet.index("a"), 900]),
+    ):
+        files[0].write_text(json.dumps({symbol: n for n, symbol in enumerate(alphabet)} | ids))
+        files[1].write_text(f"#version\n{merges}")
+        encode_files([tmp_path / "text"], tmp_path / "out", *files)
+        assert [int(number) for number in (tmp_path / "out").read_text().split()] == expected
+
+
 def test_several_files_follow_one_another(tmp_path):
     # No line end here: the next file begins a line all the same.
     (tmp_path / "a").write_text("one\n\ntwo")

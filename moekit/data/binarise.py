@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from moekit.data.dictionary import Dictionary
+from moekit.data.dictionary import read_dictionary
 from moekit.data.lines import Block, blocks, in_order
 from moekit.data.progress import bar
 from moekit.symbols import EOS, UNK
@@ -63,8 +63,8 @@ def binarise(source: str | Path, prefix: str | Path, dict_txt: str | Path, worke
     source, prefix = Path(source), Path(prefix)
     if not source.is_file():
         raise ValueError(f"there is no file {source} to binarise")
-    dtype = id_type(len(dictionary(str(dict_txt))))
-    work = functools.partial(_binarise_block, str(dict_txt), dtype)
+    dtype = id_type(len(read_dictionary(dict_txt)))
+    work = functools.partial(_binarise_block, Path(dict_txt), dtype)
     names = [prefix.with_name(prefix.name + end) for end in (".bin", ".idx")]
     parts = [name.with_name(name.name + ".part") for name in names]
     lines = tokens = 0
@@ -93,19 +93,13 @@ def id_type(types: int) -> np.dtype:
     return np.dtype("<u2") if types < 65_500 else np.dtype("<u4")
 
 
-@functools.cache
-def dictionary(dict_txt: str) -> Dictionary:
-    """The dictionary of this file, which each process reads once."""
-    return Dictionary(dict_txt)
-
-
 def _binarise_block(
-    dict_txt: str, dtype: np.dtype, block: Block
+    dict_txt: Path, dtype: np.dtype, block: Block
 ) -> tuple[np.ndarray, np.ndarray, Counter[str]]:
     """The ids of a block's lines, each line's length with its ``</s>`` (int32), and the unknown symbols."""
     lines = [line.split() for line in block.read()]
     lengths = np.fromiter(map(len, lines), np.int32, len(lines))
-    index = dictionary(dict_txt).index
+    index = read_dictionary(dict_txt).index
     symbols = itertools.chain.from_iterable(lines)
     ids = np.fromiter(
         (index.get(symbol, _MISSING) for symbol in symbols), np.int64, lengths.sum(dtype=np.int64)

@@ -6,6 +6,7 @@ import itertools
 from pathlib import Path
 
 from moekit.arguments import check_regular
+from moekit.data.kept import kept
 
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
 # The most bytes of a dictionary; one with GPT-2's 50,257 types has 0.6 MB, one with 800,000 words 11 MB.
@@ -60,6 +61,12 @@ class Dictionary:
         shown = ["nothing" if symbol is None else repr(symbol[:40]) for symbol in (mine, theirs)]
         line = place - len(SPECIAL) + 1
         return f"{self.path} and {other.path} differ first in line {line}: {shown[0]} and {shown[1]}"
+
+
+@kept(16)
+def read_dictionary(dict_txt: Path) -> Dictionary:
+    """The dictionary of this file, which each process reads once until the file changes."""
+    return Dictionary(dict_txt)
 
 
 def text_of(path: Path, what: str) -> str:

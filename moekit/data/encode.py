@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moekit.data.bpe import BytePairs, cut
+from moekit.data.kept import kept
 from moekit.data.lines import Block, blocks, in_order
 from moekit.data.progress import bar
 
@@ -51,8 +52,8 @@ def encode_files(
         if not path.is_file():
             raise ValueError(f"there is no file {path} to encode")
     # The encoder is loaded here, and not first in a worker, so that an error about the files is raised at once.
-    encoder(str(encoder_json), str(vocab_bpe))
-    work = functools.partial(_encode_block, str(encoder_json), str(vocab_bpe), keep_empty)
+    encoder(encoder_json, vocab_bpe)
+    work = functools.partial(_encode_block, Path(encoder_json), Path(vocab_bpe), keep_empty)
     todo = (block for path in inputs for block in blocks(path))
     part = output.with_name(output.name + ".part")
     lines = dropped = 0
@@ -96,13 +97,13 @@ class LineEncoder(dict[bytes, str]):
         return ids
 
 
-@functools.cache
-def encoder(encoder_json: str, vocab_bpe: str) -> LineEncoder:
-    """The encoder for these files, which each process loads once."""
+@kept(2)
+def encoder(encoder_json: Path, vocab_bpe: Path) -> LineEncoder:
+    """The encoder for these files, which each process loads once until one of them changes."""
     return LineEncoder(BytePairs(encoder_json, vocab_bpe))
 
 
-def _encode_block(encoder_json: str, vocab_bpe: str, keep_empty: bool, block: Block) -> tuple[str, int]:
+def _encode_block(encoder_json: Path, vocab_bpe: Path, keep_empty: bool, block: Block) -> tuple[str, int]:
     """The lines of ids of a block, and the number of dropped empty lines."""
     lines = [line.strip() for line in block.read()]
     kept = lines if keep_empty else [line for line in lines if line]

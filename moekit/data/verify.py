@@ -14,7 +14,8 @@ import numpy as np
 
 from moekit.arguments import first_few
 from moekit.data.binarise import HEADER, MAGIC, VERSION, Binarised
-from moekit.data.dictionary import SPECIAL, Dictionary
+from moekit.data.dictionary import SPECIAL, Dictionary, read_dictionary
+from moekit.data.kept import stamp
 from moekit.mapped import whole_files
 
 LEGACY_MAGIC = b"TNTIDX\x00\x00"
@@ -70,7 +71,7 @@ def verify(folder: Path, subset: str, model: Dictionary | None = None) -> str:
         types = dictionary(folder, model)
         kind = kind_of(prefix)
         names = [prefix] if kind == "raw" else [Path(f"{prefix}.bin"), Path(f"{prefix}.idx")]
-        _verified(kind, prefix, len(types), *map(_stamp, names))
+        _verified(kind, prefix, len(types), *map(stamp, names))
     except OSError as error:
         raise ValueError(f"{error.filename or prefix} cannot be read: {error.strerror}") from None
     return kind
@@ -85,7 +86,7 @@ def dictionary(folder: Path, model: Dictionary | None = None) -> Dictionary:
     path = folder / "dict.txt"
     if not path.is_file():
         raise _missing(folder, "dict.txt")
-    found = _dictionary(path, _stamp(path))
+    found = read_dictionary(path)
     if len(found) == len(SPECIAL):
         raise ValueError(f"{path} is empty; expected a line '<symbol> <count>' for each type")
     if model is not None and (difference := found.difference(model)):
@@ -118,16 +119,6 @@ def _missing(folder: Path, name: str) -> ValueError:
 def lines(prefix: Path) -> tuple[np.ndarray, np.ndarray]:
     """The lengths of the lines and the ids of all lines, from binarised (not raw) data that has been checked."""
     return _lines(kind_of(prefix), prefix)
-
-
-def _stamp(path: Path) -> tuple[int, int, int, int]:
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev
-
-
-@functools.lru_cache(maxsize=16)
-def _dictionary(path: Path, stamp: tuple) -> Dictionary:
-    return Dictionary(path)
 
 
 @functools.lru_cache(maxsize=64)
