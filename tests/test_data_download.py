@@ -129,6 +129,28 @@ def test_a_file_that_changes_between_two_attempts(tmp_path, if_range):
     assert page.requests[1]["Range"] == "bytes=1000000-" and page.requests[1]["If-Range"] == tag_of(BODY)
 
 
+def test_a_later_download_is_compared_with_the_first_one(tmp_path):
+    path = tmp_path / "f"
+    with Server({"/f": Page(BODY), "/other": Page(OTHER)}) as server:
+        download([server.url("/f")], path, patience=FAST)
+        path.unlink()
+        said = f"{server.url('/other')}: the file's SHA-256 is .*, expected .* as of the first download; remove {path}.json to"
+        with pytest.raises(DownloadError, match=said):
+            download([server.url("/other")], path, patience=FAST)
+        assert names(tmp_path) == ["f.json"]
+        # Another mirror may have the file as it was.
+        download([server.url("/other"), server.url("/f")], path, patience=FAST)
+        got_whole(path)
+        path.unlink()
+        _record_of(path).unlink()
+        download([server.url("/other")], path, patience=FAST)
+        got_whole(path, OTHER)
+        # A hash that is given holds, and not that of the record.
+        path.unlink()
+        download([server.url("/f")], path, hashlib.sha256(BODY).hexdigest(), patience=FAST)
+    got_whole(path)
+
+
 def test_a_file_that_is_now_shorter_than_what_has_arrived(tmp_path):
     shorter = OTHER[:1_000_000]
     page = Page(BODY, drops=1, drop_after=1_500_000, later=shorter, if_range=False)

@@ -195,7 +195,7 @@ def test_text_that_is_not_there_is_said_before_anything_is_fetched(tmp_path, mon
 def test_wikitext_from_a_mirror_and_again_without_it(tmp_path):
     with Server(pages(**{"/wikitext-103-raw-v1.zip": Page(wikitext())})) as server:
         first, said = run(tmp_path, source="wikitext-103", mirrors=[server.url("/")])
-    assert any("its hash was not known before and is recorded now" in line for line in said)
+    assert any("its hash is recorded for later downloads" in line for line in said)
     assert first.codec.decode(first.binarised("train").ids) == "\n= train =\n\nText , of the train .\n"
     assert list(first.summaries) == ["train", "valid", "test"]
     second, said = run(tmp_path, source="wikitext-103", mirrors=["http://127.0.0.1:9/gone"])
@@ -234,9 +234,17 @@ def test_a_checkpoint_is_fetched_unpacked_and_verified(tmp_path, reference):
     assert second.done == [] and second.files == first.files and time.monotonic() - started < 1
     assert untouched(tmp_path) == before
     third, _ = run(tmp_path, checkpoint="en_moe_lm_15b", delete_archive=True)
-    assert third.done == [] and not list((tmp_path / "data/downloads").iterdir())
+    [left] = (tmp_path / "data/downloads").iterdir()
+    assert third.done == [] and left.name == "en_moe_lm_15b.tar.gz.json"
     fourth, _ = run(tmp_path, checkpoint="en_moe_lm_15b")
     assert fourth.done == []
+    shutil.rmtree(first.checkpoint)
+    other = Page(checkpoint(reference, leave_out="model-rank-3.pt"))
+    with (
+        Server(pages(**{"/models/lm/en_moe_lm_15b.tar.gz": other})) as server,
+        pytest.raises(DownloadError, match=f"as of the first download; remove {left} to accept another file"),
+    ):
+        run(tmp_path, checkpoint="en_moe_lm_15b", mirrors=[server.url("")])
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped"])

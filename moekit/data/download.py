@@ -82,7 +82,8 @@ def download(
     """Download ``path`` from the first of ``urls`` that delivers it, unless the file exists and agrees with its record.
 
     Args:
-        sha256: the expected hash of the file; None accepts any content and records its hash.
+        sha256: the expected hash of the file; None expects that of an earlier download of ``path``, where its record is
+            there, and else accepts any content. The hash is recorded.
         spare: bytes of disk space that are needed in addition to the file.
         check: raises ValueError if a complete file is not the expected one (for example a login page).
 
@@ -104,6 +105,8 @@ def download(
             "may be incomplete or changed. Move it away, then run again"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
+    earlier = record.read(_record_of(path)) or {}
+    expected = earlier.get("sha256") if sha256 is None else sha256
     part = Part(path)
     failures = []
     # The mirror that the part came from is first.
@@ -111,8 +114,11 @@ def download(
         try:
             _fetch(url, part, spare, patience)
             digest = sha256_of(part.path)
-            if sha256 is not None and digest != sha256:
-                raise Refused(f"the file's SHA-256 is {digest}, expected {sha256}")
+            if expected is not None and digest != expected:
+                told = f"the file's SHA-256 is {digest}, expected {expected}"
+                if sha256 is None:
+                    told += f" as of the first download; remove {_record_of(path)} to accept another file"
+                raise Refused(told)
             check(part.path)
         except (Refused, ValueError) as error:
             failures.append(f"{url}: {error}")

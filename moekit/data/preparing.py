@@ -265,7 +265,8 @@ def _checkpoint(settings: Settings, steps: Steps) -> tuple[Path | None, list[dic
     folder = settings.data_dir / "checkpoints" / settings.checkpoint
     _unpacked(remote, folder, settings, steps)
     if settings.delete_archive:
-        discard(_archive(remote, settings))
+        # Its record stays: a later download is compared with it.
+        _archive(remote, settings).unlink(missing_ok=True)
     found, now = record.once(
         folder.with_name(folder.name + ".verified.json"),
         asked={"checksums": True},
@@ -338,6 +339,6 @@ def _downloaded(
 ) -> str:
     """Download the remote file to ``path``, unless it exists; returns its origin."""
     got, now = download(urls or remote.addresses(settings.mirrors), path, spare=spare, check=remote.check)
-    note = "; its hash was not known before and is recorded now" if now else ""
+    note = "; its hash is recorded for later downloads" if now else ""
     steps.report(f"download {remote.name}", now, f"{human(got.size)}, SHA-256 {got.sha256[:12]}…{note}")
     return got.url
