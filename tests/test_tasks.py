@@ -22,6 +22,7 @@ import moekit
 from moekit.checkpoint import export
 from moekit.likelihood import Text, plan_steps, score_texts
 from moekit.nn.transformer import Transformer
+from moekit.notebook import task_report
 from moekit.symbols import EOS, PAD
 from moekit.tasks import FILES, HarnessModel, Scored, compare, evaluate_tasks, fair, known_tasks, loading
 from moekit.tasks.evaluation import changed_items
@@ -842,6 +843,86 @@ def test_an_item_without_a_right_choice_is_said_to_count_as_wrong(one, tmp_path,
     rows[2]["answer"] = answer
     with pytest.warns(UserWarning, match="tiny: the right choice of . of 3 items is none of their choices"):
         evaluate_tasks(one, str(tmp_path / "x.yaml"), **asked)
+
+
+METRICS = ["acc", "acc_norm", "acc_bytes", "acc_mutual_info"]
+LONG = ["was", "sat", "ran away from the big dog", "\u2014" * 8]
+
+
+def items_of(one, tmp_path, fields, rows):
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(TASK | fields))
+    found = evaluate_tasks(one, str(tmp_path / "x.yaml"), data={"tiny": rows}, progress=False)
+    return found.items
+
+
+def test_each_metric_has_the_answer_that_it_values(one, tmp_path):
+    """By the harness's own values: they are 1 for the right answer and for no other one."""
+    rows = [
+        {"question": question, "choices": LONG, "answer": number}
+        for question in ("The cat", "It is a truth universally", "def main(")
+        for number in range(len(LONG))
+    ]
+    items = items_of(one, tmp_path, {"metric_list": [{"metric": name} for name in METRICS]}, rows)
+    by_metric = {name: items.query("metric == @name") for name in METRICS}
+    for some in by_metric.values():
+        assert some["target"].tolist() == [LONG[row["answer"]] for row in rows]
+        assert some["value"].tolist() == (some["answer"] == some["target"]).astype(float).tolist()
+    answers = {name: tuple(some["answer"]) for name, some in by_metric.items()}
+    assert len(set(answers.values())) == len(METRICS), "the items tell the metrics apart"
+    assert items.query("metric == 'margin'")["answer"].tolist() == list(answers["acc"])
+
+
+def test_an_answer_that_changes_in_one_metric_alone_is_listed(runs):
+    """Items are listed whose answer by any metric is another one."""
+    before = replace(runs[0], items=runs[0].items.query("task == 'copa_release'").reset_index(drop=True))
+    longer = before.items.query("metric == 'acc'").assign(metric="acc_norm")
+    before = replace(before, items=pd.concat([before.items, longer], ignore_index=True))
+    after = replace(before, items=before.items.copy())
+    after.items.loc[after.items.index[-1], "answer"] = "another"
+    table, listed = task_report.changes(before, after)
+    assert dict(zip(table["metric"], table["changed"], strict=True)) == {
+        "acc": 0,
+        "margin": 0,
+        "acc_norm": pytest.approx(1 / 3),
+    }
+    assert listed["answer_after"].tolist() == ["another"]
+
+
+@pytest.mark.parametrize("kind", ["numbers", "texts"])
+def test_several_right_answers(one, tmp_path, kind):
+    right = [[0, 2], [1], [1, 2]]
+    rows = [{"question": "The cat", "choices": LONG[:3], "answer": numbers} for numbers in right]
+    fields = {"doc_to_target": "answer"}
+    if kind == "texts":
+        # The harness values numbers alone, and leaves a list of texts to functions of the task.
+        (tmp_path / "own.py").write_text("def own(doc, results):\n    return {'acc': 1.0}\n")
+        for row in rows:
+            row["answer"] = [row["choices"][number] for number in row["answer"]]
+    path = tmp_path / "x.yaml"
+    path.write_text(yaml.safe_dump(TASK | fields))
+    if kind == "texts":
+        path.write_text(path.read_text() + "process_results: !function own.own\n")
+    items = evaluate_tasks(one, str(path), data={"tiny": rows}, progress=False).items
+    for numbers, item in zip(right, items.query("metric == 'margin'").itertuples(), strict=True):
+        others = [score for number, score in enumerate(item.scores) if number not in numbers]
+        assert item.value == max(item.scores[number] for number in numbers) - max(others)
+        assert item.target == " | ".join(LONG[number] for number in numbers)
+    if kind == "numbers":
+        acc = items.query("metric == 'acc'")
+        expected = [float(item.answer in item.target.split(" | ")) for item in acc.itertuples()]
+        assert acc["value"].tolist() == expected
+
+
+def test_choices_that_are_read_before_the_answer(one, tmp_path):
+    """As in Winogrande: each choice is a beginning, and all have the same end."""
+    rows = [
+        {"choices": ["The cat", "It is a truth universally"], "end": "acknowledged", "answer": number}
+        for number in (0, 1)
+    ]
+    items = items_of(one, tmp_path, {"doc_to_text": "answer", "doc_to_target": "end"}, rows)
+    acc, margin = (items.query("metric == @name") for name in ("acc", "margin"))
+    assert acc["value"].tolist() == (acc["answer"] == acc["target"]).astype(float).tolist() == [0, 1]
+    assert [value > 0 for value in margin["value"]] == [False, True]
 
 
 def test_files_of_other_tools(tmp_path):

@@ -133,7 +133,7 @@ def changes(before: TaskResults, after: TaskResults | None) -> tuple[pd.DataFram
     if after is None:
         return None
     items = changed_items(before, after)
-    first = items.drop_duplicates(["task", "item"]).query("changed")
+    first = items.query("changed").drop_duplicates(["task", "item"])
     names = ["task", "item", "text", "target", "answer_before", "answer_after"]
     return compare(before, after), first[names].reset_index(drop=True)
 

@@ -29,6 +29,8 @@ from moekit.tasks.rows import Rows
 # The harness's own default for the draw of few-shot examples.
 SHOTS_SEED = 1234
 MARGIN = "margin"
+# What the harness divides a choice's log-probability by, in the metrics in which it does so.
+LENGTHS = {"acc_norm": len, "acc_bytes": lambda choice: len(choice.encode())}
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,9 @@ class TaskResults:
         tasks: one row per task and metric: ``task``, ``metric``, ``value``, ``stderr`` (the harness's; NaN where it knows
             none), ``items``, ``shots``.
         items: one row per item, task and metric: ``task``, ``item`` (its number in the data set), ``metric``, ``value``,
-            ``text`` (what the model read before the answer), ``answer`` (the choice taken, or what was generated),
-            ``target`` (the right choice, or what was expected), ``scores`` (of the choices, as a list; None without any).
+            ``text`` (what the model read before the answer), ``answer`` (the choice that this metric takes, or what was
+            generated), ``target`` (the right choice, or several with " | " between them, or what was expected), ``scores``
+            (of the choices, as a list; None without any).
             Choices have one metric more than the harness knows: "margin", the right choice's score minus the best other's
             (nats, of a token where the score is a mean). A change shows in it before an answer changes.
         tokens: the tokens of all texts, where a shared beginning counts with each text.
@@ -207,7 +210,7 @@ def _item_table(found: Mapping[str, Any], tasks: Mapping[str, Task]) -> pd.DataF
     for name, task in tasks.items():
         lacking = 0
         for sample in found["samples"][name]:
-            told, margin = _told(task, sample)
+            told, answers, margin = _told(task, sample)
             lacking += _lacks_right(task, sample)
             rest = "" if sample["filter"] == "none" else f" ({sample['filter']})"
             values = {metric + rest: sample[metric] for metric in sample["metrics"]}
@@ -219,7 +222,8 @@ def _item_table(found: Mapping[str, Any], tasks: Mapping[str, Task]) -> pd.DataF
                     value = value[0] / max(1, value[1])
                 if isinstance(value, int | float | np.number):
                     row = {"task": name, "item": sample["doc_id"], "metric": metric, "value": float(value)}
-                    rows.append(row | told)
+                    answer = answers.get(metric.removesuffix(rest), told["answer"])
+                    rows.append(row | told | {"answer": answer})
         if lacking:
             warnings.warn(
                 f"{name}: the right choice of {lacking} of {len(found['samples'][name])} items is none of their choices, so "
@@ -239,32 +243,55 @@ def _item_table(found: Mapping[str, Any], tasks: Mapping[str, Task]) -> pd.DataF
 
 def _lacks_right(task: Task, sample: Mapping[str, Any]) -> bool:
     """Whether none of an item's choices is said to be right; FAIR's tasks are checked when they are made."""
-    if task.OUTPUT_TYPE != "multiple_choice" or isinstance(task, ChoiceTask) or task.multiple_input:
+    if task.OUTPUT_TYPE != "multiple_choice" or isinstance(task, ChoiceTask):
         return False
-    choices, target = task.doc_to_choice(sample["doc"]), sample["target"]
-    targets = target if isinstance(target, list) else [target]
-    return not any(one in choices if isinstance(one, str) else one in range(len(choices)) for one in targets)
+    return not _right(task, sample)
 
 
-def _told(task: Task, sample: Mapping[str, Any]) -> tuple[dict[str, Any], float | None]:
-    """An item's ``text``, ``answer``, ``target`` and ``scores``, and its margin; None where it has none."""
+def _right(task: Task, sample: Mapping[str, Any]) -> list[int]:
+    """The numbers of an item's right choices."""
+    doc = sample["doc"]
+    if isinstance(task, ChoiceTask):
+        return sorted(set(doc["golds"]))
+    # Where the choices are what is read, and not what follows, the harness takes the text for the right one's number.
+    told = task.doc_to_text(doc) if task.multiple_input else sample["target"]
+    choices = task.doc_to_choice(doc)
+    return [
+        number
+        for number, choice in enumerate(choices)
+        if any(one in (number, choice) for one in (told if isinstance(told, list) else [told]))
+    ]
+
+
+def _told(task: Task, sample: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str], float | None]:
+    """An item's ``text``, ``answer``, ``target`` and ``scores``, the answers of metrics that take others, and the margin.
+
+    The margin is None for an item that has none.
+    """
     results, target = sample["filtered_resps"], sample["target"]
     scores = margin = None
-    answer = ""
+    answer, answers = "", {}
     if task.OUTPUT_TYPE == "multiple_choice":
         doc = sample["doc"]
-        choices = task.doc_to_choice(doc)
-        scores = task.scores(doc, results) if isinstance(task, ChoiceTask) else [one[0] for one in results]
-        scores = [float(score) for score in scores[: len(choices)]]
-        answer = choices[int(np.argmax(scores))]
-        golds = set(doc["golds"]) if isinstance(task, ChoiceTask) else {target}
-        if 0 < len(right := [s for n, s in enumerate(scores) if n in golds]) < len(scores):
-            margin = max(right) - max(s for n, s in enumerate(scores) if n not in golds)
-        target = choices[target] if isinstance(target, int) and 0 <= target < len(choices) else target
+        choices = list(map(str, task.doc_to_choice(doc)))
+        found = np.array(
+            task.scores(doc, results) if isinstance(task, ChoiceTask) else [one[0] for one in results]
+        )
+        # Behind the choices' own come those without the question, where a metric asks for them.
+        found, alone = found[: len(choices)], found[len(choices) :]
+        by_metric = {name: found / [length(one) for one in choices] for name, length in LENGTHS.items()}
+        if len(alone) == len(choices):
+            by_metric["acc_mutual_info"] = found - alone
+        answers = {name: choices[int(np.argmax(by))] for name, by in by_metric.items()}
+        answer, scores = choices[int(np.argmax(found))], found.tolist()
+        right = _right(task, sample)
+        if 0 < len(right) < len(choices):
+            margin = float(found[right].max() - np.delete(found, right).max())
+        target = " | ".join(choices[number] for number in right) or target
     elif task.OUTPUT_TYPE == "generate_until":
         answer = results[0] if isinstance(results[0], str) else str(results[0])
     told = {"text": sample["arguments"][0][0], "answer": answer, "target": str(target), "scores": scores}
-    return told, margin
+    return told, answers, margin
 
 
 def _task_table(found: Mapping[str, Any], tasks: Mapping[str, Task], items: pd.DataFrame) -> pd.DataFrame:
