@@ -5,6 +5,7 @@ A text of n bytes can make objects of 60 n bytes, so it is refused by its number
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,8 @@ import numpy as np
 
 from moekit.headlines import first_line
 
+# Characters that are counted at a time.
+PIECE = 1 << 20
 # The most values of a text. The header of a file with 60,000 tensors has 500,000.
 MOST_VALUES = 600_000
 # Those of a text that is data itself, such as the routing of a long batch or the items of a task: half a GB of numbers.
@@ -45,15 +48,23 @@ def loads(text: bytes | str, most: int = MOST_VALUES) -> Any:
 def values(text: str) -> int:
     """The values that ``text`` has at most, as ``most`` of :func:`loads` counts them."""
     # Without escapes, each quote begins a string or ends one.
-    plain = text.replace("\\\\", "").replace('\\"', "").encode(errors="surrogatepass")
-    codes = np.frombuffer(plain, np.uint8)
-    outside = codes[~np.logical_xor.accumulate(codes == ord('"'))]
-    return _weighed(lambda sign: np.count_nonzero(outside == ord(sign)))
+    plain = text.replace("\\\\", "").replace('\\"', "")
+    found, within = 0, False
+    for start in range(0, len(plain), PIECE):
+        codes = np.frombuffer(plain[start : start + PIECE].encode(errors="surrogatepass"), np.uint8)
+        inside = np.logical_xor.accumulate(codes == ord('"')) ^ within
+        outside, within = codes[~inside], inside[-1]
+        found += _weighed(functools.partial(_occurs, outside))
+    return found
+
+
+def _occurs(codes: np.ndarray, sign: str) -> int:
+    return int(np.count_nonzero(codes == ord(sign)))
 
 
 def _weighed(count: Callable[[str], int]) -> int:
     """The values that begin with so many signs of each kind."""
-    return int(count("[") + count(",") + 2 * count("{"))
+    return count("[") + count(",") + 2 * count("{")
 
 
 class _Refused(ValueError):
