@@ -10,6 +10,7 @@ import moekit
 from moekit import metrics
 from moekit.profiling.run import holders
 from moekit.routing import placement as placing
+from moekit.routing import statistics
 from moekit.routing.statistics import random_choices
 
 
@@ -83,6 +84,26 @@ def test_the_metric_by_brute_force(trace):
         many = metrics.placement(trace, 3, redundant=60).set_index(["layer", "placement"])
         assert many.loc[(layer, "replicated"), "value"] < 1.1
     assert (table["low"] <= table["value"] + 0.05).all() and (table["high"] >= table["value"] - 0.05).all()
+
+
+def test_units_that_placements_are_fitted_to_do_not_count():
+    """Half the samples judge: eight of sixteen are enough for an interval, seven of fifteen are not."""
+    trace = synthetic(tokens=1600, layers=(1,), experts=6, block=100)[0]
+    told = metrics.bootstrap(trace, metrics.placement, 3)
+    assert told["units"].eq(8).all() and told["note"].eq("").all()
+    # The interval by hand, of the eight alone.
+    chosen = np.where(trace.kept, trace.experts, 6)[:, 0]
+    counts = np.array(
+        [np.bincount(chosen[trace.sample == n].ravel(), minlength=7)[:6] for n in range(1, 16, 2)]
+    )
+    resamples = statistics.units_of(np.arange(8), 1000).draws @ counts
+    again = np.array([imbalance(one, [0, 0, 1, 1, 2, 2], 3) for one in resamples])
+    contiguous = told.set_index("placement").loc["contiguous"]
+    ends = statistics.interval(again, contiguous["value"], 8)
+    assert contiguous[["low", "high"]].tolist() == pytest.approx(ends)
+    few = trace.select(mask=trace.sample < 15)
+    told = metrics.bootstrap(few, metrics.placement, 3)
+    assert told["units"].eq(7).all() and told["note"].eq("too few").all() and told["low"].isna().all()
 
 
 def test_uniform_routing_gains_nothing_from_a_placement(trace):

@@ -127,11 +127,18 @@ class Units:
         return self.draws.shape[1]
 
 
-def units(trace: Trace) -> Units:
-    """The units that the plan in force asks for; more than ``BLOCKS`` are put together with their neighbours."""
+def units(trace: Trace, some: np.ndarray | None = None) -> Units:
+    """The units that the plan in force asks for; more than ``BLOCKS`` are put together with their neighbours.
+
+    Args:
+        some: [T] bool, the tokens that count; None: all. Units without any of them are left out, and ``unit`` is of these tokens.
+    """
     plan = _plan.get() or Plan()
     plan.used = True
-    return units_of(unit_of(trace, plan.by, plan.size), plan.resamples, plan.seed)
+    unit = unit_of(trace, plan.by, plan.size)
+    if some is not None:
+        unit = np.unique(unit[some], return_inverse=True)[1]
+    return units_of(unit, plan.resamples, plan.seed)
 
 
 def units_of(unit: np.ndarray, resamples: int = RESAMPLES, seed: int = SEED) -> Units:

@@ -41,8 +41,8 @@ def placement(
       (:func:`moekit.routing.placement.packed`);
     - "replicated": the same, with copies of the heaviest experts (:func:`moekit.routing.placement.replicated`).
 
-    Interval: bootstrap over units. ``chance``: the value of contiguous placement under uniform random routing of as many
-    tokens. All measured tokens count together; a step of fewer tokens is less even.
+    Interval: bootstrap over the units that are measured on. ``chance``: the value of contiguous placement under uniform random
+    routing of as many tokens. All measured tokens count together; a step of fewer tokens is less even.
 
     Args:
         ranks: W, up to the number of experts.
@@ -52,7 +52,8 @@ def placement(
             the time is proportional to the rows: ``share * (1 - value / value of contiguous)``. Without it, NaN.
 
     Returns:
-        One row per (layer, placement): ``layer``, ``placement``, ``value``, ``low``, ``high``, ``chance``, ``saved``.
+        One row per (layer, placement): ``layer``, ``placement``, ``value``, ``low``, ``high``, ``units`` (measured
+        on), ``chance``, ``saved``.
 
     Raises:
         ValueError: there are more ranks than experts, or a layer has no share.
@@ -60,8 +61,9 @@ def placement(
     ranks = _ranks(trace, ranks)
     redundant = ranks if redundant is None else check("redundant", redundant, Whole(0))
     shares = dict.fromkeys(trace.layers, float("nan")) if share is None else _shares(trace, share)
-    experts, found = trace.num_experts, units(trace)
+    experts = trace.num_experts
     fit, judge = _halves(trace)
+    found = units(trace, judge)
     rng = np.random.default_rng(SEED)
     none = placing.contiguous(experts, ranks)
     every = np.arange(experts)
@@ -73,7 +75,7 @@ def placement(
     for layer_index, layer in enumerate(trace.layers):
         chosen = chosen_experts(trace, layer_index, None, dispatched)
         known = np.bincount(chosen[fit].ravel(), minlength=experts + 1)[:experts]
-        cells = block_counts(found.unit[judge], chosen[judge], experts, found.number)
+        cells = block_counts(found.unit, chosen[judge], experts, found.number)
         copies = placing.replicated(known, redundant)
         each = known[copies] / np.bincount(copies)[copies]
         ways = {
@@ -93,8 +95,9 @@ def placement(
             # No rank is busier than the busiest, so no value is below 1.
             low, high = np.maximum(interval(value(drawn(found, cells)), here, found.number), 1)
             own = here if name == "contiguous" else own
-            rows.append((layer, name, here, low, high, chance, shares[layer] * (1 - here / own)))
-    return table_of_rows(rows, "layer placement value low high chance saved")
+            saved = shares[layer] * (1 - here / own)
+            rows.append((layer, name, here, low, high, found.number, chance, saved))
+    return table_of_rows(rows, "layer placement value low high units chance saved")
 
 
 @measured
