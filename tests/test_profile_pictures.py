@@ -154,6 +154,20 @@ def test_what_placements_save(profile):
     ]
 
 
+def test_intervals_of_placements_are_those_of_the_table():
+    """An interval without its bias may lie beside the value, as the second one does."""
+    columns = {
+        "layer": [1, 1],
+        "placement": ["contiguous", "fitted"],
+        "value": [1.5, 1.2],
+        "low": [1.4, 1.0],
+        "high": [1.7, 1.1],
+    }
+    [axes] = profile_plots.placements(pd.DataFrame(columns)).axes
+    drawn = [segment[:, 1].tolist() for lines in axes.collections for segment in lines.get_segments()]
+    assert drawn == [[1.4, 1.7], [1.0, 1.1]]
+
+
 def test_the_widget_hands_out_the_profile_once_it_is_asked(profile, monkeypatch):
     view = timeline.Timeline(profile)
     sent = []

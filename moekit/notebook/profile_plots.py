@@ -208,8 +208,8 @@ def placements(table: pd.DataFrame) -> Figure:
             rows = table[table["placement"] == way].set_index("layer").loc[layers]
             at = np.arange(len(layers)) + 0.8 * (i + 0.5) / len(ways) - 0.4
             ax.bar(at, rows["value"] - 1, 0.8 / len(ways), 1, color=colours[way], label=way)
-            spread = np.abs(rows[["low", "high"]].to_numpy().T - rows["value"].to_numpy())
-            ax.errorbar(at, rows["value"], spread, fmt="none", ecolor=INK, lw=1)
+            # An interval without its bias may lie beside the value.
+            ax.vlines(at, rows["low"], rows["high"], color=INK, lw=1)
         ax.axhline(1, color=INK, lw=1)
         ax.set_xticks(range(len(layers)), [f"layer {layer}" for layer in layers])
         ax.set(ylabel="busiest rank, × mean")

@@ -38,10 +38,9 @@ def tasks(table: pd.DataFrame, metric: str = "acc") -> Figure:
     share = (rows["metric"].str.startswith("acc")).all()
     for end, colour, label, shift in (("", OWN, "checkpoint", 0.0), ("_baseline", BASELINE, "baseline", 0.2)):
         if f"value{end}" in rows:
-            value, widths = rows[f"value{end}"], 1.96 * rows[f"stderr{end}"]
-            if share:
-                widths = np.abs(np.stack(wilson(value * rows["items"], rows["items"])) - value.to_numpy())
-            _dots(axes, place, value, widths, colour, label, shift)
+            value, width = rows[f"value{end}"], 1.96 * rows[f"stderr{end}"]
+            ends = wilson(value * rows["items"], rows["items"]) if share else (value - width, value + width)
+            _dots(axes, place + shift, value, *ends, colour, label)
     if "value_baseline" in rows:
         figure.legend(loc="outside right upper")
     _names(axes, [f"{row.task} ({row.items})" for row in rows.itertuples()])
@@ -62,9 +61,8 @@ def domains(table: pd.DataFrame) -> Figure:
     place = np.arange(len(table))
     for end, colour, label, shift in (("", OWN, "checkpoint", 0.0), ("_baseline", BASELINE, "baseline", 0.2)):
         if f"bits_per_token{end}" in table:
-            value = table[f"bits_per_token{end}"]
-            widths = np.abs([value - table[f"low{end}"], table[f"high{end}"] - value])
-            _dots(axes, place, value, widths, colour, label, shift)
+            drawn = (table[f"{name}{end}"] for name in ("bits_per_token", "low", "high"))
+            _dots(axes, place + shift, *drawn, colour, label)
     if "bits_per_token_baseline" in table:
         figure.legend(loc="outside right upper")
     _names(axes, table["domain"])
@@ -77,11 +75,10 @@ def domains(table: pd.DataFrame) -> Figure:
 
 def _differences(axes, place: np.ndarray, table: pd.DataFrame) -> None:
     """The paired differences of :func:`moekit.domains.compare_domains`, filled where they survive the test."""
-    value = table["difference"]
-    widths = np.abs([value - table["difference_low"], table["difference_high"] - value])
     for survives, fill in ((True, OWN), (False, "white")):
         here = (table["survives"] == survives).to_numpy()
-        _dots(axes, place[here], value[here], widths[:, here], OWN, fill=fill)
+        drawn = (table.loc[here, name] for name in ("difference", "difference_low", "difference_high"))
+        _dots(axes, place[here], *drawn, OWN, fill=fill)
     axes.axvline(0, color=INK, linewidth=0.8, linestyle="--")
     axes.set(xlabel="bits per token, 95 % over samples;\nfilled: survives a sign-flip test (Holm, 5 %)")
     axes.set_title("Checkpoint minus baseline, paired", fontsize=11)
@@ -127,12 +124,10 @@ def _sideways(rows: int, columns: int = 1):
     return figure, axes[0]
 
 
-def _dots(
-    axes, place, value, widths, colour: str, label: str = "", shift: float = 0.0, fill: str | None = None
-) -> None:
-    widths = np.nan_to_num(np.asarray(widths, float))
-    how = {"color": colour, "label": label, "mfc": fill or colour, "markersize": 5, "capsize": 2}
-    axes.errorbar(value, place + shift, xerr=widths, fmt="o", **how)
+def _dots(axes, place, value, low, high, colour: str, label: str = "", fill: str | None = None) -> None:
+    """Each value and its interval, which is drawn as it is: one that is corrected for a bias may lie beside its value."""
+    axes.hlines(place, low, high, color=colour)
+    axes.plot(value, place, "o", color=colour, label=label, mfc=fill or colour, markersize=5)
 
 
 def _names(axes, names) -> None:
