@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import re
 
 import numpy as np
@@ -153,6 +154,16 @@ def test_coactivation_puts_partners_side_by_side():
         assert abs(order.index(a) - order.index(b)) == 1
     assert {t.get_text() for t in bars.get_yticklabels()} == {"0 + 5", "1 + 6", "2 + 7", "3 + 4"}
     assert np.isclose(bars.lines[0].get_xdata()[0], 100 / 28)  # one pair of 28
+
+
+@pytest.mark.parametrize("choices", [2, 3, 4])
+def test_a_pair_is_as_common_in_uniform_routing_as_by_hand(choices):
+    """Of all ways to choose K of six experts, so many hold the first two."""
+    trace, _ = synthetic(tokens=60, layers=(1,), experts=6, choices=choices)
+    ways = list(itertools.combinations(range(6), choices))
+    both = sum({0, 1} <= set(way) for way in ways) / len(ways)
+    bars = routing_plots.coactivation(trace).axes[1]
+    assert bars.lines[0].get_xdata()[0] == pytest.approx(100 * both)
 
 
 def test_pictures_of_written_text_are_those_of_its_new_tokens():

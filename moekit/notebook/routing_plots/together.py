@@ -64,7 +64,9 @@ def coactivation(trace: Trace, layer: int | None = None, pairs: int = 15) -> Fig
         best = best[both[i, j][best] > 0]
         share = 100 * both[i, j][best] / len(trace)
         bars.barh(range(len(best)), share, color=KINDS[0])
-        bars.axvline(100 * 2 / (experts * (experts - 1)), color=INK, lw=1, ls="--", label="uniform routing")
+        # Uniform routing chooses i for K of E tokens, and j for the chance of these.
+        uniform = 100 * chance * trace.top_k / experts
+        bars.axvline(uniform, color=INK, lw=1, ls="--", label="uniform routing")
         bars.set_yticks(range(len(best)), [f"{i[n]} + {j[n]}" for n in best], fontsize=8)
         bars.invert_yaxis()
         bars.set(xlabel="% of tokens")
