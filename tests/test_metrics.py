@@ -122,6 +122,28 @@ def test_balance_of_even_and_of_one_sided_loads():
     assert one["gini",] == pytest.approx(3 / 4) and one["effective_experts",] == pytest.approx(1)
 
 
+def test_where_nothing_is_counted_nothing_is_known_of_the_balance():
+    """Layer 0 dispatches no second choice, and layer 1 those of four samples in thirty."""
+    trace, _ = synthetic(tokens=1200, layers=(0, 1), experts=6, block=40)
+    kept = np.ones_like(trace.kept)
+    kept[:, 0, 1] = False
+    kept[:, 1, 1] = trace.sample < 4
+    trace = dataclasses.replace(trace, kept=kept)
+    told = metrics.bootstrap(trace, "balance", choice=1, dispatched=True).set_index(["layer", "statistic"])
+    unused = told.xs("unused", level="statistic")["value"]
+    assert unused[0] == 6 and unused[1] < 6
+    others = told.drop(index="unused", level="statistic")
+    assert others.loc[0, "value"].isna().all() and not others.loc[1, "value"].isna().any()
+    # A resample without any of the four samples tells nothing either.
+    assert others["low"].isna().all() and others["note"].eq("too few").all()
+
+    trace = dataclasses.replace(trace, kept=np.stack([kept[:, 0] & False, kept[:, 1]], axis=1))
+    told = metrics.bootstrap(trace, "hot_set", sizes=[2, 6], dispatched=True).set_index(["layer", "size"])
+    assert told.loc[0, ["value", "held_out"]].isna().all().all() and told.loc[0, "note"].eq("too few").all()
+    assert told.loc[(1, 6), "value"] == 1 and told.loc[(1, 6), "note"] == "does not vary"
+    assert told.loc[(1, 2), "low"] < 1 and told.loc[(1, 2), "note"] == ""
+
+
 def test_chance_values_are_what_uniform_routing_gives():
     """Every metric on a trace that is uniformly random: its value is close to what it calls chance."""
     rng = np.random.default_rng(7)

@@ -173,14 +173,16 @@ def interval(
         few: units below which there is no interval.
 
     Returns:
-        ``low`` and ``high`` [...]; NaN for fewer than ``few`` units and where all resamples are equal.
+        ``low`` and ``high`` [...]; NaN for fewer than ``few`` units, where all resamples are equal, and where one is NaN.
     """
     from scipy.stats import t
 
     again = np.asarray(again, dtype=float)
     number = np.broadcast_to(np.asarray(number, dtype=float), again.shape[1:])
     if (plan := _plan.get()) is not None:
-        plan.thin |= bool((number < few).any())
+        # Where a resample tells nothing, few units told what there is.
+        partly = np.isnan(again).any(axis=0) & ~np.isnan(value)
+        plan.thin |= bool(((number < few) | partly).any())
     known = np.maximum(number, 2)
     if error is None:
         error = again.std(axis=0, ddof=1) * np.sqrt(known / (known - 1))

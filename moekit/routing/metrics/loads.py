@@ -84,6 +84,8 @@ def balance(trace: Trace, *, choice: int | None = None, dispatched: bool = False
     - ``top_20_share``: the share of the 20 % busiest experts, as fairseq logs it (top2gate.py, SAMPLE_FRACTION);
     - ``unused`` = experts without a choice.
 
+    Of a layer where no choice counts all but ``unused`` are NaN.
+
     Interval: its middle by the bootstrap over units, its width by the jackknife, from 20 units on. A short trace is uneven by
     chance, too: ``value`` includes that, and the interval is corrected for it, so that the value may lie above the interval.
     ``chance``: mean of a simulation.
@@ -109,7 +111,7 @@ def balance(trace: Trace, *, choice: int | None = None, dispatched: bool = False
 def _spread(c: np.ndarray) -> dict[str, np.ndarray]:
     """Counts [..., E] -> statistics [...]."""
     experts = c.shape[-1]
-    total = np.maximum(c.sum(axis=-1), 1e-30)
+    total = _total(c)
     ordered = np.sort(c, axis=-1)
     p = c / total[..., None]
     entropy = -(p * np.log(np.where(p > 0, p, 1))).sum(axis=-1)
@@ -123,6 +125,12 @@ def _spread(c: np.ndarray) -> dict[str, np.ndarray]:
         "top_20_share": ordered[..., -top:].sum(axis=-1) / total,
         "unused": (c == 0).sum(axis=-1).astype(float),
     }
+
+
+def _total(c: np.ndarray) -> np.ndarray:
+    """Counts [..., E] -> their sums [...]; NaN where nothing is counted, since that is neither even nor uneven."""
+    total = c.sum(axis=-1)
+    return np.where(total > 0, total, np.nan)
 
 
 @measured
@@ -152,7 +160,7 @@ def hot_set(trace: Trace, sizes: Sequence[int] | None = None, *, dispatched: boo
 
     ``value`` ranks the experts by the very choices it counts, which flatters a short trace; ``held_out`` ranks them by
     the samples with even numbers (in order) and counts the others. ``chance``: simulated, for ``value``. Interval:
-    bootstrap over units, of ``value``. (NVIDIA/Megatron-LM tools/moe_routing.)
+    bootstrap over units, of ``value``. NaN where no choice counts. (NVIDIA/Megatron-LM tools/moe_routing.)
 
     Args:
         sizes: None: about E/32, E/16, ... E/2.
@@ -168,7 +176,7 @@ def hot_set(trace: Trace, sizes: Sequence[int] | None = None, *, dispatched: boo
     def coverage(c: np.ndarray) -> np.ndarray:
         """Counts [..., E] -> shares [..., sizes]."""
         best = -np.sort(-c, axis=-1)
-        return best.cumsum(axis=-1)[..., sizes - 1] / np.maximum(c.sum(axis=-1, keepdims=True), 1e-30)
+        return best.cumsum(axis=-1)[..., sizes - 1] / _total(c)[..., None]
 
     chance = coverage(random_counts(len(trace), trace.top_k, experts)).mean(axis=0)
     rows = []

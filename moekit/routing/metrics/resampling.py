@@ -58,7 +58,7 @@ def bootstrap(
 
     Returns:
         The metric's table, with ``low``, ``high`` (:func:`moekit.routing.statistics.interval`), ``units`` and ``note``, where
-        ``low`` and ``high`` are NaN: "too few" where there are fewer units than the statistic needs (``FEW`` and
+        ``low`` and ``high`` are NaN: "too few" where fewer units tell something than the statistic needs (``FEW`` and
         ``FEW_FOR_SPREAD`` of :mod:`moekit.routing.statistics`), "does not vary" where all resamples give the value itself.
 
     Raises:
@@ -86,7 +86,7 @@ def bootstrap(
     if "units" not in frame:
         unit = statistics.unit_of(trace, by, size)
         frame = frame.assign(units=float(min(int(unit.max()) + 1, statistics.BLOCKS)))
-    few = (frame["units"] < FEW) | (frame["low"].isna() & thin)
+    few = (frame["units"] < FEW) | (frame["low"].isna() & (thin | frame["value"].isna()))
     return frame.assign(note=np.where(few, "too few", np.where(frame["low"].isna(), "does not vary", "")))
 
 
