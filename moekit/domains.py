@@ -18,7 +18,7 @@ from moekit.batches import Batch, count_scored
 from moekit.checked import Instance, checked
 from moekit.fairseq_data import Data
 from moekit.handle import MODEL, Handle
-from moekit.nn.gates import gate_of, top_k_of
+from moekit.nn.gates import gate_of
 from moekit.routing.domains import lines_of
 from moekit.routing.statistics import Paired, holm, mean_of, paired_sums, units_of
 from moekit.scoring import perplexity_of, score_batches, token_table
@@ -73,7 +73,7 @@ def evaluate_domains(
         that holds: None, a number or "training"; of a dense model there is None alone), ``domain``, ``tokens``,
         ``bits_per_token`` with ``low`` and ``high`` (95 % bootstrap interval over samples; NaN for fewer than 8),
         ``perplexity``, ``bytes`` (of the text, a line end counts as one; None without a codec), ``bits_per_byte``,
-        ``dropped`` (share of choices that were not dispatched), ``batches``, and ``run``, how many of the batches ran at this
+        ``dropped`` (share of choices that found no place in their expert's buffer, of those that asked for one), ``batches``, and ``run``, how many of the batches ran at this
         capacity: the others have their result from a larger one, at which no expert was fuller than this one allows.
 
     Raises:
@@ -214,7 +214,7 @@ class DomainText:
 
 @dataclass(frozen=True)
 class Swept:
-    """A text at one capacity: ``tokens`` as ``Evaluation`` has them with ``undispatched`` choices, and how many batches ran."""
+    """A text at one capacity: ``tokens`` as ``Evaluation`` has them with choices ``made`` and ``dropped``, and how many batches ran."""
 
     tokens: pd.DataFrame
     run: int
@@ -273,7 +273,7 @@ def _swept(
         dict.fromkeys(fractions), key=lambda f: -room(max(text.batches, key=lambda b: b.tokens.size), f)
     )
     scores: dict[int, np.ndarray] = {}
-    loads: dict[int, tuple[int, np.ndarray]] = {}
+    loads: dict[int, tuple[int, np.ndarray, np.ndarray]] = {}
     # The places that an expert had when a batch ran last.
     ran: dict[int, float] = {}
     results = {}
@@ -296,8 +296,9 @@ def _swept(
             progress=progress,
             loads=loads,
         )
-        lost = {index: undispatched for index, (_, undispatched) in loads.items()}
-        columns = {"logprob": scores, "undispatched": lost}
+        made = {index: load[1] for index, load in loads.items()}
+        dropped = {index: load[2] for index, load in loads.items()}
+        columns = {"logprob": scores, "made": made, "dropped": dropped}
         tokens = token_table(text.batches, columns, skip_first=model.config.add_bos)
         results[fraction] = Swept(tokens, len(again))
     return [results[fraction] for fraction in fractions]
@@ -339,7 +340,7 @@ def _measured(model: Handle, tokens: pd.DataFrame, sizes: np.ndarray | None) -> 
     sample = tokens["text"].to_numpy(np.int64) << 32 | tokens["sample"].to_numpy(np.int64)
     drawn = units_of(np.unique(sample, return_inverse=True)[1])
     value, low, high = mean_of(bits, drawn.unit, drawn)
-    choices = len(tokens) * len(model.config.moe_layers) * top_k_of(model.config)
+    choices = int(tokens["made"].sum())
     size = None if sizes is None else int(sizes[tokens["target"].to_numpy()].sum())
     return {
         "tokens": len(tokens),
@@ -349,5 +350,5 @@ def _measured(model: Handle, tokens: pd.DataFrame, sizes: np.ndarray | None) -> 
         "perplexity": perplexity_of(value),
         "bytes": size,
         "bits_per_byte": math.nan if not size else bits.sum() / size,
-        "dropped": float(tokens["undispatched"].sum() / choices) if choices else 0.0,
+        "dropped": float(tokens["dropped"].sum() / choices) if choices else 0.0,
     }

@@ -335,7 +335,8 @@ def describe_run(
     Returns:
         ``checkpoint`` (``path``, ``files`` with name and size, ``fingerprint``, see :func:`fingerprint`),
         ``capacity_token_fraction``, ``groups`` (routing
-        groups as [samples, tokens a sample, how many], padding included), ``seed``, ``intervention``, ``dtype``,
+        groups as [samples, tokens a sample, how many], padding included), ``seed``, ``intervention``,
+        ``second_expert`` (of the model's config), ``dtype``,
         ``experts`` ("int8", "fp8" or None: ``dtype``), ``device``, ``world_size``, ``backend``, ``versions``, ``created`` (UTC).
     """
     from datetime import UTC, datetime
@@ -350,6 +351,7 @@ def describe_run(
         },
         "capacity_token_fraction": fraction,
         "intervention": None if change is None else change.describe(),
+        "second_expert": model.config.second_expert,
         "groups": [[*shape, count] for shape, count in sorted(shapes.items())],
         "seed": seed,
         "dtype": dtype_name(model.dtype),

@@ -122,7 +122,7 @@ def score_batches(
     seed: int,
     progress: bool,
     trace: tracing.Collector | None = None,
-    loads: dict[int, tuple[int, np.ndarray]] | None = None,
+    loads: dict[int, tuple[int, np.ndarray, np.ndarray]] | None = None,
 ) -> dict:
     """Score batches on all ranks: batch index -> float32 [B, T] log-probabilities of its targets.
 
@@ -130,8 +130,8 @@ def score_batches(
 
     Args:
         fraction: the capacity in effect (:meth:`moekit.handle.Handle.capacity`).
-        loads: gets, for each batch's index, the choices of the fullest expert of any layer, and [B, T] how many choices of
-            each token were not dispatched; None counts nothing. Without ``trace``.
+        loads: gets, for each batch's index, the choices of the fullest expert of any layer, and [B, T] each how many
+            choices of a token asked for a place in a buffer, and how many found none; None counts nothing. Without ``trace``.
     """
     # The table of the scores needs pandas.
     import_whole("pandas")
@@ -160,7 +160,7 @@ def score_batches(
                 trace.add(found.parts)
             elif loads is not None:
                 for part in found.parts:
-                    counts = zip(part["fullest"].tolist(), part["undispatched"], strict=True)
+                    counts = zip(part["fullest"].tolist(), part["made"], part["dropped"], strict=True)
                     loads.update(zip(part["batch"].tolist(), counts, strict=True))
             bar.update(sum(targets.get(index, 0) for index in found.indices))
 

@@ -15,8 +15,9 @@ from moekit.data import Codec, binarise
 from moekit.data.dictionary import Dictionary
 from moekit.domains import OTHER, WHOLE, compare_domains, score_domains
 from moekit.fairseq_data import Data
-from moekit.notebook import task_report
+from moekit.notebook import routing_plots, task_report
 from moekit.paths import DEMO_BPE, DEMO_TEXT
+from moekit.routing import metrics
 from moekit.routing.domains import domains_of, lines_of
 from moekit.routing.statistics import holm, paired
 from moekit.scoring import perplexity_of, token_table
@@ -186,9 +187,28 @@ def test_dropped_is_the_share_of_choices(model, swept):
     # A token is dropped where it is read; in the table it counts where its target stands.
     german = domains_of(trace, "demo") == "german"
     assert of(swept, 0.25, "german")["dropped"] == pytest.approx(1 - trace.kept[german].mean(), abs=0.01)
+
+
+def test_what_asks_for_no_place_is_not_dropped(model):
+    how = {"capacity_token_fraction": [None, 0.25], "max_batches": 4, "progress": False}
     with model.route(drop_second=True):
-        table = model.evaluate(domains="demo", max_batches=4, progress=False)
-    assert of(table, None)["dropped"] == 0.5
+        table = model.evaluate(domains="demo", **how)
+        trace = model.trace("demo", capacity_token_fraction=0.25, max_tokens=4 * 256, progress=False)
+    assert of(table, None)["dropped"] == 0
+    lost = 1 - trace.kept[..., 0].mean()
+    assert lost > 0 and of(table, 0.25)["dropped"] == pytest.approx(lost, abs=1e-9)
+    with moekit.load("demo", 1, "cpu", progress=False, config={"second_expert": "random"}) as drawing:
+        table = drawing.evaluate(domains="demo", **how)
+        free = drawing.trace("demo", max_tokens=1000, progress=False)
+        tight = drawing.trace("demo", max_tokens=1000, capacity_token_fraction=0.25, progress=False)
+    assert of(table, None)["dropped"] == 0 < of(table, 0.25)["dropped"] < 0.4
+    assert free.kept[..., 0].all() and not free.kept[..., 1].all()
+    found = metrics.drops(free, "choice")
+    assert found["value"].eq(0).all() and found["choices"].sum() == free.kept.sum()
+    title = routing_plots.drops_by_position(free).get_suptitle()
+    assert title == "Choices dropped, by position in the sample; capacity: none"
+    # A trace with a capacity does not tell the one from the other, and its picture says so.
+    assert routing_plots.drops_by_position(tight).get_suptitle().startswith("Choices dropped, or not drawn,")
 
 
 def test_intervals(swept):

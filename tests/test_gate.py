@@ -17,6 +17,7 @@ from moekit.nn.config import SECOND_EXPERT, ModelConfig
 from moekit.nn.gate import Gate
 from moekit.nn.gates import GATES, Top2, gate_of
 from moekit.nn.operations import PLAIN
+from moekit.nn.record import LoadRecorder
 from moekit.ranks import start
 
 LOG = torch.log
@@ -102,6 +103,30 @@ def test_equals_the_slow_way(options, fraction, masked):
         assert found.experts[g].equal(experts_g)
         assert found.kept[g].equal(kept)
         torch.testing.assert_close(found.weights[g], weights, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("drop_second", [False, True])
+def test_a_choice_that_asks_for_no_place_is_not_dropped(drop_second):
+    """overflow_expert1 and overflow_expert2 by the lines of top2gate.py: what was not drawn is in neither sum."""
+    generator = torch.Generator().manual_seed(3)
+    tokens, experts, room = 24, 4, 8
+    logits, uniform = torch.randn(1, tokens, experts, generator=generator), torch.rand(1, tokens)
+    found = gate_of(config(experts=experts, second_expert="random")).route(
+        logits,
+        fraction=room / tokens,
+        noise=lambda kind, like: uniform,
+        edit=gate.Edit(drop_second=True) if drop_second else None,
+    )
+    counted = LoadRecorder()
+    counted(1, found)
+    _, made, dropped = counted.counts(1, tokens)
+    mask1, mask2 = torch.nn.functional.one_hot(found.experts[0], experts).unbind(1)
+    sampled = (2 * found.gate_probs[0, :, 1] > uniform[0]) & (not drop_second)
+    mask2 = mask2 * sampled[:, None]
+    locations1, locations2 = mask1.cumsum(0) - 1, mask2.cumsum(0) - 1 + mask1.sum(0)
+    lost = (mask1 * (locations1 >= room)).sum() + (mask2 * (locations2 >= room)).sum()
+    assert made.sum() == mask1.sum() + mask2.sum() < 2 * tokens
+    assert dropped.sum() == lost and (lost > 0 or drop_second)
 
 
 def test_two_places_and_three_tokens_that_want_the_same_expert():

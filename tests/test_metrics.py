@@ -250,6 +250,29 @@ def test_drops_brute(random, by):
         assert (row["choices"], row["dropped"]) == (made[key], lost[key])
 
 
+def test_a_choice_that_an_experiment_leaves_out_is_no_drop():
+    kept = [[[1, 0]], [[1, 0]], [[0, 0]], [[1, 0]]]
+    meta = {"intervention": {"drop_second": True}, "groups": [[1, 4, 1]]}
+    for fraction, lost in ((0.5, 1), (None, 0)):
+        trace = make(
+            [[[0, 1]], [[0, 2]], [[0, 1]], [[1, 0]]],
+            kept=kept,
+            meta=meta | {"capacity_token_fraction": fraction},
+        )
+        made = 4 if fraction else 3
+        [whole] = metrics.drops(trace).to_dict("records")
+        assert (whole["choices"], whole["dropped"], whole["value"]) == (made, lost, lost / made)
+        first, second = metrics.drops(trace, "choice").to_dict("records")
+        assert (first["choices"], first["dropped"], second["choices"]) == (made, lost, 0)
+        assert math.isnan(second["value"]) and math.isnan(second["chance"])
+        # First choices alone fill the buffers, of all choices as of these.
+        chance = metrics.drop_probability(4, 4, 2, fraction and 2)[:, 0].mean()
+        assert whole["chance"] == first["chance"] == pytest.approx(chance)
+        by = metrics.drops(trace, "expert")
+        assert by["choices"].sum() == made and by["dropped"].sum() == lost
+        assert metrics.drops(trace, "position")["choices"].sum() == made
+
+
 @pytest.mark.parametrize("room", [1, 3])
 def test_drop_probability_against_simulation(room):
     rng = np.random.default_rng(room)

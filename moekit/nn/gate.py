@@ -44,6 +44,8 @@ class Routing:
         weights: [G, S, K] in the model's dtype, the combine weights, zero where not kept.
         capacity: choices of a group that an expert's buffer takes; None where the capacity drops nothing.
         sorted: what :func:`by_expert` makes of it, where filling the buffers found that, too; else None.
+        sought: [G, S, K] bool, False where the gate or an experiment left the choice out, so that it asked for no place in a
+            buffer; None where all did.
     """
 
     probs: Tensor
@@ -53,6 +55,7 @@ class Routing:
     weights: Tensor
     capacity: int | None
     sorted: tuple[Tensor, Tensor] | None = None
+    sought: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -223,12 +226,14 @@ class Gate:
         kept = self.dispatched(gate_probs, weights, noise, edit)
         capacity = None if fraction is None else self.capacity(logits.shape[1], fraction)
         dtype = logits.dtype
+        # Filling the buffers writes into ``kept``.
+        sought = None if kept is None else kept.clone()
         if kept is None and padding is None and capacity is None:
             kept, weights, ordered = torch.ones_like(experts, dtype=torch.bool), weights.to(dtype), None
         else:
             asked = probs, experts, gate_probs, weights, kept, padding, capacity, dtype
             kept, weights, ordered = fill(self, *asked) if fill else self.fill(*asked)
-        return Routing(probs, experts, gate_probs, kept, weights, capacity, ordered)
+        return Routing(probs, experts, gate_probs, kept, weights, capacity, ordered, sought)
 
     def fill(
         self,

@@ -151,13 +151,14 @@ def nothing(tokens: int) -> dict[str, np.ndarray]:
 
 
 class LoadRecorder:
-    """The function in ``Pass.record`` that only counts: choices that are not dispatched, and the fullest expert.
+    """The function in ``Pass.record`` that only counts: choices that ask for a place, those that find none, and the fullest expert.
 
-    It keeps a number for each token and two for each routing group, whatever the number of layers.
+    It keeps two numbers for each token and two for each routing group, whatever the number of layers.
     """
 
     def __init__(self) -> None:
-        self.undispatched: torch.Tensor | None = None
+        self.made: torch.Tensor | None = None
+        self.dropped: torch.Tensor | None = None
         self.fullest: torch.Tensor | None = None
 
     def __call__(self, layer: int, routing: Routing) -> None:
@@ -168,14 +169,23 @@ class LoadRecorder:
         counts = torch.zeros(len(kept), routing.probs.shape[-1], dtype=torch.int32, device=kept.device)
         counts.scatter_add_(1, routing.experts.flatten(1), kept.int())
         fullest = counts.amax(dim=1)
-        undispatched = (~routing.kept).sum(dim=-1, dtype=torch.int16)
+        sought = torch.ones_like(routing.kept) if routing.sought is None else routing.sought
+        made = sought.sum(dim=-1, dtype=torch.int16)
+        dropped = (sought & ~routing.kept).sum(dim=-1, dtype=torch.int16)
         first = self.fullest is None
         self.fullest = fullest if first else torch.maximum(self.fullest, fullest)
-        self.undispatched = undispatched if first else self.undispatched + undispatched
+        self.made = made if first else self.made + made
+        self.dropped = dropped if first else self.dropped + dropped
 
-    def counts(self, groups: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:
-        """``fullest`` [G], the most choices that an expert of any layer got of a group; and ``undispatched`` [G, S] int16,
-        choices of a token that were not dispatched, over all layers. Zeros for a model without experts."""
+    def counts(self, groups: int, tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """``fullest`` [G], the most choices that an expert of any layer got of a group; and over all layers, ``made`` [G, S] int16,
+        the choices of a token that asked for a place in a buffer, and ``dropped`` [G, S] int16, those of them that found none.
+        Zeros for a model without experts."""
         if self.fullest is None:
-            return np.zeros(groups, np.int64), np.zeros((groups, tokens), np.int16)
-        return self.fullest.cpu().numpy().astype(np.int64), self.undispatched.cpu().numpy()
+            none = np.zeros((groups, tokens), np.int16)
+            return np.zeros(groups, np.int64), none, none
+        return (
+            self.fullest.cpu().numpy().astype(np.int64),
+            self.made.cpu().numpy(),
+            self.dropped.cpu().numpy(),
+        )

@@ -245,10 +245,8 @@ def wide(table: pd.DataFrame) -> pd.DataFrame:
 
 def price_of_drops(free: Trace, tight: Trace) -> str:
     """What the capacity of ``tight`` drops in each layer, and what it costs beside ``free`` without one, in a sentence."""
-    dropped = (~tight.kept).mean(axis=(0, 2))
-    shares = ", ".join(
-        f"{share:.1%} in layer {layer}" for layer, share in zip(tight.layers, dropped, strict=True)
-    )
+    dropped = metrics.drops(tight)
+    shares = ", ".join(f"{row.value:.1%} in layer {row.layer}" for row in dropped.itertuples())
     bits = [-float(np.nanmean(one.logprob, dtype=np.float64)) / math.log(2) for one in (free, tight)]
     return (
         f"A capacity of {capacity_name(tight.meta['capacity_token_fraction'])} drops {shares} of the choices. "

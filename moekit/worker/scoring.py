@@ -39,7 +39,7 @@ class Scored(NamedTuple):
         scores: pairs (batch index, float32 [B, T] log-probabilities of its targets); values at targets that are ``PAD``
             are undefined.
         parts: those of the trace, for :class:`moekit.routing.trace.Collector`. Where loads are counted, a part has
-            ``batch`` [G], the batches' indices, and ``fullest`` [G] and ``undispatched`` [G, B, T] of
+            ``batch`` [G], the batches' indices, and ``fullest`` [G], ``made`` and ``dropped`` [G, B, T] of
             :class:`moekit.nn.record.LoadRecorder`.
     """
 
@@ -142,12 +142,13 @@ def _launched(
             told = predictions(model, features, vocab) if trace.predicted else None
             parts.append(trace_rows(asked.record, inputs, found, told))
         if loads:
-            fullest, undispatched = asked.record.counts(len(mine), mine[0].tokens.size)
+            fullest, made, dropped = asked.record.counts(len(mine), mine[0].tokens.size)
             parts.append(
                 {
                     "batch": np.array([batch.index for batch in mine]),
                     "fullest": fullest,
-                    "undispatched": undispatched.reshape(len(mine), *mine[0].tokens.shape),
+                    "made": made.reshape(len(mine), *mine[0].tokens.shape),
+                    "dropped": dropped.reshape(len(mine), *mine[0].tokens.shape),
                 }
             )
 

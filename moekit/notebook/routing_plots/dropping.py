@@ -18,6 +18,8 @@ from moekit.routing.trace import TRACE, Trace, need_layers, need_tokens
 def drops_by_position(trace: Trace, bins: int = 32, *, prompt: bool = False) -> Figure:
     """Share of choices that capacity dropped, along the sample: one panel per layer, one line per choice.
 
+    :func:`moekit.routing.metrics.drops`. The title says where the share holds second choices that the gate did not draw.
+
     Of a trace of generated text the new tokens count, which ``model.generate`` never drops; ``prompt=True`` counts the prompt's, too.
     """
     need_tokens(trace, "drops_by_position")
@@ -26,9 +28,7 @@ def drops_by_position(trace: Trace, bins: int = 32, *, prompt: bool = False) -> 
     begin, end = int(trace.position.min()), int(trace.position.max()) + 1
     edges = np.linspace(begin, end, min(bins, end - begin) + 1)
     where = np.digitize(trace.position, edges) - 1
-    # A place without tokens has no share, and no point on a line.
-    size = np.bincount(where, minlength=len(edges) - 1)
-    size = np.where(size > 0, size, np.nan)
+    made, dropped = metrics.made_and_dropped(trace)
     middle = (edges[:-1] + edges[1:]) / 2
     chance = metrics.drop_chance(trace)
     if chance is not None:
@@ -41,10 +41,12 @@ def drops_by_position(trace: Trace, bins: int = 32, *, prompt: bool = False) -> 
         axes = fig.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
         for layer_index, (ax, layer) in enumerate(zip(axes, trace.layers, strict=False)):
             for k in range(trace.top_k):
-                lost = np.bincount(where, weights=~trace.kept[:, layer_index, k], minlength=len(size))
+                size = np.bincount(where, made[:, layer_index, k], minlength=len(middle))
+                lost = np.bincount(where, dropped[:, layer_index, k], minlength=len(middle))
                 ax.plot(
                     middle,
-                    100 * lost / size,
+                    # A place without such a choice has no share, and no point on a line.
+                    100 * lost / np.where(size > 0, size, np.nan),
                     color=CHOICE_COLOURS[k % len(CHOICE_COLOURS)],
                     lw=1.6,
                     label=f"choice {k + 1}",
@@ -57,15 +59,16 @@ def drops_by_position(trace: Trace, bins: int = 32, *, prompt: bool = False) -> 
                         ls=":",
                         label=f"choice {k + 1}, uniform random routing",
                     )
-            share = 100 * (~trace.kept[:, layer_index]).mean()
+            share = 100 * dropped[:, layer_index].sum() / max(1, made[:, layer_index].sum())
             ax.set_title(f"layer {layer}: {share:.1f} % dropped")
         for ax in axes[len(trace.layers) :]:
             ax.axis("off")
         axes[0].set_ylim(0, max(1, axes[0].get_ylim()[1]))
-        room = capacity_name(trace.meta.get("capacity_token_fraction"))
-        fig.suptitle(
-            f"Choices dropped, by position in the sample; capacity: {room}", x=0.01, ha="left", fontsize=10
-        )
+        fraction = trace.meta.get("capacity_token_fraction")
+        drawn = trace.top_k > 1 and fraction is not None and trace.meta.get("second_expert") == "random"
+        title = "Choices dropped, or not drawn" if drawn else "Choices dropped"
+        title += f", by position in the sample; capacity: {capacity_name(fraction)}"
+        fig.suptitle(title, x=0.01, ha="left", fontsize=10)
         for layer_index in range(0, len(trace.layers), columns):
             axes[layer_index].set_ylabel("% dropped")
         for layer_index in range(max(0, len(trace.layers) - columns), len(trace.layers)):

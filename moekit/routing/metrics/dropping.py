@@ -24,14 +24,16 @@ GRID = 1000
 
 @measured
 def drops(trace: Trace, by: str = "layer", *, bins: int = 64) -> pd.DataFrame:
-    """The share of choices that were not dispatched: ``value`` = dropped / made.
+    """The share of choices that the capacity dropped: ``value`` = dropped / made (:func:`made_and_dropped`).
 
-    fairseq logs it as ``overflow_expert1`` and ``overflow_expert2`` in percent (top2gate.py).
+    fairseq logs it as ``overflow_expert1`` and ``overflow_expert2`` in percent (top2gate.py). Where the gate draws second
+    choices ("random") and there is a capacity, a trace does not tell whether one was not drawn, which fairseq leaves out, or
+    found no place: both count as dropped.
 
     ``chance``: what the same capacity drops of uniform random choices; NaN where the trace's meta does not tell the
     capacity, or for K > 2. A buffer has C places and a group S tokens (padding included). First choices in place q of
     the group are dropped when Bin(q, 1/E) >= C, second ones when Bin(q, 2/E) + Bin(S - 1 - q, 1/E) >= C: all
-    first choices queue before any second. With batch-prioritised routing or a padding mask this is only a rough guide.
+    first choices queue before any second. With batch-prioritised routing, a padding mask or second choices that are drawn this is only a rough guide.
     Interval: bootstrap over units.
 
     Args:
@@ -56,15 +58,15 @@ def drops(trace: Trace, by: str = "layer", *, bins: int = 64) -> pd.DataFrame:
     else:
         size, key = experts, None
 
-    again = units(trace)
+    again, (asked, lost) = units(trace), made_and_dropped(trace)
     made = np.zeros((depth, again.number, size), dtype=np.int64)
     dropped = np.zeros((depth, again.number, size), dtype=np.int64)
     for layer_index in range(depth):
         cell = trace.experts[:, layer_index].astype(np.int64) if key is None else key
-        cell = (again.unit[:, None] * size + cell).ravel()
-        lost = cell[~trace.kept[:, layer_index].ravel()]
-        made[layer_index] = np.bincount(cell, minlength=again.number * size).reshape(-1, size)
-        dropped[layer_index] = np.bincount(lost, minlength=again.number * size).reshape(-1, size)
+        cell = again.unit[:, None] * size + cell
+        for table, which in ((made, asked), (dropped, lost)):
+            some = cell[which[:, layer_index]]
+            table[layer_index] = np.bincount(some, minlength=again.number * size).reshape(-1, size)
     parts = [share_of_units(*pair, again) for pair in zip(dropped, made, strict=True)]
     found = {name: np.stack([part[name] for part in parts]) for name in parts[0]}
     made, dropped = made.sum(axis=1), dropped.sum(axis=1)
@@ -75,17 +77,36 @@ def drops(trace: Trace, by: str = "layer", *, bins: int = 64) -> pd.DataFrame:
     elif by == "choice":
         expected = chance[trace.position].mean(axis=0)
     elif by == "position":
-        per_token = chance[trace.position].mean(axis=1)
+        per_token = np.nanmean(chance, axis=1)[trace.position]
         expected = np.bincount(trace.position // width, per_token, minlength=size)
         with np.errstate(invalid="ignore"):
             expected = expected / np.bincount(trace.position // width, minlength=size)
     else:
-        expected = np.full(size, chance[trace.position].mean())
+        expected = np.full(size, np.nanmean(chance[trace.position]))
     columns = {"layer": layers_of(trace)[:, None]}
     if by != "layer":
         columns[by] = np.arange(size)[None] * (width if by == "position" else 1)
     frame = broadcast_table(columns | {"choices": made, "dropped": dropped}, found, expected)
     return frame[frame["choices"] > 0].reset_index(drop=True) if by == "position" else frame
+
+
+@checked(trace=TRACE)
+def made_and_dropped(trace: Trace) -> tuple[np.ndarray, np.ndarray]:
+    """[T, L, K] bool each: the choices that asked for a place in their expert's buffer, and those of them that found none.
+
+    Without a capacity none is dropped: what was not dispatched was left out by the gate or an experiment, and asked for nothing.
+    With one, a trace tells of a choice that an experiment left out, and not of one that the gate did not draw.
+    """
+    made = np.ones_like(trace.kept)
+    made[:, :, _first_choices(trace) :] = False
+    if trace.meta.get("capacity_token_fraction", ...) is None:
+        made = trace.kept
+    return made, made & ~trace.kept
+
+
+def _first_choices(trace: Trace) -> int:
+    """How many choices of a token may ask for a place: all, or the first one alone in an experiment."""
+    return 1 if (trace.meta.get("intervention") or {}).get("drop_second") else trace.top_k
 
 
 @checked(trace=TRACE)
@@ -96,7 +117,7 @@ def drop_chance(trace: Trace) -> np.ndarray | None:
     samples that have this position, so every shape counts with its number of samples.
 
     Returns:
-        [P, K] float64, P the largest position of the trace plus one; None where the trace's meta tells no capacity or
+        [P, K] float64, P the largest position of the trace plus one; NaN of second choices that an experiment leaves out. None where the trace's meta tells no capacity or
         no groups, or for K > 2.
     """
     from moekit.nn.gate import capacity
@@ -113,6 +134,7 @@ def drop_chance(trace: Trace) -> np.ndarray | None:
         upto = min(last, tokens)
         total[:upto] += number * queue[:, :upto].sum(axis=0)
         weight[:upto] += number * samples
+    total[:, _first_choices(trace) :] = np.nan
     return total / np.maximum(weight, 1)
 
 
