@@ -2,6 +2,7 @@
 
 import json
 import os
+import zipfile
 
 import numpy as np
 import pytest
@@ -389,6 +390,29 @@ def test_odd_records_are_refused_and_nothing_wraps_around(odd, tmp_path):
     with pytest.raises(ValueError) as said:
         exchange.read(path, "sglang")
     assert str(path) in str(said.value) and "\n" not in str(said.value)
+
+
+# Instructions of one or two bytes, each of which makes an object of 50 and more.
+BYTES = 600_000
+BOMBS = {
+    "lists": b"]" * BYTES,
+    "tuples": b"](" + b"N\x85" * BYTES + b"e",
+    "calls": b"cbuiltins\nlist\n" + b")R" * BYTES,
+    "copies of a list": b"]q\x00K\x01a0](" + b"h\x00" * BYTES + b"e",
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS.values(), ids=BOMBS)
+def test_objects_that_cost_more_than_their_bytes_are_refused(bomb, tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
+        archive.writestr("x/data.pkl", b"\x80\x02" + bomb + b".")
+    with pytest.raises(ValueError, match="than a file of its size needs|of more than [0-9,]+ values"):
+        exchange.read(tmp_path / "x.pt", "sglang")
+
+
+def test_many_small_numbers_are_read(tmp_path):
+    torch.save({"records": [SGLANG | {"more": list(range(200)) * 5000}]}, tmp_path / "x.pt")
+    assert len(exchange.read(tmp_path / "x.pt", "sglang")) == 3
 
 
 ODD_LINES = {

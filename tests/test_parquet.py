@@ -141,6 +141,38 @@ def test_labels_that_the_file_does_not_hold(made, tmp_path, labels):
     assert "\n" not in str(caught.value)
 
 
+def with_equal_rows(path, rows: int, head: dict) -> None:
+    """The file with its first row so many times, which is packed into almost nothing."""
+    table = pq.read_table(path)
+    told = json.loads(table.schema.metadata[parquet.HEAD]) | head
+    # An array of a thousand rows stands for them all, so that the test takes no memory.
+    first = table.take([0] * 1000)
+    columns = {
+        name: pa.chunked_array([first[name].combine_chunks()] * (rows // 1000)) for name in table.column_names
+    }
+    pq.write_table(pa.table(columns).replace_schema_metadata({parquet.HEAD: json.dumps(told)}), path)
+
+
+def test_a_small_file_makes_no_large_trace(made, tmp_path):
+    path = tmp_path / "t.parquet"
+    made.save(path)
+    with_equal_rows(path, 2_000_000, {"format": 1})
+    with pytest.raises(ValueError, match=r"t\.parquet is damaged: its [0-9,]+ bytes hold rows of [0-9]{3},"):
+        Trace.load(path)
+    # Labels become texts of one length.
+    made.labelled(x=["long" * 5000] * 200).save(path)
+    with_equal_rows(path, 10_000, {})
+    with pytest.raises(ValueError, match=r"t\.parquet is damaged: its [0-9,]+ bytes hold rows of 80[0-9],"):
+        Trace.load(path)
+    # What the head does not tell of is not unpacked either: 1 GB of text is one text here.
+    with_equal_rows(path, 50_000, {"labels": {"x": ["short"]}})
+    pool = pa.default_memory_pool()
+    before = pool.max_memory()
+    with pytest.raises(ValueError, match=r"t\.parquet is damaged: the column labels\.x"):
+        Trace.load(path)
+    assert pool.max_memory() < max(before, 300 << 20) + 1
+
+
 @pytest.mark.parametrize("labelled", [False, True])
 def test_no_changed_bit_gives_another_trace(made, tmp_path, labelled):
     """1,000 files with one bit changed: an error that names the file, or the very trace."""

@@ -18,7 +18,8 @@ from moekit.checkpoint.rebuilt import tensor
 
 # The most bytes of a pickle; the pickle of a file with 50,000 tensors has 7 MB.
 MOST_BYTES = 64 << 20
-# A pickle of n bytes may have FEW + n / EACH instructions, and make half as many objects, beside those of its tensors.
+# A pickle of n bytes may have FEW + n / EACH instructions, and make half as many objects, beside those of its tensors. Where
+# a reader allows more instructions, these are small numbers, texts and what was made before: all others are still as few.
 FEW, EACH = 350_000, 40
 # Beside the instructions that rebuild it, a tensor has some for its key and for the function; and it makes some objects.
 AROUND, OBJECTS = 4, 8
@@ -44,7 +45,8 @@ def parse(data: bytes | memoryview, start: int = 0, each: int = EACH, storages: 
     """Read the pickle of protocol 2 to 5 that begins at ``start``.
 
     Args:
-        each: the fewest bytes per instruction after the first 350,000 instructions; 1 for a file of many small numbers.
+        each: the fewest bytes per instruction after the first 350,000 instructions; 2 for a file of many small numbers, which
+            take as many.
         storages: that the file has, as far as is known.
 
     Raises:
@@ -83,10 +85,10 @@ class _Machine:
         )
         push, pop, u16, u32 = stack.append, stack.pop, U16.unpack_from, U32.unpack_from
         note_call, note_reference = self.calls.append, self.references.append
-        left = FEW + size // self.each
+        left, others = FEW + size // self.each, FEW + size // EACH
         made, at, tensors = left // 2, self.at, MANY + self.storages
         try:
-            while left:
+            while left and others > 0:
                 left -= 1
                 code = data[at]
                 at += 1
@@ -117,6 +119,7 @@ class _Machine:
                         at = after
                         tensors -= 1
                         left += AROUND
+                        others += AROUND
                         made += OBJECTS
                         if tensors < 0:
                             raise Unreadable(
@@ -133,11 +136,13 @@ class _Machine:
                     items = tuple(stack[start:])
                     del stack[start:]
                     push(items)
+                    others -= 1
                 elif code == CALL:
                     arguments = pop()
                     call = Call(pop(), arguments)
                     note_call(call)
                     push(call)
+                    others -= 1
                 elif code == FALSE:
                     push(False)
                 elif code == PUT:
@@ -150,11 +155,14 @@ class _Machine:
                     reference = Reference(pop())
                     note_reference(reference)
                     push(reference)
+                    others -= 1
                 elif code == TUPLE_1:
                     push((pop(),))
+                    others -= 1
                 elif code == TUPLE_2:
                     second = pop()
                     push((pop(), second))
+                    others -= 1
                 elif code == EMPTY_TUPLE:
                     push(())
                 elif code == SHORT:
@@ -175,6 +183,7 @@ class _Machine:
                         )
                     action(self)
                     at = self.at
+                    others -= 1
                     if len(memo) + len(marks) > made:
                         break
         finally:

@@ -16,6 +16,8 @@ from moekit.checkpoint.objects import Call, Name, Pairs, Reference, Unreadable
 DEEPEST = 50
 # The longest config that is read, in values.
 LONGEST = 200_000
+# Beside so many, one in twenty values may be a container: a pickle of two bytes may name one again, which is copied.
+EACH = 20
 
 
 # What stays as it is, which most values are.
@@ -60,10 +62,13 @@ def plain(node: Any, tensor: Callable[[Call], Any] = lambda call: None, most: in
 class _Plain:
     def __init__(self, tensor: Callable[[Call], Any], most: int) -> None:
         self.count, self.tensor, self.most = 0, tensor, most
+        self.containers = LONGEST + most // EACH
 
     def of(self, node: Any, depth: int) -> Any:
         self.count += 1
-        if depth > DEEPEST or self.count > self.most:
+        if type(node) not in SIMPLE and type(node) is not int:
+            self.containers -= 1
+        if depth > DEEPEST or self.count > self.most or self.containers < 0:
             raise Unreadable(
                 f"has settings that are nested deeper than {DEEPEST} levels, or of more than {self.most:,} values"
             )

@@ -25,7 +25,7 @@ from moekit.checkpoint.contents import Stored, clip, harmless, is_known, layout_
 from moekit.checkpoint.hugging.config import described, same_model
 from moekit.checkpoint.objects import Call, Unreadable
 from moekit.checkpoint.pickles import EACH
-from moekit.checkpoint.plain_data import pairs, plain
+from moekit.checkpoint.plain_data import LONGEST, pairs, plain
 from moekit.checkpoint.weights import Header, Weights
 from moekit.mapped import whole_files
 
@@ -69,7 +69,8 @@ def content(path: Path, what: str) -> Any:
         ValueError: not a file of ``torch.save``, damaged, or it asks to build what is not known as harmless.
     """
     with _mapped(Path(path), what) as (memory, storage, file):
-        found = _layout(Path(path), memory, file, what, each=1)
+        # Small numbers in lists take two bytes each.
+        found = _layout(Path(path), memory, file, what, each=2)
         held: dict[str, int] = {}
         total = 0
 
@@ -87,7 +88,7 @@ def content(path: Path, what: str) -> Any:
                 )
             return made
 
-        return plain(found.pickle.value, tensor, most=len(memory))
+        return plain(found.pickle.value, tensor, most=LONGEST + len(memory) // 2)
 
 
 @contextlib.contextmanager

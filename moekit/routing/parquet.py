@@ -33,6 +33,9 @@ HEAD, CHECKSUM = b"moekit.trace", b"moekit.crc32"
 ROWS = 65_536
 # bounds of what a head may say, so that a damaged one allocates nothing absurd
 MOST_LAYERS, MOST_CHOICES, MOST_EXPERTS = 10_000, 64, np.iinfo(np.int16).max
+# The rows of a file of n bytes take at most ANY + EACH * n bytes of memory. What a gate chose is packed into a tenth at best, and
+# rows that are all equal into nothing.
+ANY, EACH = 128 << 20, 100
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,13 @@ class Head:
                 yield f"full.{layer}", "full", np.dtype(np.float16)
         for name in self.labels:
             yield f"labels.{name}", "labels", np.dtype(np.int32)
+
+    def bytes_a_row(self, full: tuple[int, ...], version: int) -> int:
+        """What a token takes of the memory, with its labels as texts of one length."""
+        wide = {"full": self.num_experts}
+        numbers = sum(dtype.itemsize * wide.get(name, 1) for _, name, dtype in self.columns(full, version))
+        longest = sum(max(map(len, texts), default=0) for texts in self.labels.values())
+        return numbers + np.dtype("U1").itemsize * longest
 
 
 def write(trace: Trace, path: str | Path) -> None:
@@ -128,6 +138,12 @@ def read(path: Path) -> Trace:
             missing = {column for column, *_ in columns} - set(file.schema_arrow.names)
             if missing:
                 raise _damaged(path, f"it lacks the column {min(missing)}")
+            taken, size = file.metadata.num_rows * head.bytes_a_row(layers, version), path.stat().st_size
+            if taken > ANY + EACH * size:
+                raise _damaged(path, f"its {size:,} bytes hold rows of {taken:,} bytes")
+        # A text that many rows have is in the memory once.
+        texts = [column for column, name, _ in columns if name == "labels"]
+        with pq.ParquetFile(path, page_checksum_verification=True, read_dictionary=texts) as file:
             table = file.read([column for column, *_ in columns])
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         if isinstance(error, pa.ArrowInvalid) and "magic bytes" in str(error):
@@ -169,9 +185,11 @@ def _numbers_of(column: Any, texts: list[str]) -> np.ndarray | None:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    if column.type != pa.string() or column.null_count:
+    if column.type != pa.dictionary(pa.int32(), pa.string()) or column.null_count:
         return None
-    found = pc.index_in(column, pa.array(texts, pa.string())).combine_chunks()
+    known = pa.array(texts, pa.string())
+    parts = [pc.index_in(part.dictionary, known).take(part.indices) for part in column.chunks]
+    found = pa.chunked_array(parts, pa.int32()).combine_chunks()
     return None if found.null_count else np.ascontiguousarray(found.to_numpy(zero_copy_only=False))
 
 
