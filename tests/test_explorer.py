@@ -51,6 +51,15 @@ def test_unknown_predictions_are_none():
     assert (arrays_of(*pack(trace, mask=None, cut=None))["predicted"] == NONE).all()
 
 
+@pytest.mark.parametrize(("labels", "kind"), [(1 << 16, "uint16"), ((1 << 16) + 1, "uint32")])
+def test_any_number_of_labels_has_numbers_of_its_own(labels, kind):
+    trace, _ = synthetic(tokens=labels, layers=(1,), experts=4)
+    names = np.array([f"{n:06d}" for n in range(labels)])
+    header, arrays = pack(trace, None, names, mask=None, cut=None)
+    packed = arrays_of(header, arrays)["domain"]
+    assert (packed == np.arange(labels)).all() and packed.dtype == kind
+
+
 def test_bad_domains_are_refused():
     trace, domains = synthetic(tokens=50)
     with pytest.raises(ValueError, match=r"\[49\]; expected a label for each of 50 tokens"):

@@ -80,7 +80,7 @@ def pack(
         "predicted": place(trace.predicted, known_prediction),
         "logprob": trace.logprob.astype(np.float32),
         "generated": trace.generated.astype(np.uint8),
-        "domain": domain.astype(np.uint16),
+        "domain": domain.astype(np.uint16 if len(labels) <= 1 << 16 else np.uint32),
         "choice": choice.swapaxes(0, 1),
         "prob": share(trace.probs),
         "weight": share(trace.weights),
