@@ -11,6 +11,7 @@ from processes import ran
 from synthetic_traces import synthetic
 
 from moekit.routing import exchange
+from moekit.symbols import PAD
 
 
 @pytest.fixture(scope="module")
@@ -390,6 +391,15 @@ def test_odd_records_are_refused_and_nothing_wraps_around(odd, tmp_path):
     with pytest.raises(ValueError) as said:
         exchange.read(path, "sglang")
     assert str(path) in str(said.value) and "\n" not in str(said.value)
+
+
+def test_what_follows_a_gap_is_no_target(tmp_path):
+    """The second token has no expert, and no row: it follows the first one, and the third does not."""
+    record = {"input_ids": [10, 11, 12, 13], "exp_ids": [[[0]], [[-1]], [[1]], [[0]]]}
+    (tmp_path / "o.jsonl").write_text(json.dumps(record))
+    back = exchange.read(tmp_path / "o.jsonl", "olmoe")
+    assert back.token.tolist() == [10, 12, 13] and back.position.tolist() == [0, 2, 3]
+    assert back.target.tolist() == [PAD, 13, PAD]
 
 
 # Instructions of one or two bytes, each of which makes an object of 50 and more.

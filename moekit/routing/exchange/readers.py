@@ -321,7 +321,7 @@ def as_trace(
 
     lengths = [len(s["experts"]) for s in samples]
     token = [s.get("token", np.full(n, -1)) for s, n in zip(samples, lengths, strict=True)]
-    follows = [np.append(t[1:], PAD) if t[0] >= 0 else np.full(len(t), PAD) for t in token]
+    follows = [_following(t, s["position"]) for t, s in zip(token, samples, strict=True)]
     unknown = np.full(experts.shape, np.nan, dtype=np.float32)
 
     def joined(name: str, parts: list[np.ndarray]) -> np.ndarray:
@@ -352,6 +352,12 @@ def as_trace(
         num_experts=known,
         meta={"imported": source},
     )
+
+
+def _following(token: np.ndarray, position: np.ndarray) -> np.ndarray:
+    """The token behind each one of a sample; ``PAD`` where it is not known, such as before a token without experts."""
+    known = (np.diff(position) == 1) & (token[1:] >= 0)
+    return np.append(np.where(known, token[1:], PAD), PAD)
 
 
 def _without_padding(sample: dict[str, Any], path: str) -> dict[str, Any] | None:
