@@ -20,6 +20,7 @@ from test_checkpoint_tool import refused, run, same_files, same_weights
 import moekit
 from moekit import checkpoint, paths
 from moekit.checkpoint.hugging import writing
+from moekit.checkpoint.reshaping import convert
 from moekit.data.codec import Codec
 from moekit.data.tokenizer import fast_tokenizer
 from moekit.nn.config import ModelConfig
@@ -575,6 +576,19 @@ def test_a_buffer_of_another_type_is_refused(tiny, kind):
     edited(tiny / "model.safetensors", edit)
     with pytest.raises(ValueError, match="model.safetensors is damaged: its buffers are"):
         checkpoint.survey(checkpoint.find(tiny))
+
+
+@pytest.mark.parametrize("files", ["x", None, -1, 2.0, True, [1]])
+def test_a_number_of_files_that_is_none_is_refused(tiny, tmp_path, files):
+    def edit(header):
+        settings = json.loads(header["__metadata__"]["moekit.settings"])
+        header["__metadata__"]["moekit.settings"] = json.dumps(settings | {"files": files})
+
+    edited(tiny / "model.safetensors", edit)
+    said = "model.safetensors is damaged: its metadata tell that it was made of .* files; expected a whole number"
+    with pytest.raises(ValueError, match=said):
+        convert(tiny, tmp_path / "back", "fairseq", show=False)
+    assert not (tmp_path / "back").exists()
 
 
 def test_a_stack_of_another_number_of_experts_is_refused_at_once(tiny):

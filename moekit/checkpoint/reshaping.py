@@ -63,6 +63,11 @@ class Content:
         self.settings = {n: state[n] for n in SETTINGS if n in state and n != "shard_metadata"}
         self.format = "hf" if "hugging" in state else FORMAT[files.first.suffix]
         self.ranks = state.get("files", 1) if self.format == "hf" else len(files.ranks)
+        if type(self.ranks) is not int or self.ranks < 0:
+            raise ValueError(
+                f"{files.first} is damaged: its metadata tell that it was made of {shown(self.ranks)} files; expected a whole number "
+                "of at least 0: convert the source again"
+            )
         self.bytes = 0
         self.common: dict[str, list[tuple[int, Tensor]]] = defaultdict(list)
         self.by_expert: dict[tuple[int, int], dict[str, list[tuple[int, Tensor]]]] = defaultdict(
