@@ -108,12 +108,20 @@ if [ $# -gt 0 ]; then
     exit "$code"
 fi
 
-state() { "$DOCKER" container inspect --format '{{.State.Status}}' "$name" 2>/dev/null || true; }
+about() { "$DOCKER" container inspect --format '{{.State.Status}} {{.Config.Image}}' "$name" 2>/dev/null || true; }
+state() { about | cut -d ' ' -f 1; }
+# Podman tells the whole name of an image.
+short() { sed 's,^localhost/,,; s,^docker.io/,,; s,^library/,,; s,:latest$,,' <<<"$1"; }
+
+other=$(about) other=${other#* }
+[ -z "$other" ] || [ "$(short "$other")" = "$(short "$image")" ] ||
+    fail "the container $name is of another image, $other: take another name, docker/run.sh --name NAME, or remove it" \
+        "if nobody needs it: docker rm $name."
 
 case $(state) in
 running) echo "$name runs already; for other options end it first: docker stop $name" ;;
 *)
-    # A container of that name that has ended is removed.
+    # A container of that name and image that has ended is removed.
     [ -z "$(state)" ] || "$DOCKER" rm "$name" >/dev/null
     said=$("$DOCKER" run --detach --name "$name" --publish "$bind:$port:8888" "${options[@]}" "$image" 2>&1) || {
         "$DOCKER" rm "$name" >/dev/null 2>&1 || true

@@ -234,7 +234,7 @@ def test_run_uses_podmans_own_words(engine, tmp_path):
 
 
 def test_run_publishes_on_this_machine_only_unless_asked(engine):
-    asked = {"container": "running", "port": "127.0.0.1:8888", "exec": "token"}
+    asked = {"container": "running moekit", "port": "127.0.0.1:8888", "exec": "token"}
     done, calls = engine("run.sh", **asked)
     assert done.stdout.split().count("http://127.0.0.1:8888/?token=token") == 1
     refused = {"container": [1, ""], "run": [125, "Bind for 0.0.0.0:8888 failed: port is already allocated"]}
@@ -242,6 +242,21 @@ def test_run_publishes_on_this_machine_only_unless_asked(engine):
     assert "--publish 127.0.0.1:8888:8888" in " ".join(options_of(calls))
     done, calls = engine("run.sh", "--bind", "0.0.0.0", "--port", "9000", **refused)
     assert "--publish 0.0.0.0:9000:8888" in " ".join(options_of(calls))
+
+
+@pytest.mark.parametrize("image", ["moekit", "moekit:latest", "localhost/moekit:latest"])
+def test_run_takes_the_place_of_its_own_container_that_has_ended(engine, image):
+    _, calls = engine("run.sh", container=f"exited {image}")
+    assert [call[0] for call in calls if call[0] in ("rm", "run")] == ["rm", "run"]
+
+
+@pytest.mark.parametrize("state", ["exited", "running"])
+@pytest.mark.parametrize("image", ["postgres:16", "moekit:old", "example.org/moekit"])
+def test_run_leaves_a_container_of_another_image_alone(engine, state, image):
+    done, calls = engine("run.sh", "--name", "study", container=f"{state} {image}")
+    assert done.returncode != 0 and f"the container study is of another image, {image}:" in done.stderr
+    assert "--name NAME" in done.stderr and "docker rm study" in done.stderr
+    assert not {call[0] for call in calls} & {"rm", "run", "exec"}
 
 
 @pytest.mark.parametrize(
