@@ -6,6 +6,7 @@ fairseq is imported here, when it is needed, and nowhere near the model.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import sys
@@ -99,14 +100,26 @@ def is_data(what: object) -> bool:
     # An empty path would be the current folder.
     if not isinstance(what, str) or not what or "\0" in what:
         return False
-    if "\n" not in what and len(what) < 4096:
-        with reading(what):
-            # Unlike Path.expanduser, this leaves the name of an unknown user as it is.
-            if Path(os.path.expanduser(what.split(os.pathsep)[0])).is_dir():
-                return True
+    if "\n" not in what and _is_folder(what.split(os.pathsep)[0]):
+        return True
     if os.sep in what and not any(c.isspace() for c in what):
         raise ValueError(f"there is no folder {what}; to trace it as a text, put it into a list")
     return False
+
+
+def _is_folder(name: str) -> bool:
+    with reading(name):
+        try:
+            # Unlike Path.expanduser, this leaves the name of an unknown user as it is.
+            return Path(os.path.expanduser(name)).is_dir()
+        except UnicodeEncodeError:
+            # Half of a surrogate pair is part of no name.
+            return False
+        except OSError as error:
+            # An ordinary text is longer than a name can be.
+            if error.errno == errno.ENAMETOOLONG:
+                return False
+            raise
 
 
 class Batches:

@@ -301,6 +301,10 @@ def test_a_folder_may_be_called_like_the_demo(reference, tmp_path, monkeypatch):
         assert len(Codec.load(name)) == 8192
     # The path of the current folder is ".", and nothing is an empty text.
     assert is_data(".") and not is_data("")
+    # A name on a file system has up to 255 bytes, a path up to 4,095.
+    sentence = "It is a truth universally acknowledged. "
+    for text in (sentence * 7, sentence * 200, "é" * 130, "~" + "a" * 300, "~\ud800"):
+        assert not is_data(text)
     with moekit.load(demo, 1, "cpu", dictionary=demo, **QUIET) as model:
         assert model.vocab == 200
         assert len(model.trace(demo, tokens_per_sample=64, max_tokens=100, **QUIET))
