@@ -21,6 +21,7 @@ from test_project import ROOT
 import moekit
 from moekit.checkpoint import export
 from moekit.likelihood import Text, plan_steps, score_texts
+from moekit.nn.cache import slots_for
 from moekit.nn.transformer import Transformer
 from moekit.notebook import task_report
 from moekit.symbols import EOS, PAD
@@ -170,6 +171,34 @@ def test_a_text_without_ids_to_score(model, fraction):
     first, found, *_ = score_texts(model, [empty[0], Text(ids, 1), *empty[1:]], **how)
     assert not len(first.logprobs)
     np.testing.assert_array_equal(found.logprobs, alone.logprobs)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_learned_positions_and_beginnings_of_several_lengths(one, tmp_path, world_size):
+    """The padding behind a long beginning and a short rest lies beyond the last position."""
+    config = replace(one.config, layers=2, vocab_rows=200, max_positions=128, learned_positions=True)
+    plain = Transformer(config)
+    torch.manual_seed(0)
+    for weight in plain.parameters():
+        torch.nn.init.normal_(weight, std=0.1)
+    export.save(plain, tmp_path, files=2)
+    texts = []
+    for shared in [100] * 2 + [12] * 10:
+        beginning = torch.randint(4, 200, (shared,)).tolist()
+        rests = torch.randint(4, 200, (2, 120 - shared)).tolist()
+        texts += [Text((EOS, *beginning, *rest), 1 + shared) for rest in rests]
+    cached = slots_for(120) * len(texts)
+    how = {"fraction": None, "seed": 1, "progress": False}
+    with moekit.load(tmp_path, world_size, "cpu", progress=False) as model:
+        steps = list(plan_steps(texts, world_size, 2048, cached, alone=False))
+        assert any(
+            part.lengths.max() + part.tokens.shape[1] > config.max_positions for step in steps for part in step
+        )
+        model.cached_tokens = cached
+        together = score_texts(model, texts, **how)
+        alone = [score_texts(model, [text], **how)[0] for text in texts]
+    for found, expected in zip(together, alone, strict=True):
+        np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=1e-5, rtol=0)
 
 
 def test_line_ends(one):
