@@ -11,7 +11,9 @@ import pickle
 import subprocess
 import sys
 import threading
+import warnings
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -315,6 +317,42 @@ def test_a_step_makes_no_more_logits_than_it_may(recorded, monkeypatch):
     assert waves(4, beam_size=2) == [2, 2, 1]
     assert waves(1, beam_size=2) == [1] * 5
     assert waves(1000) == [5]
+
+
+def test_a_search_in_which_an_expert_gives_nan_has_all_results_and_a_warning(reference, tmp_path, recorded):
+    """A prompt that such an expert reads finds no numbers, and the others find what they find without it."""
+    module = moekit.module(reference / "checkpoint")
+    last = module.config.moe_layers[-1]
+    with torch.no_grad():
+        module.layers[last].moe.experts.w2[3] = float("nan")
+    export.save(module, tmp_path, files=2)
+    rng = np.random.default_rng(1)
+    prompts = [rng.integers(4, 200, 3).tolist() for _ in range(12)]
+    ways = [{"beam_size": 3, "num_return_sequences": 2}, {"beam_size": 2, "num_return_sequences": 2}]
+    results = []
+    for world_size in (1, 2):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = moekit.load(tmp_path, world_size, "cpu", **QUIET)
+        with model:
+            for how in ways:
+                with pytest.warns(RuntimeWarning, match=r"not finite in \d+ of 12 searches \(\d+, "):
+                    found = model.generate(prompts, max_new_tokens=3, **how, **QUIET)
+                assert [one.prompt for one in found] == [n for n in range(12) for _ in range(2)]
+                results.append(found)
+            with pytest.warns(RuntimeWarning, match="not finite in .* of 12 sequences") as said:
+                tokens = list(model.stream(prompts, max_new_tokens=3))
+            assert [Path(w.filename).name for w in said] == ["test_generate.py"]
+            assert any(np.isnan(token.logprob) for token in tokens)
+    for one, two in zip(results[:2], results[2:], strict=True):
+        assert [(a.ids, a.finish_reason) for a in one] == [(a.ids, a.finish_reason) for a in two]
+    for how, found in zip(ways, results, strict=False):
+        plain = recorded.generate(prompts, max_new_tokens=3, **how, **QUIET)
+        whole = [
+            n for n in range(0, 24, 2) if all(np.isfinite(one.logprobs).all() for one in found[n : n + 2])
+        ]
+        assert 0 < len(whole) < 12
+        assert any(found[n : n + 2] == plain[n : n + 2] for n in whole)
 
 
 def test_neighbours_change_nothing_where_the_second_expert_is_drawn(reference, monkeypatch):

@@ -192,7 +192,9 @@ def test_learned_positions_and_beginnings_of_several_lengths(one, tmp_path, worl
     with moekit.load(tmp_path, world_size, "cpu", progress=False) as model:
         steps = list(plan_steps(texts, world_size, 2048, cached, alone=False))
         assert any(
-            part.lengths.max() + part.tokens.shape[1] > config.max_positions for step in steps for part in step
+            part.lengths.max() + part.tokens.shape[1] > config.max_positions
+            for step in steps
+            for part in step
         )
         model.cached_tokens = cached
         together = score_texts(model, texts, **how)

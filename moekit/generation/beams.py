@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -44,10 +44,14 @@ class Beams:
         self.prompt, self.length, self.size = prompt, length, size
         self.alive = [Hypothesis()]
         self.finished: list[tuple[float, str, Hypothesis]] = []
+        # Whether the model gave numbers for all beams.
+        self.finite = True
 
     def grow(self, candidates: Candidates, last: bool) -> None:
         alive = []
-        for place, (score, token, beam, logprob) in enumerate(zip(*candidates, strict=True)):
+        *columns, finite = candidates
+        self.finite &= bool(finite)
+        for place, (score, token, beam, logprob) in enumerate(zip(*columns, strict=True)):
             before = self.alive[beam]
             ids, logprobs = (*before.ids, int(token)), (*before.logprobs, float(logprob))
             hypothesis = Hypothesis(ids, logprobs, float(score), int(beam))
@@ -60,7 +64,8 @@ class Beams:
 
     def best(self, count: int, codec: Codec | Ids) -> list[Generation]:
         """The ``count`` best finished hypotheses, best first; their text excludes the ``</s>`` at the end."""
-        ranked = sorted(self.finished, key=lambda found: -found[0])[:count]
+        # What is not a number comes last.
+        ranked = sorted(self.finished, key=lambda found: (math.isnan(found[0]), -found[0]))[:count]
         return [
             Generation(
                 prompt=self.prompt,
@@ -74,8 +79,9 @@ class Beams:
         ]
 
 
-def search(model: Handle, request: Request, bar: tqdm) -> Iterator[Generation]:
-    """The best hypotheses of each prompt, prompt by prompt."""
+def search(model: Handle, request: Request, bar: tqdm) -> tuple[list[Generation], list[int]]:
+    """The best hypotheses of each prompt, prompt by prompt; and the prompts for which the model did not always give numbers."""
+    best, bad = [], []
     for wave in request.waves(model):
         lengths = request.lengths[wave.start : wave.stop].tolist()
         searches = {
@@ -96,5 +102,8 @@ def search(model: Handle, request: Request, bar: tqdm) -> Iterator[Generation]:
                 if not alive:
                     break
                 numbers, found = session.search(alive, last=step + 1 == request.max_new_tokens)
-        for one in searches.values():
-            yield from one.best(request.copies, request.codec)
+        for number, one in searches.items():
+            best += one.best(request.copies, request.codec)
+            if not one.finite:
+                bad.append(number)
+    return best, bad

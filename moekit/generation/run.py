@@ -104,7 +104,9 @@ def generate(
     total = len(request.prompts) * request.max_new_tokens
     with progress_bar("generating", total, " tokens", show=progress) as bar:
         if request.settings.beam_size > 1:
-            return list(search(model, request, bar))
+            best, bad = search(model, request, bar)
+            _warn_not_finite("searches", bad, len(request.prompts))
+            return best
 
         def take(burst: Burst) -> None:
             written.add(burst)
@@ -121,18 +123,22 @@ def generate(
                 session.at_once(UNHEARD[model.device], take)
                 parts += session.parts
     found = [Generation.late(written, number) for number in range(len(request.prompts))]
-    if bad := written.not_finite():
-        named = first_few(bad)
-        warnings.warn(
-            f"log-probabilities of new tokens are not finite in {len(bad)} of {len(found)} sequences ({named}): "
-            "model.score of the same prompt names the layer",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+    _warn_not_finite("sequences", written.not_finite(), len(found))
     if request.settings.trace is None:
         return found
     whole = _trace(model, request, found, parts)
     return [replace(one, trace=whole.select(samples=number)) for number, one in enumerate(found)]
+
+
+def _warn_not_finite(what: str, bad: Sequence[int], count: int) -> None:
+    """Warn the caller's caller of those of ``count`` sequences or searches for which the model gave no numbers."""
+    if len(bad):
+        warnings.warn(
+            f"log-probabilities of new tokens are not finite in {len(bad)} of {count} {what} ({first_few(bad)}): "
+            "model.score of the same prompt names the layer",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def _trace(
@@ -196,11 +202,14 @@ def stream(
 def _tokens(model: Handle, request: Request) -> Iterator[Token]:
     """The tokens of all sequences as a stream, step by step."""
     texts = [Text(request.codec, ()) for _ in request.prompts]
-    written = request.written()
+    written, warned = request.written(), False
     # Not every Python lets go of what a closed generator reads from.
     with contextlib.closing(_bursts(model, request, [], ahead=False)) as bursts:
         for burst in bursts:
             written.add(burst)
+            if not warned and (bad := burst.not_finite()):
+                _warn_not_finite("sequences", bad, len(texts))
+                warned = True
             yield from _of_burst(burst, written, texts)
 
 

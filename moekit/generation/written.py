@@ -43,6 +43,10 @@ class Burst:
                     lengths[row], stopped[row] = place, True
         return cls(numbers, chosen, lengths, stopped)
 
+    def not_finite(self) -> list[int]:
+        """The sequences with a log-probability that is not finite."""
+        return self.numbers[_not_finite(self.chosen.logprobs, self.lengths)].tolist()
+
 
 class Written:
     """All new tokens of a generation.
@@ -82,8 +86,7 @@ class Written:
 
     def not_finite(self) -> list[int]:
         """The sequences with a log-probability that is not finite."""
-        rows, places = np.nonzero(~np.isfinite(self.chosen.logprobs))
-        return np.unique(rows[places < self.lengths[rows]]).tolist()
+        return _not_finite(self.chosen.logprobs, self.lengths).tolist()
 
     # ------------------------------------------- the fields of moekit.generation.request.Generation, by their names
 
@@ -110,6 +113,12 @@ class Written:
 
     def alternatives(self, number: int) -> list[list[tuple[int, float]]]:
         return alternatives(*(column[number, : self.lengths[number]] for column in self.chosen[2:]))
+
+
+def _not_finite(logprobs: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The rows of [n, S] log-probabilities in which one of the first ``lengths`` [n] is not finite."""
+    rows, places = np.nonzero(~np.isfinite(logprobs))
+    return np.unique(rows[places < lengths[rows]])
 
 
 def alternatives(best: np.ndarray, logprobs: np.ndarray) -> list[list[tuple[int, float]]]:

@@ -68,13 +68,15 @@ class Candidates(NamedTuple):
     """The best candidates to continue the beams of each prompt, best first.
 
     ``scores`` [P, 2 N] float32 are sums over the whole sequence. ``tokens`` are [P, 2 N]. ``beams`` [P, 2 N] tells which
-    beam of the prompt a candidate continues. ``logprobs`` [P, 2 N] are those of the token alone.
+    beam of the prompt a candidate continues. ``logprobs`` [P, 2 N] are those of the token alone. ``finite`` [P] tells whether
+    the model gave numbers for all beams of the prompt.
     """
 
     scores: np.ndarray
     tokens: np.ndarray
     beams: np.ndarray
     logprobs: np.ndarray
+    finite: np.ndarray
 
 
 def choose(
@@ -129,15 +131,22 @@ def candidates(
         no_end: [B], whether ``</s>`` is excluded here; fairseq excludes it after an empty prompt.
         only_end: whether only ``</s>`` may follow.
     """
-    logprobs = logprobs.clone()
-    logprobs[:, PAD] = -torch.inf
-    if no_end is not None:
-        logprobs[torch.tensor(no_end, device=logprobs.device), EOS] = -torch.inf
-    if only_end:
-        logprobs[:, :EOS] = -torch.inf
-        logprobs[:, EOS + 1 :] = -torch.inf
     vocab = logprobs.shape[1]
-    best = (logprobs + scores[:, None]).view(-1, beams * vocab).topk(count, dim=1)
-    own = logprobs.view(-1, beams * vocab).gather(1, best.indices)
-    found = (best.values, best.indices % vocab, best.indices // vocab, own)
+    total = logprobs + scores[:, None]
+    finite = total.isfinite().view(-1, beams * vocab).all(dim=1)
+    total[:, PAD] = -torch.inf
+    if no_end is not None:
+        total[torch.tensor(no_end, device=total.device), EOS] = -torch.inf
+    if only_end:
+        total[:, :EOS] = -torch.inf
+        total[:, EOS + 1 :] = -torch.inf
+    total = total.view(-1, beams * vocab)
+    if bool(finite.all()):
+        indices = total.topk(count, dim=1).indices
+    else:
+        # As in fairseq, what is not a number comes after all numbers; what is excluded comes last. Equals keep their order.
+        rank = total.masked_fill(total.isnan(), torch.finfo(total.dtype).min)
+        indices = rank.sort(dim=1, descending=True, stable=True).indices[:, :count]
+    own = logprobs.view(-1, beams * vocab).gather(1, indices)
+    found = (total.gather(1, indices), indices % vocab, indices // vocab, own, finite)
     return Candidates(*(tensor.cpu().numpy() for tensor in found))
