@@ -180,6 +180,16 @@ def count_scored(batches: Iterable[Batch]) -> int:
     return sum(int(batch.scored(row).sum()) for batch in batches for row in range(len(batch.ids)))
 
 
+def lengths_of(batches: Iterable[Batch]) -> dict[int, int]:
+    """The number of tokens of each sample, without padding; of those of one number in several data sets, the most."""
+    lengths: dict[int, int] = {}
+    for batch in batches:
+        real = (batch.tokens != PAD).sum(axis=1).tolist()
+        for sample, tokens in zip(batch.ids.tolist(), real, strict=True):
+            lengths[sample] = max(tokens, lengths.get(sample, 0))
+    return lengths
+
+
 def up_to(batches: Iterable[Batch], max_tokens: int) -> Iterator[Batch]:
     """The first batches with at most ``max_tokens`` tokens together, without padding; at least one batch."""
     total = 0

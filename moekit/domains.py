@@ -66,7 +66,7 @@ def evaluate_domains(
             above it, which names the domain of each line of the text. Then a block may hold several domains.
         how: the data's options; its folder does not count.
         fractions: ``capacity_token_fraction``, or several.
-        max_batches: of each folder.
+        max_batches: of each folder. A :class:`moekit.nn.intervene.Force` holds for each folder that has its sample.
 
     Returns:
         For each capacity, in the order given, one row per domain and :data:`WHOLE`, the tokens of all: ``capacity`` (the one
@@ -112,7 +112,9 @@ def score_domains(
     else:
         raise ValueError("domains={}: expected at least one folder by its name")
     sizes = model.codec.sizes() if model.reads_text else None
-    found = [_swept(model, text, held, seed, progress) for text in texts]
+    # A forced sample may be in one folder alone, and a capacity may run some batches again.
+    whole = [batch for text in texts for batch in text.batches]
+    found = [_swept(model, text, whole, held, seed, progress) for text in texts]
     labels = np.concatenate([text.labels for text in texts])
     names = list(dict.fromkeys(name for text in texts for name in text.names))
     rows, units = [], {}
@@ -260,7 +262,12 @@ def _labelled(model: Handle, data: Data, max_batches: int | None) -> DomainText:
 
 
 def _swept(
-    model: Handle, text: DomainText, fractions: Sequence[float | None], seed: int, progress: bool
+    model: Handle,
+    text: DomainText,
+    whole: Sequence[Batch],
+    fractions: Sequence[float | None],
+    seed: int,
+    progress: bool,
 ) -> list[Swept]:
     """The text at each capacity. From the largest to the smallest, a batch runs again only where it may drop more."""
     gate = gate_of(model.config) if model.config.moe_layers else None
@@ -295,6 +302,7 @@ def _swept(
             seed=seed,
             progress=progress,
             loads=loads,
+            whole=whole,
         )
         made = {index: load[1] for index, load in loads.items()}
         dropped = {index: load[2] for index, load in loads.items()}

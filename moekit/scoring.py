@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moekit.arguments import Flag, check, first_few
-from moekit.batches import Batch, shares
+from moekit.batches import Batch, lengths_of, shares
 from moekit.handle import Handle
 from moekit.interrupts import import_whole
 from moekit.nn.memory import TOKENS_A_PASS
@@ -123,6 +123,7 @@ def score_batches(
     progress: bool,
     trace: tracing.Collector | None = None,
     loads: dict[int, tuple[int, np.ndarray, np.ndarray]] | None = None,
+    whole: Sequence[Batch] | None = None,
 ) -> dict:
     """Score batches on all ranks: batch index -> float32 [B, T] log-probabilities of its targets.
 
@@ -132,11 +133,12 @@ def score_batches(
         fraction: the capacity in effect (:meth:`moekit.handle.Handle.capacity`).
         loads: gets, for each batch's index, the choices of the fullest expert of any layer, and [B, T] each how many
             choices of a token asked for a place in a buffer, and how many found none; None counts nothing. Without ``trace``.
+        whole: all batches of the user's call, among which an intervention's samples have to be; None: ``batches``.
     """
     # The table of the scores needs pandas.
     import_whole("pandas")
     needed = model.intervention is not None or model.config.learned_positions
-    lengths = _lengths(batches) if needed else {}
+    lengths = lengths_of(batches if whole is None else whole) if needed else {}
     if model.intervention is not None:
         model.intervention.check(lengths)
     longest = max(lengths.values(), default=0) if model.config.learned_positions else 0
@@ -180,12 +182,6 @@ def score_batches(
     if not finite and (said := not_finite(model, batches, scores, **how)):
         warnings.warn(said, RuntimeWarning, stacklevel=3)
     return scores
-
-
-def _lengths(batches: Iterable[Batch]) -> dict[int, int]:
-    """The number of tokens of each sample, without padding."""
-    real = [(b.ids.tolist(), (b.tokens != PAD).sum(axis=1).tolist()) for b in batches]
-    return {sample: n for ids, tokens in real for sample, n in zip(ids, tokens, strict=True)}
 
 
 def plan_steps(batches: Iterable[Batch], world_size: int, tokens: int) -> Iterator[list[Batch]]:

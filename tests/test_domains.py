@@ -15,6 +15,7 @@ from moekit.data import Codec, binarise
 from moekit.data.dictionary import Dictionary
 from moekit.domains import OTHER, WHOLE, compare_domains, score_domains
 from moekit.fairseq_data import Data
+from moekit.nn.intervene import Force
 from moekit.notebook import routing_plots, task_report
 from moekit.paths import DEMO_BPE, DEMO_TEXT
 from moekit.routing import metrics
@@ -265,6 +266,32 @@ def test_a_folder_for_each_domain(model, folders):
         table[table["capacity"].notna()].reset_index(drop=True).assign(run=[12, 12, 24]),
         atol=1e-6,
     )
+
+
+def test_a_forced_sample_is_looked_for_in_the_whole_call(model, folders):
+    """Neither in the batches alone that a smaller capacity runs again, nor in each folder by itself."""
+    how = {"tokens_per_sample": 32, "max_batches": 6, "progress": False}
+    batches = itertools.islice(model.open_data("demo", tokens_per_sample=32), 6)
+    for sample in [int(number) for batch in batches for number in batch.ids]:
+        with model.route(force=Force(1, sample=sample, positions=0)):
+            table = model.evaluate(domains="demo", capacity_token_fraction=[0.9, 0.5], **how)
+            alone = model.evaluate(domains="demo", capacity_token_fraction=0.5, **how)
+        assert of(table, 0.5)["run"] < 6
+        assert of(table, 0.5)["bits_per_token"] == pytest.approx(of(alone, 0.5)["bits_per_token"], abs=1e-6)
+    # Sample 20 is one of the 24 lines of the first folder; the second one has 12.
+    domains = {name: folders[0][name] for name in ("both", "german")}
+    how = {"domains": domains, "sample_break_mode": "eos", "tokens_per_sample": 128, "progress": False}
+    plain = model.evaluate(**how)
+    with model.route(force=Force((1, 2), sample=20)):
+        forced = model.evaluate(**how)
+    changed = (plain["bits_per_token"] - forced["bits_per_token"]).abs() > 1e-6
+    assert plain["domain"][changed].tolist() == ["both", WHOLE]
+    for force, said in (
+        (Force(1, sample=24), "the samples of this call are 24, from 0 to 23"),
+        (Force(1, sample=20, positions=200), "expected at least one of its positions, 0 to "),
+    ):
+        with model.route(force=force), pytest.raises(ValueError, match=said):
+            model.evaluate(**how)
 
 
 @pytest.fixture(scope="module")

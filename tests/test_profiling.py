@@ -35,7 +35,7 @@ from moekit.profiling.perfetto import trace_of
 from moekit.profiling.table import COLUMNS, by_part, table
 from moekit.profiling.work import DECODED, MODES, Size, work_of
 from moekit.worker import profiling as worker
-from moekit.worker.steps import DOING, Score, Work
+from moekit.worker.steps import DOING, STEPS_BEFORE, Score, Work
 
 LAYER = ("call", "step 0", "layer 1")
 
@@ -1021,6 +1021,28 @@ def test_what_cannot_be_profiled(model, asked, said):
     with pytest.raises(ValueError, match=said):
         model.profile(**{"progress": False} | asked)
     assert model.score("It still runs.") is not None
+
+
+@pytest.mark.parametrize("mode", ["score", "prefill", "decode"])
+def test_a_forced_sample_has_to_be_there(mode, model, monkeypatch):
+    """As in every other call: else the profile would be one of a routing that nobody changed."""
+    how = {"mode": mode, "steps": 1, "blocks": 2, "tokens_per_sample": 32, "progress": False}
+    monkeypatch.setattr(model.ranks, "call", lambda *_, **__: pytest.fail("the ranks were asked"))
+    count = 2 * model.world_size
+    last = 31 if mode != "decode" else 16 + STEPS_BEFORE
+    for sample, position, said in (
+        (2000, None, f"the samples of this call are {count}, from 0 to {count - 1}"),
+        (count, None, f"from 0 to {count - 1}"),
+        (0, last + 1, f"one of its positions, 0 to {last}"),
+    ):
+        with (
+            model.route(force=moekit.Force(1, sample=sample, positions=position)),
+            pytest.raises(ValueError, match=said),
+        ):
+            model.profile(**how)
+    monkeypatch.undo()
+    with model.route(force=moekit.Force(1, sample=count - 1, positions=last)):
+        assert len(model.profile(**how).rows)
 
 
 def test_as_many_steps_as_the_bench_makes_or_as_there_are_positions_for():

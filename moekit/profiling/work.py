@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moekit.batches import text_batches
+from moekit.batches import lengths_of, text_batches
 from moekit.nn.config import ModelConfig
 from moekit.worker.prompts import dealt
 from moekit.worker.steps import STEPS_BEFORE, TIMED, Work
@@ -94,19 +94,30 @@ class Size:
 def work_of(
     model: Handle, size: Size, ids: np.ndarray, fraction: float | None, vocab: int, seed: int
 ) -> Work:
-    """The work on ``ids``, which are repeated where they end."""
+    """The work on ``ids``, which are repeated where they end.
+
+    Raises:
+        ValueError: an intervention forces a sample or a position that is not there.
+    """
     samples = size.samples(model.world_size)
     # The model's first symbol has a place, too.
     texts = np.resize(ids, (samples, size.read))[:, : size.read - 1].tolist()
     work = {"fraction": fraction, "vocab": vocab, "seed": seed, "intervention": model.intervention}
     if size.mode == "score":
         batches = text_batches(texts, 1, model.config.max_positions + 1, model.first)
+        _check_forced(model, lengths_of(batches))
         return Work(size.mode, size.steps, batches=batches, **work)
     ranks, each = range(model.world_size), model.world_size * size.blocks
     prompts = [[model.first, *text] for text in texts]
+    _check_forced(model, dict.fromkeys(range(each), size.last))
     numbers = [range(rank, each, len(ranks)) for rank in ranks]
     calls = [
         dealt(numbers, [prompts[first + rank : first + each : len(ranks)] for rank in ranks])
         for first in range(0, samples, each)
     ]
     return Work(size.mode, size.steps, prompts=calls, **work)
+
+
+def _check_forced(model: Handle, lengths: dict[int, int]) -> None:
+    if model.intervention is not None:
+        model.intervention.check(lengths)
