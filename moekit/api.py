@@ -16,9 +16,17 @@ from moekit.batches import Batch, text_batches, up_to
 from moekit.domains import evaluate_domains
 from moekit.fairseq_data import Batches, Data, is_data
 from moekit.generation.run import generate, stream
-from moekit.handle import Handle, describe_run, experts_dtype, find_codec, find_dictionary, weights_dtype
+from moekit.handle import (
+    Handle,
+    describe_run,
+    experts_dtype,
+    find_codec,
+    find_dictionary,
+    origin,
+    weights_dtype,
+)
 from moekit.interrupts import import_whole
-from moekit.nn.changes import changed
+from moekit.nn.changes import changed, differences
 from moekit.nn.gates import PROVEN, top_k_of
 from moekit.nn.operations import choose_backend
 from moekit.nn.policies import USUAL
@@ -336,7 +344,8 @@ def load(
         types = None if known is None else len(known)
         with waking(devices if ranks is None else ()):
             plan = ckpt.survey(files, types)
-            plan = replace(plan, config=changed(plan.config, {} if config is None else config))
+            own = plan.config
+            plan = replace(plan, config=changed(own, {} if config is None else config))
             codec = None if bpe is None else find_codec(files, plan.config, bpe, known)
             if ranks == "ray":
                 # Only the cluster knows the devices.
@@ -356,6 +365,7 @@ def load(
         _check_seen(pool, files)
         _check_gate(pool, plan.config, weights)
         model = Model(plan, files, pool, weights, known, codec, experts)
+        model.checkpoint, model.changes = origin(files), differences(own, plan.config)
         model.cached_tokens = cached_tokens(run, within)
         total = sum(source.bytes * (world_size if source.common else 1) for source in plan.sources)
         with progress_bar("loading", total, "B", show=progress) as bar:

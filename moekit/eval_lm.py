@@ -21,7 +21,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,7 @@ from moekit.batches import Batch, count_scored
 from moekit.checkpoint.options import from_fairseq, options_of
 from moekit.handle import check_size, find_dictionary
 from moekit.headlines import first_line, headline
-from moekit.nn.changes import CHANGEABLE
+from moekit.nn.changes import CHANGEABLE, differences
 from moekit.nn.config import ModelConfig
 from moekit.ranks import Ranks
 from moekit.ranks.joined import Launch
@@ -186,7 +186,7 @@ def applied(
         from_fairseq(model | change, task | change, vocab_rows=0, before_final_norm=False)
         for change in ({}, overrides)
     )
-    changed = {name: value for name, value in asdict(after).items() if value != getattr(before, name)}
+    changed = differences(before, after)
     if fixed := sorted(set(changed) - set(CHANGEABLE)):
         made = ", ".join(f"{name}={getattr(before, name)}" for name in fixed)
         raise ValueError(

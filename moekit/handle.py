@@ -43,6 +43,8 @@ class Handle:
         device: "cuda" or "cpu".
         dtype: torch's dtype of the weights and of what is computed.
         experts: the type of the experts' matrices, "int8" or "fp8"; None: ``dtype``.
+        checkpoint: the files that :func:`moekit.load` read, as a trace names them (:func:`origin`); empty where none were read.
+        changes: the fields of the config that differ from the checkpoint's own, by ``load``'s ``config``.
         parts: one dict per rank, what :func:`moekit.worker.loading.load` returns there; empty before that.
         load_seconds: the seconds that :func:`moekit.load` took.
         cached_tokens: that a pass of a rank may have where all of their keys and values are in a cache; 0: none is known to
@@ -65,6 +67,8 @@ class Handle:
         self._dictionary = dictionary
         if codec is not None:
             self.codec = codec
+        self.checkpoint: dict[str, Any] = {}
+        self.changes: dict[str, Any] = {}
         self.parts: list[dict] = []
         self.load_seconds = math.nan
         self.cached_tokens = 0
@@ -333,7 +337,7 @@ def describe_run(
     """The meta of a trace, without what was asked of the data; ``fraction`` is the capacity in effect (:meth:`Handle.capacity`).
 
     Returns:
-        ``checkpoint`` (``path``, ``files`` with name and size, ``fingerprint``, see :func:`fingerprint`),
+        ``checkpoint`` (:func:`origin`), ``config`` (the fields that ``load`` changed, where it changed any),
         ``capacity_token_fraction``, ``groups`` (routing
         groups as [samples, tokens a sample, how many], padding included), ``seed``, ``intervention``,
         ``second_expert`` (of the model's config), ``dtype``,
@@ -344,11 +348,8 @@ def describe_run(
     change = model.intervention
     shapes = Counter(batch.tokens.shape for batch in batches)
     return {
-        "checkpoint": {
-            "path": str(model.files.shared.parent.resolve()),
-            "files": [{"name": path.name, "bytes": path.stat().st_size} for path in model.files.all],
-            "fingerprint": fingerprint(model.files.all),
-        },
+        "checkpoint": model.checkpoint,
+        **({"config": model.changes} if model.changes else {}),
         "capacity_token_fraction": fraction,
         "intervention": None if change is None else change.describe(),
         "second_expert": model.config.second_expert,
@@ -361,6 +362,18 @@ def describe_run(
         "backend": model.parts[0]["backend"],
         "versions": model.versions,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def origin(files: ckpt.Files) -> dict[str, Any]:
+    """A checkpoint's ``path``, ``files`` with name and size, and :func:`fingerprint`.
+
+    It is made when the checkpoint is loaded: later the files may be others, or gone.
+    """
+    return {
+        "path": str(files.shared.parent.resolve()),
+        "files": [{"name": path.name, "bytes": path.stat().st_size} for path in files.all],
+        "fingerprint": fingerprint(files.all),
     }
 
 

@@ -1,6 +1,7 @@
 """Traces say what ran: on every execution path the layer's output follows from what was recorded of it."""
 
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from moekit.nn.cache import Cache
 from moekit.nn.ffn import activation_fn
 from moekit.nn.record import Options, Recorder
 from moekit.nn.transformer import MoE, Pass, Transformer
+from moekit.notebook import report
 from moekit.routing import pairs, trace
 from moekit.routing.compare import compare
 from moekit.routing.domains import domains_of
@@ -387,6 +389,43 @@ def test_meta_tells_what_ran(model, reference):
     assert {name: meta[name] for name in told} == told
     assert meta["versions"]["torch"] == torch.__version__
     assert [f["name"] for f in meta["checkpoint"]["files"]][:2] == ["model-shared.pt", "model-rank-0.pt"]
+
+
+def test_a_trace_names_what_was_loaded(reference, tmp_path):
+    """Whatever became of the files since: a run that has ended is not lost, and not told of others."""
+    folder = shutil.copytree(reference / "checkpoint", tmp_path / "checkpoint")
+    how = {"world_size": 1, "device": "cpu", "progress": False}
+    with moekit.load(folder, **how) as model:
+        loaded = model.trace([5, 6, 7], progress=False).meta["checkpoint"]
+        assert loaded["path"] == str(folder) and loaded["fingerprint"] == fingerprint(model.files.all)
+        other = folder / "model-rank-0.pt"
+        other.with_suffix(".new").write_bytes(other.read_bytes() + b"0")
+        other.with_suffix(".new").replace(other)
+        assert model.trace([5, 6, 7], progress=False).meta["checkpoint"] == loaded
+        folder.rename(tmp_path / "elsewhere")
+        assert model.trace([5, 6, 7], progress=False).meta["checkpoint"] == loaded
+        [written] = model.generate([[5, 6]], 2, trace=True, progress=False)
+        assert written.trace.meta["checkpoint"] == loaded
+
+
+def test_a_trace_tells_the_fields_that_load_changed(reference, tmp_path):
+    how = {"world_size": 1, "device": "cpu", "progress": False}
+    own = {"gate_fp32": moekit.module(reference / "checkpoint").config.gate_fp32}
+    for asked, told in (
+        (
+            {"second_expert": "random", "max_positions": np.int64(32), **own},
+            {"second_expert": "random", "max_positions": 32},
+        ),
+        (own, None),
+        (None, None),
+    ):
+        with moekit.load(reference / "checkpoint", config=asked, **how) as model:
+            trace = model.trace([5, 6, 7], progress=False)
+            trace.save(tmp_path / "trace.parquet")
+            read = Trace.load(tmp_path / "trace.parquet")
+            assert trace.meta.get("config") == read.meta.get("config") == told
+            said = report.model(model)[""].get("changed in its config")
+            assert (said is None) == (told is None) and (told is None or "second_expert='random'" in said)
 
 
 def test_fingerprint_changes_with_the_files(tmp_path):

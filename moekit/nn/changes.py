@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from moekit.arguments import Choice, Flag, Whole, check, shown
@@ -50,3 +50,8 @@ def changed(config: ModelConfig, fields: Mapping[str, Any]) -> ModelConfig:
             f"config['max_positions']={new.max_positions}: the model has learned {config.max_positions} positions; leave it out"
         )
     return new
+
+
+def differences(own: ModelConfig, new: ModelConfig) -> dict[str, Any]:
+    """The fields in which ``new`` differs from ``own``, as ``new`` has them."""
+    return {name: value for name, value in asdict(new).items() if value != getattr(own, name)}

@@ -138,6 +138,10 @@ def model(model: Model) -> pd.DataFrame:
         "ranks": f"{model.world_size} on {model.device}, {dtypes(model)}",
         "seconds to load": round(model.load_seconds, 2),
     }
+    if model.changes:
+        facts["changed in its config"] = ", ".join(
+            f"{name}={value!r}" for name, value in model.changes.items()
+        )
     return pd.DataFrame({"": facts})
 
 
