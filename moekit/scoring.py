@@ -105,8 +105,9 @@ def not_finite(model: Handle, batches: Sequence[Batch], scores: dict, **how: Any
     kind = dtype_name(model.dtype)
     if found is None:
         where = "all layers give finite numbers, so the output's log-probabilities overflow"
-    elif found.startswith("weights"):
-        where = f"the {found} are not finite already: the checkpoint is damaged, or overflows {kind}"
+    elif any(model.ranks.call(scoring.weights_not_finite, found)):
+        # An expert's weights lie on one rank alone.
+        where = f"the weights of the {found} are not finite already: the checkpoint is damaged, or overflows {kind}"
     else:
         where = f"the {found} is the first whose output is not finite"
     remedy = "; load the model with dtype='bfloat16' or 'float32'" if kind == "float16" else ""

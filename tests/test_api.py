@@ -339,6 +339,22 @@ def test_weights_that_are_not_finite_are_named_once_a_call(reference, tmp_path):
                 model.generate([[5, 6], [7]], 2, **QUIET)
 
 
+@pytest.mark.parametrize("expert", [0, 7])
+def test_weights_of_an_expert_are_named_whichever_rank_holds_it(reference, tmp_path, expert):
+    module = moekit.module(reference / "checkpoint")
+    with torch.no_grad():
+        module.layers[1].moe.experts.w1[expert] = float("nan")
+    export.save(module, tmp_path, files=2)
+    ids = list(range(4, 60))
+    for world_size in (1, 2):
+        with pytest.warns(UserWarning, match="weights in 1 tensors are not finite"):
+            model = moekit.load(tmp_path, world_size, "cpu", **QUIET)
+        with model, pytest.warns(RuntimeWarning) as said:
+            model.score([ids])
+        [told] = [str(w.message) for w in said]
+        assert "the weights of the experts of layer 1 are not finite already" in told
+
+
 def test_an_overflow_of_float16_is_named_with_what_to_do(reference, tmp_path):
     def change(weights):
         if (name := "decoder.layers.2.fc2.weight") in weights:

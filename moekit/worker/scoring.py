@@ -173,20 +173,11 @@ def first_not_finite(
         def hook(module: torch.nn.Module, _: Any, output: Any) -> None:
             tensors = output if isinstance(output, tuple) else (output,)
             if not all(bool(t.isfinite().all()) for t in tensors if t is not None):
-                # A row of numbers of one byte that is not finite has such a scale.
-                held = itertools.chain(module.parameters(), module.buffers())
-                weights = any(not bool(t.isfinite().all()) for t in held if t.element_size() > 1)
-                names.append(f"weights of the {name}" if weights else name)
+                names.append(name)
 
         return hook
 
-    parts = [("embedding", model.embed)]
-    for number, layer in enumerate(model.layers):
-        for name, kind in {"attn": "attention", "ffn": "feed-forward network", "moe": "experts"}.items():
-            module = getattr(layer, name)
-            if module is not None:
-                parts.append((f"{kind} of layer {number}", module))
-    hooks = [module.register_forward_hook(looks(name)) for name, module in parts]
+    hooks = [module.register_forward_hook(looks(name)) for name, module in _parts(model).items()]
     try:
         [share] = shares([batch], 1)
         inputs = Inputs.of(share.joined(), rank.device)
@@ -198,6 +189,25 @@ def first_not_finite(
         for hook in hooks:
             hook.remove()
     return names[0] if names else None
+
+
+def weights_not_finite(rank: Rank, name: str) -> bool:
+    """Whether this rank's weights of the module that :func:`first_not_finite` named have NaN or infinity."""
+    module = _parts(rank.state["model"]).get(name)
+    held = () if module is None else itertools.chain(module.parameters(), module.buffers())
+    # A row of numbers of one byte that is not finite has such a scale.
+    return any(not bool(t.isfinite().all()) for t in held if t.element_size() > 1)
+
+
+def _parts(model: Transformer) -> dict[str, torch.nn.Module]:
+    """The modules that :func:`first_not_finite` tells apart, by the names that a user reads."""
+    kinds = {"attn": "attention", "ffn": "feed-forward network", "moe": "experts"}
+    found = {
+        f"{kind} of layer {number}": getattr(layer, name)
+        for number, layer in enumerate(model.layers)
+        for name, kind in kinds.items()
+    }
+    return {"embedding": model.embed} | {name: one for name, one in found.items() if one is not None}
 
 
 class Inputs(NamedTuple):
