@@ -24,8 +24,8 @@ from processes import gone, left_in_shared_memory
 import moekit
 from moekit import likelihood, ranks, scoring
 from moekit.likelihood import Text
-from moekit.ranks import RankError, start
-from moekit.ranks.joined import Launch
+from moekit.ranks import RankError, RayRanks, start
+from moekit.ranks.joined import JoinedRanks, Launch
 from moekit.ranks.watch import Process, silence_limit
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -393,6 +393,20 @@ def test_a_limit_that_is_no_number_is_refused(monkeypatch, said):
     with pytest.raises(ValueError, match="MOEKIT_SILENCE is .*expected a number of seconds above 0"):
         silence_limit(None)
     assert silence_limit(3) == 3
+
+
+@pytest.mark.parametrize("timeout", ["x", None, float("nan"), float("inf"), -1, 0, 1e10])
+def test_a_timeout_that_is_none_is_refused_by_every_pool(monkeypatch, timeout):
+    monkeypatch.setattr("moekit.ranks.pools.SpawnedRanks", lambda *_: pytest.fail("ranks were started"))
+    launched = Launch(0, 2, 0, "localhost")
+    for pool in (
+        lambda: start(1, "cpu", timeout=timeout),
+        lambda: start(2, "cpu", timeout=timeout),
+        lambda: RayRanks(2, device="cpu", timeout=timeout),
+        lambda: JoinedRanks(launched, torch.device("cpu"), timeout),
+    ):
+        with pytest.raises(ValueError, match="timeout=.*: expected a number above 0 up to 1e"):
+            pool()
 
 
 def test_the_state_of_this_process():

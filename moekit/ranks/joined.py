@@ -34,7 +34,7 @@ from moekit.ranks.launch import launch
 from moekit.ranks.piped import Member, PipedRanks
 from moekit.ranks.server import serve
 from moekit.ranks.spawned import Child, end_processes
-from moekit.ranks.watch import silence_limit
+from moekit.ranks.watch import silence_limit, time_limit
 
 # Seconds for all processes of the launcher to come, and for a rank to reach rank 0's store.
 COME_LIMIT, STORE_LIMIT = 300.0, 30.0
@@ -222,7 +222,7 @@ class JoinedRanks(PipedRanks):
     def __init__(
         self, launched: Launch, device: torch.device, timeout: float = 1800.0, silence: float | None = None
     ):
-        super().__init__([device] * launched.world_size, timeout, silence_limit(silence))
+        super().__init__([device] * launched.world_size, time_limit(timeout), silence_limit(silence))
         self._children: list[Child] = []
         self._own(_end_all, self._children)
         try:

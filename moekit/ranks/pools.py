@@ -4,7 +4,7 @@ from moekit.ranks.base import Rank, Ranks
 from moekit.ranks.devices import choose_devices
 from moekit.ranks.spawned import SpawnedRanks
 from moekit.ranks.this_process import ThisProcess
-from moekit.ranks.watch import silence_limit
+from moekit.ranks.watch import silence_limit, time_limit
 
 
 def start(
@@ -31,8 +31,8 @@ def start(
         TimeoutError: the ranks do not come up in three minutes.
     """
     devices = choose_devices(world_size, device)
-    limit = silence_limit(silence)
-    pool = ThisProcess(devices) if len(devices) == 1 else SpawnedRanks(devices, timeout, limit)
+    limits = time_limit(timeout), silence_limit(silence)
+    pool = ThisProcess(devices) if len(devices) == 1 else SpawnedRanks(devices, *limits)
     if wait:
         pool.call(come_up)
     return pool

@@ -23,7 +23,7 @@ from moekit.ranks import links
 from moekit.ranks.base import RankError
 from moekit.ranks.cluster import Cluster
 from moekit.ranks.piped import START_LIMIT, PipedRanks
-from moekit.ranks.watch import Watch, silence_limit
+from moekit.ranks.watch import Watch, silence_limit, time_limit
 
 # Seconds without a sign of life, less than on one machine: an error comes within 30 s of its cause.
 SILENCE = 20.0
@@ -82,7 +82,7 @@ class RayRanks(PipedRanks):
     ):
         if silence is None and "MOEKIT_SILENCE" not in os.environ:
             silence = SILENCE
-        super().__init__([], timeout, silence_limit(silence))
+        super().__init__([], time_limit(timeout), silence_limit(silence))
         if importlib.util.find_spec("ray") is None:
             raise ValueError('ranks="ray" needs the package ray: pip install "moekit[cluster]"')
         asked = {

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from moekit.arguments import Number, check
 from moekit.processes.system import LOOK, STOPPED, Process
 from moekit.ranks.base import RankError
 
@@ -27,6 +28,9 @@ BEAT = 1.0
 
 # Seconds without a sign of life after which a call ends; the environment's MOEKIT_SILENCE overrides it.
 SILENCE = 30.0
+
+# The most seconds of a collective: torch counts them in nanoseconds, as int64.
+LONGEST = 1e9
 
 # Seconds of processor time from one beat to the next that count as work.
 USED = 0.01
@@ -45,6 +49,11 @@ def silence_limit(silence: float | None) -> float:
         pass
     name = "MOEKIT_SILENCE" if silence is None else "silence"
     raise ValueError(f"{name} is {said!r}: expected a number of seconds above 0")
+
+
+def time_limit(timeout: float) -> float:
+    """``timeout``, that of a collective, in seconds. ValueError unless it is positive, and one that a collective takes."""
+    return check("timeout", timeout, Number(above=0, most=LONGEST))
 
 
 class Member(Protocol):
