@@ -29,9 +29,9 @@ import numpy as np
 import moekit
 from moekit import checkpoint, results
 from moekit import fairseq_data as data_order
-from moekit.arguments import Capacity, check, shown
+from moekit.arguments import shown
 from moekit.batches import Batch, count_scored
-from moekit.checkpoint.options import from_fairseq, options_of
+from moekit.checkpoint.options import eval_capacity, from_fairseq, options_of
 from moekit.handle import check_size, find_dictionary
 from moekit.headlines import first_line, headline
 from moekit.nn.changes import CHANGEABLE, differences
@@ -192,8 +192,7 @@ def applied(
         raise ValueError(
             f"--model-overrides: the weights are of a model with {made}; leave out what changes that"
         )
-    fraction = (model | overrides).get("moe_eval_capacity_token_fraction", 0.25)
-    return before, check("moe_eval_capacity_token_fraction", fraction, Capacity(zero=True)), changed
+    return before, eval_capacity(model | overrides), changed
 
 
 # --------------------------------------------------------------------------------------------------- evaluating

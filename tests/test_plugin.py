@@ -145,6 +145,11 @@ def test_the_capacity_is_the_checkpoints_own_or_the_overrides(reference):
         )
     )
     assert own == same != none
+    # The branch takes 0 for the training's rule, too.
+    assert hub(reference, moe_eval_capacity_token_fraction=0).score(sentence)["score"].item() == own
+    for wrong in (float("nan"), float("inf"), "half"):
+        with pytest.raises(ValueError, match="^moe_eval_capacity_token_fraction=.*: expected a number"):
+            hub(reference, moe_eval_capacity_token_fraction=wrong)
 
 
 @pytest.mark.parametrize("path", ["model.pt", "model-shared.pt", "model-rank-2.pt", ""])

@@ -250,6 +250,9 @@ REFUSED = {
     "a batch": section("dataset", batch_size=INTERPOLATION),
     "an empty batch": section("dataset", batch_size=0),
     "a capacity": section("model", moe_eval_capacity_token_fraction="half"),
+    "a capacity that is no number": section("model", moe_eval_capacity_token_fraction=float("nan")),
+    "an infinite capacity": section("model", moe_eval_capacity_token_fraction=float("inf")),
+    "a capacity that is a flag": section("model", moe_eval_capacity_token_fraction=True),
     "a capacity by its environment": section("model", moe_eval_capacity_token_fraction=INTERPOLATION),
     "args": flat(task="language_modeling", activation_fn=INTERPOLATION),
     "characters": section(

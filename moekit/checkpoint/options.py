@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from moekit.arguments import Capacity, check
 from moekit.checkpoint.contents import clip, short
 from moekit.checkpoint.plain_data import Opaque
 from moekit.nn.config import ACTIVATIONS, SECOND_EXPERT, ModelConfig
@@ -36,6 +37,8 @@ REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "cross_self_attention": (bool, "cross-self-attention"),
     "decoder_layers_to_keep": (_given, "pruned layers"),
 }
+# The option that is the capacity in evaluation, and the branch's default of it.
+CAPACITY, FRACTION = "moe_eval_capacity_token_fraction", 0.25
 # The most dims, experts or positions of a model; LAYERS is the most layers.
 MOST = 1_000_000
 LAYERS = 10_000
@@ -172,6 +175,15 @@ READ = frozenset(
     moe_top1_expert moe_gating_use_fp32 moe_second_expert_policy moe_normalize_gate_prob_before_dropping
     moe_batch_prioritized_routing use_moe_pad_mask add_bos_token""".split()
 ) | set(REFUSED)
+
+
+def eval_capacity(options: Mapping[str, Any]) -> float | None:
+    """The capacity in evaluation: a share of a batch's tokens, below 0 for the training's rule, None for no limit.
+
+    Raises:
+        ValueError: ``options`` have something else.
+    """
+    return check(CAPACITY, options.get(CAPACITY, FRACTION), Capacity(zero=True))
 
 
 def from_fairseq(

@@ -14,7 +14,7 @@ from fairseq.models import (
 from torch import Tensor
 
 from moekit import checkpoint
-from moekit.checkpoint.options import from_fairseq, to_dict
+from moekit.checkpoint.options import eval_capacity, from_fairseq, to_dict
 from moekit.nn.cache import SLOTS, Cache
 from moekit.nn.config import ModelConfig
 from moekit.nn.noise import Noise
@@ -26,9 +26,6 @@ from moekit.symbols import PAD
 NAME = "transformer_lm_moekit"
 # Its place in fairseq's incremental state.
 CACHE = "moekit"
-CAPACITY = "moe_eval_capacity_token_fraction"
-# The branch's default of CAPACITY.
-FRACTION = 0.25
 
 
 class Decoder(FairseqIncrementalDecoder):
@@ -106,7 +103,7 @@ class LanguageModel(FairseqLanguageModel):
         """A model by the checkpoint's options, ``--model-overrides`` included; its weights come afterwards."""
         options, rows = to_dict(args, "cfg['model']"), len(task.target_dictionary)
         config = from_fairseq(options, {}, vocab_rows=rows, before_final_norm=False)
-        return cls(Decoder(task.target_dictionary, config, options.get(CAPACITY, FRACTION)))
+        return cls(Decoder(task.target_dictionary, config, eval_capacity(options)))
 
     def load_state_dict(
         self, state_dict: Any, strict: bool = True, model_cfg: Any = None, args: Any = None

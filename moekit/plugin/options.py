@@ -20,9 +20,9 @@ from fairseq.tasks.language_modeling import LanguageModelingConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from moekit.checkpoint.options import REFUSED, options_of, to_dict
+from moekit.checkpoint.options import CAPACITY, REFUSED, eval_capacity, options_of, to_dict
 from moekit.headlines import first_line
-from moekit.plugin.language_model import CAPACITY, FRACTION, NAME
+from moekit.plugin.language_model import NAME
 
 # The options of cfg["model"] that change what the model computes; any other steers the training.
 MODEL = """activation_fn add_bos_token alternate_decoder_ffn_embed_dim decoder_attention_heads decoder_embed_dim
@@ -126,12 +126,9 @@ def assign(section: DictConfig, options: Mapping[str, Any], where: Path) -> None
 
 
 def fraction(model: Mapping[Any, Any], where: Path) -> float | None:
-    """The capacity in evaluation: a fraction of a batch's tokens, below 0 for the training's, None for no limit."""
-    if CAPACITY not in model:
-        return FRACTION
-    value = plain(model, [CAPACITY], where).get(CAPACITY)
-    if not (value is None or type(value) in (int, float)):
-        raise ValueError(
-            f"{where}: the option {CAPACITY} is {reprlib.repr(value)}; expected a number or None"
-        )
-    return value
+    """The capacity in evaluation (:func:`moekit.checkpoint.options.eval_capacity`)."""
+    own = {CAPACITY: plain(model, [CAPACITY], where).get(CAPACITY)} if CAPACITY in model else {}
+    try:
+        return eval_capacity(own)
+    except ValueError as error:
+        raise ValueError(f"{where}: the option {error}") from None
