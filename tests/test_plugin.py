@@ -134,6 +134,17 @@ def test_the_incremental_decoder_is_the_whole_one_in_any_order(reference):
         tokens = tokens[order]
 
 
+def test_weights_that_are_not_finite_are_told(reference, tmp_path):
+    module = moekit.module(reference / "checkpoint")
+    with torch.no_grad():
+        module.layers[1].moe.experts.w1[2, 0, 0] = float("nan")
+    export.save(module, tmp_path, files=2)
+    with pytest.warns(UserWarning, match="1 weights in 1 tensors are not finite, so results may be NaN"):
+        TransformerLanguageModel.from_pretrained(
+            str(tmp_path), data_name_or_path=str(reference / "data-bin"), user_dir=str(PLUGIN)
+        )
+
+
 def test_the_capacity_is_the_checkpoints_own_or_the_overrides(reference):
     sentence = " ".join(map(str, range(40)))
     own, same, none = (

@@ -116,7 +116,8 @@ class LanguageModel(FairseqLanguageModel):
                 f"{plan.sources[0].path} has rows for {plan.config.vocab_rows} types, too few for a dictionary of "
                 f"{config.vocab_rows}: use the model's own dict.txt"
             )
-        checkpoint.fill(self.decoder.transformer, plan, range(config.experts))
+        filled = checkpoint.fill(self.decoder.transformer, plan, range(config.experts))
+        checkpoint.warn_nonfinite(filled.nonfinite)
 
 
 @register_model_architecture(NAME, NAME)
