@@ -3,8 +3,10 @@
 import contextlib
 import functools
 import itertools
+import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -21,7 +23,7 @@ import torch.distributed as dist
 from processes import gone, limited
 
 from moekit import ranks
-from moekit.ranks import Each, RankError, Stream, start, streams
+from moekit.ranks import Each, RankError, Stream, links, start, streams
 from moekit.ranks.devices import waking
 from moekit.ranks.joined import Word, sharing
 from moekit.ranks.piped import PipedRanks
@@ -680,3 +682,15 @@ def test_ranks_that_a_launcher_bound_to_cores_of_their_own_use_all_of_these():
         ranks.Rank(0, 4, torch.device("cpu"), machines=machines, sharing=share) for share in (1, 2)
     )
     assert (bound.cores, shared.cores) == (ranks.usable_cores(), max(1, ranks.usable_cores() // 2))
+
+
+@pytest.mark.parametrize("seconds", [0.1, 30.0, 131_072.0, 1e9, math.inf])
+def test_a_connection_is_kept_alive_for_any_silence(seconds):
+    with links.listen("127.0.0.1") as listener, socket.create_connection(listener.getsockname()) as link:
+        links.keep_alive(link, seconds)
+        assert link.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        if sys.platform == "linux":
+            every = link.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL)
+            assert every == max(1, round(min(seconds / 4, 32_767)))
+            after = link.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+            assert after == min(seconds * 1000, 2**31 - 1)

@@ -19,6 +19,9 @@ from collections.abc import Callable
 # Seconds for the other end of a new connection to say who it is.
 GREETING = 10.0
 
+# The most seconds between two probes of a connection, and the greatest int of the system's, which counts milliseconds.
+LONGEST, MOST = 32_767, 2**31 - 1
+
 # Bytes of what each end of a connection makes up, and of its answer to the other's.
 NONCE, ANSWER = 16, 32
 
@@ -27,12 +30,12 @@ def keep_alive(link: socket.socket, seconds: float) -> None:
     """End a connection whose other machine has not answered for ``seconds``, though nothing is sent."""
     link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    each = max(1, round(seconds / 4))
+    each = max(1, round(min(seconds / 4, LONGEST)))
     for name, value in (
         ("TCP_KEEPIDLE", each),
         ("TCP_KEEPINTVL", each),
         ("TCP_KEEPCNT", 3),
-        ("TCP_USER_TIMEOUT", round(seconds * 1000)),
+        ("TCP_USER_TIMEOUT", round(min(seconds * 1000, MOST))),
     ):
         # Systems other than Linux have some of these, under other names.
         if hasattr(socket, name):
