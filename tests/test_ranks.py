@@ -1,10 +1,12 @@
 """The pool of ranks: what it promises, and what it leaves behind when something goes wrong."""
 
 import contextlib
+import fcntl
 import functools
 import itertools
 import math
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -694,3 +696,24 @@ def test_a_connection_is_kept_alive_for_any_silence(seconds):
             assert every == max(1, round(min(seconds / 4, 32_767)))
             after = link.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
             assert after == min(seconds * 1000, 2**31 - 1)
+
+
+def test_ranks_are_accepted_by_a_driver_with_many_open_files():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 2048)), hard))
+    try:
+        with links.listen("127.0.0.1") as low:
+            number = fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 1500)
+        with socket.socket(fileno=number) as listener:
+            rank = threading.Thread(target=joins, args=(listener.getsockname(),))
+            rank.start()
+            found = links.accept_all(listener, b"secret", [1], 30.0, 20.0)
+            rank.join()
+        assert list(found) == [1]
+        found[1].close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def joins(driver: tuple[str, int]) -> None:
+    links.connect(driver, b"secret", 1, 30.0, 20.0).close()

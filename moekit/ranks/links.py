@@ -103,9 +103,12 @@ def accept_all(
     """
     came: dict[int, socket.socket] = {}
     end = time.monotonic() + seconds
+    # Unlike select.select, it takes a descriptor of any number.
+    coming = select.poll()
+    coming.register(listener, select.POLLIN)
     try:
         while missing := set(ranks) - set(came):
-            if select.select([listener], [], [], 0.1)[0] and (found := accept(listener, secret)):
+            if coming.poll(100) and (found := accept(listener, secret)):
                 came[found[1]] = found[0]
             meanwhile(missing)
             if time.monotonic() > end:
