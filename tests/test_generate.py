@@ -500,6 +500,18 @@ def drawn(logits, count=20_000, **settings):
     return torch.bincount(tokens, minlength=logits.shape[1]) / count
 
 
+@pytest.mark.parametrize("temperature", [1e-200, 1e-249, 1e-269, 1e-307, 5e-324])
+@pytest.mark.parametrize("largest", [3.0, 65_504.0, 3e38])
+@pytest.mark.parametrize("how", [{}, {"top_k": 3}, {"top_p": 0.5}, {"repetition_penalty": 1.5}])
+def test_the_lowest_temperatures_take_the_best_token(temperature, largest, how):
+    logits = torch.tensor([[2.0, 2.5, -1.0, 2.9, 2.0], [-2.0, -2.5, -1.0, -1.5, -3.0]])
+    logits = logits / logits.abs().max() * largest
+    seen = torch.zeros(logits.shape, dtype=torch.bool) if "repetition_penalty" in how else None
+    settings = Settings(vocab=5, temperature=temperature, **how)
+    found = [choose(logits, settings, [(1, n, step) for n in (0, 1)], seen).tolist() for step in range(20)]
+    assert found == [[3, 2]] * 20
+
+
 def test_draws_follow_the_softmax():
     logits = [0.5, 9.0, -1.0, 1.5, 0.0]  # the second is padding, which never comes
     for temperature in (0.5, 1.0, 2.0):

@@ -16,6 +16,9 @@ from moekit.nn.record import Options
 from moekit.symbols import EOS, PAD
 from moekit.worker.listener import Listener
 
+# A lower temperature chooses as this one does, and over it several logits would be infinite alike.
+COLDEST = 1e-250
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -102,7 +105,7 @@ def choose(
         logits = torch.where(seen, punished, logits)
     if settings.temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits / settings.temperature
+    logits = logits / max(settings.temperature, COLDEST)
     if settings.top_k is not None or settings.top_p is not None:
         ordered, order = logits.sort(dim=-1, descending=True, stable=True)
         out = torch.zeros_like(ordered, dtype=torch.bool)
