@@ -186,9 +186,9 @@ def stream(
     capacity_token_fraction: float | str | None = None,
     record: Callable[[int, Routing], None] | None = None,
 ) -> Iterator[Token]:
-    """Yield the tokens of :func:`generate` as they are chosen: the first token of all sequences, then the second, and so on.
+    """Yield the tokens of :func:`generate` as they are chosen: the first token of all sequences under way, then the second, ...
 
-    Closing the iterator ends the generation. A beam search cannot be streamed: its tokens are known only at its end.
+    As many sequences are under way as the ranks have room for; the next ones follow when these have ended. Closing the iterator ends the generation. A beam search cannot be streamed: its tokens are known only at its end.
 
     Raises:
         ValueError: an argument is invalid, or a prompt leaves too little room: it is raised before anything runs; or ``record``
