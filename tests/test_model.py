@@ -1,5 +1,6 @@
 """The model beyond the recordings: caches, packing, precision, and randomness that does not know the world size."""
 
+import itertools
 import pickle
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from moekit.nn.config import ModelConfig
 from moekit.nn.copies import Copy, Feed, on_device
 from moekit.nn.dispatch import AllToAll, Local, owned
 from moekit.nn.experts import Assignment
-from moekit.nn.noise import Noise
+from moekit.nn.noise import Noise, uniform
 from moekit.nn.operations import use
 from moekit.nn.passes import Pass
 from moekit.nn.transformer import AddNorm, Attention, MoE, Transformer
@@ -224,17 +225,33 @@ def test_randomness_depends_on_the_seed_alone(policy, tmp_path, reference):
     assert abs(found[1, 1] - found[1, 2]).max() > 0.01
 
 
+def test_noise_is_independent_for_each_key():
+    """Of a generation, a batch is the number of a sequence, shifted by 32 bits, and that of a step."""
+    like, short = torch.empty(1, 50), [0, 1, 3, 5, 2**32 - 1]
+    numbers = [*short, *(high << 32 | low for high in (1, 3, 5, 2**31 - 1) for low in short[:-1])]
+    seeds = [0, 1, 3, 2**32, 1 | 3 << 32, 2**63 - 1]
+    found = [
+        Noise(seed, [number])(layer, "uniform", like).numpy().tobytes()
+        for seed in seeds
+        for number in numbers
+        for layer in short
+    ]
+    assert len(set(found)) == len(found)
+    keys = list(itertools.product(seeds, short, short))
+    assert len({row.tobytes() for row in uniform(keys, 8, torch.device("cpu")).numpy()}) == len(keys)
+
+
 def test_noise_is_distributed_as_it_says():
     noise = Noise(seed=3, batches=[0, 1])
     like = torch.empty(2, 500, 100)
-    uniform, gumbel = noise(1, "uniform", like), noise(1, "gumbel", like)
-    assert 0 <= uniform.min() < uniform.max() < 1
-    assert float(uniform.mean()) == pytest.approx(0.5, abs=0.005)
+    flat, gumbel = noise(1, "uniform", like), noise(1, "gumbel", like)
+    assert 0 <= flat.min() < flat.max() < 1
+    assert float(flat.mean()) == pytest.approx(0.5, abs=0.005)
     assert float(gumbel.mean()) == pytest.approx(0.5772, abs=0.02)  # Euler's constant
     assert float(gumbel.var()) == pytest.approx(torch.pi**2 / 6, rel=0.03)
-    assert not uniform[0].equal(uniform[1])
-    assert not uniform.equal(noise(3, "uniform", like))
-    assert noise(1, "uniform", like).equal(uniform)
+    assert not flat[0].equal(flat[1])
+    assert not flat.equal(noise(3, "uniform", like))
+    assert noise(1, "uniform", like).equal(flat)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

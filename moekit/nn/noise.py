@@ -32,8 +32,18 @@ def uniform(keys: Sequence[tuple[int, ...]], count: int, device: torch.device) -
 
 
 def _bits(keys: Sequence[tuple[int, ...]], count: int, device: torch.device, wanted: int) -> Tensor:
-    starts = [int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) for key in keys]
+    starts = [int(np.random.SeedSequence(_words(key)).generate_state(1, np.uint64)[0]) for key in keys]
     return _shifted(splitmix64(starts, count, device), 64 - wanted)
+
+
+def _words(key: tuple[int, ...]) -> Sequence[int]:
+    """The words of 32 bits of a key, one of each number or two of each: other keys of as many numbers have other words.
+
+    NumPy gives a number as many words as it needs, and those of a short key end in zeros: other keys may have the same ones.
+    """
+    if max(key) < 1 << 32:
+        return key
+    return [word for number in key for word in (number & 0xFFFFFFFF, number >> 32)]
 
 
 def splitmix64(starts: Sequence[int], count: int, device: torch.device) -> Tensor:
