@@ -115,6 +115,10 @@ def test_experts_of_one_byte_that_are_fetched():
         )
     pd.testing.assert_frame_equal(fetched.items, there.items)
     assert fetched.meta["experts"] == "int8"
+    assert "config" not in fetched.meta
+    changes = {"second_expert": "random"}
+    with moekit.load("demo", 1, config=changes, **how) as changed:
+        assert evaluate_tasks(changed, "copa_release", limit=1, progress=False).meta["config"] == changes
 
 
 def test_graphs_of_other_calls_give_their_memory_back(one):

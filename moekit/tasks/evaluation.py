@@ -131,6 +131,8 @@ def evaluate_tasks(
         "dtype": dtype_name(model.dtype),
         "experts": model.experts,
         "checkpoint": str(model.files.shared.parent),
+        # As in a trace: the fields that the load changed.
+        **({"config": model.changes} if model.changes else {}),
         "versions": model.versions,
     }
     items = _item_table(found, loaded)
