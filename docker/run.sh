@@ -116,7 +116,7 @@ short() { sed 's,^localhost/,,; s,^docker.io/,,; s,^library/,,; s,:latest$,,' <<
 other=$(about) other=${other#* }
 [ -z "$other" ] || [ "$(short "$other")" = "$(short "$image")" ] ||
     fail "the container $name is of another image, $other: take another name, docker/run.sh --name NAME, or remove it" \
-        "if nobody needs it: docker rm $name."
+        "if nobody needs it: docker stop $name; docker rm $name."
 
 case $(state) in
 running) echo "$name runs already; for other options end it first: docker stop $name" ;;

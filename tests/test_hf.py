@@ -325,6 +325,27 @@ def test_what_makes_no_sense_is_refused(model):
         model(torch.tensor([[2]]), output_attentions=True)
 
 
+def test_positions_that_are_not_learned_are_refused():
+    sizes = {
+        "num_hidden_layers": 2,
+        "hidden_size": 16,
+        "intermediate_size": 8,
+        "num_attention_heads": 2,
+        "vocab_size": 40,
+    }
+    config = moekit.hf.FairseqMoeConfig(
+        **sizes, num_experts=4, learned_positions=True, max_position_embeddings=16
+    )
+    model, ids = AutoModelForCausalLM.from_config(config), torch.tensor([[5, 6]])
+    assert logits_of(model, ids, position_ids=torch.tensor([[3, 15]])).isfinite().all()
+    with pytest.raises(
+        ValueError, match="^position_ids go up to 16; expected less than 16, the positions that"
+    ):
+        model(ids, position_ids=torch.tensor([[0, 16]]))
+    with pytest.raises(ValueError, match="^17 tokens, those in the cache included; expected at most 16"):
+        model(torch.full((1, 17), 5))
+
+
 @pytest.mark.slow
 def test_it_loads_where_nobody_imports_moekit(folder, tmp_path):
     code = (

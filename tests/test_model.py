@@ -103,6 +103,18 @@ def test_the_cache_gives_what_the_whole_text_gives(name, tmp_path):
             cache.advance(1)
 
 
+def test_a_cache_beyond_the_learned_positions_is_an_error(tmp_path):
+    """Where nobody says that it is padding."""
+    build("learned_positions", tmp_path)
+    model = load(tmp_path)
+    cache = Cache(model.config, 1, 2 * model.config.max_positions, torch.device("cpu"), torch.float32)
+    cache.advance(model.config.max_positions - 1)
+    with torch.inference_mode():
+        assert model(torch.tensor([[5]]), Pass(cache=cache)).isfinite().all()
+        with pytest.raises(IndexError):
+            model(torch.tensor([[5, 6]]), Pass(cache=cache))
+
+
 def test_packed_batches_are_routed_each_for_itself(tmp_path, reference):
     """Many batches in one forward pass, capacity counted batch by batch: the same as one pass a batch."""
     build("prioritized_before", tmp_path)

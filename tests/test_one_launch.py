@@ -3,7 +3,6 @@
 The interpreter runs one program after the other, so there each phase is a launch of its own, and no barrier is tested.
 """
 
-import math
 import os
 from dataclasses import replace
 from types import SimpleNamespace
@@ -22,10 +21,12 @@ from branch_cases import BASE, CASES
 from steps import VOCAB, against_slow
 
 from moekit.nn.cache import Cache
+from moekit.nn.dispatch import Local
 from moekit.nn.experts import QuantisedExperts
 from moekit.nn.gates import GATES, Top2
 from moekit.nn.kernels import grid_barrier, one_launch, one_peers, operations
 from moekit.nn.kernels.fixed_point import fixed, floating
+from moekit.nn.kernels.peer_dispatch import PeerDispatch
 from moekit.nn.passes import Pass
 from moekit.nn.quantise import KINDS
 from moekit.nn.transformer import Transformer, empty
@@ -284,12 +285,15 @@ def test_several_gpus(world_size, dim):
             assert all(one.equal(logits[0]) for one in logits)
 
 
-def test_no_two_threads_look_at_one_word():
+def test_no_two_warps_look_at_one_word_of_a_row():
     """They may see it at different times, and then a program would compute with a word that is not there yet."""
-    for dim in (48, 128, 160, 640, 768, 1024):
-        chunk = math.gcd(one_launch.FORM["chunk"], dim)
-        warps = one_peers.warps_of(chunk)
-        assert warps == 1 or 32 * warps == chunk
-    assert one_peers.warps_of(256) == one_launch.FORM["warps"]
+    several = PeerDispatch.__new__(PeerDispatch)
+    several.world_size = 2
+    for dim, chunk, warps in ((48, 16, 1), (160, 32, 1), (192, 64, 2), (640, 128, 4), (768, 256, 8)):
+        model = SimpleNamespace(config=replace(BASE, dim=dim), dispatch=several)
+        form = one_launch.form_of(model)
+        assert (form["chunk"], form["warps"]) == (chunk, warps)
+        model.dispatch = Local()
+        assert one_launch.form_of(model)["warps"] == 8, "no other rank writes words"
     for top_k, ranks, fits in ((2, 16, True), (1, 32, True), (2, 17, False)):
         assert one_peers.fits(SimpleNamespace(of=(top_k, 64, 128, torch.float16, ranks))) == fits

@@ -106,6 +106,6 @@ def encoder(encoder_json: Path, vocab_bpe: Path) -> LineEncoder:
 def _encode_block(encoder_json: Path, vocab_bpe: Path, keep_empty: bool, block: Block) -> tuple[str, int]:
     """The lines of ids of a block, and the number of dropped empty lines."""
     lines = [line.strip() for line in block.read()]
-    kept = lines if keep_empty else [line for line in lines if line]
-    text = "".join([line + "\n" for line in kept])
-    return encoder(encoder_json, vocab_bpe).encode(text), len(lines) - len(kept)
+    left = lines if keep_empty else [line for line in lines if line]
+    text = "".join([line + "\n" for line in left])
+    return encoder(encoder_json, vocab_bpe).encode(text), len(lines) - len(left)

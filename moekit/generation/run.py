@@ -202,14 +202,14 @@ def stream(
 def _tokens(model: Handle, request: Request) -> Iterator[Token]:
     """The tokens of all sequences as a stream, step by step."""
     texts = [Text(request.codec, ()) for _ in request.prompts]
-    written, warned = request.written(), False
+    written, told = request.written(), set()
     # Not every Python lets go of what a closed generator reads from.
     with contextlib.closing(_bursts(model, request, [], ahead=False)) as bursts:
         for burst in bursts:
             written.add(burst)
-            if not warned and (bad := burst.not_finite()):
+            if bad := sorted(set(burst.not_finite()) - told):
                 _warn_not_finite("sequences", bad, len(texts))
-                warned = True
+                told.update(bad)
             yield from _of_burst(burst, written, texts)
 
 

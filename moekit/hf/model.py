@@ -164,6 +164,11 @@ class FairseqMoeModel(FairseqMoePreTrainedModel):
                 f"{past + tokens} tokens, those in the cache included; expected at most {config.max_positions}, the positions "
                 "that the model has learned"
             )
+        if config.learned_positions and at is not None and int(at.max()) >= config.max_positions:
+            raise ValueError(
+                f"position_ids go up to {int(at.max())}; expected less than {config.max_positions}, the positions that the model "
+                "has learned"
+            )
         real = None
         if mask is not None and mask.dim() == 2 and not mask.all():
             real = mask.to(x.device).bool()

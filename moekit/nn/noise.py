@@ -27,7 +27,7 @@ class Noise:
 
 
 def uniform(keys: Sequence[tuple[int, ...]], count: int, device: torch.device) -> Tensor:
-    """[len(keys), count] float64 in (0, 1): independent numbers for each key."""
+    """[len(keys), count] float64 in (0, 1): independent numbers for each key, of three numbers."""
     return (_bits(keys, count, device, 53).double() + 0.5) * 2.0**-53
 
 
@@ -37,7 +37,7 @@ def _bits(keys: Sequence[tuple[int, ...]], count: int, device: torch.device, wan
 
 
 def _words(key: tuple[int, ...]) -> Sequence[int]:
-    """The words of 32 bits of a key, one of each number or two of each: other keys of as many numbers have other words.
+    """The words of 32 bits of a key of three numbers, one of each or two of each: other such keys have other words.
 
     NumPy gives a number as many words as it needs, and those of a short key end in zeros: other keys may have the same ones.
     """

@@ -26,6 +26,7 @@ class Pass:
         noise: see :meth:`moekit.nn.gate.Gate.route`, with the layer in front.
         cache: what came before the tokens, see :class:`moekit.nn.cache.Cache`; without one they start a sample. With one,
             padding (right of the real tokens) needs no mask: it stands where no real token looks.
+        padded: with a cache, padding behind a short sample of a long beginning may lie beyond the positions that the model has.
         edit: an experiment's changes to the gate's decision in a layer, see moekit/nn/intervene.py.
         rows_expected: the most tokens that any rank brings to this pass; the same number on every rank. With it the dispatch
             reads no number back from the device, as a CUDA graph requires. None: unknown.
@@ -37,5 +38,6 @@ class Pass:
     record: Callable[[int, Routing], None] | None = None
     noise: Callable[[int, str, Tensor], Tensor] | None = None
     cache: Cache | None = None
+    padded: bool = False
     edit: Callable[[int, ModelConfig], Edit | None] | None = None
     rows_expected: int | None = None

@@ -34,8 +34,7 @@ class Positions(nn.Module):
         table = self.rows(length if asked.cache is None else asked.cache.slots, device)
         if asked.cache is not None:
             position = asked.cache.positions(length) + PAD + 1
-            if self.weight is not None:
-                # The callers check their texts: only padding behind a long beginning and a short rest lies beyond the last row.
+            if asked.padded:
                 position = position.clamp(max=len(table) - 1)
         elif asked.padding is not None:
             real = (~asked.padding).long()

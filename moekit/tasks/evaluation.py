@@ -84,7 +84,7 @@ def evaluate_tasks(
             of these for each split; the fields are those of the hub's. Without it a data set is fetched by its name, which
             needs a network the first time.
         limit: the first items of each task; None: all.
-        num_fewshot: examples in front of each item, none of which is the item itself; None: as the task says, which is none for
+        num_fewshot: examples in front of each item, none of which has all fields of the item; None: as the task says, which is none for
             moekit's own.
         capacity_token_fraction, seed: as for :meth:`moekit.api.Model.score`, where each text is a routing group.
         shots_seed: of the draw of examples; FAIR reports the mean over 25 draws.

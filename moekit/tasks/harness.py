@@ -112,13 +112,15 @@ class HarnessModel(LM):
             )
         how = {
             "world_size": world_size,
+            "device": "auto" if model is None and device == HARNESS_DEVICE else device,
             "dtype": dtype,
             "bpe": bpe,
             "backend": backend,
             "ranks": ranks,
             "experts": experts,
+            "resident": resident,
+            "gpu_memory": gpu_memory,
         }
-        how |= {"resident": resident, "gpu_memory": gpu_memory, "device": device}
         without_effect = [name for name, value in how.items() if value not in (None, "auto")]
         if model is not None and without_effect:
             raise ValueError(
@@ -130,8 +132,6 @@ class HarnessModel(LM):
         self.max_gen_toks = check("max_gen_toks", max_gen_toks, Whole())
         self.progress = check("progress", progress, Flag())
         if model is None:
-            if device == HARNESS_DEVICE:
-                how["device"] = "auto"
             model = load(checkpoint, progress=progress, **how)
         self.model = model
         self.capacity_token_fraction = capacity_token_fraction

@@ -132,7 +132,7 @@ def _launched(
             model.serve(rows)
             continue
         tokens, targets = on_device(rank.device, mine.tokens, mine.targets)
-        asked = Pass(fraction, cache=cache, rows_expected=rows)
+        asked = Pass(fraction, cache=cache, padded=True, rows_expected=rows)
         if alone:
             asked.groups, asked.noise = len(tokens), Noise(seed, mine.samples.tolist())
         _edit(asked, intervention, mine.samples, cache, tokens)

@@ -119,7 +119,7 @@ def fits(model: Transformer, sequences: int) -> bool:
         return False
     programs = multiprocessors(embed.device)
     rows = max(-(-3 * config.dim // programs), units_each(config.ffn_dim, programs))
-    return rows * config.dim <= MOST
+    return rows * config.dim <= MOST * form_of(model)["warps"] // FORM["warps"]
 
 
 def _through_peers(model: Transformer) -> bool:
@@ -223,11 +223,6 @@ def sizes_of(model: Transformer, vocab: int, programs: int) -> Sizes:
     experts = model.layers[moe[0]].moe.experts if moe else None
     bytes_of = {"ONE_BYTE": 0, "PTX": False} if experts is None else one_byte.layers(experts)[0].options
     gate_dtype = torch.float32 if config.gate_fp32 else kind
-    ranks = model.dispatch.world_size if isinstance(model.dispatch, PeerDispatch) else 1
-    # Chunks, and rows of the output projection, have to divide D.
-    form = FORM | {name: math.gcd(FORM[name], config.dim) for name in ("chunk", "outputs")}
-    if ranks > 1:
-        form["warps"] = one_peers.warps_of(form["chunk"])
     return Sizes(
         d=config.dim,
         h=config.heads,
@@ -242,11 +237,21 @@ def sizes_of(model: Transformer, vocab: int, programs: int) -> Sizes:
         brain=gate_dtype == torch.bfloat16,
         one_byte=bytes_of["ONE_BYTE"],
         ptx=bytes_of["PTX"],
-        ranks=ranks,
+        ranks=_ranks(model),
         programs=programs,
         of_a_choice=_of_a_choice(programs, gate.top_k if moe else 1, config),
-        **form,
+        **form_of(model),
     )
+
+
+def form_of(model: Transformer) -> dict[str, int]:
+    """:data:`FORM` for this model: chunks, and rows of the output projection, have to divide D."""
+    form = FORM | {name: math.gcd(FORM[name], model.config.dim) for name in ("chunk", "outputs")}
+    return form if _ranks(model) == 1 else form | {"warps": one_peers.warps_of(form["chunk"])}
+
+
+def _ranks(model: Transformer) -> int:
+    return model.dispatch.world_size if isinstance(model.dispatch, PeerDispatch) else 1
 
 
 def _of_a_choice(programs: int, choices: int, config: ModelConfig) -> int:

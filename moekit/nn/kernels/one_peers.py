@@ -10,8 +10,8 @@ The next phase waits for the sums of the rank's own choices. No signal follows w
 bits whose other half is the number of the exchange, the *stamp*, and a program looks at a word until it has the right stamp. So
 nothing waits for a write to arrive before a signal may be sent, which takes as long as the way itself.
 
-Threads of a program that look at the same word may see it at different times. So a word of a row has one thread (:func:`warps_of`),
-and each warp looks at the words of all choices, and goes on by what it saw itself.
+Warps of a program that look at the same word may see it at different times. So one warp looks at a word of a row (:func:`warps_of`).
+Each warp looks at the words of all choices, and goes on by what it saw itself.
 
 No program overwrites what a peer may still read. Behind the barrier of its programs, a rank acknowledges the exchange to all
 others, and none of them hands out its next row before. The sums go home after the next row came, so the sums before them have
@@ -73,7 +73,7 @@ def fits(dispatch: PeerDispatch) -> bool:
 
 
 def warps_of(chunk: int) -> int:
-    """The warps of a program: a thread looks at each word of a chunk, and none at the word of another one."""
+    """The warps of a program, of which no two look at the same word of a chunk."""
     return max(chunk // WARP, 1)
 
 
