@@ -155,9 +155,10 @@ def with_equal_rows(path, rows: int, head: dict) -> None:
 
 def test_a_small_file_makes_no_large_trace(made, tmp_path):
     path = tmp_path / "t.parquet"
-    made.save(path)
-    with_equal_rows(path, 2_000_000, {"format": 1})
-    with pytest.raises(ValueError, match=r"t\.parquet is damaged: its [0-9,]+ bytes hold rows of [0-9]{3},"):
+    probs = np.full((200, 512), 1 / 512, np.float16)
+    dataclasses.replace(made, num_experts=512, full={3: probs}).save(path)
+    with_equal_rows(path, 500_000, {"format": 1})
+    with pytest.raises(ValueError, match=r"t\.parquet is damaged: its [0-9,]+ bytes hold rows of 55[0-9],"):
         Trace.load(path)
     # Labels become texts of one length.
     made.labelled(x=["long" * 5000] * 200).save(path)
@@ -171,6 +172,21 @@ def test_a_small_file_makes_no_large_trace(made, tmp_path):
     with pytest.raises(ValueError, match=r"t\.parquet is damaged: the column labels\.x"):
         Trace.load(path)
     assert pool.max_memory() < max(before, 300 << 20) + 1
+
+
+@pytest.mark.parametrize("full, label", [(0, ""), (512, ""), (0, "long" * 75), (0, "long" * 5000)])
+def test_rows_that_are_all_equal_are_loaded(made, tmp_path, monkeypatch, full, label):
+    """A gate that chooses the same experts for every token, and one text for all of them."""
+    monkeypatch.setattr(parquet, "ANY", 0)
+    rows = 2000 if len(label) > 1000 else parquet.ROWS + 1
+    columns = {name: np.repeat(getattr(made, name)[:1], rows, axis=0) for name in ARRAYS}
+    probs = {3: np.full((rows, full), 1 / full, np.float16)} if full else {}
+    equal = Trace(**columns, layers=(1, 3), full=probs, num_experts=full or 8, meta={})
+    if label:
+        equal = equal.labelled(x=np.full(rows, label))
+    path = tmp_path / "t.parquet"
+    equal.save(path)
+    assert same(Trace.load(path), equal)
 
 
 @pytest.mark.parametrize("labelled", [False, True])

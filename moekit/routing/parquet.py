@@ -33,9 +33,9 @@ HEAD, CHECKSUM = b"moekit.trace", b"moekit.crc32"
 ROWS = 65_536
 # bounds of what a head may say, so that a damaged one allocates nothing absurd
 MOST_LAYERS, MOST_CHOICES, MOST_EXPERTS = 10_000, 64, np.iinfo(np.int16).max
-# The rows of a file of n bytes take at most ANY + EACH * n bytes of memory. What a gate chose is packed into a tenth at best, and
-# rows that are all equal into nothing.
-ANY, EACH = 128 << 20, 100
+# The rows of a file of n bytes take at most ANY + EACH * n bytes of memory. What moekit writes lies within, however alike its rows
+# are: a column of a row group takes LEAST bytes of the file or more, and EACH * LEAST bytes of memory or less.
+ANY, EACH, LEAST = 128 << 20, 2048, 128
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,11 @@ class Head:
         longest = sum(max(map(len, texts), default=0) for texts in self.labels.values())
         return numbers + np.dtype("U1").itemsize * longest
 
+    def rows_a_group(self, full: tuple[int, ...]) -> int:
+        """The rows of a row group of a file that is written."""
+        columns = sum(1 for _ in self.columns(full, FORMAT))
+        return min(ROWS, max(1, EACH * LEAST * columns // self.bytes_a_row(full, FORMAT)))
+
 
 def write(trace: Trace, path: str | Path) -> None:
     """Write ``trace`` to ``path``; see :meth:`moekit.routing.trace.Trace.save`."""
@@ -80,8 +85,8 @@ def write(trace: Trace, path: str | Path) -> None:
     named = {name: different.tolist() for name, (different, _) in texts.items()}
     head = Head(trace.layers, trace.top_k, trace.num_experts, trace.meta, named)
     text = _text_of(head)
-    checksum, columns = zlib.crc32(text), {}
-    for column, name, dtype in head.columns(tuple(trace.full), FORMAT):
+    checksum, columns, full = zlib.crc32(text), {}, tuple(trace.full)
+    for column, name, dtype in head.columns(full, FORMAT):
         if name == "labels":
             values = texts[column.removeprefix("labels.")][1].astype(dtype)
         else:
@@ -104,7 +109,7 @@ def write(trace: Trace, path: str | Path) -> None:
             table,
             part,
             compression="zstd",
-            row_group_size=ROWS,
+            row_group_size=head.rows_a_group(full),
             use_dictionary=[column for column in columns if column.startswith(("experts.", "labels."))],
             use_byte_stream_split=[name for name, c in columns.items() if pa.types.is_floating(c.type)],
             write_page_checksum=True,
