@@ -144,6 +144,26 @@ def test_where_nothing_is_counted_nothing_is_known_of_the_balance():
     assert told.loc[(1, 2), "low"] < 1 and told.loc[(1, 2), "note"] == ""
 
 
+def test_a_layer_of_few_units_says_nothing_of_the_others():
+    """Layer 0 dispatches choices of four samples in thirty, layer 1 all."""
+    trace, _ = synthetic(tokens=1200, layers=(0, 1), experts=6, block=40)
+    kept = np.ones_like(trace.kept)
+    kept[:, 0] = (trace.sample < 4)[:, None]
+    trace = dataclasses.replace(trace, kept=kept)
+    told = metrics.bootstrap(trace, "hot_set", sizes=[2, 6], dispatched=True).set_index(["layer", "size"])
+    assert told["note"].to_dict() == {
+        (0, 2): "too few",
+        (0, 6): "too few",
+        (1, 2): "",
+        (1, 6): "does not vary",
+    }
+    assert told["units"].to_dict() == {(0, 2): 4, (0, 6): 4, (1, 2): 30, (1, 6): 30}
+    told = metrics.bootstrap(trace, "balance", dispatched=True).set_index(["layer", "statistic"])
+    assert told.loc[0, "note"].eq("too few").all() and told.loc[0, "low"].isna().all()
+    others = told.loc[1, "note"].to_dict()
+    assert others.pop("unused") == "does not vary" and set(others.values()) == {""}
+
+
 def test_chance_values_are_what_uniform_routing_gives():
     """Every metric on a trace that is uniformly random: its value is close to what it calls chance."""
     rng = np.random.default_rng(7)

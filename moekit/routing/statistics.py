@@ -47,7 +47,8 @@ class Plan:
 
     Attributes:
         used: whether a metric has asked for units.
-        thin: whether an interval was asked for of fewer units than it needs.
+        few: how many units the intervals need that were asked for.
+        thin: whether one was asked for of fewer.
     """
 
     by: str | Sequence | np.ndarray = "sample"
@@ -55,6 +56,7 @@ class Plan:
     resamples: int = RESAMPLES
     seed: int = SEED
     used: bool = field(default=False, compare=False)
+    few: int = field(default=0, compare=False)
     thin: bool = field(default=False, compare=False)
 
 
@@ -173,16 +175,15 @@ def interval(
         few: units below which there is no interval.
 
     Returns:
-        ``low`` and ``high`` [...]; NaN for fewer than ``few`` units, where all resamples are equal, and where one is NaN.
+        ``low`` and ``high`` [...]; NaN for fewer than ``few`` units, where all resamples are equal, and where one resample is NaN.
     """
     from scipy.stats import t
 
     again = np.asarray(again, dtype=float)
     number = np.broadcast_to(np.asarray(number, dtype=float), again.shape[1:])
     if (plan := _plan.get()) is not None:
-        # Where a resample tells nothing, few units told what there is.
-        partly = np.isnan(again).any(axis=0) & ~np.isnan(value)
-        plan.thin |= bool(((number < few) | partly).any())
+        plan.few = max(plan.few, few)
+        plan.thin |= bool((number < few).any())
     known = np.maximum(number, 2)
     if error is None:
         error = again.std(axis=0, ddof=1) * np.sqrt(known / (known - 1))

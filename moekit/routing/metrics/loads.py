@@ -16,6 +16,7 @@ from moekit.routing.metrics.tables import (
     layers_of,
     set_sizes,
     table_of_rows,
+    telling,
 )
 from moekit.routing.statistics import (
     FEW_FOR_SPREAD,
@@ -91,7 +92,8 @@ def balance(trace: Trace, *, choice: int | None = None, dispatched: bool = False
     ``chance``: mean of a simulation.
 
     Returns:
-        One row per (layer, ``statistic``): ``layer``, ``statistic``, ``value``, ``low``, ``high``, ``chance``.
+        One row per (layer, ``statistic``): ``layer``, ``statistic``, ``value``, ``low``, ``high``, ``units`` (with a choice that
+        counts in the layer), ``chance``.
     """
     found = units(trace)
     k = trace.top_k if choice is None else 1
@@ -101,11 +103,12 @@ def balance(trace: Trace, *, choice: int | None = None, dispatched: bool = False
         chosen = chosen_experts(trace, layer_index, choice, dispatched)
         cells = block_counts(found.unit, chosen, trace.num_experts, found.number)
         again, without = _spread(drawn(found, cells)), _spread(cells.sum(axis=0) - cells)
+        number = telling(cells)
         for name, value in _spread(cells.sum(axis=0, keepdims=True)).items():
             error = jackknife(without[name])
-            low, high = interval(again[name], value[0], found.number, error, FEW_FOR_SPREAD)
-            rows.append((layer, name, value[0], low, high, chance[name].mean()))
-    return table_of_rows(rows, "layer statistic value low high chance")
+            low, high = interval(again[name], value[0], number, error, FEW_FOR_SPREAD)
+            rows.append((layer, name, value[0], low, high, number, chance[name].mean()))
+    return table_of_rows(rows, "layer statistic value low high units chance")
 
 
 def _spread(c: np.ndarray) -> dict[str, np.ndarray]:
@@ -166,7 +169,8 @@ def hot_set(trace: Trace, sizes: Sequence[int] | None = None, *, dispatched: boo
         sizes: None: about E/32, E/16, ... E/2.
 
     Returns:
-        One row per (layer, size): ``layer``, ``size``, ``value``, ``low``, ``high``, ``held_out``, ``chance``.
+        One row per (layer, size): ``layer``, ``size``, ``value``, ``low``, ``high``, ``units`` (with a choice that counts in the
+        layer), ``held_out``, ``chance``.
     """
     experts = trace.num_experts
     sizes = np.array(set_sizes(sizes, experts))
@@ -185,10 +189,11 @@ def hot_set(trace: Trace, sizes: Sequence[int] | None = None, *, dispatched: boo
         cells = block_counts(found.unit, chosen, experts, found.number)
         value, again = coverage(cells.sum(axis=0)), coverage(drawn(found, cells))
         without = coverage(cells.sum(axis=0) - cells)
-        low, high = interval(again, value, found.number, jackknife(without), FEW_FOR_SPREAD)
+        number = telling(cells)
+        low, high = interval(again, value, number, jackknife(without), FEW_FOR_SPREAD)
         fit, test = block_counts(odd, chosen, experts, 2)
         ranked = test[np.argsort(-fit, kind="stable")].cumsum()
         held_out = ranked[sizes - 1] / test.sum() if test.sum() else np.full(len(sizes), np.nan)
         for i, size in enumerate(sizes):
-            rows.append((layer, size, value[i], low[i], high[i], held_out[i], chance[i]))
-    return table_of_rows(rows, "layer size value low high held_out chance")
+            rows.append((layer, size, value[i], low[i], high[i], number, held_out[i], chance[i]))
+    return table_of_rows(rows, "layer size value low high units held_out chance")

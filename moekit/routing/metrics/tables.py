@@ -59,6 +59,11 @@ def block_counts(block: np.ndarray, chosen: np.ndarray, experts: int, blocks: in
     return np.bincount(cell.ravel(), minlength=blocks * (experts + 1)).reshape(blocks, -1)[:, :experts] * 1.0
 
 
+def telling(cells: np.ndarray) -> int:
+    """How many units have a choice that counts, of :func:`block_counts` [U, E]; the others tell nothing of the layer."""
+    return int(cells.any(axis=1).sum())
+
+
 def labels_of(trace: Trace, groups: str | Iterable[str] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The different labels, sorted, and each token's number among them [T]."""
     return np.unique(trace.labels_of(groups), return_inverse=True)
