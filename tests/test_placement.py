@@ -1,5 +1,6 @@
 """Placing experts on ranks: by hand and against all placements, and models that were loaded in another order."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -104,6 +105,16 @@ def test_units_that_placements_are_fitted_to_do_not_count():
     few = trace.select(mask=trace.sample < 15)
     told = metrics.bootstrap(few, metrics.placement, 3)
     assert told["units"].eq(7).all() and told["note"].eq("too few").all() and told["low"].isna().all()
+
+
+def test_a_layer_of_few_units_says_nothing_of_the_others():
+    """Layer 0 dispatches choices of eight samples in sixty, half of which are measured on, layer 1 all."""
+    trace, _ = synthetic(tokens=1200, layers=(0, 1), experts=6, block=20)
+    kept = np.ones_like(trace.kept)
+    kept[:, 0] = (trace.sample < 8)[:, None]
+    told = metrics.bootstrap(dataclasses.replace(trace, kept=kept), metrics.placement, 3).set_index("layer")
+    assert told.loc[0, "units"].eq(4).all() and told.loc[0, "note"].eq("too few").all()
+    assert told.loc[1, "units"].eq(30).all() and told.loc[1, "note"].eq("").all()
 
 
 def test_uniform_routing_gains_nothing_from_a_placement(trace):

@@ -10,7 +10,7 @@ import numpy as np
 from moekit.arguments import Number, Whole, check, shown
 from moekit.routing import placement as placing
 from moekit.routing.metrics.registry import measured
-from moekit.routing.metrics.tables import block_counts, chosen_experts, table_of_rows
+from moekit.routing.metrics.tables import block_counts, chosen_experts, table_of_rows, telling
 from moekit.routing.statistics import SEED, drawn, interval, random_counts, units
 from moekit.routing.trace import Trace
 
@@ -53,7 +53,7 @@ def placement(
 
     Returns:
         One row per (layer, placement): ``layer``, ``placement``, ``value``, ``low``, ``high``, ``units`` (measured
-        on), ``chance``, ``saved``.
+        on, with a choice that counts in the layer), ``chance``, ``saved``.
 
     Raises:
         ValueError: there are more ranks than experts, or a layer has no share.
@@ -76,6 +76,7 @@ def placement(
         chosen = chosen_experts(trace, layer_index, None, dispatched)
         known = np.bincount(chosen[fit].ravel(), minlength=experts + 1)[:experts]
         cells = block_counts(found.unit, chosen[judge], experts, found.number)
+        number = telling(cells)
         copies = placing.replicated(known, redundant)
         each = known[copies] / np.bincount(copies)[copies]
         ways = {
@@ -93,10 +94,10 @@ def placement(
 
             here = float(value(cells.sum(axis=0)))
             # No rank is busier than the busiest, so no value is below 1.
-            low, high = np.maximum(interval(value(drawn(found, cells)), here, found.number), 1)
+            low, high = np.maximum(interval(value(drawn(found, cells)), here, number), 1)
             own = here if name == "contiguous" else own
             saved = shares[layer] * (1 - here / own)
-            rows.append((layer, name, here, low, high, found.number, chance, saved))
+            rows.append((layer, name, here, low, high, number, chance, saved))
     return table_of_rows(rows, "layer placement value low high units chance saved")
 
 
