@@ -293,6 +293,19 @@ def test_a_choice_that_an_experiment_leaves_out_is_no_drop():
         assert metrics.drops(trace, "position")["choices"].sum() == made
 
 
+def test_new_tokens_are_read_without_a_capacity():
+    """Of two tokens that were read and two new ones, each kind has one second choice that was not dispatched."""
+    trace = make(
+        [[[0, 1]], [[0, 2]], [[0, 1]], [[1, 0]]],
+        kept=[[[1, 1]], [[1, 0]], [[1, 0]], [[1, 1]]],
+        generated=np.array([False, False, True, True]),
+        meta={"capacity_token_fraction": 0.25},
+    )
+    for prompt, made, lost in ((False, 3, 0), (True, 7, 1)):
+        [found] = metrics.drops(trace, prompt=prompt).to_dict("records")
+        assert (found["choices"], found["dropped"]) == (made, lost)
+
+
 @pytest.mark.parametrize("room", [1, 3])
 def test_drop_probability_against_simulation(room):
     rng = np.random.default_rng(room)
@@ -649,9 +662,11 @@ def test_nobody_beats_the_oracle(random):
 
 
 def half_generated(tokens=400, block=20):
-    """A trace whose samples are continued in their second half, and the same one as if all of it was read."""
+    """A trace whose samples are continued in their second half, where nothing drops, and the same one as if all of it was read."""
     trace, labels = synthetic(tokens=tokens, block=block, experts=8)
-    return dataclasses.replace(trace, generated=trace.position >= block // 2), trace, labels
+    new = trace.position >= block // 2
+    trace = dataclasses.replace(trace, kept=trace.kept | new[:, None, None])
+    return dataclasses.replace(trace, generated=new), trace, labels
 
 
 def same(one, other):

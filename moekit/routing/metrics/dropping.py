@@ -95,13 +95,18 @@ def made_and_dropped(trace: Trace) -> tuple[np.ndarray, np.ndarray]:
     """[T, L, K] bool each: the choices that asked for a place in their expert's buffer, and those of them that found none.
 
     Without a capacity none is dropped: what was not dispatched was left out by the gate or an experiment, and asked for nothing.
-    With one, a trace tells of a choice that an experiment left out, and not of one that the gate did not draw.
+    The new tokens of generated text are read without one. With a capacity, a trace tells of a choice that an experiment left out,
+    and not of one that the gate did not draw.
     """
     made = np.ones_like(trace.kept)
     made[:, :, _first_choices(trace) :] = False
-    if trace.meta.get("capacity_token_fraction", ...) is None:
-        made = trace.kept
+    made = np.where(_limited(trace)[:, None, None], made, trace.kept)
     return made, made & ~trace.kept
+
+
+def _limited(trace: Trace) -> np.ndarray:
+    """[T] bool, the tokens that were read with a capacity; where the meta does not tell, all that were not generated."""
+    return ~trace.generated & (trace.meta.get("capacity_token_fraction", ...) is not None)
 
 
 def _first_choices(trace: Trace) -> int:
