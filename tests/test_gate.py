@@ -129,6 +129,17 @@ def test_a_choice_that_asks_for_no_place_is_not_dropped(drop_second):
     assert dropped.sum() == lost and (lost > 0 or drop_second)
 
 
+def test_filling_the_buffers_leaves_what_was_asked_for_as_it_is(monkeypatch):
+    rule, told = gate_of(config(experts=3)), torch.ones(1, 3, 2, dtype=torch.bool)
+    told[0, 0, 1] = False
+    asked = told.clone()
+    monkeypatch.setattr(rule, "dispatched", lambda *_: told)
+    padding = torch.tensor([[False, True, False]])
+    found = rule.route(torch.zeros(1, 3, 3), fraction=1 / 3, padding=padding)
+    assert found.sought is told and told.equal(asked)
+    assert found.kept.tolist() == [[[True, False], [False, False], [False, True]]]
+
+
 def test_two_places_and_three_tokens_that_want_the_same_expert():
     """Worked by hand. Each token: 0.6 for expert 0, 0.3 for expert 1, 0.1 for expert 2; 2/3 of 3 tokens: 2 places."""
     logits = LOG(torch.tensor([0.6, 0.3, 0.1])).repeat(1, 3, 1)

@@ -223,15 +223,13 @@ class Gate:
         """
         asked = logits, noise, edit
         probs, experts, gate_probs, weights = choose(self, *asked) if choose else self.chosen(*asked)
-        kept = self.dispatched(gate_probs, weights, noise, edit)
+        sought = self.dispatched(gate_probs, weights, noise, edit)
         capacity = None if fraction is None else self.capacity(logits.shape[1], fraction)
         dtype = logits.dtype
-        # Filling the buffers writes into ``kept``.
-        sought = None if kept is None else kept.clone()
-        if kept is None and padding is None and capacity is None:
+        if sought is None and padding is None and capacity is None:
             kept, weights, ordered = torch.ones_like(experts, dtype=torch.bool), weights.to(dtype), None
         else:
-            asked = probs, experts, gate_probs, weights, kept, padding, capacity, dtype
+            asked = probs, experts, gate_probs, weights, sought, padding, capacity, dtype
             kept, weights, ordered = fill(self, *asked) if fill else self.fill(*asked)
         return Routing(probs, experts, gate_probs, kept, weights, capacity, ordered, sought)
 
@@ -249,8 +247,8 @@ class Gate:
         """Fill the experts' buffers.
 
         Args:
-            kept: what :meth:`dispatched` returned; the others as in :class:`Routing` and :meth:`route`, ``weights`` as :meth:`choose`
-                returned them.
+            kept: what :meth:`dispatched` returned, which stays as it is; the others as in :class:`Routing` and :meth:`route`,
+                ``weights`` as :meth:`choose` returned them.
             dtype: the model's.
 
         Returns:
@@ -258,10 +256,10 @@ class Gate:
         """
         kept = torch.ones_like(experts, dtype=torch.bool) if kept is None else kept
         if padding is not None:
-            kept &= ~padding[..., None]
+            kept = kept & ~padding[..., None]
         if capacity is not None:
             wanted = torch.where(kept, experts, self.config.experts)
-            kept &= buffer_positions(wanted, self.order(probs)) < capacity
+            kept = kept & (buffer_positions(wanted, self.order(probs)) < capacity)
         return kept, (self.weigh(gate_probs, weights, kept) * kept).to(dtype), None
 
     @torch.inference_mode()
