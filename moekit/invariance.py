@@ -14,6 +14,7 @@ from moekit.checked import checked
 from moekit.fairseq_data import is_data
 from moekit.handle import MODEL
 from moekit.routing.compare import compare
+from moekit.routing.metrics import made_and_dropped
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,10 +31,10 @@ class Invariance:
 
     Attributes:
         summary: one row per setting: ``batch_size``, ``capacity_token_fraction``, ``loss_base2`` (bits a token), ``dropped``
-            (share of choices not dispatched; NaN of a dense model), and against the same texts alone at the same capacity
-            ``experts_changed``, ``kept_changed`` (shares of tokens x layers), ``mean_abs_delta``, ``max_abs_delta``
-            (of the log-probability, nats), ``tokens_changed`` (share of tokens whose log-probability moved by more
-            than ``tolerance``).
+            (share of choices dropped, of those that asked for a place: :func:`moekit.routing.metrics.made_and_dropped`; NaN
+            of a dense model), and against the same texts alone at the same capacity ``experts_changed``, ``kept_changed``
+            (shares of tokens x layers), ``mean_abs_delta``, ``max_abs_delta`` (of the log-probability, nats),
+            ``tokens_changed`` (share of tokens whose log-probability moved by more than ``tolerance``).
         traces: (batch_size, capacity_token_fraction) -> trace.
     """
 
@@ -78,12 +79,13 @@ def batch_invariance(
             )
             change = compare(traces[1, fraction], trace)
             moved = change.tokens["delta"].abs().dropna()
+            made, dropped = made_and_dropped(trace)
             rows.append(
                 {
                     "batch_size": size,
                     "capacity_token_fraction": math.nan if fraction is None else fraction,
                     "loss_base2": -float(np.nanmean(trace.logprob, dtype=np.float64)) / math.log(2),
-                    "dropped": float((~trace.kept).mean()) if trace.layers else math.nan,
+                    "dropped": dropped.sum() / max(1, made.sum()) if trace.layers else math.nan,
                     "experts_changed": float(change.layers["experts_changed"].mean()),
                     "kept_changed": float(change.layers["kept_changed"].mean()),
                     "mean_abs_delta": float(moved.mean()),

@@ -351,6 +351,25 @@ def test_compare_against_plain_loops(models):
     assert nothing.delta == 0 and not nothing.layers.drop(columns="layer").to_numpy().any()
 
 
+@pytest.mark.parametrize("fraction", [None, 0.05])
+def test_what_an_experiment_leaves_out_is_no_drop_in_a_comparison(models, fraction):
+    """Second choices ask for no place: of first ones alone, some find none with a capacity."""
+    options = {"batch_size": 3, "capacity_token_fraction": fraction, "progress": False}
+    before = models[0].trace(TEXTS, **options)
+    with models[0].route(drop_second=True):
+        after = models[0].trace(TEXTS, **options)
+        [_, together] = batch_invariance(
+            models[0], TEXTS, batch_sizes=(3,), capacities=fraction, progress=False
+        ).summary["dropped"]
+    lost = ~after.kept[:, :, 0]
+    assert lost.any() == (fraction is not None)
+    found = compare(before, after)
+    assert found.layers["dropped_after"].tolist() == pytest.approx(lost.mean(axis=0))
+    assert found.layers["dropped_before"].tolist() == pytest.approx((~before.kept).mean(axis=(0, 2)))
+    assert found.tokens["drops_after"].tolist() == lost.sum(axis=1).tolist()
+    assert together == pytest.approx(lost.mean())
+
+
 def test_batch_invariance(models):
     found = batch_invariance(
         models[0], TEXTS, batch_sizes=(3,), capacities=(None, 0.05), progress=False

@@ -10,6 +10,7 @@ import numpy as np
 
 from moekit.arguments import Number
 from moekit.checked import checked
+from moekit.routing.metrics import made_and_dropped
 from moekit.routing.pairs import align, kept_by_expert
 from moekit.routing.statistics import BLOCK, Paired, holm, paired, unit_of
 from moekit.routing.trace import TRACE, Trace
@@ -29,11 +30,11 @@ class Comparison:
         tokens: one row per token of both: ``sample``, ``position``, ``token``, ``target``, ``logprob_before``,
             ``logprob_after``, ``delta`` (after - before, nats), ``layers_changed`` (layers where the set of chosen
             experts differs), ``first_changed`` (the first such layer, -1 if none), ``drops_before``, ``drops_after``
-            (choices not dispatched, over all layers).
+            (choices dropped, over all layers: :func:`moekit.routing.metrics.made_and_dropped`).
         layers: one row per layer: shares of tokens whose set of experts (``experts_changed``), first choice
-            (``first_choice_changed``) or kept choices (``kept_changed``) differ, the shares of choices not dispatched
-            (``dropped_before``, ``dropped_after``), and the mean ``weight_change`` (half the sum over experts of
-            |weight before - after|: 1 is all of it).
+            (``first_choice_changed``) or kept choices (``kept_changed``) differ, the shares of choices dropped, of those that
+            asked for a place (``dropped_before``, ``dropped_after``), and the mean ``weight_change`` (half the sum over
+            experts of |weight before - after|: 1 is all of it).
         delta: mean change of the log-probability, nats, over the tokens where both know it.
         units: one row per unit (a sample, or as ``by`` says): ``unit``, ``tokens``, ``delta`` (its mean, nats).
         paired: ``delta`` with its interval, test and effect over units (:class:`moekit.routing.statistics.Paired`).
@@ -118,15 +119,16 @@ def _tokens(before: Trace, after: Trace, changed: np.ndarray) -> pd.DataFrame:
             "delta": after.logprob - before.logprob,
             "layers_changed": changed.sum(axis=1),
             "first_changed": first,
-            "drops_before": (~before.kept).sum(axis=(1, 2)),
-            "drops_after": (~after.kept).sum(axis=(1, 2)),
+            "drops_before": made_and_dropped(before)[1].sum(axis=(1, 2)),
+            "drops_after": made_and_dropped(after)[1].sum(axis=(1, 2)),
         }
     )
 
 
 def _dropped(trace: Trace) -> np.ndarray:
-    """[L]: the share of choices that were not dispatched."""
-    return (~trace.kept).sum(axis=(0, 2)) / max(1, len(trace) * trace.top_k)
+    """[L]: the share of choices dropped, of those that asked for a place."""
+    made, dropped = (choices.sum(axis=(0, 2)) for choices in made_and_dropped(trace))
+    return dropped / np.maximum(1, made)
 
 
 @checked(before=TRACE, after=TRACE, level=Number(above=0, most=1))
