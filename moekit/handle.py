@@ -27,6 +27,7 @@ from moekit.data.dictionary import Dictionary
 from moekit.fairseq_data import Batches, Data, open_data
 from moekit.nn import intervene
 from moekit.nn.config import ModelConfig
+from moekit.nn.gates import gate_of
 from moekit.nn.operations import DTYPES
 from moekit.nn.quantise import KINDS, dtype_name
 from moekit.symbols import BOS, EOS, PAD
@@ -340,19 +341,20 @@ def describe_run(
         ``checkpoint`` (:func:`origin`), ``config`` (the fields that ``load`` changed, where it changed any),
         ``capacity_token_fraction``, ``groups`` (routing
         groups as [samples, tokens a sample, how many], padding included), ``seed``, ``intervention``,
-        ``second_expert`` (of the model's config), ``dtype``,
+        ``second_expert`` (of the model's config; None where the gate draws nothing), ``dtype``,
         ``experts`` ("int8", "fp8" or None: ``dtype``), ``device``, ``world_size``, ``backend``, ``versions``, ``created`` (UTC).
     """
     from datetime import UTC, datetime
 
     change = model.intervention
+    draws = bool(model.config.moe_layers) and gate_of(model.config).draws
     shapes = Counter(batch.tokens.shape for batch in batches)
     return {
         "checkpoint": model.checkpoint,
         **({"config": model.changes} if model.changes else {}),
         "capacity_token_fraction": fraction,
         "intervention": None if change is None else change.describe(),
-        "second_expert": model.config.second_expert,
+        "second_expert": model.config.second_expert if draws else None,
         "groups": [[*shape, count] for shape, count in sorted(shapes.items())],
         "seed": seed,
         "dtype": dtype_name(model.dtype),

@@ -15,6 +15,8 @@ from moekit.data import Codec, binarise
 from moekit.data.dictionary import Dictionary
 from moekit.domains import OTHER, WHOLE, compare_domains, score_domains
 from moekit.fairseq_data import Data
+from moekit.nn.gate import Gate
+from moekit.nn.gates import GATES, Top2
 from moekit.nn.intervene import Force
 from moekit.notebook import routing_plots, task_report
 from moekit.paths import DEMO_BPE, DEMO_TEXT
@@ -202,6 +204,9 @@ def test_what_asks_for_no_place_is_not_dropped(model):
         table = drawing.evaluate(domains="demo", **how)
         free = drawing.trace("demo", max_tokens=1000, progress=False)
         tight = drawing.trace("demo", max_tokens=1000, capacity_token_fraction=0.25, progress=False)
+        [written] = drawing.generate(
+            ["def main("], max_new_tokens=16, trace=True, capacity_token_fraction=0.25, progress=False
+        )
     assert of(table, None)["dropped"] == 0 < of(table, 0.25)["dropped"] < 0.4
     assert free.kept[..., 0].all() and not free.kept[..., 1].all()
     found = metrics.drops(free, "choice")
@@ -210,6 +215,28 @@ def test_what_asks_for_no_place_is_not_dropped(model):
     assert title == "Choices dropped, by position in the sample; capacity: none"
     # A trace with a capacity does not tell the one from the other, and its picture says so.
     assert routing_plots.drops_by_position(tight).get_suptitle().startswith("Choices dropped, or not drawn,")
+    # New tokens are read without a capacity.
+    assert not written.trace.kept[written.trace.generated].all()
+    assert metrics.drops(written.trace)["value"].eq(0).all()
+    plots = [routing_plots.drops_by_position(written.trace, prompt=prompt) for prompt in (False, True)]
+    assert [plot.get_suptitle().split(", by")[0] for plot in plots] == [
+        "Choices dropped",
+        "Choices dropped, or not drawn",
+    ]
+
+
+def test_a_gate_that_draws_nothing_is_not_said_to_draw(monkeypatch):
+    """A gate of the user's may do without the option of the config."""
+    own = type("Own", (Top2,), {"draws": False, "dispatched": Gate.dispatched})
+    monkeypatch.setitem(GATES, "own", own)
+    for changes, told, name in (
+        ({"gate": "own"}, None, "dropped"),
+        ({"gate": "top2"}, "random", "dropped, or not drawn"),
+    ):
+        config = changes | {"second_expert": "random"}
+        with moekit.load("demo", 1, "cpu", progress=False, config=config) as model:
+            trace = model.trace([5, 6, 7], capacity_token_fraction=0.25, progress=False)
+        assert (trace.meta["second_expert"], metrics.drops_name(trace)) == (told, name)
 
 
 def test_intervals(swept):

@@ -166,8 +166,11 @@ def test_the_price_of_drops_by_hand():
     tight.meta["capacity_token_fraction"] = 0.2
     first, second, *_ = tight.layers
     said = inspection.price_of_drops(free, tight)
-    assert said.startswith(f"A capacity of 0.2 drops 0.0% in layer {first}, 50.0% in layer {second}")
-    assert said.endswith(" of the choices. The text takes 3.000 bits a token with it, 1.000 without a limit.")
+    assert said.startswith(f"With a capacity of 0.2, 0.0% in layer {first}, 50.0% in layer {second}")
+    end = " The text takes 3.000 bits a token with it, 1.000 without a limit."
+    assert said.endswith(" of the choices are dropped." + end)
+    tight.meta["second_expert"] = "random"
+    assert inspection.price_of_drops(free, tight).endswith(" of the choices are dropped, or not drawn." + end)
 
 
 @pytest.mark.slow

@@ -245,11 +245,11 @@ def wide(table: pd.DataFrame) -> pd.DataFrame:
 
 def price_of_drops(free: Trace, tight: Trace) -> str:
     """What the capacity of ``tight`` drops in each layer, and what it costs beside ``free`` without one, in a sentence."""
-    dropped = metrics.drops(tight)
-    shares = ", ".join(f"{row.value:.1%} in layer {row.layer}" for row in dropped.itertuples())
+    shares = ", ".join(f"{row.value:.1%} in layer {row.layer}" for row in metrics.drops(tight).itertuples())
     bits = [-float(np.nanmean(one.logprob, dtype=np.float64)) / math.log(2) for one in (free, tight)]
     return (
-        f"A capacity of {capacity_name(tight.meta['capacity_token_fraction'])} drops {shares} of the choices. "
+        f"With a capacity of {capacity_name(tight.meta['capacity_token_fraction'])}, {shares} of the choices are "
+        f"{metrics.drops_name(tight)}. "
         f"The text takes {bits[1]:.3f} bits a token with it, {bits[0]:.3f} without a limit."
     )
 

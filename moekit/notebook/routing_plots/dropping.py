@@ -18,9 +18,10 @@ from moekit.routing.trace import TRACE, Trace, need_layers, need_tokens
 def drops_by_position(trace: Trace, bins: int = 32, *, prompt: bool = False) -> Figure:
     """Share of choices that capacity dropped, along the sample: one panel per layer, one line per choice.
 
-    :func:`moekit.routing.metrics.drops`. The title says where the share holds second choices that the gate did not draw.
+    :func:`moekit.routing.metrics.drops`. The title says where the share may hold second choices that the gate did not draw.
 
-    Of a trace of generated text the new tokens count, which ``model.generate`` never drops; ``prompt=True`` counts the prompt's, too.
+    Of a trace of generated text the new tokens count, which ``model.generate`` never drops; ``prompt=True`` counts the prompt's,
+    too.
     """
     need_tokens(trace, "drops_by_position")
     need_layers(trace, "drops_by_position")
@@ -65,9 +66,7 @@ def drops_by_position(trace: Trace, bins: int = 32, *, prompt: bool = False) -> 
             ax.axis("off")
         axes[0].set_ylim(0, max(1, axes[0].get_ylim()[1]))
         fraction = trace.meta.get("capacity_token_fraction")
-        drawn = trace.top_k > 1 and fraction is not None and trace.meta.get("second_expert") == "random"
-        title = "Choices dropped, or not drawn" if drawn else "Choices dropped"
-        title += f", by position in the sample; capacity: {capacity_name(fraction)}"
+        title = f"Choices {metrics.drops_name(trace)}, by position in the sample; capacity: {capacity_name(fraction)}"
         fig.suptitle(title, x=0.01, ha="left", fontsize=10)
         for layer_index in range(0, len(trace.layers), columns):
             axes[layer_index].set_ylabel("% dropped")

@@ -20,7 +20,13 @@ Letters: T tokens, L traced layers, K choices, E experts, N(.) a number of token
 from moekit.routing.metrics.by_domain import domain_information, domain_specialisation
 from moekit.routing.metrics.caching import cache_hits
 from moekit.routing.metrics.certainty import gate
-from moekit.routing.metrics.dropping import drop_chance, drop_probability, drops, made_and_dropped
+from moekit.routing.metrics.dropping import (
+    drop_chance,
+    drop_probability,
+    drops,
+    drops_name,
+    made_and_dropped,
+)
 from moekit.routing.metrics.information import classes_of, information
 from moekit.routing.metrics.loads import balance, counts, dead_experts, hot_set, load
 from moekit.routing.metrics.overlap import agreement, repeats
@@ -48,6 +54,7 @@ __all__ = [
     "drop_chance",
     "drop_probability",
     "drops",
+    "drops_name",
     "fitted_placement",
     "gate",
     "hot_set",

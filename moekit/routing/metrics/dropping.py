@@ -33,8 +33,8 @@ def drops(trace: Trace, by: str = "layer", *, bins: int = 64) -> pd.DataFrame:
     ``chance``: what the same capacity drops of uniform random choices; NaN where the trace's meta does not tell the
     capacity, or for K > 2. A buffer has C places and a group S tokens (padding included). First choices in place q of
     the group are dropped when Bin(q, 1/E) >= C, second ones when Bin(q, 2/E) + Bin(S - 1 - q, 1/E) >= C: all
-    first choices queue before any second. With batch-prioritised routing, a padding mask or second choices that are drawn this is only a rough guide.
-    Interval: bootstrap over units.
+    first choices queue before any second. With batch-prioritised routing, a padding mask or second choices that are drawn this
+    is only a rough guide. Interval: bootstrap over units.
 
     Args:
         by: "layer", "choice", "position" (in the sample) or "expert".
@@ -104,13 +104,23 @@ def made_and_dropped(trace: Trace) -> tuple[np.ndarray, np.ndarray]:
     return made, made & ~trace.kept
 
 
+@checked(trace=TRACE)
+def drops_name(trace: Trace) -> str:
+    """What the choices are that :func:`made_and_dropped` gives as dropped, in words: some may be choices that were not drawn.
+
+    Traces of before the meta had ``second_expert`` do not tell.
+    """
+    drawn = trace.meta.get("second_expert") == "random" and _first_choices(trace) > 1
+    return "dropped, or not drawn" if drawn and _limited(trace).any() else "dropped"
+
+
 def _limited(trace: Trace) -> np.ndarray:
     """[T] bool, the tokens that were read with a capacity; where the meta does not tell, all that were not generated."""
     return ~trace.generated & (trace.meta.get("capacity_token_fraction", ...) is not None)
 
 
 def _first_choices(trace: Trace) -> int:
-    """How many choices of a token may ask for a place: all, or the first one alone in an experiment."""
+    """How many choices of a token may ask for a place: all, or the first one alone in an experiment with ``drop_second``."""
     return 1 if (trace.meta.get("intervention") or {}).get("drop_second") else trace.top_k
 
 
@@ -122,8 +132,8 @@ def drop_chance(trace: Trace) -> np.ndarray | None:
     samples that have this position, so every shape counts with its number of samples.
 
     Returns:
-        [P, K] float64, P the largest position of the trace plus one; NaN of second choices that an experiment leaves out. None where the trace's meta tells no capacity or
-        no groups, or for K > 2.
+        [P, K] float64, P the largest position of the trace plus one; NaN of second choices that an experiment leaves out. None
+        where the trace's meta tells no capacity or no groups, or for K > 2.
     """
     from moekit.nn.gate import capacity
 
