@@ -73,8 +73,9 @@ def evaluate_domains(
         that holds: None, a number or "training"; of a dense model there is None alone), ``domain``, ``tokens``,
         ``bits_per_token`` with ``low`` and ``high`` (95 % bootstrap interval over samples; NaN for fewer than 8),
         ``perplexity``, ``bytes`` (of the text, a line end counts as one; None without a codec), ``bits_per_byte``,
-        ``dropped`` (share of choices that found no place in their expert's buffer, of those that asked for one), ``batches``, and ``run``, how many of the batches ran at this
-        capacity: the others have their result from a larger one, at which no expert was fuller than this one allows.
+        ``dropped`` (share of choices that found no place in their expert's buffer, of those that asked for one), ``batches``,
+        and ``run``, how many of the batches ran at this capacity: the others have their result from a larger one, at which no
+        expert was fuller than this one allows.
 
     Raises:
         ValueError: an argument makes no sense, or a file is missing.
@@ -216,7 +217,7 @@ class DomainText:
 
 @dataclass(frozen=True)
 class Swept:
-    """A text at one capacity: ``tokens`` as ``Evaluation`` has them with choices ``made`` and ``dropped``, and how many batches ran."""
+    """A text at one capacity: ``tokens`` as ``Evaluation`` has them with choices ``made`` and ``dropped``; how many batches ran."""
 
     tokens: pd.DataFrame
     run: int

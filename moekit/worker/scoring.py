@@ -109,7 +109,7 @@ def _launched(
             any world size.
         trace: the options of a trace of the routing; None records nothing.
         intervention: a change of the routing; None changes nothing.
-        loads: count what is not dispatched, and how full experts get; without ``trace``.
+        loads: count what asks for a place, what finds none, and how full experts get; without ``trace``.
     """
     model: Transformer = rank.state["model"]
     plain = trace is None and intervention is None and not loads
