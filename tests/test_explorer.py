@@ -13,7 +13,7 @@ from synthetic_traces import synthetic
 import moekit
 from moekit.data.codec import Ids
 from moekit.notebook.explorer import explore, save_html
-from moekit.notebook.explorer.pack import DROPPED, NONE, UNIT, choose_samples, pack
+from moekit.notebook.explorer.pack import NONE, UNDISPATCHED, UNIT, choose_samples, pack
 from moekit.symbols import PAD
 
 EXPLORER = Path(moekit.__file__).parent / "notebook" / "explorer"
@@ -30,8 +30,8 @@ def test_what_is_packed_is_the_trace():
     assert header["T"] == 300 and header["E"] == 512 and header["K"] == 2 and header["layers"] == [1, 3, 5]
 
     choice = a["choice"].reshape(3, 300, 2).swapaxes(0, 1)
-    assert np.array_equal(choice % DROPPED, trace.experts)
-    assert np.array_equal(choice & DROPPED == 0, trace.kept)
+    assert np.array_equal(choice % UNDISPATCHED, trace.experts)
+    assert np.array_equal(choice & UNDISPATCHED == 0, trace.kept)
     for name, wanted in (("prob", trace.probs), ("weight", trace.weights)):
         assert np.abs(a[name].reshape(3, 300, 2).swapaxes(0, 1) / UNIT - wanted).max() < 1e-5
     entropy = a["entropy"].reshape(3, 300).T / UNIT * np.log(512)
@@ -202,14 +202,14 @@ import { readFileSync } from "node:fs";
 import { Data } from "./explorer.mjs";
 const header = JSON.parse(readFileSync("header.json", "utf8"));
 const data = new Data(header, header.arrays.map((_, i) => readFileSync(`${i}.bin`)));
-const all = data.allowed({ domain: -1, dropped: false, layer: -1 });
-const lost = data.allowed({ domain: -1, dropped: true, layer: 1 });
+const all = data.allowed({ domain: -1, undispatched: false, layer: -1 });
+const lost = data.allowed({ domain: -1, undispatched: true, layer: 1 });
 const rows = Array.from({ length: data.T }, (_, i) => data.picks(1, i));
 const unknown = Array.from(data.target, (piece) => piece === data.NONE);
 console.log(JSON.stringify({
   load: data.load(all).map((n) => Array.from(n)), lost: Array.from(lost.mask), rows, unknown,
   entropy: Array.from({ length: data.T }, (_, i) => data.entropyOf(1, i)),
-  dropped: data.expert(1, rows[0][0].expert, all).dropped,
+  undispatched: data.expert(1, rows[0][0].expert, all).undispatched,
 }));
 """
     )
@@ -229,4 +229,4 @@ console.log(JSON.stringify({
     np.testing.assert_allclose(found["entropy"], trace.entropy[:, 1], atol=1e-4)
     assert found["unknown"] == (trace.target == PAD).tolist()
     here = trace.experts[:, 1] == trace.experts[0, 1, 0]
-    assert found["dropped"] == (here & ~trace.kept[:, 1]).sum()
+    assert found["undispatched"] == (here & ~trace.kept[:, 1]).sum()

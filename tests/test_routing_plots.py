@@ -232,13 +232,14 @@ def test_domains_stand_by_the_experts_they_use():
         routing_plots.domain_heatmap(trace, domains[:-1])
 
 
-def test_paths_strike_what_was_dropped(small):
+def test_paths_strike_what_was_not_dispatched(small):
     trace, _ = small
     figure = routing_plots.paths(trace, sample=2, start=60, tokens=20)
     part = trace.select(samples=2)
     part = part.select(mask=(part.position >= 60) & (part.position < 80))
     ax = figure.axes[0]
     assert len(ax.lines) == (~part.kept).sum()
+    assert figure.get_suptitle().endswith("struck through where not dispatched")
     assert [t.get_text() for t in ax.texts][: 20 * 2] == [str(e) for e in part.experts[:, 0].ravel()]
     with pytest.raises(ValueError, match="no tokens of sample 99"):
         routing_plots.paths(trace, sample=99)
@@ -251,6 +252,7 @@ def test_text_survives_conversion(small, by):
     assert not re.search(r"<(style|script|link)|class=|url\(", shown)
     assert "&lt;b&gt;" in shown and "a&amp;b" in shown and "<b>sample 1, layer 3</b>" in shown
     assert shown.count("<b>") == 1
+    assert shown.count(" not dispatched") == (~trace.select(samples=1, layers=3).kept).sum() > 0
     assert shown.count("<br>") == sum(t % 4 == 2 for t in trace.select(samples=1).token)
 
 

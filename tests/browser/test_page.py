@@ -54,13 +54,13 @@ def view(page, kind):
 
 def test_look_ups_equal_brute_force(ask, made):
     trace, domains = made
-    everything = "{domain: -1, dropped: false, layer: -1}"
+    everything = "{domain: -1, undispatched: false, layer: -1}"
     for place, expert in ((0, 5), (2, int(trace.experts[7, 2, 1]))):
         found = ask(f"data.expert({place}, {expert}, data.allowed({everything}), 5)")
         here = trace.experts[:, place] == expert  # [T, K]
         rows = here.any(axis=1)
         assert found["n"] == here.sum() and found["first"] == here[:, 0].sum()
-        assert found["dropped"] == (~trace.kept[:, place][here]).sum()
+        assert found["undispatched"] == (~trace.kept[:, place][here]).sum()
         assert found["prob"] == pytest.approx(trace.probs[:, place][here].mean(), abs=1e-4)
         assert found["byDomain"] == [(rows & (domains == d)).sum() for d in np.unique(domains)]
         best = np.sort(trace.probs[:, place][here])[::-1][:5]
@@ -89,9 +89,9 @@ def test_filters_equal_brute_force(ask, made):
     trace, domains = made
     lost = (~trace.kept).any(axis=2)  # [T, L]
     for question, wanted in (
-        ("{domain: 1, dropped: false, layer: -1}", domains == "domain 1"),
-        ("{domain: -1, dropped: true, layer: 1}", lost[:, 1]),
-        ("{domain: 2, dropped: true, layer: -1}", lost.any(axis=1) & (domains == "domain 2")),
+        ("{domain: 1, undispatched: false, layer: -1}", domains == "domain 1"),
+        ("{domain: -1, undispatched: true, layer: 1}", lost[:, 1]),
+        ("{domain: 2, undispatched: true, layer: -1}", lost.any(axis=1) & (domains == "domain 2")),
     ):
         found = ask(f"data.allowed({question})")
         assert found["mask"] == wanted.astype(int).tolist() and found["count"] == wanted.sum()
@@ -119,7 +119,16 @@ def test_a_token_shows_its_experts(page, made):
     assert chips.all_inner_texts() == [f"E{e}" for e in trace.experts[37].ravel()]
     assert "position 37" in view(page, "token").inner_text()
     assert page.locator(".mk-word.mk-here").get_attribute("data-row") == "37"
-    assert view(page, "token").locator(".mk-dropped").count() == (~trace.kept[37]).sum()
+    # One choice or both of the first layer, which is shown, are not dispatched.
+    row = int(np.argmin(trace.kept[:200, 0].all(axis=1)))
+    word = page.locator(f'.mk-word[data-row="{row}"]')
+    word.click()
+    assert " not dispatched" in word.get_attribute("title")
+    lost = view(page, "token").locator(".mk-undispatched").all()
+    assert len(lost) == (~trace.kept[row]).sum() > 0
+    for cell in lost:
+        assert cell.inner_text().endswith(" → none")
+        assert cell.get_attribute("title").endswith(", not dispatched")
 
 
 def test_an_expert_changes_every_linked_view(page, made):
@@ -153,7 +162,7 @@ def test_search_and_filters(page, made):
     assert f"{(domains == 'domain 2').sum()} of 1,600 tokens" in page.locator(".mk-bar").inner_text()
     faded = page.locator(".mk-word.mk-faded").count()
     assert 0 < faded < 200
-    page.locator('[name="dropped"]').select_option("layer")
+    page.locator('[name="undispatched"]').select_option("layer")
     lost = (~trace.kept[:, 2]).any(axis=1) & (domains == "domain 2")
     assert f"{lost.sum()} of 1,600 tokens" in page.locator(".mk-bar").inner_text()
 

@@ -27,10 +27,10 @@ export class Data {
   // Where each expert of a layer was chosen: its entries (row * K + choice) are at[from[e]] .. at[from[e + 1] - 1].
   post(l) {
     const n = this.T * this.K, of = l * n, from = new Uint32Array(this.E + 1), at = new Uint32Array(n);
-    for (let j = 0; j < n; j++) from[(this.choice[of + j] & ~this.DROPPED) + 1]++;
+    for (let j = 0; j < n; j++) from[(this.choice[of + j] & ~this.UNDISPATCHED) + 1]++;
     for (let e = 0; e < this.E; e++) from[e + 1] += from[e];
     const next = from.slice();
-    for (let j = 0; j < n; j++) at[next[this.choice[of + j] & ~this.DROPPED]++] = j;
+    for (let j = 0; j < n; j++) at[next[this.choice[of + j] & ~this.UNDISPATCHED]++] = j;
     return { from, at };
   }
 
@@ -47,7 +47,7 @@ export class Data {
   // One choice of a token: {expert, prob, weight, kept}.
   pick(l, row, k) {
     const j = (l * this.T + row) * this.K + k, c = this.choice[j];
-    return { expert: c & ~this.DROPPED, kept: !(c & this.DROPPED), prob: this.prob[j] / this.UNIT, weight: this.weight[j] / this.UNIT };
+    return { expert: c & ~this.UNDISPATCHED, kept: !(c & this.UNDISPATCHED), prob: this.prob[j] / this.UNIT, weight: this.weight[j] / this.UNIT };
   }
 
   picks(l, row) {
@@ -59,16 +59,16 @@ export class Data {
   }
 
   // Rows that pass the filter, as [T] 0/1, and how many; all of them without a filter.
-  // filter: domain (-1 any), dropped (only rows with a dropped choice in `layer`, or in any if that is -1).
-  allowed({ domain, dropped, layer }) {
+  // filter: domain (-1 any), undispatched (only rows with a choice not dispatched in `layer`, or in any if that is -1).
+  allowed({ domain, undispatched, layer }) {
     const mask = new Uint8Array(this.T).fill(1);
     if (domain >= 0) for (let i = 0; i < this.T; i++) mask[i] = this.domain[i] === domain ? 1 : 0;
-    if (dropped) {
+    if (undispatched) {
       const lost = new Uint8Array(this.T);
       const [a, b] = layer < 0 ? [0, this.L] : [layer, layer + 1];
       for (let l = a; l < b; l++)
         for (let i = 0; i < this.T; i++)
-          for (let k = 0; k < this.K; k++) if (this.choice[(l * this.T + i) * this.K + k] & this.DROPPED) lost[i] = 1;
+          for (let k = 0; k < this.K; k++) if (this.choice[(l * this.T + i) * this.K + k] & this.UNDISPATCHED) lost[i] = 1;
       for (let i = 0; i < this.T; i++) mask[i] &= lost[i];
     }
     let count = 0;
@@ -81,7 +81,7 @@ export class Data {
     return this.layers.map((_, l) => {
       const n = new Uint32Array(this.E), of = l * this.T * this.K;
       for (let i = 0; i < this.T; i++)
-        if (allowed.mask[i]) for (let k = 0; k < this.K; k++) n[this.choice[of + i * this.K + k] & ~this.DROPPED]++;
+        if (allowed.mask[i]) for (let k = 0; k < this.K; k++) n[this.choice[of + i * this.K + k] & ~this.UNDISPATCHED]++;
       return n;
     });
   }
@@ -91,7 +91,7 @@ export class Data {
     const { from, at } = this.postings[l], K = this.K, step = this.T * K, of = l * step; // layer l's choices start at `of`
     const byPiece = new Map(), byDomain = new Uint32Array(this.domains.length), best = [];
     const partner = new Uint32Array(this.E), before = new Uint32Array(this.E), after = new Uint32Array(this.E);
-    let n = 0, first = 0, dropped = 0, prob = 0;
+    let n = 0, first = 0, undispatched = 0, prob = 0;
     for (let p = from[e]; p < from[e + 1]; p++) {
       const row = (at[p] / K) | 0, k = at[p] % K;
       if (!allowed.mask[row]) continue;
@@ -99,12 +99,12 @@ export class Data {
       n++;
       prob += p1;
       if (k === 0) first++;
-      if (this.choice[j] & this.DROPPED) dropped++;
+      if (this.choice[j] & this.UNDISPATCHED) undispatched++;
       byPiece.set(this.token[row], (byPiece.get(this.token[row]) || 0) + 1);
       byDomain[this.domain[row]]++;
-      for (let o = 0; o < K; o++) if (o !== k) partner[this.choice[j - k + o] & ~this.DROPPED]++;
-      if (l > 0) before[this.choice[of - step + row * K] & ~this.DROPPED]++;
-      if (l + 1 < this.L) after[this.choice[of + step + row * K] & ~this.DROPPED]++;
+      for (let o = 0; o < K; o++) if (o !== k) partner[this.choice[j - k + o] & ~this.UNDISPATCHED]++;
+      if (l > 0) before[this.choice[of - step + row * K] & ~this.UNDISPATCHED]++;
+      if (l + 1 < this.L) after[this.choice[of + step + row * K] & ~this.UNDISPATCHED]++;
       if (best.length < top || p1 > best[best.length - 1].prob) {
         best.push({ row, prob: p1 });
         best.sort((a, b) => b.prob - a.prob);
@@ -119,7 +119,7 @@ export class Data {
     const ranked = (counts) => Array.from(counts, (count, expert) => ({ expert, count, share: count / n }))
       .filter((x) => x.count).sort((a, b) => b.count - a.count).slice(0, 5);
     return {
-      n, first, dropped, prob: prob / n, tokens, contexts: best, byDomain,
+      n, first, undispatched, prob: prob / n, tokens, contexts: best, byDomain,
       partners: ranked(partner), before: ranked(before), after: ranked(after),
     };
   }
@@ -144,7 +144,7 @@ export class Data {
       if (!hit[this.token[i]]) continue;
       total++;
       if (rows.length < top) rows.push(i);
-      for (let k = 0; k < this.K; k++) chosen[this.choice[(l * this.T + i) * this.K + k] & ~this.DROPPED]++;
+      for (let k = 0; k < this.K; k++) chosen[this.choice[(l * this.T + i) * this.K + k] & ~this.UNDISPATCHED]++;
     }
     const gets = Array.from(chosen, (count, expert) => ({ expert, count, share: count / total }))
       .filter((x) => x.count).sort((a, b) => b.count - a.count).slice(0, 8);
@@ -269,7 +269,7 @@ class Views {
     const [layer, expert] = model.get("expert");
     this.s = {
       row, layer: layer < 0 ? 0 : layer, expert: expert < 0 ? this.order[0][0] : expert, sample: data.sampleOf(row),
-      colour: "expert", domain: -1, dropped: false, everyLayer: true, query: "", change: null,
+      colour: "expert", domain: -1, undispatched: false, everyLayer: true, query: "", change: null,
     };
     this.build(root);
     this.update();
@@ -310,11 +310,11 @@ class Views {
     this.search = h("input", { type: "search", name: "search", placeholder: "a token, or an expert as 3:17", "aria-label": "search tokens and experts",
       oninput: (event) => this.set({ query: event.target.value }) });
     this.layerBox = choose("layer", "layer", data.layers.map((name, l) => option(l, name)), (v) => this.set({ layer: +v, expert: this.order[+v][0] }));
-    this.colourBox = choose("colour", "colour", [["expert", "expert"], ["confidence", "gate confidence"], ["dropped", "dropped"], ["logprob", "log-probability"], ["change", "change by masking"]].map(([v, t]) => option(v, t)),
+    this.colourBox = choose("colour", "colour", [["expert", "expert"], ["confidence", "gate confidence"], ["undispatched", "not dispatched"], ["logprob", "log-probability"], ["change", "change by masking"]].map(([v, t]) => option(v, t)),
       (v) => this.set({ colour: v }));
     this.domainBox = choose("domain", "domain", [option(-1, "all"), ...data.domains.map((name, d) => option(d, name))], (v) => this.filterTo({ domain: +v }));
-    const dropped = choose("dropped", "dropped", [option("no", "any"), option("all", "in some layer"), option("layer", "in this layer")],
-      (v) => this.filterTo({ dropped: v !== "no", everyLayer: v === "all" }));
+    const undispatched = choose("not dispatched", "undispatched", [option("no", "any"), option("all", "in some layer"), option("layer", "in this layer")],
+      (v) => this.filterTo({ undispatched: v !== "no", everyLayer: v === "all" }));
     this.found = h("span", { class: "mk-muted" });
     this.results = this.panel("results", "Search");
     this.text = this.panel("text", "Text");
@@ -323,7 +323,7 @@ class Views {
     this.expertView = this.panel("expert", "Expert");
     const step = (by, label) => h("button", { type: "button", name: by < 0 ? "previous" : "next", onclick: () => this.step(by) }, label);
     root.replaceChildren(
-      h("div", { class: "mk-bar" }, this.search, this.layerBox, this.colourBox, data.domains.length > 1 ? this.domainBox : null, dropped,
+      h("div", { class: "mk-bar" }, this.search, this.layerBox, this.colourBox, data.domains.length > 1 ? this.domainBox : null, undispatched,
         step(-1, "‹ sample"), step(1, "sample ›"), this.found),
       data.cut ? h("p", { class: "mk-muted mk-cut" }, data.cut) : "",
       this.results.el, h("div", { class: "mk-row" }, this.text.el, this.tokenView.el), this.loadView.el, this.expertView.el);
@@ -347,11 +347,11 @@ class Views {
   }
 
   allowed() {
-    const { domain, dropped, everyLayer, layer } = this.s;
-    const key = JSON.stringify([domain, dropped, dropped && !everyLayer && layer]);
+    const { domain, undispatched, everyLayer, layer } = this.s;
+    const key = JSON.stringify([domain, undispatched, undispatched && !everyLayer && layer]);
     if (key !== this.key) {
       this.key = key;
-      this.passing = this.data.allowed({ domain, dropped, layer: everyLayer ? -1 : layer });
+      this.passing = this.data.allowed({ domain, undispatched, layer: everyLayer ? -1 : layer });
       this.loads = this.data.load(this.passing);
       this.totals = new Uint32Array(this.data.domains.length); // rows a domain
       for (let i = 0; i < this.data.T; i++) this.totals[this.data.domain[i]] += this.passing.mask[i];
@@ -457,7 +457,7 @@ class Views {
       let fill = "";
       if (s.colour === "expert" && place >= 0) fill = COLOURS[place];
       if (s.colour === "confidence") fill = mix(first.prob);
-      if (s.colour === "dropped" && lost) fill = lost === data.K ? COLOURS[1] : COLOURS[2];
+      if (s.colour === "undispatched" && lost) fill = lost === data.K ? COLOURS[1] : COLOURS[2];
       if (s.colour === "logprob" && Number.isFinite(data.logprob[row])) fill = mix(-data.logprob[row] / 10);
       const d = changed ? changed[i] : NaN;
       if (s.colour === "change" && Number.isFinite(d)) fill = `rgba(${d < 0 ? "238,136,102" : "119,170,221"},${Math.min(1, Math.abs(d) / 1)})`;
@@ -473,7 +473,7 @@ class Views {
       expert: () => [...common.map((e, i) => { const c = this.chip(s.layer, e); c.style.background = COLOURS[i]; c.style.color = "#111"; return c; }),
         rest ? h("span", { class: "mk-muted" }, `no colour: ${counts.size - common.length} other experts, ${percent(rest / (to - from), 0)} of the tokens`) : null],
       confidence: () => [key(mix(0), "0"), key(mix(0.5), "0.5"), key(mix(1), "1"), h("span", { class: "mk-muted" }, `first choice's gate probability; uniform ${number(1 / data.E, 3)}`)],
-      dropped: () => data.K > 1 ? [key(COLOURS[2], "one choice dropped"), key(COLOURS[1], "both dropped")] : [key(COLOURS[1], "dropped")],
+      undispatched: () => data.K > 1 ? [key(COLOURS[2], "one choice not dispatched"), key(COLOURS[1], "neither dispatched")] : [key(COLOURS[1], "not dispatched")],
       logprob: () => [key(mix(0), "0"), key(mix(0.5), "−5"), key(mix(1), "−10 nats"), h("span", { class: "mk-muted" }, "of the next token")],
       change: () => changed ? [key("#EE8866", "−1"), key("#77AADD", "+1 nat"), h("span", { class: "mk-muted" }, `next token's log-probability without ${change.name}`)]
         : [h("span", { class: "mk-muted" }, "mask an expert to see the change here")],
@@ -486,7 +486,7 @@ class Views {
 
   hintOf(row) {
     const { change, layer } = this.s, d = change ? change.delta[row - change.from] : NaN;
-    return this.data.picks(layer, row).map((c) => `E${c.expert} ${percent(c.prob, 0)}${c.kept ? "" : " dropped"}`).join(", ") +
+    return this.data.picks(layer, row).map((c) => `E${c.expert} ${percent(c.prob, 0)}${c.kept ? "" : " not dispatched"}`).join(", ") +
       (Number.isFinite(d) ? `; change ${signed(d)} nats` : "");
   }
 
@@ -501,9 +501,9 @@ class Views {
     this.tokenView.head.replaceChildren("Token ", this.piece(data.token[row]), ` · position ${data.position[row]}${data.domains.length > 1 ? `, ${data.domains[data.domain[row]]}` : ""}${data.generated[row] ? ", generated" : ""}`);
     const line = (l) => h("tr", { class: l === s.layer ? "mk-this" : "" }, h("th", {}, data.layers[l]), data.picks(l, row).map((c) => [
       h("td", {}, this.chip(l, c.expert)),
-      h("td", { class: "mk-number" + (c.kept ? "" : " mk-dropped"), title: `gate probability ${number(c.prob, 4)}, combine weight ${number(c.weight, 4)}` },
+      h("td", { class: "mk-number" + (c.kept ? "" : " mk-undispatched"), title: `gate probability ${number(c.prob, 4)}, ${c.kept ? `combine weight ${number(c.weight, 4)}` : "not dispatched"}` },
         this.bar(c.prob, 1 / data.E),
-        c.kept ? `${number(c.prob)} → ${number(c.weight)}` : `${number(c.prob)} dropped`)]),
+        `${number(c.prob)} → ${c.kept ? number(c.weight) : "none"}`)]),
       h("td", { class: "mk-number" }, number(data.entropyOf(l, row))));
     const names = ["first", "second"].slice(0, data.K);
     const known = data.target[row] !== data.NONE;
@@ -574,7 +574,7 @@ class Views {
     this.maskButton = h("button", { type: "button", name: "mask", disabled: data.mask !== null || this.waiting, title: data.mask, onclick: () => this.mask() }, "Mask this expert");
     this.expertView.body.replaceChildren(
       h("p", { class: "mk-figures" }, `${whole(x.n)} choices (${percent(share, 2)}, ${times(share * data.E)} uniform)` +
-        (data.K > 1 ? `, ${percent(x.first / x.n, 0)} as first` : "") + ` · dropped ${percent(x.dropped / x.n)} · mean gate probability ${number(x.prob)} `,
+        (data.K > 1 ? `, ${percent(x.first / x.n, 0)} as first` : "") + ` · not dispatched ${percent(x.undispatched / x.n)} · mean gate probability ${number(x.prob)} `,
         h("span", { class: "mk-masking" }, this.maskButton, h("span", { class: "mk-muted mk-said" }, data.mask ?? this.said ?? ""))),
       ...this.changes(),
       h("div", { class: "mk-columns" },

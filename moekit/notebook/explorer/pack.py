@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 # in place of a piece's number where the target or the prediction is unknown
 NONE = 0xFFFFFFFF
-# the bit of a choice that says that it was dropped; the other bits are the expert
-DROPPED = 0x8000
+# the bit of a choice that says that it was not dispatched; the other bits are the expert
+UNDISPATCHED = 0x8000
 # Probabilities, weights and entropy/log(E) are stored as shares of it: exact to 1e-5.
 UNIT = 65_535
 
@@ -45,15 +45,15 @@ def pack(
 
     Returns:
         The header: ``T``, ``K``, ``E``, ``layers``, ``pieces``, ``domains``, ``mask``, ``cut``, the constants ``NONE``,
-        ``DROPPED`` and ``UNIT``, and ``arrays`` as (name, dtype) pairs; and the arrays, one-dimensional: ``choice``, ``prob`` and ``weight`` are [L, T, K] and
-        ``entropy`` is [L, T], the others [T].
+        ``UNDISPATCHED`` and ``UNIT``, and ``arrays`` as (name, dtype) pairs; and the arrays, one-dimensional: ``choice``,
+        ``prob`` and ``weight`` are [L, T, K] and ``entropy`` is [L, T], the others [T].
     """
     tokens = len(trace)
     if tokens == 0:
         raise ValueError("the trace has no tokens to explore")
     need_layers(trace, "explore")
-    if trace.num_experts >= DROPPED:
-        raise ValueError(f"{trace.num_experts} experts; the explorer knows up to {DROPPED - 1}")
+    if trace.num_experts >= UNDISPATCHED:
+        raise ValueError(f"{trace.num_experts} experts; the explorer knows up to {UNDISPATCHED - 1}")
     if domains is None:
         domains = np.full(tokens, "all")
     labels, domain = np.unique(trace.labels_of(domains), return_inverse=True)
@@ -71,7 +71,7 @@ def pack(
         """[T, L, ...] -> [L, T, ...] in units."""
         return np.rint(np.clip(np.nan_to_num(values.swapaxes(0, 1)), 0, 1) * UNIT).astype(np.uint16)
 
-    choice = trace.experts.astype(np.uint16) | np.where(trace.kept, 0, DROPPED).astype(np.uint16)
+    choice = trace.experts.astype(np.uint16) | np.where(trace.kept, 0, UNDISPATCHED).astype(np.uint16)
     arrays = {
         "sample": trace.sample.astype(np.int32),
         "position": trace.position.astype(np.int32),
@@ -94,7 +94,7 @@ def pack(
         "layers": list(trace.layers),
         "pieces": pieces(codec, ids),
         "NONE": NONE,
-        "DROPPED": DROPPED,
+        "UNDISPATCHED": UNDISPATCHED,
         "UNIT": UNIT,
         "domains": [str(label) for label in labels],
         "mask": mask,

@@ -124,7 +124,7 @@ def explore(
     """Linked views of where the router sent each token.
 
     Click a token: its layers, experts and weights. Click an expert: its top tokens and contexts, its domains, its
-    partners. Search either; filter by domain and by what was dropped; mask an expert and see what its absence does.
+    partners. Search either; filter by domain and by what was not dispatched; mask an expert and see what its absence does.
 
     Args:
         model: the model that made the trace, to mask experts; None: the button says why it is off.

@@ -25,7 +25,7 @@ def paths(
 ) -> Figure:
     """The way of some tokens through the layers: every choice's expert by number, as wide as its combine weight.
 
-    Colours mark the experts commonest in these tokens, layer by layer; dropped choices are struck through.
+    Colours mark the experts commonest in these tokens, layer by layer; choices that are not dispatched are struck through.
 
     Args:
         sample: its number in the trace; None: the first.
@@ -93,7 +93,7 @@ def paths(
             side.set_visible(False)
         fig.suptitle(
             f"Sample {sample}, positions {part.position[0]} to {part.position[-1]}\n"
-            "experts by number, bars by combine weight, dropped struck through",
+            "experts by number, bars by combine weight, struck through where not dispatched",
             x=0.01,
             ha="left",
             fontsize=9,

@@ -111,7 +111,7 @@ def _tip(part: Trace, layer_index: int, row: int) -> str:
     choices = zip(
         part.experts[row, layer_index], part.probs[row, layer_index], part.kept[row, layer_index], strict=True
     )
-    return ", ".join(f"E{e} {p:.2f}" + ("" if kept else " dropped") for e, p, kept in choices)
+    return ", ".join(f"E{e} {p:.2f}" + ("" if kept else " not dispatched") for e, p, kept in choices)
 
 
 def _shade(probability: float) -> str:
