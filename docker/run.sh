@@ -110,8 +110,8 @@ fi
 
 about() { "$DOCKER" container inspect --format '{{.State.Status}} {{.Config.Image}}' "$name" 2>/dev/null || true; }
 state() { about | cut -d ' ' -f 1; }
-# Podman tells the whole name of an image.
-short() { sed 's,^localhost/,,; s,^docker.io/,,; s,^library/,,; s,:latest$,,' <<<"$1"; }
+# Podman tells the whole name of an image. Its tags are of one image: a container of an older one may be replaced.
+short() { sed 's,^localhost/,,; s,^docker.io/,,; s,^library/,,; s,:[^:/]*$,,' <<<"$1"; }
 
 other=$(about) other=${other#* }
 [ -z "$other" ] || [ "$(short "$other")" = "$(short "$image")" ] ||

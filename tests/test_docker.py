@@ -251,7 +251,7 @@ def test_run_takes_the_place_of_its_own_container_that_has_ended(engine, image):
 
 
 @pytest.mark.parametrize("state", ["exited", "running"])
-@pytest.mark.parametrize("image", ["postgres:16", "moekit:old", "example.org/moekit"])
+@pytest.mark.parametrize("image", ["postgres:16", "example.org/moekit"])
 def test_run_leaves_a_container_of_another_image_alone(engine, state, image):
     done, calls = engine("run.sh", "--name", "study", container=f"{state} {image}")
     assert done.returncode != 0 and f"the container study is of another image, {image}:" in done.stderr
