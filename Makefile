@@ -1,6 +1,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 TORCH := torch==2.13.0
+# Python 3.11's own pip takes twice the processor time for the rest.
+PIP := pip==26.3
 BIN := $(VENV)/bin
 OUT := out
 AUDIT := $(OUT)/audit
@@ -17,15 +19,15 @@ help: ## say what there is
 
 env: $(VENV)/.ready ## make the environment in $(VENV) (run and test do it themselves)
 
-# All cores compile what pip has installed: pip compiles one file after the other. A package may have files of another Python.
+# Nothing is compiled here: Python compiles what it imports, which is a fourth of what is installed.
 $(VENV)/.ready: pyproject.toml requirements-dev.lock
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v in ((3, 11), (3, 12)) else \
 	"moekit needs Python 3.11 or 3.12; $(PYTHON) is %d.%d. Give another: make PYTHON=/path/to/python3.11 ..." % v)'
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --no-compile $(PIP)
 	$(BIN)/python -m pip install --quiet --no-compile $(TORCH)
 	$(BIN)/python -m pip install --quiet --no-compile --require-hashes --no-deps -r requirements-dev.lock
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
-	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true
 	@touch $@
 
 run: env ## run_inference.ipynb on the demo model, four ranks; results in out/run_inference
