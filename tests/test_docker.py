@@ -59,8 +59,9 @@ def test_linters_find_nothing():
 
 def test_dockerfile_holds_the_projects_pins():
     text = DOCKERFILE.read_text()
-    torch = re.search(r"^ARG TORCH=(\S+)$", text, re.M)[1]
-    assert f"TORCH := {torch}\n" in (ROOT / "Makefile").read_text()
+    for name in ("PIP", "TORCH"):
+        pin = re.search(rf"^ARG {name}=(\S+)$", text, re.M)[1]
+        assert f"{name} := {pin}\n" in (ROOT / "Makefile").read_text()
     assert "--require-hashes -r /tmp/requirements.lock" in text
 
 
