@@ -60,9 +60,10 @@ def test_the_library_alone(tmp_path):
     torch = next(
         line for line in (ROOT / "Makefile").read_text().splitlines() if line.startswith("TORCH := ")
     )
-    run(sys.executable, "-m", "venv", tmp_path / "venv")
+    run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv")
     python = tmp_path / "venv" / "bin" / "python"
-    pip = [python, "-m", "pip", "install", "--quiet", "--no-compile", "--constraint", tmp_path / "versions"]
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-compile"]
+    pip += ["--constraint", tmp_path / "versions"]
     run(*pip, torch.removeprefix("TORCH := "))
     run(*pip, source)
     installed = used(python, folder)
