@@ -113,6 +113,22 @@ def test_labels_are_drawn_with_their_tokens(metric):
         assert (fast["units"] <= drawn["units"]).all() and not few.all()
 
 
+@pytest.mark.parametrize(
+    ("metric", "options", "needed"),
+    [("drops", {}, statistics.FEW), ("hot_set", {"sizes": [6]}, statistics.FEW_FOR_SPREAD)],
+)
+def test_as_many_units_as_are_needed_are_not_too_few(metric, options, needed):
+    """What does not vary has no interval, however many units there are; a token less, and they tell as much as fewer."""
+    trace, _ = synthetic(tokens=30 * needed, block=30, experts=6)
+    whole = dataclasses.replace(trace, kept=np.full_like(trace.kept, True))
+    assert (metrics.bootstrap(whole, metric, **options)["note"] == "does not vary").all()
+    fewer = whole.select(mask=whole.sample > 0)
+    assert (metrics.bootstrap(fewer, metric, **options)["note"] == "too few").all()
+    if metric == "drops":
+        told = metrics.bootstrap(whole.select(mask=np.arange(len(whole)) > 0), metric)
+        assert told["units"].eq(needed - 0.1).all() and (told["note"] == "too few").all()
+
+
 def test_the_interval_is_that_of_units_and_not_of_tokens():
     """Samples that are all of one expert: 40 samples tell as much as 40 tokens."""
     chosen = np.repeat(np.arange(40) % 2, 25)

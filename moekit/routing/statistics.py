@@ -217,7 +217,9 @@ def share_of_units(count: np.ndarray, total: np.ndarray, found: Units) -> dict[s
     number = np.broadcast_to(effective(total), value.shape)
     low, high = interval(again, value, number)
     value = np.where(total.sum(axis=0) > 0, value, np.nan)
-    return {"value": value, "low": np.clip(low, 0, 1), "high": np.clip(high, 0, 1), "units": number.round(1)}
+    # They are rounded down: too few are not as many as are needed.
+    rounded = np.floor(number * 10) / 10
+    return {"value": value, "low": np.clip(low, 0, 1), "high": np.clip(high, 0, 1), "units": rounded}
 
 
 def drawn(found: Units, count: np.ndarray) -> np.ndarray:

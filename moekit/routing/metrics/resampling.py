@@ -81,8 +81,7 @@ def bootstrap(
         frame, known = _redrawn_interval(trace, chosen, args, options, frame, found)
         thin = ~known
     elif "units" in frame:
-        # The numbers of units are rounded to a tenth.
-        thin = frame["units"] < plan.few + 0.05
+        thin = frame["units"] < plan.few
     if "units" not in frame:
         unit = statistics.unit_of(trace, by, size)
         frame = frame.assign(units=float(min(int(unit.max()) + 1, statistics.BLOCKS)))
