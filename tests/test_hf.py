@@ -325,7 +325,7 @@ def test_what_makes_no_sense_is_refused(model):
         model(torch.tensor([[2]]), output_attentions=True)
 
 
-def test_positions_that_are_not_learned_are_refused():
+def of_sixteen_positions(**more):
     sizes = {
         "num_hidden_layers": 2,
         "hidden_size": 16,
@@ -333,17 +333,48 @@ def test_positions_that_are_not_learned_are_refused():
         "num_attention_heads": 2,
         "vocab_size": 40,
     }
-    config = moekit.hf.FairseqMoeConfig(
-        **sizes, num_experts=4, learned_positions=True, max_position_embeddings=16
-    )
-    model, ids = AutoModelForCausalLM.from_config(config), torch.tensor([[5, 6]])
+    config = moekit.hf.FairseqMoeConfig(**sizes, num_experts=4, max_position_embeddings=16, **more)
+    return AutoModelForCausalLM.from_config(config)
+
+
+def test_positions_that_are_not_learned_are_refused():
+    model, ids = of_sixteen_positions(learned_positions=True), torch.tensor([[5, 6]])
     assert logits_of(model, ids, position_ids=torch.tensor([[3, 15]])).isfinite().all()
     with pytest.raises(
-        ValueError, match="^position_ids go up to 16; expected less than 16, the positions that"
+        ValueError, match="^position_ids go from 0 to 16; expected 0 to 15, the positions that the model has"
     ):
         model(ids, position_ids=torch.tensor([[0, 16]]))
     with pytest.raises(ValueError, match="^17 tokens, those in the cache included; expected at most 16"):
         model(torch.full((1, 17), 5))
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_position_ids_that_are_none_are_refused(learned):
+    """Below -1 they were rows of the table counted from its end, and other shapes made other logits."""
+    model, ids = of_sixteen_positions(learned_positions=learned), torch.tensor([[5, 6]])
+    with pytest.raises(ValueError, match="^position_ids go from -2 to 0; expected 0 "):
+        model(ids, position_ids=torch.tensor([[0, -2]]))
+    for shape in ([1, 1], [1, 3], [2, 2], [1, 1, 2]):
+        with pytest.raises(ValueError, match=rf"^position_ids have the shape \{shape}; expected \[1, 2\] or"):
+            model(ids, position_ids=torch.zeros(shape, dtype=torch.long))
+    none = torch.empty(1, 0, dtype=torch.long)
+    assert logits_of(model, none, position_ids=none).shape == (1, 0, 40)
+    # Padding has the position -1.
+    mask = torch.tensor([[0, 1]])
+    told = logits_of(model, ids, attention_mask=mask, position_ids=torch.tensor([[-1, 0]]))
+    assert told.equal(logits_of(model, ids, attention_mask=mask))
+
+
+def test_positions_far_behind_are_those_of_a_long_text():
+    """Sinusoids go on beyond the positions that the model was trained with."""
+    model, ids = of_sixteen_positions(), torch.full((1, 101), 5)
+    mask = torch.ones_like(ids)
+    mask[:, :100] = 0
+    alone = logits_of(model, ids[:, -1:], position_ids=torch.tensor([[100]]))
+    places = torch.arange(101)[None]
+    assert alone[0, -1].allclose(
+        logits_of(model, ids, attention_mask=mask, position_ids=places)[0, -1], atol=1e-6
+    )
 
 
 @pytest.mark.slow

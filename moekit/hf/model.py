@@ -89,12 +89,13 @@ class FairseqMoeModel(FairseqMoePreTrainedModel):
             input_ids: [B, T], or ``inputs_embeds`` [B, T, input_dim] in their place.
             attention_mask: [B, P + T], 0 for padding, wherever it stands; or [B, 1, T, M], as scaled_dot_product_attention
                 takes it.
-            position_ids: [B, T], from 0; by default they count the tokens that are no padding.
+            position_ids: [B, T] or [1, T], from 0, and -1 for padding; by default they count the tokens that are no padding.
             record: called by each layer with experts, see :class:`moekit.nn.passes.Pass`.
             past_key_values: ``cache`` by its former name.
 
         Raises:
-            ValueError: neither or both of ``input_ids`` and ``inputs_embeds``, or attentions are asked for.
+            ValueError: neither or both of ``input_ids`` and ``inputs_embeds``, positions that the model has not, or attentions are
+                asked for.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError(
@@ -164,15 +165,14 @@ class FairseqMoeModel(FairseqMoePreTrainedModel):
                 f"{past + tokens} tokens, those in the cache included; expected at most {config.max_positions}, the positions "
                 "that the model has learned"
             )
-        if config.learned_positions and at is not None and int(at.max()) >= config.max_positions:
-            raise ValueError(
-                f"position_ids go up to {int(at.max())}; expected less than {config.max_positions}, the positions that the model "
-                "has learned"
-            )
         real = None
         if mask is not None and mask.dim() == 2 and not mask.all():
             real = mask.to(x.device).bool()
-        if at is None:
+        slots = max(past + tokens, config.max_positions)
+        if at is not None:
+            learned = config.max_positions if config.learned_positions else None
+            slots = max(slots, _last(at, x.shape[0], tokens, learned) + 1)
+        else:
             at = torch.arange(past, past + tokens, device=x.device)[None]
             if real is not None:
                 # As in fairseq, padding has the position PAD, which is -1 from 0.
@@ -182,12 +182,38 @@ class FairseqMoeModel(FairseqMoePreTrainedModel):
             padding=None if real is None else ~real[:, past : past + tokens],
             record=record,
             noise=from_torch,
-            cache=Keys(cache, at.to(x.device), max(past + tokens, config.max_positions)),
+            cache=Keys(cache, at.to(x.device), slots),
         )
         if mask is not None and mask.dim() == 4:
             return asked, mask.to(x.device)
-        slots = tokens if cache is None else cache.get_mask_sizes(tokens, 0)[0]
-        return asked, visible(past, tokens, slots, real, x.device)
+        keys = tokens if cache is None else cache.get_mask_sizes(tokens, 0)[0]
+        return asked, visible(past, tokens, keys, real, x.device)
+
+
+def _last(at: Tensor, samples: int, tokens: int, learned: int | None) -> int:
+    """The last position of ``at``, which should be those of ``tokens`` tokens of ``samples`` samples; -1 where there is none.
+
+    Args:
+        learned: how many positions the model has learned; None: it has all of them.
+
+    Raises:
+        ValueError: ``at`` has another shape, or holds what is no position. Rows of the table are counted from the end below -1.
+    """
+    if at.dim() > 2 or at.shape[-1:] != (tokens,) or at.numel() not in (tokens, samples * tokens):
+        raise ValueError(
+            f"position_ids have the shape {list(at.shape)}; expected {[samples, tokens]} or {[1, tokens]}, as the tokens have"
+        )
+    if not at.numel():
+        return -1
+    first, last = (int(end) for end in at.aminmax())
+    if first < -1 or (learned is not None and last >= learned):
+        wanted = (
+            "0 or more"
+            if learned is None
+            else f"0 to {learned - 1}, the positions that the model has learned"
+        )
+        raise ValueError(f"position_ids go from {first} to {last}; expected {wanted}, and -1 for padding")
+    return last
 
 
 class FairseqMoeForCausalLM(FairseqMoePreTrainedModel, GenerationMixin):
