@@ -585,6 +585,35 @@ def test_samples_are_unique_in_join():
     assert np.array_equal(both.experts[60:80], one.experts[20:40])
 
 
+def test_what_is_a_drop_is_the_same_in_all_traces_of_a_join():
+    """The meta of one tells it of all: without a capacity, what found no place in another was none."""
+    one, _ = synthetic(tokens=60, block=20)
+    groups = {"groups": [[1, 20, 3]]}
+
+    def with_meta(**told):
+        return dataclasses.replace(one, meta=told)
+
+    free, tight = with_meta(capacity_token_fraction=None), with_meta(capacity_token_fraction=0.2, **groups)
+    first = with_meta(capacity_token_fraction=0.2, intervention={"drop_second": True}, **groups)
+    for traces, said in (
+        ([free, tight], "capacity_token_fraction differs: None and 0.2"),
+        ([tight, tight, free], "capacity_token_fraction differs: 0.2 and None"),
+        ([tight, first], "drop_second differs: False and True"),
+    ):
+        with pytest.raises(ValueError, match=f"the traces' {said}; .* one by one"):
+            join(traces, renumber=True)
+        assert len(join([trace.without_experts() for trace in traces], renumber=True)) == 60 * len(traces)
+    # The chance is that of the groups of all traces, and not known where one tells none, as a generation's.
+    longer = with_meta(capacity_token_fraction=0.2, groups=[[1, 20, 1], [2, 30, 4]])
+    both = join([tight, longer], renumber=True)
+    assert both.meta == {"capacity_token_fraction": 0.2, "groups": [[1, 20, 4], [2, 30, 4]]}
+    written = dataclasses.replace(
+        with_meta(capacity_token_fraction=0.2, groups=[]), generated=one.position > 9
+    )
+    assert metrics.drops(tight)["chance"].notna().all()
+    assert metrics.drops(join([tight, written], renumber=True), prompt=True)["chance"].isna().all()
+
+
 def test_unknown_tokens_are_not_different():
     one, _ = synthetic(tokens=60, block=20)
     other = dataclasses.replace(one, token=np.full(60, -1, np.int32), target=np.full(60, 1, np.int32))

@@ -13,8 +13,10 @@ Shape letters: T tokens, L traced MoE layers, K choices a token, E experts.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -312,6 +314,18 @@ def need_tokens(trace: Trace, what: str) -> None:
         raise ValueError(f"{what}: the trace has no tokens, expected at least one; select or record more")
 
 
+def first_alone(trace: Trace) -> bool:
+    """Whether an experiment left out all choices but the first ones (``drop_second``)."""
+    return bool((trace.meta.get("intervention") or {}).get("drop_second"))
+
+
+# What a trace's meta tells of its drops, see moekit/routing/metrics/dropping.py.
+WHAT_DROPS = {
+    "capacity_token_fraction": lambda trace: trace.meta.get("capacity_token_fraction"),
+    "drop_second": first_alone,
+}
+
+
 # ----------------------------------------------------------------------------------------------- merging the ranks
 
 
@@ -346,14 +360,17 @@ class Collector:
 
 @checked(renumber=Flag())
 def join(traces: Iterable[Trace], *, renumber: bool = False) -> Trace:
-    """Traces of different samples in one, with the first one's meta and the labels that all have: several generations, say.
+    """Traces of different samples in one, with the labels that all have: several generations, say.
+
+    The meta is the first one's, with the routing groups of all, or none where one of them tells none.
 
     Args:
         renumber: number the samples of all traces anew, from 0 and in their order; else every sample keeps its number, and
             no two traces may share one.
 
     Raises:
-        ValueError: they share a sample, or are of other layers or another number of experts.
+        ValueError: they share a sample, are of other layers or another number of experts, or one's drops are none of another's: they
+            have other capacities, or an experiment left out the second choices of some.
     """
     if not is_many(traces):
         raise ValueError(f"traces={shown(traces)}: expected traces, from any iterable")
@@ -367,6 +384,13 @@ def join(traces: Iterable[Trace], *, renumber: bool = False) -> Trace:
                 f"the traces' {name} differ: {sorted(found)}; expected traces of one model and its same layers"
             )
     first = traces[0]
+    for name, read in WHAT_DROPS.items() if first.layers else ():
+        found = [read(trace) for trace in traces]
+        if other := [one for one in found if one != found[0]]:
+            raise ValueError(
+                f"the traces' {name} differs: {shown(found[0])} and {shown(other[0])}; expected traces with the same, as the meta of "
+                "one tells what is a drop: measure them one by one"
+            )
     if renumber:
         traces = _renumbered(traces)
     samples = [set(np.unique(trace.sample).tolist()) for trace in traces]
@@ -385,7 +409,17 @@ def join(traces: Iterable[Trace], *, renumber: bool = False) -> Trace:
     )
     shared = [name for name in first.labels if all(name in t.labels for t in traces)]
     labels = {name: np.concatenate([t.labels[name] for t in traces])[order] for name in shared}
-    return replace(collector.trace(first.num_experts, first.meta), labels=labels)
+    meta = first.meta | {"groups": _groups(traces)} if len(traces) > 1 else first.meta
+    return replace(collector.trace(first.num_experts, meta), labels=labels)
+
+
+def _groups(traces: list[Trace]) -> list[list[int]]:
+    """The routing groups of all traces, as :func:`moekit.handle.describe_run` has them; none where a trace tells none."""
+    told = [trace.meta.get("groups") for trace in traces]
+    number = Counter()
+    for *shape, count in chain.from_iterable(told) if all(told) else ():
+        number[tuple(shape)] += count
+    return [[*shape, count] for shape, count in sorted(number.items())]
 
 
 def _renumbered(traces: list[Trace]) -> list[Trace]:

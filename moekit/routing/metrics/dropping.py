@@ -13,7 +13,7 @@ from moekit.checked import checked
 from moekit.routing.metrics.registry import METRICS, measured
 from moekit.routing.metrics.tables import broadcast_table, layers_of
 from moekit.routing.statistics import share_of_units, units
-from moekit.routing.trace import TRACE, Trace
+from moekit.routing.trace import TRACE, Trace, first_alone
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -121,7 +121,7 @@ def _limited(trace: Trace) -> np.ndarray:
 
 def _first_choices(trace: Trace) -> int:
     """How many choices of a token may ask for a place: all, or the first one alone in an experiment with ``drop_second``."""
-    return 1 if (trace.meta.get("intervention") or {}).get("drop_second") else trace.top_k
+    return 1 if first_alone(trace) else trace.top_k
 
 
 @checked(trace=TRACE)
