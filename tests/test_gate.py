@@ -140,6 +140,23 @@ def test_filling_the_buffers_leaves_what_was_asked_for_as_it_is(monkeypatch):
     assert found.kept.tolist() == [[[True, False], [False, False], [False, True]]]
 
 
+def test_a_gate_that_fills_the_buffers_in_place_hides_no_drop():
+    class InPlace(Top2):
+        def fill(self, probs, experts, gate_probs, weights, kept, padding, capacity, dtype):
+            kept &= gate.buffer_positions(torch.where(kept, experts, self.config.experts), None) < capacity
+            return kept, weights * kept, None
+
+    options = config(experts=3, second_expert="random")
+    logits = LOG(torch.tensor([0.6, 0.3, 0.1])).repeat(1, 3, 1)
+    # The second choice of the last token is not drawn.
+    noise = {"noise": lambda kind, like: torch.tensor([[0.5, 0.5, 0.7]])}
+    for kind in (Top2, InPlace):
+        found, counted = kind(options).route(logits, fraction=1 / 3, **noise), LoadRecorder()
+        counted(1, found)
+        _, made, dropped = counted.counts(1, 3)
+        assert (made.tolist(), dropped.tolist()) == ([[2, 2, 1]], [[0, 2, 1]])
+
+
 def test_two_places_and_three_tokens_that_want_the_same_expert():
     """Worked by hand. Each token: 0.6 for expert 0, 0.3 for expert 1, 0.1 for expert 2; 2/3 of 3 tokens: 2 places."""
     logits = LOG(torch.tensor([0.6, 0.3, 0.1])).repeat(1, 3, 1)

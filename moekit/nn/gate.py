@@ -229,7 +229,10 @@ class Gate:
         if sought is None and padding is None and capacity is None:
             kept, weights, ordered = torch.ones_like(experts, dtype=torch.bool), weights.to(dtype), None
         else:
-            asked = probs, experts, gate_probs, weights, sought, padding, capacity, dtype
+            # A gate of the user's may write into what it is given.
+            own = sought is not None and getattr(self.fill, "__func__", None) is not Gate.fill
+            wanted = sought.clone() if own else sought
+            asked = probs, experts, gate_probs, weights, wanted, padding, capacity, dtype
             kept, weights, ordered = fill(self, *asked) if fill else self.fill(*asked)
         return Routing(probs, experts, gate_probs, kept, weights, capacity, ordered, sought)
 
@@ -247,8 +250,8 @@ class Gate:
         """Fill the experts' buffers.
 
         Args:
-            kept: what :meth:`dispatched` returned, which stays as it is; the others as in :class:`Routing` and :meth:`route`,
-                ``weights`` as :meth:`choose` returned them.
+            kept: what :meth:`dispatched` returned; another ``fill`` than this one gets a copy. The others are as in
+                :class:`Routing` and :meth:`route`, ``weights`` as :meth:`choose` returned them.
             dtype: the model's.
 
         Returns:
