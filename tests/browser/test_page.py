@@ -131,6 +131,30 @@ def test_a_token_shows_its_experts(page, made):
         assert cell.get_attribute("title").endswith(", not dispatched")
 
 
+def test_three_choices_of_a_token_are_shown(offline, tmp_path):
+    trace, _ = synthetic(tokens=60, layers=(1,), experts=16, block=60, choices=3)
+    trace.kept[:] = True
+    trace.kept[5, 0, 2] = trace.kept[6] = False
+    page = offline(save_html(trace, tmp_path / "explorer.html"), ".mk-word")
+    page.locator('[name="colour"]').select_option("undispatched")
+    keys = page.locator(".mk-legend .mk-key")
+    assert keys.all_inner_texts() == ["some choices not dispatched", "none dispatched"]
+    some, none = (key.evaluate("key => key.style.background") for key in keys.all())
+    words = page.locator(".mk-word").all()
+    shown = [word.evaluate("word => word.style.background") for word in words]
+    assert shown[4:8] == ["", some, none, ""]
+    third = int(trace.experts[5, 0, 2])
+    words[5].click()
+    head = view(page, "token").locator("tr").first.locator("th")
+    assert head.all_inner_texts() == [
+        "layer",
+        *(f"{name}: prob → weight" for name in ("first", "second", "choice 3")),
+        "entropy",
+    ]
+    view(page, "token").locator(".mk-chip", has_text=f"E{third}").last.click()
+    assert "mk-same" in words[5].get_attribute("class")
+
+
 def test_an_expert_changes_every_linked_view(page, made):
     trace, _ = made
     page.locator('.mk-word[data-row="37"]').click()

@@ -452,8 +452,8 @@ class Views {
     const common = [...counts].sort((a, b) => b[1] - a[1] || a[0] - b[0]).slice(0, COLOURS.length).map(([e]) => e);
     if (counts.has(s.expert) && !common.includes(s.expert)) common[common.length - 1] = s.expert;
     this.spans.forEach((span, i) => {
-      const row = from + i, [first, second] = data.picks(s.layer, row);
-      const place = common.indexOf(first.expert), lost = [first, second].filter((c) => c && !c.kept).length;
+      const row = from + i, picks = data.picks(s.layer, row), [first] = picks;
+      const place = common.indexOf(first.expert), lost = picks.filter((c) => !c.kept).length;
       let fill = "";
       if (s.colour === "expert" && place >= 0) fill = COLOURS[place];
       if (s.colour === "confidence") fill = mix(first.prob);
@@ -464,7 +464,7 @@ class Views {
       const solid = fill && !(s.colour === "change" && Math.abs(d) < 0.5);
       span.style.background = fill;
       span.style.color = solid ? "#111" : "";
-      span.classList.toggle("mk-same", [first, second].some((c) => c && c.expert === s.expert));
+      span.classList.toggle("mk-same", picks.some((c) => c.expert === s.expert));
       span.classList.toggle("mk-faded", !mask[row]);
     });
     const key = (fill, text) => h("span", { class: "mk-key", style: `background:${fill};color:#111` }, text);
@@ -473,7 +473,7 @@ class Views {
       expert: () => [...common.map((e, i) => { const c = this.chip(s.layer, e); c.style.background = COLOURS[i]; c.style.color = "#111"; return c; }),
         rest ? h("span", { class: "mk-muted" }, `no colour: ${counts.size - common.length} other experts, ${percent(rest / (to - from), 0)} of the tokens`) : null],
       confidence: () => [key(mix(0), "0"), key(mix(0.5), "0.5"), key(mix(1), "1"), h("span", { class: "mk-muted" }, `first choice's gate probability; uniform ${number(1 / data.E, 3)}`)],
-      undispatched: () => data.K > 1 ? [key(COLOURS[2], "one choice not dispatched"), key(COLOURS[1], "neither dispatched")] : [key(COLOURS[1], "not dispatched")],
+      undispatched: () => data.K > 1 ? [key(COLOURS[2], data.K > 2 ? "some choices not dispatched" : "one choice not dispatched"), key(COLOURS[1], data.K > 2 ? "none dispatched" : "neither dispatched")] : [key(COLOURS[1], "not dispatched")],
       logprob: () => [key(mix(0), "0"), key(mix(0.5), "−5"), key(mix(1), "−10 nats"), h("span", { class: "mk-muted" }, "of the next token")],
       change: () => changed ? [key("#EE8866", "−1"), key("#77AADD", "+1 nat"), h("span", { class: "mk-muted" }, `next token's log-probability without ${change.name}`)]
         : [h("span", { class: "mk-muted" }, "mask an expert to see the change here")],
@@ -505,7 +505,7 @@ class Views {
         this.bar(c.prob, 1 / data.E),
         `${number(c.prob)} → ${c.kept ? number(c.weight) : "none"}`)]),
       h("td", { class: "mk-number" }, number(data.entropyOf(l, row))));
-    const names = ["first", "second"].slice(0, data.K);
+    const names = Array.from({ length: data.K }, (_, k) => ["first", "second"][k] ?? `choice ${k + 1}`);
     const known = data.target[row] !== data.NONE;
     this.tokenView.body.replaceChildren(
       h("table", {}, h("tr", {}, h("th", {}, "layer"), names.map((n) => h("th", { colspan: 2 }, `${n}: prob → weight`)), h("th", { title: `nats; uniform ${number(Math.log(data.E))}` }, "entropy")),
