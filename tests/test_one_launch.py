@@ -295,5 +295,9 @@ def test_no_two_warps_look_at_one_word_of_a_row():
         assert (form["chunk"], form["warps"]) == (chunk, warps)
         model.dispatch = Local()
         assert one_launch.form_of(model)["warps"] == 8, "no other rank writes words"
+    # A program of fewer warps has fewer registers, for its share of an expert, too.
+    for dispatch, programs in ((Local(), 66), (several, 132)):
+        model = SimpleNamespace(config=replace(BASE, dim=192, ffn_dim=4000), dispatch=dispatch)
+        assert one_launch._of_a_choice(model, 132, 2) == programs
     for top_k, ranks, fits in ((2, 16, True), (1, 32, True), (2, 17, False)):
         assert one_peers.fits(SimpleNamespace(of=(top_k, 64, 128, torch.float16, ranks))) == fits

@@ -56,8 +56,8 @@ from moekit.nn.transformer import Block, Transformer
 
 # Sequences of a rank; more of them would share weights, but each has its own norms, sums and experts.
 FEW = 1
-# The most numbers of a matrix that a program has in its registers, those of the 15B on 132 multiprocessors: more would
-# spill.
+# The most numbers of a matrix that a program with FORM's warps has in its registers, those of the 15B on 132 multiprocessors:
+# more would spill.
 MOST = 48 * 768
 # How the work is cut, see Sizes: what was fastest on an H200.
 FORM = {
@@ -119,7 +119,7 @@ def fits(model: Transformer, sequences: int) -> bool:
         return False
     programs = multiprocessors(embed.device)
     rows = max(-(-3 * config.dim // programs), units_each(config.ffn_dim, programs))
-    return rows * config.dim <= MOST * form_of(model)["warps"] // FORM["warps"]
+    return rows * config.dim <= _room(model)
 
 
 def _through_peers(model: Transformer) -> bool:
@@ -239,7 +239,7 @@ def sizes_of(model: Transformer, vocab: int, programs: int) -> Sizes:
         ptx=bytes_of["PTX"],
         ranks=_ranks(model),
         programs=programs,
-        of_a_choice=_of_a_choice(programs, gate.top_k if moe else 1, config),
+        of_a_choice=_of_a_choice(model, programs, gate.top_k if moe else 1),
         **form_of(model),
     )
 
@@ -254,10 +254,15 @@ def _ranks(model: Transformer) -> int:
     return model.dispatch.world_size if isinstance(model.dispatch, PeerDispatch) else 1
 
 
-def _of_a_choice(programs: int, choices: int, config: ModelConfig) -> int:
+def _room(model: Transformer) -> int:
+    """The most numbers of a matrix that a program of this model has in its registers."""
+    return MOST * form_of(model)["warps"] // FORM["warps"]
+
+
+def _of_a_choice(model: Transformer, programs: int, choices: int) -> int:
     """Programs for each of ``choices``: a share of ``programs`` if its part of an expert fits, else all, which take turns."""
     own = max(programs // choices, 1)
-    return own if units_each(config.ffn_dim, own) * config.dim <= MOST else programs
+    return own if units_each(model.config.ffn_dim, own) * model.config.dim <= _room(model) else programs
 
 
 def plan_of(model: Transformer) -> Plan:
