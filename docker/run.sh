@@ -110,8 +110,9 @@ fi
 
 about() { "$DOCKER" container inspect --format '{{.State.Status}} {{.Config.Image}}' "$name" 2>/dev/null || true; }
 state() { about | cut -d ' ' -f 1; }
-# Podman tells the whole name of an image. Its tags are of one image: a container of an older one may be replaced.
-short() { sed 's,^localhost/,,; s,^docker.io/,,; s,^library/,,; s,:[^:/]*$,,' <<<"$1"; }
+# Podman tells the whole name of an image. Its tags are of one image: a container of an older one may be replaced. An image
+# without a name has only its number.
+short() { sed 's,^localhost/,,; s,^docker.io/,,; s,^library/,,; s,@sha256:.*,,; /^sha256:/!s,:[^:/]*$,,' <<<"$1"; }
 
 other=$(about) other=${other#* }
 [ -z "$other" ] || [ "$(short "$other")" = "$(short "$image")" ] ||
@@ -119,7 +120,7 @@ other=$(about) other=${other#* }
         "if nobody needs it: docker stop $name; docker rm $name."
 
 case $(state) in
-running) echo "$name runs already; for other options end it first: docker stop $name" ;;
+running) echo "$name runs already, from $other; for another tag or other options end it first: docker stop $name" ;;
 *)
     # A container of that name and image that has ended is removed.
     [ -z "$(state)" ] || "$DOCKER" rm "$name" >/dev/null

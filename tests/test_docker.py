@@ -246,9 +246,29 @@ def test_run_publishes_on_this_machine_only_unless_asked(engine):
 
 
 # Another tag is one of the same image: the README makes moekit:mine of moekit.
-@pytest.mark.parametrize("image", ["moekit", "moekit:latest", "moekit:old", "localhost/moekit:latest"])
+@pytest.mark.parametrize(
+    "image",
+    ["moekit", "moekit:latest", "moekit:old", "localhost/moekit:latest", "moekit:1@sha256:" + "0" * 64],
+)
 def test_run_takes_the_place_of_its_own_container_that_has_ended(engine, image):
     _, calls = engine("run.sh", container=f"exited {image}")
+    assert [call[0] for call in calls if call[0] in ("rm", "run")] == ["rm", "run"]
+
+
+def test_run_says_which_image_runs_already(engine):
+    done, calls = engine(
+        "run.sh", "--image", "moekit:mine", container="running moekit:old", port="127.0.0.1:8888"
+    )
+    assert "moekit runs already, from moekit:old; for another tag " in done.stdout
+    assert not {call[0] for call in calls} & {"rm", "run"}
+
+
+def test_run_takes_no_image_without_a_name_for_another_one(engine):
+    one, other = ("sha256:" + number * 64 for number in "01")
+    done, calls = engine("run.sh", "--image", one, container=f"exited {other}")
+    assert done.returncode != 0 and f"the container moekit is of another image, {other}:" in done.stderr
+    assert not {call[0] for call in calls} & {"rm", "run"}
+    _, calls = engine("run.sh", "--image", one, container=f"exited {one}")
     assert [call[0] for call in calls if call[0] in ("rm", "run")] == ["rm", "run"]
 
 
