@@ -10,6 +10,7 @@ from unittest import mock
 import cloudpickle
 import numpy as np
 import pytest
+from branch_cases import CASES, Case, build
 from eager_graph import EagerGraph
 
 import moekit
@@ -108,6 +109,17 @@ def test_generation(world_size):
                 assert one.ids == other.ids
                 # One or two threads add up in another order: numbers of 10 are off by a unit or two in their last place.
                 np.testing.assert_allclose(one.logprobs, other.logprobs, rtol=1e-6, atol=1e-5)
+
+
+def test_generation_up_to_the_last_learned_position(tmp_path, monkeypatch):
+    """The runs before a capture go on from one another. The last step of six is captured, and behind it no position is learned."""
+    most, new = 60, 6
+    monkeypatch.setitem(CASES, "sixty", Case({"learned_positions": True, "max_positions": most}))
+    build("sixty", tmp_path)
+    prompts = [range(5, 5 + most - new), [7, 8], [9]]
+    with loaded(tmp_path, 2) as (alone, together):
+        wanted, found = (model.generate(prompts, max_new_tokens=new, **QUIET) for model in (alone, together))
+        assert [one.ids for one in found] == [one.ids for one in wanted]
 
 
 @pytest.mark.parametrize("new", [2, 20])

@@ -140,7 +140,7 @@ def feed_back(
     Args:
         read: [B] int64; the best tokens are written there.
         lengths: [B] int64, tokens in the cache; it goes up by one, but not above the last of ``slots``, so that a step beyond
-            the end stays in the cache.
+            the end stays in them.
         before: [B] int64, what ``lengths`` was before the first of successive steps.
         words: [R, B] int64, of the last R of these steps: the token, and in the lower 32 bits those of its float32
             log-probability. A step writes the row of its number, from 0 on, modulo R.

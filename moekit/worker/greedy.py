@@ -32,11 +32,14 @@ class Greedy:
 
     def __init__(self, model: Transformer, cache: Cache, vocab: int, rows_expected: int | None):
         words = torch.zeros(ROOM, len(cache.lengths), dtype=torch.long, device=cache.lengths.device)
+        # The runs before a capture may go beyond the end. They stay in the cache, and within the positions that the model has.
+        config = model.config
+        most = min(cache.slots, config.max_positions) if config.learned_positions else cache.slots
 
         # It knows nothing of ``self``: a cycle would be freed by the collector, which may come in the middle of a capture.
         @is_part("sampling")
         def feed_back(read: Tensor, lengths: Tensor, logits: Tensor) -> None:
-            model.operations.feed_back(logits, read, lengths, cache.lengths, words, cache.slots)
+            model.operations.feed_back(logits, read, lengths, cache.lengths, words, most)
 
         self.cache, self.words = cache, words
         self.graph = graphs.of_step(model, cache, vocab, rows_expected, feed_back)
