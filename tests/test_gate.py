@@ -335,6 +335,25 @@ FAULTS = {
         {"choose": lambda *asked: at(Top2.choose(*asked), 1, lambda experts: experts[..., :1])},
         r"experts have the shape \[2, 3, 1\], expected \[2, 3, 2\]",
     ),
+    "one word for all choices of a token": (
+        {"dispatched": lambda self, probs, *more: torch.ones(*probs.shape[:2], 1, dtype=torch.bool)},
+        r"kept have the shape \[2, 3, 1\], expected \[2, 3, 2\]",
+    ),
+    "bytes in place of words": (
+        {"dispatched": lambda self, probs, *more: torch.ones_like(probs, dtype=torch.uint8)},
+        "kept are torch.uint8, expected torch.bool",
+    ),
+    "words of its buffers that are not those it asked for": (
+        {
+            "dispatched": lambda self, probs, *more: torch.ones(2, dtype=torch.bool),
+            "fill": lambda self, probs, experts, gate_probs, weights, *more: (
+                torch.ones_like(experts, dtype=torch.bool),
+                weights,
+                None,
+            ),
+        },
+        r"sought have the shape \[2\], expected \[2, 3, 2\]",
+    ),
 }
 
 

@@ -274,15 +274,22 @@ class Gate:
         """
         self.describe()
         experts, choices = self.config.experts, self.top_k
-        sizes = {"probs": experts, "experts": choices, "gate_probs": choices, "weights": choices}
+        sizes = {"probs": experts} | dict.fromkeys(
+            ("experts", "gate_probs", "kept", "weights", "sought"), choices
+        )
         for groups, tokens, fraction in TRIED:
             numbers = torch.arange(groups * tokens * experts, device=device)
             logits = numbers.view(groups, tokens, experts).sin().to(dtype)
             found = self.route(logits, fraction=fraction, noise=lambda _, like: torch.full_like(like, 0.5))
             for name, size in sizes.items():
-                shape, wanted = list(getattr(found, name).shape), [groups, tokens, size]
+                value = getattr(found, name)
+                if name == "sought" and value is None:
+                    continue
+                shape, wanted = list(value.shape), [groups, tokens, size]
                 if shape != wanted:
                     raise ValueError(f"{name} have the shape {shape}, expected {wanted}")
+                if name in ("kept", "sought") and value.dtype != torch.bool:
+                    raise ValueError(f"{name} are {value.dtype}, expected torch.bool")
             kind, chosen = found.experts.dtype, found.experts.unique().tolist()
             if kind != torch.long or not 0 <= min(chosen) <= max(chosen) < experts:
                 raise ValueError(
