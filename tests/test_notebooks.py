@@ -71,6 +71,19 @@ def test_run_inference_on_four_ranks_equals_one(elsewhere):
     assert {"loss_by_position.png", "passage.png"} <= {p.name for p in (elsewhere / "results").iterdir()}
 
 
+def test_what_one_byte_costs_is_told_of_the_samples_that_were_scored(elsewhere):
+    """The samples of another break mode than "none" are other ones, and so are those with context."""
+    how = {"sample_break_mode": "complete_doc", "tokens_per_sample": 100, "context_window": 20}
+    how |= {"max_batches": 7, "experts": "int8", "prompts": []}
+    execute("run_inference", elsewhere, **how, output_dir="results")
+    scored = pd.read_parquet(elsewhere / "results" / "tokens.parquet")
+    said = [out.get("data", {}).get("text/plain", "") for out in outputs(elsewhere / "run_inference.ipynb")]
+    [change] = [text for text in said if "its 95 % interval over samples" in text]
+    told = dict(line.rsplit(maxsplit=1) for line in change.split("\n") if line.strip())
+    assert told["tokens"] == f"{len(scored):,}"
+    assert told["samples"] == str(scored["sample"].nunique()) == "7"
+
+
 def test_what_a_bar_leaves_is_removed_and_a_warning_stays():
     cell = nbformat.v4.new_code_cell(
         "import warnings\n"

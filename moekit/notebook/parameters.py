@@ -130,6 +130,10 @@ DATA: Table = {
     "batch_size": Whole(),
     "capacity_token_fraction": Capacity(),
 }
+READING: Table = DATA | {
+    "sample_break_mode": Choice(("none", "complete", "complete_doc", "eos")),
+    "context_window": Whole(0),
+}
 GENERATION: Table = {"prompts": Texts()} | {
     name: KINDS[name]
     for name in (
@@ -152,9 +156,7 @@ RUN_INFERENCE: Table = {
     **EXPERTS,
     **RANKS,
     **FETCHED,
-    **DATA,
-    "sample_break_mode": Choice(("none", "complete", "complete_doc", "eos")),
-    "context_window": Whole(0),
+    **READING,
     "max_batches": Whole(optional=True),
     **GENERATION,
 }
