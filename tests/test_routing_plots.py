@@ -68,6 +68,7 @@ def test_drops_are_those_of_the_trace():
     first, second = figure.axes[0].lines
     assert not np.any(first.get_ydata())
     assert np.allclose(second.get_ydata(), [0] * 7 + [50])
+    assert np.allclose(second.get_xdata(), np.arange(0.5, 16, 2)), "the middle of positions 0 and 1 is 0.5"
     assert "3.1 %" in figure.axes[0].get_title(loc="left")
 
 
@@ -82,7 +83,8 @@ def test_drops_and_their_baseline_are_of_the_tokens_that_count():
     written = dataclasses.replace(read, generated=generated)
     axes = routing_plots.drops_by_position(written).axes[0]
     first, chance, second, _ = axes.lines
-    np.testing.assert_array_equal(first.get_xdata(), np.arange(8, 16) + 0.5)
+    np.testing.assert_array_equal(first.get_xdata(), np.arange(8, 16))
+    np.testing.assert_array_equal(chance.get_xdata(), np.arange(16))
     assert not np.any(first.get_ydata()) and not np.any(second.get_ydata())
     table = metrics.drops(written, "position")
     np.testing.assert_allclose(np.mean([first.get_ydata(), second.get_ydata()], 0), 100 * table["value"])

@@ -27,10 +27,12 @@ def drops_by_position(trace: Trace, bins: int = 32, *, prompt: bool = False) -> 
     need_layers(trace, "drops_by_position")
     trace = trace if prompt else metrics.counted(trace)
     begin, end = int(trace.position.min()), int(trace.position.max()) + 1
-    edges = np.linspace(begin, end, min(bins, end - begin) + 1)
+    bins = min(bins, end - begin)
+    edges = begin + np.arange(bins + 1) * (end - begin) // bins
     where = np.digitize(trace.position, edges) - 1
     made, dropped = metrics.made_and_dropped(trace)
-    middle = (edges[:-1] + edges[1:]) / 2
+    # of the whole positions from one edge to the next one, which is the next bin's
+    middle = (edges[:-1] + edges[1:] - 1) / 2
     chance = metrics.drop_chance(trace)
     if chance is not None:
         there = np.bincount(trace.position, minlength=end) > 0
