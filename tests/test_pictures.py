@@ -89,6 +89,9 @@ def test_settings_come_from_the_traces():
     # A table for a paper writes 2 as a whole number, also beside generated text, which has no batches.
     assert found["batch_size"].tolist() == [2, "–"] and "$2$" in pictures.latex(found, "c", "l")
     assert [pictures.capacity_name(f) for f in (None, 0.25, -1.25)] == ["none", "0.25", "training"]
+    near = (0.1234567, 0.1234568, 1.0, 1e-7)
+    names = [pictures.capacity_name(f) for f in near]
+    assert names == ["0.1234567", "0.1234568", "1", "0.0000001"], "two capacities of a study have two names"
 
 
 def scored(samples: int, length: int, bits: np.ndarray) -> pd.DataFrame:

@@ -106,8 +106,10 @@ def save(
 
 
 def capacity_name(fraction: float | None) -> str:
-    """``capacity_token_fraction``, as a trace's meta has it, in a word."""
-    return "none" if fraction is None else "training" if fraction <= 0 else f"{fraction:g}"
+    """``capacity_token_fraction``, as a trace's meta has it, in a word; that of another fraction is another one."""
+    if fraction is None:
+        return "none"
+    return "training" if fraction <= 0 else np.format_float_positional(fraction, trim="-")
 
 
 def settings(traces: Mapping[str, Trace]) -> pd.DataFrame:
