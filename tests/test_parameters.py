@@ -247,3 +247,13 @@ def test_other_errors_keep_their_traceback(monkeypatch):
     shell.run(lambda: int("x"))
     shell.run(lambda: open("/nowhere"))
     assert shell.shown == ["a traceback"] * 2
+
+
+def test_the_study_draws_enough_for_its_tests_to_mark_something():
+    """Fewer would end the run in the cell of the test, after the text was read."""
+    kind = parameters.STUDY_ROUTING["resamples"]
+    assert parameters.parameter("resamples", 19, kind) == 19
+    with pytest.raises(
+        parameters.ParameterError, match="resamples=18: expected a whole number of at least 19"
+    ):
+        parameters.parameter("resamples", 18, kind)

@@ -37,6 +37,7 @@ from moekit.notebook import errors
 from moekit.profiling.run import STEPS
 from moekit.profiling.work import MODES
 from moekit.ranks import WHERE
+from moekit.routing.metrics.resampling import least_draws
 from moekit.units import Memory
 
 
@@ -188,7 +189,7 @@ STUDY_ROUTING: Table = {
     "prompt_tokens": Whole(2),
     "max_new_tokens": KINDS["max_new_tokens"],
     "temperature": KINDS["temperature"],
-    "resamples": Whole(),
+    "resamples": Whole(least_draws()),
     "seed": Whole(0),
 }
 EVALUATE_TASKS: Table = {

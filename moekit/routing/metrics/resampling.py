@@ -25,6 +25,8 @@ By = str | Sequence | np.ndarray
 # the columns that name a table's rows; any other one holds what was measured
 KEYS = "layer to_layer expert partner domain group statistic of policy size choice position token".split()
 STATISTICS = ("lift", "difference", "information")
+# how often a test may mark something where nothing is there
+LEVEL = 0.05
 # A test that marks less than this part of what its level promises has too few units: 4 % of 5 %.
 ATTAINED = 0.8
 # numbers of an array that the permutations make at once
@@ -176,7 +178,7 @@ def permutation(
     size: int = BLOCK,
     draws: int = 2000,
     seed: int = SEED,
-    level: float = 0.05,
+    level: float = LEVEL,
 ) -> pd.DataFrame:
     """Which (expert, domain) pairs are more than chance: a permutation test of the labels over whole units.
 
@@ -203,8 +205,7 @@ def permutation(
         ValueError: no p could come down to ``level`` with so few ``draws``, or an argument is something else.
     """
     check("statistic", statistic, Choice(STATISTICS))
-    # No p is below 1 / (1 + draws).
-    draws = check("draws", draws, Whole(math.ceil(1 / level) - 1))
+    draws = check("draws", draws, Whole(least_draws(level)))
     names, label = labels_of(trace, groups)
     domains, experts = len(names), trace.num_experts
     piece, cell = np.unique(statistics.unit_of(trace, by, size) * domains + label, return_inverse=True)
@@ -266,6 +267,11 @@ def permutation(
         units=units,
         note=np.where(few, "too few", ""),
     )
+
+
+def least_draws(level: float = LEVEL) -> int:
+    """The fewest permutations with which a test can mark something: no p is below 1 / (1 + draws)."""
+    return math.ceil(1 / level) - 1
 
 
 def _p(largest: np.ndarray, value: np.ndarray) -> np.ndarray:
