@@ -234,6 +234,33 @@ def test_domains_stand_by_the_experts_they_use():
         routing_plots.domain_heatmap(trace, domains[:-1])
 
 
+def test_dots_are_those_of_the_test_that_is_given(small):
+    trace, domains = small
+    tested = metrics.permutation(trace, domains, choice=0, draws=19).assign(survives=False)
+    tested.loc[[3, 40], "survives"] = True
+    figure = routing_plots.domain_heatmap(trace, domains, choice=0, tested=tested)
+    panels = [ax for ax in figure.axes if ax.get_title(loc="left")]
+    dots = set()
+    for layer, ax in zip(trace.layers, panels, strict=True):
+        domain, expert = (
+            [tick.get_text() for tick in ticks] for ticks in (ax.get_yticklabels(), ax.get_xticklabels())
+        )
+        offsets = ax.collections[0].get_offsets().astype(int)
+        dots |= {(layer, domain[row], int(expert[column])) for column, row in offsets}
+    keys = tested.loc[[3, 40], ["layer", "domain", "expert"]]
+    assert dots == set(keys.itertuples(index=False, name=None))
+    for other in (tested.iloc[1:], tested.drop(columns="survives"), "tested"):
+        with pytest.raises(ValueError, match="^tested=.*expected what metrics.permutation gives of the same"):
+            routing_plots.domain_heatmap(trace, domains, choice=0, tested=other)
+
+
+def test_one_domain_has_no_bits_to_tell(small):
+    trace, _ = small
+    assert "of the domain's 0.00 bits" in routing_plots.domain_heatmap(trace, ["all"] * 600).axes[
+        0
+    ].get_title(loc="left")
+
+
 def test_paths_strike_what_was_not_dispatched(small):
     trace, _ = small
     figure = routing_plots.paths(trace, sample=2, start=60, tokens=20)

@@ -379,4 +379,5 @@ def random_counts(tokens: int, k: int, experts: int) -> np.ndarray:
 
 def entropy_bits(p: np.ndarray) -> np.ndarray:
     """Entropy of the distributions ``p`` [..., n] over the last axis, in bits."""
-    return -(p * np.log2(np.where(p > 0, p, 1))).sum(axis=-1)
+    # Subtracted from 0, since -0 is printed as such.
+    return 0 - (p * np.log2(np.where(p > 0, p, 1))).sum(axis=-1)

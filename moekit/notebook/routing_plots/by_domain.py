@@ -8,10 +8,13 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from moekit.arguments import shown
 from moekit.notebook.style import INK, RATIO, RATIO_COLOURS, STYLE, log2, ratio_bar
 from moekit.routing import metrics
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from moekit.routing.trace import Trace
 
 
@@ -22,6 +25,7 @@ def domain_heatmap(
     against: str = "load",
     choice: int | None = None,
     mark: bool = True,
+    tested: pd.DataFrame | None = None,
 ) -> Figure:
     """Which experts the domains use: one panel per layer, one row per domain; experts are ordered by the domain that uses
     them most.
@@ -35,6 +39,10 @@ def domain_heatmap(
         against: "load": the expert's own load; "uniform": the same for all experts.
         choice: only this choice (0: first); None: all.
         mark: draw the dots. They test the lift over the expert's own load, whatever ``against`` is.
+        tested: the test's table, made of the same trace, domains and choice; None: with its defaults.
+
+    Raises:
+        ValueError: ``tested`` has rows of other layers, domains or experts.
     """
     new = metrics.new_tokens(trace)
     domains = trace.labels_of(domains)
@@ -47,7 +55,8 @@ def domain_heatmap(
     ratios = np.nan_to_num(found["lift"].to_numpy()).reshape(shape)
     marked = np.zeros(shape, bool)
     if mark:
-        marked = metrics.permutation(trace, domains, choice=choice)["survives"].to_numpy().reshape(shape)
+        tested = metrics.permutation(trace, domains, choice=choice) if tested is None else tested
+        marked = _survivors(tested, found).reshape(shape)
     experts = trace.num_experts
     with rc_context(STYLE):
         height = 0.17 * len(labels) + 0.45
@@ -91,3 +100,16 @@ def domain_heatmap(
             fontsize=9,
         )
     return fig
+
+
+def _survivors(tested: pd.DataFrame, found: pd.DataFrame) -> np.ndarray:
+    """Which rows of ``found`` survive the test, in their order."""
+    keys = ["layer", "domain", "expert"]
+    if not {*keys, "survives"} <= set(getattr(tested, "columns", ())) or not (
+        tested[keys].reset_index(drop=True).equals(found[keys])
+    ):
+        raise ValueError(
+            f"tested={shown(tested)}: expected what metrics.permutation gives of the same trace and domains, a row for each layer, "
+            "domain and expert"
+        )
+    return tested["survives"].to_numpy(bool)
