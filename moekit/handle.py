@@ -340,8 +340,8 @@ def describe_run(
     Returns:
         ``checkpoint`` (:func:`origin`), ``config`` (the fields that ``load`` changed, where it changed any),
         ``capacity_token_fraction``, ``groups`` (routing
-        groups as [samples, tokens a sample, how many], padding included), ``seed``, ``intervention``,
-        ``second_expert`` (of the model's config; None where the gate draws nothing), ``dtype``,
+        groups as [samples, tokens a sample, how many], padding included), ``add_bos`` and ``second_expert`` (of the model's
+        config; of the latter None where the gate draws nothing), ``seed``, ``intervention``, ``dtype``,
         ``experts`` ("int8", "fp8" or None: ``dtype``), ``device``, ``world_size``, ``backend``, ``versions``, ``created`` (UTC).
     """
     from datetime import UTC, datetime
@@ -356,6 +356,7 @@ def describe_run(
         "intervention": None if change is None else change.describe(),
         "second_expert": model.config.second_expert if draws else None,
         "groups": [[*shape, count] for shape, count in sorted(shapes.items())],
+        "add_bos": model.config.add_bos,
         "seed": seed,
         "dtype": dtype_name(model.dtype),
         "experts": model.experts,

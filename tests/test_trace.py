@@ -1,5 +1,6 @@
 """Traces say what ran: on every execution path the layer's output follows from what was recorded of it."""
 
+import dataclasses
 import re
 import shutil
 import sys
@@ -586,6 +587,21 @@ def test_domains_of_blocks(model, reference, tmp_path):
     domains = domains_of(found, reference / "data-bin", domains=side)
     of_text = [name for name, line in zip(names, lines, strict=True) for _ in range(len(line.split()) + 1)]
     assert domains.tolist() == [names[0], *of_text[:-1]]  # the leading </s>; the last token is never read
+
+    # Where samples begin with <s>, all else stands one place later.
+    how = {"config": {"add_bos": True}, "progress": False}
+    with moekit.load(reference / "checkpoint", 1, "cpu", **how) as begun:
+        longer = begun.trace(reference / "data-bin", tokens_per_sample=30, progress=False)
+    told = domains_of(longer, reference / "data-bin", domains=side)
+    first = longer.position == 0
+    assert (longer.token[first] == 0).all() and told[~first].tolist() == domains.tolist()
+    assert told[first].tolist() == told[np.flatnonzero(first) + 1].tolist()
+    part = longer.select(mask=longer.position > 3)
+    np.testing.assert_array_equal(
+        domains_of(part, reference / "data-bin", domains=side), told[longer.position > 3]
+    )
+    old = dataclasses.replace(longer, meta={n: v for n, v in longer.meta.items() if n != "add_bos"})
+    np.testing.assert_array_equal(domains_of(old, reference / "data-bin", domains=side), told)
 
     side.write_text("a\n")
     with pytest.raises(ValueError, match="has 1 lines, the text"):

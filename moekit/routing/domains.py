@@ -12,6 +12,7 @@ from moekit.checked import checked
 from moekit.data.documents import LONGEST_NAME
 from moekit.fairseq_data import data_folder, lines
 from moekit.routing.trace import TRACE, Trace
+from moekit.symbols import BOS
 
 
 @checked(trace=TRACE, subset=Text())
@@ -29,7 +30,7 @@ def domains_of(
 
     Returns:
         [T] array of strings. A token belongs to the line that it is read from; a ``</s>`` to the line that it ends,
-        and the one in front of the data to the first line.
+        and the one in front of the data to the first line; a ``<s>`` to the line of the token behind it.
 
     Raises:
         ValueError: a file is missing, or lines, tokens and trace do not fit each other.
@@ -48,10 +49,9 @@ def domains_of(
             f"context_window={shown(trace.meta.get('context_window'))}; domains are known for data in blocks, 'none' and 0: "
             "trace the data so"
         )
-    # The token's place in the text: a block begins with the last token of the block before it.
-    place = trace.sample.astype(np.int64) * block + trace.position - 1
+    place = places_in(trace, block)
     fits = place < len(ids)
-    fits[fits] &= (ids[place[fits]] == trace.token[fits]) | (place[fits] < 0)
+    fits[fits] &= (ids[place[fits]] == trace.token[fits]) | (place[fits] < 0) | (trace.token[fits] == BOS)
     if not fits.all():
         raise ValueError(
             f"{int((~fits).sum())} of {len(trace)} tokens differ from {data_folder(data)}/{subset}; expected the data that was "
@@ -59,6 +59,16 @@ def domains_of(
         )
     line = np.repeat(np.arange(len(sizes)), sizes)
     return labels[line[np.maximum(place, 0)]]
+
+
+def places_in(trace: Trace, block: int) -> np.ndarray:
+    """[T] int64, the place of each token of a trace of blocks in the text's ids; -1 of what stands in front of them.
+
+    A block begins with the last token of the block before it. A model with ``add_bos`` reads ``<s>`` before that, which has the
+    place of the token behind it.
+    """
+    began = trace.meta.get("add_bos", bool((trace.token[trace.position == 0] == BOS).any()))
+    return trace.sample.astype(np.int64) * block + np.maximum(trace.position - began, 0) - 1
 
 
 def lines_of(
