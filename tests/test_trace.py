@@ -592,6 +592,10 @@ def test_domains_of_blocks(model, reference, tmp_path):
     how = {"config": {"add_bos": True}, "progress": False}
     with moekit.load(reference / "checkpoint", 1, "cpu", **how) as begun:
         longer = begun.trace(reference / "data-bin", tokens_per_sample=30, progress=False)
+        result = begun.evaluate(reference / "data-bin", tokens_per_sample=30, progress=False)
+    known = ~np.isnan(longer.logprob)
+    assert known.sum() == result.ntokens and (longer.target[~known & (longer.position == 0)] == 0).all()
+    assert -longer.logprob[known].mean(dtype=float) / np.log(2) == pytest.approx(result.loss_base2, abs=1e-6)
     told = domains_of(longer, reference / "data-bin", domains=side)
     first = longer.position == 0
     assert (longer.token[first] == 0).all() and told[~first].tolist() == domains.tolist()
