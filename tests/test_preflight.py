@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 from synthetic_traces import synthetic
 
+import moekit
 from moekit.notebook import parameters, preflight
 from moekit.notebook.parameters import ParameterError
 from moekit.paths import DEMO_BPE
@@ -166,6 +167,57 @@ def test_a_trace_of_another_model_is_said(tmp_path):
     trace.save(tmp_path / "t.parquet")
     with pytest.raises(ParameterError, match=r"has 8 experts and the layers \[1, 3\]; this run has 16 and"):
         preflight.inspect_routing(given(**INSPECT | {"compare_with": str(tmp_path / "t.parquet")}))
+
+
+@pytest.fixture(scope="module")
+def read(tmp_path_factory):
+    """Traces of the demo's text, of a part of it in shorter blocks, of texts, and of a model whose samples begin with <s>."""
+    folder, texts = tmp_path_factory.mktemp("read"), ["one text", "and another one"]
+    how = {"max_tokens": 600, "progress": False}
+    with moekit.load("demo", 1, "cpu", progress=False) as model:
+        traces = {
+            "data": model.trace("demo", **how),
+            "short": model.trace("demo", tokens_per_sample=100, **how),
+        }
+        traces["texts"] = model.trace(texts, progress=False)
+    with moekit.load("demo", 1, "cpu", config={"add_bos": True}, progress=False) as model:
+        traces["begun"] = model.trace("demo", **how)
+    traces["later"] = traces["texts"].select(samples=1)
+    for name, trace in traces.items():
+        trace.save(folder / f"{name}.parquet")
+    return folder, texts
+
+
+def test_a_trace_of_another_text_is_said(read, monkeypatch):
+    """The comparison would fail in a late cell, and with it the whole run."""
+    folder, texts = read
+
+    def asked(name, **changes):
+        return given(**INSPECT | {"compare_with": str(folder / f"{name}.parquet")} | changes)
+
+    for name, changes in (
+        ("data", {}),
+        ("short", {"tokens_per_sample": 100}),
+        ("texts", {"texts": texts}),
+        ("texts", {"texts": texts[:1]}),
+    ):
+        assert preflight.inspect_routing(asked(name, **changes)).experts == 16
+    for name, changes in (
+        ("short", {}),
+        ("data", {"tokens_per_sample": 100}),
+        ("begun", {}),
+        ("texts", {}),
+        ("data", {"texts": texts}),
+        ("texts", {"texts": texts[::-1]}),
+        ("later", {"texts": texts[:1]}),
+    ):
+        with pytest.raises(
+            ParameterError, match=r"^compare_with=.*: \d+ of its \d+ tokens are not those of this run's text"
+        ):
+            preflight.inspect_routing(asked(name, **changes))
+    begun = replace(preflight.load_shards(given()), add_bos=True)
+    monkeypatch.setattr(preflight, "load_shards", lambda p: begun)
+    assert preflight.inspect_routing(asked("begun")).add_bos
 
 
 def test_a_dense_model_has_no_routing(monkeypatch):

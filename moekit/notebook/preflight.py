@@ -10,6 +10,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+
 from moekit import checkpoint as ckpt
 from moekit import data, handle, ranks
 from moekit import fairseq_data as batches
@@ -24,8 +26,9 @@ from moekit.nn.record import Options
 from moekit.notebook.parameters import GENERATION, ParameterError
 from moekit.planning.fitting import asked
 from moekit.profiling.work import Size
-from moekit.routing.domains import lines_of
+from moekit.routing.domains import lines_of, places_in
 from moekit.routing.trace import Trace
+from moekit.symbols import BOS, EOS
 
 # Arguments of a generation that a caller leaves out.
 DEFAULTS = {
@@ -278,7 +281,7 @@ def _domains(p: SimpleNamespace) -> None:
 
 
 def _other_trace(p: SimpleNamespace, config: ModelConfig) -> None:
-    """The trace to compare with is of as many experts and of the same layers."""
+    """The trace to compare with is of as many experts, of the same layers and of the same text."""
     other = _said(Trace.load, p.compare_with)
     layers = tuple(sorted(set(p.layers or config.moe_layers)))
     if (other.num_experts, other.layers) != (config.experts, layers):
@@ -286,6 +289,37 @@ def _other_trace(p: SimpleNamespace, config: ModelConfig) -> None:
             f"compare_with={p.compare_with!r} has {other.num_experts} experts and the layers {list(other.layers)}; this run "
             f"has {config.experts} and {list(layers)}: name a trace of the same layers, or set layers"
         )
+    token = _said(_of_the_text, p, config, other)
+    shared = token >= 0
+    differ = int((token != other.token)[shared & (other.token >= 0)].sum())
+    if differ or not shared.any():
+        raise ParameterError(
+            f"compare_with={p.compare_with!r}: {differ or len(other)} of its {len(other)} tokens are not those of this run's text at "
+            "the same sample and position; name a trace of the same text, in blocks of as many tokens"
+        )
+
+
+def _of_the_text(p: SimpleNamespace, config: ModelConfig, other: Trace) -> np.ndarray:
+    """[T] int64, what this run's text has at the sample and position of each token of the other trace; -1 where it has none."""
+    token = np.full(len(other), -1, dtype=np.int64)
+    if p.texts is not None:
+        codec = _codec(p, ckpt.find(p.checkpoint), config)
+        samples = [[BOS if config.add_bos else EOS, *codec.encode(text)] for text in p.texts]
+        table = np.full((len(samples), max(map(len, samples))), -1, dtype=np.int64)
+        for row, ids in enumerate(samples):
+            table[row, : len(ids)] = ids
+        there = (other.sample < table.shape[0]) & (other.position < table.shape[1])
+        token[there] = table[other.sample[there], other.position[there]]
+        return token
+    _, ids = batches.lines(batches.data_folder(p.data) / p.subset)
+    block = p.tokens_per_sample or config.max_positions
+    place = places_in(other, block, config.add_bos)
+    there = (place < len(ids)) & (other.position < block + config.add_bos)
+    # fairseq has a line's end in front of the data.
+    token[there] = np.where(place[there] < 0, EOS, ids[place[there]])
+    if config.add_bos:
+        token[there & (other.position == 0)] = BOS
+    return token
 
 
 def _writable(name: str, place: str) -> None:

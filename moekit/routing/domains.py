@@ -49,7 +49,9 @@ def domains_of(
             f"context_window={shown(trace.meta.get('context_window'))}; domains are known for data in blocks, 'none' and 0: "
             "trace the data so"
         )
-    place = places_in(trace, block)
+    # The meta of older traces does not tell.
+    begun = trace.meta.get("add_bos", bool((trace.token[trace.position == 0] == BOS).any()))
+    place = places_in(trace, block, begun)
     fits = place < len(ids)
     fits[fits] &= (ids[place[fits]] == trace.token[fits]) | (place[fits] < 0) | (trace.token[fits] == BOS)
     if not fits.all():
@@ -61,14 +63,15 @@ def domains_of(
     return labels[line[np.maximum(place, 0)]]
 
 
-def places_in(trace: Trace, block: int) -> np.ndarray:
+def places_in(trace: Trace, block: int, begun: bool) -> np.ndarray:
     """[T] int64, the place of each token of a trace of blocks in the text's ids; -1 of what stands in front of them.
 
-    A block begins with the last token of the block before it. A model with ``add_bos`` reads ``<s>`` before that, which has the
-    place of the token behind it.
+    A block begins with the last token of the block before it.
+
+    Args:
+        begun: whether each sample has a ``<s>`` in front, which has the place of the token behind it.
     """
-    began = trace.meta.get("add_bos", bool((trace.token[trace.position == 0] == BOS).any()))
-    return trace.sample.astype(np.int64) * block + np.maximum(trace.position - began, 0) - 1
+    return trace.sample.astype(np.int64) * block + np.maximum(trace.position - begun, 0) - 1
 
 
 def lines_of(
