@@ -477,7 +477,18 @@ def test_sign_flips_by_hand():
     assert told.tokens == 4 and told.units == 3 and told.value == -7 / 4 and told.same_sign == 1
     assert told.p == pytest.approx(0.25, abs=0.03) and math.isnan(told.low)
     assert told.effect == pytest.approx(-2.0)  # means -1, -2, -3
+    assert told.between("{:.1f}") == "no interval: too few"
     assert statistics.paired(np.full(3, np.nan), np.arange(3)).tokens == 0
+    same = statistics.paired(np.ones(10), np.arange(10))
+    assert same.between("{:.1f}") == "no interval: does not vary"
+    wide = statistics.paired(np.arange(10.0), np.arange(10))
+    assert wide.between("{:+.2f}") == f"{wide.low:+.2f} to {wide.high:+.2f}"
+    assert wide.between("{:.2f}", lambda end: -end) == f"{-wide.high:.2f} to {-wide.low:.2f}"
+
+
+def test_no_sentence_tells_an_interval_that_is_not_there():
+    trace, _ = synthetic(tokens=60, block=20)
+    assert "(no interval: too few)" in repr(compare(trace, trace))
 
 
 def test_holm_by_hand():

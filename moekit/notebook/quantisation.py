@@ -85,11 +85,11 @@ def quantisation(
     facts = {
         "tokens": f"{told.tokens:,}",
         "change of the log-probability, nats a token": f"{told.value:+.6f}",
-        "its 95 % interval over samples": f"{told.low:+.6f} to {told.high:+.6f}",
+        "its 95 % interval over samples": told.between("{:+.6f}"),
         "p": f"{told.p:.2g}",
         "samples": f"{told.units:,}",
-        "perplexity, change": f"{100 * math.expm1(-told.value):+.4f} %",
-        "its interval": f"{100 * math.expm1(-told.high):+.4f} to {100 * math.expm1(-told.low):+.4f} %",
+        "perplexity, change, %": f"{100 * math.expm1(-told.value):+.4f}",
+        "its interval, %": told.between("{:+.4f}", lambda end: 100 * math.expm1(-end)),
     }
     return Quantisation(layers.rename_axis("layer"), pd.DataFrame({"": facts}), compared)
 

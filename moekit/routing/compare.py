@@ -48,7 +48,7 @@ class Comparison:
 
     def __repr__(self) -> str:
         told = self.paired
-        change = f"log-probability {told.value:+.4f} nats a token ({told.low:+.4f} to {told.high:+.4f})"
+        change = f"log-probability {told.value:+.4f} nats a token ({told.between('{:+.4f}')})"
         moved = f", {(self.tokens['layers_changed'] > 0).mean():.1%} of tokens with other experts"
         moved = moved if len(self.layers) else ""
         return f"<comparison of {len(self.tokens):,} tokens in {told.units} units: {change}, p {told.p:.2g}{moved}>"

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -315,6 +315,18 @@ class Paired:
         if not math.isnan(self.low):
             return ""
         return "does not vary" if self.units >= FEW and math.isnan(self.effect) else "too few"
+
+    def between(self, form: str, of: Callable[[float], float] = float) -> str:
+        """The interval in words, or why there is none.
+
+        Args:
+            form: of an end, such as "{:+.4f}".
+            of: what becomes of each end before it is written; where it falls, the ends change places.
+        """
+        if self.note:
+            return f"no interval: {self.note}"
+        low, high = sorted((of(self.low), of(self.high)))
+        return f"{form.format(low)} to {form.format(high)}"
 
 
 def paired(change: np.ndarray, unit: np.ndarray, draws: int = 4000, seed: int = SEED) -> Paired:
