@@ -43,6 +43,14 @@ def test_load_is_sorted_and_has_its_baseline(small):
     assert [c.get_label() for c in curve.collections] == ["uniform random routing, 90 %"]
 
 
+def test_the_band_of_the_load_is_of_different_experts_in_each_token():
+    """Where each token chooses all experts, no routing is uneven."""
+    trace, _ = synthetic(tokens=100, layers=(1,), experts=2, choices=2)
+    _, curve = routing_plots.load_heatmap(trace).axes[:2]
+    [band] = curve.collections
+    assert np.unique(band.get_paths()[0].vertices[:, 1]).tolist() == [1]
+
+
 def test_first_and_second_choices_are_each_experts_shares():
     trace, _ = synthetic(tokens=900, layers=(1, 3), experts=16, block=100)
     figure = routing_plots.choices(trace)

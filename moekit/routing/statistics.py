@@ -378,13 +378,13 @@ def random_choices(rng: np.random.Generator, tokens: int, k: int, experts: int) 
     return chosen
 
 
-def random_counts(tokens: int, k: int, experts: int) -> np.ndarray:
-    """[DRAWS, experts] float64 counts of uniform random routing."""
-    rng = np.random.default_rng(SEED)
+def random_counts(tokens: int, k: int, experts: int, draws: int = DRAWS, seed: int = SEED) -> np.ndarray:
+    """[draws, experts] float64 counts of uniform random routing."""
+    rng = np.random.default_rng(seed)
     return np.stack(
         [
             np.bincount(random_choices(rng, tokens, k, experts).ravel(), minlength=experts)
-            for _ in range(DRAWS)
+            for _ in range(draws)
         ]
     ).astype(float)
 

@@ -20,10 +20,13 @@ from moekit.notebook.style import (
     ratio_bar,
 )
 from moekit.routing import metrics
+from moekit.routing.statistics import random_counts
 from moekit.routing.trace import TRACE, Trace
 
 # experts of a layer whose numbers fit into the cells of a heat map
 NUMBERED = 32
+# random traces that the band is made of
+DRAWS = 100
 
 
 @checked(trace=TRACE, seed=Whole(0))
@@ -38,7 +41,7 @@ def load_heatmap(trace: Trace, seed: int = 0) -> Figure:
     total, experts = len(trace) * trace.top_k, trace.num_experts
     order = np.argsort(-counts, axis=1, kind="stable")
     ratio = np.take_along_axis(counts, order, axis=1) / (total / experts)
-    drawn = np.random.default_rng(seed).multinomial(total, np.full(experts, 1 / experts), size=100)
+    drawn = random_counts(len(trace), trace.top_k, experts, DRAWS, seed)
     low, high = np.quantile(-np.sort(-drawn, axis=1) / (total / experts), (0.05, 0.95), axis=0)
     place_of = np.arange(1, experts + 1)
     with rc_context(STYLE):
