@@ -3,6 +3,7 @@ import itertools
 import re
 
 import numpy as np
+import pandas as pd
 import pytest
 from synthetic_traces import synthetic
 
@@ -328,6 +329,24 @@ def test_every_picture_renders(experts, choices, tmp_path):
         figures.append(routing_plots.coactivation(trace, layer=3))
     for figure in figures:
         figure.savefig(tmp_path / "picture.png")
+
+
+@pytest.mark.parametrize("name", ["changes", "written"])
+def test_the_legend_hides_no_interval(name):
+    rows = range(3)
+    ends = {
+        f"{kind}{end}": [0.1, 0.5, 0.99]
+        for kind in ("", "ratio_", "read_", "written_")
+        for end in ("low", "high")
+    }
+    table = pd.DataFrame(ends | dict.fromkeys(("perplexity_ratio", "read", "written", "load"), 0.5))
+    table = table.assign(domain=[*"abc"], survives=True, layer=1, expert=rows)
+    figure = (
+        routing_plots.changes({"a": table, "b": table}) if name == "changes" else routing_plots.written(table)
+    )
+    figure.draw_without_rendering()
+    [legend] = [*figure.legends, *filter(None, [figure.axes[0].get_legend()])]
+    assert not legend.get_window_extent().overlaps(figure.axes[0].get_window_extent())
 
 
 def test_coloured_text_is_wrapped_between_pieces():

@@ -49,7 +49,8 @@ def changes(tables: Mapping[str, pd.DataFrame], value: str = "perplexity_ratio")
         ax.axvline(nothing, color=INK, lw=0.8, ls="--")
         ax.set_yticks(range(len(order)), order)
         ax.set(xlabel=f"{name}; 95 % over samples; filled: survives a sign-flip test (Holm, 5 %)")
-        ax.legend(loc="best", fontsize=8)
+        # Within the axes it would hide intervals.
+        fig.legend(loc="outside upper center", ncols=3, fontsize=8)
     return fig
 
 
@@ -97,5 +98,5 @@ def written(table: pd.DataFrame) -> Figure:
             xlabel="% of the domain's tokens whose first choice is the expert (layer:expert); 95 % over samples",
             xlim=(0, None),
         )
-        ax.legend(loc="best", fontsize=8)
+        fig.legend(loc="outside upper center", ncols=3, fontsize=8)
     return fig
