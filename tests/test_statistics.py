@@ -489,6 +489,10 @@ def test_sign_flips_by_hand():
 def test_no_sentence_tells_an_interval_that_is_not_there():
     trace, _ = synthetic(tokens=60, block=20)
     assert "(no interval: too few)" in repr(compare(trace, trace))
+    unknown = dataclasses.replace(trace, logprob=np.full_like(trace.logprob, np.nan))
+    assert repr(compare(unknown, trace)).startswith(
+        "<comparison of 60 tokens: no log-probability is known in both, 0.0% of tokens"
+    )
 
 
 def test_holm_by_hand():

@@ -48,10 +48,14 @@ class Comparison:
 
     def __repr__(self) -> str:
         told = self.paired
-        change = f"log-probability {told.value:+.4f} nats a token ({told.between('{:+.4f}')})"
+        change = (
+            f" in {told.units} units: log-probability {told.value:+.4f} nats a token ({told.between('{:+.4f}')}), p {told.p:.2g}"
+            if told.tokens
+            else ": no log-probability is known in both"
+        )
         moved = f", {(self.tokens['layers_changed'] > 0).mean():.1%} of tokens with other experts"
         moved = moved if len(self.layers) else ""
-        return f"<comparison of {len(self.tokens):,} tokens in {told.units} units: {change}, p {told.p:.2g}{moved}>"
+        return f"<comparison of {len(self.tokens):,} tokens{change}{moved}>"
 
 
 @checked(before=TRACE, after=TRACE)
