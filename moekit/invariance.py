@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moekit.arguments import Capacity, Number, Wholes, check, listed, sequences
+from moekit.arguments import Capacity, Number, Wholes, check, listed, sequences, shown
 from moekit.checked import checked
 from moekit.fairseq_data import is_data
 from moekit.handle import MODEL
@@ -57,6 +57,9 @@ def batch_invariance(
         texts: whatever :meth:`moekit.api.Model.trace` takes; ``options`` are further arguments of it.
         batch_sizes: texts routed together; "alone" (1) is always run.
         capacities: each a ``capacity_token_fraction``, or one of them; one that is given twice is run once.
+
+    Raises:
+        ValueError, moekit.ranks.RankError: as :meth:`moekit.api.Model.trace`; or an option is one of those that are compared.
     """
     import pandas as pd
 
@@ -67,6 +70,11 @@ def batch_invariance(
         number = check("capacities", one, Capacity())
         # A word stays one in the table.
         given.append(one if isinstance(one, str) else number)
+    for name, own in (("batch_size", "batch_sizes"), ("capacity_token_fraction", "capacities")):
+        if name in options:
+            raise ValueError(
+                f"{name}={shown(options[name])}: expected {own}, which has all that are compared"
+            )
     if not given:
         raise ValueError("capacities=[]: expected one or more, such as (None, 0.05)")
     given = list(dict.fromkeys(given))

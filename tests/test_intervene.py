@@ -399,6 +399,8 @@ def test_batch_invariance_takes_one_capacity_and_says_what_it_does_not_take(mode
         ({"capacities": [0.5, "x"]}, "capacities='x': expected"),
         ({"capacities": bytearray([1])}, r"capacities=bytearray\(b'\\x01'\): expected"),
         ({"tolerance": None}, "tolerance=None: expected a number of at least 0"),
+        ({"batch_size": 2}, "batch_size=2: expected batch_sizes"),
+        ({"capacity_token_fraction": 0.5}, "capacity_token_fraction=0.5: expected capacities"),
     ):
         with pytest.raises(ValueError, match=f"^{said}"):
             batch_invariance(**{"model": models[0], "texts": TEXTS[:2]} | asked)
