@@ -218,8 +218,9 @@ class Model(Handle):
             most), ``GiB`` of them, ``ahead`` (those copied ahead of their request) and ``used`` (of those, the requested).
 
             Padding counts, as its experts are fetched like any others: a batch of texts of several lengths has more requests
-            than its trace has choices, and other hits. Without padding, as with ``batch_size=1``, both are those of
-            :func:`moekit.metrics.cache_hits`, for generated text with ``prompt=True``.
+            than its trace has choices, and other hits; so has data whose last block is shorter than the others. Without padding,
+            as of texts with ``batch_size=1``, both are those of :func:`moekit.metrics.cache_hits` with one rank, for generated text
+            with ``prompt=True``.
 
         Raises:
             ValueError: all experts are on their devices.

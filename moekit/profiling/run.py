@@ -62,7 +62,8 @@ def profile(
             are cut into blocks of one length, and repeated if there are too few.
         mode: "score": a step scores ``blocks`` blocks on each rank. "prefill": a step reads as many prompts of a block's
             length into a cache. "decode": a step writes one token of as many sequences, after prompts of 128 tokens and 8 steps
-            more. All steps are one call, and each call without the profiler, and that under it, has the next prompts.
+            more. All steps are one call, and each call without the profiler, and that under it, has the next prompts. A new token
+            has no capacity, as in :meth:`generate`, and ``tokens_per_sample`` no effect.
         steps: how many steps, up to 1,000. None: 3, and of "decode" 64 on GPUs and 8 without, as the bench has them: a call of few
             steps takes longer a step.
         blocks: blocks or sequences on each rank.
