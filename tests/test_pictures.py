@@ -191,3 +191,22 @@ def test_an_accuracy_has_an_interval_where_all_items_are_right():
     assert second[:, 0] == pytest.approx([0.150, 0.850], abs=1e-3)
     margins = task_plots.tasks(pd.DataFrame(columns | {"metric": "margin"}), "margin").axes[0]
     assert margins.collections[0].get_segments()[1][:, 0] == pytest.approx([0.304, 0.696])
+
+
+def test_tasks_without_the_metric_are_named():
+    """A task of the user's may have a perplexity alone, which is no accuracy."""
+    columns = {
+        "task": ["a", "b", "b"],
+        "metric": ["acc", "perplexity", "acc_norm"],
+        "value": [0.5, 40.0, 1.0],
+    }
+    table = pd.DataFrame(columns | {"stderr": [0.1, 2.0, 0.0], "items": [4, 9, 38]})
+    axes = task_plots.tasks(table).axes[0]
+    assert axes.get_title(loc="left") == "Tasks (items); not those without acc: b"
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["a (4)"]
+    axes = task_plots.tasks(table[1:]).axes[0]
+    assert axes.get_xlabel() == "value, with 95 % intervals" and axes.get_title(loc="left") == "Tasks (items)"
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["b, perplexity (9)", "b, acc_norm (38)"]
+    perplexity, accuracy = axes.collections[0].get_segments()
+    assert perplexity[:, 0] == pytest.approx([40 - 2 * 1.96, 40 + 2 * 1.96])
+    assert accuracy[:, 0] == pytest.approx([1 / (1 + 1.96**2 / 38), 1], abs=1e-4)

@@ -31,21 +31,28 @@ def tasks(table: pd.DataFrame, metric: str = "acc") -> Figure:
 
     Args:
         table: of :func:`moekit.notebook.task_report.task_table`.
+        metric: the title names tasks without it. Where no task has it, all metrics of all tasks are drawn, by their names.
     """
-    rows = table[table["metric"] == metric] if (table["metric"] == metric).any() else table
+    rows = table[table["metric"] == metric]
+    title, axis, names = "Tasks (items)", metric, rows["task"]
+    if rows.empty:
+        rows, axis, names = table, "value", table["task"] + ", " + table["metric"]
+    elif without := list(dict.fromkeys(table["task"][~table["task"].isin(names)])):
+        title += f"; not those without {metric}: {', '.join(without)}"
     figure, (axes,) = _sideways(len(rows))
     place = np.arange(len(rows))
-    share = (rows["metric"].str.startswith("acc")).all()
+    share = rows["metric"].str.startswith("acc").to_numpy()
     for end, colour, label, shift in (("", OWN, "checkpoint", 0.0), ("_baseline", BASELINE, "baseline", 0.2)):
         if f"value{end}" in rows:
             value, width = rows[f"value{end}"], 1.96 * rows[f"stderr{end}"]
-            ends = wilson(value * rows["items"], rows["items"]) if share else (value - width, value + width)
-            _dots(axes, place + shift, value, *ends, colour, label)
+            low, high = wilson(np.where(share, value * rows["items"], 0), rows["items"])
+            low, high = np.where(share, low, value - width), np.where(share, high, value + width)
+            _dots(axes, place + shift, value, low, high, colour, label)
     if "value_baseline" in rows:
         figure.legend(loc="outside right upper")
-    _names(axes, [f"{row.task} ({row.items})" for row in rows.itertuples()])
-    axes.set(xlabel=f"{metric}, with 95 % intervals")
-    axes.set_title("Tasks (items)", fontsize=11)
+    _names(axes, names + " (" + rows["items"].astype(str) + ")")
+    axes.set(xlabel=f"{axis}, with 95 % intervals")
+    axes.set_title(title, fontsize=11)
     return done(figure)
 
 
