@@ -257,3 +257,26 @@ def test_the_study_draws_enough_for_its_tests_to_mark_something():
         parameters.ParameterError, match="resamples=18: expected a whole number of at least 19"
     ):
         parameters.parameter("resamples", 18, kind)
+
+
+def test_long_work_in_a_notebook_shows_a_bar(monkeypatch):
+    """With a released model each of these takes minutes. README.ipynb, on the demo, does not."""
+    import moekit.tasks
+    from moekit.notebook import task_report
+
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        code = "".join(cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "code")
+        silent = "progress=False" in code or '"progress": False' in code
+        assert silent == (path.name == "README.ipynb"), path.name
+        if "quantisation(" in code:
+            assert "progress=True" in code, "by default it is silent"
+    asked = []
+    monkeypatch.setattr(moekit.tasks, "evaluate_tasks", lambda *_, **how: asked.append(how))
+    monkeypatch.setattr(task_report, "score_domains", lambda *_, **how: asked.append(how))
+    p = SimpleNamespace(
+        tasks=["a"], task_data=None, limit=None, num_fewshot=None, domains="demo", subset="valid"
+    )
+    task_report.tasks(p, None)
+    p.tokens_per_sample = p.max_batches = None
+    task_report.domains(p, None, [])
+    assert len(asked) == 2 and all(how.get("progress", True) for how in asked)

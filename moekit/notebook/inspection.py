@@ -29,6 +29,7 @@ __all__ = [
     "TIGHT",
     "change_by_domain",
     "continued",
+    "costs",
     "favourites",
     "labels_of",
     "masked_by_domain",
@@ -178,7 +179,7 @@ def continued(
         chosen += [(best[place], domain) for place in places]
     # The first symbol of a sample is the end of what came before; generation begins with one of its own.
     prompts = [trace.token[n + 1 : n + read].tolist() for n, _ in chosen]
-    made = model.generate(prompts, trace=True, progress=False, **options)
+    made = model.generate(prompts, trace=True, **options)
     found = join(one.trace for one in made)
     return found.labelled(domain=np.array([domain for _, domain in chosen])[found.sample])
 
@@ -204,6 +205,14 @@ def written(read: Trace, new: Trace, favourites: pd.DataFrame) -> pd.DataFrame:
         more = ["chance", "units"] if name == "written" else []
         found = found.merge(table[[*keys, *names, *more]].rename(columns=names), on=keys)
     return found.rename(columns={"chance": "load"})
+
+
+def costs(free: Trace, tight: Mapping[float, Trace], labels: str | np.ndarray) -> dict[str, pd.DataFrame]:
+    """:func:`moekit.routing.compare.change_by_domain` from ``free`` to each trace with a capacity, by the capacity's name."""
+    return {
+        f"capacity {capacity_name(fraction)}": change_by_domain(free, one, labels)
+        for fraction, one in tight.items()
+    }
 
 
 def stacked(tables: Mapping[str, pd.DataFrame], name: str) -> pd.DataFrame:

@@ -39,7 +39,7 @@ def tasks(p: SimpleNamespace, model: api.Model) -> TaskResults:
     from moekit.tasks import evaluate_tasks
 
     options = {"data": p.task_data, "limit": p.limit, "num_fewshot": p.num_fewshot}
-    return evaluate_tasks(model, p.tasks, **options, progress=False)
+    return evaluate_tasks(model, p.tasks, **options)
 
 
 def domains(p: SimpleNamespace, model: api.Model, fractions: list[float]) -> DomainScores | None:
@@ -47,7 +47,7 @@ def domains(p: SimpleNamespace, model: api.Model, fractions: list[float]) -> Dom
     if p.domains is None:
         return None
     how = Data("demo", p.subset, p.tokens_per_sample)
-    return score_domains(model, p.domains, how, [None, *fractions], p.max_batches, progress=False)
+    return score_domains(model, p.domains, how, [None, *fractions], p.max_batches)
 
 
 def baseline(p: SimpleNamespace) -> Measured | None:
