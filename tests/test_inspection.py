@@ -64,6 +64,9 @@ def test_the_favourite_is_the_expert_that_others_use_least():
     assert table.loc["b", ["layer", "expert", "share", "next"]].tolist() == [3, 2, 0.75, 0]
     np.testing.assert_allclose(table["chance"], [(200 + 50) / 400, 150 / 400])
     np.testing.assert_allclose(table["lift"], table["share"] / table["chance"])
+    few = dataclasses.replace(trace, experts=experts).select(samples=[*np.unique(trace.sample)[:2]])
+    told = inspection.favourites(few, domains[: len(few)], None)
+    assert told["note"].eq("too few").all() and not told["survives"].any()
     uniform = inspection.favourites(
         dataclasses.replace(trace, experts=experts), domains, None, against="uniform"
     )

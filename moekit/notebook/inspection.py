@@ -103,8 +103,9 @@ def favourites(
 
     Returns:
         One row per domain: ``domain``, ``layer``, ``expert``, ``share``, ``next`` (the largest share of another domain),
-        ``chance``, ``lift``, ``low``, ``high`` (of the lift, over samples), ``p`` and ``survives`` (of
-        :func:`moekit.routing.metrics.permutation`), ``against``, and its ``top tokens``.
+        ``chance``, ``lift``, ``low``, ``high`` (of the lift, over samples), ``p``, ``survives`` and ``note`` (of
+        :func:`moekit.routing.metrics.permutation`; "too few": none can survive, whatever its ``p``), ``against``, and its
+        ``top tokens``.
     """
     import pandas as pd
 
@@ -112,7 +113,7 @@ def favourites(
     found = metrics.domain_specialisation(trace, labels, against=against, choice=choice)
     tested = metrics.permutation(trace, labels, choice=choice)
     found = found.merge(
-        tested[["layer", "domain", "expert", "p", "survives"]], on=["layer", "domain", "expert"]
+        tested[["layer", "domain", "expert", "p", "survives", "note"]], on=["layer", "domain", "expert"]
     )
     table = found.pivot(index=["layer", "expert"], columns="domain", values="value")
     whole = found.set_index(["domain", "layer", "expert"])
@@ -136,6 +137,7 @@ def favourites(
                 "high": row["lift_high"],
                 "p": row["p"],
                 "survives": bool(row["survives"]),
+                "note": row["note"],
                 "against": against,
                 "top tokens": "  ".join(list(dict.fromkeys(shown))[:tokens]),
             }

@@ -91,8 +91,9 @@ def shares(
 ) -> pd.DataFrame:
     """What each rank will read, one row per rank: its files, its experts, and the memory that they take beside what is free.
 
-    Of ranks on a cluster (``where`` is "ray"), nothing is known before they start but their number: the memory that is free
-    is NaN, and with ``world_size`` None the table is that of one rank.
+    On the CPU the memory that is free is an equal share of the host's. Of ranks on a cluster (``where`` is "ray"), nothing is
+    known before they start but their number: the memory that is free is NaN, and with ``world_size`` None the table is that of
+    one rank.
     """
     files = ckpt.find(checkpoint)
     plan = ckpt.survey(files)
