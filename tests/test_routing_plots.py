@@ -347,6 +347,7 @@ def test_the_legend_hides_no_interval(name):
     figure.draw_without_rendering()
     [legend] = [*figure.legends, *filter(None, [figure.axes[0].get_legend()])]
     assert not legend.get_window_extent().overlaps(figure.axes[0].get_window_extent())
+    assert figure.axes[0].get_ylim() == pytest.approx((-0.6, 2.6)), "no row lies on the axis"
 
 
 def test_coloured_text_is_wrapped_between_pieces():

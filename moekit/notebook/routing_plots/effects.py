@@ -48,6 +48,7 @@ def changes(tables: Mapping[str, pd.DataFrame], value: str = "perplexity_ratio")
             ax.plot([], [], "o", color=colour, label=label)
         ax.axvline(nothing, color=INK, lw=0.8, ls="--")
         ax.set_yticks(range(len(order)), order)
+        ax.set_ylim(-0.6, len(order) - 0.4)
         ax.set(xlabel=f"{name}; 95 % over samples; filled: survives a sign-flip test (Holm, 5 %)")
         # Within the axes it would hide intervals.
         fig.legend(loc="outside upper center", ncols=3, fontsize=8)
@@ -97,6 +98,7 @@ def written(table: pd.DataFrame) -> Figure:
         ax.set(
             xlabel="% of the domain's tokens whose first choice is the expert (layer:expert); 95 % over samples",
             xlim=(0, None),
+            ylim=(-0.6, len(table) - 0.4),
         )
         fig.legend(loc="outside upper center", ncols=3, fontsize=8)
     return fig
