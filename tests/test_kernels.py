@@ -605,10 +605,12 @@ def test_every_number_of_one_byte_is_converted_without_a_loss(kind):
 
 
 @pytest.mark.parametrize("rows, choices", [(1, 1), (40, 2)])
+@pytest.mark.parametrize("dim, ffn_dim", [(32, 48), (30, 48), (32, 50)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_torchs_grouped_product(rows, choices, dtype):
-    experts = experts_of(3, 32, 48, dtype=dtype)
-    x = torch.randn(rows, 32, device=DEVICE).to(dtype)
+def test_torchs_grouped_product(rows, choices, dim, ffn_dim, dtype):
+    """Also with matrices whose rows are no multiple of 16 bytes, which torch's product refuses."""
+    experts = experts_of(3, dim, ffn_dim, dtype=dtype)
+    x = torch.randn(rows, dim, device=DEVICE).to(dtype)
     weights = torch.rand(rows * choices, device=DEVICE).to(dtype)
     some = replace(choices_of(rows, choices, 3, seed=rows, spread=0.7), weights=weights)
     wanted = experts(x, some)

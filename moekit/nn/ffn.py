@@ -57,9 +57,14 @@ def loop(experts: Experts, x: Tensor, assignment: Assignment) -> Tensor:
 
 
 def grouped_mm(experts: Experts, x: Tensor, assignment: Assignment) -> Tensor:
-    """``torch.nn.functional.grouped_mm`` and what it lacks around it: fast for bfloat16 on Hopper."""
-    order, counts, choices = assignment.order, assignment.counts, assignment.choices
+    """``torch.nn.functional.grouped_mm`` and what it lacks around it: fast for bfloat16 on Hopper.
+
+    It refuses matrices whose rows are no multiple of 16 bytes; :func:`loop` computes with these.
+    """
     w1, b1, w2, b2 = experts.tensors.values()
+    if any(matrix.shape[-1] * matrix.element_size() % 16 for matrix in (w1, w2)):
+        return loop(experts, x, assignment)
+    order, counts, choices = assignment.order, assignment.counts, assignment.choices
     ends = counts.cumsum(0)
     position = torch.arange(len(order), device=x.device)
     if len(counts) == 0:
