@@ -163,6 +163,17 @@ def test_the_capacity_is_the_checkpoints_own_or_the_overrides(reference):
             hub(reference, moe_eval_capacity_token_fraction=wrong)
 
 
+def test_generation_drops_nothing_whatever_the_capacity(reference):
+    """As the page says; the branch would drop, and what a hypothesis gets would depend on the others."""
+    prompt = torch.tensor([5, 6, 7, EOS])
+    tight, free = (
+        hub(reference, moe_eval_capacity_token_fraction=fraction).generate([prompt], beam=4, max_len_b=12)[0]
+        for fraction in (0.05, None)
+    )
+    for one, other in zip(tight, free, strict=True):
+        torch.testing.assert_close(one["positional_scores"], other["positional_scores"])
+
+
 @pytest.mark.parametrize("path", ["model.pt", "model-shared.pt", "model-rank-2.pt", ""])
 def test_every_spelling_of_the_path(reference, path):
     models, _, _ = checkpoint_utils.load_model_ensemble_and_task(
