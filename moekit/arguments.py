@@ -76,6 +76,27 @@ def check_regular(path: pathlib.Path, expected: str) -> None:
         raise ValueError(f"{path} is {found}; expected {expected}")
 
 
+def content(path: pathlib.Path, expected: str, most: int) -> bytes:
+    """The bytes of a file that others may have written.
+
+    Raises:
+        ValueError: there is no such file, it is no regular file, or it has more than ``most`` bytes.
+    """
+    check_regular(path, expected)
+    check_bytes(path, expected, most)
+    return path.read_bytes()
+
+
+def check_bytes(path: pathlib.Path, expected: str, most: int) -> None:
+    """Check that a file has at most ``most`` bytes: one of holes takes no disk, and would take its size of memory.
+
+    Raises:
+        ValueError: it has more.
+    """
+    if (size := path.stat().st_size) > most:
+        raise ValueError(f"{path} has {size:,} bytes; expected {expected}, of {most:,} bytes at most")
+
+
 def first_few(numbers: Sequence[int] | Sequence[str]) -> str:
     """The first five of ``numbers``, and dots for the others: for messages."""
     return ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")

@@ -30,12 +30,14 @@ from typing import IO
 
 from moekit import json_text, locks, moving
 from moekit.arguments import Path as PathKind
-from moekit.arguments import check
+from moekit.arguments import check, content
 from moekit.interrupts import hold_interrupts
 
 PREFIX, LOCK = ".moekit-", ".lock"
 # seconds after which a temporary folder without a lock was left by a killed run
 OLD = 60
+# The most bytes of the names of a save's files.
+MOST = 1 << 26
 # seconds that the moves of one run wait for those of another
 PATIENCE = 10.0
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -170,7 +172,7 @@ def _settle(place: Path, folder: Path) -> None:
 def _stays(place: Path, folder: Path) -> bool:
     """Whether the mark names files of ``place`` that go below ``folder``: in a folder from elsewhere it may name any."""
     try:
-        names = json_text.loads((place / moving.WHOLE).read_bytes())
+        names = json_text.loads(content(place / moving.WHOLE, "a list of files", MOST))
         return isinstance(names, list) and all(
             Path(name).name not in ("", "..")
             and "\0" not in name

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from data_server import Page, Server, tag_of
 
-from moekit.data import DownloadError, NoSpace, Patience, download
+from moekit.data import DownloadError, NoSpace, Patience, download, record
 from moekit.data.download import _record_of
 
 BODY = random.Random(1).randbytes(2_100_000)
@@ -277,3 +277,20 @@ def test_a_file_that_somebody_else_put_there_is_not_trusted(tmp_path):
     with pytest.raises(ValueError, match="may be incomplete"):
         download(["http://127.0.0.1:9/f"], tmp_path / "f", patience=FAST)
     assert (tmp_path / "f").read_bytes() == BODY[:1000]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "holes"])
+def test_a_record_that_is_none_counts_as_none(tmp_path, kind):
+    """One from elsewhere may be a pipe that nobody writes, or a terabyte that takes no disk."""
+    path = tmp_path / "f"
+    note = _record_of(path)
+    if kind == "pipe":
+        os.mkfifo(note)
+    else:
+        note.touch()
+        os.truncate(note, 1 << 40)
+    assert record.read(note) is None
+    with Server({"/f": Page(BODY)}) as server:
+        download([server.url("/f")], path, patience=FAST)
+    got_whole(path)
+    assert record.read(note)["sha256"] == hashlib.sha256(BODY).hexdigest()

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import os
 
 import numpy as np
 import pandas as pd
@@ -487,6 +488,16 @@ def test_labels_from_elsewhere_are_one_sentence(model, tmp_path, changed, said):
         (tmp_path / path.name).symlink_to(path)
     labels = (DEMO_TEXT / "valid.domains.txt").read_bytes()
     (tmp_path / "valid.domains.txt").write_bytes(changed(labels))
+    with pytest.raises(ValueError, match=said):
+        model.evaluate(domains=tmp_path, max_batches=1, progress=False)
+
+
+def test_a_file_of_labels_with_holes_is_refused_by_its_size(model, tmp_path):
+    for path in (DEMO_TEXT / "data-bin").iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "valid.domains.txt").touch()
+    os.truncate(tmp_path / "valid.domains.txt", 1 << 40)
+    said = r"valid\.domains\.txt has 1,099,511,627,776 bytes; expected a domain for each line, of [\d,]+ bytes at most"
     with pytest.raises(ValueError, match=said):
         model.evaluate(domains=tmp_path, max_batches=1, progress=False)
 

@@ -11,6 +11,7 @@ from processes import ran
 from synthetic_traces import synthetic
 
 from moekit.routing import exchange
+from moekit.routing.exchange import readers
 from moekit.symbols import PAD
 
 
@@ -316,6 +317,17 @@ def test_files_of_another_content_are_one_sentence(layout, content, tmp_path):
     with pytest.raises(ValueError, match=f"^{tmp_path / 'x'}") as caught:
         exchange.read(tmp_path / "x", layout)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("layout", ["megatron", "olmoe"])
+def test_a_line_without_an_end_is_refused_by_its_length(layout, tmp_path, monkeypatch):
+    """A file may have a terabyte and take no disk."""
+    monkeypatch.setattr(readers, "LONGEST_LINE", 1000)
+    path = tmp_path / "trace.jsonl"
+    path.touch()
+    os.truncate(path, 1 << 40)
+    with pytest.raises(ValueError, match="line 1 has more than 1,000 characters; expected a JSON object"):
+        exchange.read(path, layout)
 
 
 @pytest.mark.parametrize("layout", exchange.READERS)

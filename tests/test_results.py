@@ -352,6 +352,18 @@ def test_a_mark_from_elsewhere_moves_nothing_out_of_its_folder(tmp_path, mark):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "mine"]
 
 
+def test_a_mark_of_holes_takes_no_memory(tmp_path):
+    """A file may have a terabyte and take no disk."""
+    place = tmp_path / f"{results.PREFIX}x"
+    place.mkdir()
+    (place / results.LOCK).touch()
+    (place / moving.WHOLE).touch()
+    os.truncate(place / moving.WHOLE, 1 << 40)
+    trace, _ = synthetic(tokens=20)
+    trace.save(tmp_path / "t")
+    assert len(Trace.load(tmp_path / "t")) == 20
+
+
 def test_a_folder_from_elsewhere_is_no_link(tmp_path):
     (tmp_path / "mine").mkdir()
     half_moved(tmp_path / "mine", "a", 0).rename(tmp_path / "ended")

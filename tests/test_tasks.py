@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 import warnings
@@ -1003,4 +1004,13 @@ def test_a_damaged_file_of_items_is_named_with_its_line(tmp_path, text, said):
     path = tmp_path / "items.jsonl"
     path.write_text(text)
     with pytest.raises(ValueError, match=rf"data of x: .*items\.jsonl cannot be read \({said}"):
+        dataset("x", path)
+
+
+@pytest.mark.parametrize("name", ["items.jsonl", "items.json", "items.csv", "items.tsv"])
+def test_a_file_of_items_with_holes_is_refused_by_its_size(tmp_path, name):
+    path = tmp_path / name
+    path.touch()
+    os.truncate(path, 1 << 40)
+    with pytest.raises(ValueError, match=f"{name} has 1,099,511,627,776 bytes; expected the items of x, of"):
         dataset("x", path)

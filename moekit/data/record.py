@@ -12,12 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from moekit import json_text
+from moekit.arguments import content
+
+# The most bytes of a record.
+MOST = 1 << 26
 
 
 def read(path: Path) -> dict[str, Any] | None:
-    """The record in ``path``; None if the file is missing or damaged."""
+    """The record in ``path``; None if there is none, or it is damaged."""
     try:
-        record = json_text.loads(path.read_bytes())
+        record = json_text.loads(content(path, "a record", MOST))
     except (FileNotFoundError, ValueError):
         return None
     return record if isinstance(record, dict) else None

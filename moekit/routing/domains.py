@@ -7,12 +7,15 @@ from pathlib import Path
 import numpy as np
 
 from moekit.arguments import Path as PathKind
-from moekit.arguments import Text, check, reading, shown
+from moekit.arguments import Text, check, check_bytes, reading, shown
 from moekit.checked import checked
 from moekit.data.documents import LONGEST_NAME
 from moekit.fairseq_data import data_folder, lines
 from moekit.routing.trace import TRACE, Trace
 from moekit.symbols import BOS
+
+# The bytes that a file of domains may have, however few lines the text has.
+MOST = 1 << 26
 
 
 @checked(trace=TRACE, subset=Text())
@@ -92,11 +95,13 @@ def lines_of(
             raise ValueError(
                 f"there is no file {sides[0]} with a domain for each line of the text; write one there, or name another"
             )
+        sizes, ids = lines(folder / subset)
+        # A character has four bytes at most, and a line's end two.
+        check_bytes(side, "a domain for each line", max(MOST, len(sizes) * (4 * LONGEST_NAME + 2)))
         try:
             named = side.read_text("utf-8-sig").split("\n")[:-1]
         except UnicodeDecodeError as error:
             raise ValueError(f"{side} is not UTF-8: {error.reason} at byte {error.start}") from None
-    sizes, ids = lines(folder / subset)
     if len(named) != len(sizes):
         raise ValueError(
             f"{side} has {len(named)} lines, the text {len(sizes)}: expected a domain for each line"

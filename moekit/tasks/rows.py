@@ -10,8 +10,11 @@ import datasets
 import pandas as pd
 
 from moekit import arguments, json_text
-from moekit.arguments import check, shown
+from moekit.arguments import check, check_bytes, shown
 from moekit.headlines import first_line
+
+# The most bytes of a file of items.
+MOST = 1 << 30
 
 Rows = str | Path | Sequence[Mapping[str, Any]]
 
@@ -44,6 +47,7 @@ def _of_file(name: str, path: Path) -> list:
         raise ValueError(
             f"data of {name}: there is no file {path}; expected a .json, .jsonl, .csv or .tsv file"
         )
+    check_bytes(path, f"the items of {name}", MOST)
     try:
         if path.suffix in (".csv", ".tsv"):
             # An answer can be "None" or "NA", or nothing.

@@ -25,6 +25,8 @@ Layers = tuple[int, ...] | None
 NONE = -1
 # SGLang's mark of a prefill pass. In other passes nothing tells which request a token belongs to.
 EXTEND = 1
+# The most characters of a line of JSON.
+LONGEST_LINE = 1 << 29
 # The names of the files that are read of a folder, for each layout that may be one.
 FOLDERS = {"vllm": "*.npy", "megatron": "router_trace_rank*.jsonl"}
 
@@ -268,7 +270,12 @@ def _whole(path: Path, name: str, values: Any, axes: int) -> np.ndarray:
 def _json_lines(path: Path) -> Iterator[dict]:
     check_regular(path, "lines of JSON objects")
     with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
+        pieces = iter(lambda: file.readline(LONGEST_LINE + 1), "")
+        for number, line in enumerate(pieces, 1):
+            if len(line) > LONGEST_LINE:
+                raise ValueError(
+                    f"{path}, line {number} has more than {LONGEST_LINE:,} characters; expected a JSON object"
+                )
             try:
                 record = json_text.loads(line, json_text.MANY_VALUES)
             except ValueError as error:
