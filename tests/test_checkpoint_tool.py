@@ -747,3 +747,13 @@ def test_of_two_formats_in_a_folder_the_one_that_is_named_is_read(source, tmp_pa
     shutil.copytree(tmp_path / "st", both, dirs_exist_ok=True)
     assert checkpoint.find(both).shared.suffix == ".pt"
     assert {path.suffix for path in checkpoint.find(both / "model.safetensors").all} == {".safetensors"}
+
+
+def test_a_note_of_holes_takes_no_memory(reference, tmp_path):
+    """A file may have a terabyte and take no disk."""
+    (tmp_path / "made.part").mkdir()
+    note = tmp_path / "made.part" / "job.json"
+    note.touch()
+    os.truncate(note, 1 << 40)
+    reshaping.convert(reference / "checkpoint", tmp_path / "made", "safetensors", show=False)
+    assert (tmp_path / "made" / "model-shared.safetensors").is_file()

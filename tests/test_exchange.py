@@ -11,7 +11,7 @@ from processes import ran
 from synthetic_traces import synthetic
 
 from moekit.routing import exchange
-from moekit.routing.exchange import readers
+from moekit.routing.exchange import objects, readers
 from moekit.symbols import PAD
 
 
@@ -328,6 +328,16 @@ def test_a_line_without_an_end_is_refused_by_its_length(layout, tmp_path, monkey
     os.truncate(path, 1 << 40)
     with pytest.raises(ValueError, match="line 1 has more than 1,000 characters; expected a JSON object"):
         exchange.read(path, layout)
+
+
+def test_an_array_of_objects_is_read_to_a_limit(tmp_path, monkeypatch):
+    """A file may have a terabyte and take no disk."""
+    path = tmp_path / "request.npy"
+    np.save(path, np.array([np.zeros((2, 1, 1), int), np.zeros((3, 1, 1), int)], dtype=object))
+    assert len(exchange.read(path, "vllm", layers=(1,))) == 5
+    monkeypatch.setattr(objects, "MOST", path.stat().st_size // 2)
+    with pytest.raises(ValueError, match="is no array of whole numbers"):
+        exchange.read(path, "vllm", layers=(1,))
 
 
 @pytest.mark.parametrize("layout", exchange.READERS)

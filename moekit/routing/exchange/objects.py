@@ -10,6 +10,8 @@ import numpy as np
 
 from moekit.checkpoint import pickles
 
+# The most bytes of the pickle.
+MOST = 1 << 29
 _ARRAY = re.compile(r"numpy\.(_core|core)\.multiarray\._reconstruct")
 _WHOLE = re.compile(r"[iu][1248]")
 
@@ -25,7 +27,10 @@ def read(path: Path) -> list[np.ndarray] | None:
             }
             if not header[version](file)[2].hasobject:
                 return None
-            _, shape, _, _, parts = pickles.parse(file.read()).value.state
+            pickle = file.read(MOST + 1)
+            if len(pickle) > MOST:
+                return None
+            _, shape, _, _, parts = pickles.parse(pickle).value.state
             if all(type(part) is int for part in parts):
                 # Arrays of one shape become one array, whose objects are its numbers.
                 return [np.array(parts, dtype=np.int64).reshape(shape)]
