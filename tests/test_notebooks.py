@@ -304,7 +304,6 @@ def test_moekits_errors_after_the_first_cell_take_one_line(elsewhere):
         ("run_inference", {"max_batches": 2, "max_new_tokens": 3, "experts": "int8"}),
         ("load_shards", {}),
         ("inspect_routing", {"max_tokens": 1500, "experts": "fp8", "capacity_token_fraction": 0.3}),
-        ("profile_inference", {"batch_blocks": [1], "steps": 1}),
         ("profile_inference", {"checkpoint": "demo-dense", "batch_blocks": [1], "steps": 1}),
         ("prepare_data", {}),
         (
