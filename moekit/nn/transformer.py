@@ -176,7 +176,7 @@ def empty(
     model = allocated(model, torch.device("meta"), dtype, kind).eval()
     for layer in config.moe_layers:
         model.layers[layer].moe.experts._apply(paged)
-    return model._apply(lambda weight: torch.empty_like(weight, device=device) if weight.is_meta else weight)
+    return model._apply(lambda weight: _room(weight, device) if weight.is_meta else weight)
 
 
 def allocated(
@@ -188,7 +188,15 @@ def allocated(
         for part in module.modules():
             if isinstance(part, MoE):
                 part.experts = QuantisedExperts(part.experts, kind)
-    return module.to_empty(device=device).requires_grad_(False)
+    return module._apply(lambda weight: _room(weight, device)).requires_grad_(False)
+
+
+def _room(weight: Tensor, device: torch.device) -> Tensor:
+    """Uninitialised memory on ``device`` for ``weight``, which is on the meta device.
+
+    For a tensor there, ``torch.empty_like`` imports torch's compiler, which takes a second.
+    """
+    return torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype, device=device)
 
 
 # Planning asks for the same number for every rank and at every step of its search; a model without memory takes 15 ms.
