@@ -197,7 +197,7 @@ def test_with_the_kernels(interpreted):
     assert most * 2 <= CHUNK and short_step.fits(models[1], most)
 
 
-@pytest.mark.parametrize(("sequences", "top_k"), [(5, 2), (9, 2), (9, 1)])
+@pytest.mark.parametrize(("sequences", "top_k"), [(9, 2), (9, 1)])
 @torch.inference_mode()
 def test_a_step_of_many_sequences_asks_for_the_experts_of_a_few_at_a_time(
     interpreted, monkeypatch, sequences, top_k
@@ -213,7 +213,7 @@ def test_a_step_of_many_sequences_asks_for_the_experts_of_a_few_at_a_time(
         rank = ranks.Rank(0, 1, device)
         shapes.build(rank, config, torch.float16, "triton", residence=residence, zipf=1.0)
         models.append(rank.state["model"])
-    tokens = torch.randint(4, 64, (sequences, 3), generator=torch.Generator().manual_seed(1)).to(device)
+    tokens = torch.randint(4, 64, (sequences, 2), generator=torch.Generator().manual_seed(1)).to(device)
     caches = [Cache(config, sequences, 64, device, torch.float16) for _ in models]
     seen: dict[int, list[int]] = {layer: [] for layer in config.moe_layers}
     asked: list[tuple[int, int]] = []
