@@ -618,16 +618,17 @@ def test_two_ranks(tmp_path):
     both, one = re.fullmatch(r"(\d+) tokens/s against (\d+)", rows[-1]["note"]).groups()
     assert rows[-1]["work"] == "2 ranks against one, best of each" and rows[-1]["unit"] == "times"
     assert rows[-1]["figure"] == pytest.approx(int(both) / int(one), rel=0.01)
-    rows = run(tmp_path, "decode", *arguments, "--batches", "2")["decode"]
+    rows = run(tmp_path, "decode", *arguments, "--batches", "2,1")["decode"]
     assert [row["work"] for row in rows[3:]] == [
         "decode, batch 2 on each of 2 ranks",
         "generate, batch 2",
         "generate, batch 2, of its steps' rate",
+        "decode, batch 1 on each of 2 ranks",
+        "decode, one sequence in all",
+        "generate, batch 1",
+        "generate, batch 1, of its steps' rate",
     ]
     assert re.search(r"of 16 experts a layer, [\d.]+ on one rank", rows[3]["note"])
-    rows = run(tmp_path, "decode", *arguments, "--batches", "1")["decode"]
-    works = ["decode, batch 1 on each of 2 ranks", "decode, one sequence in all", "generate, batch 1"]
-    assert [row["work"] for row in rows[3:]] == [*works, "generate, batch 1, of its steps' rate"]
     assert all(row["figure"] > 0 and row["limit"] > 0 for row in rows[3:])
     rows = run(tmp_path, "load", *arguments)["load"]
     assert rows[3]["figure"] > 0
@@ -750,7 +751,7 @@ def test_all_at_once(tmp_path, monkeypatch):
     """Those that take long with what they do by default, the profiles, have a test of their own; others do less here."""
     asked, text, trace = [], data._text, routing.synthetic
     monkeypatch.setattr(data, "_text", lambda path, size: text(path, size // 40))
-    monkeypatch.setattr(routing, "synthetic", lambda tokens, *sizes: trace(tokens // 50, *sizes))
+    monkeypatch.setattr(routing, "synthetic", lambda tokens, *sizes: trace(tokens // 50, 2, 16))
     monkeypatch.setattr(
         profile, "run", lambda setting, args: asked.append(args) or [Figure("profile", 1.0, "ms")]
     )

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -142,12 +143,20 @@ def _text(path: Path | None, size: int) -> bytes:
             raise ValueError(f"--text {path} has no whole line in its first {size:,} bytes: name a text file")
     else:
         data = b""
-        folders = [sysconfig.get_path("stdlib"), *site.getsitepackages()]
-        for source in sorted({p for folder in folders for p in Path(folder).rglob("*.py")}):
+        for source in _sources():
             data += _utf8(source.read_bytes())
             if len(data) >= size:
                 break
     return _utf8(data[: data.rfind(b"\n", 0, size) + 1])
+
+
+def _sources() -> Iterator[Path]:
+    """The files of Python's own modules and of packages, in one order. Who has enough of them looks for no others."""
+    for folder in (sysconfig.get_path("stdlib"), *site.getsitepackages()):
+        for found, folders, names in os.walk(folder):
+            # Those of packages are a folder of their own.
+            folders[:] = sorted(set(folders) - {"site-packages"})
+            yield from (Path(found, name) for name in sorted(names) if name.endswith(".py"))
 
 
 def _utf8(data: bytes) -> bytes:
