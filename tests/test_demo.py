@@ -1,5 +1,6 @@
 """The demo model is what the README says: trained, alive in every expert, and routed by kind of text."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -25,18 +26,27 @@ def model():
         yield model
 
 
+@pytest.fixture(scope="module")
+def result(model):
+    return functools.cache(lambda subset: model.evaluate("demo", subset, progress=False))
+
+
+@pytest.fixture(scope="module")
+def trace(model):
+    return model.trace("demo", "valid", progress=False)
+
+
 @pytest.mark.parametrize("subset", ["valid", "test"])
-def test_it_has_learnt(model, subset):
+def test_it_has_learnt(result, subset):
     """Bits a byte at least 35 % below a unigram model over the same pieces, on text it was not trained on."""
     facts = META["splits"][subset]["total"]
-    result = model.evaluate("demo", subset, progress=False)
+    result = result(subset)
     assert result.ntokens == facts["tokens"]
     bits_a_byte = result.loss_base2 * result.ntokens / facts["bytes"]
     assert bits_a_byte < 0.65 * facts["unigram_tokens_bits_per_byte"]
 
 
-def test_no_expert_is_dead_and_domains_differ(model):
-    trace = model.trace("demo", "valid", progress=False)
+def test_no_expert_is_dead_and_domains_differ(trace):
     assert trace.kept.all()
     domains = domains_of(trace, "demo")
     names, domain = np.unique(domains, return_inverse=True)
@@ -53,10 +63,10 @@ def test_no_expert_is_dead_and_domains_differ(model):
     assert max(distances) > 0.2, "total variation between a domain's experts and all text's"
 
 
-def test_half_precision_on_the_cpu_is_within_a_tenth_of_a_percent(model):
-    exact = model.evaluate("demo", progress=False).perplexity
+def test_half_precision_on_the_cpu_is_within_a_tenth_of_a_percent(result):
+    exact = result("valid").perplexity
     with moekit.load("demo", 1, "cpu", "float16", progress=False) as half:
-        assert half.evaluate("demo", progress=False).perplexity == pytest.approx(exact, rel=1e-3)
+        assert half.evaluate("demo", "valid", progress=False).perplexity == pytest.approx(exact, rel=1e-3)
 
 
 def test_training_in_mixed_precision_mixes_no_types_where_a_gpu_takes_one(monkeypatch):
@@ -122,9 +132,9 @@ def test_the_dense_sibling_has_learnt(dense, subset):
     assert bits_a_byte < 0.65 * facts["unigram_tokens_bits_per_byte"]
 
 
-def test_the_page_has_the_figures_of_both(model, dense):
+def test_the_page_has_the_figures_of_both(model, dense, trace):
     """Each row of the page's table, from traces of both models."""
-    traces = [one.trace("demo", progress=False) for one in (model, dense)]
+    traces = [trace, dense.trace("demo", progress=False)]
     table = sparse_dense.by_domain(*traces, domains_of(traces[0]))
     rows = [
         f"| {row.domain} | {row.sparse:.2f} | {row.dense:.2f} "

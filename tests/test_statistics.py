@@ -281,7 +281,7 @@ def test_a_trace_with_other_tokens_of_the_same_samples_is_drawn_with_the_first(l
 
     def bootstrap(one, two):
         units = one.sample if by == "sample" else one.sample * 2 + (one.position >= 10)
-        return metrics.bootstrap(one, slow(metrics.agreement), two, by=units, resamples=60)
+        return metrics.bootstrap(one, slow(metrics.agreement), two, by=units, resamples=20)
 
     # What both have, as two traces with the same tokens.
     wanted = bootstrap(*align(first if lacking != "other" else trace, other))
