@@ -229,6 +229,19 @@ def test_only_so_many_results_are_kept(folder, monkeypatch, tmp_path):
     assert len(list((tmp_path / "cache" / "moekit" / "checked").iterdir())) <= 4
 
 
+def test_the_oldest_results_go_several_at_a_time(monkeypatch, tmp_path):
+    """The times of all results are looked at to remove some, and not to add one."""
+    monkeypatch.setattr(inspection, "MOST_REMEMBERED", 8)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder, counts = tmp_path / "moekit" / "checked", []
+    for number in range(13):
+        inspection._keep(f"{number}", [])
+        os.utime(folder / f"{number}", (number, number))
+        counts.append(len(os.listdir(folder)))
+    assert counts == [*range(1, 9), 7, 8, 7, 8, 7]
+    assert sorted(map(int, os.listdir(folder))) == [*range(6, 13)]
+
+
 def test_files_without_checksums_are_told_once(folder):
     torch.serialization.set_crc32_options(False)
     try:

@@ -172,12 +172,18 @@ def _keep(name: str, nonfinite: list[NonFinite]) -> None:
     with contextlib.suppress(OSError, RuntimeError):
         folder = _folder()
         folder.mkdir(parents=True, exist_ok=True)
-        kept = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime)
-        for path in kept[: max(0, len(kept) - MOST_REMEMBERED)]:
-            path.unlink(missing_ok=True)
+        if len(os.listdir(folder)) >= MOST_REMEMBERED:
+            _forget(folder)
         part = folder / f"{name}.{os.getpid()}.part"
         part.write_text(json.dumps(nonfinite))
         os.replace(part, folder / name)
+
+
+def _forget(folder: Path) -> None:
+    """Remove the oldest results, a quarter of them: to look at the time of each takes longer than to check a small file."""
+    kept = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime)
+    for path in kept[: len(kept) - MOST_REMEMBERED * 3 // 4]:
+        path.unlink(missing_ok=True)
 
 
 def warn_unchecked(opened: dict[Path, Weights]) -> None:
