@@ -40,7 +40,7 @@ lab: env ## JupyterLab with the notebooks, on this machine only
 	$(BIN)/jupyter lab --ip=127.0.0.1 --notebook-dir=notebooks \
 		--LabApp.app_settings_dir="$(CURDIR)/docker/jupyter" --LabApp.default_url=/lab/tree/README.ipynb
 
-test: env lint ## all tests: the slow ones beside the others, then those of kernels between ranks
+test: env lint ## all tests: the slow ones beside the others, then the slow ones of kernels
 	@.ci/test $(BIN)/python
 
 quick: env ## the tests that start no browser and few processes

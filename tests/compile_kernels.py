@@ -233,9 +233,10 @@ def weights_of(one_byte: int) -> dict:
 def compile_all(target: Target) -> None:
     """All kernels; of the larger ones some variants for Hopper only, since compiling takes its time."""
     most = target.capability == 90
-    for cut in cuts.built_in("", "float16", target.shared):
+    # 89 has the cuts of 120, and the matrix instructions of 80.
+    for cut in cuts.built_in("", "float16", target.shared) if target.capability != 89 else ():
         target.grouped("fp16", cut)
-    for cut in cuts.built_in("", "int8", target.shared):
+    for cut in cuts.built_in("", "int8", target.shared) if target.capability != 89 else ():
         target.grouped("fp16", cut, 1)
     target.grouped("fp16", cuts.built_in("", "fp8", target.shared)[0], 2)
     for kind, largest in ((tl.int8, 127.0), (tl.float8e4nv, 448.0)):

@@ -103,7 +103,7 @@ def test_an_end_leaves_no_process(tmp_path, how, which):
     assert gone(pids) and (tmp_path / "ended").exists()
 
 
-@pytest.mark.parametrize("fails", ["-m not slow", " --ignore=", " tests/test_peers.py", None])
+@pytest.mark.parametrize("fails", ["-m not slow", " --ignore=", " tests/test_kernels.py", None])
 def test_the_tests_fail_where_any_run_fails(tmp_path, fails):
     """With a Python that notes how it is called in place of the tests."""
     python = tmp_path / "python"
@@ -114,6 +114,6 @@ def test_the_tests_fail_where_any_run_fails(tmp_path, fails):
     calls = sorted((tmp_path / "calls").read_text().splitlines())
     assert calls == [
         "-m pytest -m not slow --durations=10",
-        "-m pytest -m slow --durations=10 --ignore=tests/test_peers.py",
-        "-m pytest -m slow --durations=10 tests/test_peers.py",
+        "-m pytest -m slow --durations=10 --ignore=tests/test_kernels.py --ignore=tests/test_peers.py",
+        "-m pytest -m slow --durations=10 tests/test_kernels.py tests/test_peers.py",
     ]
