@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from moekit import checkpoint as ckpt
 from moekit.arguments import Choice, Flag, Whole, check, shown
 from moekit.batches import Batch, text_batches, up_to
@@ -40,6 +42,7 @@ from moekit.ranks import WHERE, LentRanks, RankError, Ranks, RayRanks, choose_de
 from moekit.ranks.devices import waking
 from moekit.routing import trace as tracing
 from moekit.scoring import Evaluation, score_batches, summarize, token_table, warm_up
+from moekit.symbols import BOS
 from moekit.worker import loading
 
 if TYPE_CHECKING:
@@ -126,7 +129,8 @@ class Model(Handle):
         found = summarize(chosen, scores, seconds, self.config.add_bos, str(asked.prefix))
         if collector is None:
             return found
-        return replace(found, trace=self._trace(collector, chosen, fraction, seed, batches.data.asked()))
+        traced = self._trace(collector, chosen, fraction, seed, batches.data.asked(), of_data=True)
+        return replace(found, trace=traced)
 
     def score(
         self,
@@ -191,7 +195,7 @@ class Model(Handle):
         fraction, seed = self.capacity(capacity_token_fraction), check("seed", seed, SEED)
         max_tokens = check("max_tokens", max_tokens, Whole(optional=True))
         collector = self._collector(Options(layers, full, predicted))
-        if is_data(data_or_texts):
+        if of_data := is_data(data_or_texts):
             batches = self._open(
                 Data(data_or_texts, subset, tokens_per_sample, batch_size, sample_break_mode, context_window)
             )
@@ -204,7 +208,7 @@ class Model(Handle):
         score_batches(
             self, chosen, fraction=fraction, vocab=vocab, seed=seed, progress=progress, trace=collector
         )
-        return self._trace(collector, chosen, fraction, seed, asked)
+        return self._trace(collector, chosen, fraction, seed, asked, of_data)
 
     def residency(self, clear: bool = False) -> pd.DataFrame:
         """How many experts a model with ``load``'s ``resident`` fetched since loading, or since the last call with ``clear``.
@@ -251,8 +255,14 @@ class Model(Handle):
         fraction: float | None,
         seed: int,
         asked: dict[str, Any],
+        of_data: bool,
     ) -> tracing.Trace:
-        return collector.trace(self.config.experts, describe_run(self, batches, fraction, seed) | asked)
+        found = collector.trace(self.config.experts, describe_run(self, batches, fraction, seed) | asked)
+        if of_data and self.config.add_bos:
+            # fairseq has the <s> that begins a sample as its own target, which no result counts.
+            begun = np.flatnonzero((found.token == BOS) & (found.target == BOS))
+            found.logprob[begun[np.unique(found.sample[begun], return_index=True)[1]]] = np.nan
+        return found
 
 
 @ckpt.no_collector()

@@ -574,6 +574,17 @@ def test_join(made):
         trace.join([parts[0], parts[1].select(layers=[1])])
 
 
+@pytest.mark.parametrize("add_bos", [False, True])
+def test_an_s_within_a_text_has_its_log_probability(reference, add_bos):
+    """Only the <s> that begins a sample of data is nobody's target."""
+    ids = [[0, 0, 5, 6], [7, 0, 0, 5]]
+    how = {"config": {"add_bos": add_bos}, "progress": False}
+    with moekit.load(reference / "checkpoint", 1, "cpu", **how) as model:
+        found, wanted = model.trace(ids, progress=False), model.score(ids)
+    known = found.target != PAD
+    np.testing.assert_array_equal(found.logprob[known], wanted["logprob"])
+
+
 # --------------------------------------------------------------------------------------------------------- domains
 
 

@@ -62,7 +62,7 @@ class Trace:
         token: [T] int32, the input token (dictionary id).
         target: [T] int32, the next token, ``PAD`` behind a text's last token.
         generated: [T] bool, False for tokens of a prompt or of data.
-        logprob: [T] float32, natural logarithm, of the target; NaN if unknown, and where ``add_bos`` has ``<s>`` as the target.
+        logprob: [T] float32, natural logarithm, of the target; NaN if unknown, and of the ``<s>`` that begins a sample of data.
         predicted: [T] int32, the output's most probable next token; -1 if it was not recorded.
         output_entropy: [T] float32, of the output's distribution of the next token, in nats; NaN if it was not recorded. None
             stands for NaN everywhere.

@@ -23,7 +23,7 @@ from moekit.nn.passes import Pass
 from moekit.nn.record import LoadRecorder, Options, Recorder
 from moekit.nn.transformer import Transformer
 from moekit.ranks import Rank
-from moekit.symbols import BOS, PAD
+from moekit.symbols import PAD
 from moekit.worker.sequences import SPARE
 
 T = TypeVar("T")
@@ -287,16 +287,14 @@ def trace_rows(
     """
     real = inputs.tokens != PAD
     row, position = (index.cpu().numpy() for index in real.nonzero(as_tuple=True))
-    token, target, logprob = inputs.tokens[real], inputs.targets[real], logprobs[real]
-    # Of a model with add_bos, fairseq has the <s> that begins a sample as its own target, which no result counts.
-    unknown = (target == PAD) | ((token == BOS) & (target == BOS))
+    target, logprob = inputs.targets[real], logprobs[real]
     return recorder.rows(real) | {
         "sample": inputs.samples[row],
         "position": position,
-        "token": token.cpu().numpy(),
+        "token": inputs.tokens[real].cpu().numpy(),
         "target": target.cpu().numpy(),
         "generated": np.zeros(len(row), dtype=bool),
-        "logprob": logprob.masked_fill(unknown, float("nan")).cpu().numpy(),
+        "logprob": logprob.masked_fill(target == PAD, float("nan")).cpu().numpy(),
         "predicted": np.full(len(row), -1) if told is None else told[0][real].cpu().numpy(),
         "output_entropy": np.full(len(row), np.nan) if told is None else told[1][real].cpu().numpy(),
     }
