@@ -471,6 +471,23 @@ def test_a_pair_that_is_there_survives_and_a_busy_expert_does_not():
 # --------------------------------------------------------------------------------------------------------- pairs
 
 
+@pytest.mark.parametrize(("k", "experts"), [(1, 4), (2, 5), (3, 3), (3, 8)])
+def test_random_counts_are_those_of_random_choices(k, experts):
+    """They take no memory for each token: a picture of a long trace makes a hundred of them."""
+    rng = np.random.default_rng(1)
+    one_by_one = [
+        np.bincount(statistics.random_choices(rng, 30, k, experts).ravel(), minlength=experts)
+        for _ in range(4000)
+    ]
+    found = statistics.random_counts(30, k, experts, 4000)
+    assert (found.sum(axis=1) == 30 * k).all() and found.max() <= 30
+    # Sorted, they tell of the spread: the standard error of each mean is 0.05 at most.
+    ends = [np.sort(counts, axis=1).mean(axis=0) for counts in (found, one_by_one)]
+    np.testing.assert_allclose(*ends, atol=0.3)
+    np.testing.assert_allclose(found.mean(axis=0), 30 * k / experts, atol=0.3)
+    assert (statistics.random_counts(1 << 50, k, experts, 2).sum(axis=1) == k << 50).all()
+
+
 def test_sign_flips_by_hand():
     """Three units that all lose: of the eight choices of signs two are as far from 0."""
     told = statistics.paired(np.array([-1.0, -1, -2, -3, np.nan]), np.array([0, 0, 1, 2, 2]))

@@ -379,14 +379,20 @@ def random_choices(rng: np.random.Generator, tokens: int, k: int, experts: int) 
 
 
 def random_counts(tokens: int, k: int, experts: int, draws: int = DRAWS, seed: int = SEED) -> np.ndarray:
-    """[draws, experts] float64 counts of uniform random routing."""
+    """[draws, experts] float64 counts of uniform random routing to ``k`` different experts of each token."""
     rng = np.random.default_rng(seed)
-    return np.stack(
-        [
-            np.bincount(random_choices(rng, tokens, k, experts).ravel(), minlength=experts)
-            for _ in range(draws)
-        ]
-    ).astype(float)
+    counts = np.empty((draws, experts))
+    # Expert by expert, so that the time does not depend on the tokens: of those that have n choices left, n of the experts that are
+    # left take a share.
+    missing = np.arange(1, k + 1)
+    waiting = np.zeros((draws, k), dtype=np.int64)
+    waiting[:, -1] = tokens
+    for expert in range(experts):
+        chosen = rng.binomial(waiting, np.minimum(missing / (experts - expert), 1))
+        counts[:, expert] = chosen.sum(axis=1)
+        waiting -= chosen
+        waiting[:, :-1] += chosen[:, 1:]
+    return counts
 
 
 def entropy_bits(p: np.ndarray) -> np.ndarray:
