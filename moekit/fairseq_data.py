@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -170,6 +170,12 @@ class Batches:
 
     def __len__(self) -> int:
         return len(self.order)
+
+    @whole_files()
+    def read(self, numbers: Iterable[int]) -> dict[int, np.ndarray]:
+        """What the model reads of the samples with these numbers, without a context; those that it does not read are left out."""
+        there = np.intersect1d(numbers, np.concatenate([*self.order, []]).astype(np.int64)).tolist()
+        return {number: self.dataset[number]["source"].numpy() for number in there}
 
     def __iter__(self) -> Iterator[Batch]:
         # One shard whatever the world size, so that no batch and no context depends on it.

@@ -12,7 +12,7 @@ from synthetic_traces import synthetic
 import moekit
 from moekit.notebook import parameters, preflight
 from moekit.notebook.parameters import ParameterError
-from moekit.paths import DEMO_BPE
+from moekit.paths import DEMO_BPE, DEMO_TEXT
 
 # of this run alone: others on the machine write into its temporary folder, too
 FOLDER = tempfile.mkdtemp()
@@ -171,7 +171,8 @@ def test_a_trace_of_another_model_is_said(tmp_path):
 
 @pytest.fixture(scope="module")
 def read(tmp_path_factory):
-    """Traces of the demo's text, of a part of it in shorter blocks, of texts, and of a model whose samples begin with <s>."""
+    """Traces of the demo's text, of a part of it in shorter blocks, of texts, of raw data, and of a model whose samples begin with
+    <s>."""
     folder, texts = tmp_path_factory.mktemp("read"), ["one text", "and another one"]
     how = {"max_tokens": 600, "progress": False}
     with moekit.load("demo", 1, "cpu", progress=False) as model:
@@ -180,6 +181,12 @@ def read(tmp_path_factory):
             "short": model.trace("demo", tokens_per_sample=100, **how),
         }
         traces["texts"] = model.trace(texts, progress=False)
+        # Raw data has no index.
+        (folder / "raw").mkdir()
+        shutil.copy(DEMO_TEXT / "data-bin" / "dict.txt", folder / "raw")
+        words = [line.split()[0] for line in (folder / "raw" / "dict.txt").read_text().splitlines()]
+        (folder / "raw" / "valid").write_text("".join(f"{one} {words[0]}\n" for one in words[:200]))
+        traces["raw"] = model.trace(folder / "raw", **how)
     with moekit.load("demo", 1, "cpu", config={"add_bos": True}, progress=False) as model:
         traces["begun"] = model.trace("demo", **how)
     traces["later"] = traces["texts"].select(samples=1)
@@ -215,6 +222,9 @@ def test_a_trace_of_another_text_is_said(read, monkeypatch):
             ParameterError, match=r"^compare_with=.*: \d+ of its \d+ tokens are not those of this run's text"
         ):
             preflight.inspect_routing(asked(name, **changes))
+    assert preflight.inspect_routing(asked("raw", data=str(folder / "raw"))).experts == 16
+    with pytest.raises(ParameterError, match="are not those of this run's text"):
+        preflight.inspect_routing(asked("raw"))
     begun = replace(preflight.load_shards(given()), add_bos=True)
     monkeypatch.setattr(preflight, "load_shards", lambda p: begun)
     assert preflight.inspect_routing(asked("begun")).add_bos

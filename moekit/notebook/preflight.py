@@ -26,7 +26,7 @@ from moekit.nn.record import Options
 from moekit.notebook.parameters import GENERATION, ParameterError
 from moekit.planning.fitting import asked
 from moekit.profiling.work import Size
-from moekit.routing.domains import lines_of, places_in
+from moekit.routing.domains import lines_of
 from moekit.routing.trace import Trace
 from moekit.symbols import BOS, EOS
 
@@ -301,24 +301,20 @@ def _other_trace(p: SimpleNamespace, config: ModelConfig) -> None:
 
 def _of_the_text(p: SimpleNamespace, config: ModelConfig, other: Trace) -> np.ndarray:
     """[T] int64, what this run's text has at the sample and position of each token of the other trace; -1 where it has none."""
-    token = np.full(len(other), -1, dtype=np.int64)
+    order = np.argsort(other.sample, kind="stable")
+    numbers, starts = np.unique(other.sample[order], return_index=True)
     if p.texts is not None:
         codec = _codec(p, ckpt.find(p.checkpoint), config)
-        samples = [[BOS if config.add_bos else EOS, *codec.encode(text)] for text in p.texts]
-        table = np.full((len(samples), max(map(len, samples))), -1, dtype=np.int64)
-        for row, ids in enumerate(samples):
-            table[row, : len(ids)] = ids
-        there = (other.sample < table.shape[0]) & (other.position < table.shape[1])
-        token[there] = table[other.sample[there], other.position[there]]
-        return token
-    _, ids = batches.lines(batches.data_folder(p.data) / p.subset)
-    block = p.tokens_per_sample or config.max_positions
-    place = places_in(other, block, config.add_bos)
-    there = (place < len(ids)) & (other.position < block + config.add_bos)
-    # fairseq has a line's end in front of the data.
-    token[there] = np.where(place[there] < 0, EOS, ids[place[there]])
-    if config.add_bos:
-        token[there & (other.position == 0)] = BOS
+        begin = BOS if config.add_bos else EOS
+        samples = dict(enumerate(np.array([begin, *codec.encode(text)]) for text in p.texts))
+    else:
+        how = {"tokens_per_sample": p.tokens_per_sample, "max_positions": config.max_positions}
+        samples = batches.open_data(p.data, p.subset, **how, add_bos=config.add_bos).read(numbers)
+    token = np.full(len(other), -1, dtype=np.int64)
+    for number, rows in zip(numbers.tolist(), np.split(order, starts[1:]), strict=False):
+        ids = samples.get(number, token[:0])
+        there = rows[other.position[rows] < len(ids)]
+        token[there] = ids[other.position[there]]
     return token
 
 

@@ -52,9 +52,10 @@ def domains_of(
             f"context_window={shown(trace.meta.get('context_window'))}; domains are known for data in blocks, 'none' and 0: "
             "trace the data so"
         )
-    # The meta of older traces does not tell.
+    # A sample may have a <s> in front, which has the place of the token behind it. The meta of older traces does not tell.
     begun = trace.meta.get("add_bos", bool((trace.token[trace.position == 0] == BOS).any()))
-    place = places_in(trace, block, begun)
+    # The token's place in the text: a block begins with the last token of the block before it.
+    place = trace.sample.astype(np.int64) * block + np.maximum(trace.position - begun, 0) - 1
     fits = place < len(ids)
     fits[fits] &= (ids[place[fits]] == trace.token[fits]) | (place[fits] < 0) | (trace.token[fits] == BOS)
     if not fits.all():
@@ -64,17 +65,6 @@ def domains_of(
         )
     line = np.repeat(np.arange(len(sizes)), sizes)
     return labels[line[np.maximum(place, 0)]]
-
-
-def places_in(trace: Trace, block: int, begun: bool) -> np.ndarray:
-    """[T] int64, the place of each token of a trace of blocks in the text's ids; -1 of what stands in front of them.
-
-    A block begins with the last token of the block before it.
-
-    Args:
-        begun: whether each sample has a ``<s>`` in front, which has the place of the token behind it.
-    """
-    return trace.sample.astype(np.int64) * block + np.maximum(trace.position - begun, 0) - 1
 
 
 def lines_of(
