@@ -631,6 +631,8 @@ def test_what_is_a_drop_is_the_same_in_all_traces_of_a_join():
         ([free, tight], "capacity_token_fraction differs: None and 0.2"),
         ([tight, tight, free], "capacity_token_fraction differs: 0.2 and None"),
         ([tight, first], "drop_second differs: False and True"),
+        ([free, with_meta()], "capacity_token_fraction differs: None and 'unknown'"),
+        ([with_meta(), free], "capacity_token_fraction differs: 'unknown' and None"),
     ):
         with pytest.raises(ValueError, match=f"the traces' {said}; .* one by one"):
             join(traces, renumber=True)

@@ -321,7 +321,8 @@ def first_alone(trace: Trace) -> bool:
 
 # What a trace's meta tells of its drops, see moekit/routing/metrics/dropping.py.
 WHAT_DROPS = {
-    "capacity_token_fraction": lambda trace: trace.meta.get("capacity_token_fraction"),
+    # None tells that nothing is dropped.
+    "capacity_token_fraction": lambda trace: trace.meta.get("capacity_token_fraction", "unknown"),
     "drop_second": first_alone,
 }
 
