@@ -1,5 +1,6 @@
 import atexit
 import errno
+import re
 import shutil
 import sys
 import tempfile
@@ -163,10 +164,12 @@ def test_what_study_routing_would_trip_over(changes, said):
 
 
 def test_a_trace_of_another_model_is_said(tmp_path):
-    trace, _ = synthetic(tokens=64, layers=(1, 3), experts=8)
-    trace.save(tmp_path / "t.parquet")
-    with pytest.raises(ParameterError, match=r"has 8 experts and the layers \[1, 3\]; this run has 16 and"):
-        preflight.inspect_routing(given(**INSPECT | {"compare_with": str(tmp_path / "t.parquet")}))
+    for experts, choices, layers in ((8, 2, (1, 3, 5)), (16, 1, (1, 3, 5)), (16, 2, (1, 3))):
+        trace, _ = synthetic(tokens=64, layers=layers, experts=experts, choices=choices)
+        trace.save(tmp_path / "t.parquet")
+        said = f"has {experts} experts, {choices} choices a token and the layers {list(layers)}; this run has 16, 2 and [1, 3, 5]"
+        with pytest.raises(ParameterError, match=re.escape(said)):
+            preflight.inspect_routing(given(**INSPECT | {"compare_with": str(tmp_path / "t.parquet")}))
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ from moekit.generation.request import KINDS, rules
 from moekit.generation.run import generate
 from moekit.nn import intervene
 from moekit.nn.config import DENSE, ModelConfig
+from moekit.nn.gates import top_k_of
 from moekit.nn.record import Options
 from moekit.notebook.parameters import GENERATION, ParameterError
 from moekit.planning.fitting import asked
@@ -281,13 +282,15 @@ def _domains(p: SimpleNamespace) -> None:
 
 
 def _other_trace(p: SimpleNamespace, config: ModelConfig) -> None:
-    """The trace to compare with is of as many experts, of the same layers and of the same text."""
+    """The trace to compare with is of as many experts and choices, of the same layers and of the same text."""
     other = _said(Trace.load, p.compare_with)
     layers = tuple(sorted(set(p.layers or config.moe_layers)))
-    if (other.num_experts, other.layers) != (config.experts, layers):
+    choices = top_k_of(config)
+    if (other.num_experts, other.top_k, other.layers) != (config.experts, choices, layers):
         raise ParameterError(
-            f"compare_with={p.compare_with!r} has {other.num_experts} experts and the layers {list(other.layers)}; this run "
-            f"has {config.experts} and {list(layers)}: name a trace of the same layers, or set layers"
+            f"compare_with={p.compare_with!r} has {other.num_experts} experts, {other.top_k} choices a token and the layers "
+            f"{list(other.layers)}; this run has {config.experts}, {choices} and {list(layers)}: name a trace of the same, or set "
+            "layers"
         )
     token = _said(_of_the_text, p, config, other)
     shared = token >= 0
