@@ -35,6 +35,7 @@ from moekit.paths import DEMO_BPE
 from moekit.ranks import start
 from moekit.routing import exchange
 from moekit.routing.domains import domains_of
+from moekit.symbols import PAD
 
 QUIET = {"progress": False}
 BLOCKS = {"tokens_per_sample": 64, **QUIET}
@@ -207,6 +208,12 @@ def test_every_format_of_preprocess_is_read(kind, model, reference, tmp_path):
             model.evaluate(tmp_path, **BLOCKS)
         (tmp_path / "valid.None-None").rename(tmp_path / "valid")
     assert model.evaluate(tmp_path, **BLOCKS).loss_base2 == pytest.approx(LOSS, abs=5e-5)
+    opened = model.open_data(tmp_path, tokens_per_sample=64)
+    *_, last = opened
+    found = opened.read([1, *last.ids, 1_000_000])
+    assert [*found] == [1, *last.ids] and len(found[1]) == 64
+    for ids, row in zip(last.ids, last.tokens, strict=True):
+        assert found[ids].tolist() == row[: len(found[ids])].tolist() and set(row[len(found[ids]) :]) <= {PAD}
 
 
 def test_of_several_folders_the_first_counts(model, reference, tmp_path):
