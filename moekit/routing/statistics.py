@@ -382,8 +382,8 @@ def random_counts(tokens: int, k: int, experts: int, draws: int = DRAWS, seed: i
     """[draws, experts] float64 counts of uniform random routing to ``k`` different experts of each token."""
     rng = np.random.default_rng(seed)
     counts = np.empty((draws, experts))
-    # Expert by expert, so that the time does not depend on the tokens: of those that have n choices left, n of the experts that are
-    # left take a share.
+    # The time does not depend on the tokens, since they are counted: ``waiting`` has those with 1 to k choices left. A token with n
+    # choices left takes the next of m experts with the probability n / m.
     missing = np.arange(1, k + 1)
     waiting = np.zeros((draws, k), dtype=np.int64)
     waiting[:, -1] = tokens
