@@ -205,7 +205,8 @@ def _last(at: Tensor, samples: int, tokens: int, learned: int | None) -> int:
         )
     if not at.numel():
         return -1
-    first, last = (int(end) for end in at.aminmax())
+    # One wait for the device.
+    first, last = torch.stack(at.aminmax()).tolist()
     if first < -1 or (learned is not None and last >= learned):
         wanted = (
             "0 or more"
