@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from branch_cases import build
+from branch_cases import CASES, Case, build
 
 import moekit
 from moekit import checkpoint, paths, plain
@@ -16,6 +16,7 @@ from moekit.checkpoint.export import save
 from moekit.data.codec import Codec
 from moekit.nn.gate import Edit, balance_loss
 from moekit.nn.passes import Pass
+from moekit.nn.positions import sinusoids
 
 IDS = [[5, 6, 7, 8, 9, 10, 11, 12], [40, 41, 42, 43, 44, 45, 46, 47]]
 
@@ -70,6 +71,39 @@ def test_a_hook_on_the_gate_is_a_mask(model, folder):
     torch.testing.assert_close(
         found.detach(), torch.tensor(expected["logprob"].values).float(), rtol=0, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_hooks_that_write_to_what_comes_out_change_no_weights(learned, monkeypatch, tmp_path):
+    """The places of tokens are rows of a table, which later passes and other models read, too."""
+    monkeypatch.setitem(CASES, "edited", Case({"learned_positions": learned}))
+    build("edited", tmp_path)
+    model, tokens = moekit.module(tmp_path), torch.tensor(IDS)
+
+    def zeroed(module, inputs, output):
+        for tensor in output if isinstance(output, tuple) else (output,):
+            if tensor is not None:
+                tensor.zero_()
+
+    with torch.no_grad():
+        before = model(tokens)
+        for name in ("embed", "positions", "layers.0.attn_norm", "layers.1.moe", "layers.1.moe.gate", "norm"):
+            hook = model.get_submodule(name).register_forward_hook(zeroed)
+            assert not model(tokens).equal(before), name
+            hook.remove()
+            assert model(tokens).equal(before), name
+
+
+def test_positions_that_inference_made_take_part_in_gradients(model):
+    sinusoids.cache_clear()
+    with torch.inference_mode():
+        model(torch.tensor(IDS))
+    places = []
+    model.positions.register_forward_hook(
+        lambda module, inputs, output: places.append(output.requires_grad_())
+    )
+    model(torch.tensor(IDS)).logsumexp(dim=-1).sum().backward()
+    assert places[0].grad.abs().sum() > 0
 
 
 def test_an_edit_in_nnsight_is_a_mask(model, folder):

@@ -40,7 +40,8 @@ class Positions(nn.Module):
             real = (~asked.padding).long()
             position = real.cumsum(dim=1) * real + PAD
         else:
-            return table[PAD + 1 : PAD + 1 + length]
+            # A copy, as below: hooks may write to what comes out, and all models of the width read the same table.
+            return table[PAD + 1 : PAD + 1 + length].clone()
         return table[position]
 
     def rows(self, positions: int, device: torch.device) -> Tensor:
@@ -55,8 +56,9 @@ class Positions(nn.Module):
         return self.tables[rows, device]
 
 
-# Models of the same width share their tables.
+# Models of the same width share their tables. One that is made in inference gives none of its rows to a pass with gradients.
 @functools.lru_cache(maxsize=32)
+@torch.inference_mode(False)
 def sinusoids(rows: int, dim: int, device: torch.device) -> Tensor:
     """[rows, dim] float32: sines of geometric frequencies, then cosines; an odd last column and row ``PAD`` are zero.
 
