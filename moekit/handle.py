@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import hashlib
 import itertools
@@ -350,8 +351,9 @@ def describe_run(
     draws = bool(model.config.moe_layers) and gate_of(model.config).draws
     shapes = Counter(batch.tokens.shape for batch in batches)
     return {
-        "checkpoint": model.checkpoint,
-        **({"config": model.changes} if model.changes else {}),
+        # A user may change the meta of a trace, and other traces tell the same checkpoint.
+        "checkpoint": copy.deepcopy(model.checkpoint),
+        **({"config": dict(model.changes)} if model.changes else {}),
         "capacity_token_fraction": fraction,
         "intervention": None if change is None else change.describe(),
         "second_expert": model.config.second_expert if draws else None,

@@ -409,6 +409,19 @@ def test_a_trace_names_what_was_loaded(reference, tmp_path):
         assert written.trace.meta["checkpoint"] == loaded
 
 
+def test_the_meta_of_a_trace_is_its_own(reference):
+    """What a user changes in it, such as a path before the trace is passed on, is not in other traces of the model."""
+    how = {"world_size": 1, "device": "cpu", "config": {"second_expert": "random"}, "progress": False}
+    with moekit.load(reference / "checkpoint", **how) as model:
+        first, second = (model.trace([5, 6, 7], progress=False).meta for _ in range(2))
+        first["checkpoint"]["path"] = first["config"]["second_expert"] = "left out"
+        first["checkpoint"]["files"].clear()
+        third = model.trace([5, 6, 7], progress=False).meta
+        for meta in (second, third):
+            assert meta["checkpoint"]["path"] == str(reference / "checkpoint") and meta["checkpoint"]["files"]
+            assert meta["config"] == {"second_expert": "random"}
+
+
 def test_a_trace_tells_the_fields_that_load_changed(reference, tmp_path):
     how = {"world_size": 1, "device": "cpu", "progress": False}
     own = {"gate_fp32": moekit.module(reference / "checkpoint").config.gate_fp32}

@@ -132,7 +132,7 @@ def evaluate_tasks(
         "experts": model.experts,
         "checkpoint": str(model.files.shared.parent),
         # As in a trace: the fields that the load changed.
-        **({"config": model.changes} if model.changes else {}),
+        **({"config": dict(model.changes)} if model.changes else {}),
         "versions": model.versions,
     }
     items = _item_table(found, loaded)
