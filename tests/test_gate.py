@@ -282,6 +282,18 @@ def test_another_gate_has_capacity_and_drops_as_the_others():
     assert gate_of_three.capacity(7, -1.0) == 3 * 2
 
 
+def test_what_a_gate_weighs_a_drop_with_is_ignored():
+    """NaN among it, where nothing of a token is kept: times a row of zeros it is NaN again, in an exchange that sends all rows."""
+
+    class Renormalized(Hashed):
+        def weigh(self, gate_probs, weights, kept):
+            return weights * kept / (weights * kept).sum(dim=-1, keepdim=True)
+
+    found = Renormalized(config(experts=3)).route(torch.zeros(1, 4, 3), fraction=0.25)
+    assert found.kept.sum(dim=-1).tolist() == [[1, 1, 1, 0]]
+    assert found.weights.equal(found.kept.float())
+
+
 def test_what_a_gate_says_of_itself():
     assert gate_of(config(gate="top1")).describe() == "top-1"
     assert gate_of(config(second_expert="random")).describe() == "top-2, second expert: random"

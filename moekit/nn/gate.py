@@ -263,7 +263,8 @@ class Gate:
         if capacity is not None:
             wanted = torch.where(kept, experts, self.config.experts)
             kept = kept & (buffer_positions(wanted, self.order(probs)) < capacity)
-        return kept, (self.weigh(gate_probs, weights, kept) * kept).to(dtype), None
+        # A gate that divides by the sum of what is kept says NaN where nothing is.
+        return kept, torch.where(kept, self.weigh(gate_probs, weights, kept), 0).to(dtype), None
 
     @torch.inference_mode()
     def try_out(self, device: torch.device, dtype: torch.dtype) -> None:
