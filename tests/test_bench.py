@@ -570,7 +570,7 @@ def test_unknown_opponents_are_refused(capsys):
     assert "['vlm'] unknown" in capsys.readouterr().err
 
 
-def test_experts_that_are_fetched(tmp_path):
+def test_experts_that_are_fetched(tmp_path, monkeypatch):
     """Their share of hits, their bytes, and the limit that the bytes make."""
     how = ["--shape", "tiny", "--device", "cpu", "--resident", "2", "--zipf", "1.2", "--repeats", "2"]
     for work, rows in run(tmp_path, "decode", *how, "--batches", "1").items():
@@ -581,7 +581,11 @@ def test_experts_that_are_fetched(tmp_path):
         assert 0 < float(share) < 100
         least = float(gib) * 2**30 / ceilings["from pinned host memory"] * 1e3
         assert row["limit"] == pytest.approx(max(least, row["limit"]), rel=0.02) and least > 0
-    assert "GiB fetched" in str(run(tmp_path, "score", *how, "--blocks", "2"))
+    # What a pass of evaluate has to fetch limits it as it limits a call of as many blocks.
+    monkeypatch.setattr(score, "limit", lambda setting, ceilings, blocks, fetched=0.0: 1e9 / (1 + fetched))
+    rows = {row["work"]: row for row in run(tmp_path, "score", *how, "--blocks", "16")["score"]}
+    assert "GiB fetched" in rows["score, 16 x 256 tokens a call"]["note"]
+    assert rows["evaluate, 32 blocks"]["limit"] == rows["score, 16 x 256 tokens a call"]["limit"] < 1e9
 
 
 def test_skewed_gates():
@@ -610,7 +614,7 @@ def after_the_way(layer: int) -> torch.Generator:
     return generator
 
 
-def test_two_ranks(tmp_path):
+def test_two_ranks(tmp_path, monkeypatch):
     arguments = ["--shape", "tiny", "--device", "cpu", "--world-size", "2", "--repeats", "2"]
     rows = run(tmp_path, "score", *arguments, "--blocks", "16")["score"]
     share = next(row for row in rows if row["work"] == "exchanges, share of that")
@@ -618,7 +622,15 @@ def test_two_ranks(tmp_path):
     both, one = re.fullmatch(r"(\d+) tokens/s against (\d+)", rows[-1]["note"]).groups()
     assert rows[-1]["work"] == "2 ranks against one, best of each" and rows[-1]["unit"] == "times"
     assert rows[-1]["figure"] == pytest.approx(int(both) / int(one), rel=0.01)
-    rows = run(tmp_path, "decode", *arguments, "--batches", "2,1")["decode"]
+    fetched: list[float] = []
+
+    def noted(setting, ceilings, experts, batch, nbytes=0.0):
+        fetched.append(nbytes)
+        return limit(setting, ceilings, experts, batch, nbytes)
+
+    limit = decode.limit
+    monkeypatch.setattr(decode, "limit", noted)
+    rows = run(tmp_path, "decode", *arguments, "--batches", "2,1", "--resident", "2")["decode"]
     assert [row["work"] for row in rows[3:]] == [
         "decode, batch 2 on each of 2 ranks",
         "generate, batch 2",
@@ -629,6 +641,8 @@ def test_two_ranks(tmp_path):
         "generate, batch 1, of its steps' rate",
     ]
     assert re.search(r"of 16 experts a layer, [\d.]+ on one rank", rows[3]["note"])
+    # One sequence in all has the link as its limit, too.
+    assert len(fetched) == 3 and all(fetched)
     assert all(row["figure"] > 0 and row["limit"] > 0 for row in rows[3:])
     rows = run(tmp_path, "load", *arguments)["load"]
     assert rows[3]["figure"] > 0

@@ -71,10 +71,8 @@ def measured(model: Model, setting: Setting, ceilings: Ceilings, batch: int) -> 
     work = random_work(model, size)
     found: list[Decoded] = model.ranks.call(decode, work, setting.repeats)
     step = seconds_a_step([f.seconds for f in found])
-    # The slowest rank decides.
-    fetched = max(f.fetched.nbytes for f in found) / found[0].steps
     reads = Reads.of([f.chosen for f in found])
-    least = limit(setting, ceilings, reads.by_a_rank, batch, fetched)
+    least = limit(setting, ceilings, reads.by_a_rank, batch, fetched_a_step(found))
     gpu = max(f.peak.gpu_gib or 0 for f in found) or None
     host = max(f.peak.host_gib or 0 for f in found) or None
     note = f"{spread(found[0].seconds)}; {reads}"
@@ -98,11 +96,18 @@ def measured(model: Model, setting: Setting, ceilings: Ceilings, batch: int) -> 
         # The others have no tokens to wait for.
         seconds = statistics.median(alone[0].seconds)
         note = f"{spread(alone[0].seconds)}; the other ranks serve their experts"
-        best = limit(setting, ceilings, Reads.of([f.chosen for f in alone]).by_a_rank, 1)
+        best = limit(
+            setting, ceilings, Reads.of([f.chosen for f in alone]).by_a_rank, 1, fetched_a_step(alone)
+        )
         name = "decode, one sequence in all"
         rows.append(Figure(name, seconds * 1e3, "ms a token", best * 1e3, lower=True, note=note))
 
     return [*rows, *generated(model, setting, ceilings, work, step, least)]
+
+
+def fetched_a_step(ranks: Sequence[Decoded]) -> float:
+    """The bytes of experts that a rank fetches in a step; the rank that fetches most decides."""
+    return max(one.fetched.nbytes for one in ranks) / ranks[0].steps
 
 
 def generated(

@@ -64,7 +64,7 @@ def run(setting: Setting, args: argparse.Namespace) -> list[Figure]:
         rows = [
             *ceiling_figures(ceilings, setting.dtype),
             *(row for some in found.values() for row in some),
-            *whole(model, setting, ceilings, a_pass, found[a_pass][0].value),
+            *whole(model, setting, ceilings, a_pass, found[a_pass][0]),
         ]
         goal = setting.goal("against one", ceilings)
     if setting.world_size > 1:
@@ -143,12 +143,12 @@ def measured(model: Model, setting: Setting, ceilings: Ceilings, blocks: int) ->
     return rows
 
 
-def whole(model: Model, setting: Setting, ceilings: Ceilings, blocks: int, alone: float) -> list[Figure]:
+def whole(model: Model, setting: Setting, ceilings: Ceilings, blocks: int, alone: Figure) -> list[Figure]:
     """The speed of ``Model.evaluate`` with batches of one block, including packing and the transfers to and from the ranks.
 
     Args:
         blocks: of each of its passes on a rank, of which there are two.
-        alone: the tokens per second of passes over ``blocks`` blocks.
+        alone: the figure of passes over ``blocks`` blocks, whose limit is that of evaluate, too.
     """
     count = 2 * setting.world_size * blocks
     batches = [batch(setting, i) for i in range(count)]
@@ -166,10 +166,10 @@ def whole(model: Model, setting: Setting, ceilings: Ceilings, blocks: int, alone
             name,
             rate,
             "tokens/s",
-            limit(setting, ceilings, blocks),
+            alone.limit,
             note=f"packed by scoring.plan_steps, {blocks} blocks a pass and rank",
         ),
-        Figure(f"{name}, of the scoring rate", 100 * rate / alone, "%", 100, goal),
+        Figure(f"{name}, of the scoring rate", 100 * rate / alone.value, "%", 100, goal),
     ]
 
 
