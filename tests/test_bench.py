@@ -494,6 +494,16 @@ def test_a_folder_with_something_else_in_it_stays_as_it_is(tmp_path, capsys):
         assert sorted(path.name for path in folder.iterdir()) == before
 
 
+def test_routing_that_is_made_up_is_called_no_trace(tmp_path):
+    how = ["network", "--shape", "tiny", "--ranks", "4", "--per-machine", "2"]
+    made_up = run(tmp_path, *how)["network"]
+    assert all(list(row) == ["what", "formula", "made-up routing", "unit"] for row in made_up)
+    trace, _ = synthetic(tokens=64, layers=(1, 3), experts=16, block=4)
+    trace.save(tmp_path / "trace.parquet")
+    real = run(tmp_path, *how, "--trace", str(tmp_path / "trace.parquet"))["network"]
+    assert all(list(row) == ["what", "formula", "trace", "unit"] for row in real)
+
+
 def test_a_trace_without_routing_has_nothing_to_send(tmp_path, capsys):
     trace, _ = synthetic(tokens=40)
     for part, missing in ((trace.select(samples=[]), "tokens"), (trace.select(layers=[]), "layers")):

@@ -119,7 +119,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Work it out.
 
     Returns:
-        One row per figure: ``what``, ``formula``, ``trace`` and ``unit``.
+        One row per figure: ``what``, ``formula``, ``trace`` (without one, ``made-up routing``) and ``unit``.
     """
     check("--ranks", args.ranks, Whole(most=MOST))
     for name in ("gbit", "rate"):
@@ -133,6 +133,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
         raise ValueError(
             f"{args.ranks} ranks with {args.per_machine} a machine share one machine: nothing crosses; give --ranks more"
         )
+    source = "made-up routing" if args.trace is None else "trace"
     if args.trace is None:
         trace = synthetic(TOKENS, len(config.moe_layers), config.experts)
     else:
@@ -146,7 +147,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     along = top_k * (NUMBER + args.itemsize)
 
     def both(what: str, unit: str, formula: float, found: float) -> dict[str, Any]:
-        return {"what": what, "formula": rounded(formula), "trace": rounded(found), "unit": unit}
+        return {"what": what, "formula": rounded(formula), source: rounded(found), "unit": unit}
 
     # There and back; the numbers and weights of the choices go there only.
     flat_bytes = [2 * layers * row * choices for choices in (flat, real_flat)]
