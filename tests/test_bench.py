@@ -156,7 +156,15 @@ def test_three_digits_count(value, shown):
 
 def test_a_one_is_no_yes(capsys):
     bench.show("decode", [Figure("a token", 1.0, "ms", 0.5, goal=2.0, lower=True).row()])
-    assert re.search(r"a token +1\.0 +ms +0\.5 +0\.5 +2\.0 yes", capsys.readouterr().out)
+    assert re.search(r"a token +1 +ms +0\.5 +0\.5 +2 yes", capsys.readouterr().out)
+
+
+def test_numbers_are_shown_as_they_were_rounded(capsys):
+    """Each as it is, whatever the others of its column are."""
+    rates = [Figure("a rate", 10227.3, "tokens/s"), Figure("a product", 0.04664, "TFLOP/s", goal=8 / 0.45e-3)]
+    bench.show("score", [rate.row() for rate in rates])
+    said = capsys.readouterr().out
+    assert re.search(r"a rate +10227 ", said) and re.search(r"a product 0\.0466 +TFLOP/s +17778 ", said)
 
 
 # ------------------------------------------------------------------------------------------------ measuring

@@ -143,10 +143,17 @@ def tables_of(
 def show(name: str, rows: Rows) -> None:
     table = pd.DataFrame(rows).dropna(axis=1, how="all").astype(object)
     table = table.where(table.notna(), "")
-    # The cells are mapped by type, since the number 1.0 equals True.
-    table = table.map(lambda cell: ("no", "yes")[cell] if isinstance(cell, bool) else cell)
+    table = table.map(text)
     with pd.option_context("display.max_colwidth", None):
         print(f"\n{name}\n{table.to_string(index=False)}", flush=True)
+
+
+def text(cell: Any) -> Any:
+    """A cell as the table shows it: pandas would give all numbers of a column the decimals that one of them needs."""
+    # The number 1.0 equals True, so the type decides.
+    if isinstance(cell, bool):
+        return ("no", "yes")[cell]
+    return f"{cell:.10g}" if isinstance(cell, float) else cell
 
 
 def about(arguments: list[str]) -> dict[str, Any]:

@@ -54,7 +54,7 @@ class Figure:
             "unit": self.unit,
             "limit": rounded(self.limit),
             "ratio": rounded(self.ratio),
-            "goal": self.goal,
+            "goal": rounded(self.goal),
             "met": self.met,
             "GPU GiB": rounded(self.gpu_gib),
             "host GiB": rounded(self.host_gib),
