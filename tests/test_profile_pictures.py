@@ -119,10 +119,10 @@ def test_no_key_covers_a_label(profile):
     """The longest bar may be the last one, and so may the busiest placement."""
     rows = [(rank, 1, -1, "host", "", 0.016, 0.05, 0.05, 0.0, 0.0) for rank in (0, 1)]
     frame = pd.concat([profile.frame, pd.DataFrame(rows, columns=profile.frame.columns)], ignore_index=True)
-    trace, _ = synthetic(tokens=600, layers=(1, 3), experts=6, block=50)
+    trace, _ = synthetic(tokens=600, layers=(1,), experts=6, block=50)
     for figure in (
         profile_plots.shares(replace(profile, frame=frame)),
-        profile_plots.placements(metrics.placement(trace, 2)),
+        profile_plots.placements(profiling.placements(trace, profile)),
     ):
         FigureCanvasAgg(figure).draw()
         [axes], [key] = figure.axes, figure.legends
@@ -134,17 +134,21 @@ def test_no_key_covers_a_label(profile):
 def test_what_placements_save(profile):
     trace, _ = synthetic(tokens=600, layers=(1,), experts=6, block=50)
     table = profiling.placements(trace, profile)
-    shown = table.drop(columns="saved")
+    shown = table.drop(columns=["saved", "ranks"])
     assert shown.equals(metrics.placement(trace, 2).drop(columns="saved"))
     saved = profiling.saved(table).set_index("placement")
     own = table.set_index("placement")
     assert saved.loc["fitted", "saved of a step"] == pytest.approx(
         0.75 * (1 - own.loc["fitted", "value"] / own.loc["contiguous", "value"])
     )
-    # One rank has nothing to place, and of seven one has no expert.
+    # One rank has nothing to place, and of seven one has no expert: the table and the picture are of four, and say so.
     for ranks in (1, 7):
         other = replace(profile, meta=profile.meta | {"world_size": ranks})
-        assert profiling.saved(profiling.placements(trace, other))["saved of a step"].isna().all()
+        of_four = profiling.placements(trace, other)
+        assert profiling.saved(of_four)["saved of a step"].isna().all()
+        assert set(of_four["ranks"]) == {4} and set(table["ranks"]) == {2}
+        [axes] = profile_plots.placements(of_four).axes
+        assert axes.get_title("left").startswith("Rows of the busiest of 4 ranks")
     [key] = profile_plots.placements(table).legends
     assert [text.get_text() for text in key.get_texts()] == [
         "contiguous",
@@ -158,6 +162,7 @@ def test_intervals_of_placements_are_those_of_the_table():
     """An interval without its bias may lie beside the value, as the second one does."""
     columns = {
         "layer": [1, 1],
+        "ranks": [2, 2],
         "placement": ["contiguous", "fitted"],
         "value": [1.5, 1.2],
         "low": [1.4, 1.0],

@@ -197,7 +197,8 @@ def by_batch(profiles: Sequence[Profile]) -> Figure:
 
 
 def placements(table: pd.DataFrame) -> Figure:
-    """``metrics.placement``: how much busier the busiest rank is than the mean, by layer and way of placing."""
+    """:func:`moekit.notebook.profiling.placements`: how much busier the busiest rank is than the mean, by layer and way of
+    placing."""
     ways = list(dict.fromkeys(table["placement"]))
     layers = sorted(table["layer"].unique())
     colours = dict(zip(ways, ("#BBBBBB", "#99DDFF", "#77AADD", "#44BB99"), strict=False))
@@ -213,7 +214,10 @@ def placements(table: pd.DataFrame) -> Figure:
         ax.axhline(1, color=INK, lw=1)
         ax.set_xticks(range(len(layers)), [f"layer {layer}" for layer in layers])
         ax.set(ylabel="busiest rank, × mean")
-        ax.set_title("Rows of the busiest rank on the half of the text that no placement was fitted to")
+        ranks = table["ranks"].iloc[0]
+        ax.set_title(
+            f"Rows of the busiest of {ranks} ranks on the half of the text that no placement was fitted to"
+        )
         fig.legend(loc="outside lower center", ncols=len(ways), fontsize=8)
     return fig
 

@@ -45,12 +45,16 @@ def overview(profiles: Mapping[int, Profile]) -> pd.DataFrame:
 
 
 def placements(trace: Trace, profile: Profile) -> pd.DataFrame:
-    """``metrics.placement`` for the profile's ranks. Where it has one, or more than a layer has experts, it is for
-    :data:`RANKS`, and nothing is ``saved``."""
-    ranks = profile.meta["world_size"]
+    """``metrics.placement`` for the profile's ranks, and ``ranks``, how many these are. Where the profile has one, or more than a
+    layer has experts, they are :data:`RANKS`, and nothing is ``saved``."""
+    ranks, share = profile.meta["world_size"], None
     if ranks == 1 or ranks > trace.num_experts:
-        return metrics.placement(trace, min(RANKS, trace.num_experts))
-    return metrics.placement(trace, ranks, share=profile.busiest())
+        ranks = min(RANKS, trace.num_experts)
+    else:
+        share = profile.busiest()
+    table = metrics.placement(trace, ranks, share=share)
+    table.insert(1, "ranks", ranks)
+    return table
 
 
 def saved(table: pd.DataFrame) -> pd.DataFrame:
