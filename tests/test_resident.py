@@ -723,6 +723,19 @@ def test_a_dense_model_fetches_nothing():
         model.residency()
 
 
+def test_a_load_warns_of_passes_that_the_plan_says_do_not_fit(recwarn):
+    """It has room for short texts, and evaluate would take more than ``gpu_memory``."""
+    plan = moekit.plan("demo", 1, "cpu", gpu_memory="36MiB")
+    assert not plan.fits
+    moekit.load("demo", 1, "cpu", gpu_memory="36MiB", **QUIET).close()
+    [told] = [str(one.message) for one in recwarn if "does not fit" in str(one.message)]
+    assert told.startswith("a pass of 4,096 tokens, as evaluate makes them, does not fit: rank 0 needs ")
+    assert re.search(r'gpu_memory="\d+MiB" is the least that would fit', told)
+    assert re.search(r"\d+MiB", told)[0] == re.search(r"\d+MiB", plan.advice)[0]
+    moekit.load("demo", 1, "cpu", gpu_memory="48MiB", **QUIET).close()
+    assert sum("does not fit" in str(one.message) for one in recwarn) == 1
+
+
 def test_texts_that_share_beginnings_stay_within_the_plan():
     """A cache of all their tokens takes no more than ``gpu_memory``, and where there is room a pass is as long as any."""
     cuda = torch.device("cuda", 0)
