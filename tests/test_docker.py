@@ -758,3 +758,36 @@ esac
         run(DOCKER, "image", "rm", "moekit:tested")
         if made_data:
             Path("/data").rmdir()
+
+
+@pytest.mark.parametrize(
+    ("script", "settings", "said"),
+    [
+        ("slurm.sbatch", {}, "this is no Slurm job; start it with sbatch"),
+        ("eval_lm.sbatch", {}, "this is no Slurm job; start it with sbatch"),
+        (
+            "slurm.sbatch",
+            {"SLURM_JOB_NODELIST": "n0", "MOEKIT_VENV": "/nowhere"},
+            "there is no papermill in /nowhere/bin",
+        ),
+        (
+            "slurm.sbatch",
+            {"SLURM_JOB_NODELIST": "n0", "MOEKIT_NOTEBOOK": "none.ipynb"},
+            "there is no notebook none.ipynb",
+        ),
+    ],
+)
+def test_a_job_of_slurm_says_at_once_what_is_missing(script, settings, said, tmp_path):
+    """In one sentence, and not after Ray's nodes have started."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "papermill").touch(0o755)
+    found = subprocess.run(
+        ["/bin/bash", ROOT / "docker" / "cluster" / script],
+        env={"PATH": "/usr/bin:/bin", "MOEKIT_VENV": str(tmp_path)} | settings,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert found.returncode == 1 and found.stderr.startswith(f"{script}: {said}")
+    assert found.stderr.count("\n") == 1 and [path.name for path in tmp_path.iterdir()] == ["bin"]

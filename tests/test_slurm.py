@@ -99,9 +99,12 @@ def test_a_notebook_on_two_nodes_of_ray_has_the_loss_of_one_rank(slurm, environm
     (notebook,) = tmp_path.glob("*.ipynb")
     assert len(set(re.findall(r"n\d \(10\.77\.0\.\d\)", notebook.read_text()))) == 2
     assert left(slurm) == []
+    without_ray = tmp_path / "without_ray"
+    (without_ray / "bin").mkdir(parents=True)
+    (without_ray / "bin" / "papermill").touch(0o755)
     well, said = slurm.run(
         SCRIPTS / "slurm.sbatch",
-        options=["--cpus-per-task=2", "--gpus-per-node=0"],
-        **environment | {"MOEKIT_VENV": "/nowhere"},
+        options=["--cpus-per-task=2", "--gpus-per-node=0", f"--chdir={ROOT}"],
+        **environment | {"MOEKIT_VENV": str(without_ray), "MOEKIT_OUT": str(tmp_path)},
     )
     assert not well and "slurm.sbatch: a Ray node has ended" in said
