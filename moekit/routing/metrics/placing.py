@@ -48,7 +48,8 @@ def placement(
         ranks: W, up to the number of experts.
         redundant: more physical experts in "replicated", for copies, a layer; None: one a rank.
         share: for each layer, the share of a step in which the busiest rank's experts compute
-            (:meth:`moekit.profiling.Profile.busiest`). Then ``saved`` is the share of the step that the placement would save if
+            (:meth:`moekit.profiling.Profile.busiest`, of a model that was loaded without ``placement``, since ``saved`` is measured
+            from the contiguous one). Then ``saved`` is the share of the step that the placement would save if
             the time is proportional to the rows: ``share * (1 - value / value of contiguous)``. Without it, NaN.
 
     Returns:
