@@ -245,8 +245,8 @@ def compile_all(target: Target) -> None:
             constants = {"SOURCE": tl.float16, "KIND": kind, "LARGEST": largest, "WHOLE": kind == tl.int8}
             constants |= {"TINY": 2.0**-126, "MATRICES": 64, "COLUMNS": 4096}
             target.compile(rounding._quantise, types, constants, rounding.WARPS)
-    if target.capability in (80, 89):
-        # The other kernels have no matrix instructions: what compiles for 75 and for 90 compiles between.
+    if target.capability in (80, 89, 100):
+        # The other kernels have no matrix instructions: what compiles for 75, 90 and 120 compiles between.
         return
     if most:
         for kind in ("fp16", "bf16"):

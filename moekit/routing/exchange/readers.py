@@ -255,7 +255,8 @@ def _whole(path: Path, name: str, values: Any, axes: int) -> np.ndarray:
         ValueError: they are something else.
     """
     try:
-        array = np.array(values)
+        # A copy of a tensor of torch is deprecated in NumPy.
+        array = np.asarray(values)
         if array.size == 0:
             array = array.astype(np.int64)
     except (ValueError, TypeError, RuntimeError, OverflowError):
