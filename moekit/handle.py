@@ -31,7 +31,7 @@ from moekit.nn.config import ModelConfig
 from moekit.nn.gates import gate_of
 from moekit.nn.operations import DTYPES
 from moekit.nn.quantise import KINDS, dtype_name
-from moekit.symbols import BOS, EOS, PAD
+from moekit.symbols import PAD
 from moekit.versions import versions
 
 
@@ -130,7 +130,7 @@ class Handle:
     @property
     def first(self) -> int:
         """The symbol that begins a text: ``</s>``, or ``<s>`` where the model was trained with ``add_bos_token``."""
-        return BOS if self.config.add_bos else EOS
+        return self.config.first
 
     def ids(self, name: str, texts: Any, first: int | None = None) -> list[np.ndarray]:
         """A text, texts, ids or lists of ids, from any iterables, as [n] int64 arrays of ids; ``name`` is the argument's.

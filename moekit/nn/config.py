@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moekit.symbols import BOS, EOS
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -104,6 +106,11 @@ class ModelConfig:
         """
         if layer not in self.moe_layers:
             raise ValueError(f"{name}: layer {layer} holds no experts; those that do are {self.moe_layers}")
+
+    @property
+    def first(self) -> int:
+        """The symbol that begins a text: ``</s>``, or ``<s>`` where the model was trained with ``add_bos_token``."""
+        return BOS if self.add_bos else EOS
 
     @property
     def dense(self) -> bool:

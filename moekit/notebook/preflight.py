@@ -29,7 +29,6 @@ from moekit.planning.fitting import asked
 from moekit.profiling.work import Size
 from moekit.routing.domains import lines_of
 from moekit.routing.trace import Trace
-from moekit.symbols import BOS, EOS
 
 # Arguments of a generation that a caller leaves out.
 DEFAULTS = {
@@ -308,8 +307,7 @@ def _of_the_text(p: SimpleNamespace, config: ModelConfig, other: Trace) -> np.nd
     numbers, starts = np.unique(other.sample[order], return_index=True)
     if p.texts is not None:
         codec = _codec(p, ckpt.find(p.checkpoint), config)
-        begin = BOS if config.add_bos else EOS
-        samples = dict(enumerate(np.array([begin, *codec.encode(text)]) for text in p.texts))
+        samples = dict(enumerate(np.array([config.first, *codec.encode(text)]) for text in p.texts))
     else:
         how = {"tokens_per_sample": p.tokens_per_sample, "max_positions": config.max_positions}
         samples = batches.open_data(p.data, p.subset, **how, add_bos=config.add_bos).read(numbers)

@@ -15,7 +15,7 @@ from moekit.checkpoint.contents import clip, short
 from moekit.checkpoint.options import from_fairseq, options_of
 from moekit.nn.config import ACTIVATIONS, ModelConfig
 from moekit.nn.gates import top_k_of
-from moekit.symbols import BOS, EOS, PAD
+from moekit.symbols import EOS, PAD
 
 FILE, GENERATION = "config.json", "generation_config.json"
 MOEKIT, LIGHT = "moekit", "light-fairseq"
@@ -211,7 +211,7 @@ def told_of(config: ModelConfig, dtype: str, dictionary: int | None) -> dict[str
         "auto_map": AUTO_MAP,
         "model_type": MODEL_TYPE,
         "dtype": dtype,
-        "bos_token_id": BOS if config.add_bos else EOS,
+        "bos_token_id": config.first,
         "eos_token_id": EOS,
         "pad_token_id": PAD,
         "dictionary_size": dictionary,
@@ -222,7 +222,7 @@ def told_of(config: ModelConfig, dtype: str, dictionary: int | None) -> dict[str
 
 def generation(config: ModelConfig) -> dict[str, Any]:
     """The ``generation_config.json`` of a model. Nothing ends a text: ``</s>`` is the end of a line."""
-    return {"bos_token_id": BOS if config.add_bos else EOS, "pad_token_id": PAD}
+    return {"bos_token_id": config.first, "pad_token_id": PAD}
 
 
 def same_model(settings: Mapping[str, Any], found: Described) -> bool:
