@@ -234,10 +234,11 @@ def compile_all(target: Target) -> None:
     """All kernels; of the larger ones some variants for Hopper only, since compiling takes its time."""
     most = target.capability == 90
     # 89 has the cuts of 120, and the matrix instructions of 80.
-    for cut in cuts.built_in("", "float16", target.shared) if target.capability != 89 else ():
-        target.grouped("fp16", cut)
-    for cut in cuts.built_in("", "int8", target.shared) if target.capability != 89 else ():
-        target.grouped("fp16", cut, 1)
+    if target.capability != 89:
+        for cut in cuts.built_in("", "float16", target.shared):
+            target.grouped("fp16", cut)
+        for cut in cuts.built_in("", "int8", target.shared):
+            target.grouped("fp16", cut, 1)
     target.grouped("fp16", cuts.built_in("", "fp8", target.shared)[0], 2)
     for kind, largest in ((tl.int8, 127.0), (tl.float8e4nv, 448.0)):
         if kind == tl.int8 or target.capability >= 89:
@@ -245,8 +246,11 @@ def compile_all(target: Target) -> None:
             constants = {"SOURCE": tl.float16, "KIND": kind, "LARGEST": largest, "WHOLE": kind == tl.int8}
             constants |= {"TINY": 2.0**-126, "MATRICES": 64, "COLUMNS": 4096}
             target.compile(rounding._quantise, types, constants, rounding.WARPS)
+    if target.capability >= 90 and target.shared >= batch_step.SHARED:
+        for rows, n, k, split in ((8, 2304, 768, False), (64, 768, 3072, True), (64, 50_264, 768, False)):
+            target.narrow(rows, n, k, split)
     if target.capability in (80, 89, 100):
-        # The other kernels have no matrix instructions: what compiles for 75, 90 and 120 compiles between.
+        # The kernels below have no matrix instructions, but for Hopper's: what compiles for 75, 90 and 120 compiles between.
         return
     if most:
         for kind in ("fp16", "bf16"):
@@ -327,9 +331,6 @@ def compile_all(target: Target) -> None:
     types = {"chosen": "*i64", "weights": "*fp32", "order": "*i64", "rounded": "*fp16", "table": "*i32"}
     types |= dict.fromkeys(("choices", "experts"), "i32")
     target.compile(tiles._planned, types, {"CHOICES": 128, "ROWS": 16} | target.overlap, 1)
-    if target.capability >= 90 and target.shared >= batch_step.SHARED:
-        for rows, n, k, split in ((8, 2304, 768, False), (64, 768, 3072, True), (64, 50_264, 768, False)):
-            target.narrow(rows, n, k, split)
     for rows, k, n, columns in ((1, 768, 2304, 4), (4, 768, 512, 1), (1, 3072, 768, 4)):
         types = dict.fromkeys(("x", "w", "b", "gain", "shift", "normed", "onto", "out"), "*fp16")
         types |= {"rows": "i32", "eps": "fp32"}

@@ -1571,6 +1571,8 @@ def test_they_compile_for_all_gpus_since_turing(tmp_path):
         assert set().union(*units[gpu].values()) == {"mma.sync"}
     assert units["90"] == {n: {"mma.sync" if n < 64 else "wgmma.mma_async"} for n in (16, 32, 64, 128)}
     assert units["100"][128] == {"tcgen05.mma"}
+    # Several sequences' linear layers have matrix instructions of their own.
+    assert sum(line.startswith("100 _linear ") and "mma" in line for line in lines) == 3
     attends = {line.rsplit(" ", 1)[1] for line in lines if line.startswith("90 _attend_blocks ")}
     assert attends == {"wgmma.mma_async"}
 
