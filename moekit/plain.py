@@ -21,7 +21,7 @@ from moekit.arguments import Choice, check, shown
 from moekit.nn.noise import from_torch
 from moekit.nn.operations import DTYPES
 from moekit.nn.passes import Pass
-from moekit.nn.transformer import Transformer
+from moekit.nn.transformer import Transformer, with_room
 
 # The names of the submodules, N a layer from 0, and what comes out of each. Shape letters: B samples, T tokens, D model dim,
 # V rows of the embedding matrix, E experts, K choices a token.
@@ -90,7 +90,7 @@ def module(
     with torch.inference_mode(False):
         with torch.device("meta"):
             model = LanguageModel(plan.config)
-        model = model.to(kind).to_empty(device=place)
+        model = with_room(model.to(kind), place)
         filled = ckpt.fill(model, plan, range(plan.config.experts), threads=torch.get_num_threads())
     ckpt.warn_nonfinite(filled.nonfinite)
     return model

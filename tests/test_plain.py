@@ -279,3 +279,19 @@ def test_files_without_room_leave_the_earlier_checkpoint(folder, model, tmp_path
     )
     assert ran.stdout.startswith(f"NotWritten {tmp_path}: the disk is full or the file too large"), ran.stderr
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_models_are_made_without_torchs_compiler():
+    """Its import takes a second of each process, and no rank inherits it."""
+    code = (
+        "import sys, moekit\n"
+        "def compiler(rank=None): return 'torch.fx.experimental.symbolic_shapes' in sys.modules\n"
+        "moekit.module('demo'); found = [compiler()]\n"
+        "for how in ({}, {'experts': 'int8'}, {'world_size': 2}):\n"
+        "    with moekit.load('demo', device='cpu', progress=False, **how) as model:\n"
+        "        model.score('Once upon a time')\n"
+        "        found += [compiler(), *model.ranks.call(compiler)]\n"
+        "print(found)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert ran.stdout == f"{[False] * 8}\n", ran.stdout + ran.stderr

@@ -134,7 +134,9 @@ class QuantisedExperts(Experts):
         self.held, self.width, self.activation = like.held, like.width, like.activation
         self.operations = like.operations
         for name, stack in like.tensors.items():
-            own = torch.empty_like(stack, dtype=kind if stack.dim() == 3 else stack.dtype)
+            of = kind if stack.dim() == 3 else stack.dtype
+            # A tensor like one on the meta device would import torch's compiler.
+            own = torch.empty(stack.shape, dtype=of, device=stack.device)
             setattr(self, name, nn.Parameter(own, requires_grad=False))
             if stack.dim() == 3:
                 scale = torch.empty(stack.shape[:2], dtype=torch.float32, device=stack.device)

@@ -176,7 +176,7 @@ def empty(
     model = allocated(model, torch.device("meta"), dtype, kind).eval()
     for layer in config.moe_layers:
         model.layers[layer].moe.experts._apply(paged)
-    return model._apply(lambda weight: _room(weight, device) if weight.is_meta else weight)
+    return with_room(model, device)
 
 
 def allocated(
@@ -188,15 +188,21 @@ def allocated(
         for part in module.modules():
             if isinstance(part, MoE):
                 part.experts = QuantisedExperts(part.experts, kind)
-    return module._apply(lambda weight: _room(weight, device)).requires_grad_(False)
+    return with_room(module, device).requires_grad_(False)
 
 
-def _room(weight: Tensor, device: torch.device) -> Tensor:
-    """Uninitialised memory on ``device`` for ``weight``, which is on the meta device.
+def with_room(module: Module, device: torch.device) -> Module:
+    """``module`` with uninitialised memory on ``device`` for its weights on the meta device.
 
-    For a tensor there, ``torch.empty_like`` imports torch's compiler, which takes a second.
+    ``Module.to_empty`` asks for a tensor like one there, which imports torch's compiler, and that takes a second.
     """
-    return torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype, device=device)
+
+    def room(weight: Tensor) -> Tensor:
+        if not weight.is_meta:
+            return weight
+        return torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype, device=device)
+
+    return module._apply(room)
 
 
 # Planning asks for the same number for every rank and at every step of its search; a model without memory takes 15 ms.

@@ -324,7 +324,7 @@ def main(driver: int, idle: float) -> None:
                 importlib.import_module(module)
     with torch.device("meta"):
         # The first tensor without memory imports another part of torch.
-        torch.nn.Linear(1, 1).to_empty(device="cpu")
+        torch.nn.Linear(1, 1)
     if len(os.listdir("/proc/self/task")) > 1 or torch.cuda.is_initialized():
         # Threads and CUDA do not outlive a fork: ranks are started without a server.
         return
