@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import reprlib
 import time
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +34,7 @@ from moekit.nn.gates import PROVEN, top_k_of
 from moekit.nn.operations import choose_backend
 from moekit.nn.policies import USUAL
 from moekit.nn.record import Options
-from moekit.planning.fitting import cached_tokens, fitting
+from moekit.planning.fitting import cached_tokens, fitting, too_long
 from moekit.planning.residence import residence, residency
 from moekit.planning.runs import Run, room, unknown
 from moekit.profiling import profile
@@ -368,7 +369,11 @@ def load(
             kind = experts_dtype(experts, files, plan.config)
             backend = choose_backend(backend, devices[0], weights, kind)
             run = Run.of(plan.config, devices, weights, backend, types, one_byte=kind is not None)
-            run, within = fitting(run, free or unknown(world_size), resident, gpu_memory)
+            free = free or unknown(world_size)
+            run, within = fitting(run, free, resident, gpu_memory)
+            if said := too_long(run, free, within):
+                # Behind this function there is the frame of its decorator.
+                warnings.warn(said, stacklevel=3)
             limited = resident is not None or gpu_memory is not None
             staying = residence(run, policy, prefetch, limited)
         if pool is None:

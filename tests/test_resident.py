@@ -728,7 +728,9 @@ def test_a_load_warns_of_passes_that_the_plan_says_do_not_fit(recwarn):
     plan = moekit.plan("demo", 1, "cpu", gpu_memory="36MiB")
     assert not plan.fits
     moekit.load("demo", 1, "cpu", gpu_memory="36MiB", **QUIET).close()
-    [told] = [str(one.message) for one in recwarn if "does not fit" in str(one.message)]
+    [warning] = [one for one in recwarn if "does not fit" in str(one.message)]
+    assert warning.filename == __file__
+    told = str(warning.message)
     assert told.startswith("a pass of 4,096 tokens, as evaluate makes them, does not fit: rank 0 needs ")
     assert re.search(r'gpu_memory="\d+MiB" is the least that would fit', told)
     assert re.search(r"\d+MiB", told)[0] == re.search(r"\d+MiB", plan.advice)[0]

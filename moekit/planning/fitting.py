@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import math
-import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -144,8 +143,6 @@ def cached_tokens(run: Run, within: Room) -> int:
 def fitting(run: Run, free: Room, resident: int | None, gpu_memory: str | float | None) -> tuple[Run, Room]:
     """The run as :func:`moekit.load` makes it, which fits at least as long as its passes are short; and within what.
 
-    A warning says if its longest passes do not fit.
-
     Raises:
         ValueError: it does not fit, or an argument makes no sense.
     """
@@ -155,10 +152,16 @@ def fitting(run: Run, free: Room, resident: int | None, gpu_memory: str | float 
         raise ValueError(
             f"the model does not fit: {advice(short, free, within)}; moekit.plan(...) has the table"
         )
-    if not within.takes(run):
-        # Short texts still fit. What packs passes knows no limit, so that evaluate may take more than the plan leaves it.
-        warnings.warn(
-            f"a pass of {run.tokens:,} tokens, as evaluate makes them, does not fit: {advice(run, free, within)}",
-            stacklevel=3,
-        )
     return run, within
+
+
+def too_long(run: Run, free: Room, within: Room) -> str | None:
+    """What to say of a run whose longest passes do not fit ``within``, as :func:`fitting` gives both; None if they do.
+
+    Short texts still fit. What packs passes knows no limit, so that evaluate may take more than the plan leaves it.
+    """
+    if within.takes(run):
+        return None
+    return (
+        f"a pass of {run.tokens:,} tokens, as evaluate makes them, does not fit: {advice(run, free, within)}"
+    )
