@@ -56,9 +56,8 @@ class Positions(nn.Module):
         return self.tables[rows, device]
 
 
-# Models of the same width share their tables. One that is made in inference gives none of its rows to a pass with gradients.
+# Models of the same width share their tables.
 @functools.lru_cache(maxsize=32)
-@torch.inference_mode(False)
 def sinusoids(rows: int, dim: int, device: torch.device) -> Tensor:
     """[rows, dim] float32: sines of geometric frequencies, then cosines; an odd last column and row ``PAD`` are zero.
 
